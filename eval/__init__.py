@@ -1,0 +1,1 @@
+"""Pocket models, benchmarks and evaluation; uses the public API only."""

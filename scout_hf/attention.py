@@ -1,0 +1,109 @@
+"""The functions registered with transformers: attention over a ScoutCache, and its mask. Everything else falls through.
+
+The implementation that a model had before is part of the registered name (``scout_over_sdpa``), so that models sharing
+a config object, copies, and forward passes without a ScoutCache find their own attention without any state.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+
+import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, causal_mask_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from scout_hf.cache import ScoutLayer
+from scout_hf.errors import UnsupportedInputError, UnsupportedModelError
+from scout_hf.fusion import Partial, fuse
+from scout_hf.methods.base import Scoring
+from scout_hf.prefill import prefill
+from scout_hf.step import active_step
+
+PREFIX = "scout_over_"
+
+
+def implementation_over(previous: str | None) -> str:
+    """The registered implementation name that falls back to ``previous``; registered at first use."""
+    previous = previous or "eager"
+    name = PREFIX + previous
+    if name not in AttentionInterface._global_mapping:
+        AttentionInterface.register(name, functools.partial(scout_attention, previous))
+        AttentionMaskInterface.register(name, functools.partial(scout_mask, previous))
+    return name
+
+
+def scout_attention(previous, module, query, key, value, attention_mask, **kwargs):
+    """Attention function as transformers calls it; query is (batch, query_heads, queries, head_dim)."""
+    step = active_step()
+    layer = _layer_of(step, module)
+    if layer is None:
+        return _stock(previous, module)(module, query, key, value, attention_mask, **kwargs)
+    if layer.incoming is not key:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} changes keys between cache.update() and attention, which scout_hf cannot follow; "
+            "unpatch the model, or report the family"
+        )
+    layer.incoming = None
+    if kwargs.get("sliding_window") is not None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} asks for a sliding window of {kwargs['sliding_window']} on layer "
+            f"{module.layer_idx}, whose cache layer has none; set config.layer_types, or unpatch the model"
+        )
+    method = layer.method
+    scale = kwargs.get("scaling")
+    method.scoring = Scoring(query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("softcap"))
+    if step.queries > 1 and method.length == step.queries:
+        out = prefill(*_causal_stock(previous, module), module, query, key, value, step.mask, **kwargs)
+    with torch.autocast(query.device.type, enabled=False):
+        real = query.to(key.dtype)
+        if step.queries == 1:
+            out = _finish(method.attend(step, real), query, kwargs.get("s_aux"))
+        elif method.length > step.queries:
+            out = _finish(method.attend_many(step, real, key, value), query, kwargs.get("s_aux"))
+        method.settle(step)
+        if step.queries > 1:
+            method.prefilled(step, real[:, :, -1:])
+    return out, None
+
+
+def scout_mask(previous, *args, **kwargs):
+    """Mask function as transformers calls it: scout layers take padding from the step, all others their own mask."""
+    step = active_step()
+    if step is None or kwargs.get("local_size") is not None or step.cache.has_stock_full_layers:
+        return ALL_MASK_ATTENTION_FUNCTIONS[previous](*args, **kwargs)
+    if kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
+        raise UnsupportedInputError(
+            "this forward pass wants a mask that is not plain causal (image tokens, packed sequences, block ids), which "
+            "a ScoutCache cannot serve; call the model without a ScoutCache, or unpatch it"
+        )
+    return kwargs.get("attention_mask")
+
+
+def _finish(result: Partial, query: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    if sinks is not None:
+        lse = sinks.to(result.lse.dtype).view(1, -1, 1).expand_as(result.lse)
+        result = fuse([result, Partial(torch.zeros_like(result.out), lse)])
+    return result.out.to(query.dtype).transpose(1, 2).contiguous()
+
+
+def _layer_of(step, module) -> ScoutLayer | None:
+    index = getattr(module, "layer_idx", None)
+    if step is None or index is None or index >= len(step.cache.layers):
+        return None
+    layer = step.cache.layers[index]
+    return layer if isinstance(layer, ScoutLayer) else None
+
+
+def _causal_stock(previous: str, module: torch.nn.Module) -> tuple[Callable[..., tuple], bool]:
+    """A stock function for a whole prompt, and whether it is causal without a mask."""
+    known = previous in ("eager", "sdpa") or "flash" in previous
+    return _stock(previous if known else "sdpa", module), previous != "eager"
+
+
+def _stock(name: str, module: torch.nn.Module) -> Callable[..., tuple]:
+    if name == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[name]

@@ -1,0 +1,222 @@
+"""The transformers side of the cache: a Cache whose full-attention layers are kept by a method. Nothing else here."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+from scout_hf.config import ScoutConfig
+from scout_hf.errors import CacheStateError, ConfigError
+from scout_hf.kernels.cpu import make_backend
+from scout_hf.methods import Method, make_method
+from scout_hf.methods.base import find_method
+from scout_hf.recall import RecallIntervals
+from scout_hf.selection import make_digest
+from scout_hf.step import active_step
+
+
+class ScoutCache(Cache):
+    """KV cache for ``model.generate(past_key_values=...)``; full-attention layers follow the configured method.
+
+    Sliding-window, chunked and linear layers keep their stock cache layers. In the forward pass of a patched model
+    only the new tokens' keys and values are handed on; anywhere else ``update`` behaves like that of DynamicCache.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+        ``model.config``.
+    scout_config : ScoutConfig, optional
+        Settings; single fields may be given by keyword instead, ``ScoutCache(model.config, budget=1024)``.
+
+    Raises
+    ------
+    ConfigError
+        If a setting is not allowed, or a recall profile belongs to another model.
+    """
+
+    def __init__(self, config: Any, scout_config: ScoutConfig | None = None, **options: Any):
+        self.scout_config = ScoutConfig.from_options(scout_config, **options)
+        if not hasattr(config, "get_text_config"):
+            raise ConfigError(
+                f"ScoutCache got a {type(config).__name__} as model config; pass model.config first, settings second"
+            )
+        text = config.get_text_config(decoder=True)
+        layers = DynamicCache(config=text).layers
+        check_names(self.scout_config, text, len(layers))
+        for index, layer in enumerate(layers):
+            # By exact type: sliding and quantized layers are subclasses that stay as they are.
+            if type(layer) is DynamicLayer:
+                layers[index] = ScoutLayer(self.scout_config, index)
+        super().__init__(layers=layers)
+        if not self.scout_layers:
+            warnings.warn(
+                f"every layer of this {text.model_type} model has a sliding window or no attention at all: there is "
+                "nothing for scout_hf to do, and the cache behaves like DynamicCache",
+                stacklevel=2,
+            )
+
+    @property
+    def scout_layers(self) -> list[ScoutLayer]:
+        """The layers that a method keeps."""
+        return [layer for layer in self.layers if isinstance(layer, ScoutLayer)]
+
+    @property
+    def has_stock_full_layers(self) -> bool:
+        """Whether a layer left to transformers needs a full mask: neither sliding nor linear."""
+        others = [layer for layer in self.layers if not isinstance(layer, ScoutLayer)]
+        return any(isinstance(layer, CacheLayerMixin) and not layer.is_sliding for layer in others)
+
+    def tier_bytes(self) -> dict[str, int]:
+        """Bytes held, by tier: ``host``, ``device``, ``digests``; ``stock`` for layers left to transformers."""
+        total: dict[str, int] = {}
+        for layer in self.layers:
+            if isinstance(layer, ScoutLayer):
+                held = layer.method.tier_bytes() if layer.method else {}
+            else:
+                tensors = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
+                held = {"stock": sum(t.numel() * t.element_size() for t in tensors)}
+            for tier, amount in held.items():
+                total[tier] = total.get(tier, 0) + amount
+        return total
+
+    def fork(self) -> ScoutCache:
+        """An independent continuation of the same prefix; pages are shared until written to. Same as deepcopy."""
+        return copy.deepcopy(self)
+
+    def drain(self) -> None:
+        """Wait for background work of all layers and drop its results."""
+        for layer in self.scout_layers:
+            layer.incoming = None
+            if layer.method is not None:
+                layer.method.drain()
+
+    def rollback(self, lengths: list[int]) -> None:
+        """Cut every scout layer back to the length it had, after a forward pass that raised."""
+        for layer, length in zip(self.scout_layers, lengths):
+            if layer.get_seq_length() > length:
+                layer.crop(length - layer.get_seq_length())
+
+
+class ScoutLayer(CacheLayerMixin):
+    """One full-attention layer: translates the cache contract of transformers into calls on a method."""
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, config: ScoutConfig, layer_idx: int):
+        super().__init__()
+        self.is_initialized = False
+        self.config, self.layer_idx = config, layer_idx
+        self.method: Method | None = None
+        self.incoming: torch.Tensor | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        if key_states.shape != value_states.shape:
+            raise CacheStateError(
+                f"layer {self.layer_idx} has keys {tuple(key_states.shape)} and values {tuple(value_states.shape)}; "
+                "scout_hf needs equal sizes (latent attention is not supported)"
+            )
+        self.method = make_method(self.config, self.layer_idx, key_states)
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Store new tokens, (batch, kv_heads, tokens, head_dim) each.
+
+        Returns the same two tensors inside a patched forward pass, the whole keys and values anywhere else.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        elif key_states.shape[0] != self.method.batch:
+            raise CacheStateError(
+                f"the cache holds {self.method.batch} rows and got {key_states.shape[0]} new ones; use "
+                "batch_repeat_interleave or batch_select_indices, or start with a new ScoutCache"
+            )
+        step = active_step()
+        if step is not None and step.cache.layers[self.layer_idx] is self:
+            self.incoming = key_states
+            self.method.append(key_states, value_states)
+            return key_states, value_states
+        was_empty = self.method.length == 0
+        self.method.append(key_states.detach(), value_states.detach())
+        self.method.flush()
+        return (key_states, value_states) if was_empty else self.method.read_all()
+
+    def get_seq_length(self) -> int:
+        """Tokens per row, in all tiers together."""
+        return self.method.length if self.method else 0
+
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
+        """Length and offset of the keys that a mask must cover; a tensor of positions counts by its length."""
+        queries = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.get_seq_length() + queries, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def crop(self, length: int) -> None:
+        """``length`` <= 0 removes that many tokens; a positive one is the length to keep (transformers < 5.14)."""
+        if self.method:
+            held = self.method.length
+            keep = max(0, held + length) if length <= 0 else min(length, held)
+            if keep < held:
+                self.method.crop(keep)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Make row ``i`` what row ``beam_idx[i]`` was."""
+        if self.method and not _is_identity(beam_idx, self.method.batch):
+            self.method.select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times."""
+        if self.method:
+            self.method.select_rows(torch.arange(self.method.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows ``indices``, numbers or a bool per row."""
+        if self.method:
+            self.method.select_rows(indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        if self.method:
+            self.method.drain()
+        self.method, self.incoming, self.is_initialized = None, None, False
+
+    def offload(self) -> None:
+        """Nothing to do: the method decides where KV lives."""
+
+    prefetch = offload
+
+    def __deepcopy__(self, memo: dict) -> ScoutLayer:
+        twin = ScoutLayer(self.config, self.layer_idx)
+        memo[id(self)] = twin
+        if self.method:
+            twin.method, twin.is_initialized = self.method.fork(), True
+        return twin
+
+
+def check_names(config: ScoutConfig, text_config: Any, layers: int) -> None:
+    """Raise ConfigError unless everything that ``config`` names exists and fits a model of that many layers."""
+    find_method(config.method)
+    make_digest(config.digest)
+    make_backend(config.cpu_backend)
+    if isinstance(config.recall, RecallIntervals):
+        config.recall.check(text_config.model_type, layers)
+    if isinstance(config.dense_layers, tuple) and any(index >= layers for index in config.dense_layers):
+        raise ConfigError(
+            f"dense_layers={config.dense_layers!r} is not allowed: this model has layers 0 to {layers - 1}"
+        )
+
+
+def _is_identity(rows: torch.Tensor, batch: int) -> bool:
+    same = rows.device.type == "cpu" and len(rows) == batch
+    return same and bool((rows == torch.arange(batch)).all())

@@ -1,0 +1,177 @@
+"""Every setting of scout_hf, documented and checked in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from scout_hf.errors import ConfigError
+from scout_hf.recall import RecallIntervals
+
+BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
+SPLITS = ("auto", "cpu", "off")
+CPU_QUERIES = ("predicted", "real")
+
+
+@dataclass(frozen=True)
+class ScoutConfig:
+    """How a patched model keeps and attends its KV cache.
+
+    Parameters
+    ----------
+    method : str, default "scout"
+        The published method to run; see ``scout_hf.methods.method_names()``.
+    budget : int, float or None, default 2048
+        Tokens attended per decode step, layer and KV head: an int counts tokens (at least one block), a float in
+        (0, 1] is a share of each row's context, ``None`` attends to everything. Sinks and window are part of it;
+        the block that is being filled is not.
+    block_size : int, default 32
+        Tokens per block, the unit of selection, storage and transfer: 8, 16, 32, 64, 128 or 256.
+    sinks : int, default 4
+        Tokens at the start of each row that are always attended, rounded up to whole blocks.
+    window : int, default 32
+        Most recent tokens that are always attended, rounded up to whole blocks (plus the block being filled).
+    dense_layers : int or tuple of int, default ()
+        Layers that attend to everything: the first n, or the listed indices.
+    digest : str, default "minmax"
+        What represents a block during selection; see ``scout_hf.selection.digest_names()``.
+    split : {"auto", "cpu", "off"}, default "auto"
+        Where KV lives. ``auto``: host memory plus a resident part on the GPU when the model is on a GPU, otherwise one
+        tier. ``cpu``: two tiers, both in host memory (every rule of the GPU path, without a GPU). ``off``: one tier on
+        the model's device.
+    layer_ahead : bool, default True
+        Two tiers: select blocks and start the CPU's share one layer ahead, with a predicted query (ScoutAttention 3.2).
+        ``False`` selects in the layer itself with the real query. One tier never predicts.
+    cpu_query : {"predicted", "real"}, default "predicted"
+        With ``layer_ahead``: the query that the CPU's share attends with. ``real`` limits the approximation to the
+        selection, at the price of a shorter window for the CPU.
+    recall : float, int, RecallIntervals or None, default 0.12
+        Two tiers: when wanted blocks are copied to the GPU. A float in (0, 1] recalls a layer once the CPU's share of
+        its selected tokens reaches it; an int recalls every so many steps; ``RecallIntervals`` (from
+        ``handle.profile_recall``) gives each layer its own interval; ``None`` never recalls.
+    resident : int or None, default None
+        Two tiers: tokens per layer and KV head kept on the GPU. ``None``: the budget, or 2048 where that is ``None``.
+    threads : int or None, default None
+        Threads of the CPU's share on two tiers. ``None`` leaves torch's own setting.
+    cpu_backend : str, default "auto"
+        Which implementation attends on the CPU; see ``scout_hf.kernels.cpu.backend_names()``.
+
+    Raises
+    ------
+    ConfigError
+        Names the field, the value given, what is allowed and what to try.
+    """
+
+    method: str = "scout"
+    budget: int | float | None = 2048
+    block_size: int = 32
+    sinks: int = 4
+    window: int = 32
+    dense_layers: int | tuple[int, ...] = ()
+    digest: str = "minmax"
+    split: str = "auto"
+    layer_ahead: bool = True
+    cpu_query: str = "predicted"
+    recall: float | int | RecallIntervals | None = 0.12
+    resident: int | None = None
+    threads: int | None = None
+    cpu_backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("method", "digest", "cpu_backend"):
+            if not isinstance(getattr(self, name), str):
+                self._refuse(name, "the name of a registered one, as a string")
+        if not _is_int(self.block_size) or self.block_size not in BLOCK_SIZES:
+            self._refuse("block_size", f"one of {_listed(BLOCK_SIZES)}", "32, or 16 for short contexts")
+        self._check_budget()
+        for name in ("sinks", "window"):
+            if not _is_int(getattr(self, name)) or getattr(self, name) < 0:
+                self._refuse(name, "a number of tokens, 0 or more", "0 to switch it off")
+        for name, allowed in (("split", SPLITS), ("cpu_query", CPU_QUERIES)):
+            if getattr(self, name) not in allowed:
+                self._refuse(name, f"one of {_listed(allowed)}")
+        if not isinstance(self.layer_ahead, bool):
+            self._refuse("layer_ahead", "True or False")
+        self._check_recall()
+        if self.resident is not None and (not _is_int(self.resident) or self.resident < self.block_size):
+            self._refuse("resident", f"None, or at least one block of tokens ({self.block_size})")
+        if self.threads is not None and (not _is_int(self.threads) or self.threads < 1):
+            self._refuse("threads", "None, or a whole number of threads from 1 up")
+        self._check_dense_layers()
+
+    @classmethod
+    def from_options(cls, config: ScoutConfig | None = None, **options: Any) -> ScoutConfig:
+        """A config from keyword options, or from another config with some fields replaced.
+
+        Raises
+        ------
+        ConfigError
+            For an unknown field or a ``config`` that is no ScoutConfig.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(options) - set(known)):
+            raise ConfigError(f"unknown setting {_listed(unknown)}; ScoutConfig has {_listed(known)}")
+        if config is None:
+            return cls(**options)
+        if not isinstance(config, cls):
+            raise ConfigError(
+                f"config is a {type(config).__name__}; allowed is a ScoutConfig, or settings by keyword such as "
+                "budget=2048"
+            )
+        return dataclasses.replace(config, **options)
+
+    def is_dense(self, layer_idx: int) -> bool:
+        """Whether this layer attends to everything, by ``budget=None`` or by ``dense_layers``."""
+        if self.budget is None:
+            return True
+        if isinstance(self.dense_layers, int):
+            return layer_idx < self.dense_layers
+        return layer_idx in self.dense_layers
+
+    def blocks(self, tokens: int) -> int:
+        """Whole blocks that hold ``tokens``."""
+        return -(-tokens // self.block_size)
+
+    def _check_budget(self) -> None:
+        allowed = f"an int of at least one block ({self.block_size} tokens), a float in (0, 1], or None for everything"
+        if self.budget is None:
+            return
+        if _is_int(self.budget):
+            if self.budget < self.block_size:
+                hint = "1.0 for the whole context, or None" if self.budget == 1 else "2048, or 0.1 for a tenth"
+                self._refuse("budget", allowed, hint)
+        elif not isinstance(self.budget, float) or not 0.0 < self.budget <= 1.0:
+            self._refuse("budget", allowed, "2048, or 0.1 for a tenth")
+
+    def _check_recall(self) -> None:
+        allowed = "a float in (0, 1], a whole number of steps from 1 up, RecallIntervals, or None for never"
+        if self.recall is None or isinstance(self.recall, RecallIntervals):
+            return
+        if _is_int(self.recall):
+            if self.recall < 1:
+                self._refuse("recall", allowed, "None to switch it off")
+        elif not isinstance(self.recall, float) or not 0.0 < self.recall <= 1.0:
+            self._refuse("recall", allowed, "0.12, the paper's threshold")
+
+    def _check_dense_layers(self) -> None:
+        allowed = "a number of leading layers, or a tuple of layer indices"
+        if isinstance(self.dense_layers, list):
+            object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        if isinstance(self.dense_layers, tuple):
+            if not all(_is_int(i) and i >= 0 for i in self.dense_layers):
+                self._refuse("dense_layers", allowed, "(0, 1)")
+        elif not _is_int(self.dense_layers) or self.dense_layers < 0:
+            self._refuse("dense_layers", allowed, "2, or (0, 1)")
+
+    def _refuse(self, name: str, allowed: str, hint: str = "") -> None:
+        hint = f"; try {hint}" if hint else ""
+        raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed: {name} takes {allowed}{hint}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(repr(name) for name in names)

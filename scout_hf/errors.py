@@ -1,0 +1,25 @@
+"""What can go wrong, by name. Every message says what was given, what is allowed and what to try."""
+
+
+class ScoutError(Exception):
+    """Base of every error that scout_hf raises on its own account."""
+
+
+class ConfigError(ScoutError, ValueError):
+    """A setting has a value that is not allowed."""
+
+
+class UnsupportedModelError(ScoutError, TypeError):
+    """The model's attention cannot be served; the message says why and what works."""
+
+
+class UnsupportedInputError(ScoutError, ValueError):
+    """This forward pass cannot be served with a ScoutCache (training, custom masks, ...)."""
+
+
+class CacheStateError(ScoutError, RuntimeError):
+    """The cache is not in a state in which the operation makes sense."""
+
+
+class PatchError(ScoutError, RuntimeError):
+    """The model cannot be patched or unpatched in its present state."""

@@ -1,0 +1,91 @@
+"""Attention over tensors that are at hand, with the log-sum-exp that fusing needs. The torch path, CPU and GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from scout_hf.fusion import Partial
+
+_cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    softcap: float | None = None,
+    allowed: torch.Tensor | None = None,
+    causal: bool = False,
+) -> Partial:
+    """Softmax attention of every query over the given keys.
+
+    Parameters
+    ----------
+    query : Tensor (batch, query_heads, queries, head_dim)
+    keys, values : Tensor (batch, kv_heads, tokens, head_dim)
+        Query heads are a multiple of KV heads (GQA).
+    scale : float
+        Factor on q.k.
+    softcap : float or None
+        ``cap * tanh(score / cap)`` before masking (Gemma2).
+    allowed : Tensor of bool, broadcastable to (batch, kv_heads, queries, tokens), or None
+        Keys that may be attended; None for all.
+    causal : bool
+        Query ``i`` sees keys up to ``i``; queries and keys are the same tokens.
+
+    Returns
+    -------
+    Partial
+        Output in the dtype of the kernel (at least that of the query), LSE natural; empty rows are 0 and -inf.
+    """
+    if query.device.type == "cpu" and softcap is None:
+        return _flash_on_cpu(query, keys, values, scale, allowed, causal)
+    return _by_products(query, keys, values, scale, softcap, allowed, causal)
+
+
+def fold_group(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """Query heads of one GQA group as queries of their KV head: (batch, kv_heads, group * queries, head_dim)."""
+    batch, heads, queries, dim = query.shape
+    return query.reshape(batch, kv_heads, heads // kv_heads * queries, dim)
+
+
+def unfold_group(partial: Partial, query: torch.Tensor) -> Partial:
+    """Undo :func:`fold_group` on a result, for the query it came from."""
+    return Partial(partial.out.reshape(query.shape), partial.lse.reshape(query.shape[:3]))
+
+
+def _flash_on_cpu(query, keys, values, scale, allowed, causal) -> Partial:
+    # Folding the group into the queries reads each key once for the whole group; a causal or per-query mask counts
+    # queries by their position, so there the op's own head grouping is used.
+    folded = not causal and (allowed is None or allowed.shape[-2] == 1)
+    given = fold_group(query, keys.shape[1]) if folded else query
+    bias, groups = None, 1 if folded else query.shape[1] // keys.shape[1]
+    if allowed is not None:
+        if allowed.shape[1] != 1 and groups > 1:
+            allowed = allowed.repeat_interleave(groups, dim=1)
+        bias = torch.zeros((), dtype=query.dtype).masked_fill(~allowed, -torch.inf)
+        bias = bias.expand(given.shape[0], -1, -1, -1)
+    out, lse = _cpu_flash(given, keys, values, 0.0, causal, attn_mask=bias, scale=scale)
+    if bias is not None:
+        # The op answers 0 for the LSE of a row without keys.
+        lse = lse.masked_fill(~allowed.any(-1).expand(lse.shape), -torch.inf)
+    return unfold_group(Partial(out, lse), query) if folded else Partial(out, lse)
+
+
+def _by_products(query, keys, values, scale, softcap, allowed, causal) -> Partial:
+    wide = torch.promote_types(query.dtype, torch.float32)
+    batch, heads, queries, _ = query.shape
+    grouped = query.to(wide).view(batch, keys.shape[1], -1, queries, query.shape[-1])
+    scores = torch.matmul(grouped, keys.to(wide).unsqueeze(2).transpose(-1, -2)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if causal:
+        order = torch.arange(queries, device=query.device)
+        scores.masked_fill_(order[:, None] < order[None, :], -torch.inf)
+    if allowed is not None:
+        scores.masked_fill_(~allowed.unsqueeze(2), -torch.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.where(lse.unsqueeze(-1) == -torch.inf, 0.0, torch.exp(scores - lse.unsqueeze(-1)))
+    out = torch.matmul(weights, values.to(wide).unsqueeze(2))
+    return Partial(out.reshape(query.shape[:-1] + out.shape[-1:]), lse.reshape(batch, heads, queries))

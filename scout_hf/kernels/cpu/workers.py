@@ -1,0 +1,71 @@
+"""The thread that computes the CPU's share one layer ahead, and the tickets that join it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+
+class Ticket:
+    """A submitted job; ``wait`` joins it and gives its result or raises its error."""
+
+    def __init__(self, future: Future):
+        self._future = future
+
+    def wait(self) -> Any:
+        """The job's result; blocks until it is there."""
+        return self._future.result()
+
+    def drain(self) -> None:
+        """Block until the job has ended, whatever came of it."""
+        if not self._future.cancel():
+            self._future.exception()
+
+    def done(self) -> bool:
+        """Whether the job has ended."""
+        return self._future.done()
+
+
+class Workers:
+    """One background thread, started at the first job and ended by ``close`` or with the process.
+
+    Parameters
+    ----------
+    threads : int or None
+        Intra-op threads of torch inside the jobs; None leaves torch's setting.
+    """
+
+    def __init__(self, threads: int | None = None):
+        self.threads = threads
+        self._pool: ThreadPoolExecutor | None = None
+
+    def submit(self, job: Callable[..., Any], *args: Any) -> Ticket:
+        """Start ``job(*args)`` in the background, without gradients and without autocast."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="scout-cpu", initializer=self._prepare)
+        return Ticket(self._pool.submit(_bare, job, args))
+
+    def close(self) -> None:
+        """End the thread after the jobs it has; a later ``submit`` starts a new one."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(wait=True)
+
+    def __deepcopy__(self, memo: dict) -> Workers:
+        return Workers(self.threads)
+
+    def __reduce__(self):
+        return Workers, (self.threads,)
+
+    def _prepare(self) -> None:
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+
+
+def _bare(job: Callable[..., Any], args: tuple) -> Any:
+    # Grad mode and autocast are per thread: without this a job would differ from the thread that submitted it.
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        return job(*args)

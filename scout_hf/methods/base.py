@@ -1,0 +1,176 @@
+"""The four join points that a method fills in, and the methods known by name.
+
+One object serves one layer of one cache. It owns its stores; everything else is handed to it with the step.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+
+from scout_hf.config import ScoutConfig
+from scout_hf.errors import ConfigError
+from scout_hf.fusion import Partial, empty_like, fuse
+from scout_hf.kernels.attend import attend
+
+PAST_CHUNK_TOKENS = 4096
+
+_METHODS: dict[str, type[Method]] = {}
+
+
+class Scoring(NamedTuple):
+    """How a layer turns q.k into a score: factor, and soft cap or None."""
+
+    scale: float
+    softcap: float | None
+
+
+class Method(ABC):
+    """What one layer keeps and how it attends; subclass, set ``name``, register.
+
+    Parameters
+    ----------
+    config : ScoutConfig
+    layer_idx : int
+    keys : Tensor (batch, kv_heads, tokens, head_dim)
+        The first keys that the layer gets: sizes, dtype and device. Not stored.
+
+    Attributes
+    ----------
+    kv : PagedKV or TwoTierKV
+        Where the layer's KV is; anything with ``append, read, crop, select_rows, fork, length``.
+    scoring : Scoring or None
+        Learnt from the layer's own attention call; None until the first one.
+    """
+
+    name: str = ""
+
+    def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
+        self.config, self.layer_idx = config, layer_idx
+        self.kv_heads = keys.shape[1]
+        self.kv: Any = None
+        self.scoring: Scoring | None = None
+
+    @classmethod
+    def create(cls, config: ScoutConfig, layer_idx: int, keys: torch.Tensor) -> Method:
+        """The object for one layer; override to choose between variants by device."""
+        return cls(config, layer_idx, keys)
+
+    # -- the join points, in the order of a decode step ---------------------------------------------------------
+
+    def ahead(self, step, query: torch.Tensor) -> None:
+        """One layer before this one: the predicted query (batch, query_heads, 1, head_dim) is known."""
+
+    @property
+    def wants_ahead(self) -> bool:
+        """Whether ``ahead`` would make use of a predicted query now."""
+        return False
+
+    @abstractmethod
+    def attend(self, step, query: torch.Tensor) -> Partial:
+        """In a decode step, after ``append``: attention of the real query (batch, query_heads, 1, head_dim)."""
+
+    def settle(self, step) -> None:
+        """After this layer's attention: the only place where KV moves between tiers."""
+
+    def flush(self) -> None:
+        """After tokens came in outside a forward pass: bring the tiers in order."""
+
+    def prefilled(self, step, query: torch.Tensor) -> None:
+        """A prompt or a part of it is in, and settled; ``query`` is that of its last token."""
+
+    # -- what all methods share ---------------------------------------------------------------------------------
+
+    def attend_many(self, step, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Partial:
+        """Exact attention of several new tokens over all that is cached and, causally, over themselves.
+
+        ``query`` is (batch, query_heads, queries, head_dim); ``keys`` and ``values`` are the new tokens', already
+        appended. Chunked prefill, next turns and the verification of drafted tokens come here.
+        """
+        queries, parts = query.shape[2], []
+        past = self.kv.length - queries
+        for start in range(0, past, PAST_CHUNK_TOKENS):
+            stop = min(start + PAST_CHUNK_TOKENS, past)
+            allowed = None if step.mask is None else step.mask[:, None, None, start:stop]
+            old_keys, old_values = self.kv.read(start, stop)
+            parts.append(attend(query, old_keys, old_values, *self.scoring, allowed))
+        new = None if step.mask is None else step.mask[:, None, None, past:]
+        if new is None or bool(new.all()):
+            parts.append(attend(query, keys, values, *self.scoring, causal=True))
+        else:
+            order = torch.arange(queries, device=query.device)
+            allowed = new & (order[:, None] >= order[None, :])
+            parts.append(attend(query, keys, values, *self.scoring, allowed))
+        step.counters.exact(self.layer_idx, self.kv.length)
+        return fuse(parts) if parts else empty_like(query)
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store new tokens, (batch, kv_heads, tokens, head_dim) each."""
+        self.kv.append(keys, values)
+
+    def read_all(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values, (batch, kv_heads, length, head_dim) each."""
+        return self.kv.read(0, self.kv.length)
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return self.kv.batch
+
+    @property
+    def length(self) -> int:
+        """Tokens per row."""
+        return self.kv.length
+
+    def crop(self, length: int) -> None:
+        """Keep the first ``length`` tokens."""
+        self.drain()
+        self.kv.crop(length)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Make row ``i`` what row ``rows[i]`` was."""
+        self.drain()
+        self.kv.select_rows(rows)
+
+    def fork(self) -> Method:
+        """A twin that shares what can be shared and is independent in every other way."""
+        self.drain()
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, kv=self.kv.fork())
+        return twin
+
+    def drain(self) -> None:
+        """Wait for work in flight and drop its results."""
+
+    @abstractmethod
+    def tier_bytes(self) -> dict[str, int]:
+        """Bytes held, by what holds them: ``host``, ``device``, ``digests``."""
+
+
+def register_method(method: type[Method]) -> type[Method]:
+    """Make a method available as ``ScoutConfig(method=name)``; usable as a class decorator."""
+    if not isinstance(method, type) or not issubclass(method, Method) or not method.name:
+        raise ConfigError(f"{method!r} is no method: register a subclass of Method that sets a name")
+    if _METHODS.get(method.name, method) is not method:
+        raise ConfigError(f"a method named {method.name!r} is registered already; choose another name")
+    _METHODS[method.name] = method
+    return method
+
+
+def method_names() -> tuple[str, ...]:
+    """Names that ``ScoutConfig(method=...)`` takes."""
+    return tuple(sorted(_METHODS))
+
+
+def find_method(name: str) -> type[Method]:
+    """The method of that name, or ConfigError with the names there are."""
+    if name not in _METHODS:
+        raise ConfigError(f"method={name!r} is not known; available are {', '.join(map(repr, method_names()))}")
+    return _METHODS[name]
+
+
+def make_method(config: ScoutConfig, layer_idx: int, keys: torch.Tensor) -> Method:
+    """The configured method for one layer, sized by its first keys (batch, kv_heads, tokens, head_dim)."""
+    return find_method(config.method).create(config, layer_idx, keys)

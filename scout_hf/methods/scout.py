@@ -1,0 +1,276 @@
+"""ScoutAttention (arXiv 2603.27138): GPU and CPU attend together, the CPU's share starts one layer ahead."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from scout_hf.config import ScoutConfig
+from scout_hf.fusion import Partial, fuse
+from scout_hf.kernels.attend import attend
+from scout_hf.methods.base import Method, register_method
+from scout_hf.methods.one_tier import OneTierScout
+from scout_hf.recall import RecallIntervals
+from scout_hf.selection import Pick, Selector
+from scout_hf.stores import ResidentSlots, TwoTierKV
+
+DEFAULT_RESIDENT_TOKENS = 2048
+
+
+class Share(NamedTuple):
+    """What a CPU job gives back: its partial, or None for nothing to do, and what it covered over rows and heads."""
+
+    partial: Partial | None
+    blocks: int
+    tokens: int
+
+
+@register_method
+class Scout(Method):
+    """Two tiers of one layer (Algorithm 1 of the paper).
+
+    ``ahead`` (in the layer before) picks blocks with the predicted query and starts the CPU on those that are not
+    resident; ``attend`` adds all residents and the tail with the real query; ``settle`` writes back and recalls.
+    """
+
+    name = "scout"
+
+    def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
+        super().__init__(config, layer_idx, keys)
+        batch, heads, _, dim = keys.shape
+        self.kv = TwoTierKV(batch, heads, dim, config.block_size, keys.dtype, keys.device)
+        self.selector = Selector(config, layer_idx)
+        self.resident: ResidentSlots | None = None
+        self._window_blocks = config.blocks(config.window)
+        self._steps_since_recall = 0
+        self._forget()
+
+    @classmethod
+    def create(cls, config: ScoutConfig, layer_idx: int, keys: torch.Tensor) -> Method:
+        two_tiers = config.split == "cpu" or (config.split == "auto" and keys.device.type != "cpu")
+        return cls(config, layer_idx, keys) if two_tiers else OneTierScout(config, layer_idx, keys)
+
+    # -- join points --------------------------------------------------------------------------------------------
+
+    @property
+    def wants_ahead(self) -> bool:
+        ready = self.resident is not None and self.scoring is not None and self.kv.host.blocks > 0
+        return ready and self.config.layer_ahead
+
+    def ahead(self, step, query: torch.Tensor) -> None:
+        self._predicted = query
+        self._select(step, query)
+        if self.config.cpu_query == "predicted":
+            self._start_cpu(step, query)
+
+    def attend(self, step, query: torch.Tensor) -> Partial:
+        if self.kv.host.blocks and self.resident is None:
+            self._choose_residents(step, query)
+        self._join_recall()
+        self._attended, parts = 0.0, []
+        if self.resident is not None:
+            if self._pick is None:
+                self._select(step, query)
+            if self._ticket is None:
+                self._start_cpu(step, query)
+            parts.append(self._attend_residents(step, query))
+        parts.append(self._attend_tail(step, query))
+        if self._ticket is not None:
+            share = self._join_cpu(step)
+            if share.partial is not None:
+                parts.append(Partial(*(t.to(query.device) for t in share.partial)))
+                self._attended += share.tokens / (query.shape[0] * self.kv_heads)
+        self._tally(step, query)
+        return fuse(parts)
+
+    def settle(self, step) -> None:
+        self._write_back(step)
+        if self._pick is not None and self._recall_due(step):
+            self._start_recall(step)
+        self._forget()
+        if self.resident is not None and self._slots() > 1.25 * self.resident.slots:
+            # A share budget has outgrown its slots: the next attention chooses residents anew.
+            self._join_recall()
+            self.resident = None
+
+    def flush(self) -> None:
+        self.drain()
+        self._write_back(None)
+
+    def prefilled(self, step, query: torch.Tensor) -> None:
+        if self.kv.host.blocks and step.queries >= self.config.block_size:
+            self._join_recall()
+            self._choose_residents(step, query)
+
+    # -- structure ----------------------------------------------------------------------------------------------
+
+    def crop(self, length: int) -> None:
+        super().crop(length)
+        self.selector.crop(self.kv.host.blocks)
+        if self.resident is not None:
+            self.resident.crop(self.kv.host.blocks)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        super().select_rows(rows)
+        self.selector.select_rows(rows)
+        if self.resident is not None:
+            self.resident.select_rows(rows)
+
+    def fork(self) -> Scout:
+        twin = super().fork()
+        twin.selector = self.selector.fork()
+        twin.resident = self.resident and self.resident.fork()
+        return twin
+
+    def drain(self) -> None:
+        if self._ticket is not None:
+            self._ticket.drain()
+        self._forget()
+        self._join_recall()
+
+    def tier_bytes(self) -> dict[str, int]:
+        device = self.kv.device_bytes + (self.resident.used_bytes if self.resident else 0)
+        return {"host": self.kv.host.used_bytes, "device": device, "digests": self.selector.table.used_bytes}
+
+    # -- the parts of a step ------------------------------------------------------------------------------------
+
+    def _select(self, step, query: torch.Tensor) -> None:
+        blocks = self.kv.host.blocks
+        self._pick = self.selector.pick(step, query, blocks, self.kv_heads)
+        usable = self._pick.usable_or_all()
+        self._missing = usable & ~self.resident.holds(self._pick.ids, blocks)
+
+    def _start_cpu(self, step, query: torch.Tensor) -> None:
+        ids, missing = self._pick.ids.cpu(), self._missing.cpu()
+        tokens = None if step.mask is None else step.token_mask(self.config.block_size).cpu()
+        job = (step.backend, self.kv.host, query.detach().cpu(), ids, missing, tokens, self.scoring)
+        self._ticket = step.workers.submit(cpu_share, *job)
+
+    def _join_cpu(self, step) -> Share:
+        ticket, self._ticket = self._ticket, None
+        with step.counters.timed(self.layer_idx, "join"):
+            self._share = ticket.wait()
+        return self._share
+
+    def _attend_residents(self, step, query: torch.Tensor) -> Partial:
+        keys, values = self.resident.content()
+        allowed, size = None, self.config.block_size
+        if step.mask is not None or self.resident.gaps:
+            ids = self.resident.ids[:, :, : self.resident.filled]
+            allowed = (ids >= 0).unsqueeze(-1).expand(*ids.shape, size)
+            if step.mask is not None:
+                rows = torch.arange(len(ids), device=ids.device)[:, None, None]
+                allowed = allowed & step.token_mask(size)[rows, ids.clamp(min=0)]
+            allowed = allowed.flatten(2).unsqueeze(2)
+        return self._attend_here(query, keys, values, allowed)
+
+    def _attend_tail(self, step, query: torch.Tensor) -> Partial:
+        keys, values = self.kv.tail()
+        allowed = None if step.mask is None else step.mask[:, None, None, self.kv.host.length :]
+        return self._attend_here(query, keys, values, allowed)
+
+    def _attend_here(self, query, keys, values, allowed) -> Partial:
+        tokens = keys.shape[2] if allowed is None else allowed.sum() / (allowed.shape[0] * allowed.shape[1])
+        self._attended = self._attended + tokens
+        return attend(query, keys, values, *self.scoring, allowed)
+
+    def _write_back(self, step) -> None:
+        full = self.kv.full_blocks(self._window_blocks)
+        if full is None:
+            return
+        first, count = self.kv.host.blocks, full[0].shape[2] // self.config.block_size
+        exists = None
+        if step is not None and step.mask is not None:
+            exists = step.token_mask(self.config.block_size)[:, first : first + count]
+        self.selector.extend(full[0], exists)
+        if self.resident is not None and count <= 1:
+            self.resident.adopt(first, *full)
+        self.kv.write_back(self._window_blocks)
+
+    def _choose_residents(self, step, query: torch.Tensor) -> None:
+        host = self.kv.host
+        if self.resident is None:
+            batch, _, _, dim = query.shape
+            like = (host.table.pool.dtype, query.device)
+            self.resident = ResidentSlots(batch, self.kv_heads, self._slots(), self.config.block_size, dim, *like)
+        pick = self.selector.pick(step, query, host.blocks, self.kv_heads)
+        self.resident.load(pick.ids, pick.usable_or_all(), host)
+        self._steps_since_recall = 0
+
+    def _slots(self) -> int:
+        tokens = self.config.resident or self.config.budget or DEFAULT_RESIDENT_TOKENS
+        if isinstance(tokens, float):
+            tokens = max(self.config.block_size, int(tokens * self.kv.length))
+        return self.config.blocks(tokens)
+
+    # -- recall -------------------------------------------------------------------------------------------------
+
+    def _recall_due(self, step) -> bool:
+        self._steps_since_recall += 1
+        rule = self.config.recall
+        if rule is None or self._share is None:
+            return False
+        if isinstance(rule, float):
+            return self._share.blocks >= rule * self._pick.ids.numel()
+        interval = rule.intervals[self.layer_idx] if isinstance(rule, RecallIntervals) else rule
+        # Layers start at different phases, so that their transfers do not bunch up in one step.
+        return interval > 0 and (self._steps_since_recall + self.layer_idx) % interval == 0
+
+    def _start_recall(self, step) -> None:
+        plan = self.resident.plan_recall(self._pick.ids, self._pick.usable_or_all(), self.kv.host.blocks)
+        if plan is not None:
+            self._recall = step.workers.submit(plan.run, self.kv.host)
+            step.counters.recalled(self.layer_idx, plan.blocks, plan.moved_bytes)
+
+    def _join_recall(self) -> None:
+        if self._recall is not None:
+            ticket, self._recall = self._recall, None
+            ticket.wait()
+
+    # -- bookkeeping --------------------------------------------------------------------------------------------
+
+    _recall = None
+
+    def _forget(self) -> None:
+        self._pick: Pick | None = None
+        self._missing = self._ticket = self._predicted = self._share = None
+        self._attended = 0.0
+
+    def _tally(self, step, query: torch.Tensor) -> None:
+        context = self.kv.length if step.mask is None else step.row_tokens().float().mean()
+        step.counters.attended(self.layer_idx, context, self._attended)
+        if self._share is not None:
+            step.counters.cpu_share(self.layer_idx, self._share.blocks, self._pick.ids.numel())
+        if self._predicted is not None:
+            step.counters.predicted(self.layer_idx, self._predicted, query)
+
+
+def cpu_share(backend, host, query, ids, missing, tokens, scoring) -> Share:
+    """Attention of the CPU's share: the missing blocks of every row and head, ragged lists packed to the front.
+
+    Parameters
+    ----------
+    backend, host
+        CPU backend and host store.
+    query : Tensor (batch, query_heads, 1, head_dim)
+        Predicted or real, on the CPU.
+    ids, missing : Tensor (batch, kv_heads, n)
+        Selected blocks, and which of them are not resident.
+    tokens : Tensor (batch, blocks, block_size) of bool, or None
+        Tokens that are no padding.
+    scoring : Scoring
+    """
+    counts = missing.sum(2)
+    longest, total = int(counts.max()) if counts.numel() else 0, int(counts.sum())
+    if not longest:
+        return Share(None, 0, 0)
+    order = missing.to(torch.int8).argsort(dim=2, descending=True, stable=True)[:, :, :longest]
+    blocks, allowed = ids.gather(2, order), None
+    if tokens is not None or total < counts.numel() * longest:
+        allowed = missing.gather(2, order).unsqueeze(-1).expand(*blocks.shape, host.block_size)
+        if tokens is not None:
+            rows = torch.arange(len(blocks))[:, None, None]
+            allowed = allowed & tokens[rows, blocks]
+    covered = total * host.block_size if allowed is None else int(allowed.sum())
+    return Share(backend.attend_blocks(query, host, blocks, 0, *scoring, allowed), total, covered)

@@ -1,0 +1,292 @@
+"""patch(model): the hooks that run a forward pass with a ScoutCache, and their exact removal."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+
+from scout_hf.attention import PREFIX, implementation_over
+from scout_hf.cache import ScoutCache, ScoutLayer, check_names
+from scout_hf.config import ScoutConfig
+from scout_hf.errors import PatchError, UnsupportedInputError
+from scout_hf.kernels.cpu import make_backend
+from scout_hf.kernels.cpu.workers import Workers
+from scout_hf.patches import family_of
+from scout_hf.profiling import profile_recall
+from scout_hf.recall import RecallIntervals
+from scout_hf.selfcheck import check_unknown_family
+from scout_hf.step import Step, active_step, set_active_step
+from scout_hf.telemetry import Counters, Stats, summarise
+
+HANDLE = "_scout_handle"
+PREPARE = "_prepare_cache_for_generation"
+BYTES_EVERY = 16
+
+
+def patch(model: torch.nn.Module, config: ScoutConfig | None = None, **options: Any) -> Handle:
+    """Let ``model.generate()`` keep and attend its KV cache the way ``config`` says.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model; changed in place, undone by ``handle.remove()``.
+    config : ScoutConfig, optional
+        Settings; single fields may be given by keyword instead: ``patch(model, budget=2048)``.
+
+    Returns
+    -------
+    Handle
+        Also a context manager that removes the patch at its end.
+
+    Raises
+    ------
+    ConfigError
+        For a setting that is not allowed.
+    UnsupportedModelError
+        For a model whose attention cannot be served.
+    PatchError
+        If the model is patched already.
+
+    In all three cases the model stays as it was.
+    """
+    config = ScoutConfig.from_options(config, **options)
+    model = getattr(model, "get_base_model", lambda: model)()
+    family = family_of(model)
+    if HANDLE in model.__dict__:
+        raise PatchError(
+            "this model is patched already; call scout_hf.unpatch(model) first, or pass a ScoutCache with other settings "
+            "as past_key_values"
+        )
+    text = model.config.get_text_config(decoder=True)
+    check_names(config, text, len(family.layers(family.decoder(model))))
+    handle = Handle(model, config, family)
+    handle._install()
+    try:
+        check_unknown_family(model, family, handle)
+    except BaseException:
+        handle.remove()
+        raise
+    return handle
+
+
+def unpatch(model: torch.nn.Module) -> None:
+    """Undo ``patch(model)``. Raises PatchError if the model is not patched."""
+    model = getattr(model, "get_base_model", lambda: model)()
+    handle = model.__dict__.get(HANDLE)
+    if handle is None:
+        raise PatchError("this model is not patched: nothing to undo")
+    handle.remove()
+
+
+class Handle:
+    """What ``patch`` returns: statistics, profiling and removal. Copies of the model carry copies of it."""
+
+    def __init__(self, model: torch.nn.Module, config: ScoutConfig, family: Any):
+        self.model, self.config, self._family = model, config, family
+        self._decoder = family.decoder(model)
+        self._backend = make_backend(config.cpu_backend)
+        self._workers = Workers(config.threads)
+        self._counters = Counters()
+        self._kv_bytes: dict[str, int] = {}
+        self._hooks: list[Any] = []
+        self._implementations: list[tuple[Any, str | None]] = []
+        self._prepare_before: Any = None
+
+    # -- what a user calls --------------------------------------------------------------------------------------
+
+    @property
+    def exact(self) -> bool:
+        """Whether these settings attend to everything with the real query."""
+        everything = self.config.budget is None or self.config.budget == 1.0
+        predicts = self._two_tiers and self.config.layer_ahead and self.config.cpu_query == "predicted"
+        return everything and not predicts
+
+    def stats(self) -> Stats:
+        """What was attended, where, and what it cost, since ``patch`` or ``reset_stats``; prints as a table."""
+        return summarise(self._counters, self.config.method, self.exact, dict(self._kv_bytes))
+
+    def reset_stats(self) -> None:
+        """Start the tallies anew."""
+        self._counters.reset()
+
+    def new_cache(self, **options: Any) -> ScoutCache:
+        """An empty cache for this model, with single settings replaced by keyword."""
+        return ScoutCache(self.model.config, self.config, **options)
+
+    def profile_recall(self, prompts: Any, steps: int = 48, threshold: float | None = None) -> RecallIntervals:
+        """Measure recall intervals per layer on prompts; see :func:`scout_hf.profiling.profile_recall`."""
+        return profile_recall(self, prompts, steps, threshold)
+
+    def remove(self) -> None:
+        """Give the model back exactly as it was. Raises PatchError the second time."""
+        if self.model.__dict__.get(HANDLE) is not self:
+            raise PatchError("this patch was removed already")
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for config, implementation in self._implementations:
+            config._attn_implementation_internal = implementation
+        self._implementations.clear()
+        del self.model.__dict__[PREPARE]
+        if self._prepare_before is not None:
+            self.model.__dict__[PREPARE] = self._prepare_before
+        del self.model.__dict__[HANDLE]
+        self._workers.close()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.model.__dict__.get(HANDLE) is self:
+            self.remove()
+
+    def __repr__(self) -> str:
+        state = "patched" if self.model.__dict__.get(HANDLE) is self else "removed"
+        return f"Handle({type(self.model).__name__}, {self.config!r}, {state})"
+
+    # -- installation -------------------------------------------------------------------------------------------
+
+    def _install(self) -> None:
+        layers = self._family.layers(self._decoder)
+        configs = [self._decoder.config, *(self._family.attention(layer).config for layer in layers)]
+        for config in {id(config): config for config in configs}.values():
+            self._implementations.append((config, config._attn_implementation_internal))
+            if not (config._attn_implementation_internal or "").startswith(PREFIX):
+                config._attn_implementation_internal = implementation_over(config._attn_implementation_internal)
+        # The outer model opens the pass too: multi-modal models make their masks before the decoder is called.
+        for module in {id(m): m for m in (self.model, self._decoder)}.values():
+            self._hooks.append(module.register_forward_pre_hook(self._open, with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._close, with_kwargs=True, always_call=True))
+        for index, layer in enumerate(layers):
+            hook = functools.partial(self._before_layer, index)
+            self._hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        self._prepare_before = self.model.__dict__.get(PREPARE)
+        self.model.__dict__[PREPARE] = self._prepare_cache
+        self.model.__dict__[HANDLE] = self
+
+    def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
+        wanted = generation_config.cache_implementation in (None, "dynamic") and generation_config.use_cache is not False
+        if wanted and model_kwargs.get("past_key_values") is None and not generation_config.output_attentions:
+            cache = model_kwargs["past_key_values"] = self.new_cache()
+            if getattr(generation_config, "is_assistant", False) and hasattr(cache, "activate_past_recording"):
+                cache.activate_past_recording()
+            return None
+        if self._prepare_before is not None:
+            return self._prepare_before(generation_config, model_kwargs, *args, **kwargs)
+        return getattr(type(self.model), PREPARE)(self.model, generation_config, model_kwargs, *args, **kwargs)
+
+    # -- hooks --------------------------------------------------------------------------------------------------
+
+    def _open(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        given = _named(module, args, kwargs)
+        cache = given.get("past_key_values")
+        step = active_step()
+        if step is not None and step.cache is cache:
+            step.depth += 1
+            return
+        if not isinstance(cache, ScoutCache):
+            return
+        inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        if inputs is None:
+            return
+        _refuse_unservable(module, given)
+        past = cache.get_seq_length()
+        step = Step(
+            cache=cache,
+            queries=inputs.shape[1],
+            tokens=past + inputs.shape[1],
+            mask=_padding(given.get("attention_mask"), past + inputs.shape[1]),
+            backend=self._backend,
+            workers=self._workers,
+            counters=self._counters,
+        )
+        cache.drain()
+        step.lengths = [layer.get_seq_length() for layer in cache.scout_layers]
+        if step.queries == 1:
+            self._counters.steps += 1
+        else:
+            self._counters.prefill_tokens += step.queries
+        set_active_step(step)
+
+    def _close(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        step = active_step()
+        if step is None or step.backend is not self._backend:
+            return
+        step.depth -= 1
+        if step.depth:
+            return
+        set_active_step(None)
+        unread = [layer.layer_idx for layer in step.cache.scout_layers if layer.incoming is not None]
+        failed = output is None
+        if failed or unread:
+            step.cache.drain()
+            step.cache.rollback(step.lengths)
+        if unread and not failed:
+            raise PatchError(
+                f"layers {unread} stored keys but did not attend through scout_hf: the attention implementation was "
+                "changed after patch(); unpatch the model, change it, and patch again"
+            )
+        if step.queries > 1 or self._counters.steps % BYTES_EVERY == 1:
+            self._kv_bytes = step.cache.tier_bytes()
+
+    def _before_layer(self, index: int, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        step = active_step()
+        if step is None or step.queries != 1 or index + 1 >= len(step.cache.layers):
+            return
+        following = step.cache.layers[index + 1]
+        if not isinstance(following, ScoutLayer) or following.method is None or not following.method.wants_ahead:
+            return
+        layer = self._family.layers(self._decoder)[index + 1]
+        if not self._family.available(layer):
+            return
+        hidden = args[0] if args else kwargs["hidden_states"]
+        rotary = kwargs.get("position_embeddings")
+        query = self._family.query(self._decoder, layer, hidden, kwargs.get("position_ids"), rotary)
+        following.method.ahead(step, query)
+
+    @property
+    def _two_tiers(self) -> bool:
+        split = self.config.split
+        return split == "cpu" or (split == "auto" and self.model.device.type != "cpu")
+
+
+def _named(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict:
+    if not args:
+        return kwargs
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return {**dict(zip(names, args)), **kwargs}
+
+
+def _padding(mask: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
+    """The 2-D mask as bool (batch, tokens), or None where nothing is padding."""
+    if mask is None:
+        return None
+    if mask.shape[1] != tokens:
+        raise UnsupportedInputError(
+            f"attention_mask covers {mask.shape[1]} tokens, the cache and the new tokens together are {tokens}; pass a "
+            "mask over all of them"
+        )
+    mask = mask.bool()
+    return None if bool(mask.all()) else mask
+
+
+def _refuse_unservable(module: torch.nn.Module, given: dict) -> None:
+    mask = given.get("attention_mask")
+    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
+        kind = f"{mask.dim()}-D" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise UnsupportedInputError(
+            f"attention_mask is {kind}; a ScoutCache takes a 2-D padding mask (batch, tokens), since a custom pattern "
+            "cannot be kept block-sparse; use a DynamicCache for this call"
+        )
+    if given.get("output_attentions"):
+        raise UnsupportedInputError(
+            "output_attentions=True cannot be served from a ScoutCache: no attention weights exist; use a DynamicCache "
+            "for this call"
+        )
+    if torch.is_grad_enabled() and (module.training or any(p.requires_grad for p in module.parameters())):
+        raise UnsupportedInputError(
+            "a ScoutCache holds no gradients; wrap the call in torch.no_grad(), or train without past_key_values"
+        )

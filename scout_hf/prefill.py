@@ -1,0 +1,79 @@
+"""The first pass over a prompt, through the kernel that the model had before, without a square mask where none is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+QUERY_CHUNK = 256
+
+
+def prefill(
+    stock: Callable[..., tuple],
+    takes_causal_flag: bool,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Causal attention of a whole prompt over itself.
+
+    Parameters
+    ----------
+    stock : callable
+        The model's previous attention function.
+    takes_causal_flag : bool
+        Whether ``stock`` is causal by itself when it gets no mask (sdpa, flash); eager attention is not.
+    module, query, keys, values, kwargs
+        As transformers hands them to an attention function; query is (batch, query_heads, tokens, head_dim).
+    mask : Tensor (batch, tokens) of bool, or None
+        Tokens that are no padding.
+
+    Returns
+    -------
+    Tensor (batch, tokens, query_heads, head_dim)
+        Undefined but finite at padding.
+    """
+    if takes_causal_flag and mask is None:
+        return stock(module, query, keys, values, None, **kwargs)[0]
+    kwargs.pop("position_ids", None)
+    starts = None if mask is None else left_padding(mask)
+    if not takes_causal_flag or (mask is not None and starts is None):
+        return _masked(stock, takes_causal_flag, module, query, keys, values, mask, kwargs)
+    out = query.new_zeros(query.shape).transpose(1, 2).contiguous()
+    for start in starts.unique().tolist():
+        rows = (starts == start).nonzero().squeeze(1)
+        real = [part[rows, :, start:] for part in (query, keys, values)]
+        out[rows, start:] = stock(module, *real, None, **kwargs)[0]
+    return out
+
+
+def left_padding(mask: torch.Tensor) -> torch.Tensor | None:
+    """Padding tokens in front of each row, (batch,), or None where padding is anywhere else."""
+    starts = (~mask).sum(-1)
+    expected = torch.arange(mask.shape[1], device=mask.device) >= starts[:, None]
+    # A row of nothing but padding has no tokens to run the kernel on.
+    return starts if bool((mask == expected).all()) and bool(mask[:, -1].all()) else None
+
+
+def _masked(stock, takes_bool_mask, module, query, keys, values, mask, kwargs) -> torch.Tensor:
+    tokens = query.shape[2]
+    order = torch.arange(tokens, device=query.device)
+    parts = []
+    for first in range(0, tokens, QUERY_CHUNK):
+        last = min(first + QUERY_CHUNK, tokens)
+        allowed = (order[first:last, None] >= order[None, :last])[None, None]
+        if mask is not None:
+            # Padding queries see themselves: their output is never used, and it stays finite.
+            itself = order[first:last, None] == order[None, :last]
+            allowed = (allowed & mask[:, None, None, :last]) | itself
+        if not takes_bool_mask:
+            lowest = torch.finfo(query.dtype).min
+            allowed = torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~allowed, lowest)
+        span = (query[:, :, first:last], keys[:, :, :last], values[:, :, :last])
+        parts.append(stock(module, *span, allowed, **kwargs)[0])
+    return torch.cat(parts, dim=1)

@@ -1,0 +1,19 @@
+"""Choosing blocks: digests that stand for a block, their scores against a query, and the pick within a budget."""
+
+from scout_hf.selection.digest import Digest, digest_names, make_digest, register_digest
+from scout_hf.selection.minmax import MinMax
+from scout_hf.selection.pick import Pick, choose
+from scout_hf.selection.selector import Selector
+from scout_hf.selection.table import DigestTable
+
+__all__ = [
+    "Digest",
+    "DigestTable",
+    "MinMax",
+    "Pick",
+    "Selector",
+    "choose",
+    "digest_names",
+    "make_digest",
+    "register_digest",
+]

@@ -1,0 +1,33 @@
+"""Channel-wise minimum and maximum of a block's keys (Quest, arXiv 2406.10774; the digest of ScoutAttention)."""
+
+from __future__ import annotations
+
+import torch
+
+from scout_hf.selection.digest import Digest, register_digest
+
+
+@register_digest
+class MinMax(Digest):
+    """Upper bound of q.k over a block: ``sum_d max(q_d * min_d, q_d * max_d)``, summed over the GQA group.
+
+    Two vectors per block in the dtype of the keys: 1 / block_size of the KV they stand for. The bound equals
+    ``relu(q) . max + min(q, 0) . min``, so a whole group costs one dot product of twice the head size per block.
+    """
+
+    name = "minmax"
+
+    def encode(self, keys: torch.Tensor, exists: torch.Tensor | None) -> torch.Tensor:
+        if exists is None:
+            return torch.cat([keys.amax(dim=3), keys.amin(dim=3)], dim=-1)
+        gone = ~exists[:, None, :, :, None]
+        high = keys.masked_fill(gone, -torch.inf).amax(dim=3)
+        low = keys.masked_fill(gone, torch.inf).amin(dim=3)
+        # A block of nothing but padding has no bounds; zeros keep its score finite, and it is never chosen.
+        return torch.cat([high, low], dim=-1).nan_to_num(posinf=0.0, neginf=0.0)
+
+    def score(self, query: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        batch, kv_heads = codes.shape[:2]
+        grouped = query.view(batch, kv_heads, -1, query.shape[-1])
+        signed = torch.cat([grouped.clamp(min=0).sum(2), grouped.clamp(max=0).sum(2)], dim=-1)
+        return torch.matmul(codes, signed.to(codes.dtype).unsqueeze(-1)).squeeze(-1).float()

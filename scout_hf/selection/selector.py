@@ -1,0 +1,84 @@
+"""Selection for one layer: keeps the digests of its whole blocks and picks among them within the budget."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from scout_hf.config import ScoutConfig
+from scout_hf.selection.digest import make_digest
+from scout_hf.selection.pick import Pick, choose, everything
+from scout_hf.selection.table import DigestTable
+
+
+class Selector:
+    """Digests and budget of one layer.
+
+    Parameters
+    ----------
+    config : ScoutConfig
+    layer_idx : int
+    """
+
+    def __init__(self, config: ScoutConfig, layer_idx: int):
+        self.config, self.dense = config, config.is_dense(layer_idx)
+        self.digest, self.table = make_digest(config.digest), DigestTable()
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that have a digest."""
+        return self.table.blocks
+
+    def extend(self, keys: torch.Tensor, exists: torch.Tensor | None) -> None:
+        """Digest further whole blocks.
+
+        ``keys`` is (batch, kv_heads, n * block_size, head_dim), ``exists`` (batch, n, block_size) of bool or None.
+        """
+        if self.dense:
+            return
+        self.table.append(self.digest.encode(keys.unflatten(2, (-1, self.config.block_size)), exists))
+
+    def pick(self, step, query: torch.Tensor, blocks: int, kv_heads: int) -> Pick:
+        """The blocks to attend, out of the first ``blocks``.
+
+        Parameters
+        ----------
+        step : Step
+            Says how long the context is, for a share budget, and which tokens are padding.
+        query : Tensor (batch, query_heads, 1, head_dim)
+        blocks : int
+            Blocks open to selection; what is newer is attended anyway.
+        kv_heads : int
+        """
+        exists = None
+        if step.mask is not None:
+            exists = step.token_mask(self.config.block_size)[:, :blocks].any(-1)
+        count = None if self.dense else self._count(step)
+        if count is None or (isinstance(count, int) and count >= blocks):
+            return everything(query.shape[0], kv_heads, blocks, exists, query.device)
+        scores = self.digest.score(query, self.table.codes(blocks))
+        return choose(scores, count, self.config.blocks(self.config.sinks), exists)
+
+    def _count(self, step) -> int | torch.Tensor:
+        budget, recent = self.config.budget, self.config.blocks(self.config.window)
+        if isinstance(budget, int):
+            return max(1, self.config.blocks(budget) - recent)
+        if step.mask is None:
+            return max(1, self.config.blocks(math.ceil(budget * step.tokens)) - recent)
+        share = torch.ceil(budget * step.row_tokens() / self.config.block_size).long()
+        return (share - recent).clamp(min=1)
+
+    def crop(self, blocks: int) -> None:
+        """Forget digests from block ``blocks`` on."""
+        self.table.crop(blocks)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Make row ``i`` what row ``rows[i]`` was."""
+        self.table.select_rows(rows)
+
+    def fork(self) -> Selector:
+        """An independent copy."""
+        twin = object.__new__(Selector)
+        twin.__dict__.update(self.__dict__, table=self.table.fork())
+        return twin

@@ -1,0 +1,52 @@
+"""The codes of all whole blocks of one layer, in order, contiguous per row and head so that scoring is one product."""
+
+from __future__ import annotations
+
+import torch
+
+SLACK_BLOCKS = 32
+
+
+class DigestTable:
+    """Append-only codes, (batch, kv_heads, blocks, code), that can be cut and whose rows can be permuted."""
+
+    def __init__(self):
+        self._codes: torch.Tensor | None = None
+        self.blocks = 0
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the codes, spare room included."""
+        return 0 if self._codes is None else self._codes.numel() * self._codes.element_size()
+
+    def codes(self, blocks: int | None = None) -> torch.Tensor:
+        """Codes of the first ``blocks`` blocks (all by default), a view."""
+        return self._codes[:, :, : self.blocks if blocks is None else blocks]
+
+    def append(self, codes: torch.Tensor) -> None:
+        """Add the codes of further blocks, (batch, kv_heads, n, code)."""
+        total = self.blocks + codes.shape[2]
+        if self._codes is None or total > self._codes.shape[2]:
+            room = total + max(SLACK_BLOCKS, total // 8)
+            grown = codes.new_empty((*codes.shape[:2], room, codes.shape[3]))
+            if self.blocks:
+                grown[:, :, : self.blocks] = self.codes()
+            self._codes = grown
+        self._codes[:, :, self.blocks : total] = codes
+        self.blocks = total
+
+    def crop(self, blocks: int) -> None:
+        """Keep the codes of the first ``blocks`` blocks."""
+        self.blocks = min(self.blocks, blocks)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Make row ``i`` what row ``rows[i]`` was."""
+        if self._codes is not None:
+            self._codes = self._codes[rows.to(self._codes.device)]
+
+    def fork(self) -> DigestTable:
+        """An independent copy."""
+        twin = DigestTable()
+        twin.blocks = self.blocks
+        twin._codes = None if self._codes is None else self._codes.clone()
+        return twin

@@ -1,0 +1,53 @@
+"""A model of an unknown family is tried once, on a few tokens, before patch() returns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from scout_hf.errors import ScoutError, UnsupportedModelError
+from scout_hf.patches import ProbeFamily
+
+TOKENS = 6
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def check_unknown_family(model: Any, family: Any, handle: Any) -> None:
+    """Compare patched with stock logits on a short prompt and one decode step; known families pass unseen.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model cannot run with a ScoutCache, or answers differently.
+    """
+    if not isinstance(family, ProbeFamily):
+        return
+    ids = torch.arange(1, TOKENS + 1, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
+    name = type(model).__name__
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            cache = handle.new_cache(budget=None, layer_ahead=False)
+            first = model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True).logits[:, -1]
+            second = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
+            stock = model(input_ids=ids, use_cache=False).logits
+    except ScoutError as error:
+        raise UnsupportedModelError(f"{name} is of an unknown family and cannot be served: {error}") from error
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{name} is of an unknown family and its trial run failed ({type(error).__name__}: {error}); known families "
+            "are listed by scout_hf.patches.family_names()"
+        ) from error
+    finally:
+        model.train(was_training)
+        handle.reset_stats()
+    expected = torch.stack([stock[:, -2], stock[:, -1]]).float()
+    error = (torch.stack([first, second]).float() - expected).abs().max().item()
+    allowed = TOLERANCE.get(stock.dtype, 1e-1) * max(1.0, expected.abs().max().item())
+    if not error <= allowed:
+        raise UnsupportedModelError(
+            f"{name} is of an unknown family and its patched logits differ by {error:.2g} (allowed {allowed:.2g}): its "
+            "attention does something that scout_hf cannot follow; use it unpatched"
+        )

@@ -1,0 +1,71 @@
+"""One forward pass of a patched model: which cache, which padding, and what the layers share while it runs."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from scout_hf.kernels.cpu.workers import Workers
+    from scout_hf.telemetry import Counters
+
+_ACTIVE = threading.local()
+
+
+def active_step() -> Step | None:
+    """The forward pass that the calling thread is in, if it runs with a ScoutCache."""
+    return getattr(_ACTIVE, "step", None)
+
+
+def set_active_step(step: Step | None) -> None:
+    """Make ``step`` the calling thread's forward pass; None ends it."""
+    _ACTIVE.step = step
+
+
+@dataclass
+class Step:
+    """What every layer of one forward pass may ask.
+
+    Parameters
+    ----------
+    cache : ScoutCache
+        The cache of this pass.
+    queries : int
+        New tokens per row; 1 is a decode step.
+    tokens : int
+        Tokens per row once this pass is through, padding included.
+    mask : Tensor (batch, tokens so far) of bool, or None
+        Which tokens exist, padding False; None when all do.
+    backend, workers, counters
+        CPU attention, the pool that runs it ahead, and the tallies of the handle.
+    lengths : list of int
+        Tokens per scout layer before this pass, to go back to if it fails.
+    depth : int
+        Nested modules of this pass that are still running.
+    """
+
+    cache: Any
+    queries: int
+    tokens: int
+    mask: torch.Tensor | None
+    backend: Any
+    workers: Workers
+    counters: Counters
+    lengths: list[int] = field(default_factory=list)
+    depth: int = 1
+    _blocks: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def token_mask(self, block_size: int) -> torch.Tensor:
+        """``mask`` cut into blocks, (batch, blocks, block_size), missing tokens of the last block False."""
+        if block_size not in self._blocks:
+            batch, tokens = self.mask.shape
+            padded = torch.nn.functional.pad(self.mask, (0, -tokens % block_size))
+            self._blocks[block_size] = padded.view(batch, -1, block_size)
+        return self._blocks[block_size]
+
+    def row_tokens(self) -> torch.Tensor:
+        """Tokens of each row that are no padding, (batch,)."""
+        return self.mask.sum(-1)

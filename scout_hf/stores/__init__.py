@@ -1,0 +1,8 @@
+"""Where keys and values live: pages with reference counts, paged host memory, slots on the device."""
+
+from scout_hf.stores.device import ResidentSlots
+from scout_hf.stores.host import PagedKV
+from scout_hf.stores.pages import PagePool, PageTable
+from scout_hf.stores.tiers import TwoTierKV
+
+__all__ = ["PagePool", "PageTable", "PagedKV", "ResidentSlots", "TwoTierKV"]

@@ -1,0 +1,148 @@
+"""The resident part of one layer: a fixed number of block slots next to the model (ScoutAttention 3.1)."""
+
+from __future__ import annotations
+
+import torch
+
+EMPTY = -1
+
+
+class ResidentSlots:
+    """Block slots per row and KV head.
+
+    Slots fill from the front; ``filled`` of them are in use. ``ids`` (batch, kv_heads, slots) says which block each
+    holds, ``EMPTY`` for none (rows of a padded batch have fewer blocks than others).
+
+    Parameters
+    ----------
+    batch, heads, slots, block_size, head_dim : int
+        Sizes.
+    dtype, device
+        Of the slots.
+    """
+
+    def __init__(self, batch: int, heads: int, slots: int, block_size: int, head_dim: int, dtype, device):
+        shape = (batch, heads, slots, block_size, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.ids = torch.full(shape[:3], EMPTY, dtype=torch.int64, device=device)
+        self.filled = 0
+        self.gaps = False
+
+    @property
+    def slots(self) -> int:
+        """Slots per row and head."""
+        return self.ids.shape[2]
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes that the slots take, used or not."""
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+    def content(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the slots in use, (batch, kv_heads, filled * block_size, head_dim) each."""
+        return self.keys[:, :, : self.filled].flatten(2, 3), self.values[:, :, : self.filled].flatten(2, 3)
+
+    def holds(self, ids: torch.Tensor, blocks: int) -> torch.Tensor:
+        """Which of ``ids`` (batch, kv_heads, n), all below ``blocks``, are resident; bool of the same shape."""
+        present = torch.zeros((*ids.shape[:2], blocks + 1), dtype=torch.bool, device=ids.device)
+        here = self.ids[:, :, : self.filled]
+        present.scatter_(2, torch.where(here == EMPTY, blocks, here), True)
+        return present.gather(2, ids)
+
+    def load(self, ids: torch.Tensor, usable: torch.Tensor, host) -> int:
+        """Fill the slots anew with blocks of ``host`` (a PagedKV) and return how many came.
+
+        ``ids`` is (batch, kv_heads, n), best first; what does not fit is left out. ``usable`` marks the real ones.
+        """
+        self.filled = min(ids.shape[2], self.slots)
+        chosen, usable = ids[:, :, : self.filled], usable[:, :, : self.filled]
+        self.ids[:, :, : self.filled] = torch.where(usable, chosen, EMPTY)
+        self.ids[:, :, self.filled :] = EMPTY
+        self.gaps = not bool(usable.all())
+        keys, values = _fetch(host, torch.where(usable, chosen, 0))
+        self.keys[:, :, : self.filled] = keys
+        self.values[:, :, : self.filled] = values
+        return int(usable.sum())
+
+    def adopt(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Take blocks ``first ...`` straight from the device, as long as slots are free.
+
+        ``keys`` and ``values`` are (batch, kv_heads, n * block_size, head_dim).
+        """
+        count = min(keys.shape[2] // self.keys.shape[3], self.slots - self.filled)
+        if count:
+            span = slice(self.filled, self.filled + count)
+            tokens = count * self.keys.shape[3]
+            self.keys[:, :, span] = keys[:, :, :tokens].unflatten(2, (count, -1))
+            self.values[:, :, span] = values[:, :, :tokens].unflatten(2, (count, -1))
+            self.ids[:, :, span] = torch.arange(first, first + count, device=self.ids.device)
+            self.filled += count
+
+    def plan_recall(self, wanted: torch.Tensor, usable: torch.Tensor, blocks: int) -> Recall | None:
+        """Swap in the wanted blocks that are missing for residents that are not wanted; numbers now, data later.
+
+        ``wanted`` (batch, kv_heads, n) is best first, all below ``blocks``. The slots' contents are undefined until the
+        returned transfer has run. None when nothing is missing.
+        """
+        missing = usable & ~self.holds(wanted, blocks)
+        is_wanted = torch.zeros((*wanted.shape[:2], blocks + 1), dtype=torch.bool, device=wanted.device)
+        is_wanted.scatter_(2, torch.where(usable, wanted, blocks), True)
+        is_wanted[:, :, blocks] = False
+        here = torch.where(self.ids == EMPTY, blocks, self.ids)
+        leaving = ~is_wanted.gather(2, here)
+        pairs = int(torch.minimum(missing.sum(2), leaving.sum(2)).max())
+        if not pairs:
+            return None
+        incoming = missing.to(torch.int8).argsort(dim=2, descending=True, stable=True)[:, :, :pairs]
+        slots = leaving.to(torch.int8).argsort(dim=2, descending=True, stable=True)[:, :, :pairs]
+        real = missing.gather(2, incoming) & leaving.gather(2, slots)
+        ids = wanted.gather(2, incoming)
+        self.ids.scatter_(2, slots, torch.where(real, ids, self.ids.gather(2, slots)))
+        self.filled = self.slots if bool((self.ids != EMPTY).any(0).any(0)[self.filled :].any()) else self.filled
+        self.gaps = self.gaps or bool((self.ids[:, :, : self.filled] == EMPTY).any())
+        return Recall(self, ids, slots, real)
+
+    def crop(self, blocks: int) -> None:
+        """Forget residents from block ``blocks`` on."""
+        gone = self.ids >= blocks
+        if bool(gone.any()):
+            self.ids.masked_fill_(gone, EMPTY)
+            self.gaps = True
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Make row ``i`` what row ``rows[i]`` was."""
+        rows = rows.to(self.ids.device)
+        self.keys, self.values, self.ids = self.keys[rows], self.values[rows], self.ids[rows]
+
+    def fork(self) -> ResidentSlots:
+        """An independent copy."""
+        twin = object.__new__(ResidentSlots)
+        twin.__dict__.update(self.__dict__)
+        twin.keys, twin.values, twin.ids = self.keys.clone(), self.values.clone(), self.ids.clone()
+        return twin
+
+
+class Recall:
+    """One planned transfer of host blocks into slots; ``run`` moves the data, once, on any thread."""
+
+    def __init__(self, resident: ResidentSlots, ids: torch.Tensor, slots: torch.Tensor, real: torch.Tensor):
+        self.resident, self.ids, self.slots, self.real = resident, ids, slots, real
+        self.blocks = int(real.sum())
+        self.moved_bytes = self.blocks * 2 * resident.keys[0, 0, 0].numel() * resident.keys.element_size()
+
+    def run(self, host) -> None:
+        """Copy from ``host`` (a PagedKV). Nothing reads these slots before the transfer is joined."""
+        keys, values = _fetch(host, self.ids)
+        rows, heads, which = self.real.nonzero(as_tuple=True)
+        slots = self.slots[rows, heads, which]
+        self.resident.keys[rows, heads, slots] = keys[rows, heads, which].to(self.resident.keys.device)
+        self.resident.values[rows, heads, slots] = values[rows, heads, which].to(self.resident.values.device)
+
+
+def _fetch(host, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (*ids.shape, host.block_size, host.head_dim)
+    pool = host.table.pool
+    keys, values = (torch.empty(shape, dtype=pool.dtype, device=pool.device) for _ in range(2))
+    host.gather(ids.cpu(), keys, values)
+    return keys, values

@@ -1,0 +1,127 @@
+"""Keys and values of one layer in pages: append, read, share, cut. The host tier, and the only one without a GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from scout_hf.stores.pages import PagePool, PageTable
+
+
+class PagedKV:
+    """Paged keys and values of a batch; all rows have the same length.
+
+    A page holds one block of one row: ``(kv_heads, 2, block_size, head_dim)``, keys then values, so that one head's
+    block is one contiguous tile.
+
+    Parameters
+    ----------
+    batch, heads, head_dim, block_size : int
+        KV heads, not query heads; tokens per block.
+    dtype, device
+        Of the stored tensors.
+    """
+
+    def __init__(self, batch: int, heads: int, head_dim: int, block_size: int, dtype: torch.dtype, device):
+        self.heads, self.head_dim, self.block_size = heads, head_dim, block_size
+        pool = PagePool((heads, 2, block_size, head_dim), dtype, device)
+        self.table = PageTable(pool, batch)
+        self.length = 0
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return len(self.table.ids)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks per row, the partly filled last one included."""
+        return self.table.ids.shape[1]
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the pages in use, those shared with forks counted once."""
+        return self.table.pool.used_pages * self.table.pool.page_bytes
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store new tokens of every row; (batch, kv_heads, tokens, head_dim) each."""
+        tokens, at = keys.shape[2], 0
+        if self.length % self.block_size:
+            self.table.own_last()
+            at = min(tokens, self.block_size - self.length % self.block_size)
+            self._write_part(self.table.ids[:, -1], self.length % self.block_size, keys[:, :, :at], values[:, :, :at])
+        whole = (tokens - at) // self.block_size
+        if whole:
+            end = at + whole * self.block_size
+            self._write_whole(self.table.extend(whole), keys[:, :, at:end], values[:, :, at:end])
+            at = end
+        if at < tokens:
+            self._write_part(self.table.extend(1)[:, 0], 0, keys[:, :, at:], values[:, :, at:])
+        self.length += tokens
+
+    def gather(self, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Copy chosen blocks into contiguous tensors.
+
+        Parameters
+        ----------
+        blocks : Tensor (batch, kv_heads, n) of int64
+            Block numbers per row and head, on the CPU.
+        keys, values : Tensor (batch, kv_heads, n, block_size, head_dim), contiguous
+            Where they go; the unfilled end of a row's last block is undefined.
+        """
+        batch, heads, count = blocks.shape
+        pages = self.table.ids.gather(1, blocks.reshape(batch, -1)).view(batch, heads, count)
+        tiles = (pages * heads + torch.arange(heads)[None, :, None]).mul_(2).view(-1)
+        pool, size = self.table.pool, self.block_size * self.head_dim
+        tiles = tiles.to(pool.device)
+        if len(pool.slabs) == 1:
+            flat = pool.slabs[0].view(-1, size)
+            torch.index_select(flat, 0, tiles, out=keys.view(-1, size))
+            torch.index_select(flat, 0, tiles.add_(1), out=values.view(-1, size))
+            return
+        flat_keys, flat_values = keys.view(-1, size), values.view(-1, size)
+        for slab, here, local in pool.by_slab(pages.view(-1)):
+            flat = slab.view(-1, size)
+            offset = tiles[here] - pages.view(-1)[here] * (2 * heads)
+            local = torch.arange(local.start, local.stop) if isinstance(local, slice) else local
+            flat_keys[here] = flat[local * (2 * heads) + offset]
+            flat_values[here] = flat[local * (2 * heads) + offset + 1]
+
+    def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of tokens ``start:stop`` as (batch, kv_heads, stop - start, head_dim) each, newly made."""
+        first, last = start // self.block_size, -(-stop // self.block_size)
+        shape = (self.batch, self.heads, last - first, self.block_size, self.head_dim)
+        pool = self.table.pool
+        keys, values = (torch.empty(shape, dtype=pool.dtype, device=pool.device) for _ in range(2))
+        if last > first:
+            self.gather(torch.arange(first, last).expand(self.batch, self.heads, -1), keys, values)
+        cut = slice(start - first * self.block_size, stop - first * self.block_size)
+        return keys.flatten(2, 3)[:, :, cut], values.flatten(2, 3)[:, :, cut]
+
+    def crop(self, length: int) -> None:
+        """Keep the first ``length`` tokens."""
+        if length < self.length:
+            self.table.truncate(-(-length // self.block_size))
+            self.length = length
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Make row ``i`` what row ``rows[i]`` was (beam search, repeats); pages are shared until written to."""
+        self.table.select_rows(rows.cpu())
+
+    def fork(self) -> PagedKV:
+        """A second store over the same pages, copy on write."""
+        twin = object.__new__(PagedKV)
+        twin.__dict__.update(self.__dict__, table=self.table.fork())
+        return twin
+
+    def _write_part(self, pages: torch.Tensor, offset: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        span = slice(offset, offset + keys.shape[2])
+        for slab, here, local in self.table.pool.by_slab(pages):
+            slab.select(2, 0)[local, :, span] = keys[here]
+            slab.select(2, 1)[local, :, span] = values[here]
+
+    def _write_whole(self, pages: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        shape = (*keys.shape[:2], -1, self.block_size, self.head_dim)
+        for row in range(len(pages)):
+            for slab, here, local in self.table.pool.by_slab(pages[row]):
+                slab.select(2, 0)[local] = keys[row].view(shape[1:]).transpose(0, 1)[here]
+                slab.select(2, 1)[local] = values[row].view(shape[1:]).transpose(0, 1)[here]

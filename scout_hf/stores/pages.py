@@ -1,0 +1,199 @@
+"""Fixed-size pages in slabs that never move, and tables of pages that share them by reference count."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import torch
+
+MIN_SLAB_PAGES = 64
+
+
+class PagePool:
+    """Pages of one shape, in slabs. A slab is never copied or resized; the pool grows by adding one.
+
+    Parameters
+    ----------
+    page_shape : tuple of int
+        Shape of one page.
+    dtype, device
+        Of the slabs.
+
+    Safe to use from several threads: caches forked from one prefix share a pool.
+    """
+
+    def __init__(self, page_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+        self.page_shape = tuple(page_shape)
+        self.dtype, self.device = dtype, torch.device(device)
+        self.slabs: list[torch.Tensor] = []
+        self.starts: list[int] = []
+        self.pages = 0
+        self._fresh = 0
+        self._free: list[int] = []
+        self._references = torch.zeros(0, dtype=torch.int32)
+        self._lock = threading.Lock()
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page."""
+        return math.prod(self.page_shape) * self.dtype.itemsize
+
+    @property
+    def used_pages(self) -> int:
+        """Pages that some table holds."""
+        with self._lock:
+            return self._fresh - len(self._free)
+
+    def allocate(self, count: int) -> torch.Tensor:
+        """``count`` page ids with one reference each, int64 on the CPU; contents are undefined.
+
+        Recycled pages come first where they suffice; otherwise the ids are one ascending run in one slab.
+        """
+        with self._lock:
+            if 0 < count <= len(self._free):
+                ids = torch.tensor(self._free[-count:], dtype=torch.int64)
+                del self._free[-count:]
+            else:
+                ids = self._run(count)
+            self._references[ids] = 1
+            return ids
+
+    def retain(self, ids: torch.Tensor) -> None:
+        """Add one reference for every occurrence in ``ids``."""
+        with self._lock:
+            flat = ids.reshape(-1)
+            self._references.index_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
+
+    def release(self, ids: torch.Tensor) -> None:
+        """Drop one reference for every occurrence in ``ids``; pages without any are recycled."""
+        with self._lock:
+            flat = ids.reshape(-1)
+            self._references.index_add_(0, flat, -torch.ones_like(flat, dtype=torch.int32))
+            self._recycle(flat[self._references[flat] == 0].unique())
+
+    def shared(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which of these pages have more than one reference."""
+        with self._lock:
+            return self._references[ids] > 1
+
+    def write(self, ids: torch.Tensor, content: torch.Tensor) -> None:
+        """Fill whole pages: ``content`` is (len(ids), *page_shape), any strides."""
+        for slab, here, local in self.by_slab(ids):
+            slab[local] = content[here]
+
+    def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copy pages one to one, also across slabs."""
+        content = torch.empty((len(sources), *self.page_shape), dtype=self.dtype, device=self.device)
+        for slab, here, local in self.by_slab(sources):
+            content[here] = slab[local]
+        self.write(targets, content)
+
+    def by_slab(self, ids: torch.Tensor):
+        """Yield (slab, where in ``ids``, ids within the slab) for every slab that ``ids`` (1-D) touches."""
+        if len(self.slabs) == 1:
+            yield self.slabs[0], slice(None), _as_run(ids)
+            return
+        for slab, start in zip(self.slabs, self.starts):
+            here = ((ids >= start) & (ids < start + len(slab))).nonzero().squeeze(1)
+            if len(here) == len(ids):
+                yield slab, slice(None), _as_run(ids - start)
+                return
+            if len(here):
+                yield slab, here, ids[here] - start
+
+    def _run(self, count: int) -> torch.Tensor:
+        if self._fresh + count > self.pages:
+            self._free.extend(range(self._fresh, self.pages))
+            self._fresh = self.pages
+            self._add_slab(count)
+        ids = torch.arange(self._fresh, self._fresh + count)
+        self._fresh += count
+        return ids
+
+    def _add_slab(self, count: int) -> None:
+        size = max(MIN_SLAB_PAGES, count + count // 8, self.pages // 2)
+        self.slabs.append(torch.empty((size, *self.page_shape), dtype=self.dtype, device=self.device))
+        self.starts.append(self.pages)
+        self.pages += size
+        self._references = torch.cat([self._references, torch.zeros(size, dtype=torch.int32)])
+
+    def _recycle(self, ids: torch.Tensor) -> None:
+        self._free.extend(ids.tolist())
+
+
+def _as_run(ids: torch.Tensor) -> torch.Tensor | slice:
+    """``ids`` as a slice where they ascend by one, so that indexing gives a view instead of a copy."""
+    if ids.dim() == 1 and len(ids) > 1:
+        first = int(ids[0])
+        if int(ids[-1]) - first == len(ids) - 1 and bool((ids[1:] - ids[:-1] == 1).all()):
+            return slice(first, first + len(ids))
+    return ids
+
+
+class PageTable:
+    """The pages of each row of a batch, in order: ``ids`` is (batch, blocks) of page ids, int64 on the CPU.
+
+    Rows and tables may share pages; every holder counts. Whoever writes to the last page of a row asks
+    ``own_last`` first.
+    """
+
+    def __init__(self, pool: PagePool, batch: int):
+        self.pool = pool
+        self.ids = torch.empty((batch, 0), dtype=torch.int64)
+        self._last_is_ours = True
+
+    def extend(self, blocks: int) -> torch.Tensor:
+        """Append ``blocks`` fresh pages to every row and return them, (batch, blocks)."""
+        batch = len(self.ids)
+        new = self.pool.allocate(batch * blocks).view(batch, blocks)
+        self.ids = torch.cat([self.ids, new], dim=1)
+        self._last_is_ours = True
+        return new
+
+    def truncate(self, blocks: int) -> None:
+        """Keep the first ``blocks`` pages of every row."""
+        if blocks < self.ids.shape[1]:
+            dropped, self.ids = self.ids[:, blocks:], self.ids[:, :blocks].clone()
+            self.pool.release(dropped)
+            self._last_is_ours = False
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Make row ``i`` what row ``rows[i]`` was; moves page numbers, not data."""
+        chosen = self.ids[rows]
+        self.pool.retain(chosen)
+        self.pool.release(self.ids)
+        self.ids = chosen
+        self._last_is_ours = False
+
+    def fork(self) -> PageTable:
+        """A second table over the same pages; either copies a page before writing to it."""
+        twin = PageTable(self.pool, len(self.ids))
+        twin.ids = self.ids.clone()
+        self.pool.retain(twin.ids)
+        twin._last_is_ours = self._last_is_ours = False
+        return twin
+
+    def own_last(self) -> None:
+        """Give every row a last page of its own, copying the shared ones."""
+        if self._last_is_ours or not self.ids.shape[1]:
+            return
+        last = self.ids[:, -1]
+        shared = self.pool.shared(last)
+        if shared.any():
+            old = last[shared]
+            new = self.pool.allocate(len(old))
+            self.pool.copy_pages(old, new)
+            self.ids[shared, -1] = new
+            self.pool.release(old)
+        self._last_is_ours = True
+
+    def release(self) -> None:
+        """Give all pages back."""
+        ids, self.ids = self.ids, self.ids[:, :0]
+        if ids.numel():
+            self.pool.release(ids)
+
+    def __del__(self):
+        if getattr(self, "ids", None) is not None:
+            self.release()

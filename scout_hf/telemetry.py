@@ -1,0 +1,229 @@
+"""Tallies of what was attended, where, and what it cost. No call here waits for a device."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+SAMPLE_EVERY = 8
+
+
+class Counters:
+    """Running sums per layer, filled by the methods while a model decodes.
+
+    Sums are floats or 0-dimensional tensors, so that a tally on a GPU is only read when somebody asks.
+    """
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        """Start from nothing."""
+        self.steps = self.prefill_tokens = 0
+        self.sums: dict[str, dict[int, float | torch.Tensor]] = defaultdict(lambda: defaultdict(float))
+        self.history: dict[int, list[float]] | None = None
+
+    def add(self, name: str, layer: int, amount: float | torch.Tensor) -> None:
+        """Add to one sum of one layer."""
+        self.sums[name][layer] = self.sums[name][layer] + amount
+
+    def attended(self, layer: int, context: float | torch.Tensor, tokens: float | torch.Tensor) -> None:
+        """One decode step of one layer attended ``tokens`` of ``context``, means over rows and KV heads."""
+        self.add("decodes", layer, 1)
+        self.add("context", layer, context)
+        self.add("attended", layer, tokens)
+
+    def exact(self, layer: int, context: int) -> None:
+        """A pass with several queries attended to everything."""
+        self.add("exact_passes", layer, 1)
+
+    def cpu_share(self, layer: int, blocks: int, selected: int) -> None:
+        """The CPU attended ``blocks`` of ``selected`` chosen blocks, over all rows and heads."""
+        self.add("cpu_blocks", layer, blocks)
+        self.add("selected_blocks", layer, selected)
+        if self.history is not None:
+            self.history.setdefault(layer, []).append(blocks / max(selected, 1))
+
+    def recalled(self, layer: int, blocks: int, moved_bytes: int) -> None:
+        """Blocks were copied to the device."""
+        self.add("recalled_blocks", layer, blocks)
+        self.add("recalled_bytes", layer, moved_bytes)
+
+    def predicted(self, layer: int, predicted: torch.Tensor, real: torch.Tensor) -> None:
+        """A predicted query and the real one, (batch, query_heads, 1, head_dim); sampled."""
+        if self.steps % SAMPLE_EVERY == 1 or SAMPLE_EVERY == 1:
+            cosine = torch.cosine_similarity(predicted.float(), real.float(), dim=-1).mean()
+            self.add("cosine", layer, cosine)
+            self.add("cosine_samples", layer, 1)
+
+    @contextmanager
+    def timed(self, layer: int, name: str) -> Iterator[None]:
+        """Add the time of the block, in milliseconds, to ``<name>_ms``."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(f"{name}_ms", layer, (time.perf_counter() - begin) * 1e3)
+
+    def __reduce__(self):
+        return Counters, ()
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """One layer's means per decode step; None where nothing was measured."""
+
+    layer: int
+    context_tokens: float
+    attended_tokens: float
+    cpu_ratio: float | None
+    cosine: float | None
+    join_wait_ms: float
+    recalled_blocks: int
+    recalled_bytes: int
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a patched model did since ``patch`` or the last ``reset_stats``.
+
+    Attributes
+    ----------
+    method, exact
+        The method, and whether its settings make it exact.
+    steps : int
+        Decode steps.
+    prefill_tokens : int
+        Tokens per row that came in several at a time.
+    context_tokens, attended_tokens : float
+        Means per decode step over layers, rows and KV heads; padding is not counted.
+    cpu_ratio : float or None
+        Share of the selected blocks that the CPU attended, on two tiers.
+    cosine : float or None
+        Cosine of predicted to real query, sampled, over the layers that predict.
+    join_wait_ms : float
+        Time per decode step that the model waited for the CPU's share, all layers together.
+    recalled_blocks, recalled_bytes : int
+        Copied back to the device, in all.
+    kv_bytes : dict
+        Bytes by tier (``host``, ``device``, ``digests``, ``stock`` for layers left to transformers) of the newest cache.
+    layers : tuple of LayerStats
+    """
+
+    method: str
+    exact: bool
+    steps: int
+    prefill_tokens: int
+    context_tokens: float
+    attended_tokens: float
+    cpu_ratio: float | None
+    cosine: float | None
+    join_wait_ms: float
+    recalled_blocks: int
+    recalled_bytes: int
+    kv_bytes: dict[str, int]
+    layers: tuple[LayerStats, ...] = field(repr=False)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        sink = io.StringIO()
+        console = Console(file=sink, width=96, color_system=None)
+        for part in self._tables():
+            console.print(part)
+        return sink.getvalue().rstrip()
+
+    def __rich_console__(self, console, options):
+        yield from self._tables()
+
+    def _tables(self):
+        from rich.table import Table
+
+        kind = "exact" if self.exact else "approximate"
+        head = Table(title=f"scout_hf: {self.method} ({kind})", show_header=False, title_justify="left")
+        share = self.attended_tokens / self.context_tokens if self.context_tokens else 1.0
+        head.add_row("decode steps", f"{self.steps}")
+        head.add_row("prefilled tokens", f"{self.prefill_tokens}")
+        head.add_row("attended per step", f"{self.attended_tokens:.0f} of {self.context_tokens:.0f} ({share:.1%})")
+        head.add_row("KV held", ", ".join(f"{tier} {_bytes(n)}" for tier, n in self.kv_bytes.items()) or "-")
+        if self.cpu_ratio is not None:
+            head.add_row("CPU share of selection", f"{self.cpu_ratio:.1%}")
+            head.add_row("wait for the CPU", f"{self.join_wait_ms:.2f} ms per step")
+            head.add_row("recalled", f"{self.recalled_blocks} blocks, {_bytes(self.recalled_bytes)}")
+        if self.cosine is not None:
+            head.add_row("predicted to real query", f"cosine {self.cosine:.3f}")
+        yield head
+        if self.cpu_ratio is not None:
+            yield self._layer_table(Table)
+
+    def _layer_table(self, Table):
+        table = Table(title="per layer", title_justify="left")
+        for name in ("layer", "attended", "CPU share", "cosine", "wait ms", "recalled"):
+            table.add_column(name, justify="right")
+        for layer in self.layers:
+            table.add_row(
+                str(layer.layer),
+                f"{layer.attended_tokens:.0f}",
+                "-" if layer.cpu_ratio is None else f"{layer.cpu_ratio:.1%}",
+                "-" if layer.cosine is None else f"{layer.cosine:.3f}",
+                f"{layer.join_wait_ms:.2f}",
+                str(layer.recalled_blocks),
+            )
+        return table
+
+
+def summarise(counters: Counters, method: str, exact: bool, kv_bytes: dict[str, int]) -> Stats:
+    """Turn running sums into :class:`Stats`."""
+    sums = {name: {layer: float(n) for layer, n in per.items()} for name, per in list(counters.sums.items())}
+
+    def total(name: str) -> float:
+        return sum(sums.get(name, {}).values())
+
+    def ratio(top: str, bottom: str, layer: int | None = None) -> float | None:
+        if layer is None:
+            return total(top) / total(bottom) if total(bottom) else None
+        below = sums.get(bottom, {}).get(layer, 0.0)
+        return sums.get(top, {}).get(layer, 0.0) / below if below else None
+
+    layers = tuple(
+        LayerStats(
+            layer=layer,
+            context_tokens=ratio("context", "decodes", layer),
+            attended_tokens=ratio("attended", "decodes", layer),
+            cpu_ratio=ratio("cpu_blocks", "selected_blocks", layer),
+            cosine=ratio("cosine", "cosine_samples", layer),
+            join_wait_ms=ratio("join_ms", "decodes", layer) or 0.0,
+            recalled_blocks=int(sums.get("recalled_blocks", {}).get(layer, 0)),
+            recalled_bytes=int(sums.get("recalled_bytes", {}).get(layer, 0)),
+        )
+        for layer in sorted(sums.get("decodes", {}))
+    )
+    return Stats(
+        method=method,
+        exact=exact,
+        steps=counters.steps,
+        prefill_tokens=counters.prefill_tokens,
+        context_tokens=ratio("context", "decodes") or 0.0,
+        attended_tokens=ratio("attended", "decodes") or 0.0,
+        cpu_ratio=ratio("cpu_blocks", "selected_blocks"),
+        cosine=ratio("cosine", "cosine_samples"),
+        join_wait_ms=total("join_ms") / counters.steps if counters.steps else 0.0,
+        recalled_blocks=int(total("recalled_blocks")),
+        recalled_bytes=int(total("recalled_bytes")),
+        kv_bytes=kv_bytes,
+        layers=layers,
+    )
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
