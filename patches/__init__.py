@@ -1,0 +1,29 @@
+"""Model families: how to predict a layer's query, one short file per family.
+
+To add a family, write a file with a `Family` subclass that ends in `register_family(...)`, and import it
+below.
+"""
+
+from .base import Family
+from .probe import ProbeFamily
+from .registry import family_of, register_family
+
+# Importing a family's file registers it.
+from . import (  # isort: skip  # noqa: F401
+    cohere,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    gpt_oss,
+    llama,
+    olmo,
+    opt,
+    phi,
+    phi3,
+    qwen3,
+    smollm3,
+    unpredicted,
+)
+
+__all__ = ["Family", "ProbeFamily", "family_of", "register_family"]

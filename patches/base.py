@@ -1,0 +1,162 @@
+"""`Family`: where one family of models keeps what a layer's query is made of."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from scout_hf.errors import UnsupportedInputError, UnsupportedModelError
+
+
+class Family:
+    """Predicts a decoder layer's query from a hidden state, with that layer's own modules.
+
+    The defaults are those of Llama: `input_layernorm`, `self_attn.q_proj`, rotary embedding. A family
+    overrides the steps in which it differs (`norm`, `project`, `rotate`) and names its `model_types`.
+
+    The softmax scale, the softcap and attention sinks are no part of a family: the model hands them to the
+    attention function, and a second source for them would sooner or later disagree.
+    """
+
+    model_types: tuple[str, ...] = ()
+    """Values of `config.get_text_config(decoder=True).model_type` that this family serves."""
+
+    def decoder(self, model: nn.Module) -> nn.Module:
+        """The module that owns the decoder layers and the rotary embedding."""
+        decoder = model.get_decoder()
+        # Llama4's causal LM answers with itself.
+        return decoder if hasattr(decoder, "layers") else getattr(decoder, "model", decoder)
+
+    def layers(self, decoder: nn.Module) -> Sequence[nn.Module]:
+        """The decoder layers, first to last."""
+        return decoder.layers
+
+    def attention(self, layer: nn.Module) -> nn.Module:
+        """The self-attention module of one decoder layer."""
+        return layer.self_attn
+
+    def available(self, layer: nn.Module) -> bool:
+        """Whether `query` can run on this layer now.
+
+        False for a layer without softmax attention (hybrid models) and while the weights are on the meta
+        device: accelerate loads offloaded weights inside the layer's own forward, and loading them twice
+        would cost more than a prediction saves.
+        """
+        try:
+            attn = self.attention(layer)
+        except AttributeError:
+            return False
+        # One weight tells for all: accelerate offloads whole layers, and this runs once per layer and token.
+        return weight_device(attn, default=torch.device("cpu")).type != "meta"
+
+    def query(
+        self,
+        decoder: nn.Module,
+        layer: nn.Module,
+        hidden: Tensor,
+        position_ids: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """The query that `layer` would hand to its attention function if `hidden` were its input.
+
+        Args:
+            decoder: what `decoder(model)` returns.
+            layer: one of `layers(decoder)`.
+            hidden: (batch, length, hidden_size), the model's dtype, on any device.
+            position_ids: (1 or batch, length), integer. Needed where the angles must be computed anew: no
+                `position_embeddings` given, or other frequencies than those of the previous layer.
+            position_embeddings: the (cos, sin) that the previous layer received, each
+                (1 or batch, length, rotary_dim); None for models without a rotary embedding.
+
+        Returns:
+            (batch, query_heads, length, head_dim), the model's dtype, on the layer's device.
+        """
+        attn = self.attention(layer)
+        hidden = hidden.to(weight_device(attn, default=hidden.device))
+        q = self.project(attn, self.norm(layer, hidden))
+        return self.rotate(decoder, layer, attn, q, position_ids, position_embeddings, hidden)
+
+    def norm(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """The layer's normalisation before attention: (batch, length, hidden_size) in and out."""
+        return layer.input_layernorm(hidden)
+
+    def project(self, attn: nn.Module, x: Tensor) -> Tensor:
+        """Project and normalise: (batch, length, hidden_size) to (batch, query_heads, length, head_dim).
+
+        Call the submodules (`attn.q_proj(x)`), never `F.linear` on their weights: LoRA, quantised linears and
+        accelerate's hooks live in the call.
+        """
+        return split_heads(attn.q_proj(x), attn.head_dim)
+
+    def rotate(
+        self,
+        decoder: nn.Module,
+        layer: nn.Module,
+        attn: nn.Module,
+        q: Tensor,
+        position_ids: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        hidden: Tensor,
+    ) -> Tensor:
+        """Apply the rotary embedding to q (batch, query_heads, length, head_dim); same shape out."""
+        cos, sin = self.position_embeddings(decoder, attn, hidden, position_ids, position_embeddings)
+        # The model's function rotates a query and a key together. A key without heads costs nothing, and
+        # unlike the query itself it may be passed to hub kernels that rotate in place.
+        return rotary_function(attn)(q, q[:, :0], cos, sin)[0]
+
+    def position_embeddings(
+        self,
+        decoder: nn.Module,
+        attn: nn.Module,
+        hidden: Tensor,
+        position_ids: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The (cos, sin) that belong to this layer, on the device of `hidden`."""
+        rotary = getattr(decoder, "rotary_emb", None)
+        extra = ()
+        if getattr(rotary, "layer_types", None):
+            # Gemma3 and others rotate by layer type: the previous layer's angles hold only for its own type.
+            types, index = decoder.config.layer_types, attn.layer_idx
+            if index == 0 or types[index - 1] != types[index]:
+                position_embeddings = None
+            extra = (types[index],)
+        if position_embeddings is not None:
+            return tuple(part.to(hidden.device) for part in position_embeddings)
+        if rotary is None or position_ids is None:
+            raise UnsupportedInputError(
+                f"layer {attn.layer_idx} of {type(decoder).__name__} needs rotary angles of its own, but "
+                f"position_ids is {type(position_ids).__name__} and the decoder's rotary_emb is "
+                f"{type(rotary).__name__}. Pass the position_ids of the forward pass, (1 or batch, length)."
+            )
+        return rotary(hidden, position_ids.to(hidden.device), *extra)
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """(batch, length, heads * head_dim) to (batch, heads, length, head_dim), without a copy."""
+    return x.view(*x.shape[:-1], -1, head_dim).transpose(1, 2)
+
+
+def weight_device(module: nn.Module, default: torch.device) -> torch.device:
+    """The device of the module's first weight; `default` if it has none."""
+    weight = next(chain(module.parameters(), module.buffers()), None)
+    return default if weight is None else weight.device
+
+
+def rotary_function(attn: nn.Module) -> Callable:
+    """The `apply_rotary_pos_emb` of the file that defines the attention class.
+
+    Base classes are searched too: FSDP and users subclass attention in modules of their own.
+    """
+    for cls in type(attn).__mro__:
+        function = getattr(sys.modules.get(cls.__module__), "apply_rotary_pos_emb", None)
+        if function is not None:
+            return function
+    raise UnsupportedModelError(
+        f"{type(attn).__module__} defines no apply_rotary_pos_emb next to {type(attn).__name__}. "
+        "Write a Family with its own rotate() and pass it to scout_hf.patches.register_family."
+    )

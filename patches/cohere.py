@@ -1,0 +1,35 @@
+"""Cohere (Command R) and Cohere2 (Command R7B)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .base import Family
+from .registry import register_family
+
+
+class Cohere(Family):
+    """Optional `q_norm`, whose weight is (heads, head_dim): it must see the query before the transpose."""
+
+    model_types = ("cohere",)
+
+    def project(self, attn: nn.Module, x: Tensor) -> Tensor:
+        q = attn.q_proj(x).view(*x.shape[:-1], -1, attn.head_dim)
+        if attn.use_qk_norm:
+            q = attn.q_norm(q)
+        return q.transpose(1, 2)
+
+
+class Cohere2(Family):
+    """Only the sliding-window layers have a rotary embedding."""
+
+    model_types = ("cohere2",)
+
+    def rotate(self, decoder, layer, attn, q, position_ids, position_embeddings, hidden) -> Tensor:
+        if attn.sliding_window is None:
+            return q
+        return super().rotate(decoder, layer, attn, q, position_ids, position_embeddings, hidden)
+
+
+register_family(Cohere())
+register_family(Cohere2())

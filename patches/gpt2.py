@@ -1,0 +1,34 @@
+"""GPT-2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from .base import Family, split_heads
+from .registry import register_family
+
+
+class GPT2(Family):
+    """Learned positions, fused `c_attn`, layers under `h`."""
+
+    model_types = ("gpt2",)
+
+    def layers(self, decoder: nn.Module) -> Sequence[nn.Module]:
+        return decoder.h
+
+    def attention(self, layer: nn.Module) -> nn.Module:
+        return layer.attn
+
+    def norm(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        return layer.ln_1(hidden)
+
+    def project(self, attn: nn.Module, x: Tensor) -> Tensor:
+        return split_heads(attn.c_attn(x)[..., : attn.split_size], attn.head_dim)
+
+    def rotate(self, decoder, layer, attn, q, position_ids, position_embeddings, hidden) -> Tensor:
+        return q
+
+
+register_family(GPT2())

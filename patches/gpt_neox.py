@@ -1,0 +1,23 @@
+"""GPT-NeoX and Pythia."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .base import Family, split_heads
+from .registry import register_family
+
+
+class GPTNeoX(Family):
+    """One fused projection in which query, key and value alternate head by head."""
+
+    model_types = ("gpt_neox",)
+
+    def attention(self, layer: nn.Module) -> nn.Module:
+        return layer.attention
+
+    def project(self, attn: nn.Module, x: Tensor) -> Tensor:
+        return split_heads(attn.query_key_value(x), 3 * attn.head_size)[..., : attn.head_size]
+
+
+register_family(GPTNeoX())

@@ -1,0 +1,39 @@
+"""Llama and the families whose query is made exactly as Llama's."""
+
+from __future__ import annotations
+
+from .base import Family
+from .registry import register_family
+
+
+class Llama(Family):
+    """Pre-norm, one q_proj (with or without bias), rotary embedding by the model's own function.
+
+    Where these differ from each other (a bias, a softmax multiplier, experts, a sliding window, interleaved
+    or partial rotary), the difference lives in modules and functions that are called, not copied.
+    """
+
+    model_types = (
+        "llama",
+        "mistral",
+        "mixtral",
+        "ministral",
+        "qwen2",
+        "qwen2_moe",
+        "granite",
+        "granitemoe",
+        "granitemoeshared",
+        "starcoder2",
+        "seed_oss",
+        "ernie4_5",
+        "ernie4_5_moe",
+        "glm",
+        "glm4",
+        "arcee",
+        "helium",
+        "nemotron",
+        "phimoe",
+    )
+
+
+register_family(Llama())

@@ -1,0 +1,23 @@
+"""OLMo 2 and 3: no norm before attention, a norm over the whole width of the query instead."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .base import Family, split_heads
+from .registry import register_family
+
+
+class Olmo2(Family):
+    """The residual stream enters `q_proj` as it is; `q_norm` runs before the split into heads."""
+
+    model_types = ("olmo2", "olmo3")
+
+    def norm(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def project(self, attn: nn.Module, x: Tensor) -> Tensor:
+        return split_heads(attn.q_norm(attn.q_proj(x)), attn.head_dim)
+
+
+register_family(Olmo2())

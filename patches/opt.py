@@ -1,0 +1,30 @@
+"""OPT."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .base import Family, split_heads
+from .registry import register_family
+
+
+class OPT(Family):
+    """No rotary embedding; the query is scaled before it reaches the attention function.
+
+    OPT then passes `scaling=1.0` to the attention function: whoever reads the scale from `attn.scaling` as
+    well would apply it twice.
+    """
+
+    model_types = ("opt",)
+
+    def norm(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        return layer.self_attn_layer_norm(hidden) if layer.do_layer_norm_before else hidden
+
+    def project(self, attn: nn.Module, x: Tensor) -> Tensor:
+        return split_heads(attn.q_proj(x) * attn.scaling, attn.head_dim)
+
+    def rotate(self, decoder, layer, attn, q, position_ids, position_embeddings, hidden) -> Tensor:
+        return q
+
+
+register_family(OPT())

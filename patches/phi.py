@@ -1,0 +1,28 @@
+"""Phi and StableLM: only the leading part of every head is rotated, by the attention module itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .base import Family, rotary_function, split_heads
+from .registry import register_family
+
+
+class Phi(Family):
+    """Optional `q_layernorm` per head, then rotary on the first `rotary_ndims` of head_dim."""
+
+    model_types = ("phi", "stablelm")
+
+    def project(self, attn: nn.Module, x: Tensor) -> Tensor:
+        q = split_heads(attn.q_proj(x), attn.head_dim)
+        return attn.q_layernorm(q) if attn.qk_layernorm else q
+
+    def rotate(self, decoder, layer, attn, q, position_ids, position_embeddings, hidden) -> Tensor:
+        cos, sin = self.position_embeddings(decoder, attn, hidden, position_ids, position_embeddings)
+        turned, kept = q[..., : attn.rotary_ndims], q[..., attn.rotary_ndims :]
+        turned = rotary_function(attn)(turned, turned[:, :0], cos, sin)[0]
+        return torch.cat((turned, kept), dim=-1)
+
+
+register_family(Phi())

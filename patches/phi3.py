@@ -1,0 +1,21 @@
+"""Phi3: one fused projection for query, key and value."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .base import Family, split_heads
+from .registry import register_family
+
+
+class Phi3(Family):
+    """The query is the leading columns of `qkv_proj`; its rotary function itself rotates only a part."""
+
+    model_types = ("phi3",)
+
+    def project(self, attn: nn.Module, x: Tensor) -> Tensor:
+        width = attn.config.num_attention_heads * attn.head_dim
+        return split_heads(attn.qkv_proj(x)[..., :width], attn.head_dim)
+
+
+register_family(Phi3())

@@ -1,0 +1,155 @@
+"""`ProbeFamily`: the query of any model, by running its own layer up to the attention call."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from types import MethodType
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig
+
+from scout_hf.errors import UnsupportedModelError
+
+from .base import Family, weight_device
+
+CAPTURE = "scout_probe"
+
+
+class Captured(Exception):
+    """Carries the query out of the layer: nothing after the attention call needs to run."""
+
+    def __init__(self, query: Tensor):
+        super().__init__("query captured")
+        self.query = query
+
+
+def _capture(module: nn.Module, query: Tensor, *args, **kwargs):
+    raise Captured(query)
+
+
+# The name is known to the whole process, but only the private configs made by `private_view` mention it.
+AttentionInterface.register(CAPTURE, _capture)
+
+
+class ProbeFamily(Family):
+    """Fallback for families without a file of their own: right by construction, half as fast.
+
+    It runs the layer itself, on a view of it whose attention function hands back the query. Keys and values
+    are computed along the way and dropped, hence the price. The model is left untouched at every moment, so
+    other threads may use it meanwhile.
+
+    Hooks on the layer and on its attention module do not run; hooks on the modules within (norms,
+    projections) do.
+    """
+
+    def attention(self, layer: nn.Module) -> nn.Module:
+        for module in layer.modules():
+            if module is not layer and hasattr(module, "layer_idx") and own_config(module) is not None:
+                return module
+        raise AttributeError(
+            f"{type(layer).__name__} holds no attention module (one with layer_idx and config)"
+        )
+
+    def query(
+        self,
+        decoder: nn.Module,
+        layer: nn.Module,
+        hidden: Tensor,
+        position_ids: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        attn = self.attention(layer)
+        hidden = hidden.to(weight_device(attn, default=hidden.device))
+        if position_ids is not None:
+            position_ids = position_ids.to(hidden.device)
+        inputs = {
+            "attention_mask": None,
+            "position_ids": position_ids,
+            "past_key_values": None,
+            "use_cache": False,
+            "position_embeddings": self._angles(decoder, attn, hidden, position_ids, position_embeddings),
+        }
+        try:
+            private_view(layer).forward(hidden, **inputs)
+        except Captured as captured:
+            return captured.query
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"{type(layer).__name__} cannot be run on its own: {error}. {_WHAT_TO_DO}"
+            ) from error
+        raise UnsupportedModelError(
+            f"{type(layer).__name__} never called the attention interface of transformers. {_WHAT_TO_DO}"
+        )
+
+    def _angles(self, decoder, attn, hidden, position_ids, position_embeddings):
+        """As `position_embeddings`, for decoders that may have no rotary embedding or another type of it."""
+        if isinstance(position_embeddings, Tensor):
+            return position_embeddings.to(hidden.device)
+        if position_embeddings is None and getattr(decoder, "rotary_emb", None) is None:
+            return None
+        return self.position_embeddings(decoder, attn, hidden, position_ids, position_embeddings)
+
+
+_WHAT_TO_DO = (
+    "Turn prediction off, or write a Family for this model and pass it to scout_hf.patches.register_family."
+)
+
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+
+
+def own_config(module: nn.Module) -> PreTrainedConfig | None:
+    """The config that the module itself holds, if any."""
+    config = module.__dict__.get("config")
+    return config if isinstance(config, PreTrainedConfig) else None
+
+
+def private_view(module: nn.Module) -> nn.Module:
+    """A stand-in for `module` with the same weights whose attention calls end in `Captured`.
+
+    Writing the implementation's name into the model's own config would be simpler, but every thread that uses
+    the model at that moment would be captured too. So the modules that read a config, and their parents, are
+    stood in for; all others, and every parameter and buffer, are the model's own. Nothing is kept between
+    calls: adapters may be put on or taken off at any time.
+    """
+    view = _view(module, configs={})
+    return view if view is not module else _stand_in(module, dict(module._modules))
+
+
+def _view(module: nn.Module, configs: dict[int, PreTrainedConfig]) -> nn.Module:
+    children = {
+        name: child if child is None else _view(child, configs) for name, child in module._modules.items()
+    }
+    config = own_config(module)
+    if config is None and all(child is module._modules[name] for name, child in children.items()):
+        return module
+    view = _stand_in(module, children)
+    if config is not None:
+        if id(config) not in configs:
+            configs[id(config)] = copy.copy(config)
+            # Not `_attn_implementation`: its setter writes to the sub-configs, which are the model's own.
+            configs[id(config)]._attn_implementation_internal = CAPTURE
+        view.__dict__["config"] = configs[id(config)]
+    return view
+
+
+def _stand_in(module: nn.Module, children: dict[str, nn.Module | None]) -> nn.Module:
+    view = object.__new__(type(module))
+    view.__dict__.update(module.__dict__)
+    view.__dict__["_modules"] = children
+    view.__dict__.update((hooks, OrderedDict()) for hooks in _HOOKS)
+    view.__dict__["_compiled_call_impl"] = None
+    # A `forward` stored on the instance is bound to the original. accelerate's only moves tensors: do
+    # without.
+    forward = view.__dict__.pop("forward", None)
+    if isinstance(forward, MethodType) and forward.__self__ is module:
+        view.__dict__["forward"] = MethodType(forward.__func__, view)
+    return view

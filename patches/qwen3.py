@@ -1,0 +1,44 @@
+"""Qwen3 and others that normalise every head of the query before it is rotated."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .base import Family, split_heads
+from .registry import register_family
+
+
+class Qwen3(Family):
+    """Llama with `q_norm` over head_dim."""
+
+    model_types = ("qwen3", "qwen3_moe")
+
+    def project(self, attn: nn.Module, x: Tensor) -> Tensor:
+        return attn.q_norm(split_heads(attn.q_proj(x), attn.head_dim))
+
+
+class Apertus(Qwen3):
+    """Qwen3 under another name for the norm."""
+
+    model_types = ("apertus",)
+
+    def norm(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        return layer.attention_layernorm(hidden)
+
+
+class Qwen3Next(Family):
+    """`q_proj` also holds the output gate, which lies next to the query in every head.
+
+    The layers with linear attention have no `self_attn`, so `available` is False for them.
+    """
+
+    model_types = ("qwen3_next",)
+
+    def project(self, attn: nn.Module, x: Tensor) -> Tensor:
+        query_and_gate = attn.q_proj(x).view(*x.shape[:-1], -1, 2 * attn.head_dim)
+        return attn.q_norm(query_and_gate[..., : attn.head_dim]).transpose(1, 2)
+
+
+register_family(Qwen3())
+register_family(Apertus())
+register_family(Qwen3Next())

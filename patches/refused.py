@@ -1,0 +1,92 @@
+"""Model types whose attention cannot be served, each with the reason and what works instead.
+
+A layer of the cache returns only the new keys and values from `update`, and the attention function must
+receive just these. That fails for models that work on the whole of K or V between the two, or whose attention
+depends on more than query, key, value and padding.
+"""
+
+from __future__ import annotations
+
+_ELSEWHERE = (
+    "Use the model unpatched (cache_implementation='offloaded' saves GPU memory too), or a model with "
+    "plain multi-head or grouped-query attention, for example of the Llama, Qwen, Mistral or Gemma families."
+)
+
+_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (
+        "multi-head latent attention caches a compressed latent and expands it to keys and values for every "
+        "step, so there are no cached keys to select blocks of.",
+        (
+            "deepseek_v2",
+            "deepseek_v3",
+            "axk1",
+            "bailing_hybrid",
+            "glm4_moe_lite",
+            "kimi_linear",
+            "longcat_flash",
+            "minicpm3",
+            "mistral4",
+            "youtu",
+        ),
+    ),
+    (
+        "it chooses the tokens to attend to with an indexer of its own; a second selection on top would "
+        "change what the model was trained to see.",
+        (
+            "axk2",
+            "deepseek_v32",
+            "deepseek_v4",
+            "dots3_note_text",
+            "glm5_next_text",
+            "glm_moe_dsa",
+            "hy_v4",
+            "minimax_m3_vl_text",
+            "mistral_large4_text",
+            "qwen4_exp_text",
+        ),
+    ),
+    (
+        "some of its layers read the keys and values of other layers past the cache (KV sharing).",
+        (
+            "gemma3n_text",
+            "gemma4_text",
+            "gemma4_unified_text",
+            "gemma4_assistant",
+            "gemma4_unified_assistant",
+            "muse_glimmer_assistant",
+        ),
+    ),
+    (
+        "one set of attention weights serves several layers, so the attention call does not tell which layer "
+        "of the cache it belongs to.",
+        ("zamba", "zamba2", "hrm_text"),
+    ),
+    (
+        "it rearranges all cached keys or values before the attention call.",
+        ("diffllama", "idefics", "jetmoe"),
+    ),
+    (
+        "its attention mask is computed from all cached values.",
+        ("doge",),
+    ),
+    (
+        "it adds a position bias to the attention scores, one number per query and key.",
+        ("inkling_text", "inkling2_text"),
+    ),
+    (
+        "it attends to a second, fixed sequence as well (cross attention).",
+        ("blt", "mllama_text_model"),
+    ),
+    (
+        "its recurrent or linear layers need a cache class of the model's own.",
+        ("minimax",),
+    ),
+    (
+        "it has no attention whose keys and values grow with the context: there is nothing to offload.",
+        ("falcon_mamba", "mamba", "mamba2", "recurrent_gemma", "rwkv", "xlstm"),
+    ),
+)
+
+REFUSED: dict[str, str] = {
+    model_type: f"{reason} {_ELSEWHERE}" for reason, model_types in _GROUPS for model_type in model_types
+}

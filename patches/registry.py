@@ -1,0 +1,111 @@
+"""Which `Family` serves which model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from scout_hf.errors import ConfigError, UnsupportedModelError
+
+from .base import Family
+from .probe import ProbeFamily
+from .refused import REFUSED
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register_family(family: Family, *, replace: bool = False) -> None:
+    """Let `family` serve the model types it names, also types that scout_hf refuses by default.
+
+    Args:
+        family: an instance of a `Family` subclass with `model_types`.
+        replace: allow to take over model types that another family serves already.
+    """
+    if not isinstance(family, Family):
+        hint = " Pass an instance: add ()." if isinstance(family, type) and issubclass(family, Family) else ""
+        raise ConfigError(f"register_family takes an instance of a Family subclass, got {family!r}.{hint}")
+    names = family.model_types
+    if not isinstance(names, tuple) or not names or not all(isinstance(n, str) and n.strip() for n in names):
+        raise ConfigError(
+            f"{type(family).__name__}.model_types must be a tuple of at least one non-empty string, got "
+            f"{names!r}. Use the value of model.config.get_text_config(decoder=True).model_type, for example "
+            "('llama',)."
+        )
+    taken = [name for name in names if name in _FAMILIES]
+    if taken and not replace:
+        served = ", ".join(f"{name!r} by {type(_FAMILIES[name]).__name__}" for name in taken)
+        raise ConfigError(
+            f"already served: {served}. Pass replace=True to take over, or name other model types."
+        )
+    _FAMILIES.update(dict.fromkeys(names, family))
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family that serves `model`, or `UnsupportedModelError` with the reason and what works instead."""
+    model = _causal_lm(model)
+    model_type = model.config.get_text_config(decoder=True).model_type
+    family = _FAMILIES.get(model_type)
+    if family is None and model_type in REFUSED:
+        raise UnsupportedModelError(
+            f"{_name(model)} (model type {model_type!r}) is not supported: {REFUSED[model_type]}"
+        )
+    if family is None:
+        family = ProbeFamily()
+    decoder = family.decoder(model)
+    if not _calls_attention_interface(decoder):
+        raise UnsupportedModelError(
+            f"{_name(model)} (model type {model_type!r}) computes attention itself instead of calling the "
+            "attention interface of transformers, so there is nothing to put scout_hf's attention into. "
+            "Try a newer transformers: more models use the interface with every release."
+        )
+    try:
+        layers = family.layers(decoder)
+    except AttributeError:
+        layers = ()
+    if not len(layers):
+        raise UnsupportedModelError(
+            f"{_name(model)}: its decoder {type(decoder).__name__} has no `layers` to hook into, so it is no "
+            f"decoder-only language model as scout_hf knows them. {_ALLOWED}"
+        )
+    return family
+
+
+_ALLOWED = (
+    "Supported are decoder-only models that generate text, for example "
+    "AutoModelForCausalLM.from_pretrained(...) of Llama, Qwen, Mistral, Phi, Gemma, gpt-oss; "
+    "models of other families can be added with scout_hf.patches.register_family."
+)
+
+
+def _causal_lm(model: nn.Module) -> nn.Module:
+    """The model itself, or the one that a PEFT model wraps; all but decoder-only generators are refused."""
+    if isinstance(model, str):
+        raise UnsupportedModelError(
+            f"got the string {model!r}, need a loaded model. Try "
+            f"AutoModelForCausalLM.from_pretrained({model!r}) first."
+        )
+    if callable(getattr(model, "get_base_model", None)):
+        model = model.get_base_model()
+    config = getattr(model, "config", None)
+    if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
+        hint = " Unwrap it first (`model.module`)." if hasattr(model, "module") else ""
+        raise UnsupportedModelError(f"got {_name(model)}, which is no transformers model.{hint} {_ALLOWED}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{_name(model)} is an encoder-decoder model: its decoder also attends to the encoder, whose "
+            f"keys and values do not grow. {_ALLOWED}"
+        )
+    if not callable(getattr(model, "get_decoder", None)) or not model.can_generate():
+        raise UnsupportedModelError(
+            f"{_name(model)} cannot generate text (no language-model head with generate()). {_ALLOWED}"
+        )
+    return model
+
+
+def _calls_attention_interface(decoder: nn.Module) -> bool:
+    """Whether `set_attn_implementation` has any effect on the decoder, as transformers itself sees it."""
+    check = getattr(type(decoder), "_can_set_attn_implementation", None)
+    return check is None or check()
+
+
+def _name(model: object) -> str:
+    return type(model).__name__

@@ -1,0 +1,117 @@
+"""The true query of every layer, recorded inside a real forward pass of the model."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+from tests.patches.tiny import VOCAB
+
+RECORDING = "recording_oracle"
+
+
+@dataclass
+class Seen:
+    """What one layer received, and the query it handed to its attention function."""
+
+    hidden: Tensor
+    position_ids: Tensor | None
+    position_embeddings: object
+    query: Tensor | None = None
+
+
+@dataclass
+class Step:
+    """One forward pass: what every layer saw, and the logits."""
+
+    layers: list[Seen] = field(default_factory=list)
+    logits: Tensor | None = None
+
+
+def _record(module, query, key, value, attention_mask, **kwargs):
+    module.__dict__["oracle_query"] = query.detach().clone()
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    return eager(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(RECORDING, _record)
+AttentionMaskInterface.register(RECORDING, eager_mask)
+
+
+@contextmanager
+def _recording(model, layers, seen):
+    before = model.config._attn_implementation
+    model.set_attn_implementation(RECORDING)
+
+    def note(layer, args, kwargs):
+        seen.append(Seen(args[0].clone(), kwargs.get("position_ids"), kwargs.get("position_embeddings")))
+
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def decode_step(model, family, length: int, prefix: int = 20, seed: int = 0) -> Step:
+    """Prefill two rows of `prefix` tokens, the second left-padded by 3, then step by `length` tokens.
+
+    Returns what happened in the step. `layers[i].query` is None for a layer without softmax attention.
+    """
+    layers = family.layers(family.decoder(model))
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (2, prefix + length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    step = Step()
+    # The model makes the cache: some hybrid models need a class of their own.
+    cache = model(
+        input_ids=ids[:, :prefix],
+        attention_mask=mask[:, :prefix],
+        position_ids=positions[:, :prefix],
+        use_cache=True,
+    ).past_key_values
+    with _recording(model, layers, step.layers):
+        out = model(
+            input_ids=ids[:, prefix:],
+            attention_mask=mask,
+            position_ids=positions[:, prefix:],
+            past_key_values=cache,
+            use_cache=True,
+        )
+    step.logits = out.logits
+    for layer, seen in zip(layers, step.layers, strict=True):
+        attention = [module for module in layer.modules() if "oracle_query" in module.__dict__]
+        if attention:
+            seen.query = attention[0].__dict__.pop("oracle_query")
+    return step
+
+
+def predict(family, model, step: Step, index: int, **changes) -> Tensor:
+    """`family.query` for layer `index`, called as from layer `index - 1` but on the layer's true input."""
+    decoder = family.decoder(model)
+    seen, previous = step.layers[index], step.layers[max(index - 1, 0)]
+    inputs = {
+        "hidden": seen.hidden,
+        "position_ids": seen.position_ids,
+        "position_embeddings": previous.position_embeddings,
+    }
+    with torch.no_grad():
+        return family.query(decoder, family.layers(decoder)[index], **(inputs | changes))
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference, in float32."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        raise ValueError(f"shapes or dtypes differ: {tuple(a.shape)} {a.dtype}, {tuple(b.shape)} {b.dtype}")
+    return (a.float() - b.float()).abs().max().item()

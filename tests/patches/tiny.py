@@ -1,0 +1,190 @@
+"""Tiny random models of every family, made from configs: nothing is downloaded.
+
+from tests.patches.tiny import TINY, tiny_model
+model = tiny_model("gemma3", sliding_window=8)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+VOCAB = 128
+SLIDING_THEN_FULL = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+
+_SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """One entry of `TINY`: a model type and what its config needs beyond the common shape."""
+
+    model_type: str
+    config: dict = field(default_factory=dict)
+    eager: bool = False
+    """Neither softcap nor sinks are served by sdpa."""
+
+
+TINY: dict[str, Tiny] = {
+    "llama": Tiny("llama"),
+    "mistral": Tiny("mistral", {"sliding_window": None}),
+    "mixtral": Tiny("mixtral", _LOCAL_EXPERTS | {"sliding_window": None}),
+    "ministral": Tiny("ministral", {"layer_types": SLIDING_THEN_FULL, "sliding_window": 16, "head_dim": 8}),
+    "qwen2": Tiny("qwen2"),
+    "qwen2_sliding": Tiny(
+        "qwen2", {"use_sliding_window": True, "sliding_window": 16, "layer_types": SLIDING_THEN_FULL}
+    ),
+    "qwen2_moe": Tiny("qwen2_moe", _EXPERTS | {"shared_expert_intermediate_size": 32}),
+    "qwen3": Tiny("qwen3", {"head_dim": 16}),
+    "qwen3_moe": Tiny("qwen3_moe", _EXPERTS | {"head_dim": 16}),
+    "qwen3_next": Tiny(
+        "qwen3_next",
+        _EXPERTS
+        | {
+            "head_dim": 16,
+            "shared_expert_intermediate_size": 32,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention", "full_attention", "linear_attention"],
+        },
+    ),
+    "phi3": Tiny("phi3", {"rope_parameters": _PLAIN_ROPE | {"partial_rotary_factor": 0.5}}),
+    "phi": Tiny(
+        "phi", {"qk_layernorm": True, "rope_parameters": _PLAIN_ROPE | {"partial_rotary_factor": 0.5}}
+    ),
+    "phimoe": Tiny("phimoe", _LOCAL_EXPERTS | {"sliding_window": None}),
+    "gemma": Tiny("gemma", {"head_dim": 16}),
+    "gemma2": Tiny(
+        "gemma2",
+        {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 16, "layer_types": SLIDING_THEN_FULL},
+        eager=True,
+    ),
+    "gemma3": Tiny(
+        "gemma3_text",
+        {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 16, "layer_types": SLIDING_THEN_FULL},
+    ),
+    "gpt_oss": Tiny(
+        "gpt_oss",
+        _LOCAL_EXPERTS | {"head_dim": 16, "sliding_window": 16, "layer_types": SLIDING_THEN_FULL},
+        eager=True,
+    ),
+    "gpt_neox": Tiny("gpt_neox", {"rope_parameters": _PLAIN_ROPE | {"partial_rotary_factor": 0.5}}),
+    "gpt2": Tiny("gpt2", {"n_embd": 64, "n_layer": 4, "n_head": 8, "n_positions": 512}),
+    "opt": Tiny("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "opt_post_norm": Tiny("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64, "do_layer_norm_before": False}),
+    "granite": Tiny("granite", {"attention_multiplier": 0.2, "residual_multiplier": 0.5}),
+    "granitemoe": Tiny("granitemoe", _LOCAL_EXPERTS | {"attention_multiplier": 0.2}),
+    "granitemoeshared": Tiny("granitemoeshared", _LOCAL_EXPERTS | {"shared_intermediate_size": 32}),
+    "starcoder2": Tiny("starcoder2", {"sliding_window": None}),
+    "seed_oss": Tiny("seed_oss", {"head_dim": 16}),
+    "ernie4_5": Tiny("ernie4_5", {"head_dim": 16}),
+    "ernie4_5_moe": Tiny("ernie4_5_moe", {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32}),
+    "glm": Tiny("glm", {"head_dim": 8}),
+    "glm4": Tiny("glm4", {"head_dim": 8}),
+    "arcee": Tiny("arcee"),
+    "helium": Tiny("helium", {"head_dim": 8}),
+    "nemotron": Tiny("nemotron", {"head_dim": 8}),
+    "apertus": Tiny("apertus"),
+    "stablelm": Tiny("stablelm"),
+    "stablelm_qk_norm": Tiny("stablelm", {"qk_layernorm": True}),
+    "cohere": Tiny("cohere"),
+    "cohere_qk_norm": Tiny("cohere", {"use_qk_norm": True}),
+    "cohere2": Tiny("cohere2", {"sliding_window": 16, "layer_types": SLIDING_THEN_FULL}),
+    "olmo2": Tiny("olmo2"),
+    "olmo3": Tiny("olmo3", {"sliding_window": 16, "layer_types": SLIDING_THEN_FULL}),
+    "smollm3": Tiny("smollm3", {"no_rope_layers": [1, 0, 1, 1]}),
+}
+
+
+def missing(name: str) -> str:
+    """Why the installed transformers cannot make `TINY[name]`; empty if it can."""
+    model_type = TINY[name].model_type
+    if model_type not in CONFIG_MAPPING:
+        return f"this transformers has no {model_type}"
+    try:
+        config = CONFIG_MAPPING[model_type]()
+    except Exception as error:  # 5.4 rejects some of its own defaults under a newer huggingface_hub
+        return f"this transformers cannot make a config of {model_type}: {type(error).__name__}"
+    if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._can_set_attn_implementation():
+        return f"{model_type} does not call the attention interface in this transformers"
+    return ""
+
+
+def tiny_config(name: str, **overrides) -> PreTrainedConfig:
+    """The config of `tiny_model(name, **overrides)`."""
+    tiny = TINY[name]
+    return AutoConfig.for_model(tiny.model_type, **(_SHAPE | tiny.config | overrides))
+
+
+def tiny_model(
+    name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides
+) -> PreTrainedModel:
+    """A random causal LM in eval mode: hidden 64, 4 layers, 8 heads, 2 KV heads, 128 tokens (0 pad, 2 eos).
+
+    Args:
+        name: a key of `TINY`.
+        seed: of the weights.
+        dtype: of the weights.
+        overrides: config entries.
+    """
+    config = tiny_config(name, **overrides)
+    implementation = {"attn_implementation": "eager"} if TINY[name].eager else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, **implementation)
+        roughen(model)
+    return model.to(dtype).eval()
+
+
+def tiny_gemma3_multimodal() -> PreTrainedModel:
+    """Gemma3 with a vision tower, which text never reaches."""
+    text = _SHAPE | TINY["gemma3"].config
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        "gemma3", text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14}
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(config)
+        roughen(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def roughen(model: torch.nn.Module) -> None:
+    """Move norms off one, biases off zero and spread the weights.
+
+    As initialised, a forgotten norm weight or bias would show in no test, and attention is almost uniform.
+    """
+    for parameter in model.parameters():
+        if parameter.ndim < 2:
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        else:
+            parameter.mul_(5)
