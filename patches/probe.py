@@ -47,9 +47,7 @@ class ProbeFamily(Family):
         for module in layer.modules():
             if module is not layer and hasattr(module, "layer_idx") and own_config(module) is not None:
                 return module
-        raise AttributeError(
-            f"{type(layer).__name__} holds no attention module (one with layer_idx and config)"
-        )
+        raise AttributeError(f"{type(layer).__name__} holds no attention module (one with layer_idx and config)")
 
     def query(
         self,
@@ -91,9 +89,7 @@ class ProbeFamily(Family):
         return self.position_embeddings(decoder, attn, hidden, position_ids, position_embeddings)
 
 
-_WHAT_TO_DO = (
-    "Turn prediction off, or write a Family for this model and pass it to scout_hf.patches.register_family."
-)
+_WHAT_TO_DO = "Turn prediction off, or write a Family for this model and pass it to scout_hf.patches.register_family."
 
 _HOOKS = (
     "_forward_pre_hooks",
@@ -125,9 +121,7 @@ def private_view(module: nn.Module) -> nn.Module:
 
 
 def _view(module: nn.Module, configs: dict[int, PreTrainedConfig]) -> nn.Module:
-    children = {
-        name: child if child is None else _view(child, configs) for name, child in module._modules.items()
-    }
+    children = {name: child if child is None else _view(child, configs) for name, child in module._modules.items()}
     config = own_config(module)
     if config is None and all(child is module._modules[name] for name, child in children.items()):
         return module

@@ -33,9 +33,7 @@ def register_family(family: Family, *, replace: bool = False) -> None:
     taken = [name for name in names if name in _FAMILIES]
     if taken and not replace:
         served = ", ".join(f"{name!r} by {type(_FAMILIES[name]).__name__}" for name in taken)
-        raise ConfigError(
-            f"already served: {served}. Pass replace=True to take over, or name other model types."
-        )
+        raise ConfigError(f"already served: {served}. Pass replace=True to take over, or name other model types.")
     _FAMILIES.update(dict.fromkeys(names, family))
 
 
@@ -80,8 +78,7 @@ def _causal_lm(model: nn.Module) -> nn.Module:
     """The model itself, or the one that a PEFT model wraps; all but decoder-only generators are refused."""
     if isinstance(model, str):
         raise UnsupportedModelError(
-            f"got the string {model!r}, need a loaded model. Try "
-            f"AutoModelForCausalLM.from_pretrained({model!r}) first."
+            f"got the string {model!r}, need a loaded model. Try AutoModelForCausalLM.from_pretrained({model!r}) first."
         )
     if callable(getattr(model, "get_base_model", None)):
         model = model.get_base_model()

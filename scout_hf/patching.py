@@ -168,7 +168,9 @@ class Handle:
         self.model.__dict__[HANDLE] = self
 
     def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
-        wanted = generation_config.cache_implementation in (None, "dynamic") and generation_config.use_cache is not False
+        wanted = (
+            generation_config.cache_implementation in (None, "dynamic") and generation_config.use_cache is not False
+        )
         if wanted and model_kwargs.get("past_key_values") is None and not generation_config.output_attentions:
             cache = model_kwargs["past_key_values"] = self.new_cache()
             if getattr(generation_config, "is_assistant", False) and hasattr(cache, "activate_past_recording"):

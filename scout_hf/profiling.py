@@ -69,7 +69,9 @@ def _history(handle: Any, ids: torch.Tensor, steps: int) -> dict[int, list[float
 
 def _token_ids(prompts: Sequence[Any], device: torch.device) -> list[torch.Tensor]:
     if isinstance(prompts, (str, bytes)) or not len(prompts):
-        raise ConfigError("prompts takes a list of token id tensors, such as [tokenizer(text, return_tensors='pt').input_ids]")
+        raise ConfigError(
+            "prompts takes a list of token id tensors, such as [tokenizer(text, return_tensors='pt').input_ids]"
+        )
     found = []
     for prompt in prompts:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 
 import torch
 
@@ -33,6 +34,7 @@ class PagePool:
         self._free: list[int] = []
         self._references = torch.zeros(0, dtype=torch.int32)
         self._lock = threading.Lock()
+        self._abandoned: deque[torch.Tensor] = deque()
 
     @property
     def page_bytes(self) -> int:
@@ -43,6 +45,7 @@ class PagePool:
     def used_pages(self) -> int:
         """Pages that some table holds."""
         with self._lock:
+            self._reap()
             return self._fresh - len(self._free)
 
     def allocate(self, count: int) -> torch.Tensor:
@@ -51,6 +54,7 @@ class PagePool:
         Recycled pages come first where they suffice; otherwise the ids are one ascending run in one slab.
         """
         with self._lock:
+            self._reap()
             if 0 < count <= len(self._free):
                 ids = torch.tensor(self._free[-count:], dtype=torch.int64)
                 del self._free[-count:]
@@ -68,9 +72,11 @@ class PagePool:
     def release(self, ids: torch.Tensor) -> None:
         """Drop one reference for every occurrence in ``ids``; pages without any are recycled."""
         with self._lock:
-            flat = ids.reshape(-1)
-            self._references.index_add_(0, flat, -torch.ones_like(flat, dtype=torch.int32))
-            self._recycle(flat[self._references[flat] == 0].unique())
+            self._drop(ids)
+
+    def abandon(self, ids: torch.Tensor) -> None:
+        """``release`` at the next allocation: a table may be collected inside any other call, even in mid-allocation."""
+        self._abandoned.append(ids)
 
     def shared(self, ids: torch.Tensor) -> torch.Tensor:
         """Which of these pages have more than one reference."""
@@ -101,6 +107,15 @@ class PagePool:
                 return
             if len(here):
                 yield slab, here, ids[here] - start
+
+    def _reap(self) -> None:
+        while self._abandoned:
+            self._drop(self._abandoned.popleft())
+
+    def _drop(self, ids: torch.Tensor) -> None:
+        flat = ids.reshape(-1)
+        self._references.index_add_(0, flat, -torch.ones_like(flat, dtype=torch.int32))
+        self._recycle(flat[self._references[flat] == 0].unique())
 
     def _run(self, count: int) -> torch.Tensor:
         if self._fresh + count > self.pages:
@@ -195,5 +210,6 @@ class PageTable:
             self.pool.release(ids)
 
     def __del__(self):
-        if getattr(self, "ids", None) is not None:
-            self.release()
+        ids = self.__dict__.get("ids")
+        if ids is not None:
+            self.pool.abandon(ids)

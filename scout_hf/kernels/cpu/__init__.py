@@ -22,7 +22,5 @@ def make_backend(name: str = "auto"):
     if name == "auto":
         name = _ORDER[0]
     if name not in _BACKENDS:
-        raise ConfigError(
-            f"cpu_backend={name!r} is not known; available are {', '.join(map(repr, backend_names()))}"
-        )
+        raise ConfigError(f"cpu_backend={name!r} is not known; available are {', '.join(map(repr, backend_names()))}")
     return _BACKENDS[name]()
