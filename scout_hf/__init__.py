@@ -1,4 +1,4 @@
-"""Long-context decoding for HuggingFace Transformers: KV in host memory, block-sparse attention on GPU and CPU together.
+"""Long-context decoding for HuggingFace Transformers: KV in host memory, sparse attention on GPU and CPU together.
 
 >>> handle = scout_hf.patch(model, budget=2048)
 >>> model.generate(**inputs, max_new_tokens=64)

@@ -24,6 +24,9 @@ from scout_hf.step import active_step
 
 PREFIX = "scout_over_"
 
+# Arguments that change which keys are seen, or how; none comes from a plain causal attention layer.
+UNSERVED = ("sliding_window", "position_bias", "indices", "block_indices", "sinks")
+
 
 def implementation_over(previous: str | None) -> str:
     """The registered implementation name that falls back to ``previous``; registered at first use."""
@@ -47,10 +50,10 @@ def scout_attention(previous, module, query, key, value, attention_mask, **kwarg
             "unpatch the model, or report the family"
         )
     layer.incoming = None
-    if kwargs.get("sliding_window") is not None:
+    if unknown := [name for name in UNSERVED if kwargs.get(name) is not None]:
         raise UnsupportedModelError(
-            f"{type(module).__name__} asks for a sliding window of {kwargs['sliding_window']} on layer "
-            f"{module.layer_idx}, whose cache layer has none; set config.layer_types, or unpatch the model"
+            f"{type(module).__name__} attends with {', '.join(unknown)} on layer {module.layer_idx}, whose cache layer is "
+            "a plain full-attention one; scout_hf cannot follow that: unpatch the model"
         )
     method = layer.method
     scale = kwargs.get("scaling")
@@ -76,8 +79,8 @@ def scout_mask(previous, *args, **kwargs):
         return ALL_MASK_ATTENTION_FUNCTIONS[previous](*args, **kwargs)
     if kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
         raise UnsupportedInputError(
-            "this forward pass wants a mask that is not plain causal (image tokens, packed sequences, block ids), which "
-            "a ScoutCache cannot serve; call the model without a ScoutCache, or unpatch it"
+            "this forward pass wants a mask that is not plain causal (image tokens, packed sequences, block ids), "
+            "which a ScoutCache cannot serve; call the model without a ScoutCache, or unpatch it"
         )
     return kwargs.get("attention_mask")
 

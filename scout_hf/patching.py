@@ -57,8 +57,8 @@ def patch(model: torch.nn.Module, config: ScoutConfig | None = None, **options: 
     family = family_of(model)
     if HANDLE in model.__dict__:
         raise PatchError(
-            "this model is patched already; call scout_hf.unpatch(model) first, or pass a ScoutCache with other settings "
-            "as past_key_values"
+            "this model is patched already; call scout_hf.unpatch(model) first, or pass a ScoutCache with other "
+            "settings as past_key_values"
         )
     text = model.config.get_text_config(decoder=True)
     check_names(config, text, len(family.layers(family.decoder(model))))
@@ -168,10 +168,8 @@ class Handle:
         self.model.__dict__[HANDLE] = self
 
     def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
-        wanted = (
-            generation_config.cache_implementation in (None, "dynamic") and generation_config.use_cache is not False
-        )
-        if wanted and model_kwargs.get("past_key_values") is None and not generation_config.output_attentions:
+        given = model_kwargs.get("past_key_values") is not None
+        if not given and _takes_dynamic_cache(self.model, generation_config):
             cache = model_kwargs["past_key_values"] = self.new_cache()
             if getattr(generation_config, "is_assistant", False) and hasattr(cache, "activate_past_recording"):
                 cache.activate_past_recording()
@@ -253,6 +251,12 @@ class Handle:
     def _two_tiers(self) -> bool:
         split = self.config.split
         return split == "cpu" or (split == "auto" and self.model.device.type != "cpu")
+
+
+def _takes_dynamic_cache(model: torch.nn.Module, generation_config: Any) -> bool:
+    """Whether generate() would make a DynamicCache for this call and nothing in it needs attention weights."""
+    plain = generation_config.cache_implementation in (None, "dynamic") and generation_config.use_cache is not False
+    return plain and not generation_config.output_attentions and model._supports_default_dynamic_cache()
 
 
 def _named(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict:

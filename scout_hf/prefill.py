@@ -1,4 +1,4 @@
-"""The first pass over a prompt, through the kernel that the model had before, without a square mask where none is needed."""
+"""The first pass over a prompt, through the kernel the model had before, without a square mask unless it takes one."""
 
 from __future__ import annotations
 

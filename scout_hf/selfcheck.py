@@ -37,8 +37,8 @@ def check_unknown_family(model: Any, family: Any, handle: Any) -> None:
         raise UnsupportedModelError(f"{name} is of an unknown family and cannot be served: {error}") from error
     except Exception as error:
         raise UnsupportedModelError(
-            f"{name} is of an unknown family and its trial run failed ({type(error).__name__}: {error}); known families "
-            "are listed by scout_hf.patches.family_names()"
+            f"{name} is of an unknown family and its trial run failed ({type(error).__name__}: {error}); add "
+            "it with scout_hf.patches.register_family, or use it unpatched"
         ) from error
     finally:
         model.train(was_training)

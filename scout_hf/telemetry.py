@@ -112,7 +112,7 @@ class Stats:
     recalled_blocks, recalled_bytes : int
         Copied back to the device, in all.
     kv_bytes : dict
-        Bytes by tier (``host``, ``device``, ``digests``, ``stock`` for layers left to transformers) of the newest cache.
+        Bytes of the newest cache by tier: ``host``, ``device``, ``digests``, ``stock`` (layers left to transformers).
     layers : tuple of LayerStats
     """
 

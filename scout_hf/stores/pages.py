@@ -75,7 +75,7 @@ class PagePool:
             self._drop(ids)
 
     def abandon(self, ids: torch.Tensor) -> None:
-        """``release`` at the next allocation: a table may be collected inside any other call, even in mid-allocation."""
+        """``release`` at the next allocation: a table may be collected inside any other call, even that one."""
         self._abandoned.append(ids)
 
     def shared(self, ids: torch.Tensor) -> torch.Tensor:
