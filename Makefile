@@ -1,0 +1,55 @@
+# make demo            set up and run the main job
+# make test            set up and pass the tests
+# make test-versions   the tests on the oldest and an older transformers, each in an environment of its own
+
+PYTHON ?= python3
+VENV ?= .venv
+# This release has a CPU build where only PyPI is at hand; set TORCH for another one, such as a CUDA build.
+TORCH ?= torch==2.13.0
+VERSIONS ?= 5.4.0 5.17.0
+JOBS ?= 2
+
+export OMP_NUM_THREADS ?= 2
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(JOBS)
+
+.PHONY: demo test test-versions lint clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/scout-hf demo
+
+test: $(VENV)/.installed-test
+	$(call PYTEST,$(VENV))
+
+test-versions: $(VERSIONS:%=test-transformers-%)
+
+test-transformers-%: $(VENV)-%/.installed-test
+	$(call PYTEST,$(VENV)-$*) --ignore tests/packaging
+
+lint: $(VENV)/.installed-test
+	$(VENV)/bin/pip install -q ruff
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q "$(TORCH)"
+	$(VENV)/bin/pip install -q -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(VENV)/bin/pip install -q -e ".[test]"
+	touch $@
+
+$(VENV)-%/.installed-test: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/pip install -q "$(TORCH)"
+	$(VENV)-$*/bin/pip install -q -e ".[test]" "transformers==$*"
+	touch $@
+
+.SECONDARY:
+
+clean:
+	rm -rf $(VENV) $(VENV)-* build dist *.egg-info
