@@ -6,19 +6,25 @@
 >>> handle.remove()
 """
 
-from scout_hf.cache import ScoutCache
-from scout_hf.config import ScoutConfig
-from scout_hf.errors import (
-    CacheStateError,
-    ConfigError,
-    PatchError,
-    ScoutError,
-    UnsupportedInputError,
-    UnsupportedModelError,
-)
-from scout_hf.patching import Handle, patch, unpatch
-from scout_hf.recall import RecallIntervals
-from scout_hf.telemetry import Stats
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scout_hf.cache import ScoutCache
+    from scout_hf.config import ScoutConfig
+    from scout_hf.errors import (
+        CacheStateError,
+        ConfigError,
+        PatchError,
+        ScoutError,
+        UnsupportedInputError,
+        UnsupportedModelError,
+    )
+    from scout_hf.patching import Handle, patch, unpatch
+    from scout_hf.recall import RecallIntervals
+    from scout_hf.telemetry import Stats
 
 __version__ = "0.1.0"
 
@@ -37,3 +43,17 @@ __all__ = [
     "patch",
     "unpatch",
 ]
+
+# Imported at first use: torch and transformers take seconds, which `scout-hf --help` need not wait for.
+_ROOMS = {"cache": "ScoutCache", "config": "ScoutConfig", "recall": "RecallIntervals", "telemetry": "Stats"}
+_HOME = {name: room for room, name in _ROOMS.items()} | dict.fromkeys(("Handle", "patch", "unpatch"), "patching")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME.get(name, 'errors')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -110,9 +110,7 @@ def test_a_registered_family_wins_over_the_refusal(clean_registry, monkeypatch):
     model = tiny_model("llama")
     assert not isinstance(family_of(model), ProbeFamily)
     del registry._FAMILIES["llama"]
-    with pytest.raises(
-        errors.UnsupportedModelError, match="LlamaForCausalLM .model type 'llama'.*just because"
-    ):
+    with pytest.raises(errors.UnsupportedModelError, match="LlamaForCausalLM .model type 'llama'.*just because"):
         family_of(model)
 
 
@@ -202,9 +200,7 @@ def unsupported():
     )
 
 
-@pytest.mark.parametrize(
-    "make, message", [case[1:] for case in unsupported()], ids=[c[0] for c in unsupported()]
-)
+@pytest.mark.parametrize("make, message", [case[1:] for case in unsupported()], ids=[c[0] for c in unsupported()])
 def test_what_is_no_causal_lm_is_refused_by_name(make, message):
     with pytest.raises(errors.UnsupportedModelError, match=message) as caught:
         family_of(make())

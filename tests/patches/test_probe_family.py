@@ -160,9 +160,7 @@ class Picky(Deaf):
         return hidden
 
 
-@pytest.mark.parametrize(
-    "layer_class, message", [(Deaf, "never called"), (Picky, "cannot be run on its own")]
-)
+@pytest.mark.parametrize("layer_class, message", [(Deaf, "never called"), (Picky, "cannot be run on its own")])
 def test_a_layer_that_cannot_be_probed_is_named(layer_class, message):
     model = tiny_model("llama")
     layer = layer_class(model.model.layers[0].self_attn)

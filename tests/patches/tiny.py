@@ -76,9 +76,7 @@ TINY: dict[str, Tiny] = {
         },
     ),
     "phi3": Tiny("phi3", {"rope_parameters": _PLAIN_ROPE | {"partial_rotary_factor": 0.5}}),
-    "phi": Tiny(
-        "phi", {"qk_layernorm": True, "rope_parameters": _PLAIN_ROPE | {"partial_rotary_factor": 0.5}}
-    ),
+    "phi": Tiny("phi", {"qk_layernorm": True, "rope_parameters": _PLAIN_ROPE | {"partial_rotary_factor": 0.5}}),
     "phimoe": Tiny("phimoe", _LOCAL_EXPERTS | {"sliding_window": None}),
     "gemma": Tiny("gemma", {"head_dim": 16}),
     "gemma2": Tiny(
@@ -143,9 +141,7 @@ def tiny_config(name: str, **overrides) -> PreTrainedConfig:
     return AutoConfig.for_model(tiny.model_type, **(_SHAPE | tiny.config | overrides))
 
 
-def tiny_model(
-    name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides
-) -> PreTrainedModel:
+def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides) -> PreTrainedModel:
     """A random causal LM in eval mode: hidden 64, 4 layers, 8 heads, 2 KV heads, 128 tokens (0 pad, 2 eos).
 
     Args:
