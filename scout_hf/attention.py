@@ -29,13 +29,25 @@ UNSERVED = ("sliding_window", "position_bias", "indices", "block_indices", "sink
 
 
 def implementation_over(previous: str | None) -> str:
-    """The registered implementation name that falls back to ``previous``; registered at first use."""
+    """The implementation name that falls back to ``previous``; registered at first use.
+
+    Patching a second model that shares the config adds a second prefix, so that each removal takes one away, in any
+    order.
+    """
     previous = previous or "eager"
-    name = PREFIX + previous
+    name, stock = PREFIX + previous, previous.replace(PREFIX, "")
     if name not in AttentionInterface._global_mapping:
-        AttentionInterface.register(name, functools.partial(scout_attention, previous))
-        AttentionMaskInterface.register(name, functools.partial(scout_mask, previous))
+        AttentionInterface.register(name, functools.partial(scout_attention, stock))
+        AttentionMaskInterface.register(name, functools.partial(scout_mask, stock))
     return name
+
+
+def implementation_under(current: str | None, original: str | None) -> str | None:
+    """What remains of ``current`` when one patch is removed; ``original`` where somebody has replaced it since."""
+    if current is None or not current.startswith(PREFIX):
+        return original
+    below = current.removeprefix(PREFIX)
+    return below if below.startswith(PREFIX) or original is not None else original
 
 
 def scout_attention(previous, module, query, key, value, attention_mask, **kwargs):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from scout_hf.attention import PREFIX, implementation_over
+from scout_hf.attention import implementation_over, implementation_under
 from scout_hf.cache import ScoutCache, ScoutLayer, check_names
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import PatchError, UnsupportedInputError
@@ -128,7 +128,9 @@ class Handle:
             hook.remove()
         self._hooks.clear()
         for config, implementation in self._implementations:
-            config._attn_implementation_internal = implementation
+            config._attn_implementation_internal = implementation_under(
+                config._attn_implementation_internal, implementation
+            )
         self._implementations.clear()
         del self.model.__dict__[PREPARE]
         if self._prepare_before is not None:
@@ -154,8 +156,7 @@ class Handle:
         configs = [self._decoder.config, *(self._family.attention(layer).config for layer in layers)]
         for config in {id(config): config for config in configs}.values():
             self._implementations.append((config, config._attn_implementation_internal))
-            if not (config._attn_implementation_internal or "").startswith(PREFIX):
-                config._attn_implementation_internal = implementation_over(config._attn_implementation_internal)
+            config._attn_implementation_internal = implementation_over(config._attn_implementation_internal)
         # The outer model opens the pass too: multi-modal models make their masks before the decoder is called.
         for module in {id(m): m for m in (self.model, self._decoder)}.values():
             self._hooks.append(module.register_forward_pre_hook(self._open, with_kwargs=True))

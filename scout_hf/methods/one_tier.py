@@ -75,7 +75,7 @@ class OneTierScout(Method):
             allowed &= tokens[rows, ids]
         if pick.usable is not None:
             allowed[:, :, : pick.ids.shape[2]] &= pick.usable.cpu().unsqueeze(-1)
-        return allowed
+        return allowed.to(self.kv.table.pool.device)
 
     def _context(self, step) -> int | torch.Tensor:
         return self.kv.length if step.mask is None else step.row_tokens().float().mean()

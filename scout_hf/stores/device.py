@@ -136,8 +136,8 @@ class Recall:
         keys, values = _fetch(host, self.ids)
         rows, heads, which = self.real.nonzero(as_tuple=True)
         slots = self.slots[rows, heads, which]
-        self.resident.keys[rows, heads, slots] = keys[rows, heads, which].to(self.resident.keys.device)
-        self.resident.values[rows, heads, slots] = values[rows, heads, which].to(self.resident.values.device)
+        self.resident.keys[rows, heads, slots] = keys[rows, heads, which]
+        self.resident.values[rows, heads, slots] = values[rows, heads, which]
 
 
 def _fetch(host, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,4 +145,4 @@ def _fetch(host, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     pool = host.table.pool
     keys, values = (torch.empty(shape, dtype=pool.dtype, device=pool.device) for _ in range(2))
     host.gather(ids.cpu(), keys, values)
-    return keys, values
+    return keys.to(ids.device), values.to(ids.device)
