@@ -52,13 +52,14 @@ class TorchBackend:
         allowed : Tensor (batch, kv_heads, n, block_size) of bool, or None
             Tokens that may be attended.
         """
-        chunk = max(1, CHUNK_TOKENS // store.block_size)
-        parts = []
-        for first in range(0, blocks.shape[2], chunk):
+        count, parts = blocks.shape[2], []
+        chunks = max(1, round(count * store.block_size / CHUNK_TOKENS))
+        chunk = max(1, -(-count // chunks))
+        for first in range(0, count, chunk):
             ids = blocks[:, :, first : first + chunk]
             keys, values = self._scratch.pair(ids.shape, store)
             store.gather(ids, keys, values)
-            last = first + chunk >= blocks.shape[2]
+            last = first + chunk >= count
             tokens = ids.shape[2] * store.block_size - (unfilled if last else 0)
             mask = None if allowed is None else allowed[:, :, first : first + chunk].flatten(2)[:, :, None, :tokens]
             keys, values = keys.flatten(2, 3)[:, :, :tokens], values.flatten(2, 3)[:, :, :tokens]
