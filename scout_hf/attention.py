@@ -50,6 +50,7 @@ def implementation_under(current: str | None, original: str | None) -> str | Non
     return below if below.startswith(PREFIX) or original is not None else original
 
 
+@torch.compiler.disable
 def scout_attention(previous, module, query, key, value, attention_mask, **kwargs):
     """Attention function as transformers calls it; query is (batch, query_heads, queries, head_dim)."""
     step = active_step()
@@ -64,8 +65,8 @@ def scout_attention(previous, module, query, key, value, attention_mask, **kwarg
     layer.incoming = None
     if unknown := [name for name in UNSERVED if kwargs.get(name) is not None]:
         raise UnsupportedModelError(
-            f"{type(module).__name__} attends with {', '.join(unknown)} on layer {module.layer_idx}, whose cache layer is "
-            "a plain full-attention one; scout_hf cannot follow that: unpatch the model"
+            f"{type(module).__name__} attends with {', '.join(unknown)} on layer {module.layer_idx}, whose cache layer "
+            "is a plain full-attention one; scout_hf cannot follow that: unpatch the model"
         )
     method = layer.method
     scale = kwargs.get("scaling")
@@ -84,6 +85,7 @@ def scout_attention(previous, module, query, key, value, attention_mask, **kwarg
     return out, None
 
 
+@torch.compiler.disable
 def scout_mask(previous, *args, **kwargs):
     """Mask function as transformers calls it: scout layers take padding from the step, all others their own mask."""
     step = active_step()

@@ -52,6 +52,7 @@ class ScoutCache(Cache):
             if type(layer) is DynamicLayer:
                 layers[index] = ScoutLayer(self.scout_config, index)
         super().__init__(layers=layers)
+        self.broken = False
         if not self.scout_layers:
             warnings.warn(
                 f"every layer of this {text.model_type} model has a sliding window or no attention at all: there is "
@@ -94,11 +95,27 @@ class ScoutCache(Cache):
             if layer.method is not None:
                 layer.method.drain()
 
-    def rollback(self, lengths: list[int]) -> None:
-        """Cut every scout layer back to the length it had, after a forward pass that raised."""
-        for layer, length in zip(self.scout_layers, lengths):
-            if layer.get_seq_length() > length:
-                layer.crop(length - layer.get_seq_length())
+    def mark(self) -> list[Any]:
+        """The state of every layer, to go back to with ``rollback``; costs no copy of keys and values."""
+        if self.broken:
+            raise CacheStateError(
+                "a forward pass with this cache failed half way, and its linear-attention layers cannot go back; "
+                "start with a new ScoutCache"
+            )
+        # Stock attention layers replace their tensors at every update, so their attributes are a snapshot.
+        return [
+            layer.get_seq_length() if isinstance(layer, ScoutLayer) else dict(layer.__dict__) for layer in self.layers
+        ]
+
+    def rollback(self, marks: list[Any]) -> None:
+        """Make every layer what it was at ``mark``, after a forward pass that raised."""
+        self.drain()
+        for layer, mark in zip(self.layers, marks):
+            if not isinstance(layer, ScoutLayer):
+                layer.__dict__.update(mark)
+                self.broken = self.broken or not isinstance(layer, CacheLayerMixin)
+            elif layer.get_seq_length() > mark:
+                layer.crop(mark - layer.get_seq_length())
 
 
 class ScoutLayer(CacheLayerMixin):
@@ -125,6 +142,7 @@ class ScoutLayer(CacheLayerMixin):
         self.method = make_method(self.config, self.layer_idx, key_states)
         self.is_initialized = True
 
+    @torch.compiler.disable
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Store new tokens, (batch, kv_heads, tokens, head_dim) each.
 

@@ -181,6 +181,7 @@ class Handle:
 
     # -- hooks --------------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def _open(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         given = _named(module, args, kwargs)
         cache = given.get("past_key_values")
@@ -205,13 +206,14 @@ class Handle:
             counters=self._counters,
         )
         cache.drain()
-        step.lengths = [layer.get_seq_length() for layer in cache.scout_layers]
+        step.marks = cache.mark()
         if step.queries == 1:
             self._counters.steps += 1
         else:
             self._counters.prefill_tokens += step.queries
         set_active_step(step)
 
+    @torch.compiler.disable
     def _close(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         step = active_step()
         if step is None or step.backend is not self._backend:
@@ -223,8 +225,7 @@ class Handle:
         unread = [layer.layer_idx for layer in step.cache.scout_layers if layer.incoming is not None]
         failed = output is None
         if failed or unread:
-            step.cache.drain()
-            step.cache.rollback(step.lengths)
+            step.cache.rollback(step.marks)
         if unread and not failed:
             raise PatchError(
                 f"layers {unread} stored keys but did not attend through scout_hf: the attention implementation was "
@@ -233,6 +234,7 @@ class Handle:
         if step.queries > 1 or self._counters.steps % BYTES_EVERY == 1:
             self._kv_bytes = step.cache.tier_bytes()
 
+    @torch.compiler.disable
     def _before_layer(self, index: int, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         step = active_step()
         if step is None or step.queries != 1 or index + 1 >= len(step.cache.layers):

@@ -41,8 +41,8 @@ class Step:
         Which tokens exist, padding False; None when all do.
     backend, workers, counters
         CPU attention, the pool that runs it ahead, and the tallies of the handle.
-    lengths : list of int
-        Tokens per scout layer before this pass, to go back to if it fails.
+    marks : list
+        The state of the cache's layers before this pass, to go back to if it fails.
     depth : int
         Nested modules of this pass that are still running.
     """
@@ -54,7 +54,7 @@ class Step:
     backend: Any
     workers: Workers
     counters: Counters
-    lengths: list[int] = field(default_factory=list)
+    marks: list[Any] = field(default_factory=list)
     depth: int = 1
     _blocks: dict[int, torch.Tensor] = field(default_factory=dict)
 

@@ -1,0 +1,106 @@
+"""The command line. Everything heavy is imported inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Long-context decoding for HuggingFace Transformers: KV in host memory, attended block-sparsely.",
+)
+
+Seed = Annotated[int, typer.Option(help="Decides documents and questions.")]
+
+
+@app.command()
+def demo(
+    tokens: Annotated[int, typer.Option(min=256, help="Length of the document.")] = 8192,
+    questions: Annotated[int, typer.Option(min=1, help="How many of its hidden facts to ask for.")] = 8,
+    seed: Seed = 0,
+    budget: Annotated[int, typer.Option(help="Tokens attended per step and layer when sparse.")] = 1024,
+    block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 16,
+) -> None:
+    """Ask questions about a long document: stock attention, exact, sparse. Fails if exact differs from stock."""
+    with _readable_errors():
+        from scout_hf.eval.demo import run
+
+        same = run(tokens, questions, seed, budget, block_size)
+    raise typer.Exit(0 if same else 1)
+
+
+@app.command()
+def accuracy(
+    tokens: Annotated[int, typer.Option(min=256, help="Length of the documents.")] = 4096,
+    questions: Annotated[int, typer.Option(min=1, help="Questions per mode.")] = 100,
+    budget: Annotated[float, typer.Option(help="Share of the context to attend, in (0, 1].")] = 0.25,
+    block_size: Annotated[list[int], typer.Option(help="Tokens per block; may be given several times.")] = [16, 32],  # noqa: B006
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+) -> None:
+    """Exact-match accuracy of the pocket model: full attention, sparse attention and blind controls."""
+    with _readable_errors():
+        from rich.console import Console
+        from tqdm import tqdm
+
+        from scout_hf.eval import accuracy as evaluation
+        from scout_hf.eval.pocket import load_pocket
+
+        lines = 1 + len(block_size) * len(evaluation.MODES)
+        with tqdm(total=lines * questions, unit="question", desc="asking") as bar:
+            scores = evaluation.accuracy_table(
+                *load_pocket(), tokens, questions, budget, block_size, seed, tick=bar.update
+            )
+        title = f"{questions} questions on documents of {tokens} tokens, budget {budget:.0%}"
+        Console().print(evaluation.as_table(scores, title))
+        if out:
+            settings = {"tokens": tokens, "questions": questions, "budget": budget, "seed": seed}
+            evaluation.save(out, scores, settings)
+
+
+@app.command()
+def version() -> None:
+    """Versions and hardware, for bug reports."""
+    import psutil
+    import torch
+    import transformers
+
+    import scout_hf
+    from scout_hf.kernels.cpu import backend_names
+    from scout_hf.selection import digest_names
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    facts = {
+        "scout_hf": scout_hf.__version__,
+        "python": platform.python_version(),
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "transformers": transformers.__version__,
+        "system": platform.platform(),
+        "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
+        "GPU": gpu,
+        "CPU backends": ", ".join(backend_names()),
+        "digests": ", ".join(digest_names()),
+    }
+    for name, value in facts.items():
+        typer.echo(f"{name:<13} {value}")
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    """A wrong setting ends in its message and exit code 2, not in a traceback."""
+    from transformers.utils import logging
+
+    from scout_hf.errors import ScoutError
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    except (ScoutError, FileNotFoundError, ValueError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
