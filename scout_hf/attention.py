@@ -19,6 +19,7 @@ from scout_hf.cache import ScoutLayer
 from scout_hf.errors import UnsupportedInputError, UnsupportedModelError
 from scout_hf.fusion import Partial, fuse
 from scout_hf.methods.base import Scoring
+from scout_hf.modes import keeps_tensors
 from scout_hf.prefill import prefill
 from scout_hf.step import active_step
 
@@ -50,7 +51,7 @@ def implementation_under(current: str | None, original: str | None) -> str | Non
     return below if below.startswith(PREFIX) or original is not None else original
 
 
-@torch.compiler.disable
+@keeps_tensors
 def scout_attention(previous, module, query, key, value, attention_mask, **kwargs):
     """Attention function as transformers calls it; query is (batch, query_heads, queries, head_dim)."""
     step = active_step()
@@ -74,11 +75,11 @@ def scout_attention(previous, module, query, key, value, attention_mask, **kwarg
     if step.queries > 1 and method.length == step.queries:
         out = prefill(*_causal_stock(previous, module), module, query, key, value, step.mask, **kwargs)
     with torch.autocast(query.device.type, enabled=False):
-        real = query.to(key.dtype)
+        real, new_keys, new_values = (part.to(method.dtype) for part in (query, key, value))
         if step.queries == 1:
             out = _finish(method.attend(step, real), query, kwargs.get("s_aux"))
         elif method.length > step.queries:
-            out = _finish(method.attend_many(step, real, key, value), query, kwargs.get("s_aux"))
+            out = _finish(method.attend_many(step, real, new_keys, new_values), query, kwargs.get("s_aux"))
         method.settle(step)
         if step.queries > 1:
             method.prefilled(step, real[:, :, -1:])

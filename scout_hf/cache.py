@@ -14,6 +14,7 @@ from scout_hf.errors import CacheStateError, ConfigError
 from scout_hf.kernels.cpu import make_backend
 from scout_hf.methods import Method, make_method
 from scout_hf.methods.base import find_method
+from scout_hf.modes import keeps_tensors
 from scout_hf.recall import RecallIntervals
 from scout_hf.selection import make_digest
 from scout_hf.step import active_step
@@ -95,6 +96,12 @@ class ScoutCache(Cache):
             if layer.method is not None:
                 layer.method.drain()
 
+    def end_step(self) -> None:
+        """A forward pass got through: drop what was started for it and not used."""
+        for layer in self.scout_layers:
+            if layer.method is not None:
+                layer.method.end_step()
+
     def mark(self) -> list[Any]:
         """The state of every layer, to go back to with ``rollback``; costs no copy of keys and values."""
         if self.broken:
@@ -142,7 +149,7 @@ class ScoutLayer(CacheLayerMixin):
         self.method = make_method(self.config, self.layer_idx, key_states)
         self.is_initialized = True
 
-    @torch.compiler.disable
+    @keeps_tensors
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Store new tokens, (batch, kv_heads, tokens, head_dim) each.
 
@@ -180,6 +187,7 @@ class ScoutLayer(CacheLayerMixin):
 
     get_max_cache_shape = get_max_length
 
+    @keeps_tensors
     def crop(self, length: int) -> None:
         """``length`` <= 0 removes that many tokens; a positive one is the length to keep (transformers < 5.14)."""
         if self.method:
@@ -188,16 +196,19 @@ class ScoutLayer(CacheLayerMixin):
             if keep < held:
                 self.method.crop(keep)
 
+    @keeps_tensors
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Make row ``i`` what row ``beam_idx[i]`` was."""
         if self.method and not _is_identity(beam_idx, self.method.batch):
             self.method.select_rows(beam_idx)
 
+    @keeps_tensors
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times."""
         if self.method:
             self.method.select_rows(torch.arange(self.method.batch).repeat_interleave(repeats))
 
+    @keeps_tensors
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows ``indices``, numbers or a bool per row."""
         if self.method:
@@ -214,6 +225,7 @@ class ScoutLayer(CacheLayerMixin):
 
     prefetch = offload
 
+    @keeps_tensors
     def __deepcopy__(self, memo: dict) -> ScoutLayer:
         twin = ScoutLayer(self.config, self.layer_idx)
         memo[id(self)] = twin

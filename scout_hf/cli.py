@@ -52,8 +52,9 @@ def accuracy(
         from scout_hf.eval import accuracy as evaluation
         from scout_hf.eval.pocket import load_pocket
 
-        lines = 1 + len(block_size) * len(evaluation.MODES)
-        with tqdm(total=lines * questions, unit="question", desc="asking") as bar:
+        rows = 1 + len(block_size) * len(evaluation.MODES)
+        steps = questions + evaluation.quiz_count(tokens, questions)
+        with tqdm(total=rows * steps, unit="step", desc="reading and asking") as bar:
             scores = evaluation.accuracy_table(
                 *load_pocket(), tokens, questions, budget, block_size, seed, tick=bar.update
             )

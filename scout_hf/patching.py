@@ -14,6 +14,7 @@ from scout_hf.config import ScoutConfig
 from scout_hf.errors import PatchError, UnsupportedInputError
 from scout_hf.kernels.cpu import make_backend
 from scout_hf.kernels.cpu.workers import Workers
+from scout_hf.modes import keeps_tensors
 from scout_hf.patches import family_of
 from scout_hf.profiling import profile_recall
 from scout_hf.recall import RecallIntervals
@@ -63,11 +64,11 @@ def patch(model: torch.nn.Module, config: ScoutConfig | None = None, **options: 
     text = model.config.get_text_config(decoder=True)
     check_names(config, text, len(family.layers(family.decoder(model))))
     handle = Handle(model, config, family)
-    handle._install()
     try:
+        handle._install()
         check_unknown_family(model, family, handle)
     except BaseException:
-        handle.remove()
+        handle._uninstall()
         raise
     return handle
 
@@ -124,19 +125,7 @@ class Handle:
         """Give the model back exactly as it was. Raises PatchError the second time."""
         if self.model.__dict__.get(HANDLE) is not self:
             raise PatchError("this patch was removed already")
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        for config, implementation in self._implementations:
-            config._attn_implementation_internal = implementation_under(
-                config._attn_implementation_internal, implementation
-            )
-        self._implementations.clear()
-        del self.model.__dict__[PREPARE]
-        if self._prepare_before is not None:
-            self.model.__dict__[PREPARE] = self._prepare_before
-        del self.model.__dict__[HANDLE]
-        self._workers.close()
+        self._uninstall()
 
     def __enter__(self) -> Handle:
         return self
@@ -153,7 +142,8 @@ class Handle:
 
     def _install(self) -> None:
         layers = self._family.layers(self._decoder)
-        configs = [self._decoder.config, *(self._family.attention(layer).config for layer in layers)]
+        inside = [module.config for layer in layers for module in layer.modules() if "config" in module.__dict__]
+        configs = [self._decoder.config, *inside]
         for config in {id(config): config for config in configs}.values():
             self._implementations.append((config, config._attn_implementation_internal))
             config._attn_implementation_internal = implementation_over(config._attn_implementation_internal)
@@ -168,6 +158,21 @@ class Handle:
         self.model.__dict__[PREPARE] = self._prepare_cache
         self.model.__dict__[HANDLE] = self
 
+    def _uninstall(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for config, implementation in self._implementations:
+            config._attn_implementation_internal = implementation_under(
+                config._attn_implementation_internal, implementation
+            )
+        self._implementations.clear()
+        if self.model.__dict__.pop(HANDLE, None) is not None:
+            del self.model.__dict__[PREPARE]
+            if self._prepare_before is not None:
+                self.model.__dict__[PREPARE] = self._prepare_before
+        self._workers.close()
+
     def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
         given = model_kwargs.get("past_key_values") is not None
         if not given and _takes_dynamic_cache(self.model, generation_config):
@@ -181,14 +186,17 @@ class Handle:
 
     # -- hooks --------------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable
+    @keeps_tensors
     def _open(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         given = _named(module, args, kwargs)
         cache = given.get("past_key_values")
         step = active_step()
-        if step is not None and step.cache is cache:
-            step.depth += 1
-            return
+        if step is not None:
+            if step.cache is cache and step.root is not module:
+                step.depth += 1
+                return
+            # Left behind by an interrupt, which no hook of torch sees.
+            _abort(step)
         if not isinstance(cache, ScoutCache):
             return
         inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
@@ -204,16 +212,16 @@ class Handle:
             backend=self._backend,
             workers=self._workers,
             counters=self._counters,
+            root=module,
+            marks=cache.mark(),
         )
-        cache.drain()
-        step.marks = cache.mark()
         if step.queries == 1:
             self._counters.steps += 1
         else:
             self._counters.prefill_tokens += step.queries
         set_active_step(step)
 
-    @torch.compiler.disable
+    @keeps_tensors
     def _close(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         step = active_step()
         if step is None or step.backend is not self._backend:
@@ -221,12 +229,13 @@ class Handle:
         step.depth -= 1
         if step.depth:
             return
-        set_active_step(None)
         unread = [layer.layer_idx for layer in step.cache.scout_layers if layer.incoming is not None]
-        failed = output is None
-        if failed or unread:
-            step.cache.rollback(step.marks)
-        if unread and not failed:
+        if output is None or unread:
+            _abort(step)
+        else:
+            set_active_step(None)
+            step.cache.end_step()
+        if unread and output is not None:
             raise PatchError(
                 f"layers {unread} stored keys but did not attend through scout_hf: the attention implementation was "
                 "changed after patch(); unpatch the model, change it, and patch again"
@@ -234,15 +243,16 @@ class Handle:
         if step.queries > 1 or self._counters.steps % BYTES_EVERY == 1:
             self._kv_bytes = step.cache.tier_bytes()
 
-    @torch.compiler.disable
+    @keeps_tensors
     def _before_layer(self, index: int, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         step = active_step()
-        if step is None or step.queries != 1 or index + 1 >= len(step.cache.layers):
+        layers = self._family.layers(self._decoder)
+        if step is None or step.queries != 1 or index + 1 >= min(len(layers), len(step.cache.layers)):
             return
         following = step.cache.layers[index + 1]
         if not isinstance(following, ScoutLayer) or following.method is None or not following.method.wants_ahead:
             return
-        layer = self._family.layers(self._decoder)[index + 1]
+        layer = layers[index + 1]
         if not self._family.available(layer):
             return
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -254,6 +264,12 @@ class Handle:
     def _two_tiers(self) -> bool:
         split = self.config.split
         return split == "cpu" or (split == "auto" and self.model.device.type != "cpu")
+
+
+def _abort(step: Step) -> None:
+    """End a pass that did not get through; the cache is as it was before."""
+    set_active_step(None)
+    step.cache.rollback(step.marks)
 
 
 def _takes_dynamic_cache(model: torch.nn.Module, generation_config: Any) -> bool:

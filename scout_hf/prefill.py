@@ -44,11 +44,15 @@ def prefill(
     starts = None if mask is None else left_padding(mask)
     if not takes_causal_flag or (mask is not None and starts is None):
         return _masked(stock, takes_causal_flag, module, query, keys, values, mask, kwargs)
-    out = query.new_zeros(query.shape).transpose(1, 2).contiguous()
+    out = None
     for start in starts.unique().tolist():
         rows = (starts == start).nonzero().squeeze(1)
         real = [part[rows, :, start:] for part in (query, keys, values)]
-        out[rows, start:] = stock(module, *real, None, **kwargs)[0]
+        part = stock(module, *real, None, **kwargs)[0]
+        if out is None:
+            # In the dtype of the kernel's answer: autocast may change it.
+            out = part.new_zeros((query.shape[0], query.shape[2], *part.shape[2:]))
+        out[rows, start:] = part
     return out
 
 

@@ -41,6 +41,8 @@ class Step:
         Which tokens exist, padding False; None when all do.
     backend, workers, counters
         CPU attention, the pool that runs it ahead, and the tallies of the handle.
+    root : Module
+        The module whose call is this pass; modules inside it run within the pass.
     marks : list
         The state of the cache's layers before this pass, to go back to if it fails.
     depth : int
@@ -54,7 +56,8 @@ class Step:
     backend: Any
     workers: Workers
     counters: Counters
-    marks: list[Any] = field(default_factory=list)
+    root: Any
+    marks: list[Any]
     depth: int = 1
     _blocks: dict[int, torch.Tensor] = field(default_factory=dict)
 

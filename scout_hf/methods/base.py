@@ -49,7 +49,7 @@ class Method(ABC):
 
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
         self.config, self.layer_idx = config, layer_idx
-        self.kv_heads = keys.shape[1]
+        self.kv_heads, self.dtype = keys.shape[1], keys.dtype
         self.kv: Any = None
         self.scoring: Scoring | None = None
 
@@ -74,6 +74,9 @@ class Method(ABC):
 
     def settle(self, step) -> None:
         """After this layer's attention: the only place where KV moves between tiers."""
+
+    def end_step(self) -> None:
+        """The whole forward pass is through: drop what ``ahead`` started and no attention used."""
 
     def flush(self) -> None:
         """After tokens came in outside a forward pass: bring the tiers in order."""
@@ -108,7 +111,8 @@ class Method(ABC):
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store new tokens, (batch, kv_heads, tokens, head_dim) each."""
-        self.kv.append(keys, values)
+        # Autocast makes keys and values of different dtypes, and not the same ones in every pass.
+        self.kv.append(keys.to(self.dtype), values.to(self.dtype))
 
     def read_all(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values, (batch, kv_heads, length, head_dim) each."""

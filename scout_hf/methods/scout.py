@@ -94,6 +94,10 @@ class Scout(Method):
             self._join_recall()
             self.resident = None
 
+    def end_step(self) -> None:
+        if self._pick is not None:
+            self._drop_job()
+
     def flush(self) -> None:
         self.drain()
         self._write_back(None)
@@ -124,10 +128,10 @@ class Scout(Method):
         return twin
 
     def drain(self) -> None:
-        if self._ticket is not None:
-            self._ticket.drain()
-        self._forget()
-        self._join_recall()
+        self._drop_job()
+        ticket, self._recall = self._recall, None
+        if ticket is not None and not ticket.drain():
+            self.resident = None
 
     def tier_bytes(self) -> dict[str, int]:
         device = self.kv.device_bytes + (self.resident.used_bytes if self.resident else 0)
@@ -226,11 +230,21 @@ class Scout(Method):
     def _join_recall(self) -> None:
         if self._recall is not None:
             ticket, self._recall = self._recall, None
-            ticket.wait()
+            try:
+                ticket.wait()
+            except BaseException:
+                # Some slots hold neither the old block nor the new one.
+                self.resident = None
+                raise
 
     # -- bookkeeping --------------------------------------------------------------------------------------------
 
     _recall = None
+
+    def _drop_job(self) -> None:
+        if self._ticket is not None:
+            self._ticket.drain()
+        self._forget()
 
     def _forget(self) -> None:
         self._pick: Pick | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -19,10 +20,9 @@ class Ticket:
         """The job's result; blocks until it is there."""
         return self._future.result()
 
-    def drain(self) -> None:
-        """Block until the job has ended, whatever came of it."""
-        if not self._future.cancel():
-            self._future.exception()
+    def drain(self) -> bool:
+        """Block until the job has ended, whatever came of it; whether it did so without an error."""
+        return self._future.exception() is None
 
     def done(self) -> bool:
         """Whether the job has ended."""
@@ -41,11 +41,14 @@ class Workers:
     def __init__(self, threads: int | None = None):
         self.threads = threads
         self._pool: ThreadPoolExecutor | None = None
+        self._process = 0
 
     def submit(self, job: Callable[..., Any], *args: Any) -> Ticket:
         """Start ``job(*args)`` in the background, without gradients and without autocast."""
-        if self._pool is None:
+        if self._pool is None or self._process != os.getpid():
+            # A forked child inherits the pool, but not its thread.
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="scout-cpu", initializer=self._prepare)
+            self._process = os.getpid()
         return Ticket(self._pool.submit(_bare, job, args))
 
     def close(self) -> None:

@@ -1,0 +1,27 @@
+"""Running code that keeps tensors from one forward pass to the next, whatever mode the caller is in."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def keeps_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: outside torch.compile, whose graphs cannot hold our state, and outside inference mode.
+
+    A tensor made under ``torch.inference_mode()`` cannot be written to outside it, so that a cache filled there could not
+    be continued anywhere else.
+    """
+
+    @torch.compiler.disable
+    @functools.wraps(function)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return outside

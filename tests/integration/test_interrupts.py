@@ -1,0 +1,78 @@
+"""Ctrl-C in the middle of a pass, and passes that use fewer layers than there are."""
+
+import pytest
+import torch
+
+import scout_hf
+from scout_hf.step import active_step
+from tests.patches.tiny import tiny_model
+
+OPTIONS = dict(budget=None, layer_ahead=False, block_size=8, window=8, resident=16, split="cpu")
+
+
+@pytest.fixture
+def model():
+    return tiny_model("llama")
+
+
+def interrupt_once(model, layer):
+    handle = model.model.layers[layer].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    return handle
+
+
+def logits(model, ids, cache):
+    with torch.no_grad():
+        return model(input_ids=ids, past_key_values=cache).logits[:, -1]
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_an_interrupted_pass_leaves_nothing_behind(model, layer):
+    ids = torch.randint(1, 60, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits[:, -1]
+    with scout_hf.patch(model, **OPTIONS) as handle:
+        cache = handle.new_cache()
+        logits(model, ids[:, :30], cache)
+        hook = interrupt_once(model, layer)
+        with pytest.raises(KeyboardInterrupt):
+            logits(model, ids[:, 30:], cache)
+        hook.remove()
+        found = logits(model, ids[:, 30:], cache)
+        assert active_step() is None
+        assert {held.get_seq_length() for held in cache.layers} == {40}
+    torch.testing.assert_close(found, expected, atol=3e-6, rtol=0)
+
+
+def test_after_an_interrupt_a_call_without_a_scout_cache_is_stock(model):
+    ids = torch.randint(1, 60, (2, 40), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).logits
+        with scout_hf.patch(model, **OPTIONS) as handle:
+            hook = interrupt_once(model, 1)
+            with pytest.raises(KeyboardInterrupt):
+                model(input_ids=ids, attention_mask=mask, past_key_values=handle.new_cache())
+            hook.remove()
+            found = model(input_ids=ids, attention_mask=mask).logits
+    assert torch.equal(found, expected)
+
+
+def test_early_exit_drafts_leave_no_job_for_a_later_step(model):
+    ids = torch.randint(1, 60, (1, 60), generator=torch.Generator().manual_seed(0))
+    stock = model.generate(ids, max_new_tokens=20, do_sample=False)
+    with scout_hf.patch(model, **OPTIONS):
+        ours = model.generate(ids, max_new_tokens=20, do_sample=False, assistant_early_exit=2)
+    assert torch.equal(ours, stock)
+
+
+def test_a_job_that_no_attention_used_is_dropped(model):
+    ids = torch.randint(1, 60, (1, 60), generator=torch.Generator().manual_seed(0))
+    with scout_hf.patch(model, **OPTIONS | dict(layer_ahead=True, budget=24)) as handle:
+        cache = handle.new_cache()
+        logits(model, ids, cache)
+        logits(model, ids[:, :1], cache)
+        depth, model.config.num_hidden_layers = model.config.num_hidden_layers, 2
+        logits(model, ids[:, :1], cache)
+        model.config.num_hidden_layers = depth
+        assert cache.layers[2].method._pick is None and cache.layers[2].method._ticket is None
