@@ -1,0 +1,133 @@
+"""Seeded documents: readable filler sentences with facts hidden between them, and the questions that ask for them.
+
+A fact reads "they call the amber falcon seven kilo mango ." and its question "what do they call the amber falcon". Some
+facts of a document share the animal or the colour, so neither word alone finds the answer. The answer follows the
+key at once, in the fact as after the question: then finding a fact and reading on in it are the same skill.
+"""
+
+import random
+from dataclasses import dataclass
+from functools import cache
+
+from . import vocabulary as vocab
+
+ANSWER_WORDS = 3
+_LANGUAGE_SEED = 20240229
+_SUCCESSORS = 6
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One hidden fact: its question, its answer (both are words joined by spaces) and where the answer starts.
+
+    `position` is the index, in tokens from the document's start, of the answer's first word.
+    """
+
+    question: str
+    answer: str
+    position: int
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text of exactly `tokens` words (one word is one token) and the facts hidden in it, in order of position."""
+
+    text: str
+    facts: tuple[Fact, ...]
+    tokens: int
+    seed: int
+
+    def prompt(self, fact: Fact) -> str:
+        """The question to append, after a space, to the document's text; the answer is what follows."""
+        return fact.question
+
+
+def questions(document: Document) -> list[tuple[str, str]]:
+    """All (document and question, answer) pairs of a document: whole prompts, ready for the tokenizer."""
+    return [(f"{document.text} {document.prompt(fact)}", fact.answer) for fact in document.facts]
+
+
+def make_document(tokens: int, facts: int, seed: int) -> Document:
+    """A document of exactly `tokens` tokens with `facts` facts at random places; the same seed, the same document."""
+    rng = random.Random(f"document-{seed}")
+    drawn = draw_facts(rng, facts)
+    sentences = [fact_words(key, value) for key, value in drawn]
+    room = tokens - sum(len(sentence) for sentence in sentences)
+    if room < 0:
+        raise ValueError(f"{facts} facts need {tokens - room} tokens, the document has {tokens}")
+    filler = filler_sentences(rng, room)
+    # The last filler sentence may be clipped to make the length exact; it stays last, where a text may break off.
+    places = sorted(rng.choices(range(max(1, len(filler))), k=facts))
+    words: list[str] = []
+    found: list[Fact] = []
+    for index in range(max(1, len(filler))):
+        while places and places[0] == index:
+            places.pop(0)
+            key, value = drawn[len(found)]
+            sentence = fact_words(key, value)
+            found.append(
+                Fact(" ".join(question_words(key)), " ".join(value), len(words) + len(sentence) - 1 - len(value))
+            )
+            words += sentence
+        words += filler[index] if filler else []
+    return Document(" ".join(words), tuple(found), tokens, seed)
+
+
+def draw_facts(rng: random.Random, count: int) -> list[tuple[tuple[str, str], tuple[str, ...]]]:
+    """`count` pairs of a key (adjective, noun) and a value (`ANSWER_WORDS` words), no key and no first word twice."""
+    if count > len(vocab.VALUES):
+        raise ValueError(f"at most {len(vocab.VALUES)} facts fit one document, {count} asked")
+    keys: dict[tuple[str, str], None] = {}
+    while len(keys) < count:
+        keys[rng.choice(vocab.KEY_ADJECTIVES), rng.choice(vocab.KEY_NOUNS)] = None
+    firsts = rng.sample(vocab.VALUES, count)
+    values = []
+    for first in firsts:
+        rest = rng.sample([word for word in vocab.VALUES if word != first], ANSWER_WORDS - 1)
+        values.append((first, *rest))
+    return list(zip(keys, values, strict=True))
+
+
+def fact_words(key: tuple[str, str], value: tuple[str, ...]) -> list[str]:
+    """The sentence that states a fact, as words."""
+    return ["they", "call", "the", *key, *value, "."]
+
+
+def question_words(key: tuple[str, str]) -> list[str]:
+    """The question that asks for a fact, as words."""
+    return ["what", "do", "they", "call", "the", *key]
+
+
+@cache
+def _language() -> dict[str, list[str]]:
+    """Which words may follow a word: an order-1 chain, fixed for all documents, that makes plausible sentences."""
+    rng = random.Random(_LANGUAGE_SEED)
+    order = (
+        (vocab.DETERMINERS, vocab.ADJECTIVES),
+        (vocab.ADJECTIVES, vocab.SUBJECTS),
+        (vocab.SUBJECTS, vocab.VERBS),
+        (vocab.VERBS, vocab.PREPOSITIONS + vocab.ADVERBS),
+        (vocab.ADVERBS, vocab.PREPOSITIONS),
+        (vocab.PREPOSITIONS, vocab.POSSESSIVES),
+        (vocab.POSSESSIVES, vocab.OBJECTS),
+        (vocab.OBJECTS, (*vocab.CONJUNCTIONS, *".....")),
+        (vocab.CONJUNCTIONS, vocab.DETERMINERS),
+        ((".",), vocab.DETERMINERS),
+    )
+    return {word: rng.sample(after, min(_SUCCESSORS, len(after))) for before, after in order for word in before}
+
+
+def filler_sentences(rng: random.Random, tokens: int) -> list[list[str]]:
+    """Filler sentences of `tokens` words in all; the last one is clipped, but still ends in a full stop."""
+    language = _language()
+    sentences: list[list[str]] = []
+    while tokens > 0:
+        sentence, word = [], "."
+        while not sentence or word != ".":
+            word = language[word][int(rng.random() * len(language[word]))]
+            sentence.append(word)
+        if len(sentence) > tokens:
+            sentence = [*sentence[: tokens - 1], "."]
+        sentences.append(sentence)
+        tokens -= len(sentence)
+    return sentences
