@@ -79,9 +79,9 @@ class ScoutConfig:
     cpu_backend: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("method", "digest", "cpu_backend"):
+        for name, example in (("method", "scout"), ("digest", "minmax"), ("cpu_backend", "auto")):
             if not isinstance(getattr(self, name), str):
-                self._refuse(name, "the name of a registered one, as a string")
+                self._refuse(name, "the name of a registered one, as a string", repr(example))
         if not _is_int(self.block_size) or self.block_size not in BLOCK_SIZES:
             self._refuse("block_size", f"one of {_listed(BLOCK_SIZES)}", "32, or 16 for short contexts")
         self._check_budget()
@@ -90,14 +90,14 @@ class ScoutConfig:
                 self._refuse(name, "a number of tokens, 0 or more", "0 to switch it off")
         for name, allowed in (("split", SPLITS), ("cpu_query", CPU_QUERIES)):
             if getattr(self, name) not in allowed:
-                self._refuse(name, f"one of {_listed(allowed)}")
+                self._refuse(name, f"one of {_listed(allowed)}", repr(allowed[0]))
         if not isinstance(self.layer_ahead, bool):
-            self._refuse("layer_ahead", "True or False")
+            self._refuse("layer_ahead", "True or False", "True")
         self._check_recall()
         if self.resident is not None and (not _is_int(self.resident) or self.resident < self.block_size):
-            self._refuse("resident", f"None, or at least one block of tokens ({self.block_size})")
+            self._refuse("resident", f"None, or at least one block of tokens ({self.block_size})", "None, the budget")
         if self.threads is not None and (not _is_int(self.threads) or self.threads < 1):
-            self._refuse("threads", "None, or a whole number of threads from 1 up")
+            self._refuse("threads", "None, or a whole number of threads from 1 up", "None, torch's own setting")
         self._check_dense_layers()
 
     @classmethod
@@ -122,8 +122,8 @@ class ScoutConfig:
         return dataclasses.replace(config, **options)
 
     def is_dense(self, layer_idx: int) -> bool:
-        """Whether this layer attends to everything, by ``budget=None`` or by ``dense_layers``."""
-        if self.budget is None:
+        """Whether this layer attends to everything, by ``budget=None`` or 1.0, or by ``dense_layers``."""
+        if self.budget is None or self.budget == 1.0:
             return True
         if isinstance(self.dense_layers, int):
             return layer_idx < self.dense_layers
@@ -164,9 +164,8 @@ class ScoutConfig:
         elif not _is_int(self.dense_layers) or self.dense_layers < 0:
             self._refuse("dense_layers", allowed, "2, or (0, 1)")
 
-    def _refuse(self, name: str, allowed: str, hint: str = "") -> None:
-        hint = f"; try {hint}" if hint else ""
-        raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed: {name} takes {allowed}{hint}")
+    def _refuse(self, name: str, allowed: str, hint: str) -> None:
+        raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed: {name} takes {allowed}; try {hint}")
 
 
 def _is_int(value: object) -> bool:

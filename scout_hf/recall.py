@@ -41,6 +41,9 @@ class RecallIntervals:
             raise ConfigError(
                 f"intervals={self.intervals!r} is not allowed: one whole number of steps per layer, 0 for never"
             )
+        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
+        if not number or not 0.0 < self.threshold <= 1.0:
+            raise ConfigError(f"threshold={self.threshold!r} is not allowed: a number in (0, 1]")
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the profile as JSON; a reader never sees half a file."""

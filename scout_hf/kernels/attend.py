@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from scout_hf.fusion import Partial
+from scout_hf.fusion import Partial, empty_like
 
 _cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -39,6 +39,8 @@ def attend(
     Partial
         Output in the dtype of the kernel (at least that of the query), LSE natural; empty rows are 0 and -inf.
     """
+    if not keys.shape[2]:
+        return empty_like(query)
     if query.device.type == "cpu" and softcap is None:
         return _flash_on_cpu(query, keys, values, scale, allowed, causal)
     return _by_products(query, keys, values, scale, softcap, allowed, causal)
@@ -58,6 +60,7 @@ def unfold_group(partial: Partial, query: torch.Tensor) -> Partial:
 def _flash_on_cpu(query, keys, values, scale, allowed, causal) -> Partial:
     # Folding the group into the queries reads each key once for the whole group; a causal or per-query mask counts
     # queries by their position, so there the op's own head grouping is used.
+    query, keys, values = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, keys, values))
     folded = not causal and (allowed is None or allowed.shape[-2] == 1)
     given = fold_group(query, keys.shape[1]) if folded else query
     bias, groups = None, 1 if folded else query.shape[1] // keys.shape[1]

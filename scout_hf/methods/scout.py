@@ -188,7 +188,7 @@ class Scout(Method):
         if step is not None and step.mask is not None:
             exists = step.token_mask(self.config.block_size)[:, first : first + count]
         self.selector.extend(full[0], exists)
-        if self.resident is not None and count <= 1:
+        if self.resident is not None and count == 1:
             self.resident.adopt(first, *full)
         self.kv.write_back(self._window_blocks)
 

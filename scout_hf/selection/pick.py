@@ -25,9 +25,12 @@ class Pick(NamedTuple):
 
 
 def everything(batch: int, heads: int, blocks: int, exists: torch.Tensor | None, device) -> Pick:
-    """All blocks, for every row and head; ``exists`` as in :func:`choose`."""
-    ids = torch.arange(blocks, device=device).expand(batch, heads, blocks)
-    return Pick(ids, None if exists is None else exists[:, None].expand(batch, heads, blocks))
+    """All blocks, for every row and head, those that are padding last; ``exists`` as in :func:`choose`."""
+    if exists is None:
+        return Pick(torch.arange(blocks, device=device).expand(batch, heads, blocks), None)
+    order = exists.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    usable = exists.gather(1, order)
+    return Pick(*(part[:, None].expand(batch, heads, blocks) for part in (order, usable)))
 
 
 def choose(scores: torch.Tensor, count: int | torch.Tensor, sinks: int, exists: torch.Tensor | None) -> Pick:
@@ -40,16 +43,17 @@ def choose(scores: torch.Tensor, count: int | torch.Tensor, sinks: int, exists: 
     count : int or Tensor (batch,)
         Blocks to choose, for all rows or for each.
     sinks : int
-        Leading real blocks of a row that are always chosen.
+        Leading real blocks of a row that are always chosen, as far as ``count`` goes.
     exists : Tensor (batch, blocks) of bool, or None
         Blocks with at least one token that is no padding; None when all have.
     """
     blocks = scores.shape[2]
     if exists is None:
-        scores[:, :, :sinks] = torch.inf
+        scores[:, :, : min(sinks, count) if isinstance(count, int) else sinks] = torch.inf
     else:
         scores.masked_fill_(~exists[:, None], -torch.inf)
-        leading = exists & (exists.cumsum(1) <= sinks)
+        most = min(sinks, count) if isinstance(count, int) else count.clamp(max=sinks)[:, None].to(exists.device)
+        leading = exists & (exists.cumsum(1) <= most)
         scores.masked_fill_(leading[:, None], torch.inf)
     most = min(blocks, count if isinstance(count, int) else int(count.max()))
     best = scores.topk(most, dim=2)

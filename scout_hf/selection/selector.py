@@ -54,14 +54,16 @@ class Selector:
         exists = None
         if step.mask is not None:
             exists = step.token_mask(self.config.block_size)[:, :blocks].any(-1)
-        count = None if self.dense else self._count(step)
-        if count is None or (isinstance(count, int) and count >= blocks):
+        count = None if self.dense else self._count(step, blocks)
+        if count is None or not blocks or (isinstance(count, int) and count >= blocks):
             return everything(query.shape[0], kv_heads, blocks, exists, query.device)
         scores = self.digest.score(query, self.table.codes(blocks))
         return choose(scores, count, self.config.blocks(self.config.sinks), exists)
 
-    def _count(self, step) -> int | torch.Tensor:
-        budget, recent = self.config.budget, self.config.blocks(self.config.window)
+    def _count(self, step, blocks: int) -> int | torch.Tensor:
+        budget = self.config.budget
+        # Whole blocks that are attended anyway; after a crop there are fewer of them than the window has.
+        recent = min(self.config.blocks(self.config.window), max(0, step.tokens // self.config.block_size - blocks))
         if isinstance(budget, int):
             return max(1, self.config.blocks(budget) - recent)
         if step.mask is None:

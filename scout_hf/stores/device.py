@@ -66,18 +66,22 @@ class ResidentSlots:
         return int(usable.sum())
 
     def adopt(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Take blocks ``first ...`` straight from the device, as long as slots are free.
+        """Take block ``first`` straight from the device, in every row and head that has a free slot.
 
-        ``keys`` and ``values`` are (batch, kv_heads, n * block_size, head_dim).
+        ``keys`` and ``values`` are (batch, kv_heads, block_size, head_dim).
         """
-        count = min(keys.shape[2] // self.keys.shape[3], self.slots - self.filled)
-        if count:
-            span = slice(self.filled, self.filled + count)
-            tokens = count * self.keys.shape[3]
-            self.keys[:, :, span] = keys[:, :, :tokens].unflatten(2, (count, -1))
-            self.values[:, :, span] = values[:, :, :tokens].unflatten(2, (count, -1))
-            self.ids[:, :, span] = torch.arange(first, first + count, device=self.ids.device)
-            self.filled += count
+        if not self.gaps:
+            if self.filled < self.slots:
+                self.keys[:, :, self.filled], self.values[:, :, self.filled] = keys, values
+                self.ids[:, :, self.filled] = first
+                self.filled += 1
+            return
+        free = self.ids == EMPTY
+        rows, heads = free.any(2).nonzero(as_tuple=True)
+        slots = free.to(torch.int8).argmax(2)[rows, heads]
+        self.keys[rows, heads, slots], self.values[rows, heads, slots] = keys[rows, heads], values[rows, heads]
+        self.ids[rows, heads, slots] = first
+        self.filled = max(self.filled, int(slots.max()) + 1 if len(slots) else 0)
 
     def plan_recall(self, wanted: torch.Tensor, usable: torch.Tensor, blocks: int) -> Recall | None:
         """Swap in the wanted blocks that are missing for residents that are not wanted; numbers now, data later.
