@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 
 Seed = Annotated[int, typer.Option(help="Decides documents and questions.")]
+Threads = Annotated[int, typer.Option(min=1, help="Of torch; more than the free cores slow a small model down.")]
 
 
 @app.command()
@@ -26,9 +27,10 @@ def demo(
     seed: Seed = 0,
     budget: Annotated[int, typer.Option(help="Tokens attended per step and layer when sparse.")] = 1024,
     block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 16,
+    threads: Threads = 1,
 ) -> None:
     """Ask questions about a long document: stock attention, exact, sparse. Fails if exact differs from stock."""
-    with _readable_errors():
+    with _evaluation(threads):
         from scout_hf.eval.demo import run
 
         same = run(tokens, questions, seed, budget, block_size)
@@ -42,10 +44,11 @@ def accuracy(
     budget: Annotated[float, typer.Option(help="Share of the context to attend, in (0, 1].")] = 0.25,
     block_size: Annotated[list[int], typer.Option(help="Tokens per block; may be given several times.")] = [16, 32],  # noqa: B006
     seed: Seed = 0,
+    threads: Threads = 1,
     out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
 ) -> None:
     """Exact-match accuracy of the pocket model: full attention, sparse attention and blind controls."""
-    with _readable_errors():
+    with _evaluation(threads):
         from rich.console import Console
         from tqdm import tqdm
 
@@ -93,15 +96,20 @@ def version() -> None:
 
 
 @contextmanager
-def _readable_errors() -> Iterator[None]:
-    """A wrong setting ends in its message and exit code 2, not in a traceback."""
+def _evaluation(threads: int) -> Iterator[None]:
+    """With so many torch threads; a wrong setting ends in its message and exit code 2, not in a traceback."""
+    import torch
     from transformers.utils import logging
 
     from scout_hf.errors import ScoutError
 
     logging.disable_progress_bar()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
         yield
     except (ScoutError, FileNotFoundError, ValueError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
+    finally:
+        torch.set_num_threads(before)

@@ -28,6 +28,9 @@ class MinMax(Digest):
 
     def score(self, query: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         batch, kv_heads = codes.shape[:2]
-        grouped = query.view(batch, kv_heads, -1, query.shape[-1])
+        grouped = query.view(batch, kv_heads, -1, query.shape[-1]).float()
         signed = torch.cat([grouped.clamp(min=0).sum(2), grouped.clamp(max=0).sum(2)], dim=-1)
-        return torch.matmul(codes, signed.to(codes.dtype).unsqueeze(-1)).squeeze(-1).float()
+        # In half precision the bound itself can overflow; an average of codes cannot.
+        weight = signed.abs().sum(-1, keepdim=True).clamp(min=1e-20)
+        product = torch.matmul(codes, (signed / weight).to(codes.dtype).unsqueeze(-1)).squeeze(-1)
+        return product.float() * weight

@@ -68,7 +68,7 @@ class Selector:
             return max(1, self.config.blocks(budget) - recent)
         if step.mask is None:
             return max(1, self.config.blocks(math.ceil(budget * step.tokens)) - recent)
-        share = torch.ceil(budget * step.row_tokens() / self.config.block_size).long()
+        share = torch.ceil(torch.ceil(budget * step.row_tokens().double()) / self.config.block_size).long()
         return (share - recent).clamp(min=1)
 
     def crop(self, blocks: int) -> None:
