@@ -1,0 +1,266 @@
+"""Errors, delays and garbage in reused memory: an error surfaces and leaves nothing behind, the rest changes nothing."""
+
+import random
+import threading
+import time
+
+import pytest
+import torch
+
+import scout_hf
+from scout_hf.kernels.cpu.torch_backend import _Scratch
+from scout_hf.kernels.cpu.workers import Workers
+from scout_hf.methods import scout
+from scout_hf.stores.pages import PagePool
+from tests.integration.common import (
+    LOSSY,
+    ONE_TIER,
+    TWO_TIERS,
+    assert_close,
+    assert_equal,
+    left_padded,
+    llama,
+    logits,
+    prompt,
+    run,
+)
+from tests.patches.tiny import tiny_model
+
+REAL_SHARE, REAL_SUBMIT, REAL_PAIR = scout.cpu_share, Workers.submit, _Scratch.pair
+REAL_ALLOCATE, REAL_RECYCLE = PagePool.allocate, PagePool._recycle
+REAL_EMPTY, REAL_NEW_EMPTY = torch.empty, torch.Tensor.new_empty
+
+
+class Planted(Exception):
+    """What the tests raise on purpose."""
+
+
+def raise_once(monkeypatch, module, after: int):
+    """Let ``module.forward`` raise in call number ``after`` (from 0), and only then."""
+    real, calls = module.forward, []
+
+    def forward(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == after + 1:
+            raise Planted("planted")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, "forward", forward)
+
+
+@pytest.mark.parametrize("options", [ONE_TIER, TWO_TIERS, LOSSY])
+@pytest.mark.parametrize("after", [0, 1, 10])
+def test_a_forward_that_raises(monkeypatch, options, after):
+    """In prefill, in the first decode step and in a step in which a block was written back."""
+    model = llama()
+    with scout_hf.patch(model, **options) as handle:
+        expected = run(model, prompt(), new=14)
+        raise_once(monkeypatch, model.model.layers[2].mlp, after)
+        cache = handle.new_cache()
+        with pytest.raises(Planted):
+            run(model, prompt(), new=14, past_key_values=cache)
+        length = 50 + after - 1 if after else 0
+        assert [layer.get_seq_length() for layer in cache.layers] == [length] * 4
+        assert_equal(run(model, prompt(), new=14), expected)
+
+
+@pytest.mark.parametrize("options", [ONE_TIER, TWO_TIERS])
+@pytest.mark.parametrize("after", [1, 10])
+def test_going_on_with_the_cache_of_a_forward_that_raised(monkeypatch, options, after):
+    model = llama()
+    expected = run(model, prompt(), new=14)
+    with scout_hf.patch(model, **options) as handle:
+        raise_once(monkeypatch, model.model.layers[2].mlp, after)
+        cache = handle.new_cache()
+        with pytest.raises(Planted):
+            run(model, prompt(), new=14, past_key_values=cache)
+        known = expected.sequences[:, : 50 + after]
+        got = run(model, known, new=14 - after, past_key_values=cache)
+    assert torch.equal(got.sequences, expected.sequences)
+    assert (logits(got) - logits(expected)[after:]).abs().max() <= 3e-6
+
+
+def test_a_second_turn_that_raises(monkeypatch):
+    """Several new tokens on top of a cache: it goes back to where the turn began."""
+    model, ids = llama(), prompt(1, 80)
+    expected = run(model, ids)
+    with scout_hf.patch(model, **TWO_TIERS) as handle, torch.no_grad():
+        cache = handle.new_cache()
+        model(ids[:, :50], past_key_values=cache)
+        raise_once(monkeypatch, model.model.layers[3].self_attn.o_proj, 0)
+        with pytest.raises(Planted):
+            model(ids[:, 50:], past_key_values=cache)
+        assert [layer.get_seq_length() for layer in cache.layers] == [50] * 4
+        assert_close(run(model, ids, past_key_values=cache), expected)
+
+
+@pytest.mark.parametrize("after", [1, 10])
+def test_a_hybrid_model_that_raises(monkeypatch, after):
+    """Sliding-window layers cannot be rolled back: going on must be right or refused, never silently wrong."""
+    model = tiny_model("qwen2_sliding")
+    expected = run(model, prompt(), new=14)
+    with scout_hf.patch(model, **TWO_TIERS) as handle:
+        raise_once(monkeypatch, model.model.layers[2].mlp, after)
+        cache = handle.new_cache()
+        with pytest.raises(Planted):
+            run(model, prompt(), new=14, past_key_values=cache)
+        known = expected.sequences[:, : 50 + after]
+        try:
+            got = run(model, known, new=14 - after, past_key_values=cache)
+        except scout_hf.CacheStateError:
+            return
+    assert (logits(got) - logits(expected)[after:]).abs().max() <= 1e-4
+
+
+def test_a_cpu_job_that_raises(monkeypatch):
+    model = llama()
+    with scout_hf.patch(model, **LOSSY) as handle:
+        expected = run(model, prompt())
+        calls = []
+
+        def share(*args):
+            calls.append(None)
+            if len(calls) == 6:
+                raise Planted("planted")
+            return REAL_SHARE(*args)
+
+        monkeypatch.setattr(scout, "cpu_share", share)
+        cache = handle.new_cache()
+        with pytest.raises(Planted):
+            run(model, prompt(), past_key_values=cache)
+        assert [layer.get_seq_length() for layer in cache.layers] == [51] * 4
+        assert_equal(run(model, prompt()), expected)
+        assert len(calls) > 6
+
+
+def test_a_recall_that_raises(monkeypatch):
+    model = llama()
+    with scout_hf.patch(model, **LOSSY) as handle:
+        expected = run(model, prompt())
+
+        def run_recall(self, host):
+            raise Planted("planted")
+
+        with monkeypatch.context() as planted:
+            planted.setattr("scout_hf.stores.device.Recall.run", run_recall)
+            cache = handle.new_cache()
+            with pytest.raises(Planted):
+                run(model, prompt(), past_key_values=cache)
+        assert len({layer.get_seq_length() for layer in cache.layers}) == 1
+        assert_equal(run(model, prompt()), expected)
+
+
+def delayed_jobs(monkeypatch):
+    dice = random.Random(0)
+
+    def share(*args):
+        time.sleep(dice.random() * 0.004)
+        return REAL_SHARE(*args)
+
+    monkeypatch.setattr(scout, "cpu_share", share)
+
+
+def delayed_submit(monkeypatch):
+    """Every job, recalls too, starts late and ends late."""
+    dice = random.Random(1)
+
+    def submit(self, job, *args):
+        def late(*args):
+            time.sleep(dice.random() * 0.003)
+            result = job(*args)
+            time.sleep(dice.random() * 0.003)
+            return result
+
+        return REAL_SUBMIT(self, late, *args)
+
+    monkeypatch.setattr(Workers, "submit", submit)
+
+
+def spoiled_scratch(monkeypatch):
+    def pair(self, *args):
+        keys, values = REAL_PAIR(self, *args)
+        return keys.fill_(torch.nan), values.fill_(torch.nan)
+
+    monkeypatch.setattr(_Scratch, "pair", pair)
+
+
+def spoiled_pages(monkeypatch):
+    """Pages are NaN when they are handed out and again when they are given back."""
+
+    def fill(pool, ids):
+        for slab, _, local in pool.by_slab(ids):
+            slab[local] = torch.nan
+
+    def allocate(self, count):
+        ids = REAL_ALLOCATE(self, count)
+        fill(self, ids)
+        return ids
+
+    def recycle(self, ids):
+        fill(self, ids)
+        REAL_RECYCLE(self, ids)
+
+    monkeypatch.setattr(PagePool, "allocate", allocate)
+    monkeypatch.setattr(PagePool, "_recycle", recycle)
+
+
+def spoiled_buffers(monkeypatch):
+    """Everything allocated without contents, tails and digests too, starts as NaN."""
+    spoil = threading.Lock()
+
+    def filled(tensor):
+        with spoil:
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() and tensor.device.type == "cpu" else tensor
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: filled(REAL_EMPTY(*args, **kwargs)))
+    new_empty = lambda self, *args, **kwargs: filled(REAL_NEW_EMPTY(self, *args, **kwargs))  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+
+DISTURBANCES = [delayed_jobs, delayed_submit, spoiled_scratch, spoiled_pages, spoiled_buffers]
+
+
+@pytest.mark.parametrize("inputs", [prompt(), left_padded(0, 13)], ids=["one row", "padded"])
+@pytest.mark.parametrize("options", [LOSSY, LOSSY | {"split": "off"}], ids=["two tiers", "one tier"])
+@pytest.mark.parametrize("disturb", DISTURBANCES)
+def test_not_one_logit_changes(monkeypatch, disturb, options, inputs):
+    model = llama()
+    with scout_hf.patch(model, **options) as handle:
+        expected = run(model, inputs, new=18)
+        if options["split"] == "cpu":
+            assert handle.stats().recalled_blocks and handle.stats().cpu_ratio and handle.stats().cosine
+        disturb(monkeypatch)
+        for _ in range(2):
+            assert_equal(run(model, inputs, new=18), expected)
+
+
+@pytest.mark.parametrize("disturb", [delayed_jobs, delayed_submit])
+def test_a_late_recall_is_waited_for(monkeypatch, disturb):
+    """With a single layer no other layer's job stands between a recall and the slots being read."""
+    model = llama(num_hidden_layers=1)
+    with scout_hf.patch(model, **LOSSY) as handle:
+        expected = run(model, prompt(), new=18)
+        assert handle.stats().recalled_blocks
+        disturb(monkeypatch)
+        assert_equal(run(model, prompt(), new=18), expected)
+
+
+@pytest.mark.parametrize("disturb", DISTURBANCES)
+def test_not_one_logit_changes_with_beams_and_forks(monkeypatch, disturb):
+    """Shared pages, copies before writing and recycled pages."""
+    model = llama()
+
+    def everything():
+        beams = run(model, left_padded(0, 9), new=12, num_beams=3)
+        cache = run(model, prompt(), new=4).past_key_values
+        twin = cache.fork()
+        longer = torch.cat([prompt(), prompt(1, 20, seed=5)], dim=1)
+        return logits(beams), logits(run(model, longer, past_key_values=twin)), logits(
+            run(model, longer[:, :-3], past_key_values=cache)
+        )
+
+    with scout_hf.patch(model, **LOSSY):
+        expected = everything()
+        disturb(monkeypatch)
+        for got, before in zip(everything(), expected):
+            assert torch.equal(got, before)

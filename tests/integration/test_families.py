@@ -1,0 +1,291 @@
+"""Every family: exact against stock, and exact with prediction on where the predicted query is the true one."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForSeq2SeqLM, BertConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, T5Config
+from transformers.models.llama import modeling_llama
+
+import scout_hf
+from scout_hf import ScoutCache, UnsupportedModelError
+from scout_hf.cache import ScoutLayer
+from scout_hf.patches import ProbeFamily, family_of
+from tests.integration.common import ONE_TIER, TWO_TIERS, left_padded, llama, logits, prompt, run
+from tests.integration.test_patching import snapshot
+from tests.patches.tiny import TINY, missing, tiny_gemma3_multimodal, tiny_model
+
+INPUTS = left_padded(0, 9, tokens=40)
+TOLERANCE = 1e-5
+"""Of the largest logit: these weights are rough, so that a forgotten norm or bias shows."""
+
+
+def case(name):
+    reason = missing(name)
+    return pytest.param(name, marks=pytest.mark.skipif(bool(reason), reason=reason))
+
+
+NAMES = [case(name) for name in TINY]
+POST_NORM = {"opt_post_norm"}
+"""Their norms stand in the residual stream: no choice of weights makes one layer's input that of the next."""
+
+
+def relative_error(got, expected):
+    truth = logits(expected)
+    return (logits(got) - truth).abs().max().item() / max(1.0, truth.abs().max().item())
+
+
+def assert_exact(got, expected, tolerance=TOLERANCE):
+    assert torch.equal(got.sequences, expected.sequences)
+    error = relative_error(got, expected)
+    assert error <= tolerance, error
+
+
+def skip_if_inert(model, expected):
+    """Some versions give a hybrid model a cache class of its own; then patching changes nothing at all."""
+    if not isinstance(expected.past_key_values, DynamicCache):
+        with scout_hf.patch(model, **TWO_TIERS):
+            assert_exact(run(model, INPUTS, new=6), expected, 0.0)
+        pytest.skip(f"this transformers gives it a {type(expected.past_key_values).__name__}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exact(name):
+    """Greedy from a left-padded batch: one tier, and two tiers that both hold tokens."""
+    model = tiny_model(name)
+    expected = run(model, INPUTS, new=6)
+    skip_if_inert(model, expected)
+    for settings in (ONE_TIER, TWO_TIERS):
+        with scout_hf.patch(model, **settings) as handle:
+            got = run(model, INPUTS, new=6)
+            assert isinstance(got.past_key_values, ScoutCache) and got.past_key_values.scout_layers
+            assert handle.stats().steps == 5
+            assert settings is ONE_TIER or handle.stats().cpu_ratio > 0.2
+        assert_exact(got, expected)
+    assert_exact(run(model, INPUTS, new=6), expected, 0.0)
+
+
+WRITES = ("o_proj", "out_proj", "dense", "down_proj", "fc2", "dense_4h_to_h", "c_proj", "output_linear", "w2", "fc_out")
+
+
+@torch.no_grad()
+def silence(model, family) -> int:
+    """Let no layer before the last scout layer write to the residual stream; the index of that layer.
+
+    Layer i's input is then layer i+1's, so that the query predicted for layer i+1 is its true query.
+    """
+    layers = family.layers(family.decoder(model))
+    cache = ScoutCache(model.config, **TWO_TIERS)
+    last = max(layer.layer_idx for layer in cache.scout_layers)
+    for layer in layers[:last]:
+        for name, parameter in layer.named_parameters():
+            parts = name.removesuffix(".weight").removesuffix(".bias").removesuffix("_bias").split(".")
+            if parts[-1] in WRITES:
+                parameter.zero_()
+    return last
+
+
+def layer_inputs(model, family):
+    """The hidden states that each layer gets in one plain forward pass."""
+    seen = []
+    layers = family.layers(family.decoder(model))
+    hooks = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone())) for layer in layers]
+    with torch.no_grad():
+        model(prompt(1, 12))
+    [hook.remove() for hook in hooks]
+    return seen
+
+
+PREDICTS = TWO_TIERS | {"layer_ahead": True}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exact_with_prediction(name, monkeypatch):
+    """The predicted query decides what the CPU attends to; where it is the true one, nothing may change."""
+    if name in POST_NORM:
+        pytest.skip("its norms stand in the residual stream")
+    model = tiny_model(name)
+    family = family_of(model)
+    last = silence(model, family)
+    inputs = layer_inputs(model, family)
+    assert all(torch.equal(inputs[0], hidden) for hidden in inputs[1 : last + 1])
+    expected = run(model, INPUTS, new=6)
+    skip_if_inert(model, expected)
+    with scout_hf.patch(model, **PREDICTS) as handle:
+        assert_exact(run(model, INPUTS, new=6), expected)
+        stats = handle.stats()
+        assert stats.cpu_ratio > 0.2 and stats.cosine > 0.9999 and not stats.exact
+        real = type(family).query
+        monkeypatch.setattr(type(family), "query", lambda *args, **kwargs: -real(*args, **kwargs))
+        handle.reset_stats()
+        assert relative_error(run(model, INPUTS, new=6), expected) > 1e-3
+        assert handle.stats().cosine < -0.9999
+
+
+def test_real_query_on_the_cpu_ignores_a_wrong_prediction(monkeypatch):
+    """cpu_query="real", everything selected: the prediction may be as wrong as it likes."""
+    model = tiny_model("llama")
+    expected = run(model, INPUTS)
+    family = type(family_of(model))
+    real = family.query
+    monkeypatch.setattr(family, "query", lambda *args, **kwargs: -real(*args, **kwargs))
+    with scout_hf.patch(model, **PREDICTS, cpu_query="real"):
+        assert_exact(run(model, INPUTS), expected)
+
+
+def test_first_layer_after_a_sliding_one_is_predicted():
+    """Alternating models predict from the stock layer just before; only layers 1 and 3 are scout layers."""
+    model = tiny_model("qwen2_sliding")
+    with scout_hf.patch(model, **PREDICTS) as handle:
+        cache = run(model, INPUTS).past_key_values
+        assert [isinstance(layer, ScoutLayer) for layer in cache.layers] == [False, True, False, True]
+        assert [layer.layer for layer in handle.stats().layers] == [1, 3]
+        assert all(layer.cosine is not None for layer in handle.stats().layers)
+        assert handle.stats().kv_bytes["stock"] > 0
+
+
+def test_multimodal_model():
+    model = tiny_gemma3_multimodal()
+    expected = run(model, INPUTS, new=6)
+    for settings in (ONE_TIER, TWO_TIERS):
+        with scout_hf.patch(model, **settings):
+            got = run(model, INPUTS, new=6)
+            assert isinstance(got.past_key_values, ScoutCache)
+            assert_exact(got, expected)
+
+
+def test_nothing_to_do_for_a_model_of_sliding_layers_only():
+    model = tiny_model("mistral", sliding_window=16)
+    expected = run(model, INPUTS)
+    with scout_hf.patch(model), pytest.warns(UserWarning, match="nothing for scout_hf to do"):
+        assert_exact(run(model, INPUTS), expected, 0.0)
+
+
+# -- unknown families ------------------------------------------------------------------------------------------------
+
+
+class UnknownConfig(LlamaConfig):
+    model_type = "llama_of_tomorrow"
+
+
+def unknown(model_class=LlamaForCausalLM):
+    """A Llama whose type nobody has heard of."""
+    stock = llama(initializer_range=0.1)
+    config = UnknownConfig(**{k: v for k, v in stock.config.to_dict().items() if k != "model_type"})
+    model = model_class(config).eval()
+    model.load_state_dict(stock.state_dict())
+    return model
+
+
+@pytest.mark.parametrize("settings", [ONE_TIER, TWO_TIERS], ids=["one tier", "two tiers"])
+def test_unknown_family_is_exact(settings):
+    model = unknown()
+    assert isinstance(family_of(model), ProbeFamily)
+    expected = run(model, INPUTS)
+    with scout_hf.patch(model, **settings) as handle:
+        assert handle.stats().steps == 0
+        assert_exact(run(model, INPUTS), expected)
+
+
+def test_unknown_family_is_predicted():
+    """The probe and Llama's own file agree to the bit, and with each other under the construction."""
+    model, known = unknown(), llama(initializer_range=0.1)
+    with scout_hf.patch(model, **PREDICTS) as handle, scout_hf.patch(known, **PREDICTS):
+        assert_exact(run(model, INPUTS), run(known, INPUTS))
+        assert handle.stats().cosine is not None
+    silence(model, ProbeFamily())
+    expected = run(model, INPUTS)
+    with scout_hf.patch(model, **PREDICTS) as handle:
+        assert_exact(run(model, INPUTS), expected)
+        assert handle.stats().cosine > 0.9999
+
+
+def test_unknown_family_that_changes_keys_is_refused(monkeypatch):
+    """Its attention works on the whole of K between the cache and the attention call."""
+    model = unknown()
+    interface = modeling_llama.ALL_ATTENTION_FUNCTIONS
+    before = snapshot(model)
+
+    class Changing(type(interface)):
+        def get_interface(self, *args):
+            real = interface.get_interface(*args)
+            return lambda module, query, key, value, *rest, **kw: real(module, query, key * 1.0, value, *rest, **kw)
+
+    monkeypatch.setattr(modeling_llama, "ALL_ATTENTION_FUNCTIONS", Changing())
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM.*unknown family.*changes keys"):
+        scout_hf.patch(model)
+    assert snapshot(model) == before
+
+
+def test_unknown_family_with_other_logits_is_refused(monkeypatch):
+    """A bias on the scores that reaches no other argument: the trial run sees that the answer differs."""
+    model = unknown()
+    before = snapshot(model)
+    layer = model.model.layers[1]
+    real = layer.forward
+
+    def forward(hidden_states, *args, **kwargs):
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length(1):
+            hidden_states = hidden_states + 1.0
+        return real(hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", forward)
+    with pytest.raises(UnsupportedModelError, match="logits differ by.*use it unpatched"):
+        scout_hf.patch(model)
+    monkeypatch.undo()
+    assert snapshot(model) == before
+
+
+# -- refused models --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3", "gemma3n_text", "diffllama", "doge", "minicpm3"])
+def test_refused_family(model_type):
+    model = llama()
+    model.config = copy.deepcopy(model.config)
+    model.config.model_type = model_type
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match=f"{model_type}.*not supported: .*[Uu]se "):
+        scout_hf.patch(model)
+    assert snapshot(model) == before
+    assert run(model, prompt()).sequences.shape == (1, 60)
+
+
+def test_a_real_latent_attention_model_is_refused():
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    ranks = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    mlp = {"intermediate_size": 32, "first_k_dense_replace": 2, "n_routed_experts": 4, "vocab_size": 128}
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**ranks, **shape, **mlp)).eval()
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match="latent attention"):
+        scout_hf.patch(model)
+    assert snapshot(model) == before
+
+
+def small_bert():
+    return AutoModel.from_config(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50))
+
+
+def small_t5():
+    return AutoModelForSeq2SeqLM.from_config(T5Config(d_model=16, num_layers=1, d_kv=8, num_heads=2, vocab_size=50))
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (small_bert, "BertModel cannot generate"),
+        (small_t5, "encoder-decoder"),
+        (lambda: torch.nn.Linear(2, 2), "Linear, which is no transformers model"),
+        (lambda: "meta-llama/Llama-3.2-1B", "string 'meta-llama.*from_pretrained"),
+        (lambda: None, "NoneType"),
+        (lambda: torch.nn.DataParallel(llama()), r"model\.module"),
+        (lambda: llama().model, "LlamaModel cannot generate"),
+        (lambda: LlamaForCausalLM, "type"),
+    ],
+)
+def test_not_a_causal_language_model(make, said):
+    with pytest.raises(UnsupportedModelError, match=said):
+        scout_hf.patch(make())

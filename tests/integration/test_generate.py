@@ -1,0 +1,277 @@
+"""generate() in full, attending to everything with the real query: the logits of the stock model in every mode."""
+
+import copy
+import threading
+
+import pytest
+import torch
+
+import scout_hf
+from scout_hf import ScoutCache
+from tests.integration.common import (
+    ONE_TIER,
+    TWO_TIERS,
+    assert_close,
+    both_tiers_hold_tokens,
+    left_padded,
+    llama,
+    logits,
+    prompt,
+    run,
+)
+
+SETTINGS = {
+    f"{tier} {size}": options | {"block_size": size, "window": 8}
+    for tier, options in (("one tier", ONE_TIER), ("two tiers", TWO_TIERS))
+    for size in (8, 16)
+}
+
+
+@pytest.fixture(scope="module", params=SETTINGS, ids=str)
+def settings(request):
+    return SETTINGS[request.param]
+
+
+@pytest.fixture(scope="module")
+def stock():
+    return llama()
+
+
+@pytest.fixture
+def patched(settings):
+    """A patched copy of ``stock``; on two tiers each must have had a share by the end."""
+    model = llama()
+    with scout_hf.patch(model, **settings) as handle:
+        yield model
+        assert handle.exact
+        steps = handle.stats().steps
+        assert steps == 0 or settings["split"] == "off" or both_tiers_hold_tokens(handle)
+
+
+REPETITIVE = torch.cat([prompt(1, 12)] * 4, dim=1)
+MODES = {
+    "greedy": (prompt(), {}),
+    "greedy, long": (prompt(1, 130), {"new": 40}),
+    "one token": (prompt(1, 1), {"new": 60}),
+    "batch": (prompt(3), {}),
+    "padded": (left_padded(0, 5, 21, 49), {}),
+    "padded by whole blocks": (left_padded(0, 16, 32), {"new": 20}),
+    "every row padded": (left_padded(3, 17), {}),
+    "sampling": (left_padded(0, 5), {"do_sample": True, "temperature": 1.5, "new": 20}),
+    "beam": (left_padded(0, 5, 21), {"num_beams": 3, "new": 14}),
+    "beam sampling": (left_padded(0, 5), {"num_beams": 2, "do_sample": True, "new": 14}),
+    "several answers": (left_padded(0, 5), {"do_sample": True, "num_return_sequences": 3}),
+    "several beams": (prompt(), {"num_beams": 3, "num_return_sequences": 3}),
+    "prompt lookup": (REPETITIVE, {"prompt_lookup_num_tokens": 4, "new": 20}),
+    "prefill in chunks": (prompt(1, 70), {"prefill_chunk_size": 16}),
+    "prefill in chunks, padded": (left_padded(0, 5, 40, tokens=70), {"prefill_chunk_size": 13}),
+    "hidden states": (left_padded(0, 5), {"output_hidden_states": True}),
+    "repetition penalty": (prompt(2), {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_mode(stock, patched, mode):
+    inputs, options = MODES[mode]
+    found = []
+    for model in (stock, patched):
+        torch.manual_seed(0)
+        found.append(run(model, inputs, **options))
+    assert isinstance(found[1].past_key_values, ScoutCache)
+    assert_close(found[1], found[0])
+    if "output_hidden_states" in options:
+        for got, expected in zip(found[1].hidden_states, found[0].hidden_states):
+            for a, b in zip(got, expected):
+                assert (a[0] - b[0]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("which", ["target", "assistant", "both"])
+def test_assisted_decoding(settings, which):
+    """The assistant is a near copy, so that some drafts are taken and some are not."""
+    target, assistant = llama(), llama()
+    with torch.no_grad():
+        for parameter in assistant.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    alone = run(target, prompt(), new=20)
+    expected = run(target, prompt(), new=20, assistant_model=assistant)
+    assert torch.equal(alone.sequences, expected.sequences)
+    for name, model in (("target", target), ("assistant", assistant)):
+        if which in (name, "both"):
+            scout_hf.patch(model, **settings)
+    got = run(target, prompt(), new=20, assistant_model=assistant)
+    assert isinstance(got.past_key_values, ScoutCache) == (which != "assistant")
+    assert_close(got, expected)
+
+
+def test_early_exit_drafts(stock, patched):
+    options = {"assistant_early_exit": 2, "new": 16}
+    assert_close(run(patched, prompt(), **options), run(stock, prompt(), **options))
+
+
+def test_inference_mode(stock, patched):
+    expected = run(stock, left_padded(0, 5))
+    with torch.inference_mode():
+        got = run(patched, left_padded(0, 5))
+    assert_close(got, expected)
+    assert_close(run(patched, left_padded(0, 5)), expected)
+
+
+def test_cache_made_in_inference_mode_goes_on_without(stock, patched):
+    first = run(stock, prompt())
+    with torch.inference_mode():
+        cache = run(patched, prompt()).past_key_values
+    longer = torch.cat([first.sequences, prompt(1, 9, seed=3)], dim=1)
+    assert_close(run(patched, longer, past_key_values=cache), run(stock, longer))
+
+
+def test_streamer(stock, patched):
+    class Streamer:
+        def __init__(self):
+            self.tokens, self.ended = [], False
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    streamers = Streamer(), Streamer()
+    for model, streamer in zip((stock, patched), streamers):
+        run(model, prompt(), streamer=streamer)
+        assert streamer.ended
+    assert streamers[0].tokens == streamers[1].tokens and len(streamers[0].tokens) == 60
+
+
+def test_generate_in_another_thread(stock, patched):
+    """What TextIteratorStreamer users do."""
+    found = []
+    worker = threading.Thread(target=lambda: found.append(run(patched, prompt())))
+    worker.start()
+    worker.join()
+    assert_close(found[0], run(stock, prompt()))
+
+
+def test_right_padded_forward(stock, patched):
+    """One forward pass over right-padded rows; the logits of the real tokens."""
+    ids, mask = prompt(3, 40), torch.ones(3, 40, dtype=torch.long)
+    mask[1, 33:], mask[2, 9:] = 0, 0
+    cache = ScoutCache(patched.config, **ONE_TIER)
+    with torch.no_grad():
+        expected = stock(ids, attention_mask=mask).logits
+        got = patched(ids, attention_mask=mask, past_key_values=cache).logits
+    assert ((got - expected)[mask.bool()]).abs().max() <= 3e-6
+
+
+def test_decoding_after_right_padding(stock, patched):
+    """Holes in the cache that no row starts with."""
+    ids, mask = prompt(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[1, 20:] = 0
+    positions = mask.cumsum(-1) - 1
+    with torch.no_grad():
+        caches = [None, scout_hf.ScoutCache(patched.config, patched._scout_handle.config)]
+        outputs = [
+            model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+            for model, cache in zip((stock, patched), caches)
+        ]
+        for step in range(20):
+            mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
+            positions, token = mask.sum(-1, keepdim=True) - 1, prompt(2, 1, seed=step)
+            options = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
+            outputs = [
+                model(token, past_key_values=output.past_key_values, **options)
+                for model, output in zip((stock, patched), outputs)
+            ]
+            assert (outputs[0].logits - outputs[1].logits).abs().max() <= 3e-6
+
+
+def turns(model, first, following, **options):
+    """Several turns with the returned cache, each with all that was said before; the outputs of all of them."""
+    outputs = [run(model, first, **options)]
+    mask = first["attention_mask"]
+    for ids in following:
+        said = outputs[-1].sequences
+        mask = torch.nn.functional.pad(mask, (0, said.shape[1] - mask.shape[1] + ids.shape[1]), value=1)
+        both = {"input_ids": torch.cat([said, ids], dim=1), "attention_mask": mask}
+        outputs.append(run(model, both, past_key_values=outputs[-1].past_key_values, **options))
+    return outputs
+
+
+@pytest.mark.parametrize("padding", [(0,), (0, 5, 21)], ids=["one row", "padded"])
+def test_multi_turn(stock, patched, padding):
+    following = [prompt(len(padding), tokens, seed=tokens) for tokens in (1, 23, 8)]
+    expected, got = (turns(model, left_padded(*padding), following) for model in (stock, patched))
+    for a, b in zip(got, expected):
+        assert_close(a, b)
+    fresh = run(stock, {"input_ids": expected[-1].sequences[:, :-10]}) if len(padding) == 1 else None
+    assert fresh is None or torch.equal(fresh.sequences, got[-1].sequences)
+
+
+def test_multi_turn_with_holes(stock, patched):
+    """The second turn of a batch is padded on the left too, so that padding lies inside the rows."""
+    first, hole = left_padded(0, 5), left_padded(0, 9, tokens=20, seed=7)
+    results = []
+    for model in (stock, patched):
+        output = run(model, first)
+        ids = torch.cat([output.sequences, hole["input_ids"]], dim=1)
+        mask = torch.nn.functional.pad(first["attention_mask"], (0, 10), value=1)
+        both = {"input_ids": ids, "attention_mask": torch.cat([mask, hole["attention_mask"]], dim=1)}
+        results.append(run(model, both, past_key_values=output.past_key_values, new=20))
+    assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda cache: cache.fork() if hasattr(cache, "fork") else
+                                     copy.deepcopy(cache)], ids=["deepcopy", "fork"])  # fmt: skip
+def test_prefix_used_twice(stock, patched, copy_of):
+    """Copies continue one prefix differently, by turns, and the prefix itself stays usable."""
+    prefix = prompt(1, 45)
+    longer = [torch.cat([prefix, prompt(1, tokens, seed=tokens)], dim=1) for tokens in (3, 30)]
+    results = []
+    for model in (stock, patched):
+        with torch.no_grad():
+            cache = model(prefix, use_cache=True, past_key_values=model_cache(model)).past_key_values
+        twins = [copy_of(cache), copy_of(cache)]
+        outputs = [run(model, ids, past_key_values=twin) for ids, twin in zip(longer, twins)]
+        again = [torch.cat([output.sequences, prompt(1, 4, seed=9)], dim=1) for output in outputs]
+        outputs += [run(model, ids, past_key_values=twin) for ids, twin in zip(again, twins)]
+        outputs.append(run(model, longer[0], past_key_values=cache))
+        results.append(outputs)
+    for got, expected in zip(*reversed(results)):
+        assert_close(got, expected)
+
+
+def test_batch_operations_of_a_cache(stock, patched):
+    """Repeat and select rows between two turns, as contrastive search and user code do."""
+    results = []
+    for model in (stock, patched):
+        with torch.no_grad():
+            cache = model(prompt(2), use_cache=True, past_key_values=model_cache(model)).past_key_values
+            cache.batch_repeat_interleave(2)
+            cache.batch_select_indices(torch.tensor([0, 3, 2]))
+            cache.reorder_cache(torch.tensor([2, 0, 1]))
+            cache.crop(-7)
+            steps = []
+            for step in range(12):
+                steps.append(model(prompt(3, 1, seed=step), past_key_values=cache).logits)
+        results.append(torch.stack(steps))
+    assert (results[0] - results[1]).abs().max() <= 3e-6
+
+
+def model_cache(model):
+    handle = model.__dict__.get("_scout_handle")
+    return handle.new_cache() if handle else None
+
+
+def test_a_planted_error_is_seen(stock, monkeypatch):
+    """The tolerance is far below the effect of one block that is left out."""
+    from scout_hf.kernels.cpu.torch_backend import TorchBackend
+
+    whole = TorchBackend.attend_blocks
+    model = llama()
+    with scout_hf.patch(model, **TWO_TIERS):
+        monkeypatch.setattr(
+            TorchBackend, "attend_blocks", lambda self, query, store, blocks, *args: whole(
+                self, query, store, blocks[:, :, 1:], *args[:-1], None
+            )
+        )  # fmt: skip
+        got, expected = run(model, prompt(), new=2), run(stock, prompt(), new=2)
+    assert (logits(got) - logits(expected)).abs().max() > 1e-4

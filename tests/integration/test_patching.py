@@ -1,0 +1,253 @@
+"""patch() and its removal: nothing is left behind, and nothing but this model's ScoutCache passes is touched."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+
+import scout_hf
+from scout_hf import PatchError, ScoutCache
+from tests.integration.common import LOSSY, ONE_TIER, TWO_TIERS, assert_close, assert_equal, llama, logits, prompt, run
+
+
+def snapshot(model):
+    """Every attribute of every module, the items of its dicts, its forward signature, and the configs."""
+    held = {}
+    for name, module in model.named_modules():
+        for key, value in module.__dict__.items():
+            held[name, key] = [(k, id(v)) for k, v in value.items()] if isinstance(value, dict) else id(value)
+        held[name, "type"] = type(module)
+        held[name, "forward"] = inspect.signature(module.forward)
+    for config in (model.config, model.generation_config):
+        held[type(config), "content"] = copy.deepcopy(config.to_dict())
+        held[type(config), "attributes"] = copy.deepcopy(config.__dict__)
+    held["implementation"] = model.config._attn_implementation
+    return held
+
+
+def plain_forward(model, **options):
+    with torch.no_grad():
+        return model(prompt(2, 20), **options).logits
+
+
+@pytest.mark.parametrize("options", [ONE_TIER, TWO_TIERS, LOSSY])
+@pytest.mark.parametrize("way", ["remove", "unpatch", "with", "with and error"])
+def test_removal_is_exact(options, way):
+    model = llama()
+    stock, stock_forward = run(model, prompt()), plain_forward(model)
+    before = snapshot(model)
+    if way.startswith("with"):
+        try:
+            with scout_hf.patch(model, **options):
+                run(model, prompt())
+                if way == "with and error":
+                    raise KeyError("planted")
+        except KeyError:
+            pass
+    else:
+        handle = scout_hf.patch(model, **options)
+        assert snapshot(model) != before
+        run(model, prompt())
+        handle.remove() if way == "remove" else scout_hf.unpatch(model)
+    assert snapshot(model) == before
+    assert_equal(run(model, prompt()), stock)
+    assert torch.equal(plain_forward(model), stock_forward)
+
+
+def test_the_snapshot_sees_a_forgotten_hook():
+    model = llama()
+    before = snapshot(model)
+    hook = model.model.layers[2].mlp.register_forward_hook(lambda *args: None)
+    assert snapshot(model) != before
+    hook.remove()
+    assert snapshot(model) == before
+    model.config._attn_implementation_internal = "eager"
+    assert snapshot(model) != before
+
+
+def test_removal_inside_with():
+    model = llama()
+    before = snapshot(model)
+    with scout_hf.patch(model) as handle:
+        handle.remove()
+    assert snapshot(model) == before
+
+
+def test_patching_again_after_removal():
+    model = llama()
+    stock = run(model, prompt())
+    for options in (ONE_TIER, TWO_TIERS):
+        with scout_hf.patch(model, **options):
+            assert_close(run(model, prompt()), stock)
+
+
+def test_patching_twice():
+    model = llama()
+    stock, before = run(model, prompt()), snapshot(model)
+    handle = scout_hf.patch(model, **TWO_TIERS)
+    patched = snapshot(model)
+    with pytest.raises(PatchError, match="patched already.*unpatch"):
+        scout_hf.patch(model, **ONE_TIER)
+    assert snapshot(model) == patched
+    assert_close(run(model, prompt()), stock)
+    assert handle.stats().steps == 9
+    handle.remove()
+    assert snapshot(model) == before
+
+
+def test_removing_twice():
+    model = llama()
+    handle = scout_hf.patch(model)
+    handle.remove()
+    with pytest.raises(PatchError, match="removed already"):
+        handle.remove()
+    with pytest.raises(PatchError, match="not patched"):
+        scout_hf.unpatch(model)
+    with scout_hf.patch(model), pytest.raises(PatchError, match="removed already"):
+        handle.remove()
+
+
+def test_wrong_settings_leave_the_model_alone():
+    model = llama()
+    before = snapshot(model)
+    for options in ({"budget": 0}, {"dense_layers": (9,)}, {"digest": "nope"}, {"bugdet": 64}, {"config": 2048}):
+        with pytest.raises(scout_hf.ConfigError):
+            scout_hf.patch(model, **options)
+        assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("removed_first", ["original", "copy"])
+def test_copy_of_a_patched_model(removed_first):
+    model = llama()
+    handle = scout_hf.patch(model, **TWO_TIERS)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.model.layers[1].self_attn.q_proj.weight.mul_(-2)
+    own, other = llama(), llama()
+    other.load_state_dict(twin.state_dict())
+    expected = {"original": run(own, prompt()), "copy": run(other, prompt())}
+    models = {"original": model, "copy": twin}
+    assert not torch.allclose(logits(expected["original"]), logits(expected["copy"]), atol=1e-3)
+    for name in models:
+        cache = run(models[name], prompt()).past_key_values
+        assert isinstance(cache, ScoutCache)
+        assert_close(run(models[name], prompt()), expected[name])
+    assert handle.stats().steps == 2 * 9
+    scout_hf.unpatch(models.pop(removed_first))
+    (kept,) = models
+    assert isinstance(run(models[kept], prompt()).past_key_values, ScoutCache)
+    assert_close(run(models[kept], prompt()), expected[kept])
+    gone = {"original": model, "copy": twin}[removed_first]
+    assert_equal(run(gone, prompt()), expected[removed_first])
+    scout_hf.unpatch(models[kept])
+    assert_equal(run(models[kept], prompt()), expected[kept])
+
+
+def test_prediction_in_a_copy_uses_the_copys_weights():
+    model = llama()
+    scout_hf.patch(model, **LOSSY)
+    twin = copy.deepcopy(model)
+    before = run(twin, prompt())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    assert_equal(run(twin, prompt()), before)
+
+
+def test_two_models_with_one_config():
+    patched, other = llama(0), llama(1)
+    other.config = patched.config
+    for module in other.modules():
+        if "config" in module.__dict__:
+            module.config = patched.config
+    stock, stock_other, forward = run(patched, prompt()), run(other, prompt()), plain_forward(other)
+    with scout_hf.patch(patched, **TWO_TIERS) as handle:
+        assert_equal(run(other, prompt()), stock_other)
+        assert torch.equal(plain_forward(other), forward)
+        assert handle.stats().steps == 0
+        assert_close(run(patched, prompt()), stock)
+        with scout_hf.patch(other, **ONE_TIER):
+            assert_close(run(other, prompt()), stock_other)
+            assert_close(run(patched, prompt()), stock)
+        assert_equal(run(other, prompt()), stock_other)
+        assert_close(run(patched, prompt()), stock)
+    assert_equal(run(patched, prompt()), stock)
+    assert patched.config._attn_implementation == "sdpa"
+
+
+def test_two_models_with_one_config_unpatched_in_the_order_of_patching():
+    first, second = llama(0), llama(1)
+    for module in second.modules():
+        if "config" in module.__dict__:
+            module.config = first.config
+    stock = run(first, prompt()), run(second, prompt())
+    one, two = scout_hf.patch(first, **ONE_TIER), scout_hf.patch(second, **ONE_TIER)
+    one.remove()
+    assert_equal(run(first, prompt()), stock[0])
+    assert_close(run(second, prompt()), stock[1])
+    two.remove()
+    assert first.config._attn_implementation == "sdpa"
+    assert_equal(run(second, prompt()), stock[1])
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_implementation_changed_after_patching(implementation):
+    """Never wrong output: the next generate says what to do, and the patch can still be taken off."""
+    model = llama()
+    stock, before = run(model, prompt()), snapshot(model)
+    handle = scout_hf.patch(model, **TWO_TIERS)
+    model.set_attn_implementation(implementation)
+    cache = handle.new_cache()
+    with pytest.raises(PatchError, match="attention implementation was changed after patch"):
+        run(model, prompt(), past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    handle.remove()
+    assert snapshot(model) == before
+    assert_equal(run(model, prompt()), stock)
+
+
+class Wrapper(torch.nn.Module):
+    """What peft does: a module around the model that hands out the model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = model
+
+    def get_base_model(self):
+        return self.base_model
+
+    def generate(self, *args, **kwargs):
+        return self.base_model.generate(*args, **kwargs)
+
+
+def test_adapter_wrapper():
+    model = llama()
+    stock = run(model, prompt())
+    wrapper = Wrapper(model)
+    before = snapshot(model)
+    handle = scout_hf.patch(wrapper, **TWO_TIERS)
+    assert_close(run(wrapper, prompt()), stock)
+    assert handle.stats().steps == 9
+    with pytest.raises(PatchError, match="patched already"):
+        scout_hf.patch(model)
+    scout_hf.unpatch(wrapper)
+    assert snapshot(model) == before
+
+
+def test_users_own_prepare_method_is_kept():
+    model = llama()
+    calls = []
+
+    def prepare(generation_config, model_kwargs, *args, **kwargs):
+        calls.append(generation_config.use_cache)
+        return type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
+
+    model._prepare_cache_for_generation = prepare
+    stock = run(model, prompt())
+    with scout_hf.patch(model, **ONE_TIER):
+        assert_close(run(model, prompt()), stock)
+        assert len(calls) == 1
+        assert_equal(run(model, prompt(), use_cache=False), run(llama(), prompt(), use_cache=False))
+        assert len(calls) == 2
+    assert model.__dict__["_prepare_cache_for_generation"] is prepare

@@ -1,0 +1,112 @@
+"""Recall profiles: made from ratios, saved, loaded, and refused where they do not belong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scout_hf import ConfigError, RecallIntervals
+from scout_hf.recall import intervals_below
+
+PROFILE = RecallIntervals((3, 0, 12), 0.12, "llama", budget=0.25, block_size=16)
+
+
+def test_saving_and_loading_gives_the_same(tmp_path):
+    for budget in (None, 2048, 0.25):
+        profile = RecallIntervals([1, 2], 0.5, "qwen3", budget, 64)
+        profile.save(tmp_path / "profile.json")
+        assert RecallIntervals.load(str(tmp_path / "profile.json")) == profile
+    assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
+
+
+def test_a_profile_is_frozen_and_usable_as_a_key():
+    assert hash(PROFILE) == hash(RecallIntervals([3, 0, 12], 0.12, "llama", 0.25, 16))
+    with pytest.raises(AttributeError):
+        PROFILE.intervals = (1,)
+
+
+@pytest.mark.parametrize("moment", ["while writing", "before the swap"])
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, moment):
+    target = tmp_path / "profile.json"
+    PROFILE.save(target)
+    if moment == "while writing":
+        write = Path.write_text
+
+        def half(path, text, *args, **kwargs):
+            write(path, text[: len(text) // 2])
+            raise OSError("disk full")
+
+        monkeypatch.setattr(Path, "write_text", half)
+    else:
+        monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        RecallIntervals((9, 9, 9), 0.5, "llama").save(target)
+    monkeypatch.undo()
+    assert RecallIntervals.load(target) == PROFILE
+    RecallIntervals((9, 9, 9), 0.5, "llama").save(target)
+    assert RecallIntervals.load(target).intervals == (9, 9, 9)
+
+
+def changed(**fields):
+    data = {"format": "scout_hf.recall/1", "intervals": [1], "threshold": 0.1, "model_type": "llama"}
+    return json.dumps({k: v for k, v in {**data, **fields}.items() if v != "absent"})
+
+
+WRONG_FILES = {
+    "empty": "",
+    "half": changed()[:30],
+    "not an object": "[1, 2, 3]",
+    "a number": "7",
+    "another format": changed(format="scout_hf.recall/2"),
+    "no format": changed(format="absent"),
+    "no intervals": changed(intervals="absent"),
+    "a field too many": changed(colour="red"),
+    "text as intervals": changed(intervals="12"),
+    "negative": changed(intervals=[3, -1]),
+    "fractions": changed(intervals=[1.5]),
+    "bools": changed(intervals=[True]),
+    "none at all": changed(intervals=[]),
+    "threshold as text": changed(threshold="high"),
+    "threshold out of range": changed(threshold=7.0),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_FILES)
+def test_a_file_that_is_no_profile_is_refused_by_name(tmp_path, kind):
+    target = tmp_path / "some_file.json"
+    target.write_text(WRONG_FILES[kind])
+    with pytest.raises(ConfigError, match=r"some_file\.json.*handle\.profile_recall"):
+        RecallIntervals.load(target)
+
+
+def test_binary_rubbish_is_refused_too(tmp_path):
+    (tmp_path / "some_file").write_bytes(bytes(range(256)))
+    with pytest.raises(ConfigError, match="some_file"):
+        RecallIntervals.load(tmp_path / "some_file")
+
+
+def test_a_missing_file_is_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        RecallIntervals.load(tmp_path / "nowhere.json")
+
+
+def test_another_model_is_refused_with_both_named():
+    PROFILE.check("llama", 3)
+    for model_type, layers in (("mistral", 3), ("llama", 2), ("llama", 4)):
+        with pytest.raises(ConfigError) as caught:
+            PROFILE.check(model_type, layers)
+        message = str(caught.value)
+        assert "'llama'" in message and "3 layers" in message and repr(model_type) in message and str(layers) in message
+
+
+def test_intervals_keep_the_share_below_the_threshold():
+    ratios = [
+        [0.05, 0.08, 0.11, 0.12, 0.30],  # three steps below: recall after the third
+        [0.01] * 5,  # never
+        [0.50, 0.50],  # at once: every step
+        [0.05, 0.20, 0.05, 0.05],  # the first time counts
+        [],
+    ]
+    assert intervals_below(0.12, ratios) == (3, 0, 1, 1, 0)

@@ -1,0 +1,137 @@
+"""The background thread: errors at the join, drains that do not raise, and the state of torch inside a job."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+import time
+
+import pytest
+import torch
+
+from scout_hf.kernels.cpu.workers import Workers
+
+
+@pytest.fixture
+def workers():
+    one = Workers()
+    yield one
+    one.close()
+
+
+def fail(error):
+    raise error
+
+
+def test_a_result_comes_back_from_another_thread(workers):
+    ticket = workers.submit(lambda a, b: (a + b, threading.get_ident()), 2, 3)
+    total, thread = ticket.wait()
+    assert total == 5 and thread != threading.get_ident()
+    assert ticket.wait() == (total, thread) and ticket.done()
+
+
+def test_submitting_does_not_wait(workers):
+    gate = threading.Event()
+    ticket = workers.submit(gate.wait, 30)
+    assert not ticket.done()
+    gate.set()
+    assert ticket.wait() is True and ticket.done()
+
+
+def test_jobs_run_in_order_one_at_a_time(workers):
+    seen = []
+    tickets = [workers.submit(lambda i=i: (time.sleep(0.002 * (5 - i)), seen.append(i))) for i in range(5)]
+    for ticket in tickets:
+        ticket.wait()
+    assert seen == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("bad block"), RuntimeError("no memory"), KeyboardInterrupt(), SystemExit(3)], ids=repr
+)
+def test_an_error_surfaces_where_the_job_is_joined_and_the_next_one_works(workers, error):
+    ticket = workers.submit(fail, error)
+    with pytest.raises(type(error)) as caught:
+        ticket.wait()
+    assert caught.value is error
+    assert workers.submit(int, "7").wait() == 7
+
+
+def test_a_drain_waits_and_never_raises(workers):
+    done = []
+    tickets = [
+        workers.submit(fail, ValueError("dropped")),
+        workers.submit(fail, KeyboardInterrupt()),
+        workers.submit(lambda: (time.sleep(0.05), done.append(1))),
+    ]
+    for ticket in tickets:
+        ticket.drain()
+    assert done == [1] and all(ticket.done() for ticket in tickets)
+    for ticket in tickets:
+        ticket.drain()
+    assert workers.submit(int, "7").wait() == 7
+
+
+def test_a_drained_job_has_not_half_run(workers):
+    gate, ran = threading.Event(), []
+    first = workers.submit(gate.wait, 30)
+    waiting = workers.submit(ran.append, 1)
+    drain = threading.Thread(target=waiting.drain)
+    drain.start()
+    gate.set()
+    drain.join(30)
+    assert not drain.is_alive() and waiting.done()
+    first.wait()
+    before = list(ran)
+    time.sleep(0.02)
+    assert ran == before
+
+
+def test_closing_ends_the_thread_after_its_jobs_and_submitting_starts_another(workers):
+    before = threading.active_count()
+    ran = []
+    workers.submit(lambda: (time.sleep(0.03), ran.append(1)))
+    assert threading.active_count() == before + 1
+    workers.close()
+    assert ran == [1] and threading.active_count() == before
+    workers.close()
+    assert workers.submit(int, "7").wait() == 7
+    assert threading.active_count() == before + 1
+
+
+def test_copies_are_workers_of_their_own(workers):
+    workers = Workers(2)
+    workers.submit(int, "1").wait()
+    for twin in (copy.deepcopy(workers), pickle.loads(pickle.dumps(workers))):
+        assert twin.threads == 2 and twin is not workers
+        assert twin.submit(threading.get_ident).wait() != workers.submit(threading.get_ident).wait()
+        twin.close()
+    assert workers.submit(int, "1").wait() == 1
+    workers.close()
+
+
+def state():
+    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+
+
+def test_no_gradients_and_no_autocast_inside_a_job(workers):
+    with torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert state() == (True, True, torch.bfloat16)
+        assert workers.submit(state).wait() == (False, False, torch.float32)
+    weight = torch.ones(3, requires_grad=True)
+    assert not workers.submit(lambda: (weight * 2).requires_grad).wait()
+
+
+def test_jobs_under_inference_mode_can_be_used_after_it(workers):
+    with torch.inference_mode():
+        result = workers.submit(lambda: torch.ones(3)).wait()
+    assert not result.is_inference()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_number_of_threads_is_that_of_the_job_only(threads):
+    before, workers = torch.get_num_threads(), Workers(threads)
+    assert workers.submit(torch.get_num_threads).wait() == threads
+    assert torch.get_num_threads() == before
+    workers.close()
