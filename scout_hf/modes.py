@@ -12,8 +12,8 @@ import torch
 def keeps_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator: outside torch.compile, whose graphs cannot hold our state, and outside inference mode.
 
-    A tensor made under ``torch.inference_mode()`` cannot be written to outside it, so that a cache filled there could not
-    be continued anywhere else.
+    A tensor made under ``torch.inference_mode()`` cannot be written to outside it, so that a cache filled there could
+    not be continued anywhere else.
     """
 
     @torch.compiler.disable

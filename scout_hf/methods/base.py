@@ -11,13 +11,11 @@ from typing import Any, NamedTuple
 import torch
 
 from scout_hf.config import ScoutConfig
-from scout_hf.errors import ConfigError
 from scout_hf.fusion import Partial, empty_like, fuse
 from scout_hf.kernels.attend import attend
+from scout_hf.registry import Registry
 
 PAST_CHUNK_TOKENS = 4096
-
-_METHODS: dict[str, type[Method]] = {}
 
 
 class Scoring(NamedTuple):
@@ -153,26 +151,22 @@ class Method(ABC):
         """Bytes held, by what holds them: ``host``, ``device``, ``digests``."""
 
 
+_METHODS: Registry[Method] = Registry("method")
+
+
 def register_method(method: type[Method]) -> type[Method]:
     """Make a method available as ``ScoutConfig(method=name)``; usable as a class decorator."""
-    if not isinstance(method, type) or not issubclass(method, Method) or not method.name:
-        raise ConfigError(f"{method!r} is no method: register a subclass of Method that sets a name")
-    if _METHODS.get(method.name, method) is not method:
-        raise ConfigError(f"a method named {method.name!r} is registered already; choose another name")
-    _METHODS[method.name] = method
-    return method
+    return _METHODS.register(method, Method)
 
 
 def method_names() -> tuple[str, ...]:
     """Names that ``ScoutConfig(method=...)`` takes."""
-    return tuple(sorted(_METHODS))
+    return _METHODS.names()
 
 
 def find_method(name: str) -> type[Method]:
     """The method of that name, or ConfigError with the names there are."""
-    if name not in _METHODS:
-        raise ConfigError(f"method={name!r} is not known; available are {', '.join(map(repr, method_names()))}")
-    return _METHODS[name]
+    return _METHODS.find(name)
 
 
 def make_method(config: ScoutConfig, layer_idx: int, keys: torch.Tensor) -> Method:

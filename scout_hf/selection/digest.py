@@ -6,9 +6,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from scout_hf.errors import ConfigError
-
-_DIGESTS: dict[str, type[Digest]] = {}
+from scout_hf.registry import Registry
 
 
 class Digest(ABC):
@@ -44,23 +42,19 @@ class Digest(ABC):
         """
 
 
+_DIGESTS: Registry[Digest] = Registry("digest")
+
+
 def register_digest(digest: type[Digest]) -> type[Digest]:
     """Make a digest available as ``ScoutConfig(digest=name)``; usable as a class decorator."""
-    if not isinstance(digest, type) or not issubclass(digest, Digest) or not digest.name:
-        raise ConfigError(f"{digest!r} is no digest: register a subclass of Digest that sets a name")
-    if _DIGESTS.get(digest.name, digest) is not digest:
-        raise ConfigError(f"a digest named {digest.name!r} is registered already; choose another name")
-    _DIGESTS[digest.name] = digest
-    return digest
+    return _DIGESTS.register(digest, Digest)
 
 
 def digest_names() -> tuple[str, ...]:
     """Names that ``ScoutConfig(digest=...)`` takes."""
-    return tuple(sorted(_DIGESTS))
+    return _DIGESTS.names()
 
 
 def make_digest(name: str) -> Digest:
     """The digest of that name, or ConfigError with the names there are."""
-    if name not in _DIGESTS:
-        raise ConfigError(f"digest={name!r} is not known; available are {', '.join(map(repr, digest_names()))}")
-    return _DIGESTS[name]()
+    return _DIGESTS.find(name)()

@@ -85,7 +85,10 @@ def test_filled_directly_then_decoded(settings):
     inputs = left_padded(0, 5)
     with torch.no_grad():
         stock = model(**inputs, use_cache=True).past_key_values
-    token = {"input_ids": prompt(2, 1), "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)}
+    token = {
+        "input_ids": prompt(2, 1),
+        "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1),
+    }
     cache = ScoutCache(model.config, **settings)
     for index, layer in enumerate(stock.layers):
         for start in range(0, 50, 20):

@@ -1,4 +1,4 @@
-"""Errors, delays and garbage in reused memory: an error surfaces and leaves nothing behind, the rest changes nothing."""
+"""Errors, delays and garbage in reused memory: errors surface and leave nothing behind, the rest changes nothing."""
 
 import random
 import threading
@@ -255,8 +255,10 @@ def test_not_one_logit_changes_with_beams_and_forks(monkeypatch, disturb):
         cache = run(model, prompt(), new=4).past_key_values
         twin = cache.fork()
         longer = torch.cat([prompt(), prompt(1, 20, seed=5)], dim=1)
-        return logits(beams), logits(run(model, longer, past_key_values=twin)), logits(
-            run(model, longer[:, :-3], past_key_values=cache)
+        return (
+            logits(beams),
+            logits(run(model, longer, past_key_values=twin)),
+            logits(run(model, longer[:, :-3], past_key_values=cache)),
         )
 
     with scout_hf.patch(model, **LOSSY):

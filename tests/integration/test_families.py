@@ -4,7 +4,15 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSeq2SeqLM, BertConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, T5Config
+from transformers import (
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+)
 from transformers.models.llama import modeling_llama
 
 import scout_hf

@@ -9,7 +9,7 @@ QUICK = settings(max_examples=40, deadline=None, database=None, suppress_health_
 
 
 def attention(query, keys, values, scale, softcap=None, allowed=None, causal=False):
-    """(out, natural LSE) in float64; rows without keys give 0 and -inf. ``allowed`` broadcasts to (b, kv_heads, q, t)."""
+    """(out, natural LSE) in float64; rows without keys give 0, -inf. ``allowed`` broadcasts to (b, kv_heads, q, t)."""
     query, keys, values = query.double(), keys.double(), values.double()
     group = query.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)

@@ -1,4 +1,4 @@
-"""attend() against float64 over dtypes, GQA ratios, sizes, masks and soft caps; measured by the error of stock torch."""
+"""attend() against float64 over dtypes, GQA ratios, sizes, masks and soft caps, next to stock torch."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -140,7 +141,7 @@ def test_appending_one_block_at_a_time_copies_seldom():
 
 @pytest.fixture
 def no_traces(monkeypatch):
-    monkeypatch.setattr(selection.digest, "_DIGESTS", dict(selection.digest._DIGESTS))
+    monkeypatch.setattr(selection.digest, "_DIGESTS", copy.deepcopy(selection.digest._DIGESTS))
 
 
 class Mean(Digest):
@@ -161,7 +162,7 @@ def test_a_digest_of_ones_own_can_be_registered(no_traces):
 
 def test_what_cannot_be_registered(no_traces):
     nameless = type("Nameless", (Mean,), {"name": ""})
-    for wrong in (nameless, Mean(), "mean", object, None):
+    for wrong in (nameless, Mean(), "mean", object, None, Digest):
         with pytest.raises(ConfigError, match="register a subclass of Digest that sets a name"):
             register_digest(wrong)
     register_digest(Mean)

@@ -8,11 +8,12 @@ import torch
 
 from scout_hf.fusion import Partial, empty_like, fuse
 from scout_hf.kernels.attend import attend
+from scout_hf.kernels.cpu.backend import CpuBackend
 
 CHUNK_TOKENS = 1024
 
 
-class TorchBackend:
+class TorchBackend(CpuBackend):
     """Chunked gather into a reused buffer, then torch's flash kernel, whose LSE merges the chunks.
 
     One object may be used from several threads; each has its own buffers.
@@ -36,22 +37,6 @@ class TorchBackend:
         softcap: float | None = None,
         allowed: torch.Tensor | None = None,
     ) -> Partial:
-        """Attention over chosen blocks of a paged store.
-
-        Parameters
-        ----------
-        query : Tensor (batch, query_heads, 1, head_dim)
-        store : PagedKV
-            Where the blocks are, on the query's device.
-        blocks : Tensor (batch, kv_heads, n) of int64
-            Block numbers; the store's last block, if partly filled, stands last.
-        unfilled : int
-            Tokens missing at the end of the last of ``blocks``.
-        scale, softcap
-            As in :func:`scout_hf.kernels.attend.attend`.
-        allowed : Tensor (batch, kv_heads, n, block_size) of bool, or None
-            Tokens that may be attended.
-        """
         count, parts = blocks.shape[2], []
         chunks = max(1, round(count * store.block_size / CHUNK_TOKENS))
         chunk = max(1, -(-count // chunks))

@@ -1,0 +1,47 @@
+"""Implementations known by name, one registry per setting that takes a name."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+from scout_hf.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Classes by their ``name``.
+
+    Parameters
+    ----------
+    setting : str
+        The field of ScoutConfig that names one, for messages.
+    also : tuple of str
+        Further values that the setting takes and the caller resolves, such as "auto".
+    """
+
+    def __init__(self, setting: str, also: tuple[str, ...] = ()):
+        self.setting, self.also = setting, also
+        self._classes: dict[str, type[T]] = {}
+
+    def register(self, given: type[T], base: type[T]) -> type[T]:
+        """Add a subclass of ``base`` that sets ``name``; ConfigError if it is none or the name is taken."""
+        if not isinstance(given, type) or not issubclass(given, base) or not given.name:
+            raise ConfigError(
+                f"{given!r} is no {self.setting}: register a subclass of {base.__name__} that sets a name"
+            )
+        if self._classes.get(given.name, given) is not given:
+            raise ConfigError(f"a {self.setting} named {given.name!r} is registered already; choose another name")
+        self._classes[given.name] = given
+        return given
+
+    def names(self) -> tuple[str, ...]:
+        """All names, sorted."""
+        return (*self.also, *sorted(self._classes))
+
+    def find(self, name: str) -> type[T]:
+        """The class of that name, or ConfigError with the names there are."""
+        if name not in self._classes:
+            known = ", ".join(map(repr, self.names()))
+            raise ConfigError(f"{self.setting}={name!r} is not known; available are {known}")
+        return self._classes[name]
