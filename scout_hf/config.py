@@ -25,7 +25,8 @@ class ScoutConfig:
     budget : int, float or None, default 2048
         Tokens attended per decode step, layer and KV head: an int counts tokens (at least one block), a float in
         (0, 1] is a share of each row's context, ``None`` attends to everything. Sinks and window are part of it;
-        the block that is being filled is not.
+        the block that is being filled is not. On two tiers a step also attends residents that it did not choose,
+        as the paper does, so that it may exceed the budget by the CPU's share.
     block_size : int, default 32
         Tokens per block, the unit of selection, storage and transfer: 8, 16, 32, 64, 128 or 256.
     sinks : int, default 4
