@@ -45,7 +45,7 @@ def prefill(
     if not takes_causal_flag or (mask is not None and starts is None):
         return _masked(stock, takes_causal_flag, module, query, keys, values, mask, kwargs)
     out = None
-    for start in starts.unique().tolist():
+    for start in starts[starts < mask.shape[1]].unique().tolist():
         rows = (starts == start).nonzero().squeeze(1)
         real = [part[rows, :, start:] for part in (query, keys, values)]
         part = stock(module, *real, None, **kwargs)[0]
@@ -53,15 +53,15 @@ def prefill(
             # In the dtype of the kernel's answer: autocast may change it.
             out = part.new_zeros((query.shape[0], query.shape[2], *part.shape[2:]))
         out[rows, start:] = part
-    return out
+    # A chunk of nothing but padding has no tokens to run the kernel on.
+    return query.new_zeros(query.shape).transpose(1, 2) if out is None else out
 
 
 def left_padding(mask: torch.Tensor) -> torch.Tensor | None:
     """Padding tokens in front of each row, (batch,), or None where padding is anywhere else."""
     starts = (~mask).sum(-1)
     expected = torch.arange(mask.shape[1], device=mask.device) >= starts[:, None]
-    # A row of nothing but padding has no tokens to run the kernel on.
-    return starts if bool((mask == expected).all()) and bool(mask[:, -1].all()) else None
+    return starts if bool((mask == expected).all()) else None
 
 
 def _masked(stock, takes_bool_mask, module, query, keys, values, mask, kwargs) -> torch.Tensor:
