@@ -123,6 +123,12 @@ def test_no_gradients_and_no_autocast_inside_a_job(workers):
     assert not workers.submit(lambda: (weight * 2).requires_grad).wait()
 
 
+def test_a_job_cannot_change_the_state_of_the_next(workers):
+    workers.submit(torch.set_autocast_enabled, "cpu", True).wait()
+    workers.submit(torch.set_grad_enabled, True).wait()
+    assert workers.submit(state).wait() == (False, False, torch.float32)
+
+
 def test_jobs_under_inference_mode_can_be_used_after_it(workers):
     with torch.inference_mode():
         result = workers.submit(lambda: torch.ones(3)).wait()

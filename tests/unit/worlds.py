@@ -22,6 +22,8 @@ SETTINGS = {
     "two tiers": {**TWO_TIERS, "layer_ahead": False},
     "two tiers, no window": {**TWO_TIERS, "window": 0, "recall": 1, "layer_ahead": False},
     "selected ahead": {**TWO_TIERS, "layer_ahead": True, "cpu_query": "real"},
+    "one tier, budget large enough": {"split": "off", "budget": 4096, "window": 8},
+    "two tiers, budget large enough": {**TWO_TIERS, "budget": 4096, "layer_ahead": False},
     "one tier, budget 1.0": {"split": "off", "budget": 1.0, "window": 8},
     "two tiers, budget 1.0": {**TWO_TIERS, "budget": 1.0, "window": 16, "layer_ahead": False},
 }
@@ -76,14 +78,13 @@ class World:
         batch, held = self.mask.shape
         generator = torch.Generator().manual_seed(seed)
         new = torch.ones(batch, tokens, dtype=torch.bool)
-        if not held:
-            for row, pad in zip(range(batch), self.padding):
-                new[row, : min(pad, tokens - 1)] = False
+        for row, pad in zip(range(batch), self.padding):
+            new[row, : max(0, pad - held)] = False  # possibly all of them: padding may be longer than a chunk
         self.mask = torch.cat([self.mask, new], 1)
         ids = torch.randint(VOCAB, (batch, tokens), generator=generator)
         expected = forward(stock_model(self.dtype), self.stock, ids, self.mask, mask_given)
         got = forward(patched_model(self.dtype), self.scout, ids, self.mask, mask_given)
-        return (got - expected)[new].abs().max().item()
+        return (got - expected)[new].abs().max().item() if new.any() else 0.0
 
     def check(self, *args):
         assert self.run(*args) <= TOLERANCE[self.dtype]
