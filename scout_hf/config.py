@@ -79,6 +79,12 @@ class ScoutConfig:
     threads: int | None = None
     cpu_backend: str = "auto"
 
+    def __new__(cls, *values: Any, **options: Any) -> ScoutConfig:
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(options) - set(known)):
+            raise ConfigError(f"unknown setting {_listed(unknown)}; ScoutConfig has {_listed(known)}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         for name, example in (("method", "scout"), ("digest", "minmax"), ("cpu_backend", "auto")):
             if not isinstance(getattr(self, name), str):
@@ -110,9 +116,6 @@ class ScoutConfig:
         ConfigError
             For an unknown field or a ``config`` that is no ScoutConfig.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(set(options) - set(known)):
-            raise ConfigError(f"unknown setting {_listed(unknown)}; ScoutConfig has {_listed(known)}")
         if config is None:
             return cls(**options)
         if not isinstance(config, cls):
@@ -120,7 +123,7 @@ class ScoutConfig:
                 f"config is a {type(config).__name__}; allowed is a ScoutConfig, or settings by keyword such as "
                 "budget=2048"
             )
-        return dataclasses.replace(config, **options)
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)} | options)
 
     def is_dense(self, layer_idx: int) -> bool:
         """Whether this layer attends to everything, by ``budget=None`` or 1.0, or by ``dense_layers``."""

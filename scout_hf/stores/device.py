@@ -99,7 +99,9 @@ class ResidentSlots:
         if not pairs:
             return None
         incoming = missing.to(torch.int8).argsort(dim=2, descending=True, stable=True)[:, :, :pairs]
-        slots = leaving.to(torch.int8).argsort(dim=2, descending=True, stable=True)[:, :, :pairs]
+        # Empty slots before those of blocks that are merely not wanted now.
+        rank = leaving.to(torch.int8) + (self.ids == EMPTY)
+        slots = rank.argsort(dim=2, descending=True, stable=True)[:, :, :pairs]
         real = missing.gather(2, incoming) & leaving.gather(2, slots)
         ids = wanted.gather(2, incoming)
         self.ids.scatter_(2, slots, torch.where(real, ids, self.ids.gather(2, slots)))

@@ -125,6 +125,7 @@ def test_replacing_fields_checks_again():
 
 def test_an_unknown_field_is_named_with_the_known_ones(model):
     for make in (
+        ScoutConfig,
         ScoutConfig.from_options,
         lambda **o: ScoutCache(model.config, **o),
         lambda **o: scout_hf.patch(model, **o),
@@ -134,8 +135,6 @@ def test_an_unknown_field_is_named_with_the_known_ones(model):
         message = str(caught.value)
         assert "unknown setting 'blok', 'budgit'" in message
         assert all(repr(name) in message for name in FIELDS)
-    with pytest.raises(TypeError, match="budgit"):
-        ScoutConfig(budgit=2048)
 
 
 @pytest.mark.parametrize("wrong", [2048, {"budget": 2048}, "scout", ScoutConfig])
