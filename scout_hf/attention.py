@@ -73,7 +73,8 @@ def scout_attention(previous, module, query, key, value, attention_mask, **kwarg
     scale = kwargs.get("scaling")
     method.scoring = Scoring(query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("softcap"))
     if step.queries > 1 and method.length == step.queries:
-        out = prefill(*_causal_stock(previous, module), module, query, key, value, step.mask, **kwargs)
+        stock = _stock_for_prompts(previous, module, kwargs)
+        out = prefill(_stock(stock, module), stock, module, query, key, value, step.mask, **kwargs)
     with torch.autocast(query.device.type, enabled=False):
         real, new_keys, new_values = (part.to(method.dtype) for part in (query, key, value))
         if step.queries == 1:
@@ -115,10 +116,13 @@ def _layer_of(step, module) -> ScoutLayer | None:
     return layer if isinstance(layer, ScoutLayer) else None
 
 
-def _causal_stock(previous: str, module: torch.nn.Module) -> tuple[Callable[..., tuple], bool]:
-    """A stock function for a whole prompt, and whether it is causal without a mask."""
-    known = previous in ("eager", "sdpa") or "flash" in previous
-    return _stock(previous if known else "sdpa", module), previous != "eager"
+def _stock_for_prompts(previous: str, module: torch.nn.Module, kwargs: dict) -> str:
+    """The implementation that a whole prompt goes through: the previous one where its masks are known."""
+    if previous in ("eager", "sdpa") or "flash" in previous:
+        return previous
+    # A custom implementation takes masks of its own; only eager attention knows soft caps and sinks as well.
+    special = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
+    return "eager" if special else "sdpa"
 
 
 def _stock(name: str, module: torch.nn.Module) -> Callable[..., tuple]:

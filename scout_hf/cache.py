@@ -89,6 +89,11 @@ class ScoutCache(Cache):
         """An independent continuation of the same prefix; pages are shared until written to. Same as deepcopy."""
         return copy.deepcopy(self)
 
+    def reset(self) -> None:
+        """Forget all tokens."""
+        super().reset()
+        self.broken = False
+
     def drain(self) -> None:
         """Wait for background work of all layers and drop its results."""
         for layer in self.scout_layers:

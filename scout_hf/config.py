@@ -30,7 +30,8 @@ class ScoutConfig:
     block_size : int, default 32
         Tokens per block, the unit of selection, storage and transfer: 8, 16, 32, 64, 128 or 256.
     sinks : int, default 4
-        Tokens at the start of each row that are always attended, rounded up to whole blocks.
+        Tokens at the start of each row that are always attended, as whole blocks; of a padded row that starts inside
+        a block, the first counts as a whole one.
     window : int, default 32
         Most recent tokens that are always attended, rounded up to whole blocks (plus the block being filled).
     dense_layers : int or tuple of int, default ()

@@ -90,6 +90,8 @@ class Handle:
         self._decoder = family.decoder(model)
         self._backend = make_backend(config.cpu_backend)
         self._workers = Workers(config.threads)
+        # Apart from the jobs that attend: a long transfer must not hold up the next layer's share.
+        self._movers = Workers()
         self._counters = Counters()
         self._kv_bytes: dict[str, int] = {}
         self._hooks: list[Any] = []
@@ -172,6 +174,7 @@ class Handle:
             if self._prepare_before is not None:
                 self.model.__dict__[PREPARE] = self._prepare_before
         self._workers.close()
+        self._movers.close()
 
     def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
         given = model_kwargs.get("past_key_values") is not None
@@ -202,7 +205,7 @@ class Handle:
         inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         if inputs is None:
             return
-        _refuse_unservable(module, given)
+        _refuse_unservable(module, given, inputs)
         past = cache.get_seq_length()
         step = Step(
             cache=cache,
@@ -211,6 +214,7 @@ class Handle:
             mask=_padding(given.get("attention_mask"), past + inputs.shape[1]),
             backend=self._backend,
             workers=self._workers,
+            movers=self._movers,
             counters=self._counters,
             root=module,
             marks=cache.mark(),
@@ -298,7 +302,7 @@ def _padding(mask: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
     return None if bool(mask.all()) else mask
 
 
-def _refuse_unservable(module: torch.nn.Module, given: dict) -> None:
+def _refuse_unservable(module: torch.nn.Module, given: dict, inputs: torch.Tensor) -> None:
     mask = given.get("attention_mask")
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
         kind = f"{mask.dim()}-D" if isinstance(mask, torch.Tensor) else type(mask).__name__
@@ -311,7 +315,11 @@ def _refuse_unservable(module: torch.nn.Module, given: dict) -> None:
             "output_attentions=True cannot be served from a ScoutCache: no attention weights exist; use a DynamicCache "
             "for this call"
         )
-    if torch.is_grad_enabled() and (module.training or any(p.requires_grad for p in module.parameters())):
+    if torch.is_grad_enabled() and (inputs.requires_grad or _learns(module)):
         raise UnsupportedInputError(
             "a ScoutCache holds no gradients; wrap the call in torch.no_grad(), or train without past_key_values"
         )
+
+
+def _learns(module: torch.nn.Module) -> bool:
+    return module.training or any(weight.requires_grad for weight in module.parameters())

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 QUERY_CHUNK = 256
 
 
 def prefill(
     stock: Callable[..., tuple],
-    takes_causal_flag: bool,
+    name: str,
     module: torch.nn.Module,
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -26,8 +27,8 @@ def prefill(
     ----------
     stock : callable
         The model's previous attention function.
-    takes_causal_flag : bool
-        Whether ``stock`` is causal by itself when it gets no mask (sdpa, flash); eager attention is not.
+    name : str
+        Its name; eager attention is not causal by itself, flash kernels take no mask over queries and keys.
     module, query, keys, values, kwargs
         As transformers hands them to an attention function; query is (batch, query_heads, tokens, head_dim).
     mask : Tensor (batch, tokens) of bool, or None
@@ -38,12 +39,14 @@ def prefill(
     Tensor (batch, tokens, query_heads, head_dim)
         Undefined but finite at padding.
     """
-    if takes_causal_flag and mask is None:
+    if name != "eager" and mask is None:
         return stock(module, query, keys, values, None, **kwargs)[0]
     kwargs.pop("position_ids", None)
     starts = None if mask is None else left_padding(mask)
-    if not takes_causal_flag or (mask is not None and starts is None):
-        return _masked(stock, takes_causal_flag, module, query, keys, values, mask, kwargs)
+    if name == "eager":
+        return _masked(stock, False, module, query, keys, values, mask, kwargs)
+    if starts is None:
+        return _masked(ALL_ATTENTION_FUNCTIONS["sdpa"], True, module, query, keys, values, mask, kwargs)
     out = None
     for start in starts[starts < mask.shape[1]].unique().tolist():
         rows = (starts == start).nonzero().squeeze(1)

@@ -39,8 +39,8 @@ class Step:
         Tokens per row once this pass is through, padding included.
     mask : Tensor (batch, tokens so far) of bool, or None
         Which tokens exist, padding False; None when all do.
-    backend, workers, counters
-        CPU attention, the pool that runs it ahead, and the tallies of the handle.
+    backend, workers, movers, counters
+        CPU attention, the thread that runs it ahead, the one that moves recalled blocks, and the handle's tallies.
     root : Module
         The module whose call is this pass; modules inside it run within the pass.
     marks : list
@@ -55,6 +55,7 @@ class Step:
     mask: torch.Tensor | None
     backend: Any
     workers: Workers
+    movers: Workers
     counters: Counters
     root: Any
     marks: list[Any]

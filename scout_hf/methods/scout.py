@@ -59,7 +59,7 @@ class Scout(Method):
         return ready and self.config.layer_ahead
 
     def ahead(self, step, query: torch.Tensor) -> None:
-        self._predicted = query
+        query = self._predicted = query.to(self.dtype)
         self._select(step, query)
         if self.config.cpu_query == "predicted":
             self._start_cpu(step, query)
@@ -224,7 +224,7 @@ class Scout(Method):
     def _start_recall(self, step) -> None:
         plan = self.resident.plan_recall(self._pick.ids, self._pick.usable_or_all(), self.kv.host.blocks)
         if plan is not None:
-            self._recall = step.workers.submit(plan.run, self.kv.host)
+            self._recall = step.movers.submit(plan.run, self.kv.host)
             step.counters.recalled(self.layer_idx, plan.blocks, plan.moved_bytes)
 
     def _join_recall(self) -> None:
