@@ -73,8 +73,9 @@ def scout_attention(previous, module, query, key, value, attention_mask, **kwarg
     scale = kwargs.get("scaling")
     method.scoring = Scoring(query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("softcap"))
     if step.queries > 1 and method.length == step.queries:
+        mask = None if step.mask is None else step.padding(query.device)
         stock = _stock_for_prompts(previous, module, kwargs)
-        out = prefill(_stock(stock, module), stock, module, query, key, value, step.mask, **kwargs)
+        out = prefill(_stock(stock, module), stock, module, query, key, value, mask, **kwargs)
     with torch.autocast(query.device.type, enabled=False):
         real, new_keys, new_values = (part.to(method.dtype) for part in (query, key, value))
         if step.queries == 1:
@@ -91,13 +92,15 @@ def scout_attention(previous, module, query, key, value, attention_mask, **kwarg
 def scout_mask(previous, *args, **kwargs):
     """Mask function as transformers calls it: scout layers take padding from the step, all others their own mask."""
     step = active_step()
-    if step is None or kwargs.get("local_size") is not None or step.cache.has_stock_full_layers:
+    if step is None or kwargs.get("local_size") is not None:
         return ALL_MASK_ATTENTION_FUNCTIONS[previous](*args, **kwargs)
     if kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
         raise UnsupportedInputError(
             "this forward pass wants a mask that is not plain causal (image tokens, packed sequences, block ids), "
             "which a ScoutCache cannot serve; call the model without a ScoutCache, or unpatch it"
         )
+    if step.cache.has_stock_full_layers:
+        return ALL_MASK_ATTENTION_FUNCTIONS[previous](*args, **kwargs)
     return kwargs.get("attention_mask")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from typing import Any
 
 import torch
@@ -198,6 +199,11 @@ class Handle:
             if step.cache is cache and step.root is not module:
                 step.depth += 1
                 return
+            if _is_running(step.frame):
+                raise UnsupportedInputError(
+                    "a forward pass with a ScoutCache called a patched model again from inside itself (a hook?); give "
+                    "the inner call to an unpatched model, or make it before or after"
+                )
             # Left behind by an interrupt, which no hook of torch sees.
             _abort(step)
         if not isinstance(cache, ScoutCache):
@@ -218,6 +224,7 @@ class Handle:
             counters=self._counters,
             root=module,
             marks=cache.mark(),
+            frame=_calling_frame(),
         )
         if step.queries == 1:
             self._counters.steps += 1
@@ -268,6 +275,21 @@ class Handle:
     def _two_tiers(self) -> bool:
         split = self.config.split
         return split == "cpu" or (split == "auto" and self.model.device.type != "cpu")
+
+
+def _calling_frame() -> Any:
+    """The frame of the module call whose pre-hook asks; None under torch.compile, which has none."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name not in ("inner", "_call_impl"):
+        frame = frame.f_back
+    return frame
+
+
+def _is_running(wanted: Any) -> bool:
+    frame = sys._getframe(1)
+    while frame is not None and frame is not wanted:
+        frame = frame.f_back
+    return frame is not None and wanted is not None
 
 
 def _abort(step: Step) -> None:

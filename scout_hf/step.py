@@ -47,6 +47,8 @@ class Step:
         The state of the cache's layers before this pass, to go back to if it fails.
     depth : int
         Nested modules of this pass that are still running.
+    frame : frame or None
+        Of the call that this pass is, to tell a pass that is running from one that was interrupted.
     """
 
     cache: Any
@@ -60,15 +62,23 @@ class Step:
     root: Any
     marks: list[Any]
     depth: int = 1
-    _blocks: dict[int, torch.Tensor] = field(default_factory=dict)
+    frame: Any = None
+    _masks: dict[Any, torch.Tensor] = field(default_factory=dict)
 
-    def token_mask(self, block_size: int) -> torch.Tensor:
+    def padding(self, device: torch.device) -> torch.Tensor:
+        """``mask`` on the device of a layer."""
+        if device not in self._masks:
+            self._masks[device] = self.mask.to(device)
+        return self._masks[device]
+
+    def token_mask(self, block_size: int, device: torch.device) -> torch.Tensor:
         """``mask`` cut into blocks, (batch, blocks, block_size), missing tokens of the last block False."""
-        if block_size not in self._blocks:
+        key = (block_size, device)
+        if key not in self._masks:
             batch, tokens = self.mask.shape
-            padded = torch.nn.functional.pad(self.mask, (0, -tokens % block_size))
-            self._blocks[block_size] = padded.view(batch, -1, block_size)
-        return self._blocks[block_size]
+            padded = torch.nn.functional.pad(self.padding(device), (0, -tokens % block_size))
+            self._masks[key] = padded.view(batch, -1, block_size)
+        return self._masks[key]
 
     def row_tokens(self) -> torch.Tensor:
         """Tokens of each row that are no padding, (batch,)."""

@@ -94,10 +94,10 @@ class Method(ABC):
         past = self.kv.length - queries
         for start in range(0, past, PAST_CHUNK_TOKENS):
             stop = min(start + PAST_CHUNK_TOKENS, past)
-            allowed = None if step.mask is None else step.mask[:, None, None, start:stop]
+            allowed = None if step.mask is None else step.padding(query.device)[:, None, None, start:stop]
             old_keys, old_values = self.kv.read(start, stop)
             parts.append(attend(query, old_keys, old_values, *self.scoring, allowed))
-        new = None if step.mask is None else step.mask[:, None, None, past:]
+        new = None if step.mask is None else step.padding(query.device)[:, None, None, past:]
         if new is None or bool(new.all()):
             parts.append(attend(query, keys, values, *self.scoring, causal=True))
         else:

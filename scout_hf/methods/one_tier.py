@@ -60,8 +60,10 @@ class OneTierScout(Method):
         first, last = self.selector.blocks, self.kv.length // self.config.block_size
         if self.selector.dense or first >= last:
             return
-        exists = None if step.mask is None else step.token_mask(self.config.block_size)[:, first:last]
         keys, _ = self.kv.read(first * self.config.block_size, last * self.config.block_size)
+        exists = None
+        if step.mask is not None:
+            exists = step.token_mask(self.config.block_size, keys.device)[:, first:last]
         self.selector.extend(keys, exists)
 
     def _allowed(self, step, pick, ids: torch.Tensor) -> torch.Tensor | None:
@@ -70,7 +72,7 @@ class OneTierScout(Method):
         batch, heads, count = ids.shape
         allowed = torch.ones((batch, heads, count, self.config.block_size), dtype=torch.bool)
         if step.mask is not None:
-            tokens = step.token_mask(self.config.block_size).cpu()
+            tokens = step.token_mask(self.config.block_size, ids.device)
             rows = torch.arange(batch)[:, None, None]
             allowed &= tokens[rows, ids]
         if pick.usable is not None:

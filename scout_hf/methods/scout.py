@@ -67,7 +67,8 @@ class Scout(Method):
     def attend(self, step, query: torch.Tensor) -> Partial:
         if self.kv.host.blocks and self.resident is None:
             self._choose_residents(step, query)
-        self._join_recall()
+        with step.counters.timed(self.layer_idx, "join"):
+            self._join_recall()
         self._attended, parts = 0.0, []
         if self.resident is not None:
             if self._pick is None:
@@ -147,7 +148,7 @@ class Scout(Method):
 
     def _start_cpu(self, step, query: torch.Tensor) -> None:
         ids, missing = self._pick.ids.cpu(), self._missing.cpu()
-        tokens = None if step.mask is None else step.token_mask(self.config.block_size).cpu()
+        tokens = None if step.mask is None else step.token_mask(self.config.block_size, ids.device)
         job = (step.backend, self.kv.host, query.detach().cpu(), ids, missing, tokens, self.scoring)
         self._ticket = step.workers.submit(cpu_share, *job)
 
@@ -165,13 +166,13 @@ class Scout(Method):
             allowed = (ids >= 0).unsqueeze(-1).expand(*ids.shape, size)
             if step.mask is not None:
                 rows = torch.arange(len(ids), device=ids.device)[:, None, None]
-                allowed = allowed & step.token_mask(size)[rows, ids.clamp(min=0)]
+                allowed = allowed & step.token_mask(size, ids.device)[rows, ids.clamp(min=0)]
             allowed = allowed.flatten(2).unsqueeze(2)
         return self._attend_here(query, keys, values, allowed)
 
     def _attend_tail(self, step, query: torch.Tensor) -> Partial:
         keys, values = self.kv.tail()
-        allowed = None if step.mask is None else step.mask[:, None, None, self.kv.host.length :]
+        allowed = None if step.mask is None else step.padding(query.device)[:, None, None, self.kv.host.length :]
         return self._attend_here(query, keys, values, allowed)
 
     def _attend_here(self, query, keys, values, allowed) -> Partial:
@@ -186,7 +187,7 @@ class Scout(Method):
         first, count = self.kv.host.blocks, full[0].shape[2] // self.config.block_size
         exists = None
         if step is not None and step.mask is not None:
-            exists = step.token_mask(self.config.block_size)[:, first : first + count]
+            exists = step.token_mask(self.config.block_size, self.kv.device)[:, first : first + count]
         self.selector.extend(full[0], exists)
         if self.resident is not None and count == 1:
             self.resident.adopt(first, *full)
@@ -216,10 +217,14 @@ class Scout(Method):
         if rule is None or self._share is None:
             return False
         if isinstance(rule, float):
-            return self._share.blocks >= rule * self._pick.ids.numel()
+            return self._share.blocks >= rule * self._selected_blocks()
         interval = rule.intervals[self.layer_idx] if isinstance(rule, RecallIntervals) else rule
         # Layers start at different phases, so that their transfers do not bunch up in one step.
         return interval > 0 and (self._steps_since_recall + self.layer_idx) % interval == 0
+
+    def _selected_blocks(self) -> int:
+        """Chosen blocks over all rows and heads; entries that pad out short rows do not count."""
+        return self._pick.ids.numel() if self._pick.usable is None else int(self._pick.usable.sum())
 
     def _start_recall(self, step) -> None:
         plan = self.resident.plan_recall(self._pick.ids, self._pick.usable_or_all(), self.kv.host.blocks)
@@ -255,7 +260,7 @@ class Scout(Method):
         context = self.kv.length if step.mask is None else step.row_tokens().float().mean()
         step.counters.attended(self.layer_idx, context, self._attended)
         if self._share is not None:
-            step.counters.cpu_share(self.layer_idx, self._share.blocks, self._pick.ids.numel())
+            step.counters.cpu_share(self.layer_idx, self._share.blocks, self._selected_blocks())
         if self._predicted is not None:
             step.counters.predicted(self.layer_idx, self._predicted, query)
 

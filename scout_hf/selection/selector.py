@@ -53,7 +53,7 @@ class Selector:
         """
         exists = None
         if step.mask is not None:
-            exists = step.token_mask(self.config.block_size)[:, :blocks].any(-1)
+            exists = step.token_mask(self.config.block_size, query.device)[:, :blocks].any(-1)
         count = None if self.dense else self._count(step, blocks)
         if count is None or not blocks or (isinstance(count, int) and count >= blocks):
             return everything(query.shape[0], kv_heads, blocks, exists, query.device)

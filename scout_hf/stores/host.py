@@ -79,12 +79,17 @@ class PagedKV:
             torch.index_select(flat, 0, tiles.add_(1), out=values.view(-1, size))
             return
         flat_keys, flat_values = keys.view(-1, size), values.view(-1, size)
-        for slab, here, local in pool.by_slab(pages.view(-1)):
-            flat = slab.view(-1, size)
-            offset = tiles[here] - pages.view(-1)[here] * (2 * heads)
-            local = torch.arange(local.start, local.stop) if isinstance(local, slice) else local
-            flat_keys[here] = flat[local * (2 * heads) + offset]
-            flat_values[here] = flat[local * (2 * heads) + offset + 1]
+        for slab, start in zip(pool.slabs, pool.starts):
+            flat, first = slab.view(-1, size), start * 2 * heads
+            where = ((tiles >= first) & (tiles < first + len(flat))).nonzero().squeeze(1)
+            if len(where) == len(tiles):
+                torch.index_select(flat, 0, tiles - first, out=flat_keys)
+                torch.index_select(flat, 0, tiles - (first - 1), out=flat_values)
+                return
+            if len(where):
+                local = tiles[where] - first
+                flat_keys.index_copy_(0, where, flat.index_select(0, local))
+                flat_values.index_copy_(0, where, flat.index_select(0, local + 1))
 
     def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of tokens ``start:stop`` as (batch, kv_heads, stop - start, head_dim) each, newly made."""

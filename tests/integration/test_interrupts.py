@@ -76,3 +76,19 @@ def test_a_job_that_no_attention_used_is_dropped(model):
         logits(model, ids[:, :1], cache)
         model.config.num_hidden_layers = depth
         assert cache.layers[2].method._pick is None and cache.layers[2].method._ticket is None
+
+
+def test_a_call_nested_inside_a_running_pass_is_refused_and_harms_nothing(model):
+    ids = torch.randint(1, 60, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits[:, -1]
+    with scout_hf.patch(model, **OPTIONS) as handle:
+        cache = handle.new_cache()
+        logits(model, ids[:, :39], cache)
+        nested = lambda *_: model(ids[:, :4], past_key_values=handle.new_cache())  # noqa: E731
+        hook = model.model.layers[1].register_forward_pre_hook(nested)
+        with pytest.raises(scout_hf.UnsupportedInputError, match="from inside itself"):
+            logits(model, ids[:, 39:], cache)
+        hook.remove()
+        found = logits(model, ids[:, 39:], cache)
+    torch.testing.assert_close(found, expected, atol=3e-6, rtol=0)

@@ -94,7 +94,7 @@ def selector_for(tokens, padding=None, **options):
     generator = torch.Generator().manual_seed(tokens)
     blocks = tokens // SIZE
     keys = torch.randn(BATCH, HEADS, blocks * SIZE, DIM, generator=generator)
-    exists = None if step.mask is None else step.token_mask(SIZE)[:, :blocks]
+    exists = None if step.mask is None else step.token_mask(SIZE, keys.device)[:, :blocks]
     if blocks:
         selector.extend(keys, exists)
     return selector, step, torch.randn(BATCH, HEADS * GROUP, 1, DIM, generator=generator)
@@ -158,7 +158,7 @@ def test_picks_are_the_best_by_score(options, padding):
     selector, step, query = selector_for(83, padding, **options)
     open_blocks = 10 - math.ceil(options.get("window", 0) / SIZE)
     scores = selector.digest.score(query, selector.table.codes(open_blocks))
-    exists = None if padding is None else step.token_mask(SIZE)[:, :open_blocks].any(-1)
+    exists = None if padding is None else step.token_mask(SIZE, torch.device("cpu"))[:, :open_blocks].any(-1)
     pick = selector.pick(step, query, open_blocks, HEADS)
     counts = [len(row) for row in chosen(pick)][::HEADS]
     sinks = math.ceil(options.get("sinks", 0) / SIZE)
