@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import scout_hf
 from scout_hf.eval.decode_path import Session, ask_all
-from scout_hf.eval.pocket import ANSWER_WORDS, Document, Fact, load_pocket, make_document
+from scout_hf.eval.pocket import ANSWER_WORDS, TRAINED_TOKENS, Document, Fact, load_pocket, make_document
 from scout_hf.eval.pocket.evaluate import usual_facts
 
 STOCK, EXACT = "stock", "exact"
@@ -25,7 +25,9 @@ Every mode reads the document once (prefill) and asks each question on a fork of
 and of its answer is a decode step of its own, so nothing of it is attended densely; answers come from \
 model.generate(). tok/s counts these steps. '2 tiers' runs the path meant for a GPU on the CPU: resident blocks are \
 all attended, chosen ones that are not resident are attended in host memory, started one layer ahead with a predicted \
-query. {parameters:.1f} million parameters, {threads} CPU thread(s): what is right is the point here, not the speed."""
+query; 'device' is what a GPU would hold in place of all KV. 'exact' copies all KV every step, in pages. The model has \
+{parameters:.1f} million parameters and was trained on up to {trained} tokens ({threads} CPU thread(s) here): the \
+larger the model and the longer the text, the more a step gains by reading less."""
 
 
 def run(tokens: int, questions: int, seed: int, budget: int, block_size: int, console: Console | None = None) -> bool:
@@ -48,8 +50,9 @@ def run(tokens: int, questions: int, seed: int, budget: int, block_size: int, co
         for mode, config in modes.items():
             sessions[mode] = ask_all(model, tokenizer, config, documents, ANSWER_WORDS, bar.update)
     console.print(_answers(sessions, asked), _summary(sessions, asked))
-    method = METHOD.format(parameters=model.num_parameters() / 1e6, threads=torch.get_num_threads())
-    console.print(method, highlight=False)
+    facts = {"parameters": model.num_parameters() / 1e6, "threads": torch.get_num_threads(), "trained": TRAINED_TOKENS}
+    console.print(METHOD.format(**facts), highlight=False)
+    _gain(sessions, console)
     return _compare(sessions[STOCK], sessions[EXACT], console)
 
 
@@ -88,6 +91,14 @@ def _summary(sessions: dict[str, Session], asked: list[Fact]) -> Table:
         speed, share = f"{one.tokens_per_second:.1f}", f"{one.attended_share:.1%}"
         table.add_row(mode, f"{right}/{len(asked)}", share, speed, f"{one.prefill_seconds:.1f}", held)
     return table
+
+
+def _gain(sessions: dict[str, Session], console: Console) -> None:
+    stock, sparse = sessions[STOCK], sessions["sparse"]
+    ratio = sparse.tokens_per_second / stock.tokens_per_second
+    console.print(
+        f"sparse: {ratio:.2f} x the tokens per second of stock, reading {sparse.attended_share:.1%} of the KV"
+    )
 
 
 def _compare(stock: Session, exact: Session, console: Console) -> bool:

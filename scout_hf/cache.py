@@ -21,7 +21,9 @@ from scout_hf.step import active_step
 
 
 class ScoutCache(Cache):
-    """KV cache for ``model.generate(past_key_values=...)``; full-attention layers follow the configured method.
+    """KV cache for ``generate(past_key_values=...)`` of a patched model; full-attention layers follow the method.
+
+    A model that is not patched attends to all of it: right, and no faster.
 
     Sliding-window, chunked and linear layers keep their stock cache layers. In the forward pass of a patched model
     only the new tokens' keys and values are handed on; anywhere else ``update`` behaves like that of DynamicCache.
@@ -44,6 +46,10 @@ class ScoutCache(Cache):
         if not hasattr(config, "get_text_config"):
             raise ConfigError(
                 f"ScoutCache got a {type(config).__name__} as model config; pass model.config first, settings second"
+            )
+        if getattr(config, "is_encoder_decoder", False):
+            raise ConfigError(
+                f"{type(config).__name__} is of an encoder-decoder model; ScoutCache serves decoder-only ones"
             )
         text = config.get_text_config(decoder=True)
         layers = DynamicCache(config=text).layers
@@ -93,6 +99,24 @@ class ScoutCache(Cache):
         """Forget all tokens."""
         super().reset()
         self.broken = False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens per row of a layer; ends a pass that an interrupt left half way."""
+        self._end_interrupted_pass()
+        return super().get_seq_length(layer_idx)
+
+    def _end_interrupted_pass(self) -> None:
+        step = active_step()
+        if step is not None and step.cache is self and not step.is_running():
+            step.abort()
+
+    @keeps_tensors
+    def __deepcopy__(self, memo: dict) -> ScoutCache:
+        self._end_interrupted_pass()
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def drain(self) -> None:
         """Wait for background work of all layers and drop its results."""
@@ -246,7 +270,8 @@ def check_names(config: ScoutConfig, text_config: Any, layers: int) -> None:
     make_backend(config.cpu_backend)
     if isinstance(config.recall, RecallIntervals):
         config.recall.check(text_config.model_type, layers)
-    if isinstance(config.dense_layers, tuple) and any(index >= layers for index in config.dense_layers):
+    listed = isinstance(config.dense_layers, tuple)
+    if any(index >= layers for index in config.dense_layers) if listed else config.dense_layers > layers:
         raise ConfigError(
             f"dense_layers={config.dense_layers!r} is not allowed: this model has layers 0 to {layers - 1}"
         )

@@ -49,6 +49,8 @@ def accuracy(
 ) -> None:
     """Exact-match accuracy of the pocket model: full attention, sparse attention and blind controls."""
     with _evaluation(threads):
+        if out and not out.parent.is_dir():
+            raise ValueError(f"--out {out}: there is no folder {out.parent}; make it first")
         from rich.console import Console
         from tqdm import tqdm
 

@@ -24,9 +24,9 @@ class ScoutConfig:
         The published method to run; see ``scout_hf.methods.method_names()``.
     budget : int, float or None, default 2048
         Tokens attended per decode step, layer and KV head: an int counts tokens (at least one block), a float in
-        (0, 1] is a share of each row's context, ``None`` attends to everything. Sinks and window are part of it;
-        the block that is being filled is not. On two tiers a step also attends residents that it did not choose,
-        as the paper does, so that it may exceed the budget by the CPU's share.
+        (0, 1] is a share of each row's context, ``None`` attends to everything. Sinks and window are part of it, and
+        kept also where they exceed it; the block that is being filled is not. On two tiers a step also attends
+        residents that it did not choose, as the paper does, so that it may exceed the budget by the CPU's share.
     block_size : int, default 32
         Tokens per block, the unit of selection, storage and transfer: 8, 16, 32, 64, 128 or 256.
     sinks : int, default 4
@@ -121,8 +121,7 @@ class ScoutConfig:
             return cls(**options)
         if not isinstance(config, cls):
             raise ConfigError(
-                f"config is a {type(config).__name__}; allowed is a ScoutConfig, or settings by keyword such as "
-                "budget=2048"
+                f"config is a {type(config).__name__}; allowed is a ScoutConfig, or settings by keyword such as budget=2048"
             )
         return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)} | options)
 

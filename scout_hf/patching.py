@@ -104,13 +104,13 @@ class Handle:
     @property
     def exact(self) -> bool:
         """Whether these settings attend to everything with the real query."""
-        everything = self.config.budget is None or self.config.budget == 1.0
-        predicts = self._two_tiers and self.config.layer_ahead and self.config.cpu_query == "predicted"
-        return everything and not predicts
+        return self._is_exact(self.config)
 
     def stats(self) -> Stats:
         """What was attended, where, and what it cost, since ``patch`` or ``reset_stats``; prints as a table."""
-        return summarise(self._counters, self.config.method, self.exact, dict(self._kv_bytes))
+        ran = self._counters.steps > 0
+        exact = self._counters.approximate_steps == 0 if ran else self.exact
+        return summarise(self._counters, self.config.method, exact, dict(self._kv_bytes))
 
     def reset_stats(self) -> None:
         """Start the tallies anew."""
@@ -122,6 +122,8 @@ class Handle:
 
     def profile_recall(self, prompts: Any, steps: int = 48, threshold: float | None = None) -> RecallIntervals:
         """Measure recall intervals per layer on prompts; see :func:`scout_hf.profiling.profile_recall`."""
+        if self.model.__dict__.get(HANDLE) is not self:
+            raise PatchError("this patch was removed; patch the model again to profile it")
         return profile_recall(self, prompts, steps, threshold)
 
     def remove(self) -> None:
@@ -199,13 +201,13 @@ class Handle:
             if step.cache is cache and step.root is not module:
                 step.depth += 1
                 return
-            if _is_running(step.frame):
+            if step.is_running():
                 raise UnsupportedInputError(
                     "a forward pass with a ScoutCache called a patched model again from inside itself (a hook?); give "
                     "the inner call to an unpatched model, or make it before or after"
                 )
             # Left behind by an interrupt, which no hook of torch sees.
-            _abort(step)
+            step.abort()
         if not isinstance(cache, ScoutCache):
             return
         inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
@@ -228,6 +230,7 @@ class Handle:
         )
         if step.queries == 1:
             self._counters.steps += 1
+            self._counters.approximate_steps += not self._is_exact(cache.scout_config)
         else:
             self._counters.prefill_tokens += step.queries
         set_active_step(step)
@@ -242,7 +245,7 @@ class Handle:
             return
         unread = [layer.layer_idx for layer in step.cache.scout_layers if layer.incoming is not None]
         if output is None or unread:
-            _abort(step)
+            step.abort()
         else:
             set_active_step(None)
             step.cache.end_step()
@@ -271,10 +274,12 @@ class Handle:
         query = self._family.query(self._decoder, layer, hidden, kwargs.get("position_ids"), rotary)
         following.method.ahead(step, query)
 
-    @property
-    def _two_tiers(self) -> bool:
-        split = self.config.split
-        return split == "cpu" or (split == "auto" and self.model.device.type != "cpu")
+    def _is_exact(self, config: ScoutConfig) -> bool:
+        predicts = self._has_two_tiers(config) and config.layer_ahead and config.cpu_query == "predicted"
+        return config.budget in (None, 1.0) and not predicts
+
+    def _has_two_tiers(self, config: ScoutConfig) -> bool:
+        return config.split == "cpu" or (config.split == "auto" and self.model.device.type != "cpu")
 
 
 def _calling_frame() -> Any:
@@ -283,19 +288,6 @@ def _calling_frame() -> Any:
     while frame is not None and frame.f_code.co_name not in ("inner", "_call_impl"):
         frame = frame.f_back
     return frame
-
-
-def _is_running(wanted: Any) -> bool:
-    frame = sys._getframe(1)
-    while frame is not None and frame is not wanted:
-        frame = frame.f_back
-    return frame is not None and wanted is not None
-
-
-def _abort(step: Step) -> None:
-    """End a pass that did not get through; the cache is as it was before."""
-    set_active_step(None)
-    step.cache.rollback(step.marks)
 
 
 def _takes_dynamic_cache(model: torch.nn.Module, generation_config: Any) -> bool:

@@ -16,6 +16,8 @@ DEFAULT_THRESHOLD = 0.12
 def profile_recall(handle: Any, prompts: Sequence[Any], steps: int, threshold: float | None) -> RecallIntervals:
     """Decode from every prompt with recall off and find how long each layer stays under the threshold.
 
+    A layer that is over it at once gets an interval of one step, the shortest there is.
+
     Parameters
     ----------
     handle : Handle
@@ -32,7 +34,9 @@ def profile_recall(handle: Any, prompts: Sequence[Any], steps: int, threshold: f
     ConfigError
         On one tier, where nothing is ever recalled, or for prompts that do not fit.
     """
-    if not handle._two_tiers:
+    if not isinstance(steps, int) or steps < 1:
+        raise ConfigError(f"steps={steps!r} is not allowed: a whole number of decode steps from 1 up, 48 by default")
+    if not handle._has_two_tiers(handle.config):
         raise ConfigError("there is nothing to recall on one tier; patch with split='cpu', or move the model to a GPU")
     if threshold is None:
         threshold = handle.config.recall if isinstance(handle.config.recall, float) else DEFAULT_THRESHOLD
@@ -41,6 +45,11 @@ def profile_recall(handle: Any, prompts: Sequence[Any], steps: int, threshold: f
     histories = [_history(handle, ids, steps) for ids in _token_ids(prompts, handle.model.device)]
     depth = handle.model.config.get_text_config(decoder=True).num_hidden_layers
     mean = [_mean([history.get(layer, []) for history in histories]) for layer in range(depth)]
+    if not any(ratio > 0 for layer in mean for ratio in layer):
+        raise ConfigError(
+            "the CPU had nothing to do on these prompts: all their blocks are resident; pass prompts longer than the "
+            "budget, or patch with a smaller one"
+        )
     return RecallIntervals(
         intervals=intervals_below(threshold, mean),
         threshold=threshold,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,18 @@ class Step:
     depth: int = 1
     frame: Any = None
     _masks: dict[Any, torch.Tensor] = field(default_factory=dict)
+
+    def is_running(self) -> bool:
+        """Whether the calling thread is inside this pass; False for one that an interrupt left behind."""
+        frame = sys._getframe(1)
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        return frame is not None and self.frame is not None
+
+    def abort(self) -> None:
+        """End a pass that did not get through; the cache is as it was before."""
+        set_active_step(None)
+        self.cache.rollback(self.marks)
 
     def padding(self, device: torch.device) -> torch.Tensor:
         """``mask`` on the device of a layer."""

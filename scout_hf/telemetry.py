@@ -25,7 +25,7 @@ class Counters:
 
     def reset(self) -> None:
         """Start from nothing."""
-        self.steps = self.prefill_tokens = 0
+        self.steps = self.approximate_steps = self.prefill_tokens = 0
         self.sums: dict[str, dict[int, float | torch.Tensor]] = defaultdict(lambda: defaultdict(float))
         self.history: dict[int, list[float]] | None = None
 
@@ -96,7 +96,7 @@ class Stats:
     Attributes
     ----------
     method, exact
-        The method, and whether its settings make it exact.
+        The method, and whether every decode step was exact by its settings.
     steps : int
         Decode steps.
     prefill_tokens : int
@@ -134,7 +134,7 @@ class Stats:
         from rich.console import Console
 
         sink = io.StringIO()
-        console = Console(file=sink, width=96, color_system=None)
+        console = Console(file=sink, width=80, color_system=None)
         for part in self._tables():
             console.print(part)
         return sink.getvalue().rstrip()
@@ -150,7 +150,8 @@ class Stats:
         share = self.attended_tokens / self.context_tokens if self.context_tokens else 1.0
         head.add_row("decode steps", f"{self.steps}")
         head.add_row("prefilled tokens", f"{self.prefill_tokens}")
-        head.add_row("attended per step", f"{self.attended_tokens:.0f} of {self.context_tokens:.0f} ({share:.1%})")
+        attended = f"{self.attended_tokens:.0f} of {self.context_tokens:.0f} ({share:.1%})"
+        head.add_row("attended per step", attended if self.steps else "nothing decoded")
         head.add_row("KV held", ", ".join(f"{tier} {_bytes(n)}" for tier, n in self.kv_bytes.items()) or "-")
         if self.cpu_ratio is not None:
             head.add_row("CPU share of selection", f"{self.cpu_ratio:.1%}")

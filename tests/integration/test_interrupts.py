@@ -92,3 +92,31 @@ def test_a_call_nested_inside_a_running_pass_is_refused_and_harms_nothing(model)
         hook.remove()
         found = logits(model, ids[:, 39:], cache)
     torch.testing.assert_close(found, expected, atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize("split", ["off", "cpu"])
+def test_a_fork_after_an_interrupt_is_whole(model, split):
+    ids = torch.randint(1, 60, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits[:, -1]
+    with scout_hf.patch(model, **OPTIONS | dict(split=split)) as handle:
+        cache = handle.new_cache()
+        logits(model, ids[:, :39], cache)
+        hook = interrupt_once(model, 2)
+        with pytest.raises(KeyboardInterrupt):
+            logits(model, ids[:, 39:], cache)
+        hook.remove()
+        assert cache.get_seq_length() == 39
+        torch.testing.assert_close(logits(model, ids[:, 39:], cache.fork()), expected, atol=3e-6, rtol=0)
+
+
+def test_stats_call_exact_only_what_ran_exactly(model):
+    ids = torch.randint(1, 60, (1, 80), generator=torch.Generator().manual_seed(0))
+    with scout_hf.patch(model, budget=None) as handle:
+        assert handle.stats().exact
+        model.generate(ids, max_new_tokens=3, past_key_values=handle.new_cache(budget=32))
+        assert not handle.stats().exact
+    with scout_hf.patch(model, budget=32) as handle:
+        assert not handle.stats().exact
+        model.generate(ids, max_new_tokens=3, past_key_values=handle.new_cache(budget=None))
+        assert handle.stats().exact
