@@ -121,7 +121,8 @@ class ScoutConfig:
             return cls(**options)
         if not isinstance(config, cls):
             raise ConfigError(
-                f"config is a {type(config).__name__}; allowed is a ScoutConfig, or settings by keyword such as budget=2048"
+                f"config is a {type(config).__name__}; allowed is a ScoutConfig, or settings by keyword such as "
+                "budget=2048"
             )
         return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)} | options)
 
