@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import CacheStateError, ConfigError
-from scout_hf.kernels.cpu import make_backend
+from scout_hf.kernels.cpu import find_backend
 from scout_hf.methods import Method, make_method
 from scout_hf.methods.base import find_method
 from scout_hf.modes import keeps_tensors
@@ -267,7 +267,7 @@ def check_names(config: ScoutConfig, text_config: Any, layers: int) -> None:
     """Raise ConfigError unless everything that ``config`` names exists and fits a model of that many layers."""
     find_method(config.method)
     make_digest(config.digest)
-    make_backend(config.cpu_backend)
+    find_backend(config.cpu_backend)
     if isinstance(config.recall, RecallIntervals):
         config.recall.check(text_config.model_type, layers)
     listed = isinstance(config.dense_layers, tuple)

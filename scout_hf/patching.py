@@ -89,8 +89,7 @@ class Handle:
     def __init__(self, model: torch.nn.Module, config: ScoutConfig, family: Any):
         self.model, self.config, self._family = model, config, family
         self._decoder = family.decoder(model)
-        self._backend = make_backend(config.cpu_backend)
-        self._workers = Workers(config.threads)
+        self._backend = make_backend(config.cpu_backend, config.threads)
         # Apart from the jobs that attend: a long transfer must not hold up the next layer's share.
         self._movers = Workers()
         self._counters = Counters()
@@ -176,7 +175,7 @@ class Handle:
             del self.model.__dict__[PREPARE]
             if self._prepare_before is not None:
                 self.model.__dict__[PREPARE] = self._prepare_before
-        self._workers.close()
+        self._backend.close()
         self._movers.close()
 
     def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
@@ -221,7 +220,6 @@ class Handle:
             tokens=past + inputs.shape[1],
             mask=_padding(given.get("attention_mask"), past + inputs.shape[1]),
             backend=self._backend,
-            workers=self._workers,
             movers=self._movers,
             counters=self._counters,
             root=module,
@@ -276,7 +274,7 @@ class Handle:
 
     def _is_exact(self, config: ScoutConfig) -> bool:
         predicts = self._has_two_tiers(config) and config.layer_ahead and config.cpu_query == "predicted"
-        return config.budget in (None, 1.0) and not predicts
+        return config.budget in (None, 1.0) and not predicts and config.host_dtype is None
 
     def _has_two_tiers(self, config: ScoutConfig) -> bool:
         return config.split == "cpu" or (config.split == "auto" and self.model.device.type != "cpu")

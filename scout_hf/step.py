@@ -40,8 +40,8 @@ class Step:
         Tokens per row once this pass is through, padding included.
     mask : Tensor (batch, tokens so far) of bool, or None
         Which tokens exist, padding False; None when all do.
-    backend, workers, movers, counters
-        CPU attention, the thread that runs it ahead, the one that moves recalled blocks, and the handle's tallies.
+    backend, movers, counters
+        CPU attention, the thread that moves recalled blocks, and the handle's tallies.
     root : Module
         The module whose call is this pass; modules inside it run within the pass.
     marks : list
@@ -57,7 +57,6 @@ class Step:
     tokens: int
     mask: torch.Tensor | None
     backend: Any
-    workers: Workers
     movers: Workers
     counters: Counters
     root: Any

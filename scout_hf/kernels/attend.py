@@ -7,6 +7,8 @@ import torch
 from scout_hf.fusion import Partial, empty_like
 
 _cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+# Before torch 2.9 the op takes query heads for KV heads and reads past the end of the keys.
+_GROUPS_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
 
 
 def attend(
@@ -64,6 +66,8 @@ def _flash_on_cpu(query, keys, values, scale, allowed, causal) -> Partial:
     folded = not causal and (allowed is None or allowed.shape[-2] == 1)
     given = fold_group(query, keys.shape[1]) if folded else query
     bias, groups = None, 1 if folded else query.shape[1] // keys.shape[1]
+    if groups > 1 and not _GROUPS_HEADS:
+        keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
     if allowed is not None:
         if allowed.shape[1] != 1 and groups > 1:
             allowed = allowed.repeat_interleave(groups, dim=1)

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from scout_hf.config import ScoutConfig
 from scout_hf.fusion import Partial, fuse
 from scout_hf.kernels.attend import attend
+from scout_hf.kernels.cpu import Attended
 from scout_hf.methods.base import Method, register_method
 from scout_hf.methods.one_tier import OneTierScout
 from scout_hf.recall import RecallIntervals
-from scout_hf.selection import Pick, Selector
+from scout_hf.selection import Pick, Selector, pack_lists
 from scout_hf.stores import ResidentSlots, TwoTierKV
 
 DEFAULT_RESIDENT_TOKENS = 2048
-
-
-class Share(NamedTuple):
-    """What a CPU job gives back: its partial, or None for nothing to do, and what it covered over rows and heads."""
-
-    partial: Partial | None
-    blocks: int
-    tokens: int
 
 
 @register_method
@@ -39,7 +30,7 @@ class Scout(Method):
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
         super().__init__(config, layer_idx, keys)
         batch, heads, _, dim = keys.shape
-        self.kv = TwoTierKV(batch, heads, dim, config.block_size, keys.dtype, keys.device)
+        self.kv = TwoTierKV(batch, heads, dim, config.block_size, keys.dtype, keys.device, config.host_dtype)
         self.selector = Selector(config, layer_idx)
         self.resident: ResidentSlots | None = None
         self._window_blocks = config.blocks(config.window)
@@ -73,15 +64,14 @@ class Scout(Method):
         if self.resident is not None:
             if self._pick is None:
                 self._select(step, query)
-            if self._ticket is None:
+            if self._share_blocks is None:
                 self._start_cpu(step, query)
             parts.append(self._attend_residents(step, query))
         parts.append(self._attend_tail(step, query))
         if self._ticket is not None:
             share = self._join_cpu(step)
-            if share.partial is not None:
-                parts.append(Partial(*(t.to(query.device) for t in share.partial)))
-                self._attended += share.tokens / (query.shape[0] * self.kv_heads)
+            parts.append(Partial(*(t.to(query.device) for t in share.partial)))
+            self._attended += share.tokens / (query.shape[0] * self.kv_heads)
         self._tally(step, query)
         return fuse(parts)
 
@@ -147,16 +137,17 @@ class Scout(Method):
         self._missing = usable & ~self.resident.holds(self._pick.ids, blocks)
 
     def _start_cpu(self, step, query: torch.Tensor) -> None:
-        ids, missing = self._pick.ids.cpu(), self._missing.cpu()
-        tokens = None if step.mask is None else step.token_mask(self.config.block_size, ids.device)
-        job = (step.backend, self.kv.host, query.detach().cpu(), ids, missing, tokens, self.scoring)
-        self._ticket = step.workers.submit(cpu_share, *job)
+        lists = pack_lists(self._pick.ids, self._missing)
+        self._share_blocks = int(lists.counts.sum())
+        if self._share_blocks:
+            exists = None if step.mask is None else step.padding(lists.ids.device)
+            job = (query.detach().cpu(), self.kv.host, lists, *self.scoring, exists)
+            self._ticket = step.backend.start(*job)
 
-    def _join_cpu(self, step) -> Share:
+    def _join_cpu(self, step) -> Attended:
         ticket, self._ticket = self._ticket, None
         with step.counters.timed(self.layer_idx, "join"):
-            self._share = ticket.wait()
-        return self._share
+            return ticket.wait()
 
     def _attend_residents(self, step, query: torch.Tensor) -> Partial:
         keys, values = self.resident.content()
@@ -197,7 +188,7 @@ class Scout(Method):
         host = self.kv.host
         if self.resident is None:
             batch, _, _, dim = query.shape
-            like = (host.table.pool.dtype, query.device)
+            like = (host.dtype, query.device)
             self.resident = ResidentSlots(batch, self.kv_heads, self._slots(), self.config.block_size, dim, *like)
         pick = self.selector.pick(step, query, host.blocks, self.kv_heads)
         self.resident.load(pick.ids, pick.usable_or_all(), host)
@@ -214,10 +205,10 @@ class Scout(Method):
     def _recall_due(self, step) -> bool:
         self._steps_since_recall += 1
         rule = self.config.recall
-        if rule is None or self._share is None:
+        if rule is None or self._share_blocks is None:
             return False
         if isinstance(rule, float):
-            return self._share.blocks >= rule * self._selected_blocks()
+            return self._share_blocks >= rule * self._selected_blocks()
         interval = rule.intervals[self.layer_idx] if isinstance(rule, RecallIntervals) else rule
         # Layers start at different phases, so that their transfers do not bunch up in one step.
         return interval > 0 and (self._steps_since_recall + self.layer_idx) % interval == 0
@@ -253,43 +244,13 @@ class Scout(Method):
 
     def _forget(self) -> None:
         self._pick: Pick | None = None
-        self._missing = self._ticket = self._predicted = self._share = None
+        self._missing = self._ticket = self._predicted = self._share_blocks = None
         self._attended = 0.0
 
     def _tally(self, step, query: torch.Tensor) -> None:
         context = self.kv.length if step.mask is None else step.row_tokens().float().mean()
         step.counters.attended(self.layer_idx, context, self._attended)
-        if self._share is not None:
-            step.counters.cpu_share(self.layer_idx, self._share.blocks, self._selected_blocks())
+        if self._share_blocks is not None:
+            step.counters.cpu_share(self.layer_idx, self._share_blocks, self._selected_blocks())
         if self._predicted is not None:
             step.counters.predicted(self.layer_idx, self._predicted, query)
-
-
-def cpu_share(backend, host, query, ids, missing, tokens, scoring) -> Share:
-    """Attention of the CPU's share: the missing blocks of every row and head, ragged lists packed to the front.
-
-    Parameters
-    ----------
-    backend, host
-        CPU backend and host store.
-    query : Tensor (batch, query_heads, 1, head_dim)
-        Predicted or real, on the CPU.
-    ids, missing : Tensor (batch, kv_heads, n)
-        Selected blocks, and which of them are not resident.
-    tokens : Tensor (batch, blocks, block_size) of bool, or None
-        Tokens that are no padding.
-    scoring : Scoring
-    """
-    counts = missing.sum(2)
-    longest, total = int(counts.max()) if counts.numel() else 0, int(counts.sum())
-    if not longest:
-        return Share(None, 0, 0)
-    order = missing.to(torch.int8).argsort(dim=2, descending=True, stable=True)[:, :, :longest]
-    blocks, allowed = ids.gather(2, order), None
-    if tokens is not None or total < counts.numel() * longest:
-        allowed = missing.gather(2, order).unsqueeze(-1).expand(*blocks.shape, host.block_size)
-        if tokens is not None:
-            rows = torch.arange(len(blocks))[:, None, None]
-            allowed = allowed & tokens[rows, blocks]
-    covered = total * host.block_size if allowed is None else int(allowed.sum())
-    return Share(backend.attend_blocks(query, host, blocks, 0, *scoring, allowed), total, covered)

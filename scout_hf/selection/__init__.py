@@ -2,7 +2,7 @@
 
 from scout_hf.selection.digest import Digest, digest_names, make_digest, register_digest
 from scout_hf.selection.minmax import MinMax
-from scout_hf.selection.pick import Pick, choose
+from scout_hf.selection.pick import Pick, choose, pack_lists
 from scout_hf.selection.selector import Selector
 from scout_hf.selection.table import DigestTable
 
@@ -15,5 +15,6 @@ __all__ = [
     "choose",
     "digest_names",
     "make_digest",
+    "pack_lists",
     "register_digest",
 ]

@@ -12,10 +12,12 @@ from scout_hf.registry import Registry
 class Digest(ABC):
     """A small code per block of keys from which a query's interest in the block can be estimated.
 
-    A subclass sets ``name``, is registered with :func:`register_digest`, and keeps no state.
+    A subclass sets ``name``, is registered with :func:`register_digest`, and keeps no state. ``native`` names the way
+    in which native code scores these codes, where there is one.
     """
 
     name: str = ""
+    native: str | None = None
 
     @abstractmethod
     def encode(self, keys: torch.Tensor, exists: torch.Tensor | None) -> torch.Tensor:

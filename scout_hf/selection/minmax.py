@@ -16,6 +16,7 @@ class MinMax(Digest):
     """
 
     name = "minmax"
+    native = "minmax"
 
     def encode(self, keys: torch.Tensor, exists: torch.Tensor | None) -> torch.Tensor:
         if exists is None:

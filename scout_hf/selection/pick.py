@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from scout_hf.kernels.cpu import BlockLists
+
 
 class Pick(NamedTuple):
     """Chosen blocks.
@@ -64,3 +66,15 @@ def choose(scores: torch.Tensor, count: int | torch.Tensor, sinks: int, exists: 
         within = torch.arange(most, device=scores.device) < count.to(scores.device)[:, None, None]
         usable = within.expand_as(best.indices) if usable is None else usable & within
     return Pick(best.indices, usable)
+
+
+def pack_lists(ids: torch.Tensor, usable: torch.Tensor) -> BlockLists:
+    """The usable entries of every list, in their order, packed to the front; on the CPU.
+
+    ``ids`` is (batch, kv_heads, n), ``usable`` bool of the same shape.
+    """
+    ids, usable = ids.cpu(), usable.cpu()
+    counts = usable.sum(2)
+    longest = int(counts.max()) if counts.numel() else 0
+    order = usable.to(torch.int8).argsort(dim=2, descending=True, stable=True)[:, :, :longest]
+    return BlockLists(ids.gather(2, order).to(torch.int32), counts.to(torch.int32))

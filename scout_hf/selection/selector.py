@@ -7,8 +7,9 @@ import math
 import torch
 
 from scout_hf.config import ScoutConfig
+from scout_hf.kernels.cpu import BlockLists, pages
 from scout_hf.selection.digest import make_digest
-from scout_hf.selection.pick import Pick, choose, everything
+from scout_hf.selection.pick import Pick, choose, everything, pack_lists
 from scout_hf.selection.table import DigestTable
 
 
@@ -38,6 +39,44 @@ class Selector:
         if self.dense:
             return
         self.table.append(self.digest.encode(keys.unflatten(2, (-1, self.config.block_size)), exists))
+
+    def extend_from(self, store, last: int, exists: torch.Tensor | None) -> None:
+        """Digest the whole blocks of a PagedKV up to block ``last`` that have no digest yet.
+
+        ``exists`` is (batch, tokens) of bool or None.
+        """
+        first, size = self.blocks, self.config.block_size
+        if self.dense or first >= last:
+            return
+        native = store.native() if self.digest.native == "minmax" else None
+        if native is not None and (exists is None or exists.is_cpu):
+            shape = torch.Size((store.batch, store.heads, last - first, 2 * store.head_dim))
+            codes = self.table.grow(shape, store.dtype, store.device)
+            pages.minmax(store.library, native, first, last, exists, codes)
+            return
+        keys, _ = store.read(first * size, last * size)
+        here = None
+        if exists is not None:
+            here = exists[:, first * size : last * size].unflatten(1, (-1, size)).to(keys.device)
+        self.extend(keys, here)
+
+    def lists(self, step, query: torch.Tensor, store, blocks: int) -> BlockLists | None:
+        """Blocks of a PagedKV to attend: the best of the first ``blocks`` and all newer ones; None for every block."""
+        newest = store.blocks - blocks
+        count = None if self.dense else self._count(step, blocks)
+        if count is None or not blocks or (isinstance(count, int) and count >= blocks):
+            return None
+        if self.digest.native is not None:
+            settings = (count, self.config.blocks(self.config.sinks), newest, self.config.block_size, step.mask)
+            chosen = step.backend.select(self.digest.native, query, self.table.codes(blocks), *settings)
+            if chosen is not None:
+                return chosen
+        picked = self.pick(step, query, blocks, store.heads)
+        last = torch.arange(blocks, store.blocks, device=picked.ids.device).expand(*picked.ids.shape[:2], -1)
+        if picked.usable is None:
+            return BlockLists(torch.cat([picked.ids, last], dim=2).cpu(), None)
+        usable = torch.cat([picked.usable, torch.ones_like(last, dtype=torch.bool)], dim=2)
+        return pack_lists(torch.cat([picked.ids, last], dim=2), usable)
 
     def pick(self, step, query: torch.Tensor, blocks: int, kv_heads: int) -> Pick:
         """The blocks to attend, out of the first ``blocks``.

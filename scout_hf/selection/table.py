@@ -25,15 +25,20 @@ class DigestTable:
 
     def append(self, codes: torch.Tensor) -> None:
         """Add the codes of further blocks, (batch, kv_heads, n, code)."""
-        total = self.blocks + codes.shape[2]
+        first = self.blocks
+        self.grow(codes.shape, codes.dtype, codes.device)[:, :, first:] = codes
+
+    def grow(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Make room for further codes of that shape, (batch, kv_heads, n, code); all codes, the new ones undefined."""
+        total = self.blocks + shape[2]
         if self._codes is None or total > self._codes.shape[2]:
             room = total + max(SLACK_BLOCKS, total // 8)
-            grown = codes.new_empty((*codes.shape[:2], room, codes.shape[3]))
+            grown = torch.empty((*shape[:2], room, shape[3]), dtype=dtype, device=device)
             if self.blocks:
                 grown[:, :, : self.blocks] = self.codes()
             self._codes = grown
-        self._codes[:, :, self.blocks : total] = codes
         self.blocks = total
+        return self.codes()
 
     def crop(self, blocks: int) -> None:
         """Keep the codes of the first ``blocks`` blocks."""

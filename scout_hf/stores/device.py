@@ -148,7 +148,6 @@ class Recall:
 
 def _fetch(host, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (*ids.shape, host.block_size, host.head_dim)
-    pool = host.table.pool
-    keys, values = (torch.empty(shape, dtype=pool.dtype, device=pool.device) for _ in range(2))
+    keys, values = (torch.empty(shape, dtype=host.dtype, device=host.device) for _ in range(2))
     host.gather(ids.cpu(), keys, values)
     return keys.to(ids.device), values.to(ids.device)

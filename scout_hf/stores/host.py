@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from scout_hf.kernels.cpu import pages
+from scout_hf.kernels.cpu.library import StoreArgs
 from scout_hf.stores.pages import PagePool, PageTable
 
 
@@ -18,45 +20,72 @@ class PagedKV:
     batch, heads, head_dim, block_size : int
         KV heads, not query heads; tokens per block.
     dtype, device
-        Of the stored tensors.
+        Of the tensors that come and go.
     """
+
+    packed = False
 
     def __init__(self, batch: int, heads: int, head_dim: int, block_size: int, dtype: torch.dtype, device):
         self.heads, self.head_dim, self.block_size = heads, head_dim, block_size
-        pool = PagePool((heads, 2, block_size, head_dim), dtype, device)
-        self.table = PageTable(pool, batch)
+        self.dtype, self.device = dtype, torch.device(device)
+        self.table = PageTable(self._new_pool(), batch)
         self.length = 0
+        self.library = pages.library_for(dtype, head_dim, block_size, self.device)
+        self._args: StoreArgs | None = None
+        self._described: torch.Tensor | None = None
+
+    def _new_pool(self) -> PagePool:
+        return PagePool((self.heads, 2, self.block_size, self.head_dim), self.dtype, self.device)
 
     @property
     def batch(self) -> int:
         """Rows."""
-        return len(self.table.ids)
+        return self.table.batch
 
     @property
     def blocks(self) -> int:
         """Blocks per row, the partly filled last one included."""
-        return self.table.ids.shape[1]
+        return -(-self.length // self.block_size)
 
     @property
     def used_bytes(self) -> int:
         """Bytes of the pages in use, those shared with forks counted once."""
         return self.table.pool.used_pages * self.table.pool.page_bytes
 
+    @property
+    def huge_page_bytes(self) -> int:
+        """Bytes of the slabs that the system has put on huge pages; takes milliseconds."""
+        return self.table.pool.huge_page_bytes
+
+    def native(self) -> StoreArgs | None:
+        """This store as the native library sees it, valid until it is next changed; None where that cannot be."""
+        if self.library is None:
+            return None
+        if self._args is None:
+            self._args = pages.store_args(self.heads, self.head_dim, self.block_size, self.dtype, self.packed)
+        places = self.table.places
+        if places is not self._described:
+            self._described = places
+            self._args.pages = places[1].data_ptr()
+            self._args.batch, self._args.pages_stride = places.shape[1:]
+        self._args.length = self.length
+        return self._args
+
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store new tokens of every row; (batch, kv_heads, tokens, head_dim) each."""
-        tokens, at = keys.shape[2], 0
+        tokens = keys.shape[2]
+        self._make_room(tokens)
+        if self.library is not None:
+            pages.append(self.library, self.native(), keys, values)
+        else:
+            self._write(keys, values)
+        self.length += tokens
+
+    def _make_room(self, tokens: int) -> None:
         if self.length % self.block_size:
             self.table.own_last()
-            at = min(tokens, self.block_size - self.length % self.block_size)
-            self._write_part(self.table.ids[:, -1], self.length % self.block_size, keys[:, :, :at], values[:, :, :at])
-        whole = (tokens - at) // self.block_size
-        if whole:
-            end = at + whole * self.block_size
-            self._write_whole(self.table.extend(whole), keys[:, :, at:end], values[:, :, at:end])
-            at = end
-        if at < tokens:
-            self._write_part(self.table.extend(1)[:, 0], 0, keys[:, :, at:], values[:, :, at:])
-        self.length += tokens
+        if (fresh := -(-(self.length + tokens) // self.block_size) - self.table.blocks) > 0:
+            self.table.extend(fresh)
 
     def gather(self, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Copy chosen blocks into contiguous tensors.
@@ -68,9 +97,11 @@ class PagedKV:
         keys, values : Tensor (batch, kv_heads, n, block_size, head_dim), contiguous
             Where they go; the unfilled end of a row's last block is undefined.
         """
+        if self.library is not None:
+            return pages.gather(self.library, self.native(), blocks, keys, values)
         batch, heads, count = blocks.shape
-        pages = self.table.ids.gather(1, blocks.reshape(batch, -1)).view(batch, heads, count)
-        tiles = (pages * heads + torch.arange(heads)[None, :, None]).mul_(2).view(-1)
+        numbers = self.table.ids.gather(1, blocks.reshape(batch, -1)).view(batch, heads, count)
+        tiles = (numbers * heads + torch.arange(heads)[None, :, None]).mul_(2).view(-1)
         pool, size = self.table.pool, self.block_size * self.head_dim
         tiles = tiles.to(pool.device)
         if len(pool.slabs) == 1:
@@ -95,8 +126,7 @@ class PagedKV:
         """Keys and values of tokens ``start:stop`` as (batch, kv_heads, stop - start, head_dim) each, newly made."""
         first, last = start // self.block_size, -(-stop // self.block_size)
         shape = (self.batch, self.heads, last - first, self.block_size, self.head_dim)
-        pool = self.table.pool
-        keys, values = (torch.empty(shape, dtype=pool.dtype, device=pool.device) for _ in range(2))
+        keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         if last > first:
             self.gather(torch.arange(first, last).expand(self.batch, self.heads, -1), keys, values)
         cut = slice(start - first * self.block_size, stop - first * self.block_size)
@@ -114,9 +144,24 @@ class PagedKV:
 
     def fork(self) -> PagedKV:
         """A second store over the same pages, copy on write."""
-        twin = object.__new__(PagedKV)
-        twin.__dict__.update(self.__dict__, table=self.table.fork())
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, table=self.table.fork(), _args=None, _described=None)
         return twin
+
+    # -- writing without the native library -----------------------------------------------------------------------
+
+    def _write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        tokens, at, block = keys.shape[2], 0, self.length // self.block_size
+        if offset := self.length % self.block_size:
+            at = min(tokens, self.block_size - offset)
+            self._write_part(self.table.ids[:, block], offset, keys[:, :, :at], values[:, :, :at])
+            block += 1
+        if whole := (tokens - at) // self.block_size:
+            end = at + whole * self.block_size
+            self._write_whole(self.table.ids[:, block : block + whole], keys[:, :, at:end], values[:, :, at:end])
+            at, block = end, block + whole
+        if at < tokens:
+            self._write_part(self.table.ids[:, block], 0, keys[:, :, at:], values[:, :, at:])
 
     def _write_part(self, pages: torch.Tensor, offset: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         span = slice(offset, offset + keys.shape[2])

@@ -8,6 +8,8 @@ from collections import deque
 
 import torch
 
+from scout_hf.stores.memory import allocate_slab, huge_page_bytes
+
 MIN_SLAB_PAGES = 64
 
 
@@ -34,7 +36,7 @@ class PagePool:
         self._free: list[int] = []
         self._references = torch.zeros(0, dtype=torch.int32)
         self._lock = threading.Lock()
-        self._abandoned: deque[torch.Tensor] = deque()
+        self._abandoned: deque[tuple[torch.Tensor, int]] = deque()
 
     @property
     def page_bytes(self) -> int:
@@ -47,6 +49,19 @@ class PagePool:
         with self._lock:
             self._reap()
             return self._fresh - len(self._free)
+
+    @property
+    def huge_page_bytes(self) -> int:
+        """Bytes of the slabs that lie on huge pages; takes milliseconds."""
+        return huge_page_bytes(self.slabs)
+
+    def addresses(self, ids: torch.Tensor) -> torch.Tensor:
+        """Where these pages are in memory: int64, in the shape of ``ids``."""
+        if len(self.slabs) == 1:
+            return ids * self.page_bytes + self.slabs[0].data_ptr()
+        starts = torch.tensor(self.starts)
+        which = torch.bucketize(ids, starts, right=True) - 1
+        return (ids - starts[which]) * self.page_bytes + torch.tensor([s.data_ptr() for s in self.slabs])[which]
 
     def allocate(self, count: int) -> torch.Tensor:
         """``count`` page ids with one reference each, int64 on the CPU; contents are undefined.
@@ -74,9 +89,12 @@ class PagePool:
         with self._lock:
             self._drop(ids)
 
-    def abandon(self, ids: torch.Tensor) -> None:
-        """``release`` at the next allocation: a table may be collected inside any other call, even that one."""
-        self._abandoned.append(ids)
+    def abandon(self, places: torch.Tensor, blocks: int) -> None:
+        """``release`` a table's pages at the next allocation: it may be collected inside any other call, even that one.
+
+        ``places`` is cut later: during a collection no view of it may be made.
+        """
+        self._abandoned.append((places, blocks))
 
     def shared(self, ids: torch.Tensor) -> torch.Tensor:
         """Which of these pages have more than one reference."""
@@ -110,7 +128,8 @@ class PagePool:
 
     def _reap(self) -> None:
         while self._abandoned:
-            self._drop(self._abandoned.popleft())
+            places, blocks = self._abandoned.popleft()
+            self._drop(places[0, :, :blocks])
 
     def _drop(self, ids: torch.Tensor) -> None:
         flat = ids.reshape(-1)
@@ -128,7 +147,7 @@ class PagePool:
 
     def _add_slab(self, count: int) -> None:
         size = max(MIN_SLAB_PAGES, count + count // 8, self.pages // 2)
-        self.slabs.append(torch.empty((size, *self.page_shape), dtype=self.dtype, device=self.device))
+        self.slabs.append(allocate_slab((size, *self.page_shape), self.dtype, self.device))
         self.starts.append(self.pages)
         self.pages += size
         self._references = torch.cat([self._references, torch.zeros(size, dtype=torch.int32)])
@@ -147,51 +166,80 @@ def _as_run(ids: torch.Tensor) -> torch.Tensor | slice:
 
 
 class PageTable:
-    """The pages of each row of a batch, in order: ``ids`` is (batch, blocks) of page ids, int64 on the CPU.
+    """The pages of each row of a batch, in order.
 
     Rows and tables may share pages; every holder counts. Whoever writes to the last page of a row asks
     ``own_last`` first.
+
+    Attributes
+    ----------
+    ids : Tensor (batch, blocks) of int64 on the CPU
+        Page numbers.
+    addresses : Tensor (batch, blocks) of int64 on the CPU
+        Where the pages are in memory.
+    places : Tensor (2, batch, room) of int64 on the CPU
+        Both, with room for more; another tensor whenever one that a reader may hold would have to change its shape.
     """
 
     def __init__(self, pool: PagePool, batch: int):
         self.pool = pool
-        self.ids = torch.empty((batch, 0), dtype=torch.int64)
+        self.places = torch.empty((2, batch, 0), dtype=torch.int64)
+        self.blocks = 0
         self._last_is_ours = True
+
+    @property
+    def ids(self) -> torch.Tensor:
+        return self.places[0, :, : self.blocks]
+
+    @property
+    def addresses(self) -> torch.Tensor:
+        return self.places[1, :, : self.blocks]
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return self.places.shape[1]
 
     def extend(self, blocks: int) -> torch.Tensor:
         """Append ``blocks`` fresh pages to every row and return them, (batch, blocks)."""
-        batch = len(self.ids)
-        new = self.pool.allocate(batch * blocks).view(batch, blocks)
-        self.ids = torch.cat([self.ids, new], dim=1)
+        new = self.pool.allocate(self.batch * blocks).view(self.batch, blocks)
+        first, self.blocks = self.blocks, self.blocks + blocks
+        if self.blocks > self.places.shape[2]:
+            # A new array, not a resized one: a job in flight may still read the old one.
+            grown = self.places.new_empty((2, self.batch, self.blocks + max(8, self.blocks // 2)))
+            grown[:, :, :first] = self.places[:, :, :first]
+            self.places = grown
+        self.places[0, :, first : self.blocks] = new
+        self.places[1, :, first : self.blocks] = self.pool.addresses(new)
         self._last_is_ours = True
         return new
 
     def truncate(self, blocks: int) -> None:
         """Keep the first ``blocks`` pages of every row."""
-        if blocks < self.ids.shape[1]:
-            dropped, self.ids = self.ids[:, blocks:], self.ids[:, :blocks].clone()
-            self.pool.release(dropped)
+        if blocks < self.blocks:
+            self.pool.release(self.ids[:, blocks:])
+            self.blocks = blocks
             self._last_is_ours = False
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Make row ``i`` what row ``rows[i]`` was; moves page numbers, not data."""
-        chosen = self.ids[rows]
-        self.pool.retain(chosen)
+        chosen = self.places[:, rows]
+        self.pool.retain(chosen[0, :, : self.blocks])
         self.pool.release(self.ids)
-        self.ids = chosen
+        self.places = chosen
         self._last_is_ours = False
 
     def fork(self) -> PageTable:
         """A second table over the same pages; either copies a page before writing to it."""
-        twin = PageTable(self.pool, len(self.ids))
-        twin.ids = self.ids.clone()
+        twin = PageTable(self.pool, self.batch)
+        twin.places, twin.blocks = self.places.clone(), self.blocks
         self.pool.retain(twin.ids)
         twin._last_is_ours = self._last_is_ours = False
         return twin
 
     def own_last(self) -> None:
         """Give every row a last page of its own, copying the shared ones."""
-        if self._last_is_ours or not self.ids.shape[1]:
+        if self._last_is_ours or not self.blocks:
             return
         last = self.ids[:, -1]
         shared = self.pool.shared(last)
@@ -200,16 +248,16 @@ class PageTable:
             new = self.pool.allocate(len(old))
             self.pool.copy_pages(old, new)
             self.ids[shared, -1] = new
+            self.addresses[shared, -1] = self.pool.addresses(new)
             self.pool.release(old)
         self._last_is_ours = True
 
     def release(self) -> None:
         """Give all pages back."""
-        ids, self.ids = self.ids, self.ids[:, :0]
-        if ids.numel():
-            self.pool.release(ids)
+        if self.blocks:
+            self.pool.release(self.ids)
+            self.blocks = 0
 
     def __del__(self):
-        ids = self.__dict__.get("ids")
-        if ids is not None:
-            self.pool.abandon(ids)
+        if self.__dict__.get("blocks"):
+            self.pool.abandon(self.places, self.blocks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from scout_hf.stores.host import PagedKV
+from scout_hf.stores.packed import make_store
 
 
 class TwoTierKV:
@@ -16,10 +16,12 @@ class TwoTierKV:
         KV heads, not query heads; tokens per block.
     dtype, device
         Of the keys and values as the model makes them.
+    host_dtype : "int8" or None
+        What the host keeps; None for the same.
     """
 
-    def __init__(self, batch: int, heads: int, head_dim: int, block_size: int, dtype: torch.dtype, device):
-        self.host = PagedKV(batch, heads, head_dim, block_size, dtype, "cpu")
+    def __init__(self, batch: int, heads: int, head_dim: int, block_size: int, dtype: torch.dtype, device, host_dtype=None):
+        self.host = make_store(batch, heads, head_dim, block_size, dtype, "cpu", host_dtype)
         self.block_size, self.device = block_size, torch.device(device)
         self._buffer = torch.empty((2, batch, heads, 0, head_dim), dtype=dtype, device=device)
         self._tail = 0

@@ -3,41 +3,124 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
 
 import torch
 
 from scout_hf.fusion import Partial
+from scout_hf.kernels.cpu.workers import Workers
+
+
+class BlockLists(NamedTuple):
+    """Blocks to attend, one list per row and KV head.
+
+    ids : Tensor (batch, kv_heads, n) of int32
+        Distinct block numbers, each list packed to the front; the store's partly filled block, if listed, stands last.
+    counts : Tensor (batch, kv_heads) of int32, or None
+        Entries that each list uses; None for all.
+    """
+
+    ids: torch.Tensor
+    counts: torch.Tensor | None
+
+
+class Attended(NamedTuple):
+    """What a backend gives back.
+
+    partial : Partial
+        Output (batch, query_heads, 1, head_dim) and natural LSE (batch, query_heads, 1).
+    tokens : int
+        Tokens attended, over all rows and KV heads.
+    """
+
+    partial: Partial
+    tokens: int
 
 
 class CpuBackend(ABC):
-    """Attention of one query per row over chosen blocks of a paged store; safe to call from several threads."""
+    """Attention of one query per row over blocks of a paged store; safe to call from several threads.
+
+    Parameters
+    ----------
+    threads : int or None
+        Threads for work in the background; None leaves it to the backend.
+    """
 
     name: str = ""
+
+    def __init__(self, threads: int | None = None):
+        self.threads = threads
+        self._workers = Workers(threads)
 
     @abstractmethod
     def attend_blocks(
         self,
         query: torch.Tensor,
-        store,
-        blocks: torch.Tensor,
-        unfilled: int,
+        store: Any,
+        lists: BlockLists | None,
         scale: float,
         softcap: float | None = None,
-        allowed: torch.Tensor | None = None,
-    ) -> Partial:
-        """Attention over chosen blocks.
+        exists: torch.Tensor | None = None,
+    ) -> Attended:
+        """Attention over listed blocks, or over all.
 
         Parameters
         ----------
         query : Tensor (batch, query_heads, 1, head_dim)
         store : PagedKV
-            Where the blocks are, on the query's device.
-        blocks : Tensor (batch, kv_heads, n) of int64
-            Block numbers; the store's last block, if partly filled, stands last.
-        unfilled : int
-            Tokens missing at the end of the last of ``blocks``.
+            Where the blocks are.
+        lists : BlockLists or None
+            None for every block.
         scale, softcap
             As in :func:`scout_hf.kernels.attend.attend`.
-        allowed : Tensor (batch, kv_heads, n, block_size) of bool, or None
-            Tokens that may be attended.
+        exists : Tensor (batch, tokens) of bool, or None
+            Tokens that are no padding, at least as many as the store has; None when all are real.
         """
+
+    def start(self, query, store, lists, scale, softcap=None, exists=None) -> Any:
+        """``attend_blocks`` in the background: a ticket whose ``wait()`` gives its result.
+
+        Nothing that was handed over may change before the ticket is joined.
+        """
+        return self._workers.submit(self.attend_blocks, query, store, lists, scale, softcap, exists)
+
+    def select(
+        self,
+        scorer: str,
+        query: torch.Tensor,
+        codes: torch.Tensor,
+        count: int | torch.Tensor,
+        sinks: int,
+        newest: int,
+        block_size: int,
+        exists: torch.Tensor | None,
+    ) -> BlockLists | None:
+        """The best-scored blocks in ascending order, sinks always among them, and behind them the newest blocks.
+
+        None if this backend has no way of its own to score such digests; the caller then scores and chooses with torch.
+
+        Parameters
+        ----------
+        scorer : str
+            How to score, a digest's ``native`` name.
+        query : Tensor (batch, query_heads, 1, head_dim)
+        codes : Tensor (batch, kv_heads, blocks, code)
+            Digests of the blocks open to choice.
+        count : int or Tensor (batch,)
+            Blocks to choose, for all rows or for each.
+        sinks, newest : int
+            Leading real blocks that are always chosen; blocks behind those open to choice that are always listed.
+        block_size : int
+        exists : as above
+        """
+        return None
+
+    def close(self) -> None:
+        """End the threads; they start again when needed."""
+        self._workers.close()
+
+    def __deepcopy__(self, memo: dict) -> CpuBackend:
+        return type(self)(self.threads)
+
+    def __reduce__(self):
+        return type(self), (self.threads,)

@@ -6,9 +6,9 @@ import threading
 
 import torch
 
-from scout_hf.fusion import Partial, empty_like, fuse
+from scout_hf.fusion import empty_like, fuse
 from scout_hf.kernels.attend import attend
-from scout_hf.kernels.cpu.backend import CpuBackend
+from scout_hf.kernels.cpu.backend import Attended, BlockLists, CpuBackend
 
 CHUNK_TOKENS = 1024
 
@@ -21,35 +21,61 @@ class TorchBackend(CpuBackend):
 
     name = "torch"
 
-    def __init__(self):
+    def __init__(self, threads: int | None = None):
+        super().__init__(threads)
         self._scratch = _Scratch()
 
-    def __reduce__(self):
-        return TorchBackend, ()
-
-    def attend_blocks(
-        self,
-        query: torch.Tensor,
-        store,
-        blocks: torch.Tensor,
-        unfilled: int,
-        scale: float,
-        softcap: float | None = None,
-        allowed: torch.Tensor | None = None,
-    ) -> Partial:
-        count, parts = blocks.shape[2], []
-        chunks = max(1, round(count * store.block_size / CHUNK_TOKENS))
+    def attend_blocks(self, query, store, lists: BlockLists | None, scale, softcap=None, exists=None) -> Attended:
+        if lists is None:
+            lists = BlockLists(torch.arange(store.blocks).expand(store.batch, store.heads, -1), None)
+        ids, parts, tokens = _used(lists), [], 0
+        count, size = ids.shape[2], store.block_size
+        # Lists that end alike and have no holes need no mask: what is not filled is cut off.
+        unfilled = store.blocks * size - store.length
+        at_end = ids[:, :, -1:] == store.blocks - 1
+        plain = lists.counts is None and exists is None and bool(at_end.all() if unfilled else True)
+        if not plain:
+            exists = None if exists is None else exists.to(ids.device)
+        chunks = max(1, round(count * size / CHUNK_TOKENS))
         chunk = max(1, -(-count // chunks))
         for first in range(0, count, chunk):
-            ids = blocks[:, :, first : first + chunk]
-            keys, values = self._scratch.pair(ids.shape, store)
-            store.gather(ids, keys, values)
-            last = first + chunk >= count
-            tokens = ids.shape[2] * store.block_size - (unfilled if last else 0)
-            mask = None if allowed is None else allowed[:, :, first : first + chunk].flatten(2)[:, :, None, :tokens]
-            keys, values = keys.flatten(2, 3)[:, :, :tokens], values.flatten(2, 3)[:, :, :tokens]
-            parts.append(attend(query, keys, values, scale, softcap, mask))
-        return fuse(parts) if parts else empty_like(query)
+            some = ids[:, :, first : first + chunk]
+            keys, values = self._scratch.pair(some.shape, store)
+            store.gather(some, keys, values)
+            if unfilled and not plain:
+                # Weight 0 does not make garbage harmless.
+                where = (some == store.blocks - 1).nonzero(as_tuple=True)
+                keys[(*where, slice(-unfilled, None))] = values[(*where, slice(-unfilled, None))] = 0
+            keys, values, allowed = keys.flatten(2, 3), values.flatten(2, 3), None
+            if plain and first + chunk >= count and unfilled:
+                keys, values = keys[:, :, :-unfilled], values[:, :, :-unfilled]
+            elif not plain:
+                allowed = _allowed(some, first, lists.counts, store, exists)
+            tokens += keys.shape[:3].numel() if allowed is None else int(allowed.sum())
+            if allowed is not None:
+                allowed = allowed.unsqueeze(2).to(query.device)
+            parts.append(attend(query, keys, values, scale, softcap, allowed))
+        return Attended(fuse(parts) if parts else empty_like(query), tokens)
+
+
+def _used(lists: BlockLists) -> torch.Tensor:
+    """The lists as int64; what they do not use is not defined and becomes block 0."""
+    ids = lists.ids.long()
+    if lists.counts is None:
+        return ids
+    return ids.masked_fill(torch.arange(ids.shape[2]) >= lists.counts.unsqueeze(-1), 0)
+
+
+def _allowed(ids, first, counts, store, exists) -> torch.Tensor:
+    """Which tokens of the blocks ``ids``, the entries of each list from ``first`` on, may be attended."""
+    places = ids.unsqueeze(-1) * store.block_size + torch.arange(store.block_size)
+    allowed = places < store.length
+    if counts is not None:
+        allowed &= ((first + torch.arange(ids.shape[2])) < counts.unsqueeze(-1)).unsqueeze(-1)
+    if exists is not None:
+        rows = torch.arange(len(ids))[:, None, None, None]
+        allowed &= exists[rows, places.clamp(max=exists.shape[1] - 1)]
+    return allowed.flatten(2)
 
 
 class _Scratch(threading.local):
@@ -61,9 +87,8 @@ class _Scratch(threading.local):
         """Two undefined tensors (*blocks, block_size, head_dim) in the dtype of the store."""
         shape = (2, *blocks, store.block_size, store.head_dim)
         numbers = torch.Size(shape).numel()
-        pool = store.table.pool
-        fits = self.buffer is not None and self.buffer.dtype == pool.dtype and self.buffer.device == pool.device
+        fits = self.buffer is not None and self.buffer.dtype == store.dtype and self.buffer.device == store.device
         if not fits or self.buffer.numel() < numbers:
-            self.buffer = torch.empty(numbers, dtype=pool.dtype, device=pool.device)
+            self.buffer = torch.empty(numbers, dtype=store.dtype, device=store.device)
         keys, values = self.buffer[:numbers].view(shape)
         return keys, values

@@ -1,0 +1,262 @@
+"""The native CPU library: where it is, what its structs look like, which instruction set it uses.
+
+``load_library()`` gives None where the package was installed without a compiler; a warning says so once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import re
+import warnings
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
+from pathlib import Path
+
+import torch
+
+from scout_hf.errors import ConfigError
+
+ABI = 1
+ISA_VARIABLE = "SCOUT_HF_ISA"
+PATH_VARIABLE = "SCOUT_HF_LIBRARY"
+INT8 = 3
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+STATUS = {-1: "sizes or types that the library does not know", -2: "no memory", -3: "a block that is not there"}
+
+
+class StoreArgs(ctypes.Structure):
+    """``scout_store``: paged keys and values of one layer."""
+
+    _fields_ = [
+        ("pages", c_void_p),
+        ("pages_stride", c_int64),
+        ("length", c_int64),
+        ("tail", c_void_p),
+        ("batch", c_int32),
+        ("kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("block_size", c_int32),
+        ("dtype", c_int32),
+        ("plain_dtype", c_int32),
+    ]
+
+
+class AttendArgs(ctypes.Structure):
+    """``scout_attend_args``: attention of one query per row over listed blocks, or over all."""
+
+    _fields_ = [
+        ("store", StoreArgs),
+        ("query", c_void_p),
+        ("query_row", c_int64),
+        ("query_head", c_int64),
+        ("blocks", c_void_p),
+        ("counts", c_void_p),
+        ("blocks_stride", c_int64),
+        ("exists", c_void_p),
+        ("exists_stride", c_int64),
+        ("out", c_void_p),
+        ("lse", c_void_p),
+        ("attended", c_int64),
+        ("count", c_int32),
+        ("query_heads", c_int32),
+        ("query_dtype", c_int32),
+        ("out_dtype", c_int32),
+        ("status", c_int32),
+        ("scale", c_float),
+        ("softcap", c_float),
+    ]
+
+
+class SelectArgs(ctypes.Structure):
+    """``scout_select_args``: the best-scored blocks, ascending, then the newest."""
+
+    _fields_ = [
+        ("query", c_void_p),
+        ("query_row", c_int64),
+        ("query_head", c_int64),
+        ("codes", c_void_p),
+        ("codes_row", c_int64),
+        ("codes_head", c_int64),
+        ("exists", c_void_p),
+        ("exists_stride", c_int64),
+        ("want", c_void_p),
+        ("blocks", c_void_p),
+        ("counts", c_void_p),
+        ("blocks_stride", c_int64),
+        ("scores", c_void_p),
+        ("batch", c_int32),
+        ("kv_heads", c_int32),
+        ("query_heads", c_int32),
+        ("head_dim", c_int32),
+        ("block_size", c_int32),
+        ("query_dtype", c_int32),
+        ("code_dtype", c_int32),
+        ("code", c_int32),
+        ("candidates", c_int32),
+        ("newest", c_int32),
+        ("count", c_int32),
+        ("sinks", c_int32),
+    ]
+
+
+class AppendArgs(ctypes.Structure):
+    """``scout_append_args``: new tokens into pages that are there already."""
+
+    _fields_ = [
+        ("store", StoreArgs),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("key_strides", c_int64 * 3),
+        ("value_strides", c_int64 * 3),
+        ("tokens", c_int64),
+    ]
+
+
+class GatherArgs(ctypes.Structure):
+    """``scout_gather_args``: blocks as plain keys and values."""
+
+    _fields_ = [
+        ("store", StoreArgs),
+        ("blocks", c_void_p),
+        ("count", c_int64),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+    ]
+
+
+class MinMaxArgs(ctypes.Structure):
+    """``scout_minmax_args``: channel-wise bounds of whole blocks."""
+
+    _fields_ = [
+        ("store", StoreArgs),
+        ("exists", c_void_p),
+        ("exists_stride", c_int64),
+        ("codes", c_void_p),
+        ("codes_row", c_int64),
+        ("codes_head", c_int64),
+        ("first", c_int64),
+        ("last", c_int64),
+    ]
+
+
+_SIGNATURES = {
+    "scout_abi": (c_int, []),
+    "scout_tile_bytes": (c_int64, [c_int, c_int, c_int]),
+    "scout_isa_count": (c_int, []),
+    "scout_isa_name": (c_char_p, [c_int]),
+    "scout_use_isa": (c_int, [c_int]),
+    "scout_current_isa": (c_int, []),
+    "scout_set_team": (None, [c_void_p]),
+    "scout_attend": (c_int, [POINTER(AttendArgs), c_int]),
+    "scout_select": (c_int, [POINTER(SelectArgs), c_int]),
+    "scout_append": (c_int, [POINTER(AppendArgs), c_int]),
+    "scout_gather": (c_int, [POINTER(GatherArgs), c_int]),
+    "scout_minmax": (c_int, [POINTER(MinMaxArgs), c_int]),
+    "scout_read_tiles": (c_int64, [POINTER(AttendArgs), c_int]),
+    "scout_read_span": (c_int64, [c_void_p, c_int64, c_int]),
+    "scout_submit_attend": (c_int64, [c_void_p, POINTER(AttendArgs), c_void_p, c_uint64]),
+}
+
+
+class Library:
+    """The loaded library; its functions are attributes by their C names without the prefix (``attend``, ``select``).
+
+    Parameters
+    ----------
+    path : Path
+        The shared object.
+
+    Raises
+    ------
+    OSError
+        If it cannot be loaded or is of another version than this code.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.handle = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(self.handle, name)
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name.removeprefix("scout_"), function)
+        if self.abi() != ABI:
+            raise OSError(f"{path} has interface {self.abi()}, this code needs {ABI}; reinstall scout_hf")
+        entry = _openmp_entry()
+        if entry is not None:
+            self.set_team(entry)
+
+    def isas(self) -> tuple[str, ...]:
+        """Instruction sets that run on this machine, the best last."""
+        return tuple(self.isa_name(index).decode() for index in range(self.isa_count()))
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+        return self.isa_name(self.current_isa()).decode()
+
+    def choose_isa(self, name: str) -> None:
+        """Use another one, for the whole process. ConfigError if this machine does not have it."""
+        if name not in self.isas():
+            raise ConfigError(
+                f"{ISA_VARIABLE}={name!r} is not allowed: this machine runs {', '.join(self.isas())}; unset it for the "
+                "best one"
+            )
+        self.use_isa(self.isas().index(name))
+
+
+@functools.cache
+def load_library() -> Library | None:
+    """The library that was installed with the package, or None, with a warning at the first call, if there is none.
+
+    The environment variable ``SCOUT_HF_ISA`` forces an instruction set, ``SCOUT_HF_LIBRARY`` another file; an empty
+    one means to do without.
+    """
+    path = find_library()
+    reason = "it was installed without a C++ compiler, or for another platform"
+    if path is not None:
+        try:
+            library = Library(path)
+        except (OSError, AttributeError) as error:
+            reason = f"it cannot be loaded: {error}"
+        else:
+            if os.environ.get(ISA_VARIABLE):
+                library.choose_isa(os.environ[ISA_VARIABLE])
+            return library
+    if os.environ.get(PATH_VARIABLE) != "":
+        warnings.warn(
+            f"scout_hf runs without its native CPU library: {reason}. Everything works, several times slower on the "
+            "CPU; reinstall with g++ or clang at hand to get it.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return None
+
+
+def find_library() -> Path | None:
+    """Where the library is, if anywhere."""
+    given = os.environ.get(PATH_VARIABLE)
+    if given is not None:
+        return Path(given) if given else None
+    found = sorted(Path(__file__).parent.glob("_scout_cpu*.so")) + sorted(Path(__file__).parent.glob("_scout_cpu*.dylib"))
+    return found[0] if found else None
+
+
+def check(status: int, what: str) -> None:
+    """Raise for a status that the callers' own checks should have made impossible."""
+    if status:
+        raise RuntimeError(f"scout_hf's native library refused {what}: {STATUS.get(status, status)}; please report this")
+
+
+def _openmp_entry() -> int | None:
+    """Address of GOMP_parallel in the OpenMP library that torch has loaded, so that both share one team of threads."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    for path in sorted(set(re.findall(r"\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so\S*", maps))):
+        try:
+            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None

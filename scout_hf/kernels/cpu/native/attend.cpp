@@ -1,0 +1,347 @@
+// Attention over listed tiles: cut into chunks of fixed size, so that results do not depend on who computes them.
+#include <math.h>
+#include <sched.h>
+#include <stdlib.h>
+
+#include <atomic>
+#include <new>
+
+#include "isa.h"
+#include "numbers.h"
+#include "pool.h"
+#include "scout_cpu.h"
+#include "team.h"
+
+namespace {
+
+constexpr int CHUNK_TOKENS = 1024, MAX_CHUNK_BLOCKS = 256, GROUP_AT_ONCE = 16;
+constexpr int64_t WORTH_A_TEAM_BYTES = 64 << 10;
+
+struct Attend {
+  scout_attend_args a;
+  const scout_isa* isa = nullptr;
+  int lists, group, chunk_blocks, threads = 1;
+  int64_t tile_bytes, tail_tile_bytes, blocks, items = 0, stride;
+  bool has_tail;
+  int64_t* first_item = nullptr;             // [lists + 1]
+  std::atomic<int32_t>* unfinished = nullptr;  // [lists]
+  float* partials = nullptr;                 // [items][group][head_dim + 2]
+  void* memory = nullptr;
+  int64_t memory_bytes = 0;
+  std::atomic<int64_t> next{0}, attended{0};
+  std::atomic<int> status{SCOUT_OK};
+
+  // A piece of work belongs to one list and covers list entries [first, last).
+  struct Piece {
+    int list, row, head;
+    int64_t first, last;
+    bool tail;
+  };
+
+  int64_t entries(int list) const {
+    if (!a.blocks) return blocks;
+    return a.counts ? a.counts[list] : a.count;
+  }
+
+  int64_t block_at(int list, int64_t entry) const { return a.blocks ? a.blocks[list * a.blocks_stride + entry] : entry; }
+
+  // int8 pages hold whole blocks only; the block being filled is a tile of its own, in plain numbers.
+  bool ends_in_tail(int list, int64_t count) const {
+    return has_tail && count && block_at(list, count - 1) == a.store.length / a.store.block_size;
+  }
+
+  const uint8_t* tile(int row, int head, int64_t block) const {
+    return (const uint8_t*)a.store.pages[row * a.store.pages_stride + block] + head * tile_bytes;
+  }
+
+  const uint8_t* tail_tile(int row, int head) const {
+    return (const uint8_t*)a.store.tail + ((int64_t)row * a.store.kv_heads + head) * tail_tile_bytes;
+  }
+
+  int prepare() {
+    const scout_store& s = a.store;
+    if (s.kv_heads < 1 || a.query_heads % s.kv_heads || s.block_size < 4 || s.block_size > SCOUT_MAX_BLOCK ||
+        s.block_size % 4 || s.head_dim < 1 || s.head_dim > SCOUT_MAX_HEAD_DIM)
+      return SCOUT_UNSUPPORTED;
+    isa = scout_isa_for(s.head_dim, s.dtype == SCOUT_I8 ? s.block_size : 0);
+    if (!isa) return SCOUT_UNSUPPORTED;
+    lists = s.batch * s.kv_heads;
+    group = a.query_heads / s.kv_heads;
+    chunk_blocks = CHUNK_TOKENS / s.block_size;
+    if (chunk_blocks > MAX_CHUNK_BLOCKS) chunk_blocks = MAX_CHUNK_BLOCKS;
+    tile_bytes = scout_tile_bytes(s.dtype, s.block_size, s.head_dim);
+    tail_tile_bytes = scout_tile_bytes(s.plain_dtype, s.block_size, s.head_dim);
+    blocks = (s.length + s.block_size - 1) / s.block_size;
+    has_tail = s.dtype == SCOUT_I8 && s.length % s.block_size;
+    stride = (int64_t)group * (s.head_dim + 2);
+    return SCOUT_OK;
+  }
+
+  // Lists may be written by a device until the job starts, so that this is not part of prepare().
+  int plan() {
+    int64_t listed = 0;
+    for (int list = 0; list < lists; list++) {
+      const int64_t count = entries(list), tail = ends_in_tail(list, count);
+      items += (count - tail + chunk_blocks - 1) / chunk_blocks + tail + (count == 0);
+      listed += count;
+    }
+    if (listed * tile_bytes < WORTH_A_TEAM_BYTES) threads = 1;
+    if (threads > items) threads = (int)items;
+    const int64_t heads = (lists + 1) * (int64_t)sizeof(int64_t), marks = lists * (int64_t)sizeof(std::atomic<int32_t>);
+    const int64_t need = heads + (marks + 7) / 8 * 8 + items * stride * (int64_t)sizeof(float);
+    if (need > memory_bytes) {
+      free(memory);
+      memory = malloc(need);
+      memory_bytes = memory ? need : 0;
+      if (!memory) return SCOUT_NO_MEMORY;
+    }
+    first_item = (int64_t*)memory;
+    unfinished = (std::atomic<int32_t>*)(first_item + lists + 1);
+    partials = (float*)((char*)unfinished + (marks + 7) / 8 * 8);
+    int64_t at = 0;
+    for (int list = 0; list < lists; list++) {
+      const int64_t count = entries(list), tail = ends_in_tail(list, count);
+      const int64_t own = (count - tail + chunk_blocks - 1) / chunk_blocks + tail + (count == 0);
+      first_item[list] = at;
+      new (&unfinished[list]) std::atomic<int32_t>((int32_t)own);
+      at += own;
+    }
+    first_item[lists] = at;
+    return SCOUT_OK;
+  }
+
+  Piece piece(int64_t item) const {
+    int low = 0, high = lists;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (first_item[middle] <= item ? low : high) = middle;
+    }
+    const int64_t count = entries(low), chunk = item - first_item[low];
+    const bool tail = ends_in_tail(low, count);
+    const int64_t whole = count - tail, first = chunk * chunk_blocks;
+    Piece p{low, low / a.store.kv_heads, low % a.store.kv_heads, first, first + chunk_blocks, false};
+    if (p.last > whole) p.last = whole;
+    if (tail && first >= whole) p.first = whole, p.last = count, p.tail = true;
+    return p;
+  }
+
+  const uint8_t* tile_of_item(int64_t item, int64_t* bytes) const {
+    *bytes = 0;
+    if (item >= items) return nullptr;
+    const Piece p = piece(item);
+    if (p.first >= p.last) return nullptr;
+    *bytes = p.tail ? tail_tile_bytes : tile_bytes;
+    if (p.tail) return tail_tile(p.row, p.head);
+    const int64_t block = block_at(p.list, p.first);
+    return block >= 0 && block < blocks ? tile(p.row, p.head, block) : nullptr;
+  }
+
+  void attend_piece(int64_t item) {
+    const scout_store& s = a.store;
+    const Piece p = piece(item);
+    const uint8_t *tiles[MAX_CHUNK_BLOCKS], *exists[MAX_CHUNK_BLOCKS];
+    int count = 0, last_tokens = s.block_size;
+    int64_t tokens_in_all = 0;
+    bool marked = false;
+    for (int64_t entry = p.first; entry < p.last; entry++) {
+      const int64_t block = block_at(p.list, entry);
+      const int64_t left = s.length - block * s.block_size;
+      if (block < 0 || left <= 0) {
+        status.store(SCOUT_BAD_BLOCK, std::memory_order_relaxed);
+        continue;
+      }
+      const int tokens = left < s.block_size ? (int)left : s.block_size;
+      int here = tokens;
+      const uint8_t* marks = nullptr;
+      if (a.exists) {
+        marks = a.exists + p.row * a.exists_stride + block * s.block_size;
+        here = 0;
+        for (int t = 0; t < tokens; t++) here += marks[t] != 0;
+        if (!here) continue;
+        if (here == tokens) marks = nullptr;
+      }
+      tiles[count] = p.tail ? tail_tile(p.row, p.head) : tile(p.row, p.head, block);
+      exists[count] = marks;
+      marked |= marks != nullptr;
+      tokens_in_all += here;
+      last_tokens = tokens;
+      count++;
+    }
+    attended.fetch_add(tokens_in_all, std::memory_order_relaxed);
+    scout_chunk c;
+    c.tiles = tiles;
+    c.exists = marked ? exists : nullptr;
+    c.after = tile_of_item(item + 1, &c.after_bytes);
+    c.tile_bytes = p.tail ? tail_tile_bytes : tile_bytes;
+    c.count = count;
+    c.last_tokens = last_tokens;
+    c.block_size = s.block_size;
+    c.head_dim = s.head_dim;
+    c.dtype = p.tail ? s.plain_dtype : s.dtype;
+    c.scale = a.scale;
+    c.softcap = a.softcap;
+    float* partial = partials + item * stride;
+    for (int g0 = 0; g0 < group; g0 += GROUP_AT_ONCE) {
+      alignas(64) float query[GROUP_AT_ONCE * SCOUT_MAX_HEAD_DIM];
+      alignas(64) uint16_t raw[GROUP_AT_ONCE * SCOUT_MAX_HEAD_DIM];
+      c.group = group - g0 < GROUP_AT_ONCE ? group - g0 : GROUP_AT_ONCE;
+      for (int g = 0; g < c.group; g++) {
+        const int64_t from = p.row * a.query_row + (p.head * group + g0 + g) * a.query_head;
+        scout::read_numbers(a.query, from, s.head_dim, a.query_dtype, query + g * s.head_dim);
+        if (a.query_dtype == SCOUT_BF16)
+          memcpy(raw + g * s.head_dim, (const uint16_t*)a.query + from, s.head_dim * sizeof(uint16_t));
+      }
+      c.query = query;
+      c.query_bf16 = a.query_dtype == SCOUT_BF16 ? raw : nullptr;
+      c.out = partial + (int64_t)g0 * s.head_dim;
+      c.max = partial + (int64_t)group * s.head_dim + g0;
+      c.sum = c.max + group;
+      isa->attend(&c);
+    }
+    if (unfinished[p.list].fetch_sub(1, std::memory_order_acq_rel) == 1) merge(p.list, p.row, p.head);
+  }
+
+  // In the order of the list, whoever comes last.
+  void merge(int list, int row, int head) {
+    const int D = a.store.head_dim;
+    const int64_t first = first_item[list], last = first_item[list + 1];
+    float sums[SCOUT_MAX_HEAD_DIM];
+    for (int g = 0; g < group; g++) {
+      float most = -INFINITY, total = 0.0f;
+      for (int64_t i = first; i < last; i++) {
+        const float max = partials[i * stride + group * D + g];
+        most = max > most ? max : most;
+      }
+      memset(sums, 0, sizeof(float) * D);
+      for (int64_t i = first; i < last; i++) {
+        const float *partial = partials + i * stride, max = partial[group * D + g], sum = partial[group * D + group + g];
+        const float factor = max == most ? 1.0f : expf(max - most);
+        total += sum * factor;
+        for (int d = 0; d < D; d++) sums[d] += partial[g * D + d] * factor;
+      }
+      const bool empty = most == -INFINITY && !(total != total);
+      const float scale = empty ? 0.0f : 1.0f / total;
+      for (int d = 0; d < D; d++) sums[d] *= scale;
+      const int64_t which = (int64_t)row * a.query_heads + head * group + g;
+      scout::write_numbers(sums, D, a.out_dtype, a.out, which * D);
+      if (a.lse) a.lse[which] = empty ? -INFINITY : most + logf(total);
+    }
+  }
+
+  void work() {
+    for (;;) {
+      const int64_t item = next.fetch_add(1, std::memory_order_relaxed);
+      if (item >= items) return;
+      attend_piece(item);
+    }
+  }
+
+  int64_t read_all() {
+    int64_t sum = 0;
+    for (;;) {
+      const int64_t item = next.fetch_add(1, std::memory_order_relaxed);
+      if (item >= items) return sum;
+      const Piece p = piece(item);
+      for (int64_t entry = p.first; entry < p.last; entry++) {
+        int64_t bytes;
+        const uint8_t* after = entry + 1 < p.last ? tile(p.row, p.head, block_at(p.list, entry + 1))
+                                                  : tile_of_item(item + 1, &bytes);
+        if (p.tail) continue;
+        sum += isa->read(tile(p.row, p.head, block_at(p.list, entry)), tile_bytes, after);
+      }
+    }
+  }
+};
+
+// Work space of calls, kept by each thread that makes them.
+struct Kept {
+  void* memory = nullptr;
+  int64_t bytes = 0;
+  ~Kept() { free(memory); }
+};
+thread_local Kept kept;
+
+template <class Body>
+int with_plan(const scout_attend_args* args, int threads, Body body) {
+  Attend job;
+  job.a = *args;
+  job.threads = threads;
+  int status = job.prepare();
+  if (status != SCOUT_OK) return status;
+  job.memory = kept.memory, job.memory_bytes = kept.bytes;
+  status = job.plan();
+  kept.memory = job.memory, kept.bytes = job.memory_bytes;
+  if (status != SCOUT_OK) return status;
+  body(job);
+  return job.status.load();
+}
+
+// -- jobs of the pool ----------------------------------------------------------------------------------------------
+
+struct Submitted {
+  Attend job;
+  scout_attend_args* origin;
+  std::atomic<int> stage{0};  // 0 untouched, 1 being planned, 2 ready, 3 failed
+};
+
+void run_submitted(void* context) {
+  Submitted& submitted = *(Submitted*)context;
+  int untouched = 0;
+  if (submitted.stage.compare_exchange_strong(untouched, 1, std::memory_order_acq_rel)) {
+    const int status = submitted.job.plan();
+    if (status != SCOUT_OK) submitted.job.status.store(status);
+    submitted.stage.store(status == SCOUT_OK ? 2 : 3, std::memory_order_release);
+  }
+  int stage;
+  while ((stage = submitted.stage.load(std::memory_order_acquire)) == 1) sched_yield();
+  if (stage == 2) submitted.job.work();
+}
+
+void finish_submitted(void* context) {
+  Submitted* submitted = (Submitted*)context;
+  submitted->origin->attended = submitted->job.attended.load();
+  submitted->origin->status = submitted->job.status.load();
+  free(submitted->job.memory);
+  delete submitted;
+}
+
+}  // namespace
+
+extern "C" {
+
+SCOUT_EXPORT int scout_attend(scout_attend_args* args, int threads) {
+  return args->status = with_plan(args, threads, [&](Attend& job) {
+           scout_team_run([](void* it) { ((Attend*)it)->work(); }, &job, job.threads);
+           args->attended = job.attended.load();
+         });
+}
+
+SCOUT_EXPORT int64_t scout_submit_attend(scout_pool* pool, scout_attend_args* args, const volatile uint64_t* flag,
+                                         uint64_t value) {
+  Submitted* submitted = new (std::nothrow) Submitted;
+  if (!submitted) return SCOUT_NO_MEMORY;
+  submitted->job.a = *args;
+  submitted->origin = args;
+  const int status = args->status = submitted->job.prepare();
+  if (status != SCOUT_OK) {
+    delete submitted;
+    return status;
+  }
+  const int64_t ticket = scout_pool_post(pool, run_submitted, finish_submitted, submitted, flag, value);
+  if (ticket < 0) delete submitted;
+  return ticket;
+}
+
+SCOUT_EXPORT int64_t scout_read_tiles(const scout_attend_args* args, int threads) {
+  int64_t sum = 0;
+  (void)threads;
+  with_plan(args, 1, [&](Attend& job) { sum = job.read_all(); });
+  return sum;
+}
+
+SCOUT_EXPORT int64_t scout_read_span(const void* start, int64_t bytes, int threads) {
+  (void)threads;
+  return scout_isa_for(64, 0)->read((const uint8_t*)start, bytes, (const uint8_t*)start + 2048);
+}
+
+}  // extern "C"

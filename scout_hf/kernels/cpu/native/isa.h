@@ -1,0 +1,35 @@
+// What one instruction set offers. Every isa_*.cpp fills one table; isa.cpp chooses among them at load.
+#pragma once
+
+#include <stdint.h>
+
+// Attention of one GQA group over a run of tiles that lie anywhere; merged with other runs by its caller.
+struct scout_chunk {
+  const uint8_t* const* tiles;   // `count` of them
+  const uint8_t* const* exists;  // one byte per token for each tile, or NULL for a tile that is whole; NULL: all whole
+  const uint8_t* after;          // the tile that is probably read next, to be prefetched
+  int64_t tile_bytes, after_bytes;
+  int count, last_tokens;        // tokens in the last tile; the others are full
+  int block_size, head_dim, group, dtype;
+  float scale, softcap;
+  const float* query;            // [group][head_dim]
+  const uint16_t* query_bf16;    // the same where the query came in bf16, otherwise NULL
+  float* out;                    // result [group][head_dim], not divided by `sum`
+  float *max, *sum;              // result [group]
+};
+
+struct scout_isa {
+  const char* name;
+  bool (*runs)();                // on this machine
+  int width;                     // head_dim and code must be multiples of 2 * width
+  void (*attend)(const scout_chunk*);
+  // out[i] = row i of codes . weights, for `rows` rows of `numbers` numbers
+  void (*dots)(const uint8_t* codes, int dtype, int64_t rows, int numbers, const float* weights, float* out);
+  // Adds up all bytes, so that they must be read; prefetches `next` meanwhile.
+  int64_t (*read)(const uint8_t* start, int64_t bytes, const uint8_t* next);
+};
+
+enum { SCOUT_MAX_HEAD_DIM = 512, SCOUT_MAX_GROUP = 64, SCOUT_MAX_BLOCK = 256 };
+
+// The table to use for rows of `numbers` numbers and vectors along `tokens` tokens, NULL if there is none.
+const scout_isa* scout_isa_for(int numbers, int tokens);

@@ -1,0 +1,28 @@
+// AVX-512 with dot products of bf16 and of integers, which every processor with the former has. Built with the flags
+// of isa_avx512.cpp and -mavx512vnni -mavx512bf16.
+#include "isa.h"
+#include "scout_cpu.h"
+
+#if defined(__AVX512BF16__)
+#include "isa_avx512.inl"
+
+#define SCOUT_BF16_DOT
+#define SCOUT_BYTE_DOT
+namespace {
+inline vi byte_dot(vi sum, vi from_0_to_255, vi bytes) {
+  return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)from_0_to_255, (__m512i)bytes);
+}
+inline vf bf16_dot(vf sum, vi a, vi b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+}  // namespace
+
+#include "tile.inl"
+
+namespace {
+bool runs() {
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+}  // namespace
+
+extern const scout_isa scout_isa_avx512bf16 = {"avx512bf16", runs, W, attend, score, read};
+#endif

@@ -1,0 +1,35 @@
+// 64-bit Arm: 4 floats at a time, with the conversions and products of Advanced SIMD.
+#include "isa.h"
+#include "scout_cpu.h"
+
+#if defined(__aarch64__)
+#include <arm_neon.h>
+
+#define SCOUT_W 4
+namespace {
+constexpr int W = SCOUT_W, SLICES = 2;
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef int16_t vh __attribute__((vector_size(4 * W)));
+
+inline void half_pair(const uint8_t* from, vf& a, vf& b) {
+  float16x8_t both = vreinterpretq_f16_u8(vld1q_u8(from));
+  a = (vf)vcvt_f32_f16(vget_low_f16(both));
+  b = (vf)vcvt_high_f32_f16(both);
+}
+inline vh widen(const int8_t* from) { return (vh)vmovl_s8(vld1_s8(from)); }
+inline vi madd(vi sum, vh a, vh b) {
+  int32x4_t low = vmull_s16(vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b));
+  int32x4_t high = vmull_high_s16((int16x8_t)a, (int16x8_t)b);
+  return sum + (vi)vpaddq_s32(low, high);
+}
+}  // namespace
+
+#include "tile.inl"
+
+namespace {
+bool runs() { return true; }
+}  // namespace
+
+extern const scout_isa scout_isa_neon = {"neon", runs, W, attend, score, read};
+#endif

@@ -1,0 +1,130 @@
+// The C ABI of scout_hf's CPU library, loaded by ctypes. No torch, no Python.
+//
+// A page holds one block of one row: for every KV head a tile with the keys and then the values of that block,
+// [kv_heads][K, V][block_size][head_dim]. An int8 tile is packed as described at scout_tile_bytes().
+// Pointers are borrowed for the time of a call; a submitted job keeps copies of the structs, not of what they point to.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define SCOUT_ABI 1
+
+#if defined(_WIN32)
+#define SCOUT_EXPORT __declspec(dllexport)
+#else
+#define SCOUT_EXPORT __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { SCOUT_F32 = 0, SCOUT_F16 = 1, SCOUT_BF16 = 2, SCOUT_I8 = 3 };
+
+// What a call returns besides 0.
+enum { SCOUT_OK = 0, SCOUT_UNSUPPORTED = -1, SCOUT_NO_MEMORY = -2, SCOUT_BAD_BLOCK = -3 };
+
+// Paged keys and values of one layer.
+typedef struct {
+  const int64_t* pages;  // address of every page, [batch][pages_stride]
+  int64_t pages_stride;
+  int64_t length;        // tokens per row
+  void* tail;            // int8 only: the block being filled, [batch][kv_heads][K, V][block_size][head_dim]
+  int32_t batch, kv_heads, head_dim, block_size;
+  int32_t dtype;         // of the pages
+  int32_t plain_dtype;   // of the tail, and of tokens that come and go; equals dtype unless that is int8
+} scout_store;
+
+// Attention of one query per row over listed blocks, or over all.
+typedef struct {
+  scout_store store;
+  const void* query;         // [batch][query_heads][head_dim], head_dim contiguous
+  int64_t query_row, query_head;  // strides in numbers
+  const int32_t* blocks;     // [batch][kv_heads][blocks_stride] block numbers; NULL for all blocks
+  const int32_t* counts;     // [batch][kv_heads] used entries of each list; NULL: `count` in all
+  int64_t blocks_stride;
+  const uint8_t* exists;     // [batch][exists_stride] one byte per token, 0 for padding; NULL: all exist
+  int64_t exists_stride;
+  void* out;                 // [batch][query_heads][head_dim] contiguous
+  float* lse;                // [batch][query_heads], natural log; may be NULL
+  int64_t attended;          // result: tokens attended, over all rows and KV heads
+  int32_t count;
+  int32_t query_heads, query_dtype, out_dtype;
+  int32_t status;            // result
+  float scale, softcap;      // softcap 0: none
+} scout_attend_args;
+
+// The best-scored blocks of every row and KV head, in ascending order, followed by the newest ones.
+typedef struct {
+  const void* query;         // as above
+  int64_t query_row, query_head;
+  const void* codes;         // digests, [batch][kv_heads][...][code], blocks contiguous
+  int64_t codes_row, codes_head;  // strides in numbers
+  const uint8_t* exists;     // as above; NULL: all exist
+  int64_t exists_stride;
+  const int32_t* want;       // [batch] blocks to choose; NULL: `count` in all rows
+  int32_t* blocks;           // result [batch][kv_heads][blocks_stride]
+  int32_t* counts;           // result [batch][kv_heads]
+  int64_t blocks_stride;
+  float* scores;             // result [batch][kv_heads][candidates]; work space
+  int32_t batch, kv_heads, query_heads, head_dim, block_size;
+  int32_t query_dtype, code_dtype, code;  // code: numbers per digest
+  int32_t candidates;        // blocks open to choice
+  int32_t newest;            // blocks after those that are always listed
+  int32_t count, sinks;
+} scout_select_args;
+
+// New tokens into pages (and, for int8, the tail); the pages are there already.
+typedef struct {
+  scout_store store;         // length: tokens before this call
+  const void *keys, *values; // [batch][kv_heads][tokens][head_dim] of plain_dtype, head_dim contiguous
+  int64_t key_strides[3], value_strides[3];  // batch, head, token, in numbers
+  int64_t tokens;
+} scout_append_args;
+
+// Blocks of a store as plain keys and values.
+typedef struct {
+  scout_store store;
+  const int64_t* blocks;     // [batch][kv_heads][count]
+  int64_t count;
+  void *keys, *values;       // [batch][kv_heads][count][block_size][head_dim] of plain_dtype
+} scout_gather_args;
+
+// Channel-wise bounds of whole blocks: maximum, then minimum, over the tokens that exist.
+typedef struct {
+  scout_store store;
+  const uint8_t* exists;
+  int64_t exists_stride;
+  void* codes;               // [batch][kv_heads][...][2 * head_dim] of plain_dtype, at block `first`
+  int64_t codes_row, codes_head;
+  int64_t first, last;
+} scout_minmax_args;
+
+SCOUT_EXPORT int scout_abi(void);
+// Bytes of one head's tile. int8: keys [head_dim / 2][block][2], values [block / 4][head_dim][4], then bf16 scales of
+// the keys [head_dim] and of the values [block], filled up to a multiple of 64.
+SCOUT_EXPORT int64_t scout_tile_bytes(int dtype, int block_size, int head_dim);
+
+// Instruction sets that this machine can run, best last; `scout_use_isa` forces one.
+SCOUT_EXPORT int scout_isa_count(void);
+SCOUT_EXPORT const char* scout_isa_name(int index);
+SCOUT_EXPORT int scout_use_isa(int index);
+SCOUT_EXPORT int scout_current_isa(void);
+
+// Parallel regions run on the OpenMP team that `gomp_parallel` starts (torch's own); NULL: on the calling thread only.
+SCOUT_EXPORT void scout_set_team(void* gomp_parallel);
+
+SCOUT_EXPORT int scout_attend(scout_attend_args* args, int threads);
+SCOUT_EXPORT int scout_select(scout_select_args* args, int threads);
+SCOUT_EXPORT int scout_append(const scout_append_args* args, int threads);
+SCOUT_EXPORT int scout_gather(const scout_gather_args* args, int threads);
+SCOUT_EXPORT int scout_minmax(const scout_minmax_args* args, int threads);
+
+// Bare reads, the yardstick of the benchmarks: all tiles that `args` would attend to, or a span of memory.
+SCOUT_EXPORT int64_t scout_read_tiles(const scout_attend_args* args, int threads);
+SCOUT_EXPORT int64_t scout_read_span(const void* start, int64_t bytes, int threads);
+
+#ifdef __cplusplus
+}
+#endif

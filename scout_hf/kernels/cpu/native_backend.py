@@ -1,0 +1,133 @@
+"""Attention, scoring and selection by the native library: at the speed of memory, without copying keys and values."""
+
+from __future__ import annotations
+
+from ctypes import byref
+
+import torch
+
+from scout_hf.fusion import Partial
+from scout_hf.kernels.cpu.backend import Attended, BlockLists, CpuBackend
+from scout_hf.kernels.cpu.library import DTYPES, AttendArgs, SelectArgs, check, load_library
+from scout_hf.kernels.cpu.pool import NativePool, quick
+from scout_hf.kernels.cpu.torch_backend import TorchBackend
+
+
+class NativeBackend(CpuBackend):
+    """Calls on the caller's thread use torch's own team of threads, jobs in the background a native pool.
+
+    Sizes, types and devices that the library does not know go to :class:`TorchBackend`.
+    """
+
+    name = "native"
+
+    def __init__(self, threads: int | None = None):
+        super().__init__(threads)
+        self._library = load_library()
+        self._torch = TorchBackend(threads)
+        if self._library is not None:
+            self._pool = NativePool(self._library.handle, threads)
+            self._submit = quick(self._library.handle, "scout_submit_attend")
+
+    def attend_blocks(self, query, store, lists: BlockLists | None, scale, softcap=None, exists=None) -> Attended:
+        args, partial, _ = self._describe(query, store, lists, scale, softcap, exists)
+        if args is None:
+            return self._torch.attend_blocks(query, store, lists, scale, softcap, exists)
+        check(self._library.attend(byref(args), torch.get_num_threads()), "blocks to attend")
+        return Attended(partial, args.attended)
+
+    def start(self, query, store, lists: BlockLists | None, scale, softcap=None, exists=None):
+        args, partial, keep = self._describe(query, store, lists, scale, softcap, exists)
+        if args is None:
+            return self._torch.start(query, store, lists, scale, softcap, exists)
+
+        def result() -> Attended:
+            check(args.status, "blocks to attend")
+            return Attended(partial, args.attended)
+
+        # The table may be replaced, the memory behind it not before the job is joined.
+        return self._pool.submit(self._submit, args, keep=(keep, partial, store.table.places), result=result)
+
+    def select(self, scorer, query, codes, count, sinks, newest, block_size, exists) -> BlockLists | None:
+        if scorer != "minmax" or self._library is None or not _served(query, codes, exists):
+            return None
+        batch, heads, candidates, code = codes.shape
+        if code % 16 or codes.stride(3) != 1 or codes.stride(2) != code:
+            return None
+        query = query if query.stride(3) == 1 else query.contiguous()
+        wanted = None if isinstance(count, int) else count.to(torch.int32)
+        most = min(count if wanted is None else int(wanted.max()), candidates)
+        ids = torch.empty((batch, heads, most + newest), dtype=torch.int32)
+        counts = torch.empty((batch, heads), dtype=torch.int32)
+        scores = torch.empty((batch, heads, candidates), dtype=torch.float32)
+        args = SelectArgs(
+            query=query.data_ptr(),
+            query_row=query.stride(0),
+            query_head=query.stride(1),
+            codes=codes.data_ptr(),
+            codes_row=codes.stride(0),
+            codes_head=codes.stride(1),
+            exists=None if exists is None else exists.data_ptr(),
+            exists_stride=0 if exists is None else exists.stride(0),
+            want=None if wanted is None else wanted.data_ptr(),
+            blocks=ids.data_ptr(),
+            counts=counts.data_ptr(),
+            blocks_stride=most + newest,
+            scores=scores.data_ptr(),
+            batch=batch,
+            kv_heads=heads,
+            query_heads=query.shape[1],
+            head_dim=query.shape[3],
+            block_size=block_size,
+            query_dtype=DTYPES[query.dtype],
+            code_dtype=DTYPES[codes.dtype],
+            code=code,
+            candidates=candidates,
+            newest=newest,
+            count=most,
+            sinks=sinks,
+        )
+        check(self._library.select(byref(args), torch.get_num_threads()), "digests to score")
+        return BlockLists(ids, counts)
+
+    def close(self) -> None:
+        super().close()
+        self._torch.close()
+        if self._library is not None:
+            self._pool.close()
+
+    def _describe(self, query, store, lists, scale, softcap, exists):
+        """Arguments of the native call, where its results will be, and what must live until it is over."""
+        served = self._library is not None and _served(query, exists) and (lists is None or lists.ids.is_cpu)
+        native = store.native() if served else None
+        if native is None:
+            return None, None, None
+        query = query if query.stride(3) == 1 else query.contiguous()
+        out = torch.empty(query.shape, dtype=torch.float32)
+        lse = torch.empty(query.shape[:3], dtype=torch.float32)
+        args = AttendArgs(
+            store=native,
+            query=query.data_ptr(),
+            query_row=query.stride(0),
+            query_head=query.stride(1),
+            out=out.data_ptr(),
+            lse=lse.data_ptr(),
+            query_heads=query.shape[1],
+            query_dtype=DTYPES[query.dtype],
+            scale=scale,
+            softcap=softcap or 0.0,
+        )
+        if exists is not None:
+            args.exists, args.exists_stride = exists.data_ptr(), exists.stride(0)
+        if lists is not None:
+            lists = BlockLists(lists.ids.to(torch.int32).contiguous(), lists.counts)
+            args.blocks, args.blocks_stride, args.count = lists.ids.data_ptr(), lists.ids.shape[2], lists.ids.shape[2]
+            if lists.counts is not None:
+                args.counts = lists.counts.data_ptr()
+        return args, Partial(out, lse), (query, lists, exists)
+
+
+def _served(query: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether the library knows such a query, and all that comes with it is in memory that it can read."""
+    known = query.is_cpu and query.dtype in DTYPES
+    return known and all(other is None or other.is_cpu and other.stride(-1) == 1 for other in others)

@@ -1,0 +1,89 @@
+"""Tokens into pages and out of them by the native library; the stores fall back to torch where it cannot."""
+
+from __future__ import annotations
+
+from ctypes import byref
+
+import torch
+
+from scout_hf.kernels.cpu.library import (
+    DTYPES,
+    INT8,
+    AppendArgs,
+    GatherArgs,
+    Library,
+    MinMaxArgs,
+    StoreArgs,
+    check,
+    load_library,
+)
+
+MAX_HEAD_DIM, MAX_BLOCK = 512, 256
+
+
+def library_for(dtype: torch.dtype, head_dim: int, block_size: int, device: torch.device) -> Library | None:
+    """The native library, if there is one and it knows pages of such numbers in such memory."""
+    known = device.type == "cpu" and dtype in DTYPES and head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0
+    return load_library() if known and block_size <= MAX_BLOCK and block_size % 4 == 0 else None
+
+
+def store_args(heads: int, head_dim: int, block_size: int, dtype: torch.dtype, packed: bool) -> StoreArgs:
+    """A description of pages without the pages: sizes and types; ``packed`` for int8."""
+    plain = DTYPES[dtype]
+    return StoreArgs(
+        kv_heads=heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        dtype=INT8 if packed else plain,
+        plain_dtype=plain,
+    )
+
+
+def append(library: Library, store: StoreArgs, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Write new tokens, (batch, kv_heads, tokens, head_dim) each, behind the ``store.length`` that are there."""
+    keys, values = (part if part.stride(3) == 1 else part.contiguous() for part in (keys, values))
+    args = AppendArgs(
+        store=store,
+        keys=keys.data_ptr(),
+        values=values.data_ptr(),
+        key_strides=keys.stride()[:3],
+        value_strides=values.stride()[:3],
+        tokens=keys.shape[2],
+    )
+    check(library.append(byref(args), torch.get_num_threads()), "new tokens")
+
+
+def gather(
+    library: Library, store: StoreArgs, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> None:
+    """Copy blocks, (batch, kv_heads, n) of int64, to contiguous tensors (batch, kv_heads, n, block_size, head_dim)."""
+    blocks = blocks.contiguous()
+    args = GatherArgs(
+        store=store,
+        blocks=blocks.data_ptr(),
+        count=blocks.shape[2],
+        keys=keys.data_ptr(),
+        values=values.data_ptr(),
+    )
+    check(library.gather(byref(args), torch.get_num_threads()), "blocks to gather")
+
+
+def minmax(
+    library: Library, store: StoreArgs, first: int, last: int, exists: torch.Tensor | None, codes: torch.Tensor
+) -> None:
+    """Channel-wise maximum and minimum of the keys of whole blocks ``first:last``, straight from the pages.
+
+    ``codes`` is (batch, kv_heads, blocks, 2 * head_dim) in the dtype of the keys, written at ``first:last``; ``exists``
+    (batch, tokens) of bool or None marks tokens that are no padding.
+    """
+    args = MinMaxArgs(
+        store=store,
+        exists=None if exists is None else exists.data_ptr(),
+        exists_stride=0 if exists is None else exists.stride(0),
+        codes=codes.data_ptr(),
+        codes_row=codes.stride(0),
+        codes_head=codes.stride(1),
+        first=first,
+        last=last,
+    )
+    check(library.minmax(byref(args), torch.get_num_threads()), "blocks to digest")

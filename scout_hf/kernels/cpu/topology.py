@@ -1,0 +1,137 @@
+"""How many CPUs this process may really use, and where they are.
+
+Every function takes the folder that stands for ``/``, so that tests can bring a machine of their own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from scout_hf.errors import ConfigError
+
+ROOT = Path("/")
+
+
+def usable_cpus() -> tuple[int, ...]:
+    """Numbers of the CPUs that the calling thread may run on, ascending."""
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
+
+
+def cpu_quota(root: Path = ROOT) -> float | None:
+    """CPU time per time that the control groups allow (1.5: one and a half CPUs); None if there is no limit."""
+    limits = []
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        mounts = root / "sys/fs/cgroup"
+        if not controllers:
+            read, folders = _quota_v2, [mounts, mounts / "unified"]
+        elif "cpu" in controllers.split(","):
+            read, folders = _quota_v1, [mounts / controllers, mounts / "cpu"]
+        else:
+            continue
+        # A group is bound by its ancestors too. Inside a container the path may be the host's, of which only the
+        # root is there.
+        group = Path(path.lstrip("/"))
+        limits += [read(folder / part) for folder in folders for part in (group, *group.parents)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def spare_workers(requested: int | None = None, root: Path = ROOT) -> int:
+    """How many threads may compute beside the main thread.
+
+    Parameters
+    ----------
+    requested : int or None
+        The most that is wanted; None for all that there is room for.
+
+    Returns
+    -------
+    int
+        Never more than the CPUs and the CPU time that the process has, less one for the main thread; may be 0.
+    """
+    if requested is not None and requested < 0:
+        raise ConfigError(
+            f"threads={requested} is not allowed: take 0 or more, or None for as many as there is room for"
+        )
+    room = len(usable_cpus())
+    quota = cpu_quota(root)
+    if quota is not None:
+        room = min(room, int(quota))
+    spare = max(room - 1, 0)
+    return spare if requested is None else min(requested, spare)
+
+
+def worker_cpus(workers: int | None = None, root: Path = ROOT) -> tuple[int, ...]:
+    """CPUs for ``workers`` threads (None: as many as ``spare_workers()``), ascending.
+
+    On a machine with several memory nodes they are those of the calling thread's node, where the memory is that it
+    touches first, if they are enough for the workers and the thread itself; otherwise all usable ones.
+    """
+    usable = usable_cpus()
+    workers = spare_workers(root=root) if workers is None else workers
+    near = numa_nodes(root).get(current_node(root), ())
+    here = tuple(cpu for cpu in usable if cpu in near)
+    return here if len(here) > workers else usable
+
+
+def numa_nodes(root: Path = ROOT) -> dict[int, tuple[int, ...]]:
+    """CPUs of every memory node that has some; empty where the system does not say."""
+    nodes = {}
+    for folder in (root / "sys/devices/system/node").glob("node[0-9]*"):
+        cpus = _parse_cpu_list(_read(folder / "cpulist"))
+        if cpus:
+            nodes[int(folder.name[4:])] = cpus
+    return dict(sorted(nodes.items()))
+
+
+def current_node(root: Path = ROOT, cpu: int | None = None) -> int | None:
+    """The memory node of a CPU, by default of the one that the calling thread runs on; None if unknown."""
+    cpu = current_cpu() if cpu is None else cpu
+    return next((node for node, cpus in numa_nodes(root).items() if cpu in cpus), None)
+
+
+def current_cpu() -> int | None:
+    """The CPU that the calling thread runs on at this moment; None where the system does not say."""
+    try:
+        cpu = ctypes.CDLL(None).sched_getcpu()
+    except (AttributeError, OSError, TypeError):
+        return None
+    return cpu if cpu >= 0 else None
+
+
+def _quota_v2(group: Path) -> float | None:
+    return _ratio(*(_read(group / "cpu.max").split() + ["", ""])[:2])
+
+
+def _quota_v1(group: Path) -> float | None:
+    return _ratio(_read(group / "cpu.cfs_quota_us"), _read(group / "cpu.cfs_period_us"))
+
+
+def _ratio(quota: str, period: str) -> float | None:
+    try:
+        quota_us, period_us = int(quota), int(period)
+    except ValueError:  # "max", or no such file
+        return None
+    return quota_us / period_us if quota_us > 0 and period_us > 0 else None
+
+
+def _parse_cpu_list(text: str) -> tuple[int, ...]:
+    """``0-3,8`` as numbers."""
+    return tuple(sorted(cpu for part in text.strip().split(",") if part for cpu in _span(part)))
+
+
+def _span(part: str) -> Iterable[int]:
+    first, _, last = part.partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

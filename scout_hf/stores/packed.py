@@ -1,0 +1,151 @@
+"""Pages of int8: half the bytes of a bf16 store, a little loss. Blocks are packed when they are full."""
+
+from __future__ import annotations
+
+import torch
+
+from scout_hf.errors import UnsupportedModelError
+from scout_hf.kernels.cpu.library import StoreArgs
+from scout_hf.stores.host import PagedKV
+from scout_hf.stores.pages import PagePool
+
+
+class PackedKV(PagedKV):
+    """Paged keys and values in int8: one scale per channel and block for keys, one per token for values.
+
+    The block that is being filled stays as it came, in ``tail`` (batch, kv_heads, 2, block_size, head_dim). A packed
+    tile holds keys as [head_dim / 2][block][2], values as [block / 4][head_dim][4], then bf16 scales of the keys'
+    channels and of the values' tokens, filled up to a multiple of 64 bytes: the order in which integer dot products
+    want them.
+    """
+
+    packed = True
+
+    def __init__(self, batch: int, heads: int, head_dim: int, block_size: int, dtype: torch.dtype, device):
+        if head_dim % 2:
+            raise UnsupportedModelError(
+                f"host_dtype='int8' keeps channels in pairs, and this model has heads of {head_dim}; use host_dtype=None"
+            )
+        super().__init__(batch, heads, head_dim, block_size, dtype, device)
+        self.tail = torch.empty((batch, heads, 2, block_size, head_dim), dtype=dtype, device=device)
+
+    def _new_pool(self) -> PagePool:
+        return PagePool((self.heads, tile_bytes(self.block_size, self.head_dim)), torch.uint8, self.device)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the pages in use and of the block being filled."""
+        return super().used_bytes + self.tail.numel() * self.tail.element_size()
+
+    def native(self) -> StoreArgs | None:
+        args = super().native()
+        if args is not None:
+            args.tail = self.tail.data_ptr()
+        return args
+
+    def _make_room(self, tokens: int) -> None:
+        if (fresh := (self.length + tokens) // self.block_size - self.table.blocks) > 0:
+            self.table.extend(fresh)
+
+    def gather(self, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if self.library is not None:
+            return super().gather(blocks, keys, values)
+        batch, heads, count = blocks.shape
+        whole = self.table.blocks
+        if whole:
+            # Block by block of all heads: the way without a compiler need not be fast.
+            pages = self.table.ids.gather(1, blocks.clamp(max=whole - 1).reshape(batch, -1)).reshape(-1)
+            which = torch.arange(heads).view(1, heads, 1).expand(batch, heads, count).reshape(-1)
+            for slab, here, local in self.table.pool.by_slab(pages):
+                got = unpack(slab[local, which[here]], self.block_size, self.head_dim, self.dtype)
+                keys.view(-1, self.block_size, self.head_dim)[here] = got[0]
+                values.view(-1, self.block_size, self.head_dim)[here] = got[1]
+        for row, head, place in (blocks >= whole).nonzero().tolist():
+            keys[row, head, place], values[row, head, place] = self.tail[row, head]
+
+    def crop(self, length: int) -> None:
+        if length >= self.length:
+            return
+        block, rest = divmod(length, self.block_size)
+        if rest and block < self.table.blocks:
+            ids = torch.full((self.batch, self.heads, 1), block)
+            keys, values = (self.tail.new_empty((*ids.shape, self.block_size, self.head_dim)) for _ in range(2))
+            self.gather(ids, keys, values)
+            self.tail = torch.stack([keys.squeeze(2), values.squeeze(2)], dim=2)
+        self.table.truncate(block)
+        self.length = length
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        super().select_rows(rows)
+        self.tail = self.tail[rows.to(self.tail.device)]
+
+    def fork(self) -> PackedKV:
+        twin = super().fork()
+        twin.tail = self.tail.clone()
+        return twin
+
+    def _write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        at, tokens = 0, keys.shape[2]
+        while at < tokens:
+            block, offset = divmod(self.length + at, self.block_size)
+            count = min(tokens - at, self.block_size - offset)
+            self.tail[:, :, 0, offset : offset + count] = keys[:, :, at : at + count]
+            self.tail[:, :, 1, offset : offset + count] = values[:, :, at : at + count]
+            at += count
+            if offset + count == self.block_size:
+                self.table.pool.write(self.table.ids[:, block], pack(self.tail[:, :, 0], self.tail[:, :, 1]))
+
+
+def make_store(
+    batch: int, heads: int, head_dim: int, block_size: int, dtype: torch.dtype, device, host_dtype: str | None = None
+) -> PagedKV:
+    """A store that keeps keys and values as they come, or as int8 where ``host_dtype`` says so."""
+    kind = PackedKV if host_dtype == "int8" else PagedKV
+    return kind(batch, heads, head_dim, block_size, dtype, device)
+
+
+def tile_bytes(block_size: int, head_dim: int) -> int:
+    """Bytes of one head's packed block."""
+    return -(-(2 * block_size * head_dim + 2 * (block_size + head_dim)) // 64) * 64
+
+
+def pack(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Tiles (..., tile_bytes) of uint8 from whole blocks (..., block_size, head_dim)."""
+    size, dim = keys.shape[-2:]
+    key_scales, value_scales = _scales(keys, -2), _scales(values, -1)
+    small_keys, small_values = _quantise(keys, key_scales), _quantise(values, value_scales)
+    lead = keys.shape[:-2]
+    parts = [
+        small_keys.view(*lead, size, dim // 2, 2).transpose(-3, -2).reshape(*lead, -1).view(torch.uint8),
+        small_values.view(*lead, size // 4, 4, dim).transpose(-2, -1).reshape(*lead, -1).view(torch.uint8),
+        key_scales.reshape(*lead, dim).view(torch.uint8),
+        value_scales.reshape(*lead, size).view(torch.uint8),
+    ]
+    tile = torch.zeros((*lead, tile_bytes(size, dim)), dtype=torch.uint8, device=keys.device)
+    tile[..., : 2 * size * dim + 2 * (size + dim)] = torch.cat(parts, dim=-1)
+    return tile
+
+
+def unpack(tiles: torch.Tensor, block_size: int, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values (n, block_size, head_dim) of packed tiles (n, tile_bytes)."""
+    count, half = len(tiles), block_size * head_dim
+    numbers = tiles[:, : 2 * half].view(torch.int8).float()
+    scales = tiles[:, 2 * half : 2 * half + 2 * (block_size + head_dim)].contiguous().view(torch.bfloat16).float()
+    keys = numbers[:, :half].view(count, head_dim // 2, block_size, 2).transpose(1, 2).reshape(count, block_size, -1)
+    values = numbers[:, half:].view(count, block_size // 4, head_dim, 4).transpose(2, 3).reshape(count, block_size, -1)
+    return (keys * scales[:, None, :head_dim]).to(dtype), (values * scales[:, head_dim:, None]).to(dtype)
+
+
+def _scales(numbers: torch.Tensor, along: int) -> torch.Tensor:
+    """The smallest bf16 scales that bring numbers within -127 to 127."""
+    exact = numbers.float().abs().amax(dim=along, keepdim=True) / 127
+    nearest = exact.to(torch.bfloat16)
+    above = torch.nextafter(nearest, torch.full_like(nearest, torch.inf))
+    return torch.where(nearest.float() < exact, above, nearest)
+
+
+def _quantise(numbers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    inverse = torch.where(scales > 0, 1 / scales.float(), 0.0)
+    scaled = numbers.float() * inverse
+    # Away from zero at a half, as the native code does.
+    return (scaled + torch.where(scaled < 0, -0.5, 0.5)).trunc().to(torch.int8)

@@ -1,0 +1,1396 @@
+// The native CPU library against plain code in double precision, for every instruction set of this machine, on a
+// pseudo-random sample of cases: attention, selection, and tokens into and out of pages.
+//
+//   grid [--cases N] [--full] [--seed S] [--isa NAME] [--part NAME]
+//
+// Ends with status 0 and a table of the largest errors, or with status 1 and a line for each of the first failures.
+// tests/native/build.py compiles it. Buffers are exactly as large as scout_cpu.h says, for AddressSanitizer.
+//
+// How exact results must be. Attention in float: 4e-6 of max(1, |x|). That leaves room for scores of ordinary size
+// only: a score near 200 is itself known to 1e-5, so where scores are large the bound grows with them (score_error).
+// int8 is compared with attention over the numbers that its pages stand for; see World::loosen for its bound.
+#include <math.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <map>
+#include <string>
+#include <thread>
+#include <vector>
+
+#if !defined(GRID_STATIC)
+#include <dlfcn.h>
+#endif
+
+#include "pool.h"
+#include "scout_cpu.h"
+
+extern "C" int64_t scout_submit_attend(scout_pool* pool, scout_attend_args* args, const volatile uint64_t* flag,
+                                       uint64_t value);
+
+namespace {
+
+const double EXACT = 4e-6;  // of attention in float
+const char* const DTYPES[] = {"f32", "f16", "bf16", "int8"};
+
+// -- reports ---------------------------------------------------------------------------------------------------------
+
+int failures = 0;
+
+#if defined(__GNUC__)
+__attribute__((format(printf, 1, 2)))
+#endif
+void fail(const char* format, ...) {
+  if (++failures > 20) return;
+  va_list rest;
+  va_start(rest, format);
+  printf("FAILED ");
+  vprintf(format, rest);
+  printf("\n");
+  fflush(stdout);
+  va_end(rest);
+}
+
+struct Worst {
+  // Of ordinary cases, of those with a soft cap, and of those with large scores.
+  double out[3] = {}, lse[3] = {}, of_bound = 0, unquantised = 0;
+};
+std::map<std::string, Worst> table;  // by instruction set and path
+
+void keep(double& most, double error) { most = error > most ? error : most; }
+
+// -- numbers ---------------------------------------------------------------------------------------------------------
+
+struct Random {
+  uint64_t state;
+  uint64_t next() {
+    uint64_t z = state += 0x9e3779b97f4a7c15;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+    return z ^ (z >> 31);
+  }
+  int64_t below(int64_t n) { return (int64_t)(next() % (uint64_t)n); }
+  bool chance(int percent) { return below(100) < percent; }
+  double uniform() { return ((double)(next() >> 11) + 0.5) / 9007199254740992.0; }
+  double normal() { return sqrt(-2 * log(uniform())) * cos(6.283185307179586 * uniform()); }
+  template <class T>
+  T pick(const std::vector<T>& from) {
+    return from[(size_t)below((int64_t)from.size())];
+  }
+};
+
+int bytes_of(int dtype) { return dtype == SCOUT_F32 ? 4 : dtype == SCOUT_I8 ? 1 : 2; }
+
+// The number of a type that is nearest to x, of two the even one.
+double rounded(int dtype, double x) {
+  if (dtype == SCOUT_F32) return (double)(float)x;
+  if (!(fabs(x) < INFINITY) || x == 0) return x;
+  int exponent;
+  frexp(x, &exponent);
+  const int ulp = dtype == SCOUT_F16 ? std::max(exponent - 11, -24) : std::max(exponent - 8, -133);
+  const double near = ldexp(nearbyint(ldexp(x, -ulp)), ulp);
+  return fabs(near) < (dtype == SCOUT_F16 ? 65520.0 : 0x1p128) ? near : copysign(INFINITY, x);
+}
+
+// `x` must be a number of the type.
+void put(int dtype, void* to, int64_t index, double x) {
+  const float single = (float)x;
+  if (dtype == SCOUT_F32) {
+    ((float*)to)[index] = single;
+    return;
+  }
+  uint32_t bits;
+  memcpy(&bits, &single, 4);
+  uint16_t& half = ((uint16_t*)to)[index];
+  if (dtype == SCOUT_BF16)
+    half = (uint16_t)(bits >> 16);
+  else if (x != x)
+    half = 0x7e00;
+  else if (fabs(x) < 0x1p-14)
+    half = (uint16_t)((bits >> 16 & 0x8000) | (int)(fabs(x) * 0x1p24));
+  else if (fabs(x) > 65504)
+    half = (uint16_t)((bits >> 16 & 0x8000) | 0x7c00);
+  else
+    half = (uint16_t)((bits >> 16 & 0x8000) | ((bits & 0x7fffffff) - (112u << 23)) >> 13);
+}
+
+double get(int dtype, const void* from, int64_t index) {
+  if (dtype == SCOUT_F32) return ((const float*)from)[index];
+  const uint16_t half = ((const uint16_t*)from)[index];
+  if (dtype == SCOUT_BF16) {
+    const uint32_t bits = (uint32_t)half << 16;
+    float single;
+    memcpy(&single, &bits, 4);
+    return single;
+  }
+  const int exponent = half >> 10 & 31, mantissa = half & 1023;
+  const double size = exponent == 31  ? (mantissa ? NAN : INFINITY)
+                      : exponent == 0 ? mantissa * 0x1p-24
+                                      : ldexp(1024 + mantissa, exponent - 25);
+  return half & 0x8000 ? -size : size;
+}
+
+// Whether a result is what some number within `tolerance` of `want` rounds to.
+bool close_to(int dtype, double got, double want, double tolerance) {
+  if (want != want) return got != got;
+  if (got == want) return true;
+  return rounded(dtype, want - tolerance) <= got && got <= rounded(dtype, want + tolerance);
+}
+
+// Memory of just that size, all ones: NaN in every type, and no block number.
+struct Bytes {
+  uint8_t* at = nullptr;
+  size_t size = 0;
+  Bytes() {}
+  explicit Bytes(int64_t wanted) : size((size_t)std::max<int64_t>(wanted, 0)) {
+    at = (uint8_t*)malloc(size);
+    if (size) memset(at, 0xff, size);
+  }
+  Bytes(Bytes&& other) : at(other.at), size(other.size) { other.at = nullptr; }
+  Bytes& operator=(Bytes&& other) {
+    std::swap(at, other.at);
+    std::swap(size, other.size);
+    return *this;
+  }
+  ~Bytes() { free(at); }
+  template <class T>
+  T* as() const {
+    return (T*)at;
+  }
+  Bytes copy() const {
+    Bytes other((int64_t)size);
+    if (size) memcpy(other.at, at, size);
+    return other;
+  }
+  bool operator==(const Bytes& other) const { return size == other.size && (!size || !memcmp(at, other.at, size)); }
+};
+
+// -- threads ---------------------------------------------------------------------------------------------------------
+
+typedef void (*Team)(void (*)(void*), void*, unsigned, unsigned);
+
+void own_team(void (*work)(void*), void* context, unsigned threads, unsigned) {
+  std::vector<std::thread> others;
+  for (unsigned i = 1; i < threads; i++) others.emplace_back(work, context);
+  work(context);
+  for (std::thread& other : others) other.join();
+}
+
+// The team that torch brings along. Not under ThreadSanitizer, which does not see how its threads wait for each other.
+Team openmp_team() {
+#if !defined(GRID_STATIC) && !defined(__SANITIZE_THREAD__)
+  if (void* library = dlopen("libgomp.so.1", RTLD_NOW)) return (Team)dlsym(library, "GOMP_parallel");
+#endif
+  return nullptr;
+}
+Team openmp = nullptr;
+
+// 2 threads are OpenMP's where there is any, 3 are std::thread's.
+void use_team(int threads) { scout_set_team((void*)(threads == 2 && openmp ? openmp : own_team)); }
+
+// -- a case of attention ---------------------------------------------------------------------------------------------
+
+enum Lists { EVERYTHING, SAME_COUNT, RAGGED };
+enum Marks { NO_MARKS, ALL_EXIST, LEFT_PADDING, HOLES, BLOCKS_GONE, ROW_GONE };
+enum Size { ORDINARY, LARGE, EQUAL, TINY, HUGE_VALUES };
+
+struct Case {
+  int block = 32, dtype = SCOUT_BF16, plain = SCOUT_BF16, query_dtype = SCOUT_BF16, out_dtype = SCOUT_F32;
+  int group = 4, dim = 128, kv_heads = 2, batch = 2, length = 300;
+  Lists lists = RAGGED;
+  Marks marks = NO_MARKS;
+  Size size = ORDINARY;
+  float softcap = 0;
+  int layout = 0;       // of the query
+  bool ghosts = true;   // pages that nothing lists have no memory
+  bool wants_lse = true;
+
+  std::string text() const {
+    char line[400];
+    snprintf(line, sizeof line,
+             "block %d kv %s(%s) query %s out %s group %d dim %d kv_heads %d batch %d length %d lists %d marks %d size "
+             "%d softcap %g layout %d",
+             block, DTYPES[dtype], DTYPES[plain], DTYPES[query_dtype], DTYPES[out_dtype], group, dim, kv_heads, batch,
+             length, lists, marks, size, (double)softcap, layout);
+    return line;
+  }
+};
+
+// int8 tiles, as scout_tile_bytes() describes them.
+struct Packed {
+  int8_t *keys, *values;
+  uint16_t *key_scales, *value_scales;
+  int block, dim;
+  Packed(void* tile, int block, int dim) : block(block), dim(dim) {
+    keys = (int8_t*)tile;
+    values = keys + block * dim;
+    key_scales = (uint16_t*)(values + block * dim);
+    value_scales = key_scales + dim;
+  }
+  int8_t& key(int t, int d) const { return keys[d / 2 * block * 2 + t * 2 + d % 2]; }
+  int8_t& value(int t, int d) const { return values[t / 4 * dim * 4 + d * 4 + t % 4]; }
+  double key_number(int t, int d) const { return key(t, d) * get(SCOUT_BF16, key_scales, d); }
+  double value_number(int t, int d) const { return value(t, d) * get(SCOUT_BF16, value_scales, t); }
+};
+
+int64_t expected_tile_bytes(int dtype, int block, int dim) {
+  const int64_t numbers = 2 * (int64_t)block * dim;
+  if (dtype != SCOUT_I8) return numbers * bytes_of(dtype);
+  const int64_t bytes = numbers + 2 * dim + 2 * block;
+  return (bytes + 63) / 64 * 64;
+}
+
+double scale_above(double peak) {
+  double scale = rounded(SCOUT_BF16, peak / 127);
+  return scale * 127 < peak ? rounded(SCOUT_BF16, scale * (1 + 0x1p-7)) : scale;
+}
+
+// What the library should answer for one query head, and how far off it may be.
+struct Answer {
+  std::vector<double> out, loose;  // `loose`: what int8 may add to the error of each number
+  double lse = -INFINITY, loose_lse = 0, score_error = 0, out_per_score = 0, largest_value = 0;
+};
+
+struct World {
+  Case c;
+  int64_t blocks, whole, tile_bytes, plain_bytes;
+  std::vector<double> query;                 // [batch][query_heads][dim]
+  std::vector<double> keys, values;          // [batch][kv_heads][length][dim], what the pages stand for
+  std::vector<double> keys_before, values_before;  // int8: what was packed
+  std::vector<std::vector<int32_t>> listed;  // [batch * kv_heads]
+  std::vector<Bytes> pages;
+  Bytes page_table, tail, query_bytes, list_bytes, count_bytes, mark_bytes, out, lse;
+  scout_attend_args args = {};
+  int64_t attended = 0;
+
+  World(const Case& wanted, Random& random) : c(wanted) {
+    blocks = (c.length + c.block - 1) / c.block;
+    whole = c.dtype == SCOUT_I8 ? c.length / c.block : blocks;  // blocks that have a page
+    tile_bytes = expected_tile_bytes(c.dtype, c.block, c.dim);
+    plain_bytes = expected_tile_bytes(c.plain, c.block, c.dim);
+    make_lists(random);
+    make_marks(random);
+    make_query(random);
+    make_numbers(random);
+    make_pages(random);
+    out = Bytes((int64_t)c.batch * heads() * c.dim * bytes_of(c.out_dtype));
+    lse = Bytes(c.wants_lse ? (int64_t)c.batch * heads() * 4 : 0);
+    fill_args();
+  }
+
+  int heads() const { return c.kv_heads * c.group; }
+  int64_t number(int list, int64_t token) const { return ((int64_t)list * c.length + token) * c.dim; }
+  bool exists(int row, int64_t token) const { return !mark_bytes.size || mark_bytes.at[row * c.length + token]; }
+  double scale() const { return 1 / sqrt((double)c.dim); }
+
+  void make_lists(Random& random) {
+    const int lists = c.batch * c.kv_heads;
+    listed.resize((size_t)lists);
+    const int64_t same = blocks ? random.below(blocks + 1) : 0;
+    int64_t most = 0;
+    for (auto& list : listed) {
+      const int kind = (int)random.below(10);
+      const int64_t count = c.lists == EVERYTHING   ? blocks
+                            : c.lists == SAME_COUNT ? same
+                            : kind < 1              ? 0
+                            : kind < 3              ? std::min<int64_t>(1, blocks)
+                                                    : random.below(blocks + 1);
+      for (int32_t block = 0; block < blocks; block++) list.push_back(block);
+      // The last block is listed in most cases, as a step lists it.
+      const size_t fixed = count && c.lists != EVERYTHING && random.chance(70);
+      for (size_t i = 0; i + fixed < list.size(); i++)
+        std::swap(list[i], list[i + (size_t)random.below((int64_t)(list.size() - fixed - i))]);
+      if (fixed) std::swap(list[0], list.back());
+      list.resize((size_t)count);
+      std::sort(list.begin(), list.end());
+      most = std::max(most, count);
+    }
+    args.blocks_stride = most + (c.lists == RAGGED ? random.below(3) : 0);
+    if (c.lists == EVERYTHING) return;
+    list_bytes = Bytes(lists * args.blocks_stride * 4);
+    for (int i = 0; i < lists; i++)
+      std::copy(listed[(size_t)i].begin(), listed[(size_t)i].end(), list_bytes.as<int32_t>() + i * args.blocks_stride);
+    args.count = (int32_t)same;
+    if (c.lists == SAME_COUNT) return;
+    args.count = 1 << 30;  // not to be looked at
+    count_bytes = Bytes(lists * 4);
+    for (int i = 0; i < lists; i++) count_bytes.as<int32_t>()[i] = (int32_t)listed[(size_t)i].size();
+  }
+
+  void make_marks(Random& random) {
+    if (c.marks == NO_MARKS) return;
+    mark_bytes = Bytes((int64_t)c.batch * c.length);
+    for (int row = 0; row < c.batch; row++) {
+      uint8_t* marks = mark_bytes.at + (int64_t)row * c.length;
+      for (int t = 0; t < c.length; t++) marks[t] = random.chance(50) ? 1 : 255;
+      const int64_t left = c.marks == LEFT_PADDING ? random.below(c.length + 1) : 0;
+      for (int t = 0; t < c.length; t++)
+        if (t < left || (c.marks >= HOLES && random.chance(30))) marks[t] = 0;
+      if (c.marks >= BLOCKS_GONE)
+        for (int t = 0; t < c.length; t++)
+          if (t / c.block % 3 == row % 3) marks[t] = 0;
+      if (c.marks == ROW_GONE && row == 1 && c.length) memset(marks, 0, (size_t)c.length);
+    }
+  }
+
+  void make_query(Random& random) {
+    const int64_t numbers = c.dim;
+    // Heads one after the other; with gaps; or the rows of one head after the other.
+    args.query_head = c.layout == 0 ? numbers : c.layout == 1 ? numbers + 3 : c.batch * numbers;
+    args.query_row = c.layout == 0 ? heads() * numbers : c.layout == 1 ? heads() * args.query_head + 5 : numbers;
+    query_bytes = Bytes(((c.batch - 1) * args.query_row + (heads() - 1) * args.query_head + numbers) *
+                        bytes_of(c.query_dtype));
+    const double factor = c.size == LARGE ? 100 : c.size == TINY ? 0x1p13 : 1;
+    for (int row = 0; row < c.batch; row++)
+      for (int head = 0; head < heads(); head++)
+        for (int d = 0; d < c.dim; d++) {
+          const double q = rounded(c.query_dtype, random.normal() * factor);
+          query.push_back(q);
+          put(c.query_dtype, query_bytes.at, row * args.query_row + head * args.query_head + d, q);
+        }
+  }
+
+  void make_numbers(Random& random) {
+    // Drawn from a few thousand, which is faster and as good.
+    std::vector<double> drawn(4096);
+    const double factor = c.size == TINY ? 0x1p-15 : 1;  // subnormal halves
+    for (double& x : drawn) x = rounded(c.plain, random.normal() * factor);
+    keys.resize((size_t)number(c.batch * c.kv_heads, 0));
+    values.resize(keys.size());
+    for (int list = 0; list < c.batch * c.kv_heads; list++)
+      for (int64_t t = 0; t < c.length; t++) {
+        // Padding holds large numbers, so that it shows where it must not.
+        const double garbage = exists(list / c.kv_heads, t) ? 1 : c.dtype == SCOUT_I8 ? 4 : 64;
+        for (int d = 0; d < c.dim; d++) {
+          const int64_t at = number(list, t) + d;
+          keys[(size_t)at] = c.size == EQUAL ? drawn[(size_t)(list * c.dim + d) % 4096]
+                                             : drawn[(size_t)random.below(4096)] * garbage;
+          values[(size_t)at] = drawn[(size_t)random.below(4096)] * garbage * (c.size == HUGE_VALUES ? 0x1p18 : 1);
+        }
+      }
+  }
+
+  void make_pages(Random& random) {
+    pages.resize((size_t)(c.batch * whole));
+    args.store.pages_stride = whole + random.below(3);
+    page_table = Bytes(c.batch ? ((c.batch - 1) * args.store.pages_stride + whole) * 8 : 0);
+    if (c.dtype == SCOUT_I8) keys_before = keys, values_before = values;
+    std::vector<int64_t> order;  // of pages in memory: any
+    for (int64_t i = 0; i < c.batch * whole; i++) order.push_back(i);
+    for (size_t i = 0; i < order.size(); i++)
+      std::swap(order[i], order[i + (size_t)random.below((int64_t)(order.size() - i))]);
+    for (int64_t i : order) {
+      const int row = (int)(i / whole);
+      const int64_t block = i % whole;
+      bool needed = !c.ghosts;
+      for (int head = 0; head < c.kv_heads; head++) needed |= reads(row * c.kv_heads + head, block);
+      // Addresses of nowhere: whoever looks at such a page falls.
+      page_table.as<int64_t>()[row * args.store.pages_stride + block] = 0x1000 + i * 64;
+      if (!needed) continue;
+      Bytes& page = pages[(size_t)i] = Bytes(c.kv_heads * tile_bytes);
+      page_table.as<int64_t>()[row * args.store.pages_stride + block] = (int64_t)page.at;
+      for (int head = 0; head < c.kv_heads; head++) {
+        const int list = row * c.kv_heads + head;
+        if (!c.ghosts || reads(list, block)) fill_tile(list, block, page.at + head * tile_bytes);
+      }
+    }
+    if (c.dtype != SCOUT_I8) return;
+    tail = Bytes(c.batch * c.kv_heads * plain_bytes);
+    for (int list = 0; list < c.batch * c.kv_heads && whole < blocks; list++)
+      fill_plain(list, whole, tail.at + list * plain_bytes);
+  }
+
+  // Whether the library has a reason to look at a tile: it is listed, and not all of it is padding.
+  bool reads(int list, int64_t block) const {
+    if (!std::binary_search(listed[(size_t)list].begin(), listed[(size_t)list].end(), (int32_t)block)) return false;
+    for (int64_t t = block * c.block; t < std::min<int64_t>(c.length, (block + 1) * c.block); t++)
+      if (exists(list / c.kv_heads, t)) return true;
+    return false;
+  }
+
+  void fill_plain(int list, int64_t block, uint8_t* tile) const {
+    const int64_t first = block * c.block, last = std::min<int64_t>(c.length, first + c.block);
+    for (int64_t t = first; t < last; t++)
+      for (int d = 0; d < c.dim; d++) {
+        put(c.plain, tile, (t - first) * c.dim + d, keys[(size_t)(number(list, t) + d)]);
+        put(c.plain, tile + plain_bytes / 2, (t - first) * c.dim + d, values[(size_t)(number(list, t) + d)]);
+      }
+  }
+
+  void fill_tile(int list, int64_t block, uint8_t* tile) {
+    if (c.dtype != SCOUT_I8) return fill_plain(list, block, tile);
+    const Packed packed(tile, c.block, c.dim);
+    double* k = &keys[(size_t)number(list, block * c.block)];
+    double* v = &values[(size_t)number(list, block * c.block)];
+    for (int d = 0; d < c.dim; d++) {
+      double peak = 0;
+      for (int t = 0; t < c.block; t++) peak = std::max(peak, fabs(k[t * c.dim + d]));
+      const double scale = scale_above(peak);
+      put(SCOUT_BF16, packed.key_scales, d, scale);
+      for (int t = 0; t < c.block; t++) {
+        packed.key(t, d) = (int8_t)(scale > 0 ? nearbyint(k[t * c.dim + d] / scale) : 0);
+        k[t * c.dim + d] = packed.key_number(t, d);
+      }
+    }
+    for (int t = 0; t < c.block; t++) {
+      double peak = 0;
+      for (int d = 0; d < c.dim; d++) peak = std::max(peak, fabs(v[t * c.dim + d]));
+      const double scale = scale_above(peak);
+      put(SCOUT_BF16, packed.value_scales, t, scale);
+      for (int d = 0; d < c.dim; d++) {
+        packed.value(t, d) = (int8_t)(scale > 0 ? nearbyint(v[t * c.dim + d] / scale) : 0);
+        v[t * c.dim + d] = packed.value_number(t, d);
+      }
+    }
+  }
+
+  uint8_t* tile(int list, int64_t block) const {
+    const int row = list / c.kv_heads, head = list % c.kv_heads;
+    if (block >= whole) return tail.at + list * plain_bytes;
+    return (uint8_t*)page_table.as<int64_t>()[row * args.store.pages_stride + block] + head * tile_bytes;
+  }
+
+  void fill_args() {
+    scout_store& s = args.store;
+    s.pages = page_table.as<int64_t>();
+    s.length = c.length;
+    s.tail = tail.at;
+    s.batch = c.batch, s.kv_heads = c.kv_heads, s.head_dim = c.dim, s.block_size = c.block;
+    s.dtype = c.dtype, s.plain_dtype = c.plain;
+    args.query = query_bytes.at;
+    args.blocks = list_bytes.as<int32_t>();
+    args.counts = count_bytes.as<int32_t>();
+    args.exists = c.marks == NO_MARKS ? nullptr : mark_bytes.at;
+    args.exists_stride = c.length;
+    args.out = out.at;
+    args.lse = c.wants_lse ? lse.as<float>() : nullptr;
+    args.query_heads = heads(), args.query_dtype = c.query_dtype, args.out_dtype = c.out_dtype;
+    args.status = 99;
+    args.scale = (float)scale();
+    args.softcap = c.softcap;
+  }
+
+  std::vector<int64_t> tokens_of(int list) const {
+    std::vector<int64_t> tokens;
+    for (int32_t block : listed[(size_t)list])
+      for (int64_t t = (int64_t)block * c.block; t < std::min<int64_t>(c.length, (int64_t)(block + 1) * c.block); t++)
+        if (exists(list / c.kv_heads, t)) tokens.push_back(t);
+    return tokens;
+  }
+
+  Answer answer(int row, int head, bool before_packing = false) const {
+    const std::vector<double>&k = before_packing ? keys_before : keys, &v = before_packing ? values_before : values;
+    const int list = row * c.kv_heads + head / c.group;
+    const double* q = &query[(size_t)(((int64_t)row * heads() + head) * c.dim)];
+    const std::vector<int64_t> tokens = tokens_of(list);
+    Answer a;
+    a.out.assign((size_t)c.dim, 0);
+    a.loose.assign((size_t)c.dim, 0);
+    if (tokens.empty()) return a;
+    std::vector<double> weights;
+    double most = -INFINITY, total = 0, largest = 0;
+    for (int64_t t : tokens) {
+      double dot = 0, size = 0;
+      for (int d = 0; d < c.dim; d++) {
+        const double product = q[d] * k[(size_t)(number(list, t) + d)];
+        dot += product;
+        size += fabs(product);
+      }
+      double score = dot * (double)args.scale;
+      if (c.softcap != 0) score = (double)c.softcap * tanh(score / (double)c.softcap);
+      weights.push_back(score);
+      most = std::max(most, score);
+      largest = std::max(largest, size * (double)args.scale);
+    }
+    for (double& w : weights) total += w = exp(w - most);
+    for (double& w : weights) w /= total;
+    a.lse = most + log(total);
+    for (size_t i = 0; i < tokens.size(); i++)
+      for (int d = 0; d < c.dim; d++) a.out[(size_t)d] += weights[i] * v[(size_t)(number(list, tokens[i]) + d)];
+    for (size_t i = 0; i < tokens.size(); i++) {
+      double spread = 0;
+      for (int d = 0; d < c.dim; d++) {
+        const double value = v[(size_t)(number(list, tokens[i]) + d)];
+        a.largest_value = std::max(a.largest_value, fabs(value));
+        spread = std::max(spread, fabs(value - a.out[(size_t)d]));
+      }
+      a.out_per_score += 2 * weights[i] * spread;
+    }
+    // Sums in float: a few roundings of partial sums that are no larger than the sum of sizes.
+    a.score_error = 0x1p-23 * largest;
+    if (c.dtype == SCOUT_I8 && !before_packing) loosen(a, list, q, tokens, weights);
+    return a;
+  }
+
+  // The int8 path multiplies the query with a tile's key scales and rounds that to integers, the largest of which lies
+  // between 2048 and 32766. A product is off by at most 1/2 * |largest| / 2048, which makes a score s_t off by
+  //
+  //   e_t = scale * |largest| / 4096 * sum_d |k_td|      with k the integers of the keys, largest over q_d * scale_d,
+  //
+  // if all roundings go the same way, which they do where a query repeats one number. (A soft cap makes this smaller.)
+  // Weights w_t move by a factor of at most exp(e_t + e), e the largest e_t, and since they add up to 1 before and
+  // after, the sum of w_t * v_t moves by no more than sum_t w_t * (exp(e_t + e) - 1) * |v_t - out|. log-sum-exp moves
+  // by the log of the weighted mean of exp(e_t). Weights times the values' scales are then rounded to 1/255 of the
+  // largest in the tile, half of that at most: another sum over tiles of
+  //
+  //   max_t(w_t * scale_t) / 510 * sum_t |v_t|           with v the integers of the values.
+  //
+  // Both are bounds for the worst case; what is found is far smaller, see the table.
+  void loosen(Answer& a, int list, const double* q, const std::vector<int64_t>& tokens,
+              const std::vector<double>& weights) const {
+    std::vector<double> errors(tokens.size(), 0), weighted((size_t)c.dim, 0);
+    for (size_t first = 0, last; first < tokens.size(); first = last) {
+      const int64_t block = tokens[first] / c.block;
+      for (last = first; last < tokens.size() && tokens[last] / c.block == block;) last++;
+      if (block >= whole) break;  // the plain tail
+      const Packed packed(tile(list, block), c.block, c.dim);
+      double largest = 0, heaviest = 0;
+      for (int d = 0; d < c.dim; d++)
+        largest = std::max(largest, fabs(q[d] * get(SCOUT_BF16, packed.key_scales, d)));
+      for (size_t i = first; i < last; i++) {
+        const int t = (int)(tokens[i] % c.block);
+        int sum = 0;
+        for (int d = 0; d < c.dim; d++) sum += abs(packed.key(t, d));
+        errors[i] = 1.01 * (double)args.scale * largest / 4096 * sum;
+        heaviest = std::max(heaviest, weights[i] * get(SCOUT_BF16, packed.value_scales, t));
+      }
+      for (int d = 0; d < c.dim; d++) {
+        int sum = 0;
+        for (size_t i = first; i < last; i++) sum += abs(packed.value((int)(tokens[i] % c.block), d));
+        weighted[(size_t)d] += 1.01 * heaviest / 510 * sum;
+      }
+    }
+    const double most = *std::max_element(errors.begin(), errors.end());
+    double mean = 0;
+    for (size_t i = 0; i < tokens.size(); i++) {
+      mean += weights[i] * exp(errors[i]);
+      for (int d = 0; d < c.dim; d++) {
+        const double away = fabs(values[(size_t)(number(list, tokens[i]) + d)] - a.out[(size_t)d]);
+        a.loose[(size_t)d] += weights[i] * expm1(errors[i] + most) * away;
+      }
+    }
+    for (int d = 0; d < c.dim; d++) a.loose[(size_t)d] += weighted[(size_t)d] * exp(2 * most);
+    a.loose_lse = log(mean);
+  }
+
+  // Everything that a call writes, for comparisons bit for bit.
+  int run(int threads) {
+    if (out.size) memset(out.at, 0xff, out.size);
+    if (lse.size) memset(lse.at, 0xff, lse.size);
+    args.status = 99, args.attended = -1;
+    use_team(threads);
+    return scout_attend(&args, threads);
+  }
+};
+
+std::vector<int> isas;
+std::string current_isa() { return scout_isa_name(scout_current_isa()); }
+
+void compare(World& w, const std::vector<Answer>& answers, const std::vector<Answer>& before) {
+  const Case& c = w.c;
+  const bool dot = c.dtype == SCOUT_BF16 && c.query_dtype == SCOUT_BF16;  // a path of its own on some machines
+  Worst& worst = table[current_isa() + " " + DTYPES[c.dtype] + (dot ? " bf16-query" : "")];
+  const int kind = c.size == LARGE ? 2 : c.softcap != 0;
+  int64_t attended = 0;
+  for (int list = 0; list < c.batch * c.kv_heads; list++) attended += (int64_t)w.tokens_of(list).size();
+  if (w.args.attended != attended)
+    fail("%s: %s: attended %lld tokens, not %lld", current_isa().c_str(), c.text().c_str(), (long long)w.args.attended,
+         (long long)attended);
+  for (size_t i = 0; i < answers.size(); i++) {
+    const Answer& a = answers[i];
+    const double extra = c.size == LARGE ? a.score_error : 0;
+    for (int d = 0; d < c.dim; d++) {
+      const double want = a.out[(size_t)d], got = get(c.out_dtype, w.out.at, (int64_t)i * c.dim + d);
+      // Where numbers are tiny or huge, relative to them.
+      const bool scaled = c.size == TINY || c.size == HUGE_VALUES;
+      const double unit = scaled ? a.largest_value : std::max(1.0, fabs(want));
+      const double tolerance = EXACT * unit + extra * a.out_per_score + a.loose[(size_t)d];
+      if (!close_to(c.out_dtype, got, want, tolerance))
+        return fail("%s: %s: row %zu head %zu channel %d is %.9g, not %.9g (within %.3g)", current_isa().c_str(),
+                    c.text().c_str(), i / (size_t)w.heads(), i % (size_t)w.heads(), d, got, want, tolerance);
+      if (c.out_dtype != SCOUT_F32) continue;
+      keep(worst.out[kind], fabs(got - want) / (unit > 0 ? unit : 1));
+      if (tolerance > 0) keep(worst.of_bound, fabs(got - want) / tolerance);
+      if (!before.empty()) keep(worst.unquantised, fabs(got - before[i].out[(size_t)d]));
+    }
+    if (!c.wants_lse) continue;
+    const double got = w.lse.as<float>()[i], tolerance = EXACT * std::max(1.0, fabs(a.lse)) + extra + a.loose_lse;
+    if (a.lse == -INFINITY ? got != a.lse : !(fabs(got - a.lse) <= tolerance))
+      return fail("%s: %s: row %zu head %zu log-sum-exp is %.9g, not %.9g (within %.3g)", current_isa().c_str(),
+                  c.text().c_str(), i / (size_t)w.heads(), i % (size_t)w.heads(), got, a.lse, tolerance);
+    if (a.lse == -INFINITY) continue;
+    keep(worst.lse[kind], fabs(got - a.lse) / std::max(1.0, fabs(a.lse)));
+    keep(worst.of_bound, fabs(got - a.lse) / tolerance);
+  }
+}
+
+scout_pool* pool = nullptr;
+
+void check_attend(const Case& c, Random& random) {
+  World w(c, random);
+  std::vector<Answer> answers, before;
+  for (int row = 0; row < c.batch; row++)
+    for (int head = 0; head < w.heads(); head++) {
+      answers.push_back(w.answer(row, head));
+      if (c.dtype == SCOUT_I8 && c.size == ORDINARY && c.marks == NO_MARKS) before.push_back(w.answer(row, head, true));
+    }
+  for (int isa : isas) {
+    scout_use_isa(isa);
+    const int status = w.run(1);
+    // Vectors of 4 floats are the narrowest.
+    const bool may_refuse = c.dim % 8 != 0;
+    if (status == SCOUT_UNSUPPORTED && may_refuse && w.args.status == status) continue;
+    if (status != SCOUT_OK || w.args.status != SCOUT_OK) {
+      fail("%s: %s: status %d, %d", current_isa().c_str(), c.text().c_str(), status, w.args.status);
+      continue;
+    }
+    compare(w, answers, before);
+    const Bytes out = w.out.copy(), lse = w.lse.copy();
+    for (int threads : {2, 3}) {
+      if (w.run(threads) != SCOUT_OK || !(w.out == out) || !(w.lse == lse))
+        fail("%s: %s: %d threads give other bits than one", current_isa().c_str(), c.text().c_str(), threads);
+    }
+    if (random.chance(50)) continue;
+    memset(w.out.at, 0xff, w.out.size);
+    w.args.status = 99;
+    uint64_t flag = 7;
+    const int64_t ticket = scout_submit_attend(pool, &w.args, random.chance(50) ? &flag : nullptr, 7);
+    if (scout_pool_wait(pool, ticket, -1) != 1 || w.args.status != SCOUT_OK || !(w.out == out) || !(w.lse == lse))
+      fail("%s: %s: the pool gives other bits", current_isa().c_str(), c.text().c_str());
+  }
+}
+
+Case random_case(Random& random) {
+  Case c;
+  c.block = random.pick<int>({8, 16, 32, 64, 128});
+  c.dtype = random.pick<int>({SCOUT_F32, SCOUT_F16, SCOUT_BF16, SCOUT_I8});
+  c.query_dtype = random.pick<int>({SCOUT_F32, SCOUT_F16, SCOUT_BF16});
+  c.out_dtype = random.pick<int>({SCOUT_F32, SCOUT_F32, SCOUT_F16, SCOUT_BF16});
+  c.group = random.pick<int>({1, 3, 4, 5, 7, 8, 16, 2, 20});
+  c.dim = random.pick<int>({64, 64, 80, 96, 128, 128, 128, 192, 256, 8, 16, 48});
+  if (random.chance(1)) c.dim = 20;
+  return c;
+}
+
+// What the full grid leaves to chance.
+void random_rest(Case& c, Random& random) {
+  c.plain = c.dtype == SCOUT_I8 ? random.pick<int>({SCOUT_F32, SCOUT_F16, SCOUT_BF16}) : c.dtype;
+  c.lists = random.pick<Lists>({EVERYTHING, SAME_COUNT, RAGGED, RAGGED});
+  c.marks = random.pick<Marks>({NO_MARKS, NO_MARKS, NO_MARKS, ALL_EXIST, LEFT_PADDING, HOLES, BLOCKS_GONE, ROW_GONE});
+  c.size = random.chance(60) ? ORDINARY : random.pick<Size>({LARGE, EQUAL, TINY, HUGE_VALUES});
+  if (c.size == TINY && c.dtype == SCOUT_I8) c.size = ORDINARY;
+  if (c.size == HUGE_VALUES && (c.dtype == SCOUT_I8 || c.dtype == SCOUT_F16)) c.size = EQUAL;
+  c.softcap = random.pick<float>({0, 0, 5, 30});
+  c.layout = (int)random.below(3);
+  c.wants_lse = !random.chance(10);
+  c.kv_heads = 1 + (int)random.below(3);
+  c.batch = 1 + (int)random.below(3);
+  c.length = 1 + (int)random.below(5 * c.block);
+  if (random.chance(25)) c.length = (c.length + c.block - 1) / c.block * c.block;
+  if (random.chance(2)) c.length = 0;
+  // Several chunks to a list, and work enough for several threads.
+  if (random.chance(12)) {
+    c.length = 900 + (int)random.below(3000);
+    c.kv_heads = 1 + (int)random.below(2), c.batch = 1;
+    if (c.group > 5) c.group = 5;
+    if (random.chance(70)) c.lists = EVERYTHING;
+  }
+}
+
+void test_attend(Random random, int cases, bool full) {
+  if (!full) {
+    for (int i = 0; i < cases; i++) {
+      Case c = random_case(random);
+      random_rest(c, random);
+      check_attend(c, random);
+    }
+    return;
+  }
+  for (int block : {8, 16, 32, 64, 128})
+    for (int dtype : {SCOUT_F32, SCOUT_F16, SCOUT_BF16, SCOUT_I8})
+      for (int query_dtype : {SCOUT_F32, SCOUT_F16, SCOUT_BF16})
+        for (int out_dtype : {SCOUT_F32, SCOUT_F16, SCOUT_BF16})
+          for (int group : {1, 3, 4, 5, 7, 8, 16})
+            for (int dim : {64, 80, 96, 128, 192, 256, 8, 16, 20, 48}) {
+              Case c;
+              c.block = block, c.dtype = dtype, c.query_dtype = query_dtype, c.out_dtype = out_dtype;
+              c.group = group, c.dim = dim;
+              random_rest(c, random);
+              check_attend(c, random);
+            }
+}
+
+// -- sizes and blocks that cannot be ---------------------------------------------------------------------------------
+
+void test_refusals(Random random) {
+  for (int isa : isas) {
+    scout_use_isa(isa);
+    auto answers = [&](int want, const char* what, Case c, void (*change)(World&)) {
+      World w(c, random);
+      change(w);
+      const int status = w.run(1);
+      if (status != want || w.args.status != want)
+        fail("%s: %s: status %d, not %d", current_isa().c_str(), what, status, want);
+    };
+    const int no = SCOUT_UNSUPPORTED;
+    answers(no, "block size 6", Case(), [](World& w) { w.args.store.block_size = 6; });
+    answers(no, "block size 260", Case(), [](World& w) { w.args.store.block_size = 260; });
+    answers(no, "head_dim 0", Case(), [](World& w) { w.args.store.head_dim = 0; });
+    answers(no, "head_dim 520", Case(), [](World& w) { w.args.store.head_dim = 520; });
+    answers(no, "head_dim 20", Case(), [](World& w) { w.args.store.head_dim = 20; });
+    answers(no, "no KV heads", Case(), [](World& w) { w.args.store.kv_heads = 0; });
+    answers(no, "9 query heads to 2", Case(), [](World& w) { w.args.query_heads = 9; });
+    Case same;
+    same.lists = SAME_COUNT;
+    for (int dtype : {SCOUT_F32, SCOUT_BF16, SCOUT_I8}) {
+      same.dtype = dtype, same.plain = dtype == SCOUT_I8 ? SCOUT_F16 : dtype;
+      for (int length : {300, 320}) {
+        same.length = length;
+        same.ghosts = true;
+        auto bad = [&](const char* what, void (*change)(World&)) {
+          World w(same, random);
+          if (!w.args.count) return;
+          change(w);
+          w.run(1);
+          if (w.args.status != SCOUT_BAD_BLOCK)
+            fail("%s: %s, %s pages: status %d", current_isa().c_str(), what, DTYPES[dtype], w.args.status);
+        };
+        bad("a block behind the last", [](World& w) { w.list_bytes.as<int32_t>()[w.args.count - 1] = (int)w.blocks; });
+        bad("a block far behind the last", [](World& w) { w.list_bytes.as<int32_t>()[0] = 1 << 30; });
+        bad("a negative block", [](World& w) { w.list_bytes.as<int32_t>()[0] = -1; });
+      }
+    }
+  }
+}
+
+// -- NaN -------------------------------------------------------------------------------------------------------------
+
+enum Place { IN_KEY, IN_VALUE, IN_QUERY };
+
+void check_nan(const Case& c, Place place, bool in_last, Random& random) {
+  World w(c, random);
+  const int list = (int)random.below(c.batch * c.kv_heads), row = list / c.kv_heads;
+  std::vector<int64_t> tokens = w.tokens_of(list);
+  if (tokens.empty()) return;
+  const int64_t token = in_last ? tokens.back() : random.pick(tokens), block = token / c.block;
+  const int t = (int)(token % c.block), d = (int)random.below(c.dim), query_head = (int)random.below(w.heads());
+  const uint32_t sign = random.chance(50) ? 0x80000000u : 0;  // the NaN of inf - inf has it
+  const bool packed = c.dtype == SCOUT_I8 && block < w.whole;
+  for (int isa : isas) {
+    scout_use_isa(isa);
+    w.run(1);
+    const Bytes out = w.out.copy(), lse = w.lse.copy();
+    uint8_t* tile = w.tile(list, block);
+    auto spoil = [&](int dtype, void* to, int64_t index) {
+      put(dtype, to, index, NAN);
+      if (sign) ((uint8_t*)to)[(index + 1) * bytes_of(dtype) - 1] |= 0x80;
+    };
+    Bytes kept(packed ? w.tile_bytes : w.plain_bytes);
+    memcpy(kept.at, tile, kept.size);
+    const Bytes query = w.query_bytes.copy();
+    // The library packs positive NaN.
+    if (place == IN_QUERY)
+      spoil(c.query_dtype, w.query_bytes.at, row * w.args.query_row + query_head * w.args.query_head + d);
+    else if (packed && place == IN_KEY)
+      put(SCOUT_BF16, Packed(tile, c.block, c.dim).key_scales, d, NAN);
+    else if (packed)
+      put(SCOUT_BF16, Packed(tile, c.block, c.dim).value_scales, t, NAN);
+    else
+      spoil(c.plain, tile + (place == IN_VALUE) * w.plain_bytes / 2, (int64_t)t * c.dim + d);
+    w.run(1);
+    memcpy(tile, kept.at, kept.size);
+    memcpy(w.query_bytes.at, query.at, query.size);
+    const bool reaches_query = place != IN_QUERY || !w.tokens_of(row * c.kv_heads + query_head / c.group).empty();
+    for (int64_t i = 0; i < (int64_t)c.batch * w.heads(); i++) {
+      const bool hit = place == IN_QUERY ? reaches_query && i == (int64_t)row * w.heads() + query_head
+                                         : i / c.group == list;
+      const float is = w.lse.as<float>()[i], was = lse.as<float>()[i];
+      bool good = hit && place != IN_VALUE ? is != is : !memcmp(&is, &was, 4);
+      for (int channel = 0; channel < c.dim; channel++) {
+        const int64_t at = i * c.dim + channel;
+        const double now = get(c.out_dtype, w.out.at, at);
+        const bool must = hit && (place != IN_VALUE || packed || channel == d);
+        good &= must ? now != now
+                     : !memcmp(w.out.at + at * bytes_of(c.out_dtype), out.at + at * bytes_of(c.out_dtype),
+                               (size_t)bytes_of(c.out_dtype));
+      }
+      if (good) continue;
+      fail("%s: %s: NaN in %s of list %d (token %lld of %lld, channel %d, query head %d) %s output %lld",
+           current_isa().c_str(), c.text().c_str(),
+           place == IN_KEY     ? "a key"
+           : place == IN_VALUE ? "a value"
+                               : "the query",
+           list, (long long)token, (long long)tokens.size(), d, query_head, hit ? "misses" : "changes", (long long)i);
+      break;
+    }
+  }
+}
+
+void test_nan(Random random, int cases) {
+  for (int i = 0; i < cases; i++) {
+    Case c = random_case(random);
+    c.dim = random.pick<int>({8, 48, 64, 128});
+    random_rest(c, random);
+    c.size = random.chance(80) ? ORDINARY : LARGE;  // a weight of 0 must not hide it
+    c.wants_lse = true;
+    check_nan(c, random.pick<Place>({IN_KEY, IN_VALUE, IN_VALUE, IN_QUERY}), random.chance(40), random);
+  }
+}
+
+// -- tokens into pages -----------------------------------------------------------------------------------------------
+
+struct Source {  // tokens in some layout
+  std::vector<double> numbers;  // [list][token][dim]
+  Bytes bytes;
+  int64_t strides[3];
+};
+
+struct Pages {
+  int block, dtype, plain, dim, kv_heads, batch;
+  int64_t length, blocks, tile_bytes, plain_bytes;
+  std::vector<Bytes> pages;
+  Bytes page_table, tail;
+
+  Pages(int block, int dtype, int plain, int dim, int kv_heads, int batch, int64_t length)
+      : block(block), dtype(dtype), plain(plain), dim(dim), kv_heads(kv_heads), batch(batch), length(length) {
+    blocks = dtype == SCOUT_I8 ? length / block : (length + block - 1) / block;
+    tile_bytes = expected_tile_bytes(dtype, block, dim);
+    plain_bytes = expected_tile_bytes(plain, block, dim);
+    page_table = Bytes(batch * blocks * 8);
+    for (int64_t i = 0; i < batch * blocks; i++) {
+      pages.emplace_back(kv_heads * tile_bytes);
+      page_table.as<int64_t>()[i] = (int64_t)pages.back().at;
+    }
+    if (dtype == SCOUT_I8) tail = Bytes(batch * kv_heads * plain_bytes);
+  }
+
+  scout_store store(int64_t tokens) const {
+    scout_store s = {};
+    s.pages = page_table.as<int64_t>(), s.pages_stride = blocks, s.length = tokens, s.tail = tail.at;
+    s.batch = batch, s.kv_heads = kv_heads, s.head_dim = dim, s.block_size = block;
+    s.dtype = dtype, s.plain_dtype = plain;
+    return s;
+  }
+  uint8_t* tile(int list, int64_t at) const {
+    return pages[(size_t)(list / kv_heads * blocks + at)].at + list % kv_heads * tile_bytes;
+  }
+  std::string text() const {
+    char line[200];
+    snprintf(line, sizeof line, "block %d %s(%s) dim %d kv_heads %d batch %d length %lld", block, DTYPES[dtype],
+             DTYPES[plain], dim, kv_heads, batch, (long long)length);
+    return line;
+  }
+  bool operator==(const Pages& other) const {
+    for (size_t i = 0; i < pages.size(); i++)
+      if (!(pages[i] == other.pages[i])) return false;
+    return same_tail(other);
+  }
+  // Behind its filled end a tail keeps what the call before left there.
+  bool same_tail(const Pages& other) const {
+    const int64_t filled = length % block * dim * bytes_of(plain);
+    for (int64_t half = 0; half < 2 * batch * kv_heads && tail.size; half++)
+      if (memcmp(tail.at + half * plain_bytes / 2, other.tail.at + half * plain_bytes / 2, (size_t)filled))
+        return false;
+    return true;
+  }
+};
+
+Source make_source(const Pages& p, Random& random) {
+  Source s;
+  const int kind = (int)random.below(3);
+  const int64_t gap = random.below(4);
+  if (kind == 0) {  // [batch][head][token][dim]
+    s.strides[2] = p.dim, s.strides[1] = p.length * p.dim, s.strides[0] = p.kv_heads * s.strides[1];
+  } else if (kind == 1) {  // [batch][token][head][dim], as a projection leaves it
+    s.strides[1] = p.dim, s.strides[2] = p.kv_heads * p.dim, s.strides[0] = p.length * s.strides[2];
+  } else {
+    s.strides[2] = p.dim + gap, s.strides[0] = p.length * s.strides[2];
+    s.strides[1] = p.batch * s.strides[0] + gap;
+  }
+  s.bytes = Bytes(((p.batch - 1) * s.strides[0] + (p.kv_heads - 1) * s.strides[1] + (p.length - 1) * s.strides[2] +
+                   p.dim) * bytes_of(p.plain));
+  std::vector<double> drawn(1024);
+  for (double& x : drawn) x = rounded(p.plain, random.normal());
+  for (int list = 0; list < p.batch * p.kv_heads; list++)
+    for (int64_t t = 0; t < p.length; t++)
+      for (int d = 0; d < p.dim; d++) {
+        // Now and then a channel or a token of nothing but zeros.
+        const bool zero = (d == 3 && list == 0) || t % 50 == 7;
+        const double x = zero ? 0 : random.pick(drawn);
+        s.numbers.push_back(x);
+        put(p.plain, s.bytes.at, list / p.kv_heads * s.strides[0] + list % p.kv_heads * s.strides[1] +
+            t * s.strides[2] + d, x);
+      }
+  return s;
+}
+
+int append(const Pages& p, const Source& keys, const Source& values, int64_t first, int64_t last, int threads) {
+  scout_append_args a = {};
+  a.store = p.store(first);
+  a.keys = keys.bytes.at + first * keys.strides[2] * bytes_of(p.plain);
+  a.values = values.bytes.at + first * values.strides[2] * bytes_of(p.plain);
+  memcpy(a.key_strides, keys.strides, sizeof a.key_strides);
+  memcpy(a.value_strides, values.strides, sizeof a.value_strides);
+  a.tokens = last - first;
+  use_team(threads);
+  return scout_append(&a, threads);
+}
+
+// What pages hold against what was appended.
+void check_pages(const Pages& p, const Source& keys, const Source& values) {
+  for (int list = 0; list < p.batch * p.kv_heads; list++)
+    for (int64_t t = 0; t < p.length; t++) {
+      const int64_t block = t / p.block, at = (list * p.length + t) * p.dim;
+      const int inside = (int)(t % p.block);
+      const bool packed = p.dtype == SCOUT_I8 && block < p.blocks;
+      const uint8_t* tile = p.dtype == SCOUT_I8 && !packed ? p.tail.at + list * p.plain_bytes : p.tile(list, block);
+      for (int d = 0; d < p.dim; d++) {
+        const double key = keys.numbers[(size_t)(at + d)], value = values.numbers[(size_t)(at + d)];
+        bool good;
+        if (packed) {
+          const Packed q((void*)tile, p.block, p.dim);
+          const double key_scale = get(SCOUT_BF16, q.key_scales, d);
+          const double value_scale = get(SCOUT_BF16, q.value_scales, inside);
+          // Half a step, and a little for the float arithmetic; steps as small as bf16 can say.
+          good = fabs(q.key_number(inside, d) - key) <= 0.50001 * key_scale &&
+                 fabs(q.value_number(inside, d) - value) <= 0.50001 * value_scale && abs(q.key(inside, d)) <= 127 &&
+                 abs(q.value(inside, d)) <= 127 && key_scale < 0.2 && value_scale < 0.2;
+        } else {
+          good = get(p.plain, tile, (int64_t)inside * p.dim + d) == key &&
+                 get(p.plain, tile + p.plain_bytes / 2, (int64_t)inside * p.dim + d) == value;
+        }
+        if (!good) return fail("append: %s: list %d token %lld channel %d", p.text().c_str(), list, (long long)t, d);
+      }
+    }
+  // Scales are tight: some key of each channel and some number of each value is 126 or 127 steps.
+  for (int list = 0; list < p.batch * p.kv_heads && p.dtype == SCOUT_I8; list++)
+    for (int64_t block = 0; block < p.blocks; block++) {
+      const Packed q(p.tile(list, block), p.block, p.dim);
+      for (int d = 0; d < p.dim; d++) {
+        int most = 0;
+        for (int t = 0; t < p.block; t++) most = std::max(most, abs(q.key(t, d)));
+        if (most && most < 125) fail("append: %s: keys of channel %d only reach %d", p.text().c_str(), d, most);
+      }
+      for (int t = 0; t < p.block; t++) {
+        int most = 0;
+        for (int d = 0; d < p.dim; d++) most = std::max(most, abs(q.value(t, d)));
+        if (most && most < 125) fail("append: %s: values of token %d only reach %d", p.text().c_str(), t, most);
+      }
+    }
+  // Whatever lies behind the last token stays as it was.
+  for (int list = 0; list < p.batch * p.kv_heads && p.dtype != SCOUT_I8 && p.length % p.block; list++)
+    for (int half = 0; half < 2; half++) {
+      const uint8_t* tile = p.tile(list, p.blocks - 1) + half * p.tile_bytes / 2;
+      for (int64_t at = p.length % p.block * p.dim * bytes_of(p.plain); at < p.tile_bytes / 2; at++)
+        if (tile[at] != 0xff) return fail("append: %s: wrote behind the last token", p.text().c_str());
+    }
+}
+
+Pages random_pages(Random& random) {
+  const int block = random.pick<int>({4, 8, 16, 32, 64, 128}), dtype = random.pick<int>({0, 1, 2, 3, 3});
+  const int plain = dtype == SCOUT_I8 ? random.pick<int>({0, 1, 2}) : dtype;
+  const int dim = random.pick<int>({8, 20, 48, 64, 80, 128, 256});
+  return Pages(block, dtype, plain, dim, 1 + (int)random.below(3), 1 + (int)random.below(3),
+               1 + random.below(random.chance(10) ? 1500 : 4 * block));
+}
+
+void test_append(Random random, int cases) {
+  for (int i = 0; i < cases; i++) {
+    Pages bulk = random_pages(random);
+    auto like = [&] {
+      return Pages(bulk.block, bulk.dtype, bulk.plain, bulk.dim, bulk.kv_heads, bulk.batch, bulk.length);
+    };
+    const Source keys = make_source(bulk, random), values = make_source(bulk, random);
+    if (append(bulk, keys, values, 0, bulk.length, 1) != SCOUT_OK) {
+      fail("append: %s: refused", bulk.text().c_str());
+      continue;
+    }
+    check_pages(bulk, keys, values);
+    const Pages single = like(), pieces = like(), team = like();
+    for (int64_t t = 0; t < bulk.length; t++) append(single, keys, values, t, t + 1, 1);
+    if (!(single == bulk)) fail("append: %s: one token at a time gives other pages", bulk.text().c_str());
+    for (int64_t t = 0, last; t < bulk.length; t = last) {
+      last = std::min(bulk.length, t + random.below(2 * bulk.block + 2));
+      append(pieces, keys, values, t, last, 1);
+    }
+    if (!(pieces == bulk)) fail("append: %s: a few tokens at a time give other pages", bulk.text().c_str());
+    append(team, keys, values, 0, bulk.length, 3);
+    if (!(team == bulk)) fail("append: %s: three threads give other pages", bulk.text().c_str());
+
+    // NaN and infinity go into a packed block and come out as something that cannot be overlooked.
+    if (bulk.dtype != SCOUT_I8 || !bulk.blocks) continue;
+    for (double garbage : {(double)NAN, (double)INFINITY}) {
+      const Pages spoilt = like();
+      const int list = (int)random.below(bulk.batch * bulk.kv_heads), d = (int)random.below(bulk.dim);
+      const int64_t t = random.below(bulk.blocks * bulk.block);
+      auto spoil = [&](const Source& s, double x) {
+        const int64_t at = list / bulk.kv_heads * s.strides[0] + list % bulk.kv_heads * s.strides[1] +
+                           t * s.strides[2] + d;
+        put(bulk.plain, s.bytes.at, at, x);
+      };
+      spoil(keys, garbage), spoil(values, garbage);
+      append(spoilt, keys, values, 0, bulk.length, 1);
+      const double was = keys.numbers[(size_t)((list * bulk.length + t) * bulk.dim + d)];
+      spoil(keys, was), spoil(values, values.numbers[(size_t)((list * bulk.length + t) * bulk.dim + d)]);
+      const Packed q(spoilt.tile(list, t / bulk.block), bulk.block, bulk.dim);
+      if (get(SCOUT_BF16, q.key_scales, d) < INFINITY || get(SCOUT_BF16, q.value_scales, t % bulk.block) < INFINITY)
+        fail("append: %s: %g in a key and a value disappears", bulk.text().c_str(), garbage);
+    }
+  }
+  scout_append_args none = {};
+  none.store = random_pages(random).store(0);
+  if (scout_append(&none, 1) != SCOUT_OK) fail("append: no tokens are refused");
+}
+
+// -- pages into plain memory, bounds ---------------------------------------------------------------------------------
+
+bool same_number(double a, double b) { return a == b || (a != a && b != b); }
+
+double key_of(const Pages& p, int list, int64_t block, int t, int d) {
+  if (p.dtype != SCOUT_I8) return get(p.plain, p.tile(list, block), (int64_t)t * p.dim + d);
+  // bf16 times an integer of 8 bits is a float.
+  return Packed(p.tile(list, block), p.block, p.dim).key_number(t, d);
+}
+
+double value_of(const Pages& p, int list, int64_t block, int t, int d) {
+  if (p.dtype != SCOUT_I8) return get(p.plain, p.tile(list, block) + p.tile_bytes / 2, (int64_t)t * p.dim + d);
+  return Packed(p.tile(list, block), p.block, p.dim).value_number(t, d);
+}
+
+void test_gather(Random random, int cases) {
+  for (int i = 0; i < cases; i++) {
+    Pages p = random_pages(random);
+    append(p, make_source(p, random), make_source(p, random), 0, p.length, 1);
+    const int lists = p.batch * p.kv_heads;
+    const int64_t all = (p.length + p.block - 1) / p.block, count = random.below(2 * all + 1);
+    Bytes blocks(lists * count * 8);
+    for (int64_t at = 0; at < lists * count; at++) blocks.as<int64_t>()[at] = random.below(all);
+    Bytes keys(lists * count * p.plain_bytes / 2), values(lists * count * p.plain_bytes / 2);
+    scout_gather_args a = {};
+    a.store = p.store(p.length);
+    a.blocks = blocks.as<int64_t>(), a.count = count, a.keys = keys.at, a.values = values.at;
+    use_team(1);
+    if (scout_gather(&a, 1) != SCOUT_OK) fail("gather: %s: refused", p.text().c_str());
+    bool good = true;
+    for (int64_t at = 0; at < lists * count; at++) {
+      const int list = (int)(at / count);
+      const int64_t block = blocks.as<int64_t>()[at], filled = std::min<int64_t>(p.block, p.length - block * p.block);
+      const uint8_t* tail = p.tail.at + list * p.plain_bytes;
+      for (int64_t n = 0; n < filled * p.dim; n++) {
+        const bool in_tail = p.dtype == SCOUT_I8 && block == p.blocks;
+        const int t = (int)(n / p.dim), d = (int)(n % p.dim);
+        const double key = in_tail ? get(p.plain, tail, n) : key_of(p, list, block, t, d);
+        const double value = in_tail ? get(p.plain, tail + p.plain_bytes / 2, n) : value_of(p, list, block, t, d);
+        good &= get(p.plain, keys.at, at * p.block * p.dim + n) == rounded(p.plain, key);
+        good &= get(p.plain, values.at, at * p.block * p.dim + n) == rounded(p.plain, value);
+      }
+    }
+    if (!good) fail("gather: %s: other numbers than the pages hold", p.text().c_str());
+    Bytes team_keys((int64_t)keys.size), team_values((int64_t)values.size);
+    a.keys = team_keys.at, a.values = team_values.at;
+    use_team(3);
+    scout_gather(&a, 3);
+    if (!(team_keys == keys) || !(team_values == values)) fail("gather: %s: three threads differ", p.text().c_str());
+  }
+}
+
+void test_minmax(Random random, int cases) {
+  for (int i = 0; i < cases; i++) {
+    Pages p = random_pages(random);
+    append(p, make_source(p, random), make_source(p, random), 0, p.length, 1);
+    const int64_t whole = p.length / p.block, first = random.below(whole + 1);
+    const int64_t last = first + random.below(whole - first + 1);
+    const int code = 2 * p.dim;
+    // Room for some blocks more than there are.
+    const int64_t room = whole + random.below(3), head_stride = room * code + random.below(2);
+    scout_minmax_args a = {};
+    a.store = p.store(p.length);
+    Bytes codes(((p.batch * p.kv_heads - 1) * head_stride + room * code) * bytes_of(p.plain));
+    a.codes = codes.at, a.codes_head = head_stride, a.codes_row = p.kv_heads * head_stride;
+    a.first = first, a.last = last;
+    Bytes marks(p.batch * whole * p.block);
+    const int kind = (int)random.below(3);
+    for (size_t at = 0; at < marks.size; at++) marks.at[at] = !random.chance(kind == 1 ? 30 : 95);
+    if (kind) a.exists = marks.at, a.exists_stride = whole * p.block;
+    auto exists = [&](int row, int64_t token) { return !kind || marks.at[row * whole * p.block + token]; };
+    const int nan_list = random.chance(50) ? (int)random.below(p.batch * p.kv_heads) : -1;
+    const int nan_channel = (int)random.below(p.dim);
+    if (nan_list >= 0)
+      for (int64_t block = first; block < last; block++) {
+        const int64_t t = random.below(p.block);
+        if (p.dtype == SCOUT_I8)
+          put(SCOUT_BF16, Packed(p.tile(nan_list, block), p.block, p.dim).key_scales, nan_channel, NAN);
+        else
+          put(p.plain, p.tile(nan_list, block), t * p.dim + nan_channel, NAN);
+      }
+    use_team(1);
+    if (scout_minmax(&a, 1) != SCOUT_OK) fail("minmax: %s: refused", p.text().c_str());
+    Bytes want((int64_t)codes.size);
+    for (int list = 0; list < p.batch * p.kv_heads; list++)
+      for (int64_t block = first; block < last; block++)
+        for (int d = 0; d < p.dim; d++) {
+          double high = -INFINITY, low = INFINITY;
+          bool garbage = false, seen = false;
+          for (int t = 0; t < p.block; t++) {
+            if (!exists(list / p.kv_heads, block * p.block + t)) continue;
+            const double key = key_of(p, list, block, t, d);
+            seen = true, garbage |= key != key;
+            high = std::max(high, key), low = std::min(low, key);
+          }
+          if (!seen) high = low = 0;
+          if (garbage) high = low = NAN;
+          const int64_t at = list * head_stride + block * code + d;
+          put(p.plain, want.at, at, rounded(p.plain, high));
+          put(p.plain, want.at, at + p.dim, rounded(p.plain, low));
+        }
+    for (int64_t at = 0; at < (int64_t)codes.size / bytes_of(p.plain); at++) {
+      if (same_number(get(p.plain, codes.at, at), get(p.plain, want.at, at))) continue;
+      fail("minmax: %s: blocks %lld to %lld, number %lld is %g, not %g", p.text().c_str(), (long long)first,
+           (long long)last, (long long)at, get(p.plain, codes.at, at), get(p.plain, want.at, at));
+      break;
+    }
+    Bytes team((int64_t)codes.size);
+    a.codes = team.at;
+    use_team(3);
+    scout_minmax(&a, 3);
+    if (!(team == codes)) fail("minmax: %s: three threads differ", p.text().c_str());
+  }
+}
+
+// -- selection -------------------------------------------------------------------------------------------------------
+
+// INTEGERS have exact scores and many ties. SPREAD: a few digests are larger by many orders of magnitude; NARROW: all
+// scores lie within the smallest numbers that there are.
+enum Codes { INTEGERS, NORMAL_CODES, ALL_SAME, SPREAD, NARROW, NAN_CODES };
+
+void check_select(Random& random) {
+  const int dim = random.pick<int>({8, 16, 48, 64, 128}), group = random.pick<int>({1, 3, 4, 8});
+  const int batch = 1 + (int)random.below(3), kv_heads = 1 + (int)random.below(3), lists = batch * kv_heads;
+  const int block = random.pick<int>({8, 32}), code = 2 * dim;
+  const int dtype = random.pick<int>({SCOUT_F32, SCOUT_F16, SCOUT_BF16});
+  const int query_dtype = random.pick<int>({SCOUT_F32, SCOUT_F16, SCOUT_BF16});
+  Codes kind = random.pick<Codes>({INTEGERS, INTEGERS, NORMAL_CODES, ALL_SAME, SPREAD, NARROW, NAN_CODES});
+  if (kind == NARROW && dtype == SCOUT_F16) kind = NORMAL_CODES;
+  const int many = dim > 64 ? 33 : dim > 16 ? 2048 : 5000;
+  const int candidates = random.pick<int>({0, 1, 2, 7, 15, 16, 17, 65, 100, 300, 2049, many});
+  auto some = [&] {
+    return (int)random.pick<int>({0, 1, 2, candidates / 4, candidates / 2, std::max(0, candidates - 1), candidates,
+                                  candidates + 3});
+  };
+  std::vector<int32_t> want((size_t)batch, (int32_t)some());
+  const bool per_row = random.chance(60);
+  if (per_row)
+    for (int32_t& n : want) n = (int32_t)some();
+  scout_select_args a = {};
+  a.batch = batch, a.kv_heads = kv_heads, a.query_heads = kv_heads * group, a.head_dim = dim, a.block_size = block;
+  a.query_dtype = query_dtype, a.code_dtype = dtype, a.code = code, a.candidates = candidates;
+  a.newest = (int)random.below(4), a.sinks = random.pick<int>({0, 0, 1, 2, 5});
+  Bytes want_bytes(per_row ? batch * 4 : 0);
+  for (size_t row = 0; row < (size_t)batch && per_row; row++) want_bytes.as<int32_t>()[row] = want[row];
+  a.want = per_row ? want_bytes.as<int32_t>() : nullptr;
+  a.count = per_row ? -7 : want[0];
+
+  a.query_head = dim + random.below(3), a.query_row = a.query_heads * a.query_head + random.below(3);
+  Bytes query(((batch - 1) * a.query_row + (a.query_heads - 1) * a.query_head + dim) * bytes_of(query_dtype));
+  std::vector<double> weights((size_t)(lists * code), 0);
+  for (int row = 0; row < batch; row++)
+    for (int head = 0; head < a.query_heads; head++)
+      for (int d = 0; d < dim; d++) {
+        const double q = kind == INTEGERS ? (double)(random.below(7) - 3) : rounded(query_dtype, random.normal());
+        put(query_dtype, query.at, row * a.query_row + head * a.query_head + d, q);
+        double* w = &weights[(size_t)((row * kv_heads + head / group) * code)];
+        (q > 0 ? w[d] : w[dim + d]) += q;
+      }
+  a.query = query.at;
+
+  const int64_t room = candidates + random.below(3);
+  a.codes_head = room * code + random.below(3), a.codes_row = kv_heads * a.codes_head;
+  Bytes codes(candidates ? ((lists - 1) * a.codes_head + (int64_t)candidates * code) * bytes_of(dtype) : 0);
+  a.codes = codes.at;
+  std::vector<double> scores, sizes;
+  for (int list = 0; list < lists; list++)
+    for (int i = 0; i < candidates; i++) {
+      const bool outlier = random.chance(3);
+      double score = 0, size = 0;
+      for (int d = 0; d < code; d++) {
+        double x = kind == INTEGERS ? (double)(random.below(7) - 3) : random.normal();
+        if (kind == ALL_SAME) x = 1;
+        if (kind == SPREAD && outlier) x *= dtype == SCOUT_F16 ? 1e4 : 1e33;
+        if (kind == NARROW) x *= 1e-39;
+        if (kind == NAN_CODES && outlier && d == 5) x = NAN;
+        x = rounded(dtype, x);
+        put(dtype, codes.at, list * a.codes_head + (int64_t)i * code + d, x);
+        score += weights[(size_t)(list * code + d)] * x;
+        size += fabs(weights[(size_t)(list * code + d)] * x);
+      }
+      scores.push_back(score), sizes.push_back(size);
+    }
+
+  const int marks_kind = (int)random.below(3);
+  Bytes marks((int64_t)batch * candidates * block);
+  for (size_t at = 0; at < marks.size; at++) {
+    const int64_t row = (int64_t)at / (candidates * block), i = (int64_t)at / block % candidates;
+    const bool gone = marks_kind == 1 ? i < candidates / 3 + row : random.chance(90) || (i + row) % 4 == 0;
+    marks.at[at] = gone ? 0 : 1;
+  }
+  if (marks_kind) a.exists = marks.at, a.exists_stride = (int64_t)candidates * block;
+  auto exists = [&](int row, int i) {
+    const uint8_t* from = marks.at + ((int64_t)row * candidates + i) * block;
+    return !marks_kind || std::any_of(from, from + block, [](uint8_t mark) { return mark; });
+  };
+
+  const int64_t most = std::min(*std::max_element(want.begin(), want.end()), candidates) + a.newest;
+  a.blocks_stride = most + random.below(2);
+  Bytes blocks(lists * a.blocks_stride * 4), counts(lists * 4), given((int64_t)lists * candidates * 4);
+  a.blocks = blocks.as<int32_t>(), a.counts = counts.as<int32_t>(), a.scores = given.as<float>();
+
+  char text[300];
+  snprintf(text, sizeof text,
+           "select: %s codes %d %s query %s group %d dim %d candidates %d want %d sinks %d newest %d marks %d batch %d",
+           current_isa().c_str(), kind, DTYPES[dtype], DTYPES[query_dtype], group, dim, candidates, want[0], a.sinks,
+           a.newest, marks_kind, batch);
+  use_team(1);
+  if (scout_select(&a, 1) != SCOUT_OK) return fail("%s: refused", text);
+  for (int list = 0; list < lists; list++) {
+    const int row = list / kv_heads, wanted = std::min(want[(size_t)row], candidates);
+    int sinks = std::min(a.sinks, wanted);
+    std::vector<double> ranks;
+    for (int i = 0; i < candidates; i++) {
+      const size_t at = (size_t)(list * candidates + i);
+      const double score = scores[at], is = given.as<float>()[at];
+      // Padding is never chosen; the first blocks always are; NaN must not hide in a block that is never read.
+      const bool here = exists(row, i);
+      const double fixed = !here ? -INFINITY : sinks-- > 0 ? INFINITY : score != score ? 3e38 : 0;
+      if (here ? fixed == 3e38 ? !(is > 1e38) : fixed == 0 && !(fabs(is - score) <= 2e-6 * sizes[at] + 1e-44)
+               : is != fixed)
+        return fail("%s: list %d block %d has score %g, not %g", text, list, i, is, score);
+      // Exact where it can be; otherwise by the library's own scores, since near ties are anybody's.
+      ranks.push_back(fixed != 0 ? fixed : kind == INTEGERS ? score : is);
+    }
+    std::vector<int32_t> order;
+    for (int32_t i = 0; i < candidates; i++)
+      if (ranks[(size_t)i] > -INFINITY) order.push_back(i);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int32_t x, int32_t y) { return ranks[(size_t)x] > ranks[(size_t)y]; });
+    if ((int)order.size() > wanted) order.resize((size_t)wanted);
+    std::sort(order.begin(), order.end());
+    for (int i = 0; i < a.newest; i++) order.push_back(candidates + i);
+    const int count = counts.as<int32_t>()[list];
+    if (count != (int)order.size())
+      return fail("%s: list %d has %d blocks, not %zu", text, list, count, order.size());
+    if (count && memcmp(order.data(), a.blocks + list * a.blocks_stride, order.size() * 4))
+      return fail("%s: list %d has other blocks", text, list);
+  }
+  const Bytes was = blocks.copy(), was_counts = counts.copy(), was_scores = given.copy();
+  for (int threads : {2, 3}) {
+    use_team(threads);
+    scout_select(&a, threads);
+    if (!(blocks == was) || !(counts == was_counts) || !(given == was_scores))
+      fail("%s: %d threads choose otherwise", text, threads);
+  }
+}
+
+void test_select(Random random, int cases) {
+  for (int isa : isas) {
+    scout_use_isa(isa);
+    Random same = random;
+    for (int i = 0; i < cases; i++) check_select(same);
+  }
+}
+
+// -- the rest --------------------------------------------------------------------------------------------------------
+
+void test_sizes(Random random) {
+  if (scout_abi() != SCOUT_ABI) fail("the library has another interface");
+  for (int dtype : {SCOUT_F32, SCOUT_F16, SCOUT_BF16, SCOUT_I8})
+    for (int block : {4, 8, 16, 32, 64, 100, 128, 256})
+      for (int dim : {8, 16, 48, 64, 80, 96, 128, 192, 256, 512})
+        if (scout_tile_bytes(dtype, block, dim) != expected_tile_bytes(dtype, block, dim))
+          fail("tile of %s, block %d, head_dim %d", DTYPES[dtype], block, dim);
+  if (scout_use_isa(-1) == SCOUT_OK || scout_use_isa(scout_isa_count()) == SCOUT_OK) fail("an unknown ISA is taken");
+  // The yardsticks read what they should and nothing else.
+  for (int isa : isas) {
+    scout_use_isa(isa);
+    for (int dtype : {SCOUT_BF16, SCOUT_I8}) {
+      Case c;
+      c.dtype = dtype, c.lists = EVERYTHING, c.length = 2100, c.batch = 1;
+      World w(c, random);
+      scout_read_tiles(&w.args, 1);
+    }
+    Bytes span(100003);
+    if (!scout_read_span(span.at, (int64_t)span.size, 1)) fail("a span is not read");
+  }
+}
+
+void print_table() {
+  printf("\nlargest errors, of max(1, |x|); out in f32\n%-24s %8s %8s %12s %8s %12s %8s %9s %12s\n", "", "out", "lse",
+         "softcap out", "lse", "scores~200", "lse", "of bound", "unquantised");
+  for (const auto& line : table) {
+    const Worst& w = line.second;
+    printf("%-24s %8.1e %8.1e %12.1e %8.1e %12.1e %8.1e %9.2f", line.first.c_str(), w.out[0], w.lse[0], w.out[1],
+           w.lse[1], w.out[2], w.lse[2], w.of_bound);
+    if (w.unquantised > 0) printf(" %12.1e", w.unquantised);
+    printf("\n");
+  }
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+  int cases = 1000;
+  bool full = false;
+  uint64_t seed = 1;
+  std::string only_isa, only_part;
+  for (int i = 1; i < count; i++) {
+    const std::string word = words[i];
+    const char* value = i + 1 < count ? words[i + 1] : "";
+    if (word == "--full")
+      full = true;
+    else if (word == "--cases")
+      cases = atoi(value), i++;
+    else if (word == "--seed")
+      seed = strtoull(value, nullptr, 10), i++;
+    else if (word == "--isa")
+      only_isa = value, i++;
+    else if (word == "--part")
+      only_part = value, i++;
+    else
+      return printf("unknown option %s\n", words[i]), 2;
+  }
+  for (int i = 0; i < scout_isa_count(); i++)
+    if (only_isa.empty() || only_isa == scout_isa_name(i)) isas.push_back(i);
+  if (isas.empty()) return printf("this machine has no %s\n", only_isa.c_str()), 2;
+  openmp = openmp_team();
+  pool = scout_pool_create(2, nullptr, 0, 20);
+  printf("%s, seed %llu, %s:", full ? "full grid" : "sample", (unsigned long long)seed,
+         openmp ? "OpenMP and std::thread" : "std::thread");
+  for (int isa : isas) printf(" %s", scout_isa_name(isa));
+  printf("\n");
+  fflush(stdout);
+
+  const int few = full ? 1000 : std::max(1, cases / 8);
+  auto part = [&](const char* name, auto body) {
+    if (!only_part.empty() && only_part != name) return;
+    const int before = failures;
+    body(Random{seed * 1000003 + (uint64_t)name[0] * 31 + (uint64_t)name[1]});
+    printf("%-10s %s\n", name, failures == before ? "ok" : "FAILED");
+    fflush(stdout);
+  };
+  part("sizes", [&](Random random) { test_sizes(random); });
+  part("refusals", [&](Random random) { test_refusals(random); });
+  part("append", [&](Random random) { test_append(random, few); });
+  part("gather", [&](Random random) { test_gather(random, few); });
+  part("minmax", [&](Random random) { test_minmax(random, few); });
+  part("select", [&](Random random) { test_select(random, few); });
+  part("nan", [&](Random random) { test_nan(random, cases); });
+  part("attend", [&](Random random) { test_attend(random, cases, full); });
+  scout_pool_destroy(pool);
+  print_table();
+  if (failures) printf("%d failures\n", failures);
+  return failures ? 1 : 0;
+}
