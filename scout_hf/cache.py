@@ -18,6 +18,7 @@ from scout_hf.modes import keeps_tensors
 from scout_hf.recall import RecallIntervals
 from scout_hf.selection import make_digest
 from scout_hf.step import active_step
+from scout_hf.stores.memory import huge_page_bytes
 
 
 class ScoutCache(Cache):
@@ -90,6 +91,11 @@ class ScoutCache(Cache):
             for tier, amount in held.items():
                 total[tier] = total.get(tier, 0) + amount
         return total
+
+    def huge_page_bytes(self) -> int:
+        """Bytes of KV in host memory that the system has put on huge pages; takes milliseconds."""
+        methods = [layer.method for layer in self.scout_layers if layer.method]
+        return huge_page_bytes([slab for method in methods for slab in method.slabs()])
 
     def fork(self) -> ScoutCache:
         """An independent continuation of the same prefix; pages are shared until written to. Same as deepcopy."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -16,8 +16,15 @@ app = typer.Typer(
     help="Long-context decoding for HuggingFace Transformers: KV in host memory, attended block-sparsely.",
 )
 
+bench = typer.Typer(no_args_is_help=True, help="How fast this machine attends and decodes, beside its own limits.")
+app.add_typer(bench, name="bench")
+
 Seed = Annotated[int, typer.Option(help="Decides documents and questions.")]
 Threads = Annotated[int, typer.Option(min=1, help="Of torch; more than the free cores slow a small model down.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for the numbers as JSON, and a plot.")]
+Repeat = Annotated[int, typer.Option(min=3, help="Timed calls of each kind, in random order.")]
+SELECTED = [1024, 4096, 16384, 65536]
+CONTEXTS = [0, 32768, 131072]
 
 
 @app.command()
@@ -70,6 +77,49 @@ def accuracy(
             evaluation.save(out, scores, settings)
 
 
+@bench.command("cpu-kernel")
+def cpu_kernel(
+    tokens: Annotated[list[int], typer.Option(help="Selected tokens; may be given several times.")] = SELECTED,
+    cache_tokens: Annotated[int, typer.Option(help="Tokens that they are scattered over.")] = 131072,
+    heads: Annotated[tuple[int, int], typer.Option(help="Query heads and KV heads.")] = (32, 8),
+    head_dim: Annotated[int, typer.Option(help="Size of a head.")] = 128,
+    block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 32,
+    threads: Annotated[int, typer.Option(min=1, help="CPUs to use.")] = 1,
+    repeat: Repeat = 30,
+    dense: Annotated[int, typer.Option(min=0, help="Calls of torch over the whole cache; slow.")] = 3,
+    out: Out = None,
+) -> None:
+    """Attention over scattered blocks beside bare reads of the same memory, torch, and int8; takes two minutes."""
+    with _benchmark(out, threads) as finish:
+        from scout_hf.eval.bench.cpu_kernel import run
+
+        shape = (*heads, head_dim, block_size)
+        finish(run(tokens, cache_tokens, *shape, threads, repeat, dense, tell=_tell))
+
+
+@bench.command("cpu-decode")
+def cpu_decode(
+    contexts: Annotated[
+        list[int], typer.Option(min=0, help="Tokens in the cache; may be given several times.")
+    ] = CONTEXTS,
+    budget: Annotated[int, typer.Option(help="Tokens attended per step and layer.")] = 2048,
+    block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 32,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPUs to use; as many as torch takes by itself.")] = None,
+    repeat: Repeat = 20,
+    layers: Annotated[int, typer.Option(min=1, help="Of the model; fewer take less time and memory.")] = 16,
+    prefill_tokens: Annotated[int, typer.Option(min=0, help="Length of the prompt to read; 0 for none.")] = 8192,
+    prefill_layers: Annotated[int, typer.Option(min=1, help="That read it; the cost per layer is the same.")] = 2,
+    memory_tokens: Annotated[int, typer.Option(min=0, help="Context to measure memory for; 0 for none.")] = 32768,
+    out: Out = None,
+) -> None:
+    """Steps of a model shaped like Llama 3.2 1B, stock and patched, with long caches; takes several minutes."""
+    with _benchmark(out, threads) as finish:
+        from scout_hf.eval.bench.cpu_decode import run
+
+        sizes = (layers, prefill_tokens, prefill_layers, memory_tokens)
+        finish(run(contexts, budget, block_size, threads, repeat, *sizes, tell=_tell))
+
+
 @app.command()
 def version() -> None:
     """Versions and hardware, for bug reports."""
@@ -98,7 +148,27 @@ def version() -> None:
 
 
 @contextmanager
-def _evaluation(threads: int) -> Iterator[None]:
+def _benchmark(out: Path | None, threads: int | None) -> Iterator[Callable[[dict], None]]:
+    """Gives what to call with the record of a benchmark; the rest as in ``_evaluation``."""
+    with _evaluation(threads):
+        if out and not out.is_dir():
+            raise ValueError(f"--out {out}: there is no such folder; make it first")
+        from scout_hf.eval.bench import report
+
+        def finish(record: dict) -> None:
+            report.show(record)
+            for line in report.save(record, out) if out else ():
+                typer.echo(line)
+
+        yield finish
+
+
+def _tell(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+@contextmanager
+def _evaluation(threads: int | None) -> Iterator[None]:
     """With so many torch threads; a wrong setting ends in its message and exit code 2, not in a traceback."""
     import torch
     from transformers.utils import logging
@@ -107,7 +177,7 @@ def _evaluation(threads: int) -> Iterator[None]:
 
     logging.disable_progress_bar()
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(threads or before)
     try:
         yield
     except (ScoutError, FileNotFoundError, ValueError) as error:

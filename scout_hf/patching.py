@@ -94,6 +94,7 @@ class Handle:
         self._movers = Workers()
         self._counters = Counters()
         self._kv_bytes: dict[str, int] = {}
+        self._huge_page_bytes = 0
         self._hooks: list[Any] = []
         self._implementations: list[tuple[Any, str | None]] = []
         self._prepare_before: Any = None
@@ -109,7 +110,7 @@ class Handle:
         """What was attended, where, and what it cost, since ``patch`` or ``reset_stats``; prints as a table."""
         ran = self._counters.steps > 0
         exact = self._counters.approximate_steps == 0 if ran else self.exact
-        return summarise(self._counters, self.config.method, exact, dict(self._kv_bytes))
+        return summarise(self._counters, self.config.method, exact, dict(self._kv_bytes), self._huge_page_bytes)
 
     def reset_stats(self) -> None:
         """Start the tallies anew."""
@@ -254,6 +255,8 @@ class Handle:
             )
         if step.queries > 1 or self._counters.steps % BYTES_EVERY == 1:
             self._kv_bytes = step.cache.tier_bytes()
+        if step.queries > 1:
+            self._huge_page_bytes = step.cache.huge_page_bytes()
 
     @keeps_tensors
     def _before_layer(self, index: int, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:

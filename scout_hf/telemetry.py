@@ -113,6 +113,8 @@ class Stats:
         Copied back to the device, in all.
     kv_bytes : dict
         Bytes of the newest cache by tier: ``host``, ``device``, ``digests``, ``stock`` (layers left to transformers).
+    huge_page_bytes : int
+        Of its host memory, what lies on huge pages, which scattered blocks are read faster from; read after a prompt.
     layers : tuple of LayerStats
     """
 
@@ -128,6 +130,7 @@ class Stats:
     recalled_blocks: int
     recalled_bytes: int
     kv_bytes: dict[str, int]
+    huge_page_bytes: int
     layers: tuple[LayerStats, ...] = field(repr=False)
 
     def __str__(self) -> str:
@@ -153,6 +156,8 @@ class Stats:
         attended = f"{self.attended_tokens:.0f} of {self.context_tokens:.0f} ({share:.1%})"
         head.add_row("attended per step", attended if self.steps else "nothing decoded")
         head.add_row("KV held", ", ".join(f"{tier} {_bytes(n)}" for tier, n in self.kv_bytes.items()) or "-")
+        if self.huge_page_bytes:
+            head.add_row("on huge pages", _bytes(self.huge_page_bytes))
         if self.cpu_ratio is not None:
             head.add_row("CPU share of selection", f"{self.cpu_ratio:.1%}")
             head.add_row("wait for the CPU", f"{self.join_wait_ms:.2f} ms per step")
@@ -179,7 +184,9 @@ class Stats:
         return table
 
 
-def summarise(counters: Counters, method: str, exact: bool, kv_bytes: dict[str, int]) -> Stats:
+def summarise(
+    counters: Counters, method: str, exact: bool, kv_bytes: dict[str, int], huge_page_bytes: int = 0
+) -> Stats:
     """Turn running sums into :class:`Stats`."""
     sums = {name: {layer: float(n) for layer, n in per.items()} for name, per in list(counters.sums.items())}
 
@@ -218,6 +225,7 @@ def summarise(counters: Counters, method: str, exact: bool, kv_bytes: dict[str, 
         recalled_blocks=int(total("recalled_blocks")),
         recalled_bytes=int(total("recalled_bytes")),
         kv_bytes=kv_bytes,
+        huge_page_bytes=huge_page_bytes,
         layers=layers,
     )
 

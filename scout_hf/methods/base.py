@@ -146,6 +146,10 @@ class Method(ABC):
     def drain(self) -> None:
         """Wait for work in flight and drop its results."""
 
+    def slabs(self) -> list[torch.Tensor]:
+        """The memory that KV in host memory lies in."""
+        return []
+
     @abstractmethod
     def tier_bytes(self) -> dict[str, int]:
         """Bytes held, by what holds them: ``host``, ``device``, ``digests``."""

@@ -49,6 +49,9 @@ class OneTierScout(Method):
         twin.selector = self.selector.fork()
         return twin
 
+    def slabs(self) -> list[torch.Tensor]:
+        return self.kv.table.pool.slabs
+
     def tier_bytes(self) -> dict[str, int]:
         tier = "host" if self.kv.device.type == "cpu" else "device"
         return {tier: self.kv.used_bytes, "digests": self.selector.table.used_bytes}

@@ -124,6 +124,9 @@ class Scout(Method):
         if ticket is not None and not ticket.drain():
             self.resident = None
 
+    def slabs(self) -> list[torch.Tensor]:
+        return self.kv.host.table.pool.slabs
+
     def tier_bytes(self) -> dict[str, int]:
         device = self.kv.device_bytes + (self.resident.used_bytes if self.resident else 0)
         return {"host": self.kv.host.used_bytes, "device": device, "digests": self.selector.table.used_bytes}

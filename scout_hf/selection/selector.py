@@ -96,7 +96,10 @@ class Selector:
         count = None if self.dense else self._count(step, blocks)
         if count is None or not blocks or (isinstance(count, int) and count >= blocks):
             return everything(query.shape[0], kv_heads, blocks, exists, query.device)
-        scores = self.digest.score(query, self.table.codes(blocks))
+        codes = self.table.codes(blocks)
+        scores = step.backend.score(self.digest.native, query, codes) if self.digest.native else None
+        if scores is None:
+            scores = self.digest.score(query, codes)
         return choose(scores, count, self.config.blocks(self.config.sinks), exists)
 
     def _count(self, step, blocks: int) -> int | torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from scout_hf.errors import CacheStateError
 from scout_hf.kernels.cpu import pages
 from scout_hf.kernels.cpu.library import StoreArgs
 from scout_hf.stores.pages import PagePool, PageTable
@@ -52,11 +53,6 @@ class PagedKV:
         """Bytes of the pages in use, those shared with forks counted once."""
         return self.table.pool.used_pages * self.table.pool.page_bytes
 
-    @property
-    def huge_page_bytes(self) -> int:
-        """Bytes of the slabs that the system has put on huge pages; takes milliseconds."""
-        return self.table.pool.huge_page_bytes
-
     def native(self) -> StoreArgs | None:
         """This store as the native library sees it, valid until it is next changed; None where that cannot be."""
         if self.library is None:
@@ -74,6 +70,13 @@ class PagedKV:
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store new tokens of every row; (batch, kv_heads, tokens, head_dim) each."""
         tokens = keys.shape[2]
+        expected = (self.batch, self.heads, tokens, self.head_dim)
+        if keys.shape != expected or values.shape != expected:
+            raise CacheStateError(
+                f"got keys {tuple(keys.shape)} and values {tuple(values.shape)}; this store takes {expected[:2]} rows and "
+                f"KV heads of {self.head_dim} channels, as many values as keys"
+            )
+        keys, values = (part.detach().to(self.device, self.dtype) for part in (keys, values))
         self._make_room(tokens)
         if self.library is not None:
             pages.append(self.library, self.native(), keys, values)

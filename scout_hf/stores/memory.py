@@ -42,9 +42,10 @@ def huge_page_bytes(slabs: list[torch.Tensor], smaps: Path = Path("/proc/self/sm
 
     Reads a file that lists all mappings of the process: milliseconds, not for a decode step.
     """
-    places = {slab.data_ptr() for slab in slabs if slab.device.type == "cpu" and slab.numel()}
-    if not places:
+    large = [slab for slab in slabs if slab.device.type == "cpu" and slab.nbytes >= 2 * HUGE_BYTES]
+    if not large:
         return 0
+    places = {slab.data_ptr() for slab in large}
     try:
         text = smaps.read_text()
     except OSError:
@@ -56,4 +57,5 @@ def huge_page_bytes(slabs: list[torch.Tensor], smaps: Path = Path("/proc/self/sm
             inside = any(low <= place < high for place in places)
         elif inside and line.startswith("AnonHugePages:"):
             total += int(line.split()[1]) * 1024
-    return total
+    # The system may have joined neighbouring mappings.
+    return min(total, sum(slab.nbytes for slab in large))

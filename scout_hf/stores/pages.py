@@ -8,7 +8,7 @@ from collections import deque
 
 import torch
 
-from scout_hf.stores.memory import allocate_slab, huge_page_bytes
+from scout_hf.stores.memory import allocate_slab
 
 MIN_SLAB_PAGES = 64
 
@@ -49,11 +49,6 @@ class PagePool:
         with self._lock:
             self._reap()
             return self._fresh - len(self._free)
-
-    @property
-    def huge_page_bytes(self) -> int:
-        """Bytes of the slabs that lie on huge pages; takes milliseconds."""
-        return huge_page_bytes(self.slabs)
 
     def addresses(self, ids: torch.Tensor) -> torch.Tensor:
         """Where these pages are in memory: int64, in the shape of ``ids``."""

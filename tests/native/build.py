@@ -36,8 +36,9 @@ def build(
     program: Path = HERE / "grid.cpp",
     compiler: list[str] | None = None,
     sources: Path = SOURCES,
+    only: tuple[str, ...] = (),
 ) -> Path:
-    """Compile ``program`` and all ``sources`` with ``flags`` into ``folder``; the path of the executable.
+    """Compile ``program`` and the ``sources`` (of these names) with ``flags`` into ``folder``; the path of the executable.
 
     RuntimeError with the compiler's messages if it fails.
     """
@@ -51,7 +52,8 @@ def build(
         return target, _run([*compiler, *common, *own, "-c", str(source), "-o", str(target)])
 
     # The longest first.
-    files = [program, *sorted(sources.glob("*.cpp"), key=lambda path: (not path.stem.startswith("isa_"), path.stem))]
+    wanted = [path for path in sources.glob("*.cpp") if not only or path.stem in only]
+    files = [program, *sorted(wanted, key=lambda path: (not path.stem.startswith("isa_"), path.stem))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, files))
     executable = folder / program.stem

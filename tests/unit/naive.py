@@ -31,7 +31,10 @@ def attention(query, keys, values, scale, softcap=None, allowed=None, causal=Fal
 
 
 def poison(monkeypatch):
-    """Fill pages with NaN when they are handed out and when they come back: nobody may read one before writing it."""
+    """Fill pages with NaN when they are handed out and when they come back: nobody may read one before writing it.
+
+    Packed pages get NaN for scales.
+    """
     from scout_hf.stores.pages import PagePool
 
     allocate, recycle = PagePool.allocate, PagePool._recycle
@@ -39,7 +42,7 @@ def poison(monkeypatch):
     def fill(pool, ids):
         for page in ids.reshape(-1).tolist():
             slab = max(i for i, start in enumerate(pool.starts) if start <= page)
-            pool.slabs[slab][page - pool.starts[slab]].fill_(torch.nan)
+            pool.slabs[slab][page - pool.starts[slab]].view(torch.uint8).fill_(0xFF)  # NaN in every type of float
 
     def allocate_poisoned(pool, count):
         ids = allocate(pool, count)

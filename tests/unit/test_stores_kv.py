@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scout_hf.stores import PagedKV, TwoTierKV, pages
+from scout_hf.stores import PackedKV, PagedKV, TwoTierKV, pages
+from tests.libraries import ISAS, without_library
 from tests.unit.naive import QUICK, poison
 
-HEADS, DIM, SIZE = 2, 3, 4
+HEADS, DIM, SIZE = 2, 8, 4
 
 
 @pytest.fixture(autouse=True, params=["many slabs", "one slab"])
-def store_conditions(request, monkeypatch):
+def slabs(request, monkeypatch):
     monkeypatch.setattr(pages, "MIN_SLAB_PAGES", 3 if request.param == "many slabs" else 4096)
     poison(monkeypatch)
+
+
+@pytest.fixture(autouse=True, params=["native", "torch"][not ISAS :])
+def copies(request):
+    """Whether the native library or torch moves tokens into pages and out of them."""
+    with without_library() if request.param == "torch" else nullcontext():
+        yield request.param
 
 
 def tokens(dice, batch, count, dtype=torch.float32):
@@ -139,7 +148,10 @@ def test_any_sequence_of_operations(kind, seed):
 
 @pytest.mark.parametrize("kind", [PagedKV, TwoTierKV])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_every_dtype_is_kept(kind, dtype):
+def test_every_dtype_is_kept(kind, dtype, copies):
+    host = new_pair(kind, 2, dtype).store
+    host = getattr(host, "host", host)
+    assert (host.library is not None) == (copies == "native" and dtype != torch.float64)
     dice, pair = random.Random(0), new_pair(kind, 2, dtype)
     for count in (5, 1, 1, 9):
         pair.append(*tokens(dice, 2, count, dtype))
@@ -147,10 +159,55 @@ def test_every_dtype_is_kept(kind, dtype):
     assert pair.store.read(0, 16)[0].dtype == dtype
 
 
-def test_a_gradient_or_a_wrong_size_does_not_slip_in():
+@pytest.mark.parametrize("kind", [PagedKV, PackedKV])
+@pytest.mark.parametrize(
+    ("keys", "values"),
+    [
+        ((2, HEADS, 5, DIM + 1), (2, HEADS, 5, DIM + 1)),
+        ((2, HEADS, 5, DIM - 1), (2, HEADS, 5, DIM - 1)),
+        ((2, HEADS + 1, 5, DIM), (2, HEADS + 1, 5, DIM)),
+        ((3, HEADS, 5, DIM), (3, HEADS, 5, DIM)),
+        ((2, HEADS, 5, DIM), (2, HEADS, 4, DIM)),
+    ],
+    ids=str,
+)
+def test_wrong_sizes_are_refused(kind, keys, values):
+    store = kind(2, HEADS, DIM, SIZE, torch.float32, "cpu")
+    with pytest.raises((RuntimeError, ValueError, IndexError)):
+        store.append(torch.zeros(keys), torch.zeros(values))
+    assert store.length == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_tokens_of_another_dtype_are_converted_or_refused(dtype):
     store = PagedKV(1, HEADS, DIM, SIZE, torch.float32, "cpu")
-    with pytest.raises(RuntimeError):
-        store.append(torch.zeros(1, HEADS, 5, DIM + 1), torch.zeros(1, HEADS, 5, DIM + 1))
+    keys = torch.randn(1, HEADS, 5, DIM, generator=torch.Generator().manual_seed(0)).to(dtype)
+    try:
+        store.append(keys, keys)
+    except (RuntimeError, TypeError, ValueError):
+        return
+    assert torch.equal(store.read(0, 5)[0], keys.float())
+
+
+def test_tokens_that_learn_leave_no_graph():
+    store = PagedKV(1, HEADS, DIM, SIZE, torch.float32, "cpu")
+    keys = torch.randn(1, HEADS, 5, DIM, requires_grad=True)
+    with torch.no_grad():
+        store.append(keys, keys * 2)
+    got = store.read(0, 5)
+    assert torch.equal(got[0], keys) and not got[0].requires_grad
+
+
+def test_strides_of_every_kind():
+    """Broadcast rows, transposed and skipping dimensions, and channels that are not contiguous."""
+    wide = torch.randn(2, HEADS, 2 * DIM, 12, generator=torch.Generator().manual_seed(0))
+    parts = [wide[:, :, :DIM].transpose(2, 3), wide[:1, :, ::2].transpose(2, 3).expand(2, -1, -1, -1)]
+    store = PagedKV(2, HEADS, DIM, SIZE, torch.float32, "cpu")
+    store.append(parts[0][:, :, ::2], parts[1][:, :, ::2])
+    store.append(parts[0].flip(1)[:, :, 1::2], parts[1][:, :, 1::2])
+    for got, part in zip(store.read(0, 12), (torch.cat([parts[0][:, :, ::2], parts[0].flip(1)[:, :, 1::2]], 2),
+                                             torch.cat([parts[1][:, :, ::2], parts[1][:, :, 1::2]], 2))):  # fmt: skip
+        assert torch.equal(got, part)
 
 
 @pytest.mark.parametrize("kind", [PagedKV, TwoTierKV])

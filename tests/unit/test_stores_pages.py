@@ -226,6 +226,76 @@ def test_ownership_is_asked_anew_after(after):
     assert not bool(pool.shared(last).any()) and not set(last.tolist()) & set(other.ids.reshape(-1).tolist())
 
 
+def check_addresses(table):
+    """Every page is where the table says: its first byte, in whichever slab."""
+    assert table.addresses.shape == table.ids.shape == (table.batch, table.blocks)
+    places = [content_of(table.pool, page).data_ptr() for page in table.ids.reshape(-1).tolist()]
+    assert table.addresses.reshape(-1).tolist() == places
+    assert table.places.dtype == torch.int64 and table.places.stride(2) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+@QUICK
+@given(st.integers(0, 10**6))
+def test_addresses_follow_the_pages(dtype, seed):
+    dice, pool = random.Random(seed), new_pool(dtype)
+    pool.allocate(dice.randint(0, 5))
+    tables = [PageTable(pool, dice.randint(1, 3))]
+    for _ in range(25):
+        table = dice.choice(tables)
+        deed = dice.choice(["extend", "extend", "extend", "rows", "own", "cut", "fork", "drop", "release"])
+        if deed == "extend":
+            new = table.extend(dice.choice([1, 1, 2, 9]))
+            assert torch.equal(table.ids[:, -new.shape[1] :], new)
+        elif deed == "rows":
+            table.select_rows(torch.tensor([dice.randrange(table.batch) for _ in range(dice.randint(1, 3))]))
+        elif deed == "own":
+            table.own_last()
+        elif deed == "cut":
+            table.truncate(dice.randint(0, table.blocks))
+        elif deed == "fork":
+            tables.append(table.fork())
+        elif deed == "drop" and len(tables) > 1:
+            tables.remove(table)
+            del table
+        elif deed == "release":
+            table.release()
+        for each in tables:
+            check_addresses(each)
+    assert seed % 7 or len(pool.slabs) > 1  # nearly always
+
+
+def test_addresses_point_into_many_slabs():
+    pool = new_pool()
+    table = PageTable(pool, 2)
+    for _ in range(12):
+        table.extend(1)
+    assert len(pool.slabs) > 2
+    check_addresses(table)
+    assert pool.addresses(table.ids.contiguous()).tolist() == table.addresses.tolist()
+    assert pool.addresses(table.ids[:, :0]).shape == (2, 0)
+
+
+def test_a_table_that_must_grow_leaves_the_old_one_to_its_readers():
+    """A job in flight reads the addresses that it was given."""
+    table, seen = PageTable(new_pool(), 2), []
+    for _ in range(60):
+        before, held = table.places, table.places.clone()
+        blocks, room = table.blocks, before.shape[2]
+        table.extend(1)
+        assert (table.places is before) == (room > blocks)
+        if table.places is not before:
+            seen.append(table.places.data_ptr())
+        assert torch.equal(before[:, :, :blocks], held[:, :, :blocks])
+    assert len(set(seen)) == len(seen) <= 8 and table.blocks == 60
+    before = table.places
+    table.select_rows(torch.tensor([1, 0]))
+    assert table.places is not before and torch.equal(before[:, [1, 0], :60], table.places[:, :, :60])
+    twin = table.fork()
+    twin.extend(1)
+    assert twin.places.data_ptr() != table.places.data_ptr() and table.blocks == 60
+
+
 def test_tables_give_their_pages_back():
     pool = new_pool()
     tables = [marked_table(pool, 2, 3)]

@@ -115,6 +115,10 @@ class CpuBackend(ABC):
         """
         return None
 
+    def score(self, scorer: str, query: torch.Tensor, codes: torch.Tensor) -> torch.Tensor | None:
+        """Scores (batch, kv_heads, blocks) of float32 of all these digests, as in ``select``; None if it has no way."""
+        return None
+
     def close(self) -> None:
         """End the threads; they start again when needed."""
         self._workers.close()

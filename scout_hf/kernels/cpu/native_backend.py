@@ -6,6 +6,7 @@ from ctypes import byref
 
 import torch
 
+from scout_hf.errors import CacheStateError
 from scout_hf.fusion import Partial
 from scout_hf.kernels.cpu.backend import Attended, BlockLists, CpuBackend
 from scout_hf.kernels.cpu.library import DTYPES, AttendArgs, SelectArgs, check, load_library
@@ -49,17 +50,37 @@ class NativeBackend(CpuBackend):
         return self._pool.submit(self._submit, args, keep=(keep, partial, store.table.places), result=result)
 
     def select(self, scorer, query, codes, count, sinks, newest, block_size, exists) -> BlockLists | None:
-        if scorer != "minmax" or self._library is None or not _served(query, codes, exists):
+        if not self._scores(scorer, query, codes, exists):
             return None
-        batch, heads, candidates, code = codes.shape
-        if code % 16 or codes.stride(3) != 1 or codes.stride(2) != code:
-            return None
-        query = query if query.stride(3) == 1 else query.contiguous()
+        batch, heads, candidates = codes.shape[:3]
         wanted = None if isinstance(count, int) else count.to(torch.int32)
         most = min(count if wanted is None else int(wanted.max()), candidates)
         ids = torch.empty((batch, heads, most + newest), dtype=torch.int32)
         counts = torch.empty((batch, heads), dtype=torch.int32)
-        scores = torch.empty((batch, heads, candidates), dtype=torch.float32)
+        choice = {"blocks": ids.data_ptr(), "counts": counts.data_ptr(), "blocks_stride": most + newest}
+        choice |= {"count": most, "sinks": sinks, "newest": newest, "block_size": block_size}
+        if wanted is not None:
+            choice["want"] = wanted.data_ptr()
+        if exists is not None:
+            choice |= {"exists": exists.data_ptr(), "exists_stride": exists.stride(0)}
+        self._select(query, codes, **choice)
+        return BlockLists(ids, counts)
+
+    def score(self, scorer, query, codes) -> torch.Tensor | None:
+        if not self._scores(scorer, query, codes, None):
+            return None
+        counts = torch.empty(codes.shape[:2], dtype=torch.int32)
+        scores = torch.empty(codes.shape[:3], dtype=torch.float32)
+        self._select(query, codes, counts=counts.data_ptr(), scores=scores.data_ptr(), block_size=1)
+        return scores
+
+    def _scores(self, scorer, query, codes, exists) -> bool:
+        ours = scorer == "minmax" and self._library is not None and _served(query, codes, exists)
+        return ours and codes.shape[3] % 16 == 0 and codes.stride(2) == codes.shape[3]
+
+    def _select(self, query: torch.Tensor, codes: torch.Tensor, **choice: int) -> None:
+        batch, heads, candidates, code = codes.shape
+        query = query if query.stride(3) == 1 else query.contiguous()
         args = SelectArgs(
             query=query.data_ptr(),
             query_row=query.stride(0),
@@ -67,28 +88,17 @@ class NativeBackend(CpuBackend):
             codes=codes.data_ptr(),
             codes_row=codes.stride(0),
             codes_head=codes.stride(1),
-            exists=None if exists is None else exists.data_ptr(),
-            exists_stride=0 if exists is None else exists.stride(0),
-            want=None if wanted is None else wanted.data_ptr(),
-            blocks=ids.data_ptr(),
-            counts=counts.data_ptr(),
-            blocks_stride=most + newest,
-            scores=scores.data_ptr(),
             batch=batch,
             kv_heads=heads,
             query_heads=query.shape[1],
             head_dim=query.shape[3],
-            block_size=block_size,
             query_dtype=DTYPES[query.dtype],
             code_dtype=DTYPES[codes.dtype],
             code=code,
             candidates=candidates,
-            newest=newest,
-            count=most,
-            sinks=sinks,
+            **choice,
         )
         check(self._library.select(byref(args), torch.get_num_threads()), "digests to score")
-        return BlockLists(ids, counts)
 
     def close(self) -> None:
         super().close()
@@ -102,6 +112,14 @@ class NativeBackend(CpuBackend):
         native = store.native() if served else None
         if native is None:
             return None, None, None
+        batch, _, queries, dim = query.shape
+        if (batch, queries, dim) != (store.batch, 1, store.head_dim) or query.shape[1] % store.heads:
+            raise CacheStateError(
+                f"got queries {tuple(query.shape)} for a store of {store.batch} rows and {store.heads} KV heads of "
+                f"{store.head_dim} channels; needed is one query per row and head"
+            )
+        if exists is not None and (exists.shape[0] != batch or exists.shape[1] < store.length):
+            raise CacheStateError(f"got marks {tuple(exists.shape)} for {batch} rows of {store.length} tokens")
         query = query if query.stride(3) == 1 else query.contiguous()
         out = torch.empty(query.shape, dtype=torch.float32)
         lse = torch.empty(query.shape[:3], dtype=torch.float32)
@@ -120,10 +138,16 @@ class NativeBackend(CpuBackend):
         if exists is not None:
             args.exists, args.exists_stride = exists.data_ptr(), exists.stride(0)
         if lists is not None:
-            lists = BlockLists(lists.ids.to(torch.int32).contiguous(), lists.counts)
-            args.blocks, args.blocks_stride, args.count = lists.ids.data_ptr(), lists.ids.shape[2], lists.ids.shape[2]
-            if lists.counts is not None:
-                args.counts = lists.counts.data_ptr()
+            ids, counts = lists.ids.to(torch.int32).contiguous(), lists.counts
+            args.blocks_stride = args.count = ids.shape[2]
+            if counts is not None:
+                counts = counts.to(torch.int32).contiguous()
+                args.counts = counts.data_ptr()
+            if not ids.numel():
+                # The address of nothing is 0, which would mean every block.
+                ids = ids.new_zeros(1)
+            lists = BlockLists(ids, counts)
+            args.blocks = ids.data_ptr()
         return args, Partial(out, lse), (query, lists, exists)
 
 

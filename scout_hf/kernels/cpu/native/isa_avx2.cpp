@@ -3,6 +3,7 @@
 #include "scout_cpu.h"
 
 #if defined(__AVX2__)
+#include <cpuid.h>
 #include <immintrin.h>
 
 #define SCOUT_W 8
@@ -24,7 +25,10 @@ inline vi madd(vi sum, vh a, vh b) { return sum + (vi)_mm256_madd_epi16((__m256i
 
 namespace {
 bool runs() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  // Not every compiler knows a name for F16C.
+  unsigned a, b, c = 0, d;
+  const bool halves = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  return halves && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 }  // namespace
 

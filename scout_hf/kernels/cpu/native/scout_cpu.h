@@ -41,7 +41,7 @@ typedef struct {
   scout_store store;
   const void* query;         // [batch][query_heads][head_dim], head_dim contiguous
   int64_t query_row, query_head;  // strides in numbers
-  const int32_t* blocks;     // [batch][kv_heads][blocks_stride] block numbers; NULL for all blocks
+  const int32_t* blocks;     // [batch][kv_heads][blocks_stride], a partly filled block last; NULL for all blocks
   const int32_t* counts;     // [batch][kv_heads] used entries of each list; NULL: `count` in all
   int64_t blocks_stride;
   const uint8_t* exists;     // [batch][exists_stride] one byte per token, 0 for padding; NULL: all exist
@@ -67,7 +67,7 @@ typedef struct {
   int32_t* blocks;           // result [batch][kv_heads][blocks_stride]
   int32_t* counts;           // result [batch][kv_heads]
   int64_t blocks_stride;
-  float* scores;             // result [batch][kv_heads][candidates]; work space
+  float* scores;             // result [batch][kv_heads][candidates]; NULL if not wanted
   int32_t batch, kv_heads, query_heads, head_dim, block_size;
   int32_t query_dtype, code_dtype, code;  // code: numbers per digest
   int32_t candidates;        // blocks open to choice
@@ -96,7 +96,7 @@ typedef struct {
   scout_store store;
   const uint8_t* exists;
   int64_t exists_stride;
-  void* codes;               // [batch][kv_heads][...][2 * head_dim] of plain_dtype, at block `first`
+  void* codes;               // [batch][kv_heads][...][2 * head_dim] of plain_dtype, from block 0; written first to last
   int64_t codes_row, codes_head;
   int64_t first, last;
 } scout_minmax_args;

@@ -14,7 +14,7 @@
 namespace {
 
 constexpr int64_t RANGE_BLOCKS = 2048, WORTH_A_TEAM_BYTES = 64 << 10;
-constexpr int BINS = 1024;
+constexpr int BINS = 1024, STRETCH = 16;
 
 bool any(const uint8_t* marks, int count) {
   for (int i = 0; i < count; i++)
@@ -22,30 +22,73 @@ bool any(const uint8_t* marks, int count) {
   return false;
 }
 
-// Ids of the `want` largest scores, ascending; of equal ones the first. -inf is never chosen. `spare` holds `count`.
-int best(const float* scores, int count, int want, float* spare, int32_t* ids) {
-  int usable = 0;
-  float low = INFINITY, high = -INFINITY;
-  for (int i = 0; i < count; i++) {
-    const float s = scores[i];
-    usable += s > -INFINITY;
-    low = s < low && s > -INFINITY ? s : low;
-    high = s > high && s < INFINITY ? s : high;
+// Four scores at a time, by comparisons alone: what compilers do not do by themselves for floats that may be NaN.
+typedef float vf __attribute__((vector_size(16)));
+typedef int32_t vi __attribute__((vector_size(16)));
+
+struct Bounds {
+  float low, high;  // of the finite ones
+  int usable;       // above -inf
+};
+
+// NaN becomes inf: garbage in the keys must not hide in a block that is never read. `count` is padded to fours by -inf.
+Bounds bounds_of(float* scores, int count) {
+  const vf none = vf{} - INFINITY, all = vf{} + INFINITY;
+  vf low = vf{} + 3.0e38f, high = vf{} - 3.0e38f;
+  vi usable = {};
+  for (int i = 0; i < count; i += 4) {
+    vf s;
+    memcpy(&s, scores + i, sizeof s);
+    s = s == s ? s : all;
+    memcpy(scores + i, &s, sizeof s);
+    const vi real = s > none;
+    usable -= real;
+    low = (real & (s < low)) ? s : low;
+    high = ((s < all) & (s > high)) ? s : high;
   }
+  Bounds bounds = {low[0], high[0], usable[0] + usable[1] + usable[2] + usable[3]};
+  for (int i = 1; i < 4; i++) {
+    bounds.low = std::min(bounds.low, low[i]);
+    bounds.high = std::max(bounds.high, high[i]);
+  }
+  return bounds;
+}
+
+// The bin of every score: 0 for -inf, the last for inf, all others in between by size.
+void sort_into_bins(const float* scores, int count, const Bounds& bounds, int32_t* places, int* bins) {
+  const vf none = vf{} - INFINITY, all = vf{} + INFINITY, low = vf{} + bounds.low, high = vf{} + bounds.high;
+  float step = bounds.high > bounds.low ? (BINS - 3) / (bounds.high - bounds.low) : 0.0f;
+  if (!(step < INFINITY)) step = 0.0f;  // all but equal: one bin for all
+  for (int i = 0; i < count; i += 4) {
+    vf s;
+    memcpy(&s, scores + i, sizeof s);
+    vf within = s < low ? low : s;
+    within = within > high ? high : within;
+    vi place = __builtin_convertvector((within - low) * step, vi) + 1;
+    place = (s == none) ? vi{} : place;
+    place = (s == all) ? vi{} + (BINS - 1) : place;
+    memcpy(places + i, &place, sizeof place);
+  }
+  for (int i = 0; i < count; i++) bins[places[i]]++;
+}
+
+// Ids of the `want` largest scores, ascending; of equal ones the first. -inf is never chosen. `scores` may be changed and
+// has room up to the next four; `spare` and `places` hold as many.
+int best(float* scores, int count, int want, float* spare, int32_t* places, int32_t* ids) {
+  if (want <= 0) return 0;
+  const int padded = (count + 3) / 4 * 4;
+  for (int i = count; i < padded; i++) scores[i] = -INFINITY;
+  const Bounds bounds = bounds_of(scores, padded);
   float threshold = -INFINITY;
   int ties = 0;
-  if (usable > want && want > 0) {
-    int bins[BINS + 1] = {};
-    float scale = high > low ? (BINS - 1) / (high - low) : 0.0f;
-    if (!(scale < INFINITY)) scale = 0.0f;  // all but equal: one bin for all
-    auto bin = [&](float s) { return s == INFINITY ? BINS : (int)((s - low) * scale); };
-    for (int i = 0; i < count; i++)
-      if (scores[i] > -INFINITY) bins[bin(scores[i])]++;
-    int at = BINS, above = 0;
+  if (bounds.usable > want) {
+    int bins[BINS] = {}, at = BINS - 1, above = 0, inside = 0;
+    sort_into_bins(scores, padded, bounds, places, bins);
     while (above + bins[at] < want) above += bins[at--];
-    int inside = 0;
-    for (int i = 0; i < count; i++)
-      if (scores[i] > -INFINITY && bin(scores[i]) == at) spare[inside++] = scores[i];
+    for (int i = 0; i < count; i++) {
+      spare[inside] = scores[i];
+      inside += places[i] == at;
+    }
     const int rank = want - above - 1;
     std::nth_element(spare, spare + rank, spare + inside, [](float a, float b) { return a > b; });
     threshold = spare[rank];
@@ -53,11 +96,17 @@ int best(const float* scores, int count, int want, float* spare, int32_t* ids) {
     for (int i = 0; i < inside; i++) ties -= spare[i] > threshold;
   }
   int chosen = 0;
-  for (int i = 0; i < count && chosen < want; i++) {
-    if (scores[i] > threshold)
-      ids[chosen++] = i;
-    else if (ties > 0 && scores[i] == threshold)
-      ids[chosen++] = i, ties--;
+  for (int first = 0; first < count && chosen < want; first += STRETCH) {
+    const int last = std::min(first + STRETCH, count);
+    int some = 0;
+    for (int i = first; i < last; i++) some |= scores[i] >= threshold;
+    if (!some) continue;
+    for (int i = first; i < last && chosen < want; i++) {
+      if (scores[i] > threshold)
+        ids[chosen++] = i;
+      else if (ties > 0 && scores[i] == threshold)
+        ids[chosen++] = i, ties--;
+    }
   }
   return chosen;
 }
@@ -66,7 +115,10 @@ struct Select {
   const scout_select_args& a;
   const scout_isa* isa;
   int lists, ranges;
-  float* spare;                      // [lists][candidates]
+  float* spare;                      // [lists][room]
+  int32_t* places;                   // [lists][room]
+  float* scores;                     // [lists][room]
+  int room;                          // candidates, up to the next four
   std::atomic<int32_t>* unfinished;  // [lists]
   std::atomic<int64_t> next{0};
 
@@ -100,25 +152,24 @@ struct Select {
     const int64_t row_bytes = (int64_t)a.code * scout::bytes_of(a.code_dtype);
     const int64_t start = row * a.codes_row + head * a.codes_head;
     const uint8_t* codes = (const uint8_t*)a.codes + start * scout::bytes_of(a.code_dtype) + first * row_bytes;
-    float* scores = a.scores + (int64_t)list * a.candidates;
-    isa->dots(codes, a.code_dtype, count, a.code, w, scores + first);
+    isa->dots(codes, a.code_dtype, count, a.code, w, scores + (int64_t)list * room + first);
     if (unfinished[list].fetch_sub(1, std::memory_order_acq_rel) == 1) choose(list, row);
   }
 
   void choose(int list, int row) {
-    float* scores = a.scores + (int64_t)list * a.candidates;
+    float* own_scores = scores + (int64_t)list * room;
+    if (a.scores) memcpy(a.scores + (int64_t)list * a.candidates, own_scores, sizeof(float) * a.candidates);
     const int want = std::min(a.want ? a.want[row] : a.count, a.candidates);
     int sinks = std::min(a.sinks, want);
-    for (int i = 0; i < a.candidates; i++) {
-      // Garbage in the keys must not hide in a block that is never read.
-      if (scores[i] != scores[i]) scores[i] = 3.0e38f;
+    for (int i = 0; i < a.candidates && (a.exists || sinks > 0); i++) {
       if (a.exists && !any(marks(row, i), a.block_size))
-        scores[i] = -INFINITY;
+        own_scores[i] = -INFINITY;
       else if (sinks > 0)
-        scores[i] = INFINITY, sinks--;
+        own_scores[i] = INFINITY, sinks--;
     }
     int32_t* ids = a.blocks + list * a.blocks_stride;
-    int chosen = best(scores, a.candidates, want, spare + (int64_t)list * a.candidates, ids);
+    const int64_t own = (int64_t)list * room;
+    int chosen = best(own_scores, a.candidates, want, spare + own, places + own, ids);
     for (int i = 0; i < a.newest; i++) ids[chosen++] = a.candidates + i;
     a.counts[list] = chosen;
   }
@@ -150,16 +201,19 @@ extern "C" SCOUT_EXPORT int scout_select(scout_select_args* args, int threads) {
   if (!job.isa) return SCOUT_UNSUPPORTED;
   job.lists = args->batch * args->kv_heads;
   job.ranges = std::max(1, (int)((args->candidates + RANGE_BLOCKS - 1) / RANGE_BLOCKS));
-  const int64_t numbers = (int64_t)job.lists * args->candidates;
-  const int64_t need = numbers * sizeof(float) + job.lists * sizeof(std::atomic<int32_t>);
+  job.room = (args->candidates + 3) / 4 * 4;
+  const int64_t numbers = (int64_t)job.lists * job.room;
+  const int64_t need = numbers * 3 * sizeof(float) + job.lists * sizeof(std::atomic<int32_t>);
   if (need > kept.bytes) {
     free(kept.memory);
     kept.memory = malloc(need);
     kept.bytes = kept.memory ? need : 0;
     if (!kept.memory) return SCOUT_NO_MEMORY;
   }
-  job.spare = (float*)kept.memory;
-  job.unfinished = (std::atomic<int32_t>*)(job.spare + numbers);
+  job.scores = (float*)kept.memory;
+  job.spare = job.scores + numbers;
+  job.places = (int32_t*)(job.spare + numbers);
+  job.unfinished = (std::atomic<int32_t>*)(job.places + numbers);
   for (int list = 0; list < job.lists; list++) new (&job.unfinished[list]) std::atomic<int32_t>(job.ranges);
   const bool large = numbers * args->code * scout::bytes_of(args->code_dtype) >= WORTH_A_TEAM_BYTES;
   scout_team_run([](void* it) { ((Select*)it)->work(); }, &job, large ? threads : 1);

@@ -3,7 +3,15 @@
 // Only GCC/clang vector types and no templates of the standard library: whatever is instantiated here must not be
 // merged by the linker with the same thing built for another instruction set.
 
+#if defined(__clang__)
+#define SCOUT_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SCOUT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})  // what GCC had before version 12
+#endif
+
 namespace {
+
+typedef uint32_t vu __attribute__((vector_size(4 * W)));  // where sums may wrap
 
 constexpr float NEGATIVE_INFINITY = -__builtin_inff();
 
@@ -79,20 +87,20 @@ constexpr int slot(int lane) { return (lane & ~3) | ((lane & 1) << 1) | ((lane >
 
 #if SCOUT_W == 16
 inline vf fold_halves(vf a, vf b) {
-  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-         __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  return SCOUT_SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+         SCOUT_SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
 }
 inline vf fold_eights(vf a, vf b) {
-  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-         __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  return SCOUT_SHUFFLE(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+         SCOUT_SHUFFLE(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
 }
 inline vf fold_fours(vf a, vf b) {
-  return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-         __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  return SCOUT_SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+         SCOUT_SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
 }
 inline vf fold_twos(vf a, vf b) {
-  return __builtin_shufflevector(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
-         __builtin_shufflevector(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
+  return SCOUT_SHUFFLE(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
+         SCOUT_SHUFFLE(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
 }
 inline vf sums(vf* v) {
   for (int i = 0; i < 8; i++) v[i] = fold_halves(v[i], v[i + 8]);
@@ -103,32 +111,32 @@ inline vf sums(vf* v) {
 #elif SCOUT_W == 8
 inline vf sums(vf* v) {
   for (int i = 0; i < 4; i++)
-    v[i] = __builtin_shufflevector(v[i], v[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) +
-           __builtin_shufflevector(v[i], v[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    v[i] = SCOUT_SHUFFLE(v[i], v[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) +
+           SCOUT_SHUFFLE(v[i], v[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
   for (int i = 0; i < 2; i++)
-    v[i] = __builtin_shufflevector(v[i], v[i + 2], 0, 1, 8, 9, 4, 5, 12, 13) +
-           __builtin_shufflevector(v[i], v[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-  return __builtin_shufflevector(v[0], v[1], 0, 2, 8, 10, 4, 6, 12, 14) +
-         __builtin_shufflevector(v[0], v[1], 1, 3, 9, 11, 5, 7, 13, 15);
+    v[i] = SCOUT_SHUFFLE(v[i], v[i + 2], 0, 1, 8, 9, 4, 5, 12, 13) +
+           SCOUT_SHUFFLE(v[i], v[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+  return SCOUT_SHUFFLE(v[0], v[1], 0, 2, 8, 10, 4, 6, 12, 14) +
+         SCOUT_SHUFFLE(v[0], v[1], 1, 3, 9, 11, 5, 7, 13, 15);
 }
 #else
 inline vf sums(vf* v) {
   for (int i = 0; i < 2; i++)
-    v[i] = __builtin_shufflevector(v[i], v[i + 2], 0, 1, 4, 5) + __builtin_shufflevector(v[i], v[i + 2], 2, 3, 6, 7);
-  return __builtin_shufflevector(v[0], v[1], 0, 2, 4, 6) + __builtin_shufflevector(v[0], v[1], 1, 3, 5, 7);
+    v[i] = SCOUT_SHUFFLE(v[i], v[i + 2], 0, 1, 4, 5) + SCOUT_SHUFFLE(v[i], v[i + 2], 2, 3, 6, 7);
+  return SCOUT_SHUFFLE(v[0], v[1], 0, 2, 4, 6) + SCOUT_SHUFFLE(v[0], v[1], 1, 3, 5, 7);
 }
 #endif
 
 // Units are quarters (or halves) of a vector: a's are numbered first, then b's.
 #if SCOUT_W == 16
 #define SCOUT_QUARTERS(a, b, i, j, k, l)                                                                            \
-  __builtin_shufflevector(a, b, 4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3, 4 * j, 4 * j + 1, 4 * j + 2, 4 * j + 3, 4 * k, \
+  SCOUT_SHUFFLE(a, b, 4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3, 4 * j, 4 * j + 1, 4 * j + 2, 4 * j + 3, 4 * k, \
                           4 * k + 1, 4 * k + 2, 4 * k + 3, 4 * l, 4 * l + 1, 4 * l + 2, 4 * l + 3)
 #elif SCOUT_W == 8
 #define SCOUT_QUARTERS(a, b, i, j, k, l) \
-  __builtin_shufflevector(a, b, 2 * i, 2 * i + 1, 2 * j, 2 * j + 1, 2 * k, 2 * k + 1, 2 * l, 2 * l + 1)
+  SCOUT_SHUFFLE(a, b, 2 * i, 2 * i + 1, 2 * j, 2 * j + 1, 2 * k, 2 * k + 1, 2 * l, 2 * l + 1)
 #else
-#define SCOUT_QUARTERS(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#define SCOUT_QUARTERS(a, b, i, j, k, l) SCOUT_SHUFFLE(a, b, i, j, k, l)
 #endif
 
 // From one vector per run of tokens, with a unit per query, to one vector per query.
@@ -182,7 +190,7 @@ inline vf exponential(vf x) {
   y = y * r + splat(1.6666665459e-1f);
   y = y * r + splat(5.0000001201e-1f);
   y = y * r * r + r + splat(1.0f);
-  vi power = ((vi)shifted - (vi)magic + 127) << 23;
+  vu power = ((vu)shifted - (vu)magic + 127) << 23;
   return x < lowest ? splat(0.0f) : y * (vf)power;
 }
 
@@ -369,12 +377,12 @@ inline void add_values(const uint8_t* values, int tokens, int numbers, const flo
 
 #if SCOUT_W == 16
 #define SCOUT_EACH_FOUR(v, i, j, k, l)                                                                             \
-  __builtin_shufflevector(v, v, i, j, k, l, i + 4, j + 4, k + 4, l + 4, i + 8, j + 8, k + 8, l + 8, i + 12, j + 12, \
+  SCOUT_SHUFFLE(v, v, i, j, k, l, i + 4, j + 4, k + 4, l + 4, i + 8, j + 8, k + 8, l + 8, i + 12, j + 12, \
                           k + 12, l + 12)
 #elif SCOUT_W == 8
-#define SCOUT_EACH_FOUR(v, i, j, k, l) __builtin_shufflevector(v, v, i, j, k, l, i + 4, j + 4, k + 4, l + 4)
+#define SCOUT_EACH_FOUR(v, i, j, k, l) SCOUT_SHUFFLE(v, v, i, j, k, l, i + 4, j + 4, k + 4, l + 4)
 #else
-#define SCOUT_EACH_FOUR(v, i, j, k, l) __builtin_shufflevector(v, v, i, j, k, l)
+#define SCOUT_EACH_FOUR(v, i, j, k, l) SCOUT_SHUFFLE(v, v, i, j, k, l)
 #endif
 
 // -- integers for int8 tiles ---------------------------------------------------------------------------------------------
@@ -464,7 +472,7 @@ struct Int16Query {
       for (int g = 0; g < GB; g++) {
         const int bits = largest(most[g]);
         const float peak = load<float>(&bits);
-        if ((peak >= 2048.0f && peak <= 32766.0f) || peak == 0.0f) continue;
+        if ((peak >= 2048.0f && peak <= 32766.0f) || peak < 1.0e-30f) continue;  // or all of it rounds to 0
         if (!(peak < 3.0e38f)) {
           factors[g] = peak - peak;  // NaN
           continue;
@@ -649,20 +657,31 @@ void attend(const scout_chunk* c) {
   }
 }
 
+// Row after row, as they lie in memory: read two at a time, they came half as fast.
 template <class R>
 void code_dots(const uint8_t* codes, int64_t rows, int numbers, const float* weights, float* out) {
+  constexpr int AHEAD_BYTES = 2048;
   alignas(64) float laid[2 * SCOUT_MAX_HEAD_DIM];
   lay_out<R>(weights, laid, numbers);
-  const int64_t row_bytes = (int64_t)numbers * R::bytes, whole = rows / W * W;
-  // Far enough ahead for memory, a multiple of the rows that one turn of dots() takes.
-  constexpr int AHEAD = 4 * W;
-  for (int64_t r = 0; r < whole; r += W)
-    dots<FloatProduct<R>, 1>(codes + r * row_bytes, W, numbers, laid, out + r, 0,
-               r + AHEAD < whole ? codes + (r + AHEAD) * row_bytes : nullptr);
-  if (whole < rows) {
-    float rest[W];
-    dots<FloatProduct<R>, 1>(codes + whole * row_bytes, (int)(rows - whole), numbers, laid, rest, 0, nullptr);
-    __builtin_memcpy(out + whole, rest, (rows - whole) * sizeof(float));
+  const int64_t row_bytes = (int64_t)numbers * R::bytes;
+  for (int64_t r0 = 0; r0 < rows; r0 += W) {
+    vf sum[W];
+#pragma GCC unroll 4
+    for (int t = 0; t < W; t++) {
+      const uint8_t* at = codes + (r0 + t < rows ? r0 + t : rows - 1) * row_bytes;
+      vf a = vf{}, b = vf{};
+      for (int d = 0; d < numbers; d += 2 * W, at += 2 * W * R::bytes) {
+        __builtin_prefetch(at + AHEAD_BYTES, 0, 2);
+        vf x, y;
+        R::pair(at, x, y);
+        a += x * load<vf>(laid + d);
+        b += y * load<vf>(laid + d + W);
+      }
+      sum[slot(t)] = a + b;
+    }
+    float lanes[W];
+    store(lanes, sums(sum));
+    __builtin_memcpy(out + r0, lanes, (rows - r0 < W ? rows - r0 : W) * sizeof(float));
   }
 }
 
@@ -675,17 +694,17 @@ void score(const uint8_t* codes, int dtype, int64_t rows, int numbers, const flo
 }
 
 int64_t read(const uint8_t* from, int64_t bytes, const uint8_t* next) {
-  vi sum[4] = {};
-  constexpr int64_t STEP = 4 * sizeof(vi);
+  vu sum[4] = {};
+  constexpr int64_t STEP = 4 * sizeof(vu);
   int64_t at = 0;
   for (; at + STEP <= bytes; at += STEP) {
     if (next) prefetch_span(next + at, STEP);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) sum[i] += load<vi>(from + at + i * sizeof(vi));
+    for (int i = 0; i < 4; i++) sum[i] += load<vu>(from + at + i * sizeof(vu));
   }
   int64_t all = 0;
   for (; at < bytes; at++) all += from[at];
-  vi both = sum[0] + sum[1] + sum[2] + sum[3];
+  vu both = sum[0] + sum[1] + sum[2] + sum[3];
   for (int i = 0; i < W; i++) all += both[i];
   return all;
 }

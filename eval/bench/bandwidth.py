@@ -1,0 +1,58 @@
+"""Bare reads of memory, the yardstick: nothing is computed, and no attention can be faster."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import byref
+
+import torch
+
+from scout_hf.kernels.cpu import BlockLists
+from scout_hf.kernels.cpu.library import AttendArgs, Library
+
+
+class Reader:
+    """Reads by the native library, on one or several threads.
+
+    Parameters
+    ----------
+    library : Library
+    threads : int
+        One reads on the calling thread; several cost some ten microseconds to wake.
+    """
+
+    def __init__(self, library: Library, threads: int):
+        self._library, self._threads = library, threads
+        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+
+    def span(self, tensor: torch.Tensor) -> None:
+        """Read a contiguous tensor from its start to its end."""
+        start, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+        share = -(-size // self._threads // 4096) * 4096
+        parts = [(start + at, min(share, size - at), 1) for at in range(0, size, share)]
+        self._all(self._library.read_span, parts)
+
+    def tiles(self, store, lists: BlockLists) -> None:
+        """Read the tiles of a PagedKV that attention over these lists (int32, contiguous, no counts) would read."""
+        count = lists.ids.shape[2]
+        share = -(-count // self._threads)
+        parts = []
+        for first in range(0, count, share):
+            args = AttendArgs(store=store.native(), query_heads=store.heads, blocks_stride=count)
+            args.blocks = lists.ids.data_ptr() + first * lists.ids.element_size()
+            args.count = min(share, count - first)
+            parts.append((byref(args), 1))
+        self._all(self._library.read_tiles, parts)
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def _all(self, read, parts: list[tuple]) -> None:
+        if self._pool is None:
+            for part in parts:
+                read(*part)
+        else:
+            for job in [self._pool.submit(read, *part) for part in parts]:
+                job.result()

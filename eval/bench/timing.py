@@ -1,0 +1,78 @@
+"""Timing calls that compete for a machine: interleaved, in random order, told by medians and quartiles."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Prepare = Callable[[], Callable[[], Any]]
+"""Makes ready what a call needs, outside the timing, and returns the call."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one call, in the order they were taken."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """In seconds."""
+        return float(np.median(self.seconds))
+
+    def record(self, bytes_read: float | None = None) -> dict[str, Any]:
+        """For JSON, in milliseconds; with the rate in GB/s (1e9 bytes) at the median where bytes are given."""
+        low, middle, high = (1e3 * float(value) for value in np.percentile(self.seconds, (25, 50, 75)))
+        best = 1e3 * min(self.seconds)
+        facts = {"median_ms": middle, "q1_ms": low, "q3_ms": high, "best_ms": best, "n": len(self.seconds)}
+        if bytes_read is not None:
+            facts["gb_per_s"] = bytes_read / self.median / 1e9
+        return facts | {"ms": [round(1e3 * value, 4) for value in self.seconds]}
+
+
+def interleave(calls: Mapping[str, Prepare], repeat: int | Mapping[str, int], seed: int = 0) -> dict[str, Timing]:
+    """Time every call so many times, one after the other in an order that is drawn anew for every round.
+
+    Calls that are repeated less often are spread evenly over the rounds. Nothing is warmed up here.
+    """
+    counts = dict.fromkeys(calls, repeat) if isinstance(repeat, int) else repeat
+    rounds, order = max(counts.values()), random.Random(seed)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    with _without_collector():
+        for index in range(rounds):
+            due = [name for name in calls if (index + 1) * counts[name] // rounds > index * counts[name] // rounds]
+            for name in order.sample(due, len(due)):
+                seconds[name].append(timed(calls[name]()))
+            gc.collect()
+    return {name: Timing(tuple(taken)) for name, taken in seconds.items()}
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds that a call takes; freeing what it returns does not count."""
+    begin = time.perf_counter()
+    kept = call()
+    taken = time.perf_counter() - begin
+    del kept
+    return taken
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    # What is there already need not be looked at again after every round.
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_on:
+            gc.enable()

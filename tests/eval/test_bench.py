@@ -1,0 +1,200 @@
+"""The benchmarks at tiny sizes: every number is there and makes sense, tables, plots and files are made."""
+
+import io
+import json
+import math
+import os
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from scout_hf.cli import app
+from scout_hf.eval.bench import cpu_decode, cpu_kernel, llama, machine, memory, report, timing
+from scout_hf.kernels.cpu.library import load_library
+
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+needs_library = pytest.mark.skipif(load_library() is None, reason="the native library was not built")
+
+
+@pytest.fixture(scope="module")
+def kernel_record():
+    if load_library() is None:
+        pytest.skip("the native library was not built")
+    return cpu_kernel.run((64, 256), 1024, 4, 2, 32, 16, threads=1, repeat=3, dense=1)
+
+
+@pytest.fixture(scope="module")
+def decode_record():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_decode, "SPAN_BYTES", 1 << 24)
+        # One of them in a process of its own, as always, the others here: a process takes seconds to start.
+        fresh, kinds = memory.in_fresh_process, []
+
+        def measure(kind, *rest):
+            kinds.append(kind)
+            return (memory.measure if len(kinds) > 1 else fresh)(kind, *rest)
+
+        patch.setattr(memory, "in_fresh_process", measure)
+        return cpu_decode.run((0, 256), 64, 16, 1, 3, 2, prefill_tokens=64, memory_tokens=256, shape=TINY)
+
+
+def check_numbers(part, where=""):
+    """All numbers are finite and not negative, all times and rates positive."""
+    if isinstance(part, dict):
+        for name, value in part.items():
+            check_numbers(value, f"{where}.{name}")
+    elif isinstance(part, list):
+        for index, value in enumerate(part):
+            check_numbers(value, f"{where}[{index}]")
+    elif isinstance(part, (int, float)):
+        assert math.isfinite(part) and part >= 0, where
+        if where.endswith(("_ms", "gb_per_s", "bytes_per_token", ".n")) or ".ratios." in where:
+            assert part > 0, where
+
+
+def printed(record):
+    sink = io.StringIO()
+    report.show(record, Console(file=sink, width=80))
+    return sink.getvalue()
+
+
+def test_kernel_record_is_complete(kernel_record):
+    json.dumps(kernel_record, allow_nan=False)
+    check_numbers(kernel_record)
+    assert [row["tokens"] for row in kernel_record["attend"]] == [64, 256]
+    for row in kernel_record["attend"]:
+        assert row["kv_bytes"] == row["tokens"] * 2 * 2 * 32 * 2
+        assert row["kv_bytes"] / 2 < row["int8_bytes"] < row["kv_bytes"]
+        for name in ("native", "read", "torch", "int8", "int8_read", "sequential"):
+            assert row[name]["n"] == len(row[name]["ms"]) == 3
+            assert row[name]["best_ms"] <= row[name]["q1_ms"] <= row[name]["median_ms"] <= row[name]["q3_ms"]
+        assert {"read/native", "torch/native", "native/int8", "dense_folded/native"} < set(row["ratios"])
+    assert kernel_record["select"]["blocks"] == 64 and kernel_record["select"]["chosen"] == 16
+    assert {"native/read", "torch/native"} == set(kernel_record["select"]["ratios"])
+    assert kernel_record["machine"]["isa"] == load_library().isa
+    for error in kernel_record["int8_error"].values():
+        assert error["int8_to_bf16"]["relative"] > error["bf16_to_exact"]["relative"]
+        assert error["int8_to_bf16"]["relative"] < 0.2
+
+
+def test_decode_record_is_complete(decode_record):
+    json.dumps(decode_record, allow_nan=False)
+    check_numbers(decode_record)
+    assert [row["context"] for row in decode_record["contexts"]] == [0, 256]
+    for row in decode_record["contexts"]:
+        assert set(row["modes"]) == {"stock", "stock folded", "scout", "scout int8"}
+        assert len(row["ratios"]) == 4 and row["interleaved"]
+    long = decode_record["contexts"][1]["modes"]
+    assert long["stock"]["kv_share"] == 1 and 0.2 < long["scout"]["kv_share"] < 0.4
+    assert long["scout int8"]["kv_read_bytes"] < long["scout"]["kv_read_bytes"] < long["stock"]["kv_read_bytes"]
+    assert long["scout"]["digest_bytes"] > 0 and long["stock"]["copied_bytes"] > 2 * long["stock"]["kv_read_bytes"] - 1
+    assert decode_record["prefill"]["ratios"]["scout/stock"] > 0
+    assert [one["kind"] for one in decode_record["memory"]] == list(memory.KINDS)
+
+
+@pytest.mark.parametrize("name", ["kernel_record", "decode_record"])
+def test_tables_fit_a_terminal(name, request):
+    text = printed(request.getfixturevalue(name))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    for expected in ("ms", "GB/s", "int8", "256", torch.__version__):
+        assert expected in text
+
+
+@pytest.mark.parametrize("name", ["kernel_record", "decode_record"])
+def test_files_are_written(name, request, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    record = request.getfixturevalue(name)
+    lines = report.save(record, tmp_path)
+    assert json.loads((tmp_path / f"{record['benchmark']}.json").read_text()) == json.loads(json.dumps(record))
+    assert (tmp_path / f"{record['benchmark']}.png").read_bytes().startswith(b"\x89PNG") and len(lines) == 2
+
+
+def test_without_matplotlib_there_is_no_plot(decode_record, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    assert "scout_hf[bench]" in report.save(decode_record, tmp_path)[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["cpu_decode.json"]
+
+
+@needs_library
+def test_command_measures_and_writes(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    sizes = "--tokens 64 --cache-tokens 256 --heads 4 2 --head-dim 32 --repeat 3 --dense 0".split()
+    result = CliRunner().invoke(app, ["bench", "cpu-kernel", *sizes, "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "native" in result.stdout and f"wrote {tmp_path}" in result.stdout.replace("\n", "")
+    assert json.loads((tmp_path / "cpu_kernel.json").read_text())["settings"]["cache_tokens"] == 256
+
+
+@pytest.mark.parametrize("command", ["cpu-kernel", "cpu-decode"])
+def test_folder_that_is_not_there_is_refused(command, tmp_path):
+    result = CliRunner().invoke(app, ["bench", command, "--out", str(tmp_path / "nowhere")])
+    assert result.exit_code == 2
+    assert "error:" in result.stderr and "make it first" in result.stderr
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--tokens 100", "blocks of 32"),
+        ("--tokens 1024 --cache-tokens 512", "--cache-tokens"),
+        ("--heads 5 2", "multiple"),
+    ],
+)
+def test_wrong_sizes_are_refused(options, message):
+    result = CliRunner().invoke(app, ["bench", "cpu-kernel", *options.split()])
+    assert result.exit_code == 2 and message in result.stderr
+
+
+def test_more_threads_than_cpus_are_refused():
+    with pytest.raises(ValueError, match="--threads 100000"), machine.measuring(100000, print):
+        pass
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot pin")
+def test_affinity_and_threads_are_restored():
+    before, teams = os.sched_getaffinity(0), torch.get_num_threads()
+    with machine.measuring(1, lambda line: None) as company:
+        assert os.sched_getaffinity(0) == set(company.cpus) and len(company.cpus) == 1
+        assert torch.get_num_threads() == 1
+    assert os.sched_getaffinity(0) == before and torch.get_num_threads() == teams
+
+
+def test_others_on_the_machine_are_told(monkeypatch):
+    lines = []
+    monkeypatch.setattr(machine, "_load", lambda: 1000.0)
+    with machine.measuring(1, lines.append):
+        pass
+    assert len(lines) == 1 and lines[0].startswith("warning: load average 1000.0")
+
+
+def test_calls_alternate_and_rare_ones_are_spread():
+    order = []
+    calls = {name: lambda name=name: lambda: order.append(name) for name in ("often", "rare")}
+    times = timing.interleave(calls, {"often": 9, "rare": 3})
+    assert len(times["often"].seconds) == 9 and len(times["rare"].seconds) == 3
+    assert [order[part : part + 4].count("rare") for part in (0, 4, 8)] == [1, 1, 1]
+
+
+def test_twins_share_weights_and_agree():
+    model = llama.make_model(**TINY, num_hidden_layers=2)
+    folded, short = llama.twin(model, llama.FOLDED), llama.twin(model, layers=1)
+    assert folded.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert short.config.num_hidden_layers == 1 and model.config.num_hidden_layers == 2
+    from transformers import DynamicCache
+
+    outs = []
+    for one in (model, folded):
+        cache = llama.fill(DynamicCache(config=model.config), model.config, 64)
+        outs.append(one(torch.ones((1, 1), dtype=torch.long), past_key_values=cache).logits)
+    torch.testing.assert_close(outs[0], outs[1], atol=0.05, rtol=0.05)
