@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ def save(record: dict[str, Any], folder: Path) -> list[str]:
         from matplotlib.figure import Figure
     except ImportError:
         return [f"wrote {path}", NO_PLOT]
-    figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=150)
+    figure = Figure(figsize=(12, 4.6), layout="constrained", dpi=150)
     _PLOTS[name](record, figure)
     figure.supxlabel(_machine(record), fontsize=7, color="#666666")
     figure.savefig(folder / f"{name}.png")
@@ -168,9 +167,12 @@ def _plot_kernel(record: dict[str, Any], figure) -> None:
         style = {"color": COLOURS[name], "label": label, "linestyle": "--" if name in ("sequential", "read") else "-"}
         rates.plot(tokens, [row[name]["gb_per_s"] for row in rows], marker="o", markersize=4, **style)
         if name != "sequential":
-            _with_quartiles(times, tokens, [row[name] for row in rows], style)
+            ones = [row[name] for row in rows]
+            times.plot(tokens, [one["median_ms"] for one in ones], marker="o", markersize=4, **style)
+            low, high = ([one[name] for one in ones] for name in ("q1_ms", "q3_ms"))
+            times.fill_between(tokens, low, high, color=style["color"], alpha=0.15, linewidth=0)
     if whole := record["dense"]:
-        label = f"torch, all {whole['tokens']} tokens"
+        label = f"torch, all {_short(whole['tokens'])} tokens"
         times.axhline(whole["folded"]["median_ms"], color="#9467bd", linestyle=":", label=label)
     rates.set(ylabel="GB/s of keys and values as stored", ylim=(0, None), title="Rate")
     times.set(ylabel="ms per call (median, quartiles)", yscale="log", title="Time")
@@ -179,7 +181,9 @@ def _plot_kernel(record: dict[str, Any], figure) -> None:
         axes.set_xticks(tokens, [_short(count) for count in tokens], minor=False)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    times.yaxis.set_major_formatter("{x:g}")
+    named = {label: line for axes in (rates, times) for line, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(named.values(), named.keys(), fontsize=8, loc="outside right center")
     shape = f"{settings['query_heads']}/{settings['kv_heads']} heads of {settings['head_dim']}"
     blocks = f"blocks of {settings['block_size']} scattered over {_short(settings['cache_tokens'])} tokens"
     figure.suptitle(f"Decode attention on the CPU: {shape}, {blocks}", fontsize=11)
@@ -228,12 +232,6 @@ def _plot_decode(record: dict[str, Any], figure) -> None:
     heads = f"{model['num_attention_heads']}/{model['num_key_value_heads']} heads of {model['head_dim']}"
     shape = f"{model['num_hidden_layers']} layers, {heads}, {model['weight_bytes'] / 1e9:.2f} GB of {model['dtype']}"
     figure.suptitle(f"Decode step: {shape}, budget {_short(record['settings']['budget'])} tokens", fontsize=11)
-
-
-def _with_quartiles(axes, where: Sequence[float], ones: Sequence[dict[str, Any]], style: dict[str, Any]) -> None:
-    axes.plot(where, [one["median_ms"] for one in ones], marker="o", markersize=4, **style)
-    low, high = ([one[name] for one in ones] for name in ("q1_ms", "q3_ms"))
-    axes.fill_between(where, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def _short(count: int) -> str:

@@ -12,15 +12,21 @@ from typing import Any
 
 import numpy as np
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 Prepare = Callable[[], Callable[[], Any]]
 """Makes ready what a call needs, outside the timing, and returns the call."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of one call, in the order they were taken."""
+    """Times of one call, in the order they were taken, and whether the system let others go first meanwhile."""
 
     seconds: tuple[float, ...]
+    preempted: tuple[bool, ...]
 
     @property
     def median(self) -> float:
@@ -32,26 +38,29 @@ class Timing:
         low, middle, high = (1e3 * float(value) for value in np.percentile(self.seconds, (25, 50, 75)))
         best = 1e3 * min(self.seconds)
         facts = {"median_ms": middle, "q1_ms": low, "q3_ms": high, "best_ms": best, "n": len(self.seconds)}
+        facts["preempted"] = sum(self.preempted)
         if bytes_read is not None:
             facts["gb_per_s"] = bytes_read / self.median / 1e9
         return facts | {"ms": [round(1e3 * value, 4) for value in self.seconds]}
 
 
-def interleave(calls: Mapping[str, Prepare], repeat: int | Mapping[str, int], seed: int = 0) -> dict[str, Timing]:
+def interleave(calls: Mapping[Any, Prepare], repeat: int | Mapping[Any, int], seed: int = 0) -> dict[Any, Timing]:
     """Time every call so many times, one after the other in an order that is drawn anew for every round.
 
     Calls that are repeated less often are spread evenly over the rounds. Nothing is warmed up here.
     """
     counts = dict.fromkeys(calls, repeat) if isinstance(repeat, int) else repeat
     rounds, order = max(counts.values()), random.Random(seed)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    taken: dict[Any, list[tuple[float, bool]]] = {name: [] for name in calls}
     with _without_collector():
         for index in range(rounds):
             due = [name for name in calls if (index + 1) * counts[name] // rounds > index * counts[name] // rounds]
             for name in order.sample(due, len(due)):
-                seconds[name].append(timed(calls[name]()))
+                call, before = calls[name](), _preemptions()
+                seconds = timed(call)
+                taken[name].append((seconds, _preemptions() > before))
             gc.collect()
-    return {name: Timing(tuple(taken)) for name, taken in seconds.items()}
+    return {name: Timing(*zip(*pairs)) for name, pairs in taken.items()}
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -61,6 +70,12 @@ def timed(call: Callable[[], Any]) -> float:
     taken = time.perf_counter() - begin
     del kept
     return taken
+
+
+def _preemptions() -> int:
+    """How often the calling thread had to make room for another one; 0 where the system does not count."""
+    who = getattr(resource, "RUSAGE_THREAD", None)
+    return 0 if who is None else resource.getrusage(who).ru_nivcsw
 
 
 @contextmanager

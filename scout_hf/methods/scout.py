@@ -148,9 +148,11 @@ class Scout(Method):
             self._ticket = step.backend.start(*job)
 
     def _join_cpu(self, step) -> Attended:
-        ticket, self._ticket = self._ticket, None
         with step.counters.timed(self.layer_idx, "join"):
-            return ticket.wait()
+            share = self._ticket.wait()
+        # Only now: after an interrupt, a rollback must find the job to wait for it.
+        self._ticket = None
+        return share
 
     def _attend_residents(self, step, query: torch.Tensor) -> Partial:
         keys, values = self.resident.content()
@@ -223,7 +225,11 @@ class Scout(Method):
     def _start_recall(self, step) -> None:
         plan = self.resident.plan_recall(self._pick.ids, self._pick.usable_or_all(), self.kv.host.blocks)
         if plan is not None:
-            self._recall = step.movers.submit(plan.run, self.kv.host)
+            places = plan.addresses(self.kv.host)
+            held = (self.resident.keys, self.resident.values, self.kv.host.memory())
+            self._recall = places and step.backend.copy(*places, keep=held)
+            if self._recall is None:
+                self._recall = step.movers.submit(plan.run, self.kv.host)
             step.counters.recalled(self.layer_idx, plan.blocks, plan.moved_bytes)
 
     def _join_recall(self) -> None:

@@ -137,6 +137,21 @@ class Recall:
         self.blocks = int(real.sum())
         self.moved_bytes = self.blocks * 2 * resident.keys[0, 0, 0].numel() * resident.keys.element_size()
 
+    def addresses(self, host) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+        """What ``run`` would copy as bare memory: source and target addresses, and bytes of each copy.
+
+        None where blocks must be unpacked or another device is the target.
+        """
+        slots = self.resident.keys
+        if host.library is None or host.packed or not slots.is_cpu or slots.dtype != host.dtype:
+            return None
+        half = slots[0, 0, 0].nbytes
+        rows, heads, which = self.real.nonzero(as_tuple=True)
+        tiles = host.table.addresses[rows, self.ids[rows, heads, which]] + heads * (2 * half)
+        places = ((rows * slots.shape[1] + heads) * slots.shape[2] + self.slots[rows, heads, which]) * half
+        targets = [places + self.resident.keys.data_ptr(), places + self.resident.values.data_ptr()]
+        return torch.cat([tiles, tiles + half]), torch.cat(targets), half
+
     def run(self, host) -> None:
         """Copy from ``host`` (a PagedKV). Nothing reads these slots before the transfer is joined."""
         keys, values = _fetch(host, self.ids)

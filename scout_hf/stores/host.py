@@ -53,6 +53,10 @@ class PagedKV:
         """Bytes of the pages in use, those shared with forks counted once."""
         return self.table.pool.used_pages * self.table.pool.page_bytes
 
+    def memory(self) -> tuple[torch.Tensor, ...]:
+        """All that ``native()`` points to."""
+        return (self.table.places, *self.table.pool.slabs)
+
     def native(self) -> StoreArgs | None:
         """This store as the native library sees it, valid until it is next changed; None where that cannot be."""
         if self.library is None:

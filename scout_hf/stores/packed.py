@@ -37,6 +37,9 @@ class PackedKV(PagedKV):
         """Bytes of the pages in use and of the block being filled."""
         return super().used_bytes + self.tail.numel() * self.tail.element_size()
 
+    def memory(self) -> tuple[torch.Tensor, ...]:
+        return (*super().memory(), self.tail)
+
     def native(self) -> StoreArgs | None:
         args = super().native()
         if args is not None:
@@ -56,8 +59,10 @@ class PackedKV(PagedKV):
             # Block by block of all heads: the way without a compiler need not be fast.
             pages = self.table.ids.gather(1, blocks.clamp(max=whole - 1).reshape(batch, -1)).reshape(-1)
             which = torch.arange(heads).view(1, heads, 1).expand(batch, heads, count).reshape(-1)
-            for slab, here, local in self.table.pool.by_slab(pages):
-                got = unpack(slab[local, which[here]], self.block_size, self.head_dim, self.dtype)
+            pool = self.table.pool
+            for slab, start in zip(pool.slabs, pool.starts):
+                here = ((pages >= start) & (pages < start + len(slab))).nonzero().squeeze(1)
+                got = unpack(slab[pages[here] - start, which[here]], self.block_size, self.head_dim, self.dtype)
                 keys.view(-1, self.block_size, self.head_dim)[here] = got[0]
                 values.view(-1, self.block_size, self.head_dim)[here] = got[1]
         for row, head, place in (blocks >= whole).nonzero().tolist():

@@ -1,14 +1,17 @@
 """Errors, delays and garbage in reused memory: errors surface and leave nothing behind, the rest changes nothing."""
 
+import ctypes
 import random
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import scout_hf
-from scout_hf.kernels.cpu.torch_backend import _Scratch
+from scout_hf.kernels.cpu.pool import NativePool
+from scout_hf.kernels.cpu.torch_backend import TorchBackend, _Scratch
 from scout_hf.kernels.cpu.workers import Workers
 from scout_hf.methods import scout
 from scout_hf.stores.pages import PagePool
@@ -24,11 +27,18 @@ from tests.integration.common import (
     prompt,
     run,
 )
+from tests.libraries import ISAS
 from tests.patches.tiny import tiny_model
 
-REAL_SHARE, REAL_SUBMIT, REAL_PAIR = scout.cpu_share, Workers.submit, _Scratch.pair
+REAL_ATTEND, REAL_PAIR, REAL_PACK = TorchBackend.attend_blocks, _Scratch.pair, scout.pack_lists
+REAL_SUBMIT, REAL_NATIVE_SUBMIT = Workers.submit, NativePool.submit
 REAL_ALLOCATE, REAL_RECYCLE = PagePool.allocate, PagePool._recycle
 REAL_EMPTY, REAL_NEW_EMPTY = torch.empty, torch.Tensor.new_empty
+
+
+TORCH, NATIVELY = {"cpu_backend": "torch"}, {"cpu_backend": "native"}
+INT8 = NATIVELY | {"host_dtype": "int8"}
+RECALLING = [TORCH, NATIVELY, INT8] if ISAS else [TORCH]
 
 
 class Planted(Exception):
@@ -112,37 +122,85 @@ def test_a_hybrid_model_that_raises(monkeypatch, after):
     assert (logits(got) - logits(expected)[after:]).abs().max() <= 1e-4
 
 
-def test_a_cpu_job_that_raises(monkeypatch):
-    model = llama()
-    with scout_hf.patch(model, **LOSSY) as handle:
+def raise_in_torch(monkeypatch, plant):
+    """The job itself, in its thread."""
+
+    def attend_blocks(*args):
+        plant()
+        return REAL_ATTEND(*args)
+
+    monkeypatch.setattr(TorchBackend, "attend_blocks", attend_blocks)
+
+
+def raise_at_submit(monkeypatch, plant):
+    """The native pool does not take the job. Copies for a recall have no result."""
+
+    def submit(*args, **options):
+        if "result" in options:
+            plant()
+        return REAL_NATIVE_SUBMIT(*args, **options)
+
+    monkeypatch.setattr(NativePool, "submit", submit)
+
+
+def raise_in_native_code(monkeypatch, plant):
+    """A job that finds a block which is not there, and says so when it is joined."""
+
+    def pack_lists(*args):
+        lists = REAL_PACK(*args)
+        try:
+            plant()
+        except Planted:
+            lists.ids.fill_(2**20)
+        return lists
+
+    monkeypatch.setattr(scout, "pack_lists", pack_lists)
+
+
+NATIVE = pytest.mark.skipif(not ISAS, reason="no native library")
+JOB_ERRORS = [
+    pytest.param("torch", raise_in_torch, Planted),
+    pytest.param("native", raise_at_submit, Planted, marks=NATIVE),
+    pytest.param("native", raise_in_native_code, RuntimeError, marks=NATIVE),
+]
+
+
+@pytest.mark.parametrize("host_dtype", [None, "int8"])
+@pytest.mark.parametrize(("backend", "way", "error"), JOB_ERRORS)
+def test_a_cpu_job_that_raises(monkeypatch, backend, way, error, host_dtype):
+    model, calls = llama(), []
+
+    def plant():
+        calls.append(None)
+        if len(calls) == 6:
+            raise Planted("planted")
+
+    with scout_hf.patch(model, **LOSSY, cpu_backend=backend, host_dtype=host_dtype) as handle:
         expected = run(model, prompt())
-        calls = []
-
-        def share(*args):
-            calls.append(None)
-            if len(calls) == 6:
-                raise Planted("planted")
-            return REAL_SHARE(*args)
-
-        monkeypatch.setattr(scout, "cpu_share", share)
+        way(monkeypatch, plant)
         cache = handle.new_cache()
-        with pytest.raises(Planted):
+        with pytest.raises(error):
             run(model, prompt(), past_key_values=cache)
         assert [layer.get_seq_length() for layer in cache.layers] == [51] * 4
+        assert all(layer.method._ticket is None and layer.method._pick is None for layer in cache.layers)
         assert_equal(run(model, prompt()), expected)
         assert len(calls) > 6
 
 
-def test_a_recall_that_raises(monkeypatch):
+@pytest.mark.parametrize("backend", RECALLING, ids=str)
+def test_a_recall_that_raises(monkeypatch, backend):
+    """In Python's thread, or where the native pool says at the join that it never ran."""
     model = llama()
-    with scout_hf.patch(model, **LOSSY) as handle:
+    with scout_hf.patch(model, **LOSSY, **backend) as handle:
         expected = run(model, prompt())
 
-        def run_recall(self, host):
+        def fail(*args, **options):
             raise Planted("planted")
 
         with monkeypatch.context() as planted:
-            planted.setattr("scout_hf.stores.device.Recall.run", run_recall)
+            planted.setattr("scout_hf.stores.device.Recall.run", fail)
+            never_run = SimpleNamespace(wait=fail, drain=lambda: False)
+            planted.setattr("scout_hf.kernels.cpu.native_backend.NativeBackend.copy", lambda *args, **_: never_run)
             cache = handle.new_cache()
             with pytest.raises(Planted):
                 run(model, prompt(), past_key_values=cache)
@@ -151,17 +209,26 @@ def test_a_recall_that_raises(monkeypatch):
 
 
 def delayed_jobs(monkeypatch):
+    """The CPU's share comes late, whoever computes it: natively it has to wait for a word that a timer raises."""
     dice = random.Random(0)
 
-    def share(*args):
+    def attend_blocks(*args):
         time.sleep(dice.random() * 0.004)
-        return REAL_SHARE(*args)
+        return REAL_ATTEND(*args)
 
-    monkeypatch.setattr(scout, "cpu_share", share)
+    def submit(self, entry, args, keep=(), **options):
+        word = ctypes.c_uint64(0)
+        flag = {"flag": ctypes.addressof(word), "value": 1}
+        ticket = REAL_NATIVE_SUBMIT(self, entry, args, keep=(keep, word), **options, **flag)
+        threading.Timer(dice.random() * 0.004, setattr, (word, "value", 1)).start()
+        return ticket
+
+    monkeypatch.setattr(TorchBackend, "attend_blocks", attend_blocks)
+    monkeypatch.setattr(NativePool, "submit", submit)
 
 
 def delayed_submit(monkeypatch):
-    """Every job, recalls too, starts late and ends late."""
+    """Every job of Python's threads, recalls too, starts late and ends late."""
     dice = random.Random(1)
 
     def submit(self, job, *args):
@@ -185,11 +252,11 @@ def spoiled_scratch(monkeypatch):
 
 
 def spoiled_pages(monkeypatch):
-    """Pages are NaN when they are handed out and again when they are given back."""
+    """Pages are NaN, those of int8 by their scales, when they are handed out and again when they are given back."""
 
     def fill(pool, ids):
         for slab, _, local in pool.by_slab(ids):
-            slab[local] = torch.nan
+            slab.view(torch.uint8)[local] = 0xFF
 
     def allocate(self, count):
         ids = REAL_ALLOCATE(self, count)
@@ -217,15 +284,20 @@ def spoiled_buffers(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
 
 
-DISTURBANCES = [delayed_jobs, delayed_submit, spoiled_scratch, spoiled_pages, spoiled_buffers]
+DISTURBANCES = [
+    *((TORCH, way) for way in (delayed_jobs, delayed_submit, spoiled_scratch, spoiled_pages, spoiled_buffers)),
+    *((NATIVELY, way) for way in (delayed_jobs, spoiled_pages, spoiled_buffers) if ISAS),
+    *((INT8, way) for way in (delayed_jobs, delayed_submit, spoiled_pages, spoiled_buffers) if ISAS),
+]
+DISTURBED = pytest.mark.parametrize(("backend", "disturb"), DISTURBANCES)
 
 
 @pytest.mark.parametrize("inputs", [prompt(), left_padded(0, 13)], ids=["one row", "padded"])
 @pytest.mark.parametrize("options", [LOSSY, LOSSY | {"split": "off"}], ids=["two tiers", "one tier"])
-@pytest.mark.parametrize("disturb", DISTURBANCES)
-def test_not_one_logit_changes(monkeypatch, disturb, options, inputs):
+@DISTURBED
+def test_not_one_logit_changes(monkeypatch, backend, disturb, options, inputs):
     model = llama()
-    with scout_hf.patch(model, **options) as handle:
+    with scout_hf.patch(model, **options, **backend) as handle:
         expected = run(model, inputs, new=18)
         if options["split"] == "cpu":
             assert handle.stats().recalled_blocks and handle.stats().cpu_ratio and handle.stats().cosine
@@ -234,19 +306,19 @@ def test_not_one_logit_changes(monkeypatch, disturb, options, inputs):
             assert_equal(run(model, inputs, new=18), expected)
 
 
-@pytest.mark.parametrize("disturb", [delayed_jobs, delayed_submit])
-def test_a_late_recall_is_waited_for(monkeypatch, disturb):
+@pytest.mark.parametrize(("backend", "disturb"), [one for one in DISTURBANCES if one[1] in (delayed_jobs, delayed_submit)])
+def test_a_late_recall_is_waited_for(monkeypatch, backend, disturb):
     """With a single layer no other layer's job stands between a recall and the slots being read."""
     model = llama(num_hidden_layers=1)
-    with scout_hf.patch(model, **LOSSY) as handle:
+    with scout_hf.patch(model, **LOSSY, **backend) as handle:
         expected = run(model, prompt(), new=18)
         assert handle.stats().recalled_blocks
         disturb(monkeypatch)
         assert_equal(run(model, prompt(), new=18), expected)
 
 
-@pytest.mark.parametrize("disturb", DISTURBANCES)
-def test_not_one_logit_changes_with_beams_and_forks(monkeypatch, disturb):
+@DISTURBED
+def test_not_one_logit_changes_with_beams_and_forks(monkeypatch, backend, disturb):
     """Shared pages, copies before writing and recycled pages."""
     model = llama()
 
@@ -261,8 +333,22 @@ def test_not_one_logit_changes_with_beams_and_forks(monkeypatch, disturb):
             logits(run(model, longer[:, :-3], past_key_values=cache)),
         )
 
-    with scout_hf.patch(model, **LOSSY):
+    with scout_hf.patch(model, **LOSSY, **backend):
         expected = everything()
         disturb(monkeypatch)
         for got, before in zip(everything(), expected):
             assert torch.equal(got, before)
+
+
+@NATIVE
+def test_not_waiting_for_a_job_is_seen(monkeypatch):
+    """Negative control of the delays, and of the NaN in what a job is to fill."""
+    model = llama()
+    with scout_hf.patch(model, **LOSSY, **NATIVELY):
+        expected = run(model, prompt(), new=3)
+        delayed_jobs(monkeypatch)
+        spoiled_buffers(monkeypatch)
+        assert_equal(run(model, prompt(), new=3), expected)
+        monkeypatch.setattr("scout_hf.kernels.cpu.pool.Ticket.wait", lambda ticket: ticket._result and ticket._result())
+        got = run(model, prompt(), new=3)
+    assert not torch.equal(logits(got), logits(expected))

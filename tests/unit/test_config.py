@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import scout_hf
@@ -28,6 +29,7 @@ REFUSED = {
     "recall": [0, -3, 0.0, 1.5, -0.1, True, False, NAN, "0.12", [3, 4], (3,)],
     "resident": [0, -1, 31, 64.0, True, "64"],
     "threads": [0, -2, 1.0, True, "4"],
+    "host_dtype": ["int4", "INT8", "bfloat16", 8, True, torch.int8, ["int8"]],
     "cpu_backend": [None, 0, True],
 }
 TAKEN = {
@@ -44,7 +46,8 @@ TAKEN = {
     "recall": [None, 1, 50, 0.12, 1.0, PROFILE],
     "resident": [None, 256, 4096],
     "threads": [None, 1, 64],
-    "cpu_backend": ["auto", "torch"],
+    "host_dtype": [None, "int8"],
+    "cpu_backend": ["auto", "torch", "native"],
 }
 FIELDS = [field.name for field in dataclasses.fields(ScoutConfig)]
 
@@ -85,7 +88,7 @@ def test_allowed_values_are_kept(name, value):
     assert type(kept) is (tuple if isinstance(value, list) else type(value))
 
 
-@pytest.mark.parametrize("name", ["split", "cpu_query", "block_size"])
+@pytest.mark.parametrize("name", ["split", "cpu_query", "block_size", "host_dtype"])
 def test_a_refusal_lists_every_choice(name):
     with pytest.raises(ConfigError) as caught:
         ScoutConfig(**{name: "nonsense"})

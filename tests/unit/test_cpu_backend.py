@@ -7,7 +7,10 @@ import ctypes
 import gc
 import pickle
 import random
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +33,7 @@ ERROR = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.f
 INT8_ERROR = 1.5e-2
 """Natively the weights of int8 values are rounded too, to 1/255 of a tile's largest: half that of values up to 4."""
 GARBAGE = 2**30
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -526,16 +530,47 @@ def test_threads_of_the_background_are_kept_by_copies():
         assert copy.deepcopy(make_backend(name, 3)).threads == 3
 
 
-def test_a_job_that_a_closed_pool_dropped_says_so():
-    """It waits for a flag that nobody raises."""
-    if not ISAS:
-        pytest.skip("no native library")
-    backend, word = make_backend("native"), ctypes.c_uint64(0)
-    submit = backend._pool.submit
+def held_back(backend):
+    """Jobs of this native backend wait for the word that is returned."""
+    word, submit = ctypes.c_uint64(0), backend._pool.submit
     backend._pool.submit = lambda *args, **options: submit(*args, **options, flag=ctypes.addressof(word), value=1)
+    return word
+
+
+@pytest.mark.skipif(not ISAS, reason="no native library")
+def test_a_job_that_a_closed_pool_dropped_says_so():
+    backend = make_backend("native")
+    word = held_back(backend)
     ticket = backend.start(make_query(1), make_store(20), None, 0.3)
-    assert not ticket.done()
+    assert not ticket.done() and not word.value
     backend.close()
     with pytest.raises(CacheStateError, match="never run"):
         ticket.wait()
     assert not ticket.drain()
+
+
+@pytest.mark.skipif(not ISAS, reason="no native library")
+def test_a_job_outlives_its_store():
+    """An interrupt may lose the ticket of a job whose cache then goes: in a process of its own, which may crash."""
+    code = """
+import gc, torch
+from scout_hf.kernels.cpu import make_backend
+from scout_hf.stores import PackedKV, PagedKV
+from tests.unit.test_cpu_backend import assert_same, held_back, make_query, make_store
+backend = make_backend("native")
+for kind in (PagedKV, PackedKV):
+    store, query = make_store(9000, dim=128, size=32, kind=kind), make_query(4, dim=128)
+    assert store.table.pool.slabs[-1].nbytes > 4 << 20  # large enough to be unmapped when it goes
+    expected = backend.attend_blocks(query, store, None, 0.1)
+    word = held_back(backend)
+    ticket = backend.start(query, store, None, 0.1)
+    del store
+    gc.collect()
+    word.value = 1
+    assert_same(ticket.wait(), expected)
+    del backend._pool.submit
+"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr or ran.returncode
+
+

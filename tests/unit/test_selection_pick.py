@@ -12,12 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scout_hf import ScoutConfig
-from scout_hf.selection import Selector, choose
+from scout_hf.kernels.cpu import make_backend
+from scout_hf.selection import Selector, choose, pack_lists
 from scout_hf.selection.pick import everything
 from scout_hf.step import Step
+from tests.libraries import ISAS
 from tests.unit.naive import QUICK
 
-BATCH, HEADS, GROUP, DIM, SIZE = 3, 2, 2, 4, 8
+BATCH, HEADS, GROUP, DIM, SIZE = 3, 2, 2, 8, 8
+USED = {"backend": None}
+
+
+@pytest.fixture(autouse=True, params=["torch", "native"][: 1 + bool(ISAS)])
+def scoring_backend(request, monkeypatch):
+    """What scores the digests of all steps of a test."""
+    monkeypatch.setitem(USED, "backend", make_backend(request.param))
 
 
 def naive_choose(scores, counts, sinks, exists):
@@ -85,7 +94,7 @@ def step_of(tokens, padding=None):
     if padding:
         mask = torch.arange(tokens) >= torch.tensor(padding)[:, None]
     required = {field.name: None for field in fields(Step) if field.default is field.default_factory is MISSING}
-    return Step(**{**required, "queries": 1, "tokens": tokens, "mask": mask})
+    return Step(**{**required, "queries": 1, "tokens": tokens, "mask": mask, **USED})
 
 
 def selector_for(tokens, padding=None, **options):
@@ -164,6 +173,31 @@ def test_picks_are_the_best_by_score(options, padding):
     sinks = math.ceil(options.get("sinks", 0) / SIZE)
     expected = naive_choose(scores, counts, sinks, exists)
     assert [sorted(row) for row in chosen(pick)] == [sorted(row) for row in expected]
+
+
+def test_the_native_backend_scores_for_itself(monkeypatch):
+    selector, step, query = selector_for(83, budget=24)
+    monkeypatch.setattr(selector.digest, "score", None)
+    if step.backend.name == "native":
+        selector.pick(step, query, 10, HEADS)
+    else:
+        with pytest.raises(TypeError):
+            selector.pick(step, query, 10, HEADS)
+
+
+@QUICK
+@given(st.integers(0, 10**6), st.integers(0, 9))
+def test_packed_lists_keep_what_is_usable_in_its_order(seed, length):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.rand(BATCH, HEADS, 12, generator=generator).argsort(2)[:, :, :length]
+    usable = torch.rand(ids.shape, generator=generator) < torch.rand(BATCH, HEADS, 1, generator=generator)
+    lists = pack_lists(ids, usable)
+    assert lists.ids.dtype == lists.counts.dtype == torch.int32 and lists.counts.shape == (BATCH, HEADS)
+    assert lists.ids.shape[2] == int(usable.sum(2).max() if length else 0)
+    for row in range(BATCH):
+        for head in range(HEADS):
+            packed = lists.ids[row, head, : lists.counts[row, head]].tolist()
+            assert packed == ids[row, head][usable[row, head]].tolist()
 
 
 def test_no_open_block_at_all():

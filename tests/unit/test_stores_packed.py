@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scout_hf.errors import UnsupportedModelError
@@ -151,7 +151,7 @@ def one_operation(trios, dice):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@QUICK
+@settings(QUICK, max_examples=10)
 @given(seed=st.integers(0, 10**6))
 def test_any_sequence_of_operations(dtype, seed):
     dice = random.Random(seed)

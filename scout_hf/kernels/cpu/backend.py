@@ -119,6 +119,13 @@ class CpuBackend(ABC):
         """Scores (batch, kv_heads, blocks) of float32 of all these digests, as in ``select``; None if it has no way."""
         return None
 
+    def copy(self, sources: torch.Tensor, targets: torch.Tensor, copy_bytes: int, keep: Any) -> Any:
+        """Copies of ``copy_bytes`` bytes each between addresses, int64 on the CPU, in the background: a ticket.
+
+        ``keep`` holds the memory on both sides. None if this backend has no way of its own.
+        """
+        return None
+
     def close(self) -> None:
         """End the threads; they start again when needed."""
         self._workers.close()

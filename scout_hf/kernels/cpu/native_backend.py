@@ -10,7 +10,7 @@ from scout_hf.errors import CacheStateError
 from scout_hf.fusion import Partial
 from scout_hf.kernels.cpu.backend import Attended, BlockLists, CpuBackend
 from scout_hf.kernels.cpu.library import DTYPES, AttendArgs, SelectArgs, check, load_library
-from scout_hf.kernels.cpu.pool import NativePool, quick
+from scout_hf.kernels.cpu.pool import CopyArgs, NativePool, quick
 from scout_hf.kernels.cpu.torch_backend import TorchBackend
 
 
@@ -29,6 +29,7 @@ class NativeBackend(CpuBackend):
         if self._library is not None:
             self._pool = NativePool(self._library.handle, threads)
             self._submit = quick(self._library.handle, "scout_submit_attend")
+            self._copy = quick(self._library.handle, "scout_submit_copy")
 
     def attend_blocks(self, query, store, lists: BlockLists | None, scale, softcap=None, exists=None) -> Attended:
         args, partial, _ = self._describe(query, store, lists, scale, softcap, exists)
@@ -46,8 +47,8 @@ class NativeBackend(CpuBackend):
             check(args.status, "blocks to attend")
             return Attended(partial, args.attended)
 
-        # The table may be replaced, the memory behind it not before the job is joined.
-        return self._pool.submit(self._submit, args, keep=(keep, partial, store.table.places), result=result)
+        # An interrupt may take the ticket and the store away while the job runs.
+        return self._pool.submit(self._submit, args, keep=(keep, partial, store.memory()), result=result)
 
     def select(self, scorer, query, codes, count, sinks, newest, block_size, exists) -> BlockLists | None:
         if not self._scores(scorer, query, codes, exists):
@@ -75,7 +76,8 @@ class NativeBackend(CpuBackend):
         return scores
 
     def _scores(self, scorer, query, codes, exists) -> bool:
-        ours = scorer == "minmax" and self._library is not None and _served(query, codes, exists)
+        ours = scorer == "minmax" and self._library is not None and codes.dtype in DTYPES
+        ours = ours and _served(query, codes, exists)
         return ours and codes.shape[3] % 16 == 0 and codes.stride(2) == codes.shape[3]
 
     def _select(self, query: torch.Tensor, codes: torch.Tensor, **choice: int) -> None:
@@ -99,6 +101,12 @@ class NativeBackend(CpuBackend):
             **choice,
         )
         check(self._library.select(byref(args), torch.get_num_threads()), "digests to score")
+
+    def copy(self, sources, targets, copy_bytes, keep):
+        if self._library is None:
+            return None
+        args = CopyArgs(sources.data_ptr(), targets.data_ptr(), len(sources), copy_bytes)
+        return self._pool.submit(self._copy, args, keep=(sources, targets, keep))
 
     def close(self) -> None:
         super().close()
