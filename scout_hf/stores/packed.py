@@ -62,6 +62,8 @@ class PackedKV(PagedKV):
             pool = self.table.pool
             for slab, start in zip(pool.slabs, pool.starts):
                 here = ((pages >= start) & (pages < start + len(slab))).nonzero().squeeze(1)
+                if not len(here):
+                    continue
                 got = unpack(slab[pages[here] - start, which[here]], self.block_size, self.head_dim, self.dtype)
                 keys.view(-1, self.block_size, self.head_dim)[here] = got[0]
                 values.view(-1, self.block_size, self.head_dim)[here] = got[1]

@@ -2,12 +2,14 @@
 
 import copy
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 import scout_hf
 from scout_hf import ScoutCache
+from scout_hf.kernels.cpu import BlockLists, find_backend
 from tests.integration.common import (
     ONE_TIER,
     TWO_TIERS,
@@ -19,17 +21,21 @@ from tests.integration.common import (
     prompt,
     run,
 )
+from tests.libraries import ISAS, without_library
 
 SETTINGS = {
     f"{tier} {size}": options | {"block_size": size, "window": 8}
     for tier, options in (("one tier", ONE_TIER), ("two tiers", TWO_TIERS))
     for size in (8, 16)
 }
+WAYS = [*SETTINGS, *((f"{tier}, torch alone" for tier in ("one tier 16", "two tiers 8")) if ISAS else ())]
 
 
-@pytest.fixture(scope="module", params=SETTINGS, ids=str)
+@pytest.fixture(scope="module", params=WAYS, ids=str)
 def settings(request):
-    return SETTINGS[request.param]
+    name, _, alone = request.param.partition(", ")
+    with without_library() if alone else nullcontext():
+        yield SETTINGS[name]
 
 
 @pytest.fixture(scope="module")
@@ -261,17 +267,28 @@ def model_cache(model):
     return handle.new_cache() if handle else None
 
 
-def test_a_planted_error_is_seen(stock, monkeypatch):
+@pytest.mark.parametrize("options", [ONE_TIER, TWO_TIERS], ids=["one tier", "two tiers"])
+@pytest.mark.parametrize("name", ["torch", "native"][: 1 + bool(ISAS)])
+def test_a_planted_error_is_seen(stock, monkeypatch, name, options):
     """The tolerance is far below the effect of one block that is left out."""
-    from scout_hf.kernels.cpu.torch_backend import TorchBackend
+    backend, left_out = find_backend(name), []
 
-    whole = TorchBackend.attend_blocks
+    def without_one(job):
+        def start(self, query, store, lists, *args):
+            if lists is None:
+                lists = BlockLists(torch.arange(store.blocks).expand(store.batch, store.heads, -1).int(), None)
+            counts = None if lists.counts is None else (lists.counts - 1).clamp(min=0)
+            left_out.append(int(lists.ids.shape[2]))
+            return job(self, query, store, BlockLists(lists.ids[:, :, 1:].contiguous(), counts), *args)
+
+        return start
+
     model = llama()
-    with scout_hf.patch(model, **TWO_TIERS):
-        monkeypatch.setattr(
-            TorchBackend, "attend_blocks", lambda self, query, store, blocks, *args: whole(
-                self, query, store, blocks[:, :, 1:], *args[:-1], None
-            )
-        )  # fmt: skip
-        got, expected = run(model, prompt(), new=2), run(stock, prompt(), new=2)
-    assert (logits(got) - logits(expected)).abs().max() > 1e-4
+    with scout_hf.patch(model, **options, cpu_backend=name):
+        expected = run(stock, prompt(), new=2)
+        assert_close(run(model, prompt(), new=2), expected)
+        # On two tiers jobs are started; torch's then call the other.
+        changed = "start" if options["split"] == "cpu" else "attend_blocks"
+        monkeypatch.setattr(backend, changed, without_one(getattr(backend, changed)))
+        got = run(model, prompt(), new=2)
+    assert left_out and (logits(got) - logits(expected)).abs().max() > 1e-4
