@@ -33,7 +33,9 @@ lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-$(VENV)/.installed: pyproject.toml
+NATIVE = setup.py $(wildcard scout_hf/kernels/cpu/native/*)
+
+$(VENV)/.installed: pyproject.toml $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q "$(TORCH)"
 	$(VENV)/bin/pip install -q -e .
@@ -43,7 +45,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(VENV)/bin/pip install -q -e ".[test]"
 	touch $@
 
-$(VENV)-%/.installed-test: pyproject.toml
+$(VENV)-%/.installed-test: pyproject.toml $(NATIVE)
 	$(PYTHON) -m venv $(VENV)-$*
 	$(VENV)-$*/bin/pip install -q "$(TORCH)"
 	$(VENV)-$*/bin/pip install -q -e ".[test]" "transformers==$*"
@@ -52,4 +54,4 @@ $(VENV)-%/.installed-test: pyproject.toml
 .SECONDARY:
 
 clean:
-	rm -rf $(VENV) $(VENV)-* build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-* build dist *.egg-info scout_hf/kernels/cpu/_scout_cpu.*

@@ -24,6 +24,7 @@ from scout_hf.eval.pocket.evaluate import usual_facts
 FULL = "full attention"
 MODES: dict[str, dict[str, Any]] = {
     "real query": {"split": "off"},
+    "real query, int8": {"split": "off", "host_dtype": "int8"},
     "predicted query": {"split": "cpu", "layer_ahead": True},
     "random blocks": {"split": "off", "digest": "random"},
     "recent blocks": {"split": "off", "digest": "recent"},

@@ -1,4 +1,4 @@
-"""Bare reads of memory, the yardstick: nothing is computed, and no attention can be faster."""
+"""Bare reads of memory, the yardstick: everything is fetched and added up, nothing else is computed."""
 
 from __future__ import annotations
 

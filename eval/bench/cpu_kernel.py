@@ -74,7 +74,7 @@ def run(
         for count in tokens:
             tell(f"attending to {count} of {cache_tokens} tokens, {repeat} x 6 calls")
             rows.append(bench.attend(count, repeat))
-        tell(f"choosing among {bench.blocks} blocks, {repeat} x 4 calls")
+        tell(f"choosing among {bench.blocks} blocks, {repeat} x 5 calls")
         select = bench.select(tokens, repeat)
         if dense:
             tell(f"torch over all {cache_tokens} tokens, {dense} x 2 calls")
@@ -175,11 +175,15 @@ class _Bench:
             settings = (count, sinks, 0, self.size, None)
             return lambda: self.native.select("minmax", query, codes, *settings)
 
+        def score():
+            query, codes = self._query(), self._cold(self.codes)
+            return lambda: self.native.score("minmax", query, codes)
+
         def by_torch():
             query, codes = self._query(), self._cold(self.codes)
             return lambda: choose(digest.score(query, codes), count, sinks, None)
 
-        def score():
+        def score_by_torch():
             query, codes = self._query(), self._cold(self.codes)
             return lambda: digest.score(query, codes)
 
@@ -189,7 +193,13 @@ class _Bench:
             parts = [codes[0, head] for head in range(self.kv_heads)]
             return lambda: [self.reader.span(part) for part in parts]
 
-        calls = {"native": native, "read": read, "torch": by_torch, "torch_score": score}
+        calls = {
+            "native": native,
+            "native_score": score,
+            "read": read,
+            "torch": by_torch,
+            "torch_score": score_by_torch,
+        }
         times = self._time(calls, repeat)
         size = self.codes[0].numel() * self.codes[0].element_size()
         return {
@@ -197,7 +207,7 @@ class _Bench:
             "chosen": count,
             "digest_bytes": size,
             **{name: times[name].record(size) for name in calls},
-            "ratios": _ratios(times, ("native/read", "torch/native")),
+            "ratios": _ratios(times, ("native/read", "native_score/read", "torch/native")),
         }
 
     def dense(self, repeat: int) -> dict[str, Any]:

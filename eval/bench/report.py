@@ -72,8 +72,15 @@ def _kernel_tables(record: dict[str, Any]):
     yield table
     select = record["select"]
     size = f"{select['digest_bytes'] / 2**20:.1f} MiB of digests"
-    names = ("native", "read", "torch", "torch_score")
-    table = _table(f"choosing {select['chosen']} of {select['blocks']} blocks, {size}", "", *names)
+    names = ("native", "native_score", "read", "torch")
+    table = _table(
+        f"choosing {select['chosen']} of {select['blocks']} blocks, {size}",
+        "",
+        "native",
+        "scores alone",
+        "read",
+        "torch",
+    )
     table.add_row("ms", *(_time(select[name]) for name in names))
     table.add_row("GB/s", *(f"{select[name]['gb_per_s']:.1f}" for name in names))
     yield table

@@ -79,7 +79,7 @@ def test_kernel_record_is_complete(kernel_record):
             assert row[name]["best_ms"] <= row[name]["q1_ms"] <= row[name]["median_ms"] <= row[name]["q3_ms"]
         assert {"read/native", "torch/native", "native/int8", "dense_folded/native"} < set(row["ratios"])
     assert kernel_record["select"]["blocks"] == 64 and kernel_record["select"]["chosen"] == 16
-    assert {"native/read", "torch/native"} == set(kernel_record["select"]["ratios"])
+    assert {"native/read", "native_score/read", "torch/native"} == set(kernel_record["select"]["ratios"])
     assert kernel_record["machine"]["isa"] == load_library().isa
     for error in kernel_record["int8_error"].values():
         assert error["int8_to_bf16"]["relative"] > error["bf16_to_exact"]["relative"]

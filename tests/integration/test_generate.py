@@ -31,7 +31,7 @@ SETTINGS = {
 WAYS = [*SETTINGS, *((f"{tier}, torch alone" for tier in ("one tier 16", "two tiers 8")) if ISAS else ())]
 
 
-@pytest.fixture(scope="module", params=WAYS, ids=str)
+@pytest.fixture(params=WAYS, ids=str)
 def settings(request):
     name, _, alone = request.param.partition(", ")
     with without_library() if alone else nullcontext():

@@ -1,4 +1,4 @@
-"""The thread that computes the CPU's share one layer ahead, and the tickets that join it."""
+"""A Python thread for jobs that the native pool cannot run: torch's, and transfers to another device."""
 
 from __future__ import annotations
 

@@ -65,6 +65,7 @@ void sort_into_bins(const float* scores, int count, const Bounds& bounds, int32_
     vf within = s < low ? low : s;
     within = within > high ? high : within;
     vi place = __builtin_convertvector((within - low) * step, vi) + 1;
+    place = place < 1 ? vi{} + 1 : place;  // a range beyond what floats hold
     place = (s == none) ? vi{} : place;
     place = (s == all) ? vi{} + (BINS - 1) : place;
     memcpy(places + i, &place, sizeof place);
