@@ -6,6 +6,7 @@ a config object, copies, and forward passes without a ScoutCache find their own 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable
@@ -76,12 +77,15 @@ def scout_attention(previous, module, query, key, value, attention_mask, **kwarg
         mask = None if step.mask is None else step.padding(query.device)
         stock = _stock_for_prompts(previous, module, kwargs)
         out = prefill(_stock(stock, module), stock, module, query, key, value, mask, **kwargs)
-    with torch.autocast(query.device.type, enabled=False):
-        real, new_keys, new_values = (part.to(method.dtype) for part in (query, key, value))
+    # Entering autocast's switch costs more than a small attention: only where it is on.
+    mixed = torch.is_autocast_enabled(query.device.type)
+    with torch.autocast(query.device.type, enabled=False) if mixed else contextlib.nullcontext():
+        real = query if query.dtype == method.dtype else query.to(method.dtype)
         if step.queries == 1:
             out = _finish(method.attend(step, real), query, kwargs.get("s_aux"))
         elif method.length > step.queries:
-            out = _finish(method.attend_many(step, real, new_keys, new_values), query, kwargs.get("s_aux"))
+            new = (part.to(method.dtype) for part in (key, value))
+            out = _finish(method.attend_many(step, real, *new), query, kwargs.get("s_aux"))
         method.settle(step)
         if step.queries > 1:
             method.prefilled(step, real[:, :, -1:])
@@ -108,7 +112,9 @@ def _finish(result: Partial, query: torch.Tensor, sinks: torch.Tensor | None) ->
     if sinks is not None:
         lse = sinks.to(result.lse.dtype).view(1, -1, 1).expand_as(result.lse)
         result = fuse([result, Partial(torch.zeros_like(result.out), lse)])
-    return result.out.to(query.dtype).transpose(1, 2).contiguous()
+    out = result.out.to(query.dtype)
+    # With one query per row the two orders are the same in memory.
+    return out.reshape(out.shape[0], 1, *out.shape[1::2]) if out.shape[2] == 1 else out.transpose(1, 2).contiguous()
 
 
 def _layer_of(step, module) -> ScoutLayer | None:

@@ -91,6 +91,9 @@ def run(
         span = _bandwidth(threads, repeat)
         modes = _modes(model, budget, block_size)
         rows = [_decode(modes, context, repeat, seed, tell) for context in contexts]
+        for mode in modes.values():
+            if mode.handle:
+                mode.handle.remove()
         prefill = _prefill(model, prefill_tokens, min(prefill_layers, layers), budget, block_size, seed, tell)
     held = []
     if memory_tokens:
@@ -111,6 +114,7 @@ def run(
         "read": span,
         "weights_read_ms": weights / span["gb_per_s"] / 1e6,
         "cache_grows": "by one token per step, warm-up included",
+        "before_each_step": "one more step of the same mode, not timed",
         "contexts": rows,
         "prefill": prefill,
         "memory": held,
@@ -118,7 +122,7 @@ def run(
 
 
 def _modes(model: LlamaForCausalLM, budget: int, block_size: int) -> dict[str, Mode]:
-    """All over the same weights. The first decoder is the one given, unpatched."""
+    """All over the same weights; the model given is the first of them, and stays unpatched."""
 
     def stock():
         return DynamicCache(config=model.config)
@@ -153,8 +157,10 @@ def _time_group(modes: dict[str, Mode], context: int, repeat: int, seed: int, te
     """Steps of some modes, and in turn with them steps that have nothing to attend to."""
     caches, steps, counts = {}, {}, {}
     for name, mode in modes.items():
-        shared = caches.get(STOCK) if name == FOLDED else None
-        caches[name] = shared or llama.fill(mode.new_cache(), mode.model.config, max(context, FIRST_TOKENS))
+        if name == FOLDED:
+            caches[name] = caches[STOCK]
+        else:
+            caches[name] = llama.fill(mode.new_cache(), mode.model.config, max(context, FIRST_TOKENS))
         steps[name] = _stepper(mode.model, caches[name])
         if context:
             empty = llama.fill(mode.new_cache(), mode.model.config, FIRST_TOKENS)
@@ -163,7 +169,14 @@ def _time_group(modes: dict[str, Mode], context: int, repeat: int, seed: int, te
         seconds = min(timed(step) for _ in range(WARM_UPS))
         counts[name] = min(repeat, max(FEWEST, int(LONG_SECONDS / seconds)))
     tell(f"context {context}: timing " + ", ".join(f"{counts[name]} steps {name}" for name in modes))
-    times = interleave({name: lambda step=step: step for name, step in steps.items()}, counts, seed)
+
+    def after_another(step):
+        # Decoding is one step after the other: what a stock step leaves behind (gigabytes of freed copies, cold
+        # caches) must not be charged to the next mode.
+        step()
+        return step
+
+    times = interleave({name: lambda step=step: after_another(step) for name, step in steps.items()}, counts, seed)
     weights, found = llama.weight_bytes(next(iter(modes.values())).model), {}
     for name, mode in modes.items():
         # What must be read once: weights, chosen keys and values, digests of all.
@@ -223,7 +236,8 @@ def _prefill(model, tokens: int, layers: int, budget: int, block_size: int, seed
     def prepare(which, new_cache):
         @torch.no_grad()
         def read(count=tokens):
-            return which(input_ids=ids[:, :count], past_key_values=new_cache(), use_cache=True, logits_to_keep=1)
+            # Without the head: for the last of several tokens torch may copy all of it, which takes seconds.
+            return which.model(input_ids=ids[:, :count], past_key_values=new_cache(), use_cache=True)
 
         return lambda: read
 
@@ -238,6 +252,7 @@ def _prefill(model, tokens: int, layers: int, budget: int, block_size: int, seed
     return {
         "tokens": tokens,
         "layers": layers,
+        "head": False,
         **{name: timing.record() for name, timing in times.items()},
         "ratios": {f"{SCOUT}/{STOCK}": times[SCOUT].median / times[STOCK].median},
     }

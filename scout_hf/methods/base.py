@@ -110,7 +110,9 @@ class Method(ABC):
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store new tokens, (batch, kv_heads, tokens, head_dim) each."""
         # Autocast makes keys and values of different dtypes, and not the same ones in every pass.
-        self.kv.append(keys.to(self.dtype), values.to(self.dtype))
+        if keys.dtype != self.dtype or values.dtype != self.dtype:
+            keys, values = keys.to(self.dtype), values.to(self.dtype)
+        self.kv.append(keys, values)
 
     def read_all(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values, (batch, kv_heads, length, head_dim) each."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from scout_hf.stores.memory import allocate_slab
+
 SLACK_BLOCKS = 32
 
 
@@ -33,7 +35,7 @@ class DigestTable:
         total = self.blocks + shape[2]
         if self._codes is None or total > self._codes.shape[2]:
             room = total + max(SLACK_BLOCKS, total // 8)
-            grown = torch.empty((*shape[:2], room, shape[3]), dtype=dtype, device=device)
+            grown = allocate_slab((*shape[:2], room, shape[3]), dtype, device)
             if self.blocks:
                 grown[:, :, : self.blocks] = self.codes()
             self._codes = grown

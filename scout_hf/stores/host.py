@@ -80,7 +80,8 @@ class PagedKV:
                 f"got keys {tuple(keys.shape)} and values {tuple(values.shape)}; this store takes {expected[:2]} rows and "
                 f"KV heads of {self.head_dim} channels, as many values as keys"
             )
-        keys, values = (part.detach().to(self.device, self.dtype) for part in (keys, values))
+        if keys.dtype != self.dtype or values.dtype != self.dtype or keys.device != self.device:
+            keys, values = (part.to(self.device, self.dtype) for part in (keys, values))
         self._make_room(tokens)
         if self.library is not None:
             pages.append(self.library, self.native(), keys, values)

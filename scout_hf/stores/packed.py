@@ -133,7 +133,9 @@ def pack(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return tile
 
 
-def unpack(tiles: torch.Tensor, block_size: int, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def unpack(
+    tiles: torch.Tensor, block_size: int, head_dim: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values (n, block_size, head_dim) of packed tiles (n, tile_bytes)."""
     count, half = len(tiles), block_size * head_dim
     numbers = tiles[:, : 2 * half].view(torch.int8).float()

@@ -20,7 +20,9 @@ class TwoTierKV:
         What the host keeps; None for the same.
     """
 
-    def __init__(self, batch: int, heads: int, head_dim: int, block_size: int, dtype: torch.dtype, device, host_dtype=None):
+    def __init__(
+        self, batch: int, heads: int, head_dim: int, block_size: int, dtype: torch.dtype, device, host_dtype=None
+    ):
         self.host = make_store(batch, heads, head_dim, block_size, dtype, "cpu", host_dtype)
         self.block_size, self.device = block_size, torch.device(device)
         self._buffer = torch.empty((2, batch, heads, 0, head_dim), dtype=dtype, device=device)

@@ -14,7 +14,12 @@ from scout_hf.kernels.cpu.library import ISA_VARIABLE, PATH_VARIABLE, load_libra
 from tests.integration.common import ONE_TIER, TWO_TIERS, left_padded, llama, logits, run
 
 INT8 = {"host_dtype": "int8"}
-RUNS = {"one tier": ONE_TIER, "two tiers": TWO_TIERS, "one tier, int8": ONE_TIER | INT8, "two tiers, int8": TWO_TIERS | INT8}
+RUNS = {
+    "one tier": ONE_TIER,
+    "two tiers": TWO_TIERS,
+    "one tier, int8": ONE_TIER | INT8,
+    "two tiers, int8": TWO_TIERS | INT8,
+}
 UNKNOWN_ISA = "none of them"
 
 

@@ -306,7 +306,9 @@ def test_not_one_logit_changes(monkeypatch, backend, disturb, options, inputs):
             assert_equal(run(model, inputs, new=18), expected)
 
 
-@pytest.mark.parametrize(("backend", "disturb"), [one for one in DISTURBANCES if one[1] in (delayed_jobs, delayed_submit)])
+@pytest.mark.parametrize(
+    ("backend", "disturb"), [one for one in DISTURBANCES if one[1] in (delayed_jobs, delayed_submit)]
+)
 def test_a_late_recall_is_waited_for(monkeypatch, backend, disturb):
     """With a single layer no other layer's job stands between a recall and the slots being read."""
     model = llama(num_hidden_layers=1)

@@ -22,7 +22,7 @@ from tests.integration.common import (
 from tests.libraries import ISAS, without_library
 from tests.patches.tiny import tiny_model
 
-# Keys and values are off by up to 1/254 of the largest beside them. Logits here are of about 1; 0.0025 is what is found.
+# Keys and values are off by up to 1/254 of the largest beside them. Logits here are about 1, and 0.0025 is found.
 NEAR = 0.01
 INT8 = {"host_dtype": "int8"}
 TIERS = pytest.mark.parametrize("settings", [ONE_TIER | INT8, TWO_TIERS | INT8], ids=["one tier", "two tiers"])

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 import scout_hf
+from scout_hf.kernels.cpu import pool, workers
 from scout_hf.step import active_step
+from tests.integration.test_failures import delayed_jobs
+from tests.libraries import ISAS
 from tests.patches.tiny import tiny_model
 
 OPTIONS = dict(budget=None, layer_ahead=False, block_size=8, window=8, resident=16, split="cpu")
@@ -108,6 +111,39 @@ def test_a_fork_after_an_interrupt_is_whole(model, split):
         hook.remove()
         assert cache.get_seq_length() == 39
         torch.testing.assert_close(logits(model, ids[:, 39:], cache.fork()), expected, atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize("settings", [{"cpu_backend": "torch"}, *([{}, {"host_dtype": "int8"}] if ISAS else [])], ids=str)
+@pytest.mark.parametrize("call", [0, 2])
+def test_an_interrupt_while_waiting_for_the_cpu(model, monkeypatch, settings, call):
+    """The job that nobody waits for any more goes on while the cache goes back and forth."""
+    ids, waited = torch.randint(1, 60, (1, 48), generator=torch.Generator().manual_seed(0)), []
+
+    def interrupted(real):
+        def wait(ticket):
+            waited.append(ticket)
+            if len(waited) == call + 1:
+                raise KeyboardInterrupt
+            return real(ticket)
+
+        return wait
+
+    with scout_hf.patch(model, **OPTIONS | settings) as handle:
+        cache = handle.new_cache()
+        logits(model, ids[:, :39], cache)
+        expected = [logits(model, ids[:, at : at + 1], twin) for twin in [cache.fork()] for at in range(39, 48)]
+        delayed_jobs(monkeypatch)
+        for kind in (pool.Ticket, workers.Ticket):
+            monkeypatch.setattr(kind, "wait", interrupted(kind.wait))
+        with pytest.raises(KeyboardInterrupt):
+            logits(model, ids[:, 39:40], cache)
+        twin = cache.fork()
+        assert cache.get_seq_length() == twin.get_seq_length() == 39 and len(waited) == call + 1
+        for each in (cache, twin):
+            for at, before in zip(range(39, 48), expected):
+                # Residents may be chosen anew: sums are rounded otherwise, weights of int8 more so.
+                error = (logits(model, ids[:, at : at + 1], each) - before).abs().max()
+                assert error <= (5e-3 if "host_dtype" in settings else 3e-6)
 
 
 def test_stats_call_exact_only_what_ran_exactly(model):

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 import scout_hf
+from scout_hf.kernels.cpu.native_backend import NativeBackend
 from tests.integration import selection_oracle
 from tests.integration.common import assert_close, left_padded, llama, logits, prompt, run
 from tests.integration.selection_oracle import Oracle, Rules
+from tests.libraries import ISAS
 
 NEW = 10
 INPUTS = {
@@ -39,14 +41,14 @@ TWO_TIER_CASES = {name: case for name, case in CASES.items() if not isinstance(c
 }
 
 
-def spiky():
-    """A model whose heads look at a few tokens, so that a wrong block shows."""
-    return llama(dtype=torch.float64, initializer_range=0.12, num_hidden_layers=3)
+def spiky(dtype=torch.float64):
+    """A model whose heads look at a few tokens, so that a wrong block shows; float64 is torch's, float32 native."""
+    return llama(dtype=dtype, initializer_range=0.12, num_hidden_layers=3)
 
 
-def reference(inputs, new: int = NEW, **case):
+def reference(inputs, new: int = NEW, dtype=torch.float64, **case):
     """Tokens and logits of a stock model that attends to what the oracle chooses, and the oracle."""
-    model, oracle = spiky(), Oracle(Rules(**case))
+    model, oracle = spiky(dtype), Oracle(Rules(**case))
     model.set_attn_implementation(selection_oracle.NAME)
     selection_oracle.ACTIVE.append(oracle)
     try:
@@ -59,9 +61,9 @@ def settings(case, **more):
     return {"block_size": 8, "window": 8, "layer_ahead": False, "recall": None} | case | more
 
 
-def check(inputs, case, split):
-    expected, oracle = reference(inputs, **case, two_tiers=split == "cpu")
-    model = spiky()
+def check(inputs, case, split, dtype=torch.float64):
+    expected, oracle = reference(inputs, dtype=dtype, **case, two_tiers=split == "cpu")
+    model = spiky(dtype)
     with scout_hf.patch(model, **settings(case, split=split)) as handle:
         got = run(model, inputs, new=NEW)
     assert_close(got, expected, 1e-5)
@@ -74,6 +76,16 @@ def check(inputs, case, split):
 @pytest.mark.parametrize("case", CASES)
 def test_one_tier(case, inputs):
     check(INPUTS[inputs], CASES[case], "off")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_tier_in_native_code(case):
+    check(INPUTS["padded"], CASES[case], "off", torch.float32)
+
+
+@pytest.mark.parametrize("case", TWO_TIER_CASES)
+def test_two_tiers_in_native_code(case):
+    check(INPUTS["padded"], TWO_TIER_CASES[case], "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("inputs", INPUTS)
@@ -111,6 +123,26 @@ def test_one_wrong_block_is_seen(monkeypatch):
     with scout_hf.patch(model, **settings({"budget": 32}, split="off")):
         assert_close(run(model, INPUTS["one row"], new=2), expected, 1e-5)
         monkeypatch.setattr(selector, "choose", second_best)
+        got = run(model, INPUTS["one row"], new=2)
+    assert (logits(got) - logits(expected)).abs().max() > 1e-3
+
+
+@pytest.mark.skipif(not ISAS, reason="no native library")
+def test_one_wrong_block_of_native_selection_is_seen(monkeypatch):
+    """The same: the oldest block that was chosen becomes one that was not."""
+    real = NativeBackend.select
+
+    def another(self, scorer, query, codes, *settings):
+        lists = real(self, scorer, query, codes, *settings)
+        others = set(range(codes.shape[2])) - set(lists.ids[0, 1].tolist())
+        lists.ids[0, 1, 1] = min(others)
+        return lists
+
+    expected, _ = reference(INPUTS["one row"], new=2, dtype=torch.float32, budget=32)
+    model = spiky(torch.float32)
+    with scout_hf.patch(model, **settings({"budget": 32}, split="off")):
+        assert_close(run(model, INPUTS["one row"], new=2), expected, 1e-5)
+        monkeypatch.setattr(NativeBackend, "select", another)
         got = run(model, INPUTS["one row"], new=2)
     assert (logits(got) - logits(expected)).abs().max() > 1e-3
 

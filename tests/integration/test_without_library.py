@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 ALLOWED = {name: 5e-3 if "int8" in name else 3e-6 for name in RUNS}
 """int8 differs more, by how weights are rounded."""
 
+
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
     """Two at once, since most of their time goes into imports; the first goes on with an instruction set by name."""
@@ -58,7 +59,9 @@ def test_to_do_without_is_nothing_to_warn_of(processes):
 def test_a_missing_library_is_told_once(processes):
     assert processes["nowhere"]["isa"] is None
     (told,) = processes["nowhere"]["told"]
-    assert told.startswith("RuntimeWarning: scout_hf runs without its native CPU library: it cannot be loaded: /nowhere")
+    assert told.startswith(
+        "RuntimeWarning: scout_hf runs without its native CPU library: it cannot be loaded: /nowhere"
+    )
     assert "several times slower" in told and "reinstall with g++ or clang" in told
 
 
@@ -66,7 +69,9 @@ def test_a_missing_library_is_told_once(processes):
 def test_an_instruction_set_by_name(processes):
     assert processes["isa"]["isa"] == "base" and processes["isa"]["told"] == []
     told = processes["refused"]
-    assert told.startswith(f"{ISA_VARIABLE}='{UNKNOWN_ISA}' is not allowed: this machine runs {', '.join(ISAS)}; unset it")
+    assert told.startswith(
+        f"{ISA_VARIABLE}='{UNKNOWN_ISA}' is not allowed: this machine runs {', '.join(ISAS)}; unset it"
+    )
 
 
 class TestInThisProcess:

@@ -38,7 +38,7 @@ def build(
     sources: Path = SOURCES,
     only: tuple[str, ...] = (),
 ) -> Path:
-    """Compile ``program`` and the ``sources`` (of these names) with ``flags`` into ``folder``; the path of the executable.
+    """Compile ``program`` and the ``sources`` (``only`` those) into ``folder``; the path of the executable.
 
     RuntimeError with the compiler's messages if it fails.
     """

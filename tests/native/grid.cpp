@@ -210,8 +210,8 @@ void use_team(int threads) { scout_set_team((void*)(threads == 2 && openmp ? ope
 
 enum Lists { EVERYTHING, SAME_COUNT, RAGGED };
 enum Marks { NO_MARKS, ALL_EXIST, LEFT_PADDING, HOLES, BLOCKS_GONE, ROW_GONE };
-// LARGE: scores around 200. EQUAL: all keys are the same, and the first query is zero. VARIED: blocks of keys and single
-// values differ by orders of magnitude.
+// LARGE: scores around 200. EQUAL: all keys are the same, and the first query is zero. VARIED: blocks of keys and the
+// values of tokens differ by orders of magnitude.
 enum Size { ORDINARY, LARGE, EQUAL, TINY, HUGE_VALUES, VARIED };
 
 struct Case {
@@ -613,7 +613,8 @@ std::vector<int> isas;
 void compare(World& w, const std::vector<Answer>& answers, const std::vector<Answer>& before) {
   const Case& c = w.c;
   const bool dot = c.dtype == SCOUT_BF16 && c.query_dtype == SCOUT_BF16;  // a path of its own on some machines
-  Worst& worst = table[std::string(scout_isa_name(scout_current_isa())) + " " + DTYPES[c.dtype] + (dot ? " bf16-query" : "")];
+  const std::string isa = scout_isa_name(scout_current_isa());
+  Worst& worst = table[isa + " " + DTYPES[c.dtype] + (dot ? " bf16-query" : "")];
   const bool large = c.size == LARGE || c.size == VARIED;
   const int kind = large ? 2 : c.softcap != 0;
   int64_t attended = 0;
@@ -622,6 +623,7 @@ void compare(World& w, const std::vector<Answer>& answers, const std::vector<Ans
     fail("%s: attended %lld tokens, not %lld", c.text().c_str(), (long long)w.args.attended, (long long)attended);
   for (size_t i = 0; i < answers.size(); i++) {
     const Answer& a = answers[i];
+    const size_t row = i / (size_t)w.heads(), head = i % (size_t)w.heads();
     const double extra = large ? a.score_error : 0;
     for (int d = 0; d < c.dim; d++) {
       const double want = a.out[(size_t)d], got = get(c.out_dtype, w.out.at, (int64_t)i * c.dim + d);
@@ -630,7 +632,8 @@ void compare(World& w, const std::vector<Answer>& answers, const std::vector<Ans
       const double unit = scaled ? a.largest_value : std::max(1.0, fabs(want));
       const double tolerance = EXACT * unit + extra * a.out_per_score + a.loose[(size_t)d];
       if (!close_to(c.out_dtype, got, want, tolerance))
-        return fail("%s: row %zu head %zu channel %d is %.9g, not %.9g (within %.3g)", c.text().c_str(), i / (size_t)w.heads(), i % (size_t)w.heads(), d, got, want, tolerance);
+        return fail("%s: row %zu head %zu channel %d is %.9g, not %.9g (within %.3g)", c.text().c_str(), row,
+                    head, d, got, want, tolerance);
       if (c.out_dtype != SCOUT_F32) continue;
       keep(worst.out[kind], fabs(got - want) / (unit > 0 ? unit : 1));
       if (tolerance > 0) keep(worst.of_bound, fabs(got - want) / tolerance);
@@ -639,7 +642,8 @@ void compare(World& w, const std::vector<Answer>& answers, const std::vector<Ans
     if (!c.wants_lse) continue;
     const double got = w.lse.as<float>()[i], tolerance = EXACT * std::max(1.0, fabs(a.lse)) + extra + a.loose_lse;
     if (a.lse == -INFINITY ? got != a.lse : !(fabs(got - a.lse) <= tolerance))
-      return fail("%s: row %zu head %zu log-sum-exp is %.9g, not %.9g (within %.3g)", c.text().c_str(), i / (size_t)w.heads(), i % (size_t)w.heads(), got, a.lse, tolerance);
+      return fail("%s: row %zu head %zu log-sum-exp is %.9g, not %.9g (within %.3g)", c.text().c_str(), row, head, got,
+                  a.lse, tolerance);
     if (a.lse == -INFINITY) continue;
     keep(worst.lse[kind], fabs(got - a.lse) / std::max(1.0, fabs(a.lse)));
     keep(worst.of_bound, fabs(got - a.lse) / tolerance);
@@ -1273,7 +1277,8 @@ void check_select(Random& random) {
 
   char text[300];
   snprintf(text, sizeof text,
-           "codes %d %s query %s group %d dim %d candidates %d want %d sinks %d newest %d marks %d batch %d", kind, DTYPES[dtype], DTYPES[query_dtype], group, dim, candidates, want[0], a.sinks,
+           "codes %d %s query %s group %d dim %d candidates %d want %d sinks %d newest %d marks %d batch %d", kind,
+           DTYPES[dtype], DTYPES[query_dtype], group, dim, candidates, want[0], a.sinks,
            a.newest, marks_kind, batch);
   use_team(1);
   if (scout_select(&a, 1) != SCOUT_OK) return fail("%s: refused", text);
@@ -1355,11 +1360,11 @@ void check_interface(Random& random) {
 }
 
 void print_table() {
-  printf("\nlargest errors, of max(1, |x|); out in f32\n%-24s %8s %8s %12s %8s %12s %8s %9s %12s\n", "", "out", "lse",
+  printf("\nlargest errors, of max(1, |x|); out in f32\n%-28s %8s %8s %12s %8s %12s %8s %9s %12s\n", "", "out", "lse",
          "softcap out", "lse", "scores~200", "lse", "of bound", "unquantised");
   for (const auto& line : table) {
     const Worst& w = line.second;
-    printf("%-24s %8.1e %8.1e %12.1e %8.1e %12.1e %8.1e %9.2f", line.first.c_str(), w.out[0], w.lse[0], w.out[1],
+    printf("%-28s %8.1e %8.1e %12.1e %8.1e %12.1e %8.1e %9.2f", line.first.c_str(), w.out[0], w.lse[0], w.out[1],
            w.lse[1], w.out[2], w.lse[2], w.of_bound);
     if (w.unquantised > 0) printf(" %12.1e", w.unquantised);
     printf("\n");

@@ -21,9 +21,16 @@ from hypothesis import strategies as st
 from scout_hf import ConfigError
 from scout_hf.errors import CacheStateError
 from scout_hf.fusion import Partial
-from scout_hf.kernels.cpu import Attended, BlockLists, CpuBackend, backend_names, make_backend, native_backend
+from scout_hf.kernels.cpu import (
+    Attended,
+    BlockLists,
+    CpuBackend,
+    backend_names,
+    make_backend,
+    native_backend,
+    torch_backend,
+)
 from scout_hf.kernels.cpu import library as native
-from scout_hf.kernels.cpu import torch_backend
 from scout_hf.stores import PackedKV, PagedKV, pages
 from tests.libraries import ISAS, WAYS, using_isa, without_library
 from tests.unit.naive import QUICK, attention, poison
@@ -186,7 +193,11 @@ def test_long_lists_in_several_pieces(backend, size, kind):
     store, query = make_store(3333, dtype=torch.bfloat16, size=size, kind=kind), make_query(3, dtype=torch.bfloat16)
     assert len(store.table.pool.slabs) > 2
     error, whole = error_of(backend, torch.bfloat16, kind), store.length // size
-    for lists in (None, random_lists(random.Random(1), store, True), random_lists(random.Random(2), store, True, whole)):
+    for lists in (
+        None,
+        random_lists(random.Random(1), store, True),
+        random_lists(random.Random(2), store, True, whole),
+    ):
         for padding in (None, "left"):
             exists = random_padding(random.Random(0), store, padding)
             got = backend.attend_blocks(query, store, lists, 0.4, None, exists)
@@ -556,10 +567,11 @@ def test_a_job_outlives_its_store():
 import gc, torch
 from scout_hf.kernels.cpu import make_backend
 from scout_hf.stores import PackedKV, PagedKV
-from tests.unit.test_cpu_backend import assert_same, held_back, make_query, make_store
+from tests.unit.test_cpu_backend import assert_same, held_back, make_query
 backend = make_backend("native")
 for kind in (PagedKV, PackedKV):
-    store, query = make_store(9000, dim=128, size=32, kind=kind), make_query(4, dim=128)
+    store, query = kind(2, 2, 128, 32, torch.float32, "cpu"), make_query(4, dim=128)
+    store.append(*torch.randn(2, 2, 2, 9000, 128))
     assert store.table.pool.slabs[-1].nbytes > 4 << 20  # large enough to be unmapped when it goes
     expected = backend.attend_blocks(query, store, None, 0.1)
     word = held_back(backend)
@@ -572,5 +584,3 @@ for kind in (PagedKV, PackedKV):
 """
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr or ran.returncode
-
-

@@ -74,4 +74,4 @@ def test_the_pool_does_not_race(tmp_path):
 )
 def test_arm_is_right(tmp_path):
     program = build(tmp_path, "-O2", "-static", "-DGRID_STATIC", compiler=[ARM_COMPILER])
-    assert "base neon" in run([ARM_EMULATOR, program, "--cases", 100])
+    assert "base neon" in run([ARM_EMULATOR, program, "--cases", 60])

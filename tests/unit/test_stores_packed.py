@@ -124,7 +124,9 @@ class Trio:
 
     def check_gather(self, dice, plain):
         batch, count, blocks = self.plain.batch, dice.randint(1, 4), self.plain.blocks
-        ids = torch.tensor([[[dice.randrange(blocks) for _ in range(count)] for _ in range(HEADS)] for _ in range(batch)])
+        ids = torch.tensor(
+            [[[dice.randrange(blocks) for _ in range(count)] for _ in range(HEADS)] for _ in range(batch)]
+        )
         filled = ids[..., None] * SIZE + torch.arange(SIZE) < self.plain.length
         got = torch.full((2, 2, batch, HEADS, count, SIZE, DIM), torch.inf, dtype=self.dtype)
         for store, (keys, values) in zip((self.native, self.torch), got):
@@ -224,7 +226,7 @@ def test_forks_go_on_for_themselves(native):
         each.append(keys[:, :, 2:], values[:, :, 2:])
     for each, (keys, values) in zip((store, twin), new):
         assert all(torch.equal(a, b[:, :, :16]) for a, b in zip(each.read(0, 16), before))
-        for got, part, along in zip(each.read(21, 30), (keys, values), (3, 4)):
+        for got, part in zip(each.read(21, 30), (keys, values)):
             assert (got - part).abs().max() <= 0.01 * part.abs().max() and torch.equal(got[:, :, 3:], part[:, :, 3:])
 
 

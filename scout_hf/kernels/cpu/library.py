@@ -238,14 +238,18 @@ def find_library() -> Path | None:
     given = os.environ.get(PATH_VARIABLE)
     if given is not None:
         return Path(given) if given else None
-    found = sorted(Path(__file__).parent.glob("_scout_cpu*.so")) + sorted(Path(__file__).parent.glob("_scout_cpu*.dylib"))
+    found = sorted(Path(__file__).parent.glob("_scout_cpu*.so")) + sorted(
+        Path(__file__).parent.glob("_scout_cpu*.dylib")
+    )
     return found[0] if found else None
 
 
 def check(status: int, what: str) -> None:
     """Raise for a status that the callers' own checks should have made impossible."""
     if status:
-        raise RuntimeError(f"scout_hf's native library refused {what}: {STATUS.get(status, status)}; please report this")
+        raise RuntimeError(
+            f"scout_hf's native library refused {what}: {STATUS.get(status, status)}; please report this"
+        )
 
 
 def _openmp_entry() -> int | None:

@@ -53,9 +53,7 @@ def append(library: Library, store: StoreArgs, keys: torch.Tensor, values: torch
     check(library.append(byref(args), torch.get_num_threads()), "new tokens")
 
 
-def gather(
-    library: Library, store: StoreArgs, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-) -> None:
+def gather(library: Library, store: StoreArgs, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
     """Copy blocks, (batch, kv_heads, n) of int64, to contiguous tensors (batch, kv_heads, n, block_size, head_dim)."""
     blocks = blocks.contiguous()
     args = GatherArgs(
