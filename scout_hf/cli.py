@@ -129,8 +129,10 @@ def version() -> None:
 
     import scout_hf
     from scout_hf.kernels.cpu import backend_names
+    from scout_hf.kernels.cpu.library import load_library
     from scout_hf.selection import digest_names
 
+    library = load_library()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     facts = {
         "scout_hf": scout_hf.__version__,
@@ -141,6 +143,7 @@ def version() -> None:
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "GPU": gpu,
         "CPU backends": ", ".join(backend_names()),
+        "CPU library": f"{library.isa} of {', '.join(library.isas())}" if library else "none",
         "digests": ", ".join(digest_names()),
     }
     for name, value in facts.items():

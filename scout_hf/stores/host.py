@@ -77,8 +77,8 @@ class PagedKV:
         expected = (self.batch, self.heads, tokens, self.head_dim)
         if keys.shape != expected or values.shape != expected:
             raise CacheStateError(
-                f"got keys {tuple(keys.shape)} and values {tuple(values.shape)}; this store takes {expected[:2]} rows and "
-                f"KV heads of {self.head_dim} channels, as many values as keys"
+                f"got keys {tuple(keys.shape)} and values {tuple(values.shape)}; this store takes {self.batch} rows "
+                f"of {self.heads} KV heads with {self.head_dim} channels, as many values as keys"
             )
         if keys.dtype != self.dtype or values.dtype != self.dtype or keys.device != self.device:
             keys, values = (part.to(self.device, self.dtype) for part in (keys, values))
