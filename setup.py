@@ -48,6 +48,7 @@ class BuildNative(build_ext):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(beside, target)
             return
+        target.unlink(missing_ok=True)  # what an earlier build left must not pass for this one
         call = compiler()
         if not call:
             raise RuntimeError("no C++ compiler found: scout_hf will run without its native library")
@@ -65,8 +66,9 @@ class BuildNative(build_ext):
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             made = list(pool.map(compile_one, sources))
-        # The library must load on machines with an older libstdc++ than this one's.
-        static = [] if sys.platform == "darwin" else ["-static-libstdc++", "-static-libgcc"]
+        # The library must load on machines with an older libstdc++ than this one's, and keep its own to itself.
+        map_file = f"-Wl,--version-script,{NATIVE / 'scout_cpu.map'}"
+        static = ["-static-libstdc++", "-static-libgcc", map_file] if sys.platform == "linux" else []
         unfinished = target.with_suffix(f".{os.getpid()}.part")
         run([*call, "-shared", *architectures, *static, *made, "-lpthread", "-lm", "-o", str(unfinished)])
         # A process that has the old file loaded keeps it.
@@ -79,6 +81,7 @@ class WheelForPlatform(bdist_wheel):
     def get_tag(self):
         built = any(Path(self.bdist_dir).rglob("_scout_cpu.*")) if Path(self.bdist_dir).exists() else True
         _, _, tag = super().get_tag()
+        self.root_is_pure = not built
         return "py3", "none", tag if built else "any"
 
 
@@ -109,7 +112,7 @@ setup(
         Extension(
             "scout_hf.kernels.cpu._scout_cpu",
             sources=sorted(str(path) for path in NATIVE.glob("*.cpp")),
-            depends=sorted(str(path) for path in (*NATIVE.glob("*.h"), *NATIVE.glob("*.inl"))),
+            depends=sorted(str(path) for kind in ("*.h", "*.inl", "*.map") for path in NATIVE.glob(kind)),
         )
     ],
     cmdclass={"build_ext": Optional, "bdist_wheel": WheelForPlatform},

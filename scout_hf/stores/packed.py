@@ -24,7 +24,7 @@ class PackedKV(PagedKV):
     def __init__(self, batch: int, heads: int, head_dim: int, block_size: int, dtype: torch.dtype, device):
         if head_dim % 2:
             raise UnsupportedModelError(
-                f"host_dtype='int8' keeps channels in pairs, and heads here have {head_dim}; use host_dtype=None"
+                f"host_dtype='int8' keeps channels in pairs, this model has heads of {head_dim}; use host_dtype=None"
             )
         super().__init__(batch, heads, head_dim, block_size, dtype, device)
         self.tail = torch.empty((batch, heads, 2, block_size, head_dim), dtype=dtype, device=device)

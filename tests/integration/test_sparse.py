@@ -95,6 +95,40 @@ def test_two_tiers_attend_to_the_union(case, inputs):
     check(INPUTS[inputs], TWO_TIER_CASES[case], "cpu")
 
 
+def decode_after_holes(model, cache=None):
+    """Logits of 14 tokens behind a prompt whose rows end in padding, inside a block that these tokens fill."""
+    ids, mask = prompt(3, 84), torch.ones(3, 84, dtype=torch.long)
+    mask[0, :3], mask[1, 60:], mask[2, 29:43] = 0, 0, 0
+    mask[2, 81:] = 0
+    found = []
+    with torch.no_grad():
+        for step in range(15):
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            output = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+            cache, ids = output.past_key_values, prompt(3, 1, seed=step)
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            found.append(output.logits[:, -1])
+    return torch.stack(found[1:])
+
+
+@pytest.mark.parametrize("case", [{"budget": 16}, {"budget": 32, "sinks": 0, "resident": 16}], ids=str)
+@pytest.mark.parametrize("split", ["off", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_padding_inside_rows(case, split, dtype):
+    """Digests of blocks that hold padding, and the CPU's share of them."""
+    model, oracle = spiky(dtype), Oracle(Rules(**case, two_tiers=split == "cpu"))
+    model.set_attn_implementation(selection_oracle.NAME)
+    selection_oracle.ACTIVE.append(oracle)
+    try:
+        expected = decode_after_holes(model)
+    finally:
+        selection_oracle.ACTIVE.pop()
+    model = spiky(dtype)
+    with scout_hf.patch(model, **settings(case, split=split)) as handle:
+        got = decode_after_holes(model, handle.new_cache())
+    assert (got - expected).abs().max() <= 1e-5
+
+
 def test_the_reference_reacts_to_every_setting():
     """Two cases that answer alike would test one thing twice."""
     found = {name: logits(reference(INPUTS["one row"], **case)[0])[1:] for name, case in CASES.items()}

@@ -262,7 +262,6 @@ def test_addresses_follow_the_pages(dtype, seed):
             table.release()
         for each in tables:
             check_addresses(each)
-    assert seed % 7 or len(pool.slabs) > 1  # nearly always
 
 
 def test_addresses_point_into_many_slabs():

@@ -10,27 +10,38 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scout_hf.stores import PagedKV, ResidentSlots
+from scout_hf.kernels.cpu import make_backend
+from scout_hf.stores import PackedKV, PagedKV, ResidentSlots, pages
 from scout_hf.stores.device import EMPTY
+from tests.libraries import ISAS, without_library
 from tests.unit.naive import QUICK, poison
 
-BATCH, HEADS, SIZE, DIM = 2, 2, 4, 3
+BATCH, HEADS, SIZE, DIM = 2, 2, 4, 8
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
+def poisoned_small_slabs(monkeypatch):
+    monkeypatch.setattr(pages, "MIN_SLAB_PAGES", 5)
     poison(monkeypatch)
 
 
-def host_of(blocks, batch=BATCH, seed=0, dtype=torch.float32):
-    store = PagedKV(batch, HEADS, DIM, SIZE, dtype, "cpu")
+@pytest.fixture(scope="module")
+def pool():
+    """What copies natively, in the background."""
+    backend = make_backend("native")
+    yield backend
+    backend.close()
+
+
+def host_of(blocks, batch=BATCH, seed=0, dtype=torch.float32, kind=PagedKV):
+    store = kind(batch, HEADS, DIM, SIZE, dtype, "cpu")
     grow(store, blocks, seed)
     return store
 
 
 def grow(store, blocks, seed):
     generator = torch.Generator().manual_seed(seed)
-    new = torch.randn(2, store.batch, HEADS, blocks * SIZE, DIM, generator=generator).to(store.table.pool.dtype)
+    new = torch.randn(2, store.batch, HEADS, blocks * SIZE, DIM, generator=generator).to(store.dtype)
     store.append(new[0], new[1])
     return new
 
@@ -114,9 +125,37 @@ def recalled(before, wanted, slots):
     return kept, missing[:room]
 
 
+def in_a_thread(plan, host):
+    worker = threading.Thread(target=plan.run, args=(host,))
+    worker.start()
+    worker.join()
+
+
+def by(backend):
+    """A way to carry out a plan: as copies by the native pool."""
+
+    def copy(plan, host):
+        sources, targets, size = plan.addresses(host)
+        assert len(sources) == len(targets) == 2 * plan.blocks and 2 * plan.blocks * size == plan.moved_bytes
+        backend.copy(sources, targets, size, keep=(plan, host)).wait()
+
+    return copy
+
+
+@pytest.mark.skipif(not ISAS, reason="no native library")
+@QUICK
+@given(seed=st.integers(0, 10**6), padded=st.booleans())
+def test_random_life_of_slots_with_native_copies(pool, seed, padded):
+    random_life(seed, padded, by(pool))
+
+
 @QUICK
 @given(st.integers(0, 10**6), st.booleans())
 def test_random_life_of_slots(seed, padded):
+    random_life(seed, padded, in_a_thread)
+
+
+def random_life(seed, padded, carry_out):
     dice = random.Random(seed)
     host, resident = host_of(dice.randint(1, 6)), new_slots(dice.randint(1, 6))
     others = []
@@ -126,7 +165,7 @@ def test_random_life_of_slots(seed, padded):
         if deed == "load" or not step:
             resident.load(*wish(dice, batch, blocks, padded), host)
         elif deed == "recall":
-            check_recall(resident, host, *wish(dice, batch, blocks, padded))
+            check_recall(resident, host, *wish(dice, batch, blocks, padded), carry_out)
         elif deed == "adopt" and blocks < 12:
             before = sets(resident)
             resident.adopt(blocks, *grow(host, 1, seed + step))
@@ -148,7 +187,7 @@ def test_random_life_of_slots(seed, padded):
         check(*one)
 
 
-def check_recall(resident, host, ids, usable):
+def check_recall(resident, host, ids, usable, carry_out=in_a_thread):
     before, wanted = sets(resident), wanted_of(ids, usable)
     plan = resident.plan_recall(ids, usable, host.blocks)
     expected = [recalled(had, want, resident.slots) for had, want in zip(before, wanted)]
@@ -157,9 +196,7 @@ def check_recall(resident, host, ids, usable):
     if plan is not None:
         assert plan.blocks == came
         assert plan.moved_bytes == came * 2 * SIZE * DIM * resident.keys.element_size()
-        worker = threading.Thread(target=plan.run, args=(host,))
-        worker.start()
-        worker.join()
+        carry_out(plan, host)
     for had, (kept, new), now in zip(before, expected, sets(resident)):
         assert kept | set(new) <= now <= had | set(new)
         assert len(now) >= max(len(had), len(kept) + len(new))
@@ -184,6 +221,36 @@ def test_a_recall_writes_only_after_it_is_run():
     assert torch.equal(resident.keys, before) and sets(resident) == [{3, 4}] * 4
     plan.run(host)
     check(resident, host)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_copies_of_every_dtype(dtype):
+    if not ISAS:
+        pytest.skip("no native library")
+    backend = make_backend("native")
+    host, resident = host_of(9, dtype=dtype), new_slots(3, dtype=dtype)
+    ids = torch.stack([torch.randperm(9, generator=torch.Generator().manual_seed(n))[:3] for n in range(BATCH * HEADS)])
+    ids = ids.view(BATCH, HEADS, 3)
+    resident.load((ids + 4) % 9, torch.ones_like(ids, dtype=torch.bool), host)
+    check_recall(resident, host, ids, torch.ones_like(ids, dtype=torch.bool), by(backend))
+    check(resident, host)
+    backend.close()
+
+
+def test_what_cannot_be_copied_as_it_lies():
+    """int8 must be unpacked, another dtype converted, and without the library there are no addresses."""
+    with without_library():
+        unknown = host_of(6)
+        assert make_backend().copy(*torch.zeros(2, 1, dtype=torch.int64), 0, None) is None
+    wanted = torch.tensor([3, 4]).expand(BATCH, HEADS, -1)
+    usable = torch.ones_like(wanted, dtype=torch.bool)
+    for host, dtype in (
+        (host_of(6, kind=PackedKV), torch.float32),
+        (host_of(6), torch.bfloat16),
+        (unknown, torch.float32),
+    ):
+        plan = new_slots(2, dtype=dtype).plan_recall(wanted, usable, 6)
+        assert plan.blocks == 8 and plan.addresses(host) is None
 
 
 def test_forks_are_independent():
