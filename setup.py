@@ -61,7 +61,13 @@ class BuildNative(build_ext):
             made = str(objects / f"{source.stem}.o")
             # Arm has no such flags, and the x86 files are empty there.
             own = OWN_FLAGS.get(source.name, []) if platform.machine().lower() in ("x86_64", "amd64") else []
-            run([*call, *FLAGS, *architectures, *own, "-c", str(source), "-o", made])
+            command = [*call, *FLAGS, *architectures, "-c", str(source), "-o", made]
+            try:
+                run([*command, *own])
+            except RuntimeError:
+                if not own:
+                    raise
+                run(command)  # a compiler that does not know this instruction set: the file becomes empty
             return made
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:

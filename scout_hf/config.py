@@ -56,7 +56,7 @@ class ScoutConfig:
     resident : int or None, default None
         Two tiers: tokens per layer and KV head kept on the GPU. ``None``: the budget, or 2048 where that is ``None``.
     threads : int or None, default None
-        Threads of the CPU's share on two tiers. ``None`` leaves torch's own setting.
+        Threads of the CPU's share on two tiers, never more than spare cores. ``None``: as many as torch uses.
     host_dtype : {None, "int8"}, default None
         How keys and values are kept in host memory. ``None``: as the model makes them. ``int8``: half the bytes of
         bf16 and a faster CPU, with one scale per channel and block for keys and one per token for values; never exact.

@@ -90,7 +90,7 @@ class Handle:
         self.model, self.config, self._family = model, config, family
         self._decoder = family.decoder(model)
         self._backend = make_backend(config.cpu_backend, config.threads)
-        # Apart from the jobs that attend: a long transfer must not hold up the next layer's share.
+        # For transfers that the backend cannot make itself, apart from the jobs that attend.
         self._movers = Workers()
         self._counters = Counters()
         self._kv_bytes: dict[str, int] = {}
@@ -219,7 +219,7 @@ class Handle:
             cache=cache,
             queries=inputs.shape[1],
             tokens=past + inputs.shape[1],
-            mask=_padding(given.get("attention_mask"), past + inputs.shape[1]),
+            mask=_padding(given.get("attention_mask"), inputs.shape[0], past + inputs.shape[1]),
             backend=self._backend,
             movers=self._movers,
             counters=self._counters,
@@ -255,7 +255,7 @@ class Handle:
             )
         if step.queries > 1 or self._counters.steps % BYTES_EVERY == 1:
             self._kv_bytes = step.cache.tier_bytes()
-        if step.queries > 1:
+        if step.queries == step.tokens > 1:
             self._huge_page_bytes = step.cache.huge_page_bytes()
 
     @keeps_tensors
@@ -304,7 +304,7 @@ def _named(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict:
     return {**dict(zip(names, args)), **kwargs}
 
 
-def _padding(mask: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
+def _padding(mask: torch.Tensor | None, rows: int, tokens: int) -> torch.Tensor | None:
     """The 2-D mask as bool (batch, tokens), or None where nothing is padding."""
     if mask is None:
         return None
@@ -313,7 +313,11 @@ def _padding(mask: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
             f"attention_mask covers {mask.shape[1]} tokens, the cache and the new tokens together are {tokens}; pass a "
             "mask over all of them"
         )
-    mask = mask.bool()
+    if mask.shape[0] != rows:
+        raise UnsupportedInputError(
+            f"attention_mask has {mask.shape[0]} rows, the inputs have {rows}; pass one per row"
+        )
+    mask = mask.bool().contiguous()
     return None if bool(mask.all()) else mask
 
 

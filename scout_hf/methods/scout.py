@@ -180,6 +180,7 @@ class Scout(Method):
         full = self.kv.full_blocks(self._window_blocks)
         if full is None:
             return
+        self._join_recall()  # its thread reads the host's table
         first, count = self.kv.host.blocks, full[0].shape[2] // self.config.block_size
         exists = None
         if step is not None and step.mask is not None:

@@ -49,10 +49,15 @@ class Selector:
         if self.dense or first >= last:
             return
         native = store.native() if self.digest.native == "minmax" else None
-        if native is not None and (exists is None or exists.is_cpu):
+        covers = exists is None or exists.is_cpu and exists.stride(1) == 1 and exists.shape[0] == store.batch
+        if native is not None and covers and (exists is None or exists.shape[1] >= last * size):
             shape = torch.Size((store.batch, store.heads, last - first, 2 * store.head_dim))
             codes = self.table.grow(shape, store.dtype, store.device)
-            pages.minmax(store.library, native, first, last, exists, codes)
+            try:
+                pages.minmax(store.library, native, first, last, exists, codes)
+            except BaseException:
+                self.table.crop(first)
+                raise
             return
         keys, _ = store.read(first * size, last * size)
         here = None

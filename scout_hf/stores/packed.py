@@ -28,6 +28,8 @@ class PackedKV(PagedKV):
             )
         super().__init__(batch, heads, head_dim, block_size, dtype, device)
         self.tail = torch.empty((batch, heads, 2, block_size, head_dim), dtype=dtype, device=device)
+        # The length before the last append that filled a block, and the tail at that time.
+        self._kept: tuple[int, torch.Tensor | None] = (0, None)
 
     def _new_pool(self) -> PagePool:
         return PagePool((self.heads, tile_bytes(self.block_size, self.head_dim)), torch.uint8, self.device)
@@ -46,6 +48,21 @@ class PackedKV(PagedKV):
             args.tail = self.tail.data_ptr()
         return args
 
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if self.length % self.block_size + keys.shape[2] < self.block_size:
+            super().append(keys, values)
+            return
+        # A block gets full and the tail starts anew: an append that fails, or is taken back, needs it as it was.
+        before, kept = self.length, self.tail
+        self.tail = kept.clone()
+        try:
+            super().append(keys, values)
+        except BaseException:
+            if self.length == before:
+                self.tail = kept
+            raise
+        self._kept = (before, kept)
+
     def _make_room(self, tokens: int) -> None:
         if (fresh := (self.length + tokens) // self.block_size - self.table.blocks) > 0:
             self.table.extend(fresh)
@@ -58,7 +75,7 @@ class PackedKV(PagedKV):
         if whole:
             # Block by block of all heads: the way without a compiler need not be fast.
             pages = self.table.ids.gather(1, blocks.clamp(max=whole - 1).reshape(batch, -1)).reshape(-1)
-            which = torch.arange(heads).view(1, heads, 1).expand(batch, heads, count).reshape(-1)
+            which = torch.arange(heads, device="cpu").view(1, heads, 1).expand(batch, heads, count).reshape(-1)
             pool = self.table.pool
             for slab, start in zip(pool.slabs, pool.starts):
                 here = ((pages >= start) & (pages < start + len(slab))).nonzero().squeeze(1)
@@ -74,17 +91,22 @@ class PackedKV(PagedKV):
         if length >= self.length:
             return
         block, rest = divmod(length, self.block_size)
-        if rest and block < self.table.blocks:
-            ids = torch.full((self.batch, self.heads, 1), block)
+        kept_at, kept = self._kept
+        if rest and kept is not None and kept_at // self.block_size == block and length <= kept_at:
+            self.tail = kept.clone()
+        elif rest and block < self.table.blocks:
+            ids = torch.full((self.batch, self.heads, 1), block, device="cpu")
             keys, values = (self.tail.new_empty((*ids.shape, self.block_size, self.head_dim)) for _ in range(2))
             self.gather(ids, keys, values)
             self.tail = torch.stack([keys.squeeze(2), values.squeeze(2)], dim=2)
+        self._kept = (0, None)
         self.table.truncate(block)
         self.length = length
 
     def select_rows(self, rows: torch.Tensor) -> None:
         super().select_rows(rows)
         self.tail = self.tail[rows.to(self.tail.device)]
+        self._kept = (0, None)
 
     def fork(self) -> PackedKV:
         twin = super().fork()

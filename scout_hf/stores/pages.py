@@ -34,7 +34,7 @@ class PagePool:
         self.pages = 0
         self._fresh = 0
         self._free: list[int] = []
-        self._references = torch.zeros(0, dtype=torch.int32)
+        self._references = torch.zeros(0, dtype=torch.int32, device="cpu")
         self._lock = threading.Lock()
         self._abandoned: deque[tuple[torch.Tensor, int]] = deque()
 
@@ -54,9 +54,10 @@ class PagePool:
         """Where these pages are in memory: int64, in the shape of ``ids``."""
         if len(self.slabs) == 1:
             return ids * self.page_bytes + self.slabs[0].data_ptr()
-        starts = torch.tensor(self.starts)
+        starts = torch.tensor(self.starts, device="cpu")
         which = torch.bucketize(ids, starts, right=True) - 1
-        return (ids - starts[which]) * self.page_bytes + torch.tensor([s.data_ptr() for s in self.slabs])[which]
+        places = torch.tensor([slab.data_ptr() for slab in self.slabs], device="cpu")
+        return (ids - starts[which]) * self.page_bytes + places[which]
 
     def allocate(self, count: int) -> torch.Tensor:
         """``count`` page ids with one reference each, int64 on the CPU; contents are undefined.
@@ -66,7 +67,7 @@ class PagePool:
         with self._lock:
             self._reap()
             if 0 < count <= len(self._free):
-                ids = torch.tensor(self._free[-count:], dtype=torch.int64)
+                ids = torch.tensor(self._free[-count:], dtype=torch.int64, device="cpu")
                 del self._free[-count:]
             else:
                 ids = self._run(count)
@@ -136,7 +137,7 @@ class PagePool:
             self._free.extend(range(self._fresh, self.pages))
             self._fresh = self.pages
             self._add_slab(count)
-        ids = torch.arange(self._fresh, self._fresh + count)
+        ids = torch.arange(self._fresh, self._fresh + count, device="cpu")
         self._fresh += count
         return ids
 
@@ -145,7 +146,7 @@ class PagePool:
         self.slabs.append(allocate_slab((size, *self.page_shape), self.dtype, self.device))
         self.starts.append(self.pages)
         self.pages += size
-        self._references = torch.cat([self._references, torch.zeros(size, dtype=torch.int32)])
+        self._references = torch.cat([self._references, torch.zeros(size, dtype=torch.int32, device="cpu")])
 
     def _recycle(self, ids: torch.Tensor) -> None:
         self._free.extend(ids.tolist())
@@ -178,7 +179,7 @@ class PageTable:
 
     def __init__(self, pool: PagePool, batch: int):
         self.pool = pool
-        self.places = torch.empty((2, batch, 0), dtype=torch.int64)
+        self.places = torch.empty((2, batch, 0), dtype=torch.int64, device="cpu")
         self.blocks = 0
         self._last_is_ours = True
 

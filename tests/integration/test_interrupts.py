@@ -113,7 +113,9 @@ def test_a_fork_after_an_interrupt_is_whole(model, split):
         torch.testing.assert_close(logits(model, ids[:, 39:], cache.fork()), expected, atol=3e-6, rtol=0)
 
 
-@pytest.mark.parametrize("settings", [{"cpu_backend": "torch"}, *([{}, {"host_dtype": "int8"}] if ISAS else [])], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"cpu_backend": "torch"}, *([{}, {"host_dtype": "int8"}] if ISAS else [])], ids=str
+)
 @pytest.mark.parametrize("call", [0, 2])
 def test_an_interrupt_while_waiting_for_the_cpu(model, monkeypatch, settings, call):
     """The job that nobody waits for any more goes on while the cache goes back and forth."""

@@ -76,9 +76,7 @@ def metadata(wheel, file):
 def test_the_archive_holds_the_native_sources(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    sources = {
-        str(path.relative_to(ROOT)) for path in (ROOT / NATIVE).iterdir() if path.suffix in (".cpp", ".h", ".inl")
-    }
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / NATIVE).iterdir() if path.is_file()}
     assert len(sources) > 10 and sources <= names
     assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "scout_hf/kernels/cpu/library.py"} <= names
     assert not [name for name in names if name.endswith((".so", ".o", ".pyc"))]
@@ -126,6 +124,7 @@ def test_the_wheel_is_for_this_platform_and_any_python(wheel):
 def test_without_a_compiler_the_wheel_is_for_every_platform(without_compiler):
     wheel, said = without_compiler
     assert wheel.name.endswith("-py3-none-any.whl") and "Tag: py3-none-any\n" in metadata(wheel, "WHEEL")
+    assert "Root-Is-Purelib: true" in metadata(wheel, "WHEEL")
     assert not [name for name in names_in(wheel) if name.endswith((".so", ".dylib", ".pyd"))]
     assert "the native library was not built" in said and "/nonexistent" in said
 
@@ -139,7 +138,10 @@ def test_without_a_compiler_the_wheel_is_for_every_platform(without_compiler):
     ids=["none", "broken"],
 )
 def test_a_failed_build_is_a_warning(checkout, tmp_path, environment, reason):
-    """Also with no compiler on the path, and with one that fails."""
+    """Also with no compiler on the path, and with one that fails; the library of an earlier build does not remain."""
+    old = tmp_path / "lib" / "scout_hf" / "kernels" / "cpu" / "_scout_cpu.so"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"old")
     (tmp_path / "python").symlink_to(sys.executable)
     command = [
         sys.executable,

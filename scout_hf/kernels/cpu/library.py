@@ -255,6 +255,12 @@ def check(status: int, what: str) -> None:
 def _openmp_entry() -> int | None:
     """Address of GOMP_parallel in the OpenMP library that torch has loaded, so that both share one team of threads."""
     try:
+        # Through torch's own library, since several OpenMP libraries may be loaded.
+        own = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+        return ctypes.cast(ctypes.CDLL(str(own)).GOMP_parallel, c_void_p).value
+    except (OSError, AttributeError):
+        pass
+    try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
         return None

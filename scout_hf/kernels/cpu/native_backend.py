@@ -27,7 +27,7 @@ class NativeBackend(CpuBackend):
         self._library = load_library()
         self._torch = TorchBackend(threads)
         if self._library is not None:
-            self._pool = NativePool(self._library.handle, threads)
+            self._pool = NativePool(self._library.handle, threads or torch.get_num_threads())
             self._submit = quick(self._library.handle, "scout_submit_attend")
             self._copy = quick(self._library.handle, "scout_submit_copy")
 
@@ -51,13 +51,15 @@ class NativeBackend(CpuBackend):
         return self._pool.submit(self._submit, args, keep=(keep, partial, store.memory()), result=result)
 
     def select(self, scorer, query, codes, count, sinks, newest, block_size, exists) -> BlockLists | None:
+        batch, heads, candidates = codes.shape[:3]
         if not self._scores(scorer, query, codes, exists):
             return None
-        batch, heads, candidates = codes.shape[:3]
+        if exists is not None and (exists.shape[0] != batch or exists.shape[1] < candidates * block_size):
+            return None
         wanted = None if isinstance(count, int) else count.to(torch.int32)
         most = min(count if wanted is None else int(wanted.max()), candidates)
-        ids = torch.empty((batch, heads, most + newest), dtype=torch.int32)
-        counts = torch.empty((batch, heads), dtype=torch.int32)
+        ids = torch.empty((batch, heads, most + newest), dtype=torch.int32, device="cpu")
+        counts = torch.empty((batch, heads), dtype=torch.int32, device="cpu")
         choice = {"blocks": ids.data_ptr(), "counts": counts.data_ptr(), "blocks_stride": most + newest}
         choice |= {"count": most, "sinks": sinks, "newest": newest, "block_size": block_size}
         if wanted is not None:
@@ -70,8 +72,8 @@ class NativeBackend(CpuBackend):
     def score(self, scorer, query, codes) -> torch.Tensor | None:
         if not self._scores(scorer, query, codes, None):
             return None
-        counts = torch.empty(codes.shape[:2], dtype=torch.int32)
-        scores = torch.empty(codes.shape[:3], dtype=torch.float32)
+        counts = torch.empty(codes.shape[:2], dtype=torch.int32, device="cpu")
+        scores = torch.empty(codes.shape[:3], dtype=torch.float32, device="cpu")
         self._select(query, codes, counts=counts.data_ptr(), scores=scores.data_ptr(), block_size=1)
         return scores
 
@@ -129,8 +131,8 @@ class NativeBackend(CpuBackend):
         if exists is not None and (exists.shape[0] != batch or exists.shape[1] < store.length):
             raise CacheStateError(f"got marks {tuple(exists.shape)} for {batch} rows of {store.length} tokens")
         query = query if query.stride(3) == 1 else query.contiguous()
-        out = torch.empty(query.shape, dtype=torch.float32)
-        lse = torch.empty(query.shape[:3], dtype=torch.float32)
+        out = torch.empty(query.shape, dtype=torch.float32, device="cpu")
+        lse = torch.empty(query.shape[:3], dtype=torch.float32, device="cpu")
         args = AttendArgs(
             store=native,
             query=query.data_ptr(),
@@ -147,9 +149,11 @@ class NativeBackend(CpuBackend):
             args.exists, args.exists_stride = exists.data_ptr(), exists.stride(0)
         if lists is not None:
             ids, counts = lists.ids.to(torch.int32).contiguous(), lists.counts
+            if ids.shape[:2] != (batch, store.heads) or (counts is not None and counts.shape != ids.shape[:2]):
+                raise CacheStateError(f"got lists {tuple(ids.shape)} for {batch} rows of {store.heads} KV heads")
             args.blocks_stride = args.count = ids.shape[2]
             if counts is not None:
-                counts = counts.to(torch.int32).contiguous()
+                counts = counts.to("cpu", torch.int32).contiguous()
                 args.counts = counts.data_ptr()
             if not ids.numel():
                 # The address of nothing is 0, which would mean every block.

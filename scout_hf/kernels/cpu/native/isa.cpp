@@ -7,7 +7,10 @@
 
 extern const scout_isa scout_isa_base;
 #if defined(__x86_64__)
-extern const scout_isa scout_isa_avx2, scout_isa_avx512, scout_isa_avx512bf16;
+// Absent where the compiler that built the library did not know them.
+extern const scout_isa scout_isa_avx2 __attribute__((weak));
+extern const scout_isa scout_isa_avx512 __attribute__((weak));
+extern const scout_isa scout_isa_avx512bf16 __attribute__((weak));
 #elif defined(__aarch64__)
 extern const scout_isa scout_isa_neon;
 #endif
@@ -30,7 +33,7 @@ struct List {
     __builtin_cpu_init();
 #endif
     for (const scout_isa* set : known)
-      if (set->runs()) sets[count++] = set;
+      if (set && set->runs()) sets[count++] = set;
   }
 };
 

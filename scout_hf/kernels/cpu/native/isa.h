@@ -29,7 +29,7 @@ struct scout_isa {
   int64_t (*read)(const uint8_t* start, int64_t bytes, const uint8_t* next);
 };
 
-enum { SCOUT_MAX_HEAD_DIM = 512, SCOUT_MAX_GROUP = 64, SCOUT_MAX_BLOCK = 256 };
+enum { SCOUT_MAX_HEAD_DIM = 512, SCOUT_MAX_BLOCK = 256 };
 
 // The table to use for rows of `numbers` numbers and vectors along `tokens` tokens, NULL if there is none.
 const scout_isa* scout_isa_for(int numbers, int tokens);

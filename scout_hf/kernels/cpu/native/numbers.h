@@ -45,12 +45,6 @@ inline uint16_t to_f16(float x) {
 
 inline int bytes_of(int dtype) { return dtype == SCOUT_F32 ? 4 : dtype == SCOUT_I8 ? 1 : 2; }
 
-inline float read_number(const void* from, int64_t index, int dtype) {
-  if (dtype == SCOUT_F32) return ((const float*)from)[index];
-  const uint16_t half = ((const uint16_t*)from)[index];
-  return dtype == SCOUT_F16 ? from_f16(half) : from_bf16(half);
-}
-
 inline void read_numbers(const void* from, int64_t first, int64_t count, int dtype, float* into) {
   if (dtype == SCOUT_F32) {
     memcpy(into, (const float*)from + first, count * sizeof(float));

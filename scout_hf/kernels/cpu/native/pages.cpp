@@ -196,6 +196,9 @@ SCOUT_EXPORT int scout_gather(const scout_gather_args* args, int threads) {
   if (!store.valid()) return SCOUT_UNSUPPORTED;
   const int64_t half = store.plain_bytes / 2, items = a.store.batch * a.store.kv_heads * a.count;
   const int64_t open = a.store.length / a.store.block_size;
+  const int64_t known = (a.store.length + a.store.block_size - 1) / a.store.block_size;
+  for (int64_t i = 0; i < items; i++)
+    if (a.blocks[i] < 0 || a.blocks[i] >= known) return SCOUT_BAD_BLOCK;
   for_each_item(items, items * store.plain_bytes, threads, [&](int64_t i) {
     const int list = (int)(i / a.count), row = list / a.store.kv_heads, head = list % a.store.kv_heads;
     uint8_t *keys = (uint8_t*)a.keys + i * half, *values = (uint8_t*)a.values + i * half;
