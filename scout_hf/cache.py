@@ -223,10 +223,13 @@ class ScoutLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     @keeps_tensors
-    def crop(self, length: int) -> None:
-        """``length`` <= 0 removes that many tokens; a positive one is the length to keep (transformers < 5.14)."""
+    def crop(self, length: int | torch.Tensor) -> None:
+        """``length`` <= 0 removes that many tokens; a positive one is the length to keep (transformers < 5.14).
+
+        Prompt lookup of some versions (5.17) hands over a tensor of one number.
+        """
         if self.method:
-            held = self.method.length
+            held, length = self.method.length, int(length)
             keep = max(0, held + length) if length <= 0 else min(length, held)
             if keep < held:
                 self.method.crop(keep)

@@ -231,6 +231,18 @@ def test_crop_reads_positive_as_length_and_the_rest_as_an_amount():
         assert world.scout.get_seq_length() == left
 
 
+@pytest.mark.parametrize("host_dtype", (None, "int8"))
+@pytest.mark.parametrize("name", ("one tier", "two tiers"))
+def test_crop_takes_a_tensor_of_one_number(name, host_dtype):
+    """Prompt lookup of transformers 5.17 hands one over."""
+    cache = new_cache(name, host_dtype=host_dtype)
+    ids = torch.zeros(1, 50, dtype=torch.long)
+    forward(stock_model(), cache, ids, torch.ones_like(ids, dtype=torch.bool))
+    for amount, left in ((-3, 47), (40, 40)):
+        cache.crop(torch.tensor(amount))
+        assert cache.get_seq_length() == left and type(cache.get_seq_length()) is int
+
+
 def test_an_unpatched_model_is_right_with_a_scout_cache():
     for name in ("one tier", "two tiers"):
         world = World(name, 2, [0, 3])

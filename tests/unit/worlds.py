@@ -54,8 +54,8 @@ def patched_model(dtype=torch.float32):
     return model
 
 
-def new_cache(name):
-    return ScoutCache(stock_model().config, **{"budget": None, "block_size": 8, **SETTINGS[name]})
+def new_cache(name, **options):
+    return ScoutCache(stock_model().config, **{"budget": None, "block_size": 8, **SETTINGS[name], **options})
 
 
 def forward(model, cache, ids, mask, mask_given=True):
