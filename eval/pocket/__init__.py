@@ -1,8 +1,11 @@
-"""A pocket model: a real one-million-parameter Llama that answers needle questions in long text, with no download.
+"""Pocket models: real decoders of one million parameters that answer questions about long text, with no download.
 
-It is what examples and tests run on when no hub can be reached: `load_pocket()` gives a model and a tokenizer made by
-the ordinary `from_pretrained` code, `make_document()` a readable text with facts to ask about.
+They are what examples and tests run on when no hub can be reached: `load_pocket()` gives a model and a tokenizer made
+by the ordinary `from_pretrained` code, `make_document()` a readable text with facts to ask about, and `make_exercise()`
+the same for each of `TASKS`.
 """
+
+from __future__ import annotations
 
 from pathlib import Path
 
@@ -10,29 +13,43 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .documents import ANSWER_WORDS, Document, Fact, make_document, questions
+from .tasks import TASKS, make_exercise
 
 __all__ = [
     "ANSWER_WORDS",
+    "POCKET_MODELS",
+    "TASKS",
     "TRAINED_TOKENS",
     "WEIGHTS",
     "Document",
     "Fact",
     "load_pocket",
     "make_document",
+    "make_exercise",
     "questions",
 ]
 
 WEIGHTS = Path(__file__).parent / "weights"
+POCKET_MODELS = ("llama", "qwen3")
+"""Names of the packaged models; `weights/<name>/training.json` says how each was trained and what it can do."""
 TRAINED_TOKENS = 4096
-"""The longest text, in tokens, the packaged model was trained on; `weights/training.json` measures it at twice that."""
+"""The longest text, in tokens, the packaged models were trained on; they are measured at twice that."""
 
 
-def load_pocket(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The packaged model, in eval mode on the CPU, and its tokenizer (one word, one token; padding on the left)."""
-    if not (WEIGHTS / "model.safetensors").is_file():
+def load_pocket(
+    name: str = "llama", dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A packaged model, in eval mode on the CPU, and its tokenizer (one word, one token; padding on the left).
+
+    Raises ValueError for a name that is not in `POCKET_MODELS`, FileNotFoundError where the weights are not installed.
+    """
+    if name not in POCKET_MODELS:
+        raise ValueError(f"no pocket model {name!r}: there are {', '.join(POCKET_MODELS)}")
+    folder = WEIGHTS / name
+    if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(
-            f"no pocket model in {WEIGHTS}: install the package with its data files, or train one with "
-            f"`python -m scout_hf.eval.pocket.train --out {WEIGHTS}`"
+            f"no pocket model in {folder}: install the package with its data files, or train one with "
+            f"`python -m scout_hf.eval.pocket.train --arch {name} --out {folder}`"
         )
-    model = AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=dtype, local_files_only=True)
-    return model.eval(), AutoTokenizer.from_pretrained(WEIGHTS, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)

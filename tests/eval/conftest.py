@@ -15,4 +15,4 @@ def pocket():
 @pytest.fixture(scope="session")
 def pocket64():
     """The same in float64, where rounding is far below any tolerance."""
-    return load_pocket(torch.float64)
+    return load_pocket(dtype=torch.float64)

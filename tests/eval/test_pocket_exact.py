@@ -50,7 +50,7 @@ def test_beams_over_pages_that_they_share(pocket, prompt):
 
 
 def test_the_answer_survives_half_precision(pocket, prompt, stock):
-    model, _ = load_pocket(torch.bfloat16)
+    model, _ = load_pocket(dtype=torch.bfloat16)
     expected = greedy(model, prompt)[0, prompt.input_ids.shape[1] :][:3]
     with scout_hf.patch(model, budget=0.25, block_size=16):
         found = greedy(model, prompt)[0, prompt.input_ids.shape[1] :][:3]

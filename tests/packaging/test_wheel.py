@@ -94,8 +94,8 @@ class TestBothWheels:
         assert tops - {"scout_hf"} == {name for name in tops if name.endswith(".dist-info")}
 
     def test_the_pocket_model_is_inside(self, built):
-        assert "scout_hf/eval/pocket/weights/model.safetensors" in names_in(built)
-        assert "scout_hf/eval/pocket/weights/tokenizer.json" in names_in(built)
+        assert "scout_hf/eval/pocket/weights/llama/model.safetensors" in names_in(built)
+        assert "scout_hf/eval/pocket/weights/llama/tokenizer.json" in names_in(built)
 
     def test_every_module_of_the_checkout_is_inside(self, built):
         homes = {"scout_hf": "scout_hf", "eval": "scout_hf/eval", "patches": "scout_hf/patches"}

@@ -1,0 +1,171 @@
+"""Five kinds of questions about a long document, in the style of RULER (arXiv 2404.06654), each from a seed.
+
+Every task hides short statements between filler sentences and asks about them at the end:
+
+`needle`     they call the amber falcon seven kilo mango .     what do they call the amber falcon
+`values`     note zoe 1 seven .  note zoe 2 kilo .  ...        list all of zoe            1 seven 2 kilo 3 mango
+`trace`      value of falcon seven kilo .  value of zoe falcon .   find the value of zoe      seven kilo
+`copy`       copy zoe seven kilo mango lemon iron zinc .       repeat zoe
+`aggregate`  answer of zoe kilo .  (three times, others once)  which is often the answer of zoe      kilo
+
+All cases of one document are of one task, so each is the others' distractor.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from . import vocabulary as vocab
+from .documents import Document, Fact, draw_facts, fact_words, filler_sentences, make_document, question_words
+
+TASKS = ("needle", "values", "trace", "copy", "aggregate")
+RIVALS = ("fixed", "growing")
+
+VALUES_PER_KEY = 3
+HOPS = 2
+TRACED_WORDS = 2
+SPAN_WORDS = 6
+COUNTS = (3, 1, 1, 1)
+STATEMENTS = {"needle": 1, "values": VALUES_PER_KEY, "trace": HOPS, "copy": 1, "aggregate": sum(COUNTS)}
+"""How many statements of the text one question is about."""
+
+_KEYS = vocab.NAMES + vocab.KEY_NOUNS
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question, its answer and the statements it is about, in the order in which the text must have them.
+
+    All are lists of words; the answer starts at word `offset` of statement number `home`.
+    """
+
+    statements: tuple[tuple[str, ...], ...]
+    question: tuple[str, ...]
+    answer: tuple[str, ...]
+    home: int
+    offset: int
+
+
+def usual_statements(tokens: int, rivals: str = "fixed") -> int:
+    """Statements in a text of `tokens` tokens: one in 128 tokens, at least 8 and, if "fixed", at most 32."""
+    if rivals not in RIVALS:
+        raise ValueError(f"rivals={rivals!r}: allowed are {', '.join(RIVALS)}")
+    growing = max(8, tokens // 128)
+    return growing if rivals == "growing" else min(32, growing)
+
+
+def make_exercise(task: str, tokens: int, seed: int, questions: int | None = None, rivals: str = "fixed") -> Document:
+    """A document of exactly `tokens` tokens with statements of one task; the same arguments, the same document.
+
+    The text holds `usual_statements(tokens, rivals)` statements, or more if `questions` needs more; `questions` bounds
+    the facts that are returned to be asked (None: every one). Raises ValueError for an unknown task or value, and
+    where the statements do not fit the length or the vocabulary.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task={task!r}: allowed are {', '.join(TASKS)}")
+    if questions is not None and questions < 1:
+        raise ValueError(f"questions={questions}: give at least 1, or None for all")
+    count = max(usual_statements(tokens, rivals) // STATEMENTS[task], questions or 1)
+    if task == "needle":
+        document = make_document(tokens, count, seed)
+    else:
+        rng = random.Random(f"{task}-{seed}")
+        document = _document(rng, draw_cases(rng, task, count), tokens, seed)
+    if questions is None:
+        return document
+    chosen = sorted(random.Random(f"questions-{seed}").sample(range(count), questions))
+    return Document(document.text, tuple(document.facts[index] for index in chosen), tokens, seed)
+
+
+def draw_cases(rng: random.Random, task: str, count: int) -> list[Case]:
+    """`count` cases of one task about different keys."""
+    if task == "needle":
+        return [
+            Case((tuple(fact_words(key, value)),), tuple(question_words(key)), value, 0, 5)
+            for key, value in draw_facts(rng, count)
+        ]
+    names = _distinct(rng, _KEYS, count * (HOPS if task == "trace" else 1), task)
+    if task == "values":
+        return [_values(rng, name) for name in names]
+    if task == "trace":
+        firsts = _distinct(rng, vocab.VALUES, count, task)
+        return [_trace(rng, names[index * HOPS : (index + 1) * HOPS], first) for index, first in enumerate(firsts)]
+    if task == "copy":
+        pairs: set[tuple[str, str]] = set()
+        return [_copy(rng, name, pairs) for name in names]
+    return [_aggregate(rng, name) for name in names]
+
+
+def _distinct(rng: random.Random, words: tuple[str, ...], count: int, task: str) -> list[str]:
+    if count > len(words):
+        raise ValueError(f"{task}: at most {len(words)} different words of one kind fit one document, {count} needed")
+    return rng.sample(words, count)
+
+
+def _values(rng: random.Random, key: str) -> Case:
+    told = rng.sample(vocab.VALUES, VALUES_PER_KEY)
+    numbered = [(vocab.DIGITS[number], value) for number, value in enumerate(told, 1)]
+    statements = tuple(("note", key, *pair, ".") for pair in numbered)
+    return Case(statements, ("list", "all", "of", key), tuple(word for pair in numbered for word in pair), 0, 2)
+
+
+def _trace(rng: random.Random, chain: list[str], first: str) -> Case:
+    value = (first, *rng.sample([word for word in vocab.VALUES if word != first], TRACED_WORDS - 1))
+    statements = [("value", "of", chain[0], *value, ".")]
+    statements += [("value", "of", name, before, ".") for before, name in zip(chain, chain[1:], strict=False)]
+    return Case(tuple(statements), ("find", "the", "value", "of", chain[-1]), value, 0, 3)
+
+
+def _copy(rng: random.Random, key: str, pairs: set[tuple[str, str]]) -> Case:
+    # No two words follow each other twice in a document: the last two words always tell how a span goes on.
+    while True:
+        span = rng.sample(vocab.VALUES, SPAN_WORDS)
+        fresh = set(zip(span, span[1:], strict=False))
+        if not fresh & pairs:
+            break
+    pairs |= fresh
+    return Case((("copy", key, *span, "."),), ("repeat", key), tuple(span), 0, 2)
+
+
+def _aggregate(rng: random.Random, key: str) -> Case:
+    told = rng.sample(vocab.VALUES, len(COUNTS))
+    said = [word for word, count in zip(told, COUNTS, strict=True) for _ in range(count)]
+    rng.shuffle(said)
+    statements = tuple(("answer", "of", key, word, ".") for word in said)
+    question = ("which", "is", "often", "the", "answer", "of", key)
+    return Case(statements, question, (told[0],), said.index(told[0]), 3)
+
+
+def deal(rng: random.Random, cases: list[Case]) -> list[tuple[int, int]]:
+    """A random order of all statements, as (case, statement) pairs, that keeps the order within each case."""
+    order = [number for number, case in enumerate(cases) for _ in case.statements]
+    rng.shuffle(order)
+    told = [0] * len(cases)
+    dealt = []
+    for number in order:
+        dealt.append((number, told[number]))
+        told[number] += 1
+    return dealt
+
+
+def _document(rng: random.Random, cases: list[Case], tokens: int, seed: int) -> Document:
+    needed = sum(len(statement) for case in cases for statement in case.statements)
+    if needed > tokens:
+        raise ValueError(f"{len(cases)} questions need {needed} tokens of statements, the document has {tokens}")
+    filler = filler_sentences(rng, tokens - needed)
+    dealt = deal(rng, cases)
+    # The last filler sentence may be clipped to make the length exact; it stays last, where a text may break off.
+    places = sorted(rng.choices(range(max(1, len(filler))), k=len(dealt)))
+    words: list[str] = []
+    facts: list[Fact] = []
+    told = 0
+    for index in range(max(1, len(filler))):
+        while told < len(dealt) and places[told] == index:
+            case, statement = cases[dealt[told][0]], dealt[told][1]
+            if statement == case.home:
+                facts.append(Fact(" ".join(case.question), " ".join(case.answer), len(words) + case.offset))
+            words += case.statements[statement]
+            told += 1
+        words += filler[index] if filler else []
+    return Document(" ".join(words), tuple(facts), tokens, seed)
