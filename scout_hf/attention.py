@@ -86,6 +86,8 @@ def scout_attention(previous, module, query, key, value, attention_mask, **kwarg
         elif method.length > step.queries:
             new = (part.to(method.dtype) for part in (key, value))
             out = _finish(method.attend_many(step, real, *new), query, kwargs.get("s_aux"))
+        if step.queries > 1:
+            method.observe(step, real)
         method.settle(step)
         if step.queries > 1:
             method.prefilled(step, real[:, :, -1:])

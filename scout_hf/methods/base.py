@@ -66,6 +66,9 @@ class Method(ABC):
         """Whether ``ahead`` would make use of a predicted query now."""
         return False
 
+    def observe(self, step, query: torch.Tensor) -> None:
+        """After ``append`` of several tokens and before ``settle``: queries (batch, query_heads, tokens, head_dim)."""
+
     @abstractmethod
     def attend(self, step, query: torch.Tensor) -> Partial:
         """In a decode step, after ``append``: attention of the real query (batch, query_heads, 1, head_dim)."""

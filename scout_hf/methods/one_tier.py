@@ -32,6 +32,9 @@ class OneTierScout(Method):
         step.counters.attended(self.layer_idx, context, result.tokens / (kv.batch * kv.heads))
         return result.partial
 
+    def observe(self, step, query: torch.Tensor) -> None:
+        self.selector.observe(query, self.kv_heads, step.mask)
+
     def settle(self, step) -> None:
         if step.queries > 1:
             self.selector.extend_from(self.kv, self.kv.length // self.config.block_size, step.mask)

@@ -75,6 +75,9 @@ class Scout(Method):
         self._tally(step, query)
         return fuse(parts)
 
+    def observe(self, step, query: torch.Tensor) -> None:
+        self.selector.observe(query, self.kv_heads, step.mask)
+
     def settle(self, step) -> None:
         self._write_back(step)
         if self._pick is not None and self._recall_due(step):
@@ -185,7 +188,12 @@ class Scout(Method):
         exists = None
         if step is not None and step.mask is not None:
             exists = step.token_mask(self.config.block_size, self.kv.device)[:, first : first + count]
-        self.selector.extend(full[0], exists)
+
+        def past() -> tuple[torch.Tensor, torch.Tensor | None]:
+            marks = None if exists is None else step.token_mask(self.config.block_size, self.kv.device)[:, :first]
+            return self.kv.host.read(0, first * self.config.block_size)[0], marks
+
+        self.selector.extend(full[0], exists, past)
         if self.resident is not None and count == 1:
             self.resident.adopt(first, *full)
         self.kv.write_back(self._window_blocks)

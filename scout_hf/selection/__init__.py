@@ -4,6 +4,7 @@ from scout_hf.selection.digest import Digest, digest_names, make_digest, registe
 from scout_hf.selection.minmax import MinMax
 from scout_hf.selection.pick import Pick, choose, pack_lists
 from scout_hf.selection.selector import Selector
+from scout_hf.selection.sign import SignCode
 from scout_hf.selection.table import DigestTable
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "MinMax",
     "Pick",
     "Selector",
+    "SignCode",
     "choose",
     "digest_names",
     "make_digest",

@@ -12,12 +12,21 @@ from scout_hf.registry import Registry
 class Digest(ABC):
     """A small code per block of keys from which a query's interest in the block can be estimated.
 
-    A subclass sets ``name``, is registered with :func:`register_digest`, and keeps no state. ``native`` names the way
-    in which native code scores these codes, where there is one.
+    One object serves one layer of one cache. A subclass sets ``name`` and is registered with :func:`register_digest`.
+    ``native`` names the way in which native code scores these codes, where there is one. A digest that needs constants
+    per KV head takes them in ``fit``; codes made before another ``fit`` are void.
     """
 
     name: str = ""
     native: str | None = None
+    needs_fit: bool = False
+
+    def fit(self, keys: torch.Tensor, exists: torch.Tensor | None, query_power: torch.Tensor | None) -> None:
+        """Take constants per KV head from keys as ``encode`` gets them, (batch, kv_heads, blocks, block_size, head_dim).
+
+        ``query_power`` (kv_heads, head_dim) of float32 is the mean square of a prompt's queries per channel, over the
+        GQA group; None where no queries were seen.
+        """
 
     @abstractmethod
     def encode(self, keys: torch.Tensor, exists: torch.Tensor | None) -> torch.Tensor:
@@ -42,6 +51,10 @@ class Digest(ABC):
         ``query`` is (batch, query_heads, 1, head_dim), ``codes`` (batch, kv_heads, blocks, code). Query heads of one
         GQA group are reduced to one score.
         """
+
+    def prepare(self, query: torch.Tensor) -> torch.Tensor:
+        """The query as native code of that name wants it; by default as it is."""
+        return query
 
 
 _DIGESTS: Registry[Digest] = Registry("digest")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -11,6 +13,10 @@ from scout_hf.kernels.cpu import BlockLists, pages
 from scout_hf.selection.digest import make_digest
 from scout_hf.selection.pick import Pick, choose, everything, pack_lists
 from scout_hf.selection.table import DigestTable
+
+# Constants of a digest are taken from the first keys, and again while the context is short and has grown much.
+ENOUGH_TOKENS, GROWN = 4096, 8
+POWER_QUERIES = 512
 
 
 class Selector:
@@ -25,20 +31,59 @@ class Selector:
     def __init__(self, config: ScoutConfig, layer_idx: int):
         self.config, self.dense = config, config.is_dense(layer_idx)
         self.digest, self.table = make_digest(config.digest), DigestTable()
+        self._fitted_blocks = 0
+        self._query_power: torch.Tensor | None = None
 
     @property
     def blocks(self) -> int:
         """Blocks that have a digest."""
         return self.table.blocks
 
-    def extend(self, keys: torch.Tensor, exists: torch.Tensor | None) -> None:
+    def observe(self, query: torch.Tensor, kv_heads: int, mask: torch.Tensor | None) -> None:
+        """Learn how large queries are per channel, from those of a prompt, (batch, query_heads, tokens, head_dim).
+
+        ``mask`` is (batch, tokens) of bool or None, padding False.
+        """
+        if self.dense or not self.digest.needs_fit:
+            return
+        # The last ones resemble those of decoding most, and a few hundred are enough.
+        recent = query[:, :, -POWER_QUERIES:].float().square()
+        if mask is not None:
+            real = mask[:, None, -POWER_QUERIES:, None]
+            recent = recent.masked_fill(~real, 0.0) * (real.numel() / real.sum().clamp(min=1))
+        power = recent.mean((0, 2)).unflatten(0, (kv_heads, -1)).mean(1)
+        self._query_power = power if bool(power.isfinite().all()) else None
+
+    def extend(
+        self,
+        keys: torch.Tensor,
+        exists: torch.Tensor | None,
+        past: Callable[[], tuple[torch.Tensor, torch.Tensor | None]] | None = None,
+    ) -> None:
         """Digest further whole blocks.
 
-        ``keys`` is (batch, kv_heads, n * block_size, head_dim), ``exists`` (batch, n, block_size) of bool or None.
+        ``keys`` is (batch, kv_heads, n * block_size, head_dim), ``exists`` (batch, n, block_size) of bool or None;
+        ``past`` gives both for the blocks digested before, for a digest that takes its constants anew.
         """
         if self.dense:
             return
-        self.table.append(self.digest.encode(keys.unflatten(2, (-1, self.config.block_size)), exists))
+        keys = keys.unflatten(2, (-1, self.config.block_size))
+        if self._fit_is_due(keys.shape[2]):
+            if self.blocks and past is not None:
+                before = past()
+                keys = torch.cat([before[0].unflatten(2, (-1, self.config.block_size)).to(keys.device), keys], dim=2)
+                exists = None if exists is None else torch.cat([before[1], exists], dim=1)
+                self.table.crop(0)
+            if not self.blocks:
+                self.digest.fit(keys, exists, self._query_power)
+                self._fitted_blocks = keys.shape[2]
+        self.table.append(self.digest.encode(keys, exists))
+
+    def _fit_is_due(self, new: int) -> bool:
+        if not self.digest.needs_fit or not self.blocks:
+            return self.digest.needs_fit
+        enough = self._fitted_blocks * self.config.block_size >= ENOUGH_TOKENS
+        return not enough and self.blocks + new >= GROWN * self._fitted_blocks
 
     def extend_from(self, store, last: int, exists: torch.Tensor | None) -> None:
         """Digest the whole blocks of a PagedKV up to block ``last`` that have no digest yet.
@@ -59,11 +104,14 @@ class Selector:
                 self.table.crop(first)
                 raise
             return
-        keys, _ = store.read(first * size, last * size)
-        here = None
-        if exists is not None:
-            here = exists[:, first * size : last * size].unflatten(1, (-1, size)).to(keys.device)
-        self.extend(keys, here)
+
+        def blocks(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+            keys = store.read(start * size, stop * size)[0]
+            if exists is None:
+                return keys, None
+            return keys, exists[:, start * size : stop * size].unflatten(1, (-1, size)).to(keys.device)
+
+        self.extend(*blocks(first, last), past=lambda: blocks(0, first))
 
     def lists(self, step, query: torch.Tensor, store, blocks: int) -> BlockLists | None:
         """Blocks of a PagedKV to attend: the best of the first ``blocks`` and all newer ones; None for every block."""
@@ -73,7 +121,8 @@ class Selector:
             return None
         if self.digest.native is not None:
             settings = (count, self.config.blocks(self.config.sinks), newest, self.config.block_size, step.mask)
-            chosen = step.backend.select(self.digest.native, query, self.table.codes(blocks), *settings)
+            prepared = self.digest.prepare(query)
+            chosen = step.backend.select(self.digest.native, prepared, self.table.codes(blocks), *settings)
             if chosen is not None:
                 return chosen
         picked = self.pick(step, query, blocks, store.heads)
@@ -102,7 +151,10 @@ class Selector:
         if count is None or not blocks or (isinstance(count, int) and count >= blocks):
             return everything(query.shape[0], kv_heads, blocks, exists, query.device)
         codes = self.table.codes(blocks)
-        scores = step.backend.score(self.digest.native, query, codes) if self.digest.native else None
+        scores = None
+        if self.digest.native:
+            size = self.config.block_size
+            scores = step.backend.score(self.digest.native, self.digest.prepare(query), codes, block_size=size)
         if scores is None:
             scores = self.digest.score(query, codes)
         return choose(scores, count, self.config.blocks(self.config.sinks), exists)
@@ -129,5 +181,5 @@ class Selector:
     def fork(self) -> Selector:
         """An independent copy."""
         twin = object.__new__(Selector)
-        twin.__dict__.update(self.__dict__, table=self.table.fork())
+        twin.__dict__.update(self.__dict__, table=self.table.fork(), digest=copy.copy(self.digest))
         return twin

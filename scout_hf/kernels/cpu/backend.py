@@ -115,7 +115,9 @@ class CpuBackend(ABC):
         """
         return None
 
-    def score(self, scorer: str, query: torch.Tensor, codes: torch.Tensor) -> torch.Tensor | None:
+    def score(
+        self, scorer: str, query: torch.Tensor, codes: torch.Tensor, block_size: int = 1
+    ) -> torch.Tensor | None:
         """Scores (batch, kv_heads, blocks) of float32 of all these digests, as in ``select``; None if it has no way."""
         return None
 

@@ -69,7 +69,7 @@ class NativeBackend(CpuBackend):
         self._select(query, codes, **choice)
         return BlockLists(ids, counts)
 
-    def score(self, scorer, query, codes) -> torch.Tensor | None:
+    def score(self, scorer, query, codes, block_size=1) -> torch.Tensor | None:
         if not self._scores(scorer, query, codes, None):
             return None
         counts = torch.empty(codes.shape[:2], dtype=torch.int32, device="cpu")
