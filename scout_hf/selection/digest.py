@@ -22,7 +22,7 @@ class Digest(ABC):
     needs_fit: bool = False
 
     def fit(self, keys: torch.Tensor, exists: torch.Tensor | None, query_power: torch.Tensor | None) -> None:
-        """Take constants per KV head from keys as ``encode`` gets them, (batch, kv_heads, blocks, block_size, head_dim).
+        """Take constants per KV head from keys of whole blocks, as ``encode`` gets them.
 
         ``query_power`` (kv_heads, head_dim) of float32 is the mean square of a prompt's queries per channel, over the
         GQA group; None where no queries were seen.
