@@ -42,6 +42,8 @@ _SIGNATURES = {
     "scout_pool_wait": (c_int, [c_void_p, c_int64, c_int64]),
     "scout_pool_done": (c_int, [c_void_p, c_int64]),
     "scout_pool_workers": (c_int, [c_void_p]),
+    "scout_pool_create_background": (c_void_p, [c_void_p, c_int]),
+    "scout_pool_cpu_ns": (c_int64, [c_void_p]),
 }
 
 
@@ -122,14 +124,16 @@ class NativePool:
         the main thread; where that is none, jobs run on the thread that waits for them.
     spin_us : int
         Microseconds that the threads stay awake after a job, and that a waiting thread stays awake for its end.
+    background : bool
+        One thread of the lowest priority instead, which takes the time that all others leave and never spins.
     """
 
-    def __init__(self, library: ctypes.CDLL, threads: int | None = None, spin_us: int = 100):
+    def __init__(self, library: ctypes.CDLL, threads: int | None = None, spin_us: int = 100, background: bool = False):
         if spin_us < 0:
             raise ConfigError(f"spin_us={spin_us} is not allowed: take 0 or more microseconds; 100 is a layer's gap")
         if threads is not None and threads < 0:
             raise ConfigError(f"threads={threads} is not allowed: take 0 or more, or None for all there is room for")
-        self.library, self.threads, self.spin_us = library, threads, spin_us
+        self.library, self.threads, self.spin_us, self.background = library, threads, spin_us, background
         self._running: _Threads | None = None
         bind(library)
 
@@ -187,6 +191,12 @@ class NativePool:
         ticket.number = number
         return ticket
 
+    @property
+    def cpu_ms(self) -> float:
+        """CPU time that the running thread of a background pool has spent on jobs; 0 for other pools."""
+        threads = self._running
+        return 0.0 if threads is None else self.library.scout_pool_cpu_ns(threads.handle) / 1e6
+
     def close(self) -> None:
         """End the threads after the jobs they have; a later ``submit`` starts new ones.
 
@@ -197,18 +207,21 @@ class NativePool:
             threads.stop()
 
     def __deepcopy__(self, memo: dict) -> NativePool:
-        return NativePool(self.library, self.threads, self.spin_us)
+        return NativePool(self.library, self.threads, self.spin_us, self.background)
 
     def __reduce__(self):
-        return _load, (self.library._name, self.threads, self.spin_us)
+        return _load, (self.library._name, self.threads, self.spin_us, self.background)
 
     def _start(self) -> _Threads:
         with _starting:
             threads = self._running
             if threads is None or threads.process != os.getpid():
                 # A forked child inherits the pool, but not its threads.
-                threads = self._running = _Threads(self.library, spare_workers(self.threads), self.spin_us)
+                threads = self._running = _Threads(self.library, self._room(), self.spin_us)
             return threads
+
+    def _room(self) -> int | None:
+        return None if self.background else spare_workers(self.threads)
 
 
 class _Threads:
@@ -226,10 +239,12 @@ class _Threads:
         self.process = os.getpid()
         self.tickets: dict[Ticket, None] = {}
         self._done = quick(library, "scout_pool_done")
-        # Without threads the waiting one looks for the flag itself, on a core that the one to raise it may need.
-        self.handle = library.scout_pool_create(
-            workers, (c_int * len(cpus))(*cpus), len(cpus), spin_us if workers else 0
-        )
+        places = ((c_int * len(cpus))(*cpus), len(cpus))
+        if workers is None:
+            self.handle = library.scout_pool_create_background(*places)
+        else:
+            # Without threads the waiting one looks for the flag itself, on a core that the one to raise it may need.
+            self.handle = library.scout_pool_create(workers, *places, spin_us if workers else 0)
         if not self.handle:
             raise MemoryError("no memory for the native pool")
         # At exit there may still be threads in a native wait: the pool is then stopped, not freed.
@@ -268,8 +283,8 @@ def _free(library: ctypes.CDLL, handle: int, process: int) -> None:
         library.scout_pool_destroy(handle)
 
 
-def _load(path: str, threads: int | None, spin_us: int) -> NativePool:
-    return NativePool(ctypes.CDLL(path), threads, spin_us)
+def _load(path: str, threads: int | None, spin_us: int, background: bool) -> NativePool:
+    return NativePool(ctypes.CDLL(path), threads, spin_us, background)
 
 
 @atexit.register

@@ -16,9 +16,13 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <time.h>
 
 #ifdef __linux__
 #include <sys/prctl.h>
+#include <sys/resource.h>
+#elif defined(__APPLE__)
+#include <pthread/qos.h>
 #endif
 
 #include <algorithm>
@@ -36,6 +40,7 @@ constexpr int64_t FOREVER = INT64_MAX;
 constexpr int64_t POLL_US = 50;               // between two looks at a flag, once spinning has ended
 constexpr int64_t SLOWEST_POLL_US = 1000;     // for flags that stay away
 constexpr int64_t COPY_BYTES = 128 * 1024;    // handed out at a time: some 10 us of copying
+constexpr int LOWEST_PRIORITY = 19;           // a nice value: about a seventieth of an ordinary thread's weight
 
 constexpr uint32_t IDLE = 0, WATCHED = 1, OPEN = 2, CLOSED = 3, STATE = 3, INSIDE = 4;
 
@@ -47,6 +52,11 @@ int64_t now_us() {
 int64_t later(int64_t us) {  // the time `us` from now; negative: never
   const int64_t now = now_us();
   return us < 0 || us > FOREVER - now ? FOREVER : now + us;
+}
+
+int64_t thread_cpu_ns() {
+  timespec time;
+  return clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time) ? 0 : time.tv_sec * 1000000000LL + time.tv_nsec;
 }
 
 void nap(int64_t us) { std::this_thread::sleep_for(std::chrono::microseconds(us)); }
@@ -102,6 +112,8 @@ struct scout_pool {
   bool stopped = false;
   int workers = 0;
   int64_t spin_us = 0;
+  bool background = false;
+  std::atomic<int64_t> cpu_ns{0};
   pthread_t* threads = nullptr;
 #ifdef __linux__
   cpu_set_t* cpus = nullptr;
@@ -181,7 +193,9 @@ bool take_part(scout_pool* pool, int64_t deadline, int64_t last_ticket) {
       return false;
     }
   }
+  const int64_t began = pool->background ? thread_cpu_ns() : 0;
   pool->head->run(pool->head->context);
+  if (pool->background) pool->cpu_ns.fetch_add(thread_cpu_ns() - began);
   pool->gate.fetch_or(CLOSED);
   if (pool->gate.fetch_sub(INSIDE) == CLOSED + INSIDE) complete(pool);
   return true;
@@ -205,8 +219,11 @@ void* work(void* argument) {
   prctl(PR_SET_TIMERSLACK, 1000UL);  // ns; naps would take twice as long with the default of 50 us
   // What the system refuses here (CPUs that went away) leaves the thread where it was.
   if (pool->cpus) sched_setaffinity(0, pool->cpus_bytes, pool->cpus);
+  // Of this thread alone, on Linux. Not SCHED_IDLE: spinning OpenMP threads would leave it nothing at all.
+  if (pool->background) setpriority(PRIO_PROCESS, 0, LOWEST_PRIORITY);
 #elif defined(__APPLE__)
   pthread_setname_np("scout-cpu");
+  if (pool->background) pthread_set_qos_class_self_np(QOS_CLASS_BACKGROUND, 0);
 #endif
   int64_t worked = now_us();
   for (;;) {
@@ -285,6 +302,23 @@ void run_oneself(scout_pool* pool, int64_t ticket, int64_t deadline) {
   }
 }
 
+scout_pool* create(int workers, const int* cpus, int n_cpus, int spin_us, bool background) {
+  scout_pool* pool = new (std::nothrow) scout_pool;
+  if (!pool) return nullptr;
+  workers = std::max(workers, 0);
+  pool->background = background;
+  pool->spin_us = std::max(spin_us, 0);
+  pool->head = pool->tail = new (std::nothrow) Job;
+  pool->threads = new (std::nothrow) pthread_t[static_cast<size_t>(workers)];
+  if (!pool->head || !pool->threads) {
+    release(pool);
+    return nullptr;
+  }
+  allow(pool, cpus, n_cpus);
+  start_workers(pool, workers);
+  return pool;
+}
+
 }  // namespace
 
 int64_t scout_pool_post(scout_pool* pool, void (*run)(void*), void (*finish)(void*), void* context,
@@ -315,20 +349,12 @@ int64_t scout_pool_post(scout_pool* pool, void (*run)(void*), void (*finish)(voi
 }
 
 scout_pool* scout_pool_create(int workers, const int* cpus, int n_cpus, int spin_us) {
-  scout_pool* pool = new (std::nothrow) scout_pool;
-  if (!pool) return nullptr;
-  workers = std::max(workers, 0);
-  pool->spin_us = std::max(spin_us, 0);
-  pool->head = pool->tail = new (std::nothrow) Job;
-  pool->threads = new (std::nothrow) pthread_t[static_cast<size_t>(workers)];
-  if (!pool->head || !pool->threads) {
-    release(pool);
-    return nullptr;
-  }
-  allow(pool, cpus, n_cpus);
-  start_workers(pool, workers);
-  return pool;
+  return create(workers, cpus, n_cpus, spin_us, false);
 }
+
+scout_pool* scout_pool_create_background(const int* cpus, int n_cpus) { return create(1, cpus, n_cpus, 0, true); }
+
+int64_t scout_pool_cpu_ns(scout_pool* pool) { return pool->cpu_ns.load(); }
 
 void scout_pool_stop(scout_pool* pool) {
   std::lock_guard<std::mutex> once(pool->stopping);

@@ -30,6 +30,9 @@ extern "C" {
 // asked for when the system gives no more. With no workers the threads in scout_pool_wait run the jobs.
 SCOUT_EXPORT scout_pool* scout_pool_create(int workers, const int* cpus, int n_cpus, int spin_us);
 
+// A pool of one worker that takes only the time which other threads leave: lowest priority, never spins.
+SCOUT_EXPORT scout_pool* scout_pool_create_background(const int* cpus, int n_cpus);
+
 // Runs the jobs that can begin at once; drops the first that would have to wait for its flag, and all behind it.
 // Ends the threads. The pool can still be asked for tickets; it takes no more jobs. May be called again.
 SCOUT_EXPORT void scout_pool_stop(scout_pool* pool);
@@ -42,6 +45,9 @@ SCOUT_EXPORT int scout_pool_wait(scout_pool* pool, int64_t ticket, int64_t timeo
 SCOUT_EXPORT int scout_pool_done(scout_pool* pool, int64_t ticket);  // the same at once, reads memory only
 
 SCOUT_EXPORT int scout_pool_workers(scout_pool* pool);
+
+// CPU time in ns that the worker of a background pool has spent on jobs; 0 for other pools.
+SCOUT_EXPORT int64_t scout_pool_cpu_ns(scout_pool* pool);
 
 // `count` copies of `bytes` bytes each, sources[i] to targets[i] (addresses that do not overlap).
 struct scout_copy_args {
