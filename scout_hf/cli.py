@@ -45,36 +45,28 @@ def demo(
 
 
 @app.command()
-def accuracy(
-    tokens: Annotated[int, typer.Option(min=256, help="Length of the documents.")] = 4096,
-    questions: Annotated[int, typer.Option(min=1, help="Questions per mode.")] = 100,
-    budget: Annotated[float, typer.Option(help="Share of the context to attend, in (0, 1].")] = 0.25,
-    block_size: Annotated[list[int], typer.Option(help="Tokens per block; may be given several times.")] = [16, 32],  # noqa: B006
+def fidelity(
+    quick: Annotated[bool, typer.Option("--quick/--full", help="Minutes, or the whole study.")] = True,
+    only: Annotated[list[str], typer.Option(help="Part of it, as in mode=real,predicted; may be repeated.")] = [],  # noqa: B006
+    out: Annotated[Path, typer.Option(help="Folder for results; a run that was ended goes on from there.")] = Path(
+        "fidelity"
+    ),
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes, one thread each; as many as cores.")] = None,
+    questions: Annotated[int | None, typer.Option(min=1, help="Per cell; 32 or 96 by default.")] = None,
     seed: Seed = 0,
-    threads: Threads = 1,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure everything again.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Measure nothing: show this fidelity.json.")] = None,
+    readme: Annotated[Path | None, typer.Option(help="File whose table of results to make anew.")] = None,
 ) -> None:
-    """Exact-match accuracy of the pocket model: full attention, sparse attention and blind controls."""
-    with _evaluation(threads):
-        if out and not out.parent.is_dir():
-            raise ValueError(f"--out {out}: there is no folder {out.parent}; make it first")
-        from rich.console import Console
-        from tqdm import tqdm
+    """Accuracy and perplexity lost to selection and to the predicted query: budgets, blocks, digests, contexts."""
+    with _evaluation(1):
+        from scout_hf.eval.fidelity import report as reports
+        from scout_hf.eval.fidelity.study import study
+        from scout_hf.kernels.cpu.topology import usable_cpus
 
-        from scout_hf.eval import accuracy as evaluation
-        from scout_hf.eval.pocket import load_pocket
-
-        rows = 1 + len(block_size) * len(evaluation.MODES)
-        steps = questions + evaluation.quiz_count(tokens, questions)
-        with tqdm(total=rows * steps, unit="step", desc="reading and asking") as bar:
-            scores = evaluation.accuracy_table(
-                *load_pocket(), tokens, questions, budget, block_size, seed, tick=bar.update
-            )
-        title = f"{questions} questions on documents of {tokens} tokens, budget {budget:.0%}"
-        Console().print(evaluation.as_table(scores, title))
-        if out:
-            settings = {"tokens": tokens, "questions": questions, "budget": budget, "seed": seed}
-            evaluation.save(out, scores, settings)
+        processes = jobs or len(usable_cpus())
+        record = reports.load(report) if report else study(quick, only, processes, out, seed, questions, fresh, _tell)
+        reports.show(record)
 
 
 @bench.command("cpu-kernel")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,10 +60,19 @@ def profile_recall(handle: Any, prompts: Sequence[Any], steps: int, threshold: f
     )
 
 
-def _history(handle: Any, ids: torch.Tensor, steps: int) -> dict[int, list[float]]:
+@contextmanager
+def cpu_share_history(handle: Any) -> Iterator[dict[int, list[float]]]:
+    """Within this, the share of chosen blocks that the CPU attended, by layer, one number per decode step."""
     counters = handle._counters
-    counters.history = {}
+    history = counters.history = {}
     try:
+        yield history
+    finally:
+        counters.history = None
+
+
+def _history(handle: Any, ids: torch.Tensor, steps: int) -> dict[int, list[float]]:
+    with cpu_share_history(handle) as history:
         handle.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -71,9 +81,7 @@ def _history(handle: Any, ids: torch.Tensor, steps: int) -> dict[int, list[float
             min_new_tokens=steps + 1,
             do_sample=False,
         )
-        return counters.history
-    finally:
-        counters.history = None
+    return history
 
 
 def _token_ids(prompts: Sequence[Any], device: torch.device) -> list[torch.Tensor]:

@@ -1,0 +1,1 @@
+"""What block-sparse decoding loses and to what: accuracy and perplexity over budgets, digests, queries and contexts."""

@@ -1,0 +1,82 @@
+"""Many questions about one document at once, every token of them and of their answers a decode step.
+
+A question fed in one pass would be attended exactly by any cache. Questions of equal length are decoded together, as
+rows of one batch that share the document's pages; each row chooses and attends its own blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import Cache, PreTrainedModel
+
+
+@dataclass
+class Answers:
+    """What came of questions.
+
+    Attributes
+    ----------
+    ids : list of list of int
+        Answer tokens, in the order asked.
+    steps, seconds : int, float
+        Tokens decoded over all rows, and the time of that; copies of the cache not included.
+    """
+
+    ids: list[list[int]]
+    steps: int = 0
+    seconds: float = 0.0
+
+
+@torch.no_grad()
+def answers(model: PreTrainedModel, cache: Cache, questions: Sequence[list[int]], length: int, rows: int) -> Answers:
+    """Greedy answers of ``length`` tokens to each question, as token ids; the cache stays as it is.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Patched or not; must take ``cache``.
+    cache : Cache
+        One row, a document.
+    questions : sequence of list of int
+        None of them empty.
+    length : int
+        Answer tokens.
+    rows : int
+        Questions to decode together, at most.
+    """
+    if length < 1 or rows < 1 or not all(questions):
+        raise ValueError(f"length={length}, rows={rows}: both from 1 up, and no question may be empty")
+    found = Answers([[] for _ in questions])
+    same: dict[int, list[int]] = {}
+    for index, question in enumerate(questions):
+        same.setdefault(len(question), []).append(index)
+    for alike in same.values():
+        for first in range(0, len(alike), rows):
+            chosen = alike[first : first + rows]
+            ids = torch.tensor([questions[index] for index in chosen], device=model.device)
+            twin = copy.deepcopy(cache)
+            if len(chosen) > 1:
+                twin.batch_repeat_interleave(len(chosen))
+            begin = time.perf_counter()
+            given = _decode(model, twin, ids, length)
+            found.seconds += time.perf_counter() - begin
+            found.steps += len(chosen) * (ids.shape[1] + length - 1)
+            for index, answer in zip(chosen, given.tolist()):
+                found.ids[index] = answer
+    return found
+
+
+def _decode(model: PreTrainedModel, cache: Cache, ids: torch.Tensor, length: int) -> torch.Tensor:
+    """Feed ``ids`` (rows, n) token by token and go on greedily; the new tokens, (rows, length)."""
+    for place in range(ids.shape[1] - 1):
+        model(ids[:, place : place + 1], past_key_values=cache, logits_to_keep=1)
+    token, given = ids[:, -1:], []
+    for _ in range(length):
+        token = model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
+        given.append(token)
+    return torch.cat(given, dim=1)

@@ -1,0 +1,65 @@
+"""The results of a study as they come in, one line of JSON each, so that a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+
+
+class Journal:
+    """A file of results that only grows.
+
+    A line counts for what was asked in it, word for word: cell, effort, versions and weights. One process writes.
+
+    Parameters
+    ----------
+    path : Path
+        Made at the first result; a last line that was cut off is dropped.
+    fresh : bool
+        Begin anew, whatever is there.
+    """
+
+    def __init__(self, path: Path, fresh: bool = False):
+        self.path = path
+        self._found: dict[str, dict[str, Any]] = {}
+        if fresh:
+            path.unlink(missing_ok=True)
+        elif path.is_file():
+            self._read()
+
+    def get(self, asked: dict[str, Any]) -> dict[str, Any] | None:
+        """The result of exactly this, or None."""
+        return self._found.get(_key(asked))
+
+    def add(self, asked: dict[str, Any], result: dict[str, Any]) -> None:
+        """Keep a result; it is on disk when this returns."""
+        line = json.dumps({"schema": SCHEMA, "asked": asked, "result": result}, separators=(",", ":")) + "\n"
+        with self.path.open("a") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        self._found[_key(asked)] = result
+
+    def _read(self) -> None:
+        text = self.path.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                entry = json.loads(line)
+                if entry["schema"] == SCHEMA:
+                    self._found[_key(entry["asked"])] = entry["result"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{self.path}, line {number} is no result of a study; move the file away, or use --fresh"
+                ) from error
+        if whole != text:
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
+
+
+def _key(asked: dict[str, Any]) -> str:
+    return json.dumps(asked, sort_keys=True)

@@ -1,0 +1,86 @@
+"""One cell measured: what was answered, and what it took."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+import scout_hf
+from scout_hf.eval.decode_path import prefill
+from scout_hf.eval.fidelity.asking import Answers, answers
+from scout_hf.eval.fidelity.cells import TEXT, Cell
+from scout_hf.eval.fidelity.cost import cost
+from scout_hf.eval.fidelity.memo import AttentionMemo
+from scout_hf.eval.fidelity.subjects import load_subject, quizzes
+from scout_hf.eval.fidelity.text import score_text
+
+# Stock caches, and a digest as large as the keys, are copied whole for every row.
+ROWS, LARGE_ROWS = 32, 8
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is asked in a cell.
+
+    Attributes
+    ----------
+    questions : int
+        Per cell.
+    windows, steps : int
+        Pieces of held-out text, and tokens of each that are scored.
+    seed : int
+        What documents and texts are drawn from.
+    """
+
+    questions: int = 96
+    windows: int = 16
+    steps: int = 128
+    seed: int = 0
+
+    def of(self, cell: Cell) -> dict[str, int]:
+        """What of it concerns a cell."""
+        names = ("windows", "steps", "seed") if cell.task == TEXT else ("questions", "seed")
+        return {name: value for name, value in asdict(self).items() if name in names}
+
+
+@lru_cache(maxsize=1)
+def _memo() -> AttentionMemo:
+    """One per process."""
+    return AttentionMemo()
+
+
+def measure(cell: Cell, effort: Effort) -> dict[str, Any]:
+    """The result of a cell, ready for JSON; the same cell and effort give the same answers."""
+    begin = time.perf_counter()
+    torch.manual_seed(effort.seed)
+    with _memo().active():
+        if cell.task == TEXT:
+            result = score_text(cell, effort.windows, effort.steps, effort.seed)
+        else:
+            result = ask(cell, effort)
+    return result | {"seconds": round(time.perf_counter() - begin, 2)}
+
+
+def ask(cell: Cell, effort: Effort) -> dict[str, Any]:
+    """Exact-match answers of a cell: ``right`` is a string of 0 and 1, in the order of the questions."""
+    model, tokenizer = load_subject(cell.model, cell.stress)
+    asked = quizzes(cell.model, cell.task, cell.tokens, effort.questions, effort.seed, cell.stress == "rivals")
+    config, right = cell.config(), []
+    rows = LARGE_ROWS if cell.digest in (None, "oracle") else ROWS
+    total = Answers([])
+    with nullcontext() if config is None else scout_hf.patch(model, config) as handle:
+        for quiz in asked:
+            cache = prefill(model, handle.new_cache() if handle else DynamicCache(config=model.config), quiz.ids)
+            questions = [tokenizer(fact.question, add_special_tokens=False).input_ids for fact in quiz.facts]
+            wanted = [tokenizer(fact.answer, add_special_tokens=False).input_ids for fact in quiz.facts]
+            given = answers(model, cache, questions, max(map(len, wanted)), rows)
+            right += [answer[: len(one)] == one for answer, one in zip(given.ids, wanted)]
+            total.steps, total.seconds = total.steps + given.steps, total.seconds + given.seconds
+        stats = handle.stats() if handle else None
+    return {"right": "".join("01"[one] for one in right), **cost(total.steps, total.seconds, stats)}

@@ -1,0 +1,121 @@
+"""Measuring the cells of a study, on several processes, going on where a killed run was."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import scout_hf
+from scout_hf.eval.fidelity.cells import Cell
+from scout_hf.eval.fidelity.grid import weight
+from scout_hf.eval.fidelity.journal import Journal
+from scout_hf.eval.fidelity.measure import Effort, measure
+
+BAR = "{desc} |{bar}| {percentage:3.0f}% {elapsed}, about {remaining} left"
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on besides its cell."""
+    return {
+        "scout_hf": scout_hf.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def asked_of(cell: Cell, effort: Effort, weights: str) -> dict[str, Any]:
+    """All that a result must have been measured for, to count as this cell's."""
+    return {"cell": cell.as_dict(), "effort": effort.of(cell), "versions": versions(), "weights": weights}
+
+
+def run(
+    cells: Sequence[Cell],
+    effort: Effort,
+    weights: dict[str, str],
+    journal: Journal,
+    jobs: int,
+    tell: Callable[[str], Any] = print,
+) -> list[dict[str, Any]]:
+    """Results of all cells that could be measured, in their order, each with its cell.
+
+    Parameters
+    ----------
+    cells, effort
+        What to measure.
+    weights : dict
+        Hash of each model's weights.
+    journal : Journal
+        What is in there already is not measured again; new results are added as they come in.
+    jobs : int
+        Processes, each with one thread of torch; with 1, this process itself.
+    tell : callable
+        Gets a line for every cell that failed.
+    """
+    asked = {cell: asked_of(cell, effort, weights[cell.model]) for cell in cells}
+    missing = [cell for cell in cells if journal.get(asked[cell]) is None]
+    if len(missing) < len(cells):
+        tell(f"{len(cells) - len(missing)} of {len(cells)} cells are measured already")
+    bar = tqdm(total=sum(map(weight, missing)), bar_format=BAR, leave=False, disable=None if missing else True)
+    with bar:
+        done = 0
+        bar.set_description(f"0/{len(missing)} cells")
+        for cell, result in _measured(missing, effort, jobs):
+            if isinstance(result, Exception):
+                with bar.external_write_mode():
+                    tell(f"failed: {cell}: {result!r}")
+            else:
+                journal.add(asked[cell], result)
+            done += 1
+            bar.set_description(f"{done}/{len(missing)} cells", refresh=False)
+            bar.update(weight(cell))
+    found = [(cell, journal.get(asked[cell])) for cell in cells]
+    return [{**cell.as_dict(), **result} for cell, result in found if result is not None]
+
+
+def _measured(cells: Sequence[Cell], effort: Effort, jobs: int) -> Iterator[tuple[Cell, dict[str, Any] | Exception]]:
+    if jobs == 1 or len(cells) < 2:
+        for cell in cells:
+            try:
+                yield cell, measure(cell, effort)
+            except Exception as error:
+                yield cell, error
+        return
+    # Spawned, since a fork would copy torch's threads and locks in whatever state they are.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, len(cells)), context, initializer=_begin_worker) as pool:
+        futures = {pool.submit(measure, cell, effort): cell for cell in cells}
+        try:
+            for future in as_completed(futures):
+                error = future.exception()
+                if isinstance(error, BrokenProcessPool):
+                    raise RuntimeError(
+                        "a worker process died, perhaps for want of memory; run the same again with fewer --jobs"
+                    ) from error
+                yield futures[future], error or future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _begin_worker() -> None:
+    """One thread; the parent alone decides about Ctrl-C; and no life after it."""
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

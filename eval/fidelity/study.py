@@ -1,0 +1,63 @@
+"""What ``scout-hf fidelity`` does, from its options to tables, JSON and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from scout_hf.eval.fidelity import grid, report
+from scout_hf.eval.fidelity.cells import keep, parse_filters
+from scout_hf.eval.fidelity.journal import Journal
+from scout_hf.eval.fidelity.run import run
+from scout_hf.eval.fidelity.subjects import available
+
+JOURNAL, RECORD = "cells.jsonl", "fidelity.json"
+
+
+def study(
+    quick: bool,
+    only: Sequence[str],
+    jobs: int,
+    out: Path,
+    seed: int,
+    questions: int | None,
+    fresh: bool,
+    tell: Callable[[str], Any],
+) -> dict[str, Any]:
+    """Measure a study, or what of it is not in ``out`` yet, and write ``fidelity.json`` and plots there; the record.
+
+    Parameters
+    ----------
+    quick : bool
+        The small study, else the whole one.
+    only : sequence of str
+        Filters, such as ``digest=minmax,sign``; see :func:`scout_hf.eval.fidelity.cells.parse_filters`.
+    jobs : int
+        Processes.
+    out : Path
+        A folder; made if missing. Results of single cells are kept in it as they come in.
+    seed, questions
+        What documents are drawn from, and how many questions a cell has (None: as the preset says).
+    fresh : bool
+        Measure everything, whatever is there.
+    tell : callable
+        Gets lines for the user.
+    """
+    filters = parse_filters(only)
+    effort = replace(grid.QUICK if quick else grid.WHOLE, seed=seed)
+    if questions is not None:
+        effort = replace(effort, questions=questions)
+    weights = available()
+    if not weights:
+        raise FileNotFoundError("there are no models to ask: install scout_hf with its data files")
+    cells = keep(grid.study(tuple(weights), quick), filters)
+    out.mkdir(parents=True, exist_ok=True)
+    results = run(cells, effort, weights, Journal(out / JOURNAL, fresh), jobs, tell)
+    if not results:
+        raise ValueError("no cell could be measured; see the lines above")
+    record = report.record_of(results, effort, weights, "quick" if quick else "full")
+    report.save(record, out / RECORD)
+    tell(f"wrote {out / RECORD}")
+    return record
