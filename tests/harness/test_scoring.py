@@ -1,0 +1,208 @@
+"""Decode-path scores: equal to one dense pass where everything is attended, sparse where it is not."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import scout_hf
+from scout_hf import ScoutCache, ScoutConfig
+from scout_hf.eval.pocket import make_document, questions
+from scout_hf.eval.scoring import Score, cache_maker, decode_steps, score_pairs, score_text
+from tests.patches.tiny import VOCAB, tiny_config
+
+EXACT = [
+    None,
+    ScoutConfig(budget=None),
+    ScoutConfig(budget=None, block_size=8, split="cpu", layer_ahead=False, window=8, resident=16),
+    ScoutConfig(budget=None, block_size=8, split="cpu", cpu_query="real", window=8, resident=16),
+]
+
+
+def words(seed: int, count: int) -> list[int]:
+    return torch.randint(3, VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+LONG, SHORT, ONE = words(1, 40), words(2, 23), words(3, 1)
+PAIRS = [
+    (LONG, words(10, 3)),
+    (SHORT, words(11, 7)),
+    (ONE, words(12, 5)),
+    (LONG, [5]),
+    (LONG, [6]),
+    (LONG, words(10, 2) + [9]),
+    (ONE, [7]),
+    (SHORT, words(11, 1)),
+    (words(4, 39), words(13, 12)),
+    (LONG, [5]),
+]
+"""Shared contexts, unequal lengths, one-token contexts and continuations, equal beginnings, the same pair twice."""
+
+
+def tiny(family: str, dtype: torch.dtype = torch.float64, **overrides):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(tiny_config(family, **overrides)).to(dtype).eval()
+
+
+@torch.no_grad()
+def dense(model, context, continuation) -> Score:
+    """The pair alone, in one pass over all of it."""
+    ids = torch.tensor([[*context, *continuation]])
+    logits = model(ids[:, :-1]).logits[0, -len(continuation) :].double()
+    target = torch.tensor(continuation)
+    return Score(
+        logits.log_softmax(-1).gather(1, target[:, None]).sum().item(), bool((logits.argmax(-1) == target).all())
+    )
+
+
+def assert_scores(found, expected, tolerance):
+    for one, other in zip(found, expected, strict=True):
+        assert math.isclose(one.log_probability, other.log_probability, abs_tol=tolerance), (found, expected)
+        assert one.greedy == other.greedy
+
+
+@pytest.mark.parametrize("config", EXACT, ids=str)
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_exact_scores_are_those_of_one_dense_pass(config, batch_size):
+    model = tiny("llama", initializer_range=0.2)
+    expected = [dense(model, *pair) for pair in PAIRS]
+    with cache_maker(model, config) as new_cache:
+        found = score_pairs(model, PAIRS, new_cache, batch_size)
+    assert_scores(found, expected, 1e-5)
+    assert len({score.log_probability for score in expected}) >= 8
+
+
+@pytest.mark.parametrize("family", ["opt", "gemma3", "gpt_neox", "qwen3"])
+def test_positions_sliding_layers_and_query_norms(family):
+    """OPT has absolute positions, Gemma 3 layers that a sliding window keeps: padding must not shift either."""
+    model = tiny(family, torch.float32)
+    expected = [dense(model, *pair) for pair in PAIRS]
+    for config in (None, ScoutConfig(budget=None, block_size=8)):
+        with cache_maker(model, config) as new_cache:
+            assert_scores(score_pairs(model, PAIRS, new_cache, 4), expected, 2e-4)
+
+
+def test_greedy_means_every_token(pocket):
+    model, tokenizer = pocket
+    prompt, answer = questions(make_document(400, 8, seed=5))[2]
+    context, said = tokenizer(prompt).input_ids, tokenizer(answer).input_ids
+    others = [said[:2] + [said[0]], [said[1], *said[1:]], said[:2]]
+    with cache_maker(model, None) as new_cache:
+        scores = score_pairs(model, [(context, one) for one in (said, *others)], new_cache, 4)
+    assert [score.greedy for score in scores] == [True, False, False, True]
+    assert scores[0].log_probability > max(score.log_probability for score in scores[1:3])
+
+
+def test_shared_contexts_are_prefilled_once_and_every_other_token_is_decoded():
+    model = tiny("llama")
+    alone = [pair for pair in PAIRS if pair[0] is LONG]
+    with scout_hf.patch(model, budget=None) as handle:
+        ticks = []
+        score_pairs(model, alone, handle.new_cache, 1, ticks.append)
+        stats = handle.stats()
+    assert stats.prefill_tokens == len(LONG) - 1
+    # The two of three tokens differ in the last one only, and the three of one token do.
+    assert stats.steps == sum(ticks) == decode_steps(alone) == 3 + 1
+
+
+def test_rows_that_are_done_leave():
+    model = tiny("llama")
+    pairs = [(words(seed, 20), words(seed + 50, length)) for seed, length in enumerate((30, 2, 2, 1))]
+    seen = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(args[0].shape)), with_kwargs=True
+    )
+    with scout_hf.patch(model, budget=None) as handle:
+        found = score_pairs(model, pairs, handle.new_cache, 4)
+    hook.remove()
+    assert seen == [(4, 19), (4, 1), (4, 1), *[(1, 1)] * 28]
+    assert_scores(found, [dense(model, *pair) for pair in pairs], 1e-5)
+
+
+@pytest.mark.parametrize("split", ["off", "cpu"])
+def test_sparse_scores_of_padded_and_branching_rows_are_those_of_the_row_alone(pocket, split):
+    """Padding of whole blocks moves no block border, so that the same blocks are chosen. Recall is for all rows."""
+    model, tokenizer = pocket
+    config = ScoutConfig(budget=0.25, block_size=16, window=16, split=split, recall=None)
+    pairs = []
+    for tokens, seed in ((512, 1), (400, 2), (304, 3)):
+        (_, answer), (_, other) = questions(document := make_document(tokens, 8, seed=seed))[2:4]
+        # Padding comes in front of all but the last token, which the decode begins with.
+        context = tokenizer(document.text).input_ids + tokenizer(document.facts[2].question).input_ids
+        pairs += [(context, tokenizer(text).input_ids) for text in (answer, other)]
+    assert len({len(context) % 16 for context, _ in pairs}) == 1
+    with scout_hf.patch(model, config) as handle:
+        alone = [score_pairs(model, [pair], handle.new_cache)[0] for pair in pairs]
+        handle.reset_stats()
+        together = score_pairs(model, pairs, handle.new_cache, 6)
+        stats = handle.stats()
+    assert stats.attended_tokens < 0.5 * stats.context_tokens
+    assert_scores(together, alone, 1e-3)
+    full = [dense(model, *pair) for pair in pairs]
+    assert max(abs(one.log_probability - other.log_probability) for one, other in zip(alone, full)) > 0.01
+
+
+def test_a_single_token_is_scored_by_a_sparse_step_too(pocket):
+    """What a harness asks most: one letter. Predicted from the prefill it would have been attended exactly."""
+    model, tokenizer = pocket
+    document = make_document(600, 8, seed=4)
+    context = tokenizer(questions(document)[0][0]).input_ids
+    target = tokenizer(document.facts[0].answer).input_ids[:1]
+    with cache_maker(model, ScoutConfig(budget=32, block_size=16, window=16, digest="minmax")) as new_cache:
+        sparse = score_pairs(model, [(context, target)], new_cache)[0]
+    assert abs(sparse.log_probability - dense(model, context, target).log_probability) > 0.01
+
+
+@pytest.mark.parametrize("config", EXACT, ids=str)
+@pytest.mark.parametrize("prefill_tokens", [1, 2, 30])
+def test_text_scores(config, prefill_tokens):
+    model = tiny("llama", initializer_range=0.2)
+    ids = torch.tensor([words(21, 36), words(22, 36)])
+    with torch.no_grad():
+        logits = model(ids[:, :-1]).logits.log_softmax(-1)
+    expected = logits.gather(2, ids[:, 1:, None])[:, prefill_tokens - 1 :, 0]
+    ticks = []
+    found = score_text(model, ids, prefill_tokens, config, ticks.append)
+    assert found.dtype == torch.float32 and len(ticks) == 36 - prefill_tokens
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_text_scores_leave_a_patch_and_a_model_as_they_were(pocket):
+    model, tokenizer = pocket
+    ids = tokenizer(make_document(300, 8, seed=8).text, return_tensors="pt").input_ids
+    sparse = ScoutConfig(budget=32, block_size=16, window=16)
+    stock, alone = score_text(model, ids, 250), score_text(model, ids, 250, sparse)
+    with scout_hf.patch(model, budget=None) as handle:
+        assert torch.equal(score_text(model, ids, 250), stock)
+        assert handle.stats().steps == 0
+        assert torch.equal(score_text(model, ids, 250, sparse), alone)
+        assert handle.stats().steps == 50 and "removed" not in repr(handle)
+    with pytest.raises(scout_hf.PatchError):
+        scout_hf.unpatch(model)
+    assert (alone - stock).abs().max() > 0.01
+
+
+def test_caches_of_a_patched_model_have_the_asked_settings(pocket):
+    model, _ = pocket
+    with scout_hf.patch(model, budget=None):
+        with cache_maker(model, ScoutConfig(budget=64)) as new_cache:
+            assert isinstance(new_cache(), ScoutCache) and new_cache().scout_config.budget == 64
+        with cache_maker(model, None) as new_cache:
+            assert type(new_cache()) is DynamicCache
+
+
+def test_what_cannot_be_scored_is_refused(pocket):
+    model, _ = pocket
+    with cache_maker(model, None) as new_cache:
+        with pytest.raises(ValueError, match="pair 1 has 0 tokens of context and 2"):
+            score_pairs(model, [([4], [5]), ([], [4, 5])], new_cache)
+        with pytest.raises(ValueError, match="pair 0 has 1 tokens of context and 0"):
+            score_pairs(model, [([4], [])], new_cache)
+        with pytest.raises(ValueError, match="batch_size=0"):
+            score_pairs(model, [([4], [5])], new_cache, 0)
+        assert score_pairs(model, [], new_cache) == []
+    for wrong in (0, 9, 12):
+        with pytest.raises(ValueError, match=f"prefill_tokens={wrong} of 9 tokens: from 1 to 8"):
+            score_text(model, torch.ones(1, 9, dtype=torch.long), wrong)
