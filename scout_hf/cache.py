@@ -16,7 +16,7 @@ from scout_hf.methods import Method, make_method
 from scout_hf.methods.base import find_method
 from scout_hf.modes import keeps_tensors
 from scout_hf.recall import RecallIntervals
-from scout_hf.selection import make_digest
+from scout_hf.selection import check_digest
 from scout_hf.step import active_step
 from scout_hf.stores.memory import huge_page_bytes
 
@@ -275,7 +275,7 @@ class ScoutLayer(CacheLayerMixin):
 def check_names(config: ScoutConfig, text_config: Any, layers: int) -> None:
     """Raise ConfigError unless everything that ``config`` names exists and fits a model of that many layers."""
     find_method(config.method)
-    make_digest(config.digest)
+    check_digest(config.digest, getattr(text_config, "head_dim", None))
     find_backend(config.cpu_backend)
     if isinstance(config.recall, RecallIntervals):
         config.recall.check(text_config.model_type, layers)

@@ -119,7 +119,7 @@ class _Bench:
                 keys, values = (torch.empty(shape, dtype=DTYPE).normal_(generator=self.random) for _ in range(2))
                 plain.append(keys, values)
                 packed.append(keys, values)
-            selector = Selector(self.config, 0)
+            selector = Selector(self.config, 0, plain.read(0, 0)[0])
             selector.extend_from(plain, self.blocks, None)
             self.plain.append(plain)
             self.packed.append(packed)

@@ -20,7 +20,7 @@ class OneTierScout(Method):
         super().__init__(config, layer_idx, keys)
         batch, heads, _, dim = keys.shape
         self.kv = make_store(batch, heads, dim, config.block_size, keys.dtype, keys.device, config.host_dtype)
-        self.selector = Selector(config, layer_idx)
+        self.selector = Selector(config, layer_idx, keys)
 
     def attend(self, step, query: torch.Tensor) -> Partial:
         size, kv = self.config.block_size, self.kv
@@ -30,6 +30,8 @@ class OneTierScout(Method):
         result = step.backend.attend_blocks(query, kv, lists, *self.scoring, step.mask)
         context = kv.length if step.mask is None else step.row_tokens().float().mean()
         step.counters.attended(self.layer_idx, context, result.tokens / (kv.batch * kv.heads))
+        if step.monitor is not None:
+            step.monitor.watch(step, self, query, result.partial, lambda: lists and [lists], predicted=False)
         return result.partial
 
     def observe(self, step, query: torch.Tensor) -> None:

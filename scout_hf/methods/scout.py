@@ -31,7 +31,7 @@ class Scout(Method):
         super().__init__(config, layer_idx, keys)
         batch, heads, _, dim = keys.shape
         self.kv = TwoTierKV(batch, heads, dim, config.block_size, keys.dtype, keys.device, config.host_dtype)
-        self.selector = Selector(config, layer_idx)
+        self.selector = Selector(config, layer_idx, keys)
         self.resident: ResidentSlots | None = None
         self._window_blocks = config.blocks(config.window)
         self._steps_since_recall = 0
@@ -73,7 +73,11 @@ class Scout(Method):
             parts.append(Partial(*(t.to(query.device) for t in share.partial)))
             self._attended += share.tokens / (query.shape[0] * self.kv_heads)
         self._tally(step, query)
-        return fuse(parts)
+        result = fuse(parts)
+        if step.monitor is not None:
+            predicted = self._predicted is not None and self.config.cpu_query == "predicted"
+            step.monitor.watch(step, self, query, result, self._seen, predicted)
+        return result
 
     def observe(self, step, query: torch.Tensor) -> None:
         self.selector.observe(query, self.kv_heads, step.mask)
@@ -178,6 +182,13 @@ class Scout(Method):
         tokens = keys.shape[2] if allowed is None else allowed.sum() / (allowed.shape[0] * allowed.shape[1])
         self._attended = self._attended + tokens
         return attend(query, keys, values, *self.scoring, allowed)
+
+    def _seen(self) -> list[Pick]:
+        """The blocks that this step attended: all residents, and what it chose besides."""
+        if self.resident is None:
+            return []
+        ids = self.resident.ids[:, :, : self.resident.filled]
+        return [Pick(ids, ids >= 0), Pick(self._pick.ids, self._missing)]
 
     def _write_back(self, step) -> None:
         full = self.kv.full_blocks(self._window_blocks)

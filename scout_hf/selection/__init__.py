@@ -1,6 +1,8 @@
 """Choosing blocks: digests that stand for a block, their scores against a query, and the pick within a budget."""
 
+from scout_hf.selection.auto import check_digest, digest_for
 from scout_hf.selection.digest import Digest, digest_names, make_digest, register_digest
+from scout_hf.selection.grid import Int8MinMax, SubMinMax
 from scout_hf.selection.minmax import MinMax
 from scout_hf.selection.pick import Pick, choose, pack_lists
 from scout_hf.selection.selector import Selector
@@ -10,11 +12,15 @@ from scout_hf.selection.table import DigestTable
 __all__ = [
     "Digest",
     "DigestTable",
+    "Int8MinMax",
     "MinMax",
     "Pick",
     "Selector",
     "SignCode",
+    "SubMinMax",
+    "check_digest",
     "choose",
+    "digest_for",
     "digest_names",
     "make_digest",
     "pack_lists",

@@ -21,6 +21,11 @@ class Digest(ABC):
     native: str | None = None
     needs_fit: bool = False
 
+    @classmethod
+    def serves(cls, head_dim: int) -> bool:
+        """Whether keys of that size can be coded."""
+        return True
+
     def fit(self, keys: torch.Tensor, exists: torch.Tensor | None, query_power: torch.Tensor | None) -> None:
         """Take constants per KV head from keys of whole blocks, as ``encode`` gets them.
 
@@ -57,7 +62,17 @@ class Digest(ABC):
         return query
 
 
-_DIGESTS: Registry[Digest] = Registry("digest")
+def repeat_real(keys: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
+    """Keys whose padding tokens are copies of the first real token of their block; both as ``encode`` gets them.
+
+    For codes that have no way to say that a token does not exist.
+    """
+    first = exists.to(torch.uint8).argmax(-1, keepdim=True)
+    place = torch.where(exists, torch.arange(exists.shape[-1], device=exists.device), first)
+    return keys.gather(3, place[:, None, :, :, None].expand_as(keys))
+
+
+_DIGESTS: Registry[Digest] = Registry("digest", also=("auto",))
 
 
 def register_digest(digest: type[Digest]) -> type[Digest]:
@@ -70,6 +85,11 @@ def digest_names() -> tuple[str, ...]:
     return _DIGESTS.names()
 
 
-def make_digest(name: str) -> Digest:
+def find_digest(name: str) -> type[Digest]:
     """The digest of that name, or ConfigError with the names there are."""
-    return _DIGESTS.find(name)()
+    return _DIGESTS.find(name)
+
+
+def make_digest(name: str) -> Digest:
+    """A new object of the digest of that name, or ConfigError with the names there are."""
+    return find_digest(name)()

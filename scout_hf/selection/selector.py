@@ -10,6 +10,7 @@ import torch
 
 from scout_hf.config import ScoutConfig
 from scout_hf.kernels.cpu import BlockLists, pages
+from scout_hf.selection.auto import digest_for
 from scout_hf.selection.digest import make_digest
 from scout_hf.selection.pick import Pick, choose, everything, pack_lists
 from scout_hf.selection.table import DigestTable
@@ -26,11 +27,13 @@ class Selector:
     ----------
     config : ScoutConfig
     layer_idx : int
+    keys : Tensor (batch, kv_heads, tokens, head_dim)
+        The first keys that the layer gets: their size and device. Not stored.
     """
 
-    def __init__(self, config: ScoutConfig, layer_idx: int):
+    def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
         self.config, self.dense = config, config.is_dense(layer_idx)
-        self.digest, self.table = make_digest(config.digest), DigestTable()
+        self.digest, self.table = make_digest(digest_for(config, keys)), DigestTable()
         self._fitted_blocks = 0
         self._query_power: torch.Tensor | None = None
 

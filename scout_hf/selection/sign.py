@@ -14,8 +14,7 @@ import functools
 
 import torch
 
-from scout_hf.errors import ConfigError
-from scout_hf.selection.digest import Digest, register_digest
+from scout_hf.selection.digest import Digest, register_digest, repeat_real
 
 ROTATION_SEED = 0x5C0
 CHUNK_TOKENS = 4096
@@ -37,12 +36,12 @@ class SignCode(Digest):
     native = "sign"
     needs_fit = True
 
+    @classmethod
+    def serves(cls, head_dim: int) -> bool:
+        return head_dim % 8 == 0
+
     def fit(self, keys: torch.Tensor, exists: torch.Tensor | None, query_power: torch.Tensor | None) -> None:
         dim = keys.shape[-1]
-        if dim % 8:
-            raise ConfigError(
-                f"digest='sign' needs a head size that is a multiple of 8, this model has {dim}; try digest='minmax'"
-            )
         mean, spread = moments(keys, exists)
         spread = spread.clamp(min=SMALLEST_SPREAD * spread.mean(-1, keepdim=True)).clamp(min=1e-12)
         balance = spread
@@ -59,7 +58,7 @@ class SignCode(Digest):
     def encode(self, keys: torch.Tensor, exists: torch.Tensor | None) -> torch.Tensor:
         batch, heads, blocks, size, dim = keys.shape
         if exists is not None:
-            keys = _repeat_real(keys, exists)
+            keys = repeat_real(keys, exists)
         codes = torch.empty((batch, heads, blocks, size * (dim // 8 + 1)), dtype=torch.uint8, device=keys.device)
         step = max(1, CHUNK_TOKENS // size)
         for first in range(0, blocks, step):
@@ -136,10 +135,3 @@ def _unpack(codes: torch.Tensor, size: int) -> torch.Tensor:
     bits = torch.arange(8, dtype=torch.uint8, device=codes.device)
     rows = codes.unflatten(3, (-1, size)).transpose(3, 4)
     return ((rows[..., None] >> bits) & 1).flatten(4).float()
-
-
-def _repeat_real(keys: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
-    """Keys whose padding tokens are copies of the first real token of their block."""
-    first = exists.to(torch.uint8).argmax(-1, keepdim=True)
-    place = torch.where(exists, torch.arange(exists.shape[-1], device=exists.device), first)
-    return keys.gather(3, place[:, None, :, :, None].expand_as(keys))

@@ -20,6 +20,7 @@ from tests.libraries import ISAS
 from tests.unit.naive import QUICK
 
 BATCH, HEADS, GROUP, DIM, SIZE = 3, 2, 2, 8, 8
+KEYS = torch.empty(1, 1, 0, 8)
 USED = {"backend": None}
 
 
@@ -99,7 +100,7 @@ def step_of(tokens, padding=None):
 
 def selector_for(tokens, padding=None, **options):
     config = ScoutConfig(**{"block_size": SIZE, "window": 0, "sinks": 0, **options})
-    selector, step = Selector(config, 0), step_of(tokens, padding)
+    selector, step = Selector(config, 0, KEYS), step_of(tokens, padding)
     generator = torch.Generator().manual_seed(tokens)
     blocks = tokens // SIZE
     keys = torch.randn(BATCH, HEADS, blocks * SIZE, DIM, generator=generator)
@@ -152,7 +153,7 @@ def test_padding_counts_for_nothing():
 
 @pytest.mark.parametrize("budget", [0.1, 0.2, 0.3, 0.6, 0.7, 0.9])
 def test_a_padded_row_gets_what_it_would_get_alone(budget):
-    selector = Selector(ScoutConfig(block_size=SIZE, window=0, budget=budget), 0)
+    selector = Selector(ScoutConfig(block_size=SIZE, window=0, budget=budget), 0, KEYS)
     for real in range(1, 700):
         alone = selector._count(step_of(real), real // SIZE)
         beside = selector._count(step_of(700, [0, 700 - real]), 700 // SIZE)[1]
@@ -209,7 +210,7 @@ def test_no_open_block_at_all():
 def test_a_dense_layer_keeps_no_digests():
     selector, step, query = selector_for(83, dense_layers=(0,))
     assert selector.dense and selector.blocks == 0 and selector.table.used_bytes == 0
-    assert not Selector(ScoutConfig(dense_layers=(0,)), 1).dense
+    assert not Selector(ScoutConfig(dense_layers=(0,)), 1, KEYS).dense
 
 
 def test_structure_goes_through_to_the_digests():

@@ -1,0 +1,317 @@
+"""Digests with constants per KV head: sign codes and grids, against float64, under outliers, padding and growth."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import scout_hf
+from scout_hf import ConfigError, ScoutConfig
+from scout_hf.kernels.cpu import make_backend
+from scout_hf.selection import Selector, SignCode, auto, check_digest, digest_for, make_digest
+from scout_hf.selection.minmax import MinMax
+from scout_hf.selection.sign import byte_to_scale, random_rotation, scale_to_byte
+from scout_hf.stores import PagedKV
+from tests.unit.naive import QUICK, poison
+from tests.unit.test_selection_digest import draw
+from tests.unit.test_selection_native import make_step
+from tests.unit.worlds import stock_model
+
+CODES = ("sign", "minmax-int8", "minmax-sub")
+
+
+def power_of(query, kv_heads):
+    return query.float().square().mean((0, 2)).unflatten(0, (kv_heads, -1)).mean(1)
+
+
+def fitted(name, keys, query=None, exists=None):
+    digest = make_digest(name)
+    digest.fit(keys, exists, None if query is None else power_of(query, keys.shape[1]))
+    return digest
+
+
+def best_token(query, keys, exists=None):
+    """What the codes estimate, in float64: each query head's best token of a block, summed over the group."""
+    batch, heads, _, _, dim = keys.shape
+    dots = torch.einsum("bhgd,bhntd->bhgnt", query.double().view(batch, heads, -1, dim), keys.double())
+    if exists is not None:
+        dots = dots.masked_fill(~exists[:, None, None], -torch.inf)
+    return dots.amax(-1).sum(2)
+
+
+def agreement(scores, expected):
+    """Mean correlation over rows and heads."""
+    parts = [part.double() - part.double().mean(-1, keepdim=True) for part in (scores, expected)]
+    return torch.cosine_similarity(*parts, dim=-1).mean()
+
+
+def hidden(seed, dim=32, blocks=60, size=32, heads=2, group=2):
+    """Noise with one token in three blocks that its query looks for, and the blocks that hold it."""
+    query, keys = draw(seed, 2, heads, group, blocks, size, dim)
+    generator = torch.Generator().manual_seed(seed)
+    wanted = torch.stack([torch.randperm(blocks, generator=generator)[:3] for _ in range(2 * heads)]).view(2, heads, 3)
+    for row in range(2):
+        for head in range(heads):
+            aim = query[row, head * group : (head + 1) * group, 0].mean(0)
+            for block in wanted[row, head]:
+                keys[row, head, block, int(block) % size] += 1.2 * aim
+    return query, keys, wanted
+
+
+def share_found(scores, wanted):
+    chosen = scores.topk(6, dim=2).indices
+    return (chosen[..., None] == wanted[:, :, None]).any(2).float().mean()
+
+
+def test_a_sign_code_is_one_bit_per_channel_and_a_byte_per_token():
+    query, keys = draw(0, 2, 2, 2, 5, 16, 128)
+    digest = fitted("sign", keys, query)
+    codes = digest.encode(keys, None)
+    assert codes.dtype == torch.uint8 and codes.shape == (2, 2, 5, 16 * 17)
+    turned = torch.einsum("bhntd,hde->bhnte", keys.double() - digest.mean.double()[:, None], digest.into.double())
+    for row, head, block, token, channel in ((0, 0, 0, 0, 0), (1, 1, 4, 15, 127), (0, 1, 2, 9, 77)):
+        byte = int(codes[row, head, block, channel // 8 * 16 + token])
+        assert bool(byte >> channel % 8 & 1) == bool(turned[row, head, block, token, channel] >= 0)
+    scale = turned.square().sum(-1) / turned.abs().sum(-1) * digest.unit[:, None]
+    assert (byte_to_scale(codes[..., -16:]) / scale - 1).abs().max() <= 0.035
+    assert 0.5 < scale.mean() < 2
+
+
+@QUICK
+@given(st.integers(0, 10**6), st.sampled_from([8, 24, 64, 80]), st.sampled_from([8, 16, 64]), st.booleans())
+def test_the_score_of_a_sign_code_is_that_of_what_it_stands_for(seed, dim, size, seen):
+    query, keys = draw(seed, 2, 2, 3, 7, size, dim)
+    digest = fitted("sign", keys, query if seen else None)
+    codes = digest.encode(keys, None)
+    signs = torch.stack([codes[..., : dim // 8 * size] >> bit & 1 for bit in range(8)], -1)
+    signs = signs.unflatten(3, (dim // 8, size)).transpose(3, 4).flatten(4).double() * 2 - 1
+    stands_for = signs * byte_to_scale(codes[..., dim // 8 * size :]).double()[..., None]
+    expected = best_token(digest.prepare(query), stands_for)
+    got = digest.score(query, codes)
+    assert got.dtype == torch.float32 and (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_the_estimate_of_a_sign_code_is_not_biased():
+    """Summed over many tokens, the estimated products are the true ones: what the token's scale is there for."""
+    _, keys = draw(0, 1, 1, 1, 256, 32, 64)
+    query = keys[:, :, :1, 0].clone()
+    digest = fitted("sign", keys)
+    aligned = keys + 0.5 * query[:, :, :, None]
+    codes = digest.encode(aligned, None)
+    signs = torch.stack([codes[..., : 8 * 32] >> bit & 1 for bit in range(8)], -1)
+    signs = signs.unflatten(3, (8, 32)).transpose(3, 4).flatten(4).float() * 2 - 1
+    estimate = (
+        (signs * digest.prepare(query)[:, :, :, None]).sum(-1) * byte_to_scale(codes[..., 8 * 32 :]) / digest.unit
+    )
+    truth = ((aligned - digest.mean[:, None]) * query[:, :, :, None]).sum(-1)
+    assert abs(estimate.mean() / truth.mean() - 1) < 0.03
+
+
+def test_the_scale_s_byte_is_the_nearest_one_and_never_leaves_its_range():
+    scale = torch.logspace(-2, 2.6, 4001)
+    back = byte_to_scale(scale_to_byte(scale))
+    assert (back / scale - 1).abs().max() <= 1 / 32 + 1e-6
+    odd = torch.tensor([0.0, 1e-38, 1e9, 3e38, torch.nan])
+    assert scale_to_byte(odd).tolist() == [1, 1, 255, 255, 1]
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_codes_find_single_tokens(name):
+    found = {}
+    for each in (name, "minmax"):
+        shares = []
+        for seed in range(6):
+            query, keys, wanted = hidden(seed)
+            digest = fitted(each, keys, query)
+            shares.append(share_found(digest.score(query, digest.encode(keys, None)), wanted))
+        found[each] = float(torch.stack(shares).mean())
+    assert found[name] > found["minmax"] + {"sign": 0.2, "minmax-sub": 0.05, "minmax-int8": -0.05}[name], found
+
+
+@pytest.mark.parametrize("offset", [0.0, 50.0])
+@pytest.mark.parametrize("name", ["sign", "minmax-int8", "minmax-sub"])
+def test_channels_of_any_size_change_nothing(name, offset):
+    """Attention is the same when a key channel is scaled up and its query channel down, or keys are moved: so is the
+    choice, whose codes would otherwise belong to a few loud channels."""
+    query, keys, wanted = hidden(3)
+    loud = torch.ones(32)
+    loud[[3, 4, 19, 20]] = 64.0
+    move = torch.zeros(32)
+    move[[5, 19]] = offset
+    plain = fitted(name, keys, query)
+    stressed = fitted(name, keys * loud + move, query / loud)
+    scores = plain.score(query, plain.encode(keys, None))
+    under_stress = stressed.score(query / loud, stressed.encode(keys * loud + move, None))
+    assert share_found(under_stress, wanted) >= share_found(scores, wanted) - 1e-6
+    assert agreement(under_stress, scores) > 0.98
+
+
+@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keys_give_nearly_the_same_scores(name, dtype):
+    query, keys, _ = hidden(1)
+    digest = fitted(name, keys, query)
+    scores = digest.score(query, digest.encode(keys, None))
+    half = digest.score(query.to(dtype), digest.encode(keys.to(dtype), None))
+    assert half.dtype == torch.float32 and agreement(half, scores) > 0.98
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_padding_has_no_say(name):
+    query, keys = draw(0, 2, 2, 2, 6, 16, 16)
+    exists = torch.ones(2, 6, 16, dtype=torch.bool)
+    exists[0, 0], exists[0, 1, :5], exists[1, 2, 6:], exists[1, 3, ::2] = False, False, False, False
+    clean = fitted(name, keys, query, exists)
+    codes = clean.encode(keys, exists)
+    scores = clean.score(query, codes)
+    for rubbish in (1e6, -1e6, torch.inf, torch.nan):
+        dirty = keys.masked_fill(~exists[:, None, :, :, None], rubbish)
+        digest = fitted(name, dirty, query, exists)
+        got = digest.score(query, digest.encode(dirty, exists))
+        some = exists.any(2)[:, None].expand_as(got)
+        assert torch.equal(got[some], scores[some]) and bool(torch.isfinite(got).all())
+    # As if every padding token were its block's first real one.
+    place = torch.where(exists, torch.arange(16), exists.float().argmax(-1, keepdim=True))
+    twins = keys.gather(3, place[:, None, :, :, None].expand_as(keys))
+    assert torch.equal(clean.score(query, clean.encode(twins, None))[some], scores[some])
+
+
+@pytest.mark.parametrize("name", ["minmax-int8", "minmax-sub"])
+def test_a_grid_keeps_bounds(name):
+    """A part's score is at least every token's product: what was rounded was rounded outwards."""
+    query, keys = draw(5, 2, 2, 2, 9, 32, 16)
+    digest = fitted(name, keys)
+    scores = digest.score(query, digest.encode(keys, None))
+    # The grid's origin is left out of scores; it adds the same to all blocks of a head.
+    origin = torch.einsum("bhgd,hd->bh", query.view(2, 2, 2, 16), digest.middle[:, 0])
+    tokens = torch.einsum("bhgd,bhntd->bhnt", query.view(2, 2, 2, 16), keys).amax(-1)
+    assert bool((scores + origin[..., None] + 1e-3 >= tokens).all())
+
+
+def test_eight_bits_are_as_good_as_full_bounds():
+    query, keys, _ = hidden(2)
+    digest = fitted("minmax-int8", keys)
+    full = MinMax().score(query, MinMax().encode(keys, None))
+    assert agreement(digest.score(query, digest.encode(keys, None)), full) > 0.999
+
+
+def test_bytes_per_token():
+    query, keys = draw(0, 1, 1, 1, 2, 32, 128, torch.bfloat16)
+    used = {name: fitted(name, keys).encode(keys, None)[0, 0, 0].nbytes for name in ("minmax", *CODES)}
+    assert used["minmax-int8"] == used["minmax"] / 2 and used["minmax-sub"] == used["minmax"]
+    assert used["sign"] <= 1.1 * used["minmax"]
+
+
+def test_the_rotation_is_one_and_the_same():
+    turn = random_rotation(80)
+    assert (turn @ turn.T - torch.eye(80)).abs().max() < 1e-5
+    assert torch.equal(turn, random_rotation(80)) and not torch.equal(turn, torch.eye(80))
+
+
+# -- in a selector --------------------------------------------------------------------------------------------------
+
+
+def filled_selector(name, tokens, steps, size=8, mask=None):
+    """Tokens in `steps` portions, digested after each; the selector and its store."""
+    config = ScoutConfig(digest=name, block_size=size, budget=4 * size, window=0, sinks=0)
+    keys = torch.randn(2, 2, tokens, 16, generator=torch.Generator().manual_seed(tokens))
+    store, selector = PagedKV(2, 2, 16, size, torch.float32, "cpu"), Selector(config, 0, keys)
+    for part in keys.chunk(steps, dim=2):
+        store.append(part, part)
+        selector.extend_from(store, store.blocks - bool(store.length % size), mask)
+    return selector, store, keys
+
+
+@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize("padded", [False, True])
+def test_constants_are_taken_anew_while_a_context_grows(monkeypatch, name, padded):
+    poison(monkeypatch)
+    mask = torch.ones(2, 1024, dtype=torch.bool)
+    mask[1, :19] = False
+    selector, store, keys = filled_selector(name, 1024, 100, mask=mask if padded else None)
+    assert 8 * selector._fitted_blocks > selector.blocks == 128 and selector._fitted_blocks >= 64
+    exists = mask.view(2, -1, 8) if padded else None
+    expected = selector.digest.encode(keys.view(2, 2, -1, 8, 16), exists)
+    assert torch.equal(selector.table.codes(), expected)
+
+
+def test_a_long_context_keeps_its_constants(monkeypatch):
+    selector, *_ = filled_selector("sign", 4096 + 64, 1, size=32)
+    before = selector.digest.into
+    more = torch.randn(2, 2, 40000, 16)
+    selector.extend(more, None, past=lambda: pytest.fail("constants of a long context were taken anew"))
+    assert selector.digest.into is before and selector.blocks == 130 + 1250
+
+
+def test_a_fork_s_new_constants_are_its_own():
+    selector, *_ = filled_selector("sign", 64, 1)
+    twin, into, codes = selector.fork(), selector.digest.into, selector.table.codes().clone()
+    twin.crop(0)
+    twin.extend(100 * torch.randn(2, 2, 64, 16), None)
+    assert selector.digest.into is into and torch.equal(selector.table.codes(), codes)
+    assert not torch.equal(twin.digest.into, into)
+
+
+def test_queries_of_a_prompt_are_weighed_without_padding():
+    selector, *_ = filled_selector("sign", 64, 1)
+    query = torch.randn(2, 4, 600, 16, generator=torch.Generator().manual_seed(1)) * torch.arange(1, 17)
+    mask = torch.ones(2, 600, dtype=torch.bool)
+    mask[0, :300] = False
+    rubbish = query.masked_fill(~mask[:, None, :, None], 1e4)
+    selector.observe(rubbish, 2, mask)
+    real = torch.cat([query[0, :, 300:], query[1, :, -512:]], dim=1).view(2, 2, -1, 16)
+    assert (selector._query_power / real.square().mean((1, 2)) - 1).abs().max() < 1e-4
+    selector.observe(torch.full_like(query, torch.nan), 2, None)
+    assert selector._query_power is None
+
+
+@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_a_selector_lists_the_best_blocks(name, backend):
+    selector, store, keys = filled_selector(name, 800, 3, size=16)
+    step = make_step(800, None, make_backend(backend))
+    query = torch.randn(2, 4, 1, 16, generator=torch.Generator().manual_seed(0))
+    ids, counts = selector.lists(step, query, store, 40)
+    assert counts is None or bool((counts == 4 + 10 - (10 - ids.shape[2] + 4)).all())
+    scores = selector.digest.score(query, selector.table.codes(40))
+    expected = scores.topk(ids.shape[2] - 10, dim=2).indices.sort().values
+    same = (ids[:, :, :-10].long().sort().values == expected).float().mean()
+    assert same >= (1.0 if backend == "torch" else 0.95) and ids[0, 0, -10:].tolist() == list(range(40, 50))
+
+
+# -- by name ---------------------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_the_sign_code_where_it_helps(monkeypatch):
+    keys = torch.empty(1, 2, 0, 64)
+    assert digest_for(ScoutConfig(digest="auto", budget=2048), keys) == "sign"
+    assert digest_for(ScoutConfig(digest="auto", budget=0.1), keys) == "sign"
+    assert digest_for(ScoutConfig(digest="auto", budget=0.5), keys) == "minmax"
+    assert digest_for(ScoutConfig(digest="auto"), torch.empty(1, 2, 0, 60)) == "minmax"
+    assert digest_for(ScoutConfig(digest="auto"), keys.to("meta")) == "minmax"
+    assert digest_for(ScoutConfig(digest="minmax-sub", budget=0.5), keys) == "minmax-sub"
+    monkeypatch.setattr(auto, "load_library", lambda: None)
+    assert digest_for(ScoutConfig(digest="auto"), keys) == "minmax"
+
+
+def test_a_head_size_that_cannot_be_coded_is_refused_before_anything_is_patched():
+    with pytest.raises(ConfigError, match="head size of 60.*digest='minmax'"):
+        check_digest("sign", 60)
+    check_digest("sign", None)
+    model = copy.deepcopy(stock_model())
+    model.config.head_dim = 60
+    with pytest.raises(ConfigError, match="60"):
+        scout_hf.patch(model, digest="sign")
+    assert "_prepare_cache_for_generation" not in vars(model)
+    with pytest.raises(ConfigError, match="'signs' is not known; available are 'auto', "):
+        scout_hf.patch(model, digest="signs")
+
+
+def test_a_digest_object_has_constants_of_its_own():
+    query, keys = draw(0, 1, 2, 1, 4, 8, 16)
+    one, other = fitted("sign", keys), SignCode()
+    assert not hasattr(other, "into") and hasattr(one, "into")
