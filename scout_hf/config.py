@@ -62,6 +62,10 @@ class ScoutConfig:
         bf16 and a faster CPU, with one scale per channel and block for keys and one per token for values; never exact.
     cpu_backend : str, default "auto"
         Which implementation attends on the CPU; see ``scout_hf.kernels.cpu.backend_names()``.
+    monitor : bool or float, default False
+        Measure what sparse decoding loses: exact attention of the real query, beside the sparse one, in idle CPU time;
+        see ``Stats.fidelity``. A float in (0, 1] is the share of (layer, KV head) pairs looked at per decode step.
+        ``True`` looks at one pair in every eighth step; 1.0 at everything, within the step. No output ever changes.
 
     Raises
     ------
@@ -84,6 +88,7 @@ class ScoutConfig:
     threads: int | None = None
     host_dtype: str | None = None
     cpu_backend: str = "auto"
+    monitor: bool | float = False
 
     def __new__(cls, *values: Any, **options: Any) -> ScoutConfig:
         known = [field.name for field in dataclasses.fields(cls)]
@@ -112,6 +117,9 @@ class ScoutConfig:
         if self.threads is not None and (not _is_int(self.threads) or self.threads < 1):
             self._refuse("threads", "None, or a whole number of threads from 1 up", "None, torch's own setting")
         self._check_dense_layers()
+        if not isinstance(self.monitor, bool) and not (isinstance(self.monitor, float) and 0.0 < self.monitor <= 1.0):
+            allowed = "True, False, or the share of (layer, KV head) pairs looked at per step, a float in (0, 1]"
+            self._refuse("monitor", allowed, "True, or 1.0 for everything")
 
     @classmethod
     def from_options(cls, config: ScoutConfig | None = None, **options: Any) -> ScoutConfig:

@@ -16,6 +16,7 @@ from scout_hf.errors import PatchError, UnsupportedInputError
 from scout_hf.kernels.cpu import make_backend
 from scout_hf.kernels.cpu.workers import Workers
 from scout_hf.modes import keeps_tensors
+from scout_hf.monitor import Monitor
 from scout_hf.patches import family_of
 from scout_hf.profiling import profile_recall
 from scout_hf.recall import RecallIntervals
@@ -93,6 +94,7 @@ class Handle:
         # For transfers that the backend cannot make itself, apart from the jobs that attend.
         self._movers = Workers()
         self._counters = Counters()
+        self._monitor = Monitor()
         self._kv_bytes: dict[str, int] = {}
         self._huge_page_bytes = 0
         self._hooks: list[Any] = []
@@ -108,12 +110,14 @@ class Handle:
 
     def stats(self) -> Stats:
         """What was attended, where, and what it cost, since ``patch`` or ``reset_stats``; prints as a table."""
+        self._monitor.collect(wait=True)
         ran = self._counters.steps > 0
         exact = self._counters.approximate_steps == 0 if ran else self.exact
         return summarise(self._counters, self.config.method, exact, dict(self._kv_bytes), self._huge_page_bytes)
 
     def reset_stats(self) -> None:
         """Start the tallies anew."""
+        self._monitor.forget()
         self._counters.reset()
 
     def new_cache(self, **options: Any) -> ScoutCache:
@@ -176,6 +180,7 @@ class Handle:
             del self.model.__dict__[PREPARE]
             if self._prepare_before is not None:
                 self.model.__dict__[PREPARE] = self._prepare_before
+        self._monitor.close()
         self._backend.close()
         self._movers.close()
 
@@ -225,6 +230,7 @@ class Handle:
             counters=self._counters,
             root=module,
             marks=cache.mark(),
+            monitor=self._monitor if cache.scout_config.monitor else None,
             frame=_calling_frame(),
         )
         if step.queries == 1:

@@ -46,6 +46,8 @@ class Step:
         The module whose call is this pass; modules inside it run within the pass.
     marks : list
         The state of the cache's layers before this pass, to go back to if it fails.
+    monitor : Monitor or None
+        What looks at sampled layers of a decode step, and ``watched``, the KV heads whose turn it is, by layer.
     depth : int
         Nested modules of this pass that are still running.
     frame : frame or None
@@ -61,6 +63,8 @@ class Step:
     counters: Counters
     root: Any
     marks: list[Any]
+    monitor: Any = None
+    watched: dict[int, tuple[int, ...]] | None = None
     depth: int = 1
     frame: Any = None
     _masks: dict[Any, torch.Tensor] = field(default_factory=dict)

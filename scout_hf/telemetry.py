@@ -76,6 +76,50 @@ class Counters:
 
 
 @dataclass(frozen=True)
+class Fidelity:
+    """What sparse decoding lost on the samples of the monitor (``ScoutConfig(monitor=...)``), as means over them.
+
+    A sample is one KV head of one row in one decode step of a layer: exact attention of the real query over all keys
+    and values as they are stored (with ``host_dtype="int8"`` the rounded ones), for the query heads of its GQA group.
+    Learnt sinks without a key (gpt-oss) are left out on both sides. Sums are those of the kernels in use: what loses
+    nothing has an error of their rounding.
+
+    Attributes
+    ----------
+    samples, skipped : int
+        Samples measured, and those left out because the CPU had no idle time for them, or failed.
+    mass : float
+        Attention mass captured: the share of the real query's softmax on tokens that the step attended. What is
+        missing to 1 is lost by selection.
+    output_error : float
+        ``|o - o_exact| / |o_exact|`` (L2 over the channels of a query head) of the layer's attention output.
+    selection_error : float
+        The same if every attended block had been attended with the real query: the part that selection is to blame
+        for. Equal to ``output_error`` but for rounding where nothing was predicted.
+    prediction_error : float or None
+        ``|o - o_real| / |o_exact|``, ``o_real`` being that output: what the CPU's share adds by using a predicted
+        query. Only over samples in which it did.
+    block_recall : float or None
+        Share of the attended whole blocks that are among the blocks of largest true mass, as many as were attended.
+    cost_ms : float
+        CPU time per decode step, of all threads.
+    """
+
+    samples: int
+    skipped: int
+    mass: float
+    output_error: float
+    selection_error: float
+    prediction_error: float | None
+    block_recall: float | None
+    cost_ms: float
+
+    def __str__(self) -> str:
+        text = f"captured attention mass {self.mass:.3f}, output error {_percent(self.output_error)}"
+        return f"{text}, {self.samples} samples"
+
+
+@dataclass(frozen=True)
 class LayerStats:
     """One layer's means per decode step; None where nothing was measured."""
 
@@ -87,6 +131,7 @@ class LayerStats:
     join_wait_ms: float
     recalled_blocks: int
     recalled_bytes: int
+    fidelity: Fidelity | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +161,9 @@ class Stats:
     huge_page_bytes : int
         Of its host memory, what lies on huge pages, which scattered blocks are read faster from; read after a prompt.
     layers : tuple of LayerStats
+    fidelity : Fidelity or None
+        What was lost, over all samples of all layers; None without a monitor, and until its first sample. Each layer
+        has its own.
     """
 
     method: str
@@ -132,6 +180,7 @@ class Stats:
     kv_bytes: dict[str, int]
     huge_page_bytes: int
     layers: tuple[LayerStats, ...] = field(repr=False)
+    fidelity: Fidelity | None = None
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -164,9 +213,39 @@ class Stats:
             head.add_row("recalled", f"{self.recalled_blocks} blocks, {_bytes(self.recalled_bytes)}")
         if self.cosine is not None:
             head.add_row("predicted to real query", f"cosine {self.cosine:.3f}")
+        if self.fidelity is not None:
+            self._add_fidelity(head)
         yield head
         if self.cpu_ratio is not None:
             yield self._layer_table(Table)
+        if self.fidelity is not None:
+            yield self._fidelity_table(Table)
+
+    def _add_fidelity(self, head):
+        found = self.fidelity
+        head.add_row("captured", f"attention mass {found.mass:.3f}, output error {_percent(found.output_error)}")
+        if found.prediction_error is not None:
+            parts = (found.selection_error, found.prediction_error)
+            head.add_row("error by its cause", "selection {}, predicted query {}".format(*map(_percent, parts)))
+        skipped = f", {found.skipped} skipped" if found.skipped else ""
+        head.add_row("looked at", f"{found.samples} samples{skipped}; {found.cost_ms:.2f} ms of CPU per step")
+
+    def _fidelity_table(self, Table):
+        table = Table(title="what was lost", title_justify="left")
+        for name in ("layer", "mass", "error", "selection", "prediction", "recall", "samples"):
+            table.add_column(name, justify="right")
+        for layer in self.layers:
+            if (found := layer.fidelity) is not None:
+                table.add_row(
+                    str(layer.layer),
+                    f"{found.mass:.3f}",
+                    _percent(found.output_error),
+                    _percent(found.selection_error),
+                    "-" if found.prediction_error is None else _percent(found.prediction_error),
+                    "-" if found.block_recall is None else f"{found.block_recall:.3f}",
+                    str(found.samples),
+                )
+        return table
 
     def _layer_table(self, Table):
         table = Table(title="per layer", title_justify="left")
@@ -199,6 +278,22 @@ def summarise(
         below = sums.get(bottom, {}).get(layer, 0.0)
         return sums.get(top, {}).get(layer, 0.0) / below if below else None
 
+    def fidelity(layer: int | None = None) -> Fidelity | None:
+        def count(name: str) -> float:
+            return total(name) if layer is None else sums.get(name, {}).get(layer, 0.0)
+
+        if not count("monitor_samples"):
+            return None
+        means = ("mass", "output_error", "selection_error")
+        return Fidelity(
+            samples=int(count("monitor_samples")),
+            skipped=int(count("monitor_skipped")),
+            **{name: ratio(f"monitor_{name}", "monitor_samples", layer) for name in means},
+            prediction_error=ratio("monitor_prediction_error", "monitor_predicted_samples", layer),
+            block_recall=ratio("monitor_block_recall", "monitor_recall_samples", layer),
+            cost_ms=count("monitor_ms") / max(counters.steps, 1),
+        )
+
     layers = tuple(
         LayerStats(
             layer=layer,
@@ -209,6 +304,7 @@ def summarise(
             join_wait_ms=ratio("join_ms", "decodes", layer) or 0.0,
             recalled_blocks=int(sums.get("recalled_blocks", {}).get(layer, 0)),
             recalled_bytes=int(sums.get("recalled_bytes", {}).get(layer, 0)),
+            fidelity=fidelity(layer),
         )
         for layer in sorted(sums.get("decodes", {}))
     )
@@ -227,7 +323,13 @@ def summarise(
         kv_bytes=kv_bytes,
         huge_page_bytes=huge_page_bytes,
         layers=layers,
+        fidelity=fidelity(),
     )
+
+
+def _percent(share: float) -> str:
+    """Two digits of a small share, so that rounding is told from loss."""
+    return f"{share:.1%}" if share >= 0.001 or share == 0 else f"{share:.0e}"
 
 
 def _bytes(count: float) -> str:

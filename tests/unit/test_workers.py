@@ -140,4 +140,17 @@ def test_the_number_of_threads_is_that_of_the_job_only(threads):
     before, workers = torch.get_num_threads(), Workers(threads)
     assert workers.submit(torch.get_num_threads).wait() == threads
     assert torch.get_num_threads() == before
+    assert Workers().submit(torch.get_num_threads).wait() == before, "a thread that begins later is none of ours"
+    assert workers.submit(torch.get_num_threads).wait() == threads
     workers.close()
+
+
+def test_busy_until_the_last_job_has_ended(workers):
+    gate = threading.Event()
+    assert not workers.busy()
+    workers.submit(gate.wait, 30)
+    last = workers.submit(int, "7")
+    assert workers.busy()
+    gate.set()
+    last.wait()
+    assert not workers.busy()

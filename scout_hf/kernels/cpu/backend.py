@@ -115,9 +115,7 @@ class CpuBackend(ABC):
         """
         return None
 
-    def score(
-        self, scorer: str, query: torch.Tensor, codes: torch.Tensor, block_size: int = 1
-    ) -> torch.Tensor | None:
+    def score(self, scorer: str, query: torch.Tensor, codes: torch.Tensor, block_size: int = 1) -> torch.Tensor | None:
         """Scores (batch, kv_heads, blocks) of float32 of all these digests, as in ``select``; None if it has no way."""
         return None
 
@@ -127,6 +125,10 @@ class CpuBackend(ABC):
         ``keep`` holds the memory on both sides. None if this backend has no way of its own.
         """
         return None
+
+    def busy(self) -> bool:
+        """Whether work of torch is under way in the background; what can wait for it should."""
+        return self._workers.busy()
 
     def close(self) -> None:
         """End the threads; they start again when needed."""

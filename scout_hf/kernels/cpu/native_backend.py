@@ -110,6 +110,9 @@ class NativeBackend(CpuBackend):
         args = CopyArgs(sources.data_ptr(), targets.data_ptr(), len(sources), copy_bytes)
         return self._pool.submit(self._copy, args, keep=(sources, targets, keep))
 
+    def busy(self) -> bool:
+        return self._torch.busy()
+
     def close(self) -> None:
         super().close()
         self._torch.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -42,6 +43,8 @@ class Workers:
         self.threads = threads
         self._pool: ThreadPoolExecutor | None = None
         self._process = 0
+        self._last: Ticket | None = None
+        self._default_threads = 0
 
     def submit(self, job: Callable[..., Any], *args: Any) -> Ticket:
         """Start ``job(*args)`` in the background, without gradients and without autocast."""
@@ -49,7 +52,13 @@ class Workers:
             # A forked child inherits the pool, but not its thread.
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="scout-cpu", initializer=self._prepare)
             self._process = os.getpid()
-        return Ticket(self._pool.submit(_bare, job, args))
+            self._default_threads = torch.get_num_threads()
+        self._last = Ticket(self._pool.submit(_bare, job, args))
+        return self._last
+
+    def busy(self) -> bool:
+        """Whether a job has not ended yet."""
+        return self._last is not None and self._process == os.getpid() and not self._last.done()
 
     def close(self) -> None:
         """End the thread after the jobs it has; a later ``submit`` starts a new one."""
@@ -66,6 +75,12 @@ class Workers:
     def _prepare(self) -> None:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
+            # That also became the default of all threads that begin later: this one takes it by asking, then any other
+            # thread puts it back.
+            torch.get_num_threads()
+            other = threading.Thread(target=torch.set_num_threads, args=(self._default_threads,))
+            other.start()
+            other.join()
 
 
 def _bare(job: Callable[..., Any], args: tuple) -> Any:

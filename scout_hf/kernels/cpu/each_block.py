@@ -1,0 +1,116 @@
+"""Attention over every block by itself: one partial per block, which tells the mass of each and fuses to any union."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from ctypes import byref
+from typing import Any
+
+import torch
+
+from scout_hf.fusion import Partial
+from scout_hf.kernels.attend import attend
+from scout_hf.kernels.cpu import pages
+from scout_hf.kernels.cpu.library import DTYPES, AttendArgs, check
+from scout_hf.kernels.cpu.pool import NativePool, quick
+
+CHUNK_TOKENS = 4096
+PAUSE_S = 0.0005
+
+
+def natively(query: torch.Tensor, blocks: Any) -> bool:
+    """Whether the native library can attend such a query over these blocks (a WholeBlocks)."""
+    return blocks.library is not None and query.is_cpu and query.dtype in DTYPES
+
+
+def attend_each_native(
+    query: torch.Tensor,
+    blocks: Any,
+    row: int,
+    head: int,
+    scale: float,
+    softcap: float | None,
+    exists: torch.Tensor | None,
+    pool: NativePool | None,
+) -> Partial:
+    """Partials of one KV head of one row by the native library.
+
+    Parameters
+    ----------
+    query : Tensor (group, head_dim)
+        The query heads of the KV head's GQA group; ``natively`` must hold.
+    blocks : WholeBlocks
+    row, head : int
+    scale, softcap
+        As in :func:`scout_hf.kernels.attend.attend`.
+    exists : Tensor (blocks, block_size) of bool, contiguous, or None
+        Tokens that are no padding; None when all are real.
+    pool : NativePool or None
+        Where to run, waiting for the end; None for the calling thread and torch's team.
+
+    Returns
+    -------
+    Partial
+        Output (blocks, group, head_dim) and LSE (blocks, group), float32.
+    """
+    addresses, query = blocks.addresses(row, head), query.contiguous()
+    group, dim = query.shape
+    out, lse = torch.empty((len(addresses), group, dim)), torch.empty((len(addresses), group))
+    # Every block is a row of a batch with one KV head, and all rows have the same query.
+    store = pages.store_args(1, dim, blocks.block_size, blocks.dtype, blocks.packed)
+    store.pages, store.pages_stride, store.batch = addresses.data_ptr(), 1, len(addresses)
+    store.length = blocks.block_size
+    args = AttendArgs(
+        store=store,
+        query=query.data_ptr(),
+        query_row=0,
+        query_head=query.stride(0),
+        out=out.data_ptr(),
+        lse=lse.data_ptr(),
+        query_heads=group,
+        query_dtype=DTYPES[query.dtype],
+        scale=scale,
+        softcap=softcap or 0.0,
+    )
+    if exists is not None:
+        args.exists, args.exists_stride = exists.data_ptr(), exists.stride(0)
+    if pool is None:
+        check(blocks.library.attend(byref(args), torch.get_num_threads()), "blocks to attend")
+    else:
+        # An interrupt may end this call while the job still runs.
+        keep = (query, blocks, addresses, exists, out, lse)
+        pool.submit(quick(blocks.library.handle, "scout_submit_attend"), args, keep=keep).wait()
+        check(args.status, "blocks to attend")
+    return Partial(out, lse)
+
+
+def attend_each(
+    query: torch.Tensor,
+    blocks: Any,
+    row: int,
+    head: int,
+    scale: float,
+    softcap: float | None,
+    exists: torch.Tensor | None,
+    busy: Callable[[], bool] | None = None,
+) -> Partial:
+    """The same with torch, on the device of the blocks, some thousand tokens at a time.
+
+    ``busy`` says whether more urgent work is under way: each chunk waits until it is not. The result has the dtype of
+    the query, float32 at least.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    query, chunk, parts = query.to(wide), max(1, CHUNK_TOKENS // blocks.block_size), []
+    for first in range(0, blocks.blocks, chunk):
+        while busy is not None and busy():
+            time.sleep(PAUSE_S)
+        last = min(first + chunk, blocks.blocks)
+        keys, values = (part.to(wide).unsqueeze(1) for part in blocks.read(row, head, first, last))
+        allowed = None if exists is None else exists[first:last, None, None]
+        each = query[None, :, None].expand(last - first, -1, -1, -1).contiguous()
+        part = attend(each, keys, values, scale, softcap, allowed)
+        parts.append((part.out.squeeze(2), part.lse.squeeze(2).to(wide)))
+    if not parts:
+        return Partial(query.new_empty((0, *query.shape)), query.new_empty((0, len(query))))
+    return Partial(*(torch.cat(some) for some in zip(*parts)))

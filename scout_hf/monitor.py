@@ -1,0 +1,223 @@
+"""The online fidelity monitor: on sampled steps, layers and KV heads, exact attention beside the sparse one.
+
+A sample holds copies and pages that nobody writes to any more (``stores/snapshot.py``), so that nothing has to wait for
+a job: neither a crop nor a fork nor the end of the cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from scout_hf.fusion import Partial
+from scout_hf.kernels.cpu.each_block import attend_each, attend_each_native, natively
+from scout_hf.kernels.cpu.native_backend import NativeBackend
+from scout_hf.kernels.cpu.pool import NativePool
+from scout_hf.kernels.cpu.workers import Ticket, Workers
+from scout_hf.loss import NAMES, Sample, measure
+from scout_hf.stores.snapshot import WholeBlocks
+
+SPARSE_EVERY = 8
+MOST_PENDING = 64
+"""Samples that may wait for their turn; further ones are skipped, and counted."""
+
+
+class _Pending(NamedTuple):
+    ticket: Ticket
+    layer: int
+    pairs: int
+    counters: Any
+
+
+class Monitor:
+    """Takes samples while a model decodes, and adds what was lost to the tallies.
+
+    On the CPU a Python thread runs one sample at a time: natively on a thread of the lowest priority, with torch in
+    chunks that begin while the backend has nothing to do. ``ScoutConfig(monitor=1.0)``, and KV on a GPU, are measured
+    within the step.
+    """
+
+    def __init__(self):
+        self._workers = Workers(1)
+        self._pool: NativePool | None = None
+        self._pending: deque[_Pending] = deque()
+        self._process = os.getpid()
+        # Reentrant: a signal handler may ask for statistics.
+        self._lock = threading.RLock()
+        self._warned = False
+
+    def watch(
+        self,
+        step: Any,
+        method: Any,
+        query: torch.Tensor,
+        result: Partial,
+        attended: Callable[[], list[Any] | None],
+        predicted: bool,
+    ) -> None:
+        """Look at a decode step of one layer if it is its turn.
+
+        Parameters
+        ----------
+        step : Step
+        method : Method
+            Of the layer; ``result`` is what it makes of the real ``query`` (batch, query_heads, 1, head_dim).
+        attended : callable
+            The blocks attended, as a list of ``BlockLists`` and ``Pick``; None for all.
+        predicted : bool
+            Whether a part was attended with a predicted query.
+        """
+        if step.watched is None:
+            step.watched = planned(step.cache, step.counters.steps)
+        heads = step.watched.get(method.layer_idx)
+        if not heads:
+            return
+        counters, layer, began = step.counters, method.layer_idx, time.perf_counter()
+        self.collect()
+        try:
+            sample = _sample(step, method, heads, query, result, attended(), predicted)
+            on_cpu = sample.blocks.device.type == "cpu"
+            native = on_cpu and isinstance(step.backend, NativeBackend) and natively(sample.query, sample.blocks)
+            if _everything(step.cache.scout_config.monitor) or not on_cpu:
+                each = functools.partial(attend_each_native, pool=None) if native else attend_each
+                self._add(measure(sample, each), layer, counters)
+            elif len(self._pending) >= MOST_PENDING:
+                counters.add("monitor_skipped", layer, len(heads) * len(query))
+            else:
+                each = self._natively(sample) if native else functools.partial(attend_each, busy=step.backend.busy)
+                ticket = self._workers.submit(self._measure, sample, each)
+                self._pending.append(_Pending(ticket, layer, len(heads) * len(query), counters))
+        except Exception as error:
+            self._failed(error, layer, len(heads) * len(query), counters)
+        counters.add("monitor_ms", layer, (time.perf_counter() - began) * 1e3)
+
+    def collect(self, wait: bool = False) -> None:
+        """Add the results that are there to the tallies; with ``wait``, those of all samples taken so far."""
+        if not self._pending:
+            return
+        with self._lock:
+            if self._process != os.getpid():
+                # A forked child has the list, but not the thread.
+                self._pending.clear()
+                self._process = os.getpid()
+            while self._pending and (wait or self._pending[0].ticket.done()):
+                one = self._pending[0]
+                try:
+                    sums, cost_ms = one.ticket.wait()
+                except Exception as error:
+                    self._failed(error, one.layer, one.pairs, one.counters)
+                else:
+                    self._add(sums, one.layer, one.counters)
+                    one.counters.add("monitor_ms", one.layer, cost_ms)
+                self._pending.popleft()
+
+    def forget(self) -> None:
+        """Drop all samples that are not in the tallies yet."""
+        with self._lock:
+            self._pending.clear()
+
+    def close(self) -> None:
+        """Add what is under way and end the threads; they start again when needed."""
+        self.collect(wait=True)
+        self._workers.close()
+        if self._pool is not None:
+            self._pool.close()
+
+    def __reduce__(self):
+        return Monitor, ()
+
+    def _natively(self, sample: Sample) -> Callable[..., Partial]:
+        if self._pool is None:
+            self._pool = NativePool(sample.blocks.library.handle, background=True)
+        return functools.partial(attend_each_native, pool=self._pool)
+
+    def _measure(self, sample: Sample, each: Callable[..., Partial]) -> tuple[list[float], float]:
+        """In the Python thread: the sums, and the milliseconds of CPU time that they took."""
+        pool = self._pool
+        began, before = time.thread_time(), pool.cpu_ms if pool else 0.0
+        sums = measure(sample, each).tolist()
+        native_ms = pool.cpu_ms - before if pool else 0.0
+        return sums, (time.thread_time() - began) * 1e3 + max(native_ms, 0.0)
+
+    def _add(self, sums: Any, layer: int, counters: Any) -> None:
+        for name, amount in zip(NAMES, sums):
+            counters.add(f"monitor_{name}", layer, amount)
+
+    def _failed(self, error: Exception, layer: int, pairs: int, counters: Any) -> None:
+        # Whatever goes wrong here must not end somebody's generation.
+        counters.add("monitor_skipped", layer, pairs)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the fidelity monitor could not measure a sample of layer {layer} ({type(error).__name__}: {error}); "
+                "the model's output is not affected; stats() counts such samples as skipped",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def _everything(setting: bool | float) -> bool:
+    return setting is not True and setting == 1.0
+
+
+def planned(cache: Any, decode_step: int) -> dict[int, tuple[int, ...]]:
+    """KV heads to look at in a decode step (from 1), by layer; all pairs come by in turn, layers first."""
+    setting = cache.scout_config.monitor
+    methods = [layer.method for layer in cache.scout_layers if layer.method is not None]
+    pairs = sum(method.kv_heads for method in methods)
+    if not setting or not pairs:
+        return {}
+    per_step = 1 / SPARSE_EVERY if setting is True else setting * pairs
+    first, last = math.ceil((decode_step - 1) * per_step), math.ceil(decode_step * per_step)
+    if first == last:
+        return {}
+    most = max(method.kv_heads for method in methods)
+    order = [(method.layer_idx, head) for head in range(most) for method in methods if head < method.kv_heads]
+    chosen: dict[int, tuple[int, ...]] = {}
+    for turn in range(first, min(last, first + pairs)):
+        layer, head = order[turn % pairs]
+        chosen[layer] = (*chosen.get(layer, ()), head)
+    return chosen
+
+
+def _sample(step, method, heads, query, result, attended, predicted) -> Sample:
+    store = getattr(method.kv, "host", method.kv)
+    blocks, which = WholeBlocks(store), list(heads)
+
+    def of_heads(tensor: torch.Tensor) -> torch.Tensor:
+        grouped = tensor.squeeze(2).unflatten(1, (method.kv_heads, -1))
+        return grouped[:, which].to(store.device)
+
+    # Indexing by a list copies.
+    tail = [part[:, which].to(store.device) for part in method.kv.read(blocks.tokens, method.length)]
+    exists = None if step.mask is None else step.padding(store.device)[:, : method.length].clone()
+    marks = _marks(attended, which, len(query), blocks.blocks, store.device)
+    return Sample(
+        blocks, heads, of_heads(query), of_heads(result.out), *tail, marks, exists, predicted, *method.scoring
+    )
+
+
+def _marks(attended: list[Any] | None, heads: list[int], rows: int, blocks: int, device) -> torch.Tensor:
+    """Which whole blocks were attended, (rows, heads, blocks) of bool."""
+    if attended is None:
+        return torch.ones((rows, len(heads), blocks), dtype=torch.bool, device=device)
+    marks = torch.zeros((rows, len(heads), blocks + 1), dtype=torch.bool, device=device)
+    for ids, used in attended:
+        ids = ids[:, heads].to(device, torch.int64)
+        if used is not None:
+            used = used[:, heads].to(device)
+            if used.dim() == 2:  # how many of a packed list
+                used = torch.arange(ids.shape[2], device=device) < used.unsqueeze(2)
+            ids = ids.masked_fill(~used, blocks)
+        # What is not a whole block, and empty slots, go to a place behind.
+        marks.scatter_(2, ids.masked_fill((ids < 0) | (ids > blocks), blocks), True)
+    return marks[:, :, :blocks]

@@ -1,0 +1,51 @@
+"""Whole blocks of a store that stay as they are while the store goes on."""
+
+from __future__ import annotations
+
+import torch
+
+from scout_hf.stores.packed import unpack
+
+
+class WholeBlocks:
+    """The whole blocks that a PagedKV has now; the block that is being filled is not among them.
+
+    Their pages are held: a store that would write to one after a crop copies it first, and none is handed out again
+    before this object is gone. So another thread may read them whatever happens to the store: appends, crops,
+    reordered rows, forks, its end.
+
+    Parameters
+    ----------
+    store : PagedKV
+
+    Attributes
+    ----------
+    blocks, tokens : int
+        Per row.
+    """
+
+    def __init__(self, store):
+        self.heads, self.head_dim, self.block_size = store.heads, store.head_dim, store.block_size
+        self.dtype, self.device, self.packed, self.library = store.dtype, store.device, store.packed, store.library
+        self.blocks = store.length // store.block_size
+        self._table = store.table.fork()
+        self._table.truncate(self.blocks)
+
+    @property
+    def tokens(self) -> int:
+        return self.blocks * self.block_size
+
+    def addresses(self, row: int, head: int) -> torch.Tensor:
+        """Where the tiles of one KV head of one row are in memory, (blocks,) of int64."""
+        tile_bytes = self._table.pool.page_bytes // self.heads
+        return self._table.addresses[row] + head * tile_bytes
+
+    def read(self, row: int, head: int, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of blocks ``first:last``, (last - first, block_size, head_dim) each, newly made."""
+        shape = (last - first, self.block_size, self.head_dim)
+        keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        for slab, here, local in self._table.pool.by_slab(self._table.ids[row, first:last]):
+            tiles = slab[local, head]
+            plain = unpack(tiles, self.block_size, self.head_dim, self.dtype) if self.packed else tiles.unbind(1)
+            keys[here], values[here] = plain
+        return keys, values
