@@ -1,9 +1,11 @@
 """How many questions a model answers exactly, with stock full attention: the figure everything sparse is held to."""
 
+from __future__ import annotations
+
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from .documents import make_document
+from .tasks import make_exercise
 
 
 def usual_facts(tokens: int) -> int:
@@ -13,7 +15,12 @@ def usual_facts(tokens: int) -> int:
 
 @torch.inference_mode()
 def accuracy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, n_questions: int, seed: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    n_questions: int,
+    seed: int,
+    task: str = "needle",
 ) -> float:
     """Share of `n_questions` answered word for word by greedy decoding, each on its own after a document.
 
@@ -21,7 +28,7 @@ def accuracy(
     """
     right = asked = 0
     while asked < n_questions:
-        document = make_document(tokens, usual_facts(tokens), seed)
+        document = make_exercise(task, tokens, seed)
         seed += 1
         cache = DynamicCache(config=model.config)
         model(tokenizer(document.text, return_tensors="pt").input_ids, past_key_values=cache, logits_to_keep=1)

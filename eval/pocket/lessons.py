@@ -1,8 +1,10 @@
-"""Training sequences for a pocket model: drills (facts and questions mixed) and exams (a document, then questions).
+"""Training sequences for a pocket model: drills (statements and questions mixed) and exams (a document, questions).
 
 Drills give many answers per token and start retrieval; a model trained on them alone fails on a fresh document that is
 followed by its first question, which is why longer stages are mostly exams.
 """
+
+from __future__ import annotations
 
 import math
 import random
@@ -11,12 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import vocabulary as vocab
-from .documents import draw_facts, fact_words, filler_sentences, question_words
+from .documents import filler_sentences
+from .tasks import STATEMENTS, Case, deal, draw_cases
 
 IDS = {word: index for index, word in enumerate(vocab.words())}
 TEXT_WEIGHT = 0.05
-_FACT_TOKENS = 9
-_QUESTION_TOKENS = 11
+_NUMBER_WEIGHT = 0.1
+_MOST_STATEMENTS = 64
+_SAID = {*vocab.KEY_ADJECTIVES, *vocab.KEY_NOUNS, *vocab.NAMES, *vocab.VALUES, *vocab.DIGITS}
+# Where a case takes several statements, most draws tell, so that questions do not use up the cases.
+_TELL = {task: 0.55 + 0.05 * min(6, count) for task, count in STATEMENTS.items()}
 
 
 @dataclass(frozen=True)
@@ -28,11 +34,17 @@ class Batch:
     weights: np.ndarray
 
 
-def make_batch(rng: random.Random, length: int, sequences: int, exams: float, filler: bool, jumps: float) -> Batch:
-    """A batch of sequences of `length` tokens; `exams` and `jumps` are the shares of exams and of position jumps."""
+def make_batch(
+    rng: random.Random, length: int, sequences: int, exams: float, filler: bool, jumps: float, tasks: dict[str, float]
+) -> Batch:
+    """A batch of sequences of `length` tokens; `exams` and `jumps` are the shares of exams and of position jumps.
+
+    `tasks` gives each task's weight in the draw of a sequence's one task.
+    """
     rows = []
     for _ in range(sequences):
-        items = exam(rng, length) if rng.random() < exams else drill(rng, length, filler)
+        (task,) = rng.choices(tuple(tasks), tuple(tasks.values()))
+        items = exam(rng, length, task) if rng.random() < exams else drill(rng, length, filler, task)
         ids = [IDS[word] for words, _ in items for word in words][:length]
         weights = [weight for _, weights in items for weight in weights][:length]
         bounds = np.cumsum([len(words) for words, _ in items])
@@ -42,34 +54,45 @@ def make_batch(rng: random.Random, length: int, sequences: int, exams: float, fi
     return Batch(np.array(ids), np.stack(places), np.array(weights, dtype=np.float32))
 
 
-def exam(rng: random.Random, length: int) -> list[tuple[list[str], list[float]]]:
-    """A document and then one question per fact, in random order: (words, weights) items of `length` words in all."""
-    most = max(4, min(64, length // 30))
-    drawn = draw_facts(rng, rng.randint(max(4, most // 4), most))
-    room = length - len(drawn) * (_FACT_TOKENS + _QUESTION_TOKENS)
-    items = [_filler(words) for words in filler_sentences(rng, room)]
+def exam(rng: random.Random, length: int, task: str) -> list[tuple[list[str], list[float]]]:
+    """A document and then one question per case, in random order: (words, weights) items of `length` words in all."""
+    most = min(_MOST_STATEMENTS // STATEMENTS[task], int(0.65 * length) // _size(task))
+    cases = draw_cases(rng, task, rng.randint(max(1, most // 4), most))
+    told = [_statement(cases[case].statements[number]) for case, number in deal(rng, cases)]
+    asked = [_question(case) for case in cases]
+    rng.shuffle(asked)
+    items = [_filler(words) for words in filler_sentences(rng, length - sum(len(item[0]) for item in told + asked))]
     last = items.pop()
-    items += [_fact(key, value) for key, value in drawn]
-    rng.shuffle(items)
-    rng.shuffle(drawn)
-    return [*items, last, *(_question(key, value) for key, value in drawn)]
+    places = sorted(rng.choices(range(len(items) + 1), k=len(told)))
+    for place, item in zip(reversed(places), reversed(told), strict=True):
+        items.insert(place, item)
+    return [*items, last, *asked]
 
 
-def drill(rng: random.Random, length: int, filler: bool) -> list[tuple[list[str], list[float]]]:
-    """Facts, questions on earlier facts and, if wanted, filler in turn; at least `length` words in all."""
-    pending = draw_facts(rng, min(64, length // (_FACT_TOKENS + _QUESTION_TOKENS) + 2))
-    told: list = []
+def drill(rng: random.Random, length: int, filler: bool, task: str) -> list[tuple[list[str], list[float]]]:
+    """Statements, questions on cases told in full and, if wanted, filler in turn; at least `length` words in all."""
+    most = min(_MOST_STATEMENTS // STATEMENTS[task], length // _size(task) + 2)
+    cases = draw_cases(rng, task, most)
+    # Cases come in small groups, or all questions would wait for the end of the sequence.
+    group = max(1, 6 // STATEMENTS[task])
+    pending = []
+    for start in range(0, most, group):
+        pending += [(start + case, number) for case, number in deal(rng, cases[start : start + group])]
+    pending.reverse()
+    told: list[int] = []
     items: list = []
     size = 0
     while size < length:
         draw = rng.random()
         if filler and draw < 0.4 or not (pending or told):
             items.append(_filler(filler_sentences(rng, 24)[0]))
-        elif pending and (draw < 0.7 or not told):
-            told.append(pending.pop())
-            items.append(_fact(*told[-1]))
+        elif pending and (draw < _TELL[task] or not told):
+            case, number = pending.pop()
+            items.append(_statement(cases[case].statements[number]))
+            if number + 1 == len(cases[case].statements):
+                told.append(case)
         else:
-            items.append(_question(*told.pop(rng.randrange(len(told)))))
+            items.append(_question(cases[told.pop(rng.randrange(len(told)))]))
         size += len(items[-1][0])
     return items
 
@@ -90,18 +113,22 @@ def _farthest(rng: random.Random, length: int, limit: int = 16384) -> int:
     return int(math.exp(rng.uniform(math.log(length), math.log(limit))))
 
 
+def _size(task: str) -> int:
+    """Words that one case takes, question and answer included."""
+    (case,) = draw_cases(random.Random(0), task, 1)
+    return sum(map(len, case.statements)) + len(case.question) + len(case.answer) + 1
+
+
 def _filler(words: list[str]) -> tuple[list[str], list[float]]:
     return words, [TEXT_WEIGHT] * len(words)
 
 
-def _fact(key: tuple[str, str], value: tuple[str, ...]) -> tuple[list[str], list[float]]:
-    # Nothing can predict a definition, so learning from it would only be noise.
-    words = fact_words(key, value)
-    known = {*key, *value}
-    return words, [0.0 if word in known else TEXT_WEIGHT for word in words]
+def _statement(words: tuple[str, ...]) -> tuple[list[str], list[float]]:
+    # Nothing can predict what a statement says, so learning from it would only be noise.
+    return list(words), [0.0 if word in _SAID else TEXT_WEIGHT for word in words]
 
 
-def _question(key: tuple[str, str], value: tuple[str, ...]) -> tuple[list[str], list[float]]:
-    asked = question_words(key)
-    weights = [0.0 if word in key else TEXT_WEIGHT for word in asked] + [1.0] * len(value) + [TEXT_WEIGHT]
-    return [*asked, *value, "."], weights
+def _question(case: Case) -> tuple[list[str], list[float]]:
+    asked = [0.0 if word in _SAID else TEXT_WEIGHT for word in case.question]
+    answer = [_NUMBER_WEIGHT if word in vocab.DIGITS else 1.0 for word in case.answer]
+    return [*case.question, *case.answer, "."], [*asked, *answer, TEXT_WEIGHT]

@@ -1,0 +1,62 @@
+"""A small causal language model of Python source, for perplexity against context length on real text, with no download.
+
+It is trained on the standard library of the Python that ran the training and measured on that of the Python it runs
+on: modules are held out by a hash of their name, so another version's held-out files are unseen as well.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from . import corpus
+
+__all__ = ["TRAINED_TOKENS", "WEIGHTS", "held_out_ids", "held_out_text", "load_text_model"]
+
+WEIGHTS = Path(__file__).parent / "weights"
+TRAINED_TOKENS = 4096
+"""The longest text, in tokens, the packaged model was trained on."""
+
+
+def load_text_model(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The packaged model, in eval mode on the CPU, and its tokenizer (byte-level BPE; padding on the left).
+
+    Raises FileNotFoundError where the weights are not installed.
+    """
+    model = AutoModelForCausalLM.from_pretrained(_installed(), dtype=dtype, local_files_only=True)
+    return model.eval(), _tokenizer()
+
+
+def held_out_ids(tokens: int, seed: int) -> torch.Tensor:
+    """`tokens` ids (1, tokens), int64, of standard library source that was never trained on.
+
+    Whole files in an order drawn from `seed`, each ended by the end-of-text token. Raises ValueError where the held-out
+    files of this Python are shorter.
+    """
+    tokenizer = _tokenizer()
+    ids: list[int] = []
+    for text in corpus.held_out_files(seed):
+        ids += tokenizer(text).input_ids + [tokenizer.eos_token_id]
+        if len(ids) >= tokens:
+            return torch.tensor([ids[:tokens]])
+    raise ValueError(f"tokens={tokens}: the held-out files of this Python have {len(ids)} in all")
+
+
+def held_out_text(tokens: int, seed: int) -> str:
+    """The same as text; the tokenizer makes `held_out_ids` of it, but for the last few, which the cut may change."""
+    return _tokenizer().decode(held_out_ids(tokens, seed)[0])
+
+
+def _installed() -> Path:
+    if not (WEIGHTS / "model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"no text model in {WEIGHTS}: install the package with its data files, or train one with "
+            f"`python -m scout_hf.eval.text.train --out {WEIGHTS}`"
+        )
+    return WEIGHTS
+
+
+def _tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(_installed(), local_files_only=True)

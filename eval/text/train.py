@@ -1,0 +1,162 @@
+"""Trains the text model from nothing on one CPU core: `python -m scout_hf.eval.text.train --out DIR --seed 0`."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import random
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+import typer
+from tqdm import tqdm
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from scout_hf.eval.pocket.architecture import start
+from scout_hf.eval.pocket.muon import Muon
+
+from . import corpus
+from .tokenizer import VOCABULARY, build_tokenizer
+
+MAX_POSITIONS = 16384
+STEP_TOKENS = 2048
+WARM_UP_STEPS = 40
+CONTEXTS_TESTED = (256, 1024, 2048, 4096)
+WINDOWS_TESTED = 24
+TARGETS = 128
+
+
+class Stage(NamedTuple):
+    """One part of training: windows of `length` tokens, `tokens` in all."""
+
+    length: int
+    tokens: int
+
+
+STAGES = (Stage(256, 900_000), Stage(1024, 600_000), Stage(2048, 300_000), Stage(4096, 300_000))
+
+
+def build_model(end: int, seed: int) -> LlamaForCausalLM:
+    """A freshly started model of 2.3 million parameters; `end` is the id of the end-of-text token."""
+    ids = {"pad_token_id": end, "bos_token_id": end, "eos_token_id": end}
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=192,
+        intermediate_size=320,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=MAX_POSITIONS,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        tie_word_embeddings=False,
+        **ids,
+    )
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config).float()
+    model.generation_config = GenerationConfig(do_sample=False, **ids)
+    # Source repeats itself, so heads that find an earlier occurrence pay here as they do in the pocket models.
+    start(model)
+    return model
+
+
+def stream_of(tokenizer: PreTrainedTokenizerBase, texts: list[str], rng: random.Random) -> torch.Tensor:
+    """All texts, each ended by the end-of-text token, in a random order: ids (tokens,), int64."""
+    ids: list[int] = []
+    for text in rng.sample(texts, len(texts)):
+        ids += tokenizer(text).input_ids + [tokenizer.eos_token_id]
+    return torch.tensor(ids)
+
+
+def train(model: PreTrainedModel, stream: torch.Tensor, stages: tuple[Stage, ...], rng: random.Random):
+    """Train `model` in place on random windows of `stream` (tokens,) through all `stages`; returns it in eval mode."""
+    matrices = [weight for weight in model.model.layers.parameters() if weight.dim() == 2]
+    chosen = {id(weight) for weight in matrices}
+    others = [weight for weight in model.parameters() if id(weight) not in chosen]
+    optimizers = (Muon(matrices, lr=0.01), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0))
+    starts = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    total = sum(stage.tokens for stage in stages)
+    done = steps = 0
+    for stage in stages:
+        if stage.length >= len(stream):
+            raise ValueError(f"windows of {stage.length} tokens do not fit a text of {len(stream)}")
+        sequences = max(1, STEP_TOKENS // stage.length)
+        bar = tqdm(total=stage.tokens, desc=f"length {stage.length}", unit="tok", mininterval=10, unit_scale=True)
+        while bar.n < stage.tokens:
+            begins = [rng.randrange(len(stream) - stage.length) for _ in range(sequences)]
+            ids = torch.stack([stream[begin : begin + stage.length + 1] for begin in begins])
+            rate = min(1.0, (steps + 1) / WARM_UP_STEPS, max(0.05, 1.6 * (1 - done / total)))
+            for optimizer, firsts in zip(optimizers, starts, strict=True):
+                for group, first in zip(optimizer.param_groups, firsts, strict=True):
+                    group["lr"] = rate * first
+            logits = model(ids[:, :-1], use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            steps += 1
+            done += sequences * stage.length
+            bar.update(sequences * stage.length)
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        bar.close()
+    return model.eval()
+
+
+@torch.inference_mode()
+def perplexity_by_context(
+    model: PreTrainedModel, stream: torch.Tensor, contexts: tuple[int, ...], windows: int
+) -> dict[str, float]:
+    """Perplexity of the same `TARGETS` tokens of each window, given the last 256, 1024, ... tokens before them."""
+    longest = max(contexts)
+    losses = dict.fromkeys(contexts, 0.0)
+    for window in range(windows):
+        end = longest + TARGETS + window * (len(stream) - longest - TARGETS) // max(1, windows - 1)
+        for context in contexts:
+            ids = stream[end - TARGETS - context : end][None]
+            logits = model(ids[:, :-1], use_cache=False, logits_to_keep=TARGETS).logits[0]
+            losses[context] += torch.nn.functional.cross_entropy(logits.float(), ids[0, -TARGETS:]).item() / windows
+    return {str(context): round(math.exp(loss), 3) for context, loss in losses.items()}
+
+
+def main(
+    out: Path = typer.Option(..., help="Folder for the trained model, its tokenizer and training.json."),
+    seed: int = typer.Option(0, help="Seed of the start and of the order of all text."),
+) -> None:
+    """Train the text model on this Python's standard library and save it as bfloat16 with its perplexities."""
+    began = time.time()
+    texts = corpus.training_files()
+    tokenizer = build_tokenizer(texts)
+    rng = random.Random(f"text-{seed}")
+    stream = stream_of(tokenizer, texts, rng)
+    model = train(build_model(tokenizer.eos_token_id, seed), stream, STAGES, rng)
+    minutes = (time.time() - began) / 60
+    model.bfloat16().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    # Measured as it is loaded again: the values that bfloat16 kept, computed in float32.
+    held_out = stream_of(tokenizer, list(corpus.held_out_files(seed)), random.Random(seed))
+    record = {
+        "seed": seed,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "stages": [stage._asdict() for stage in STAGES],
+        "minutes": round(minutes, 1),
+        "text_tokens": {"training": len(stream), "held_out": len(held_out)},
+        "held_out_perplexity_by_context": perplexity_by_context(
+            model.float(), held_out, CONTEXTS_TESTED, WINDOWS_TESTED
+        ),
+    }
+    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record["held_out_perplexity_by_context"]))
+
+
+if __name__ == "__main__":
+    typer.run(main)
