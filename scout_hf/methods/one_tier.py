@@ -35,7 +35,7 @@ class OneTierScout(Method):
         return result.partial
 
     def observe(self, step, query: torch.Tensor) -> None:
-        self.selector.observe(query, self.kv_heads, step.mask)
+        self.selector.observe(query, self.kv_heads, self.scoring.scale, step.mask)
 
     def settle(self, step) -> None:
         if step.queries > 1:

@@ -80,7 +80,7 @@ class Scout(Method):
         return result
 
     def observe(self, step, query: torch.Tensor) -> None:
-        self.selector.observe(query, self.kv_heads, step.mask)
+        self.selector.observe(query, self.kv_heads, self.scoring.scale, step.mask)
 
     def settle(self, step) -> None:
         self._write_back(step)

@@ -26,11 +26,13 @@ class Digest(ABC):
         """Whether keys of that size can be coded."""
         return True
 
-    def fit(self, keys: torch.Tensor, exists: torch.Tensor | None, query_power: torch.Tensor | None) -> None:
+    def fit(
+        self, keys: torch.Tensor, exists: torch.Tensor | None, query_power: torch.Tensor | None, scale: float
+    ) -> None:
         """Take constants per KV head from keys of whole blocks, as ``encode`` gets them.
 
         ``query_power`` (kv_heads, head_dim) of float32 is the mean square of a prompt's queries per channel, over the
-        GQA group; None where no queries were seen.
+        GQA group; None where no queries were seen. ``scale`` turns q.k into what goes into the softmax.
         """
 
     @abstractmethod

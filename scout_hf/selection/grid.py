@@ -27,7 +27,9 @@ class GridMinMax(Digest):
     sub: int
     needs_fit = True
 
-    def fit(self, keys: torch.Tensor, exists: torch.Tensor | None, query_power: torch.Tensor | None) -> None:
+    def fit(
+        self, keys: torch.Tensor, exists: torch.Tensor | None, query_power: torch.Tensor | None, scale: float
+    ) -> None:
         bounds = MinMax().encode(keys, exists).float().nan_to_num(0.0, 0.0, 0.0)
         high, low = bounds.transpose(0, 1).flatten(1, 2).chunk(2, dim=-1)
         # Blocks of nothing but padding have zeros for bounds, which widens a grid that does not hold zero.

@@ -36,17 +36,19 @@ class Selector:
         self.digest, self.table = make_digest(digest_for(config, keys)), DigestTable()
         self._fitted_blocks = 0
         self._query_power: torch.Tensor | None = None
+        self._scale = keys.shape[-1] ** -0.5
 
     @property
     def blocks(self) -> int:
         """Blocks that have a digest."""
         return self.table.blocks
 
-    def observe(self, query: torch.Tensor, kv_heads: int, mask: torch.Tensor | None) -> None:
+    def observe(self, query: torch.Tensor, kv_heads: int, scale: float, mask: torch.Tensor | None) -> None:
         """Learn how large queries are per channel, from those of a prompt, (batch, query_heads, tokens, head_dim).
 
-        ``mask`` is (batch, tokens) of bool or None, padding False.
+        ``scale`` is that of the softmax, ``mask`` (batch, tokens) of bool or None, padding False.
         """
+        self._scale = scale
         if self.dense or not self.digest.needs_fit:
             return
         # The last ones resemble those of decoding most, and a few hundred are enough.
@@ -78,7 +80,7 @@ class Selector:
                 exists = None if exists is None else torch.cat([before[1], exists], dim=1)
                 self.table.crop(0)
             if not self.blocks:
-                self.digest.fit(keys, exists, self._query_power)
+                self.digest.fit(keys, exists, self._query_power, self._scale)
                 self._fitted_blocks = keys.shape[2]
         self.table.append(self.digest.encode(keys, exists))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from scout_hf import ConfigError, ScoutConfig
 from scout_hf.kernels.cpu import make_backend
 from scout_hf.selection import Selector, SignCode, auto, check_digest, digest_for, make_digest
 from scout_hf.selection.minmax import MinMax
-from scout_hf.selection.sign import byte_to_scale, random_rotation, scale_to_byte
+from scout_hf.selection.sign import SHRINKAGE, byte_to_scale, random_rotation, scale_to_byte
 from scout_hf.stores import PagedKV
 from tests.unit.naive import QUICK, poison
 from tests.unit.test_selection_digest import draw
@@ -28,19 +29,17 @@ def power_of(query, kv_heads):
     return query.float().square().mean((0, 2)).unflatten(0, (kv_heads, -1)).mean(1)
 
 
-def fitted(name, keys, query=None, exists=None):
+def fitted(name, keys, query=None, exists=None, scale=1.0):
     digest = make_digest(name)
-    digest.fit(keys, exists, None if query is None else power_of(query, keys.shape[1]))
+    digest.fit(keys, exists, None if query is None else power_of(query, keys.shape[1]), scale)
     return digest
 
 
-def best_token(query, keys, exists=None):
-    """What the codes estimate, in float64: each query head's best token of a block, summed over the group."""
+def mass_of(query, keys):
+    """What the codes estimate, in float64: each query head's log2-sum-exp2 over a block, summed over the group."""
     batch, heads, _, _, dim = keys.shape
     dots = torch.einsum("bhgd,bhntd->bhgnt", query.double().view(batch, heads, -1, dim), keys.double())
-    if exists is not None:
-        dots = dots.masked_fill(~exists[:, None, None], -torch.inf)
-    return dots.amax(-1).sum(2)
+    return dots.mul(math.log(2)).logsumexp(-1).sum(2) / math.log(2)
 
 
 def agreement(scores, expected):
@@ -90,7 +89,7 @@ def test_the_score_of_a_sign_code_is_that_of_what_it_stands_for(seed, dim, size,
     signs = torch.stack([codes[..., : dim // 8 * size] >> bit & 1 for bit in range(8)], -1)
     signs = signs.unflatten(3, (dim // 8, size)).transpose(3, 4).flatten(4).double() * 2 - 1
     stands_for = signs * byte_to_scale(codes[..., dim // 8 * size :]).double()[..., None]
-    expected = best_token(digest.prepare(query), stands_for)
+    expected = mass_of(digest.prepare(query), stands_for)
     got = digest.score(query, codes)
     assert got.dtype == torch.float32 and (got - expected).abs().max() <= 1e-4 * expected.abs().max()
 
@@ -99,14 +98,13 @@ def test_the_estimate_of_a_sign_code_is_not_biased():
     """Summed over many tokens, the estimated products are the true ones: what the token's scale is there for."""
     _, keys = draw(0, 1, 1, 1, 256, 32, 64)
     query = keys[:, :, :1, 0].clone()
-    digest = fitted("sign", keys)
+    digest = fitted("sign", keys, scale=3.0)
     aligned = keys + 0.5 * query[:, :, :, None]
     codes = digest.encode(aligned, None)
     signs = torch.stack([codes[..., : 8 * 32] >> bit & 1 for bit in range(8)], -1)
     signs = signs.unflatten(3, (8, 32)).transpose(3, 4).flatten(4).float() * 2 - 1
-    estimate = (
-        (signs * digest.prepare(query)[:, :, :, None]).sum(-1) * byte_to_scale(codes[..., 8 * 32 :]) / digest.unit
-    )
+    dots = (signs * digest.prepare(query)[:, :, :, None]).sum(-1)
+    estimate = dots * byte_to_scale(codes[..., 8 * 32 :]) / (3.0 * SHRINKAGE * math.log2(math.e))
     truth = ((aligned - digest.mean[:, None]) * query[:, :, :, None]).sum(-1)
     assert abs(estimate.mean() / truth.mean() - 1) < 0.03
 
@@ -262,10 +260,10 @@ def test_queries_of_a_prompt_are_weighed_without_padding():
     mask = torch.ones(2, 600, dtype=torch.bool)
     mask[0, :300] = False
     rubbish = query.masked_fill(~mask[:, None, :, None], 1e4)
-    selector.observe(rubbish, 2, mask)
+    selector.observe(rubbish, 2, 1.0, mask)
     real = torch.cat([query[0, :, 300:], query[1, :, -512:]], dim=1).view(2, 2, -1, 16)
     assert (selector._query_power / real.square().mean((1, 2)) - 1).abs().max() < 1e-4
-    selector.observe(torch.full_like(query, torch.nan), 2, None)
+    selector.observe(torch.full_like(query, torch.nan), 2, 1.0, None)
     assert selector._query_power is None
 
 
