@@ -12,7 +12,7 @@ TOKENS, BLOCK, BUDGET = 4096, 32, 0.125
 MAIN = ("real", "real-two-tiers", "predicted")
 REST = ("predicted-real-cpu", "predicted-no-recall", "real-int8")
 QUICK_TASKS = ("needle", "trace")
-QUICK, WHOLE = Effort(questions=32, windows=8, steps=64), Effort()
+QUICK, WHOLE = Effort(questions=32, windows=8, steps=64, watched=4), Effort()
 
 
 def study(models: Sequence[str], quick: bool) -> list[Cell]:

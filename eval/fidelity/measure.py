@@ -16,9 +16,10 @@ from scout_hf.eval.decode_path import prefill
 from scout_hf.eval.fidelity.asking import Answers, answers
 from scout_hf.eval.fidelity.cells import TEXT, Cell
 from scout_hf.eval.fidelity.cost import cost
+from scout_hf.eval.fidelity.inside import inside
 from scout_hf.eval.fidelity.memo import AttentionMemo
-from scout_hf.eval.fidelity.subjects import load_subject, quizzes
-from scout_hf.eval.fidelity.text import score_text
+from scout_hf.eval.fidelity.subjects import Quiz, load_subject, quizzes
+from scout_hf.eval.fidelity.text import read_text
 
 # Stock caches, and a digest as large as the keys, are copied whole for every row.
 ROWS, LARGE_ROWS = 32, 8
@@ -34,6 +35,8 @@ class Effort:
         Per cell.
     windows, steps : int
         Pieces of held-out text, and tokens of each that are scored.
+    watched : int
+        Questions (or windows) whose layers are looked into.
     seed : int
         What documents and texts are drawn from.
     """
@@ -41,12 +44,13 @@ class Effort:
     questions: int = 96
     windows: int = 16
     steps: int = 128
+    watched: int = 8
     seed: int = 0
 
     def of(self, cell: Cell) -> dict[str, int]:
         """What of it concerns a cell."""
-        names = ("windows", "steps", "seed") if cell.task == TEXT else ("questions", "seed")
-        return {name: value for name, value in asdict(self).items() if name in names}
+        names = ("windows", "steps") if cell.task == TEXT else ("questions",)
+        return {name: value for name, value in asdict(self).items() if name in (*names, "watched", "seed")}
 
 
 @lru_cache(maxsize=1)
@@ -61,7 +65,7 @@ def measure(cell: Cell, effort: Effort) -> dict[str, Any]:
     torch.manual_seed(effort.seed)
     with _memo().active():
         if cell.task == TEXT:
-            result = score_text(cell, effort.windows, effort.steps, effort.seed)
+            result = read_text(cell, effort.windows, effort.steps, effort.watched, effort.seed)
         else:
             result = ask(cell, effort)
     return result | {"seconds": round(time.perf_counter() - begin, 2)}
@@ -71,16 +75,20 @@ def ask(cell: Cell, effort: Effort) -> dict[str, Any]:
     """Exact-match answers of a cell: ``right`` is a string of 0 and 1, in the order of the questions."""
     model, tokenizer = load_subject(cell.model, cell.stress)
     asked = quizzes(cell.model, cell.task, cell.tokens, effort.questions, effort.seed, cell.stress == "rivals")
-    config, right = cell.config(), []
+    config, right, total = cell.config(), [], Answers([])
     rows = LARGE_ROWS if cell.digest in (None, "oracle") else ROWS
-    total = Answers([])
+
+    def put(quiz: Quiz, handle: scout_hf.Handle | None, most: int | None = None) -> tuple[Answers, list[list[int]]]:
+        cache = prefill(model, handle.new_cache() if handle else DynamicCache(config=model.config), quiz.ids)
+        texts = [(fact.question, fact.answer) for fact in quiz.facts[:most]]
+        questions, wanted = ([tokenizer(text, add_special_tokens=False).input_ids for text in of] for of in zip(*texts))
+        return answers(model, cache, questions, max(map(len, wanted)), rows), wanted
+
     with nullcontext() if config is None else scout_hf.patch(model, config) as handle:
         for quiz in asked:
-            cache = prefill(model, handle.new_cache() if handle else DynamicCache(config=model.config), quiz.ids)
-            questions = [tokenizer(fact.question, add_special_tokens=False).input_ids for fact in quiz.facts]
-            wanted = [tokenizer(fact.answer, add_special_tokens=False).input_ids for fact in quiz.facts]
-            given = answers(model, cache, questions, max(map(len, wanted)), rows)
+            given, wanted = put(quiz, handle)
             right += [answer[: len(one)] == one for answer, one in zip(given.ids, wanted)]
             total.steps, total.seconds = total.steps + given.steps, total.seconds + given.seconds
         stats = handle.stats() if handle else None
-    return {"right": "".join("01"[one] for one in right), **cost(total.steps, total.seconds, stats)}
+    found = {"right": "".join("01"[one] for one in right), **cost(total.steps, total.seconds, stats)}
+    return found | inside(cell, model, lambda handle: put(asked[0], handle, effort.watched))

@@ -10,6 +10,7 @@ from typing import Any
 from scout_hf.eval.fidelity import grid, report
 from scout_hf.eval.fidelity.cells import keep, parse_filters
 from scout_hf.eval.fidelity.journal import Journal
+from scout_hf.eval.fidelity.plots import save_plots
 from scout_hf.eval.fidelity.run import run
 from scout_hf.eval.fidelity.subjects import available
 
@@ -59,5 +60,6 @@ def study(
         raise ValueError("no cell could be measured; see the lines above")
     record = report.record_of(results, effort, weights, "quick" if quick else "full")
     report.save(record, out / RECORD)
-    tell(f"wrote {out / RECORD}")
+    for line in (f"wrote {out / RECORD}", *save_plots(record, out)):
+        tell(line)
     return record

@@ -1,0 +1,121 @@
+"""The README's table of what is lost, made from the JSON of a study, between two marks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from scout_hf.eval.fidelity.cells import budget_name
+from scout_hf.eval.fidelity.summary import Row, find, rows
+from scout_hf.eval.fidelity.tables import percent, score
+from scout_hf.eval.fidelity.views import CENTRE, axis_name, digests, full_at, rows_at, values_of
+
+BEGIN, END = "<!-- made by scout-hf fidelity: do not edit -->", "<!-- end of what scout-hf fidelity made -->"
+NAMES = {"oracle": "the best blocks there are", "random": "random blocks", "recent": "most recent blocks"}
+QUERIES = {
+    "real": "real, one tier",
+    "real-int8": 'real, one tier, `host_dtype="int8"`',
+    "real-two-tiers": "real, two tiers",
+    "predicted": "predicted",
+    "predicted-real-cpu": 'predicted, `cpu_query="real"`',
+    "predicted-no-recall": "predicted, `recall=None`",
+}
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The part between the marks: the centre in detail, then budgets, contexts and stress as far as measured."""
+    asked, text = rows(record["cells"], text=False), rows(record["cells"], text=True)
+    parts = [list(part) for part in (_centre(asked), _budgets(asked, False), _others(asked), _budgets(text, True))]
+    return "\n\n".join("\n".join(lines) for lines in parts if lines)
+
+
+def update(path: Path, record: dict[str, Any]) -> bool:
+    """Put a record's tables between the marks of a file; whether that changed it. ValueError without the marks."""
+    old = path.read_text(encoding="utf-8")
+    before, begin, rest = old.partition(BEGIN)
+    between, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{path} has no place for the tables; put these two lines where they belong:\n{BEGIN}\n{END}")
+    new = f"{before}{BEGIN}\n{markdown(record)}\n{END}{after}"
+    if new != old:
+        path.write_text(new, encoding="utf-8")
+    return new != old
+
+
+def _centre(table: Sequence[Row]) -> Iterator[str]:
+    part, full = rows_at(table, CENTRE), full_at(table, CENTRE)
+    if not part or full is None:
+        return
+    models, tasks = (", ".join(dict.fromkeys(one[name] for one in full.records)) for name in ("model", "task"))
+    yield (
+        f"{full.count} questions ({models}; {tasks}) on documents of {CENTRE['tokens']} tokens, blocks of "
+        f"{CENTRE['block_size']}, budget {budget_name(CENTRE['budget'])}. In %, with standard errors over questions; "
+        "losses are paired:"
+    )
+    yield ""
+    yield from _head("blocks by", "query", "right", "lost to selection", "lost to prediction", "read")
+    yield _line("full attention", "", score(full, False), "–", "–", "100 %")
+    for row in part:
+        setting = row.setting
+        yield _line(
+            NAMES.get(setting["digest"], f"`{setting['digest']}`"),
+            QUERIES[setting["mode"]],
+            score(row, False),
+            *("–" if loss is None else percent(loss) for loss in (row.lost_to_selection, row.lost_to_prediction)),
+            f"{row.attended_share:.0%}".replace("%", " %"),
+        )
+
+
+def _budgets(table: Sequence[Row], text: bool) -> Iterator[str]:
+    values = values_of(table, "budget")
+    full = full_at(table, CENTRE)
+    if full is None or len(values) < 2:
+        return
+    what = "Perplexity of held-out text" if text else "Right, in %,"
+    yield f"{what} by budget, real query / predicted query (full attention: {score(full, text)}):"
+    yield ""
+    yield from _sweep(table, "budget", values, text)
+
+
+def _others(table: Sequence[Row]) -> Iterator[str]:
+    """Contexts, block sizes and stress in one table."""
+    axes = [axis for axis in ("tokens", "block_size", "stress") if len(values_of(table, axis)) > 1]
+    for index, axis in enumerate(axes):
+        values = values_of(table, axis)
+        names = {"tokens": "context", "block_size": "block size", "stress": "stress"}
+        if index:
+            yield ""
+        yield f"The same by {names[axis]}, at {budget_name(CENTRE['budget'])}:"
+        yield ""
+        yield from _sweep(table, axis, values, False)
+
+
+def _sweep(table: Sequence[Row], axis: str, values: Sequence[Any], text: bool) -> Iterator[str]:
+    yield from _head("blocks by", *(axis_name(axis, value) for value in values))
+    if axis != "budget" and axis != "block_size":
+        full = [full_at(table, CENTRE | {axis: value}) for value in values]
+        yield _line("full attention", *(_short(row, text) for row in full))
+    for digest in digests(table):
+        cells = []
+        for value in values:
+            place = CENTRE | {axis: value}
+            pair = [find(table, **place, digest=digest, mode=mode) for mode in ("real", "predicted")]
+            cells.append(" / ".join(_short(row, text) for row in pair) if any(pair) else "")
+        if sum(map(bool, cells)) > 1:
+            yield _line(NAMES.get(digest, f"`{digest}`"), *cells)
+
+
+def _short(row: Row | None, text: bool) -> str:
+    if row is None:
+        return "–"
+    return f"{row.score.value:.2f}" if text else f"{100 * row.score.value:.1f}"
+
+
+def _head(*names: str) -> Iterator[str]:
+    yield _line(*names)
+    yield "|" + "---|" * len(names)
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
