@@ -13,12 +13,13 @@ from __future__ import annotations
 import functools
 import math
 
+import numpy as np
 import torch
 
 from scout_hf.selection.digest import Digest, register_digest, repeat_real
 
 ROTATION_SEED = 0x5C0
-CHUNK_TOKENS = 4096
+CHUNK_TOKENS, FIT_TOKENS = 4096, 4096
 # The error of one bit per channel has 0.57 of the variance of q.k where keys have no structure, so the best guess of a
 # product is 1 / 1.57 of its unbiased estimate there, and more where they have some.
 SHRINKAGE = 0.7
@@ -113,13 +114,18 @@ def random_rotation(dim: int) -> torch.Tensor:
 
 
 def moments(keys: torch.Tensor, exists: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation per KV head and channel, (kv_heads, head_dim) of float32, over all real tokens."""
-    real = keys.transpose(0, 1).flatten(1, 3).double()
+    """Mean and standard deviation per KV head and channel, (kv_heads, head_dim) of float32, over real tokens.
+
+    Of a long text, over some thousand tokens that lie evenly in it.
+    """
+    tokens = keys.transpose(0, 1).flatten(1, 3)
+    real = torch.arange(tokens.shape[1], device=keys.device)
     if exists is not None and bool(exists.any()):
-        real = real[:, exists.flatten()]
+        real = real[exists.flatten()]
     # A prompt may have a token that is not finite; it must not make all codes useless.
-    real = real.nan_to_num(0.0, 0.0, 0.0)
-    return real.mean(1).float(), real.std(1, unbiased=False).float()
+    some = tokens[:, real[:: max(1, len(real) // FIT_TOKENS)]].float().nan_to_num(0.0, 0.0, 0.0)
+    spread, mean = torch.std_mean(some, dim=1, correction=0)
+    return mean, spread
 
 
 def scale_to_byte(scale: torch.Tensor) -> torch.Tensor:
@@ -135,10 +141,12 @@ def byte_to_scale(byte: torch.Tensor) -> torch.Tensor:
 
 def _pack(positive: torch.Tensor, size: int) -> torch.Tensor:
     """Bool (batch, heads, tokens, dim) to bytes (batch, heads, blocks, dim / 8 * size)."""
-    batch, heads, tokens, dim = positive.shape
-    weights = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=positive.device)
-    rows = (positive.view(batch, heads, tokens // size, size, dim // 8, 8) * weights).sum(-1, dtype=torch.uint8)
-    return rows.transpose(3, 4).flatten(3)
+    if positive.device.type == "cpu":
+        rows = torch.from_numpy(np.packbits(positive.numpy(), axis=-1, bitorder="little"))
+    else:
+        weights = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=positive.device)
+        rows = (positive.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+    return rows.unflatten(2, (-1, size)).transpose(3, 4).flatten(3)
 
 
 def _unpack(codes: torch.Tensor, size: int) -> torch.Tensor:
