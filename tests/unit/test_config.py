@@ -31,6 +31,7 @@ REFUSED = {
     "threads": [0, -2, 1.0, True, "4"],
     "host_dtype": ["int4", "INT8", "bfloat16", 8, True, torch.int8, ["int8"]],
     "cpu_backend": [None, 0, True],
+    "monitor": [0, 1, 0.0, -0.5, 1.5, NAN, math.inf, None, "True", (0.5,)],
 }
 TAKEN = {
     "method": ["scout"],
@@ -48,6 +49,7 @@ TAKEN = {
     "threads": [None, 1, 64],
     "host_dtype": [None, "int8"],
     "cpu_backend": ["auto", "torch", "native"],
+    "monitor": [False, True, 1.0, 0.01],
 }
 FIELDS = [field.name for field in dataclasses.fields(ScoutConfig)]
 

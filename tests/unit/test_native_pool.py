@@ -138,6 +138,54 @@ def run_python(code, library_path):
     )
 
 
+# -- priority ----------------------------------------------------------------------------------------------------------
+
+
+def priorities():
+    """Nice values of the pools' threads in this process."""
+    found = []
+    for task in TASKS.iterdir():
+        with contextlib.suppress(OSError):
+            if (task / "comm").read_text() == "scout-cpu\n":
+                found.append(os.getpriority(os.PRIO_PROCESS, int(task.name)))
+    return sorted(found)
+
+
+@pytest.mark.skipif(not TASKS.is_dir(), reason="threads cannot be listed here")
+def test_a_background_pool_has_one_thread_of_the_lowest_priority(library, monkeypatch):
+    monkeypatch.setattr(pool_module, "spare_workers", lambda requested: 2)
+    assert_native_threads(0)
+    urgent, background = NativePool(library), NativePool(library, threads=5, background=True)
+    words, own = Words(7, 0, 0), os.getpriority(os.PRIO_PROCESS, 0)
+    move(urgent, words, 0, 1).wait()
+    move(background, words, 0, 2).wait()
+    assert words[1] == words[2] == 7
+    assert_native_threads(3)
+    eventually(lambda: priorities() == [own, own, 19])
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own
+    urgent.close()
+    background.close()
+    assert_native_threads(0)
+
+
+def test_a_background_pool_says_what_its_jobs_cost(library):
+    pool, source = NativePool(library, background=True), ctypes.create_string_buffer(1 << 22)
+    targets = [ctypes.create_string_buffer(1 << 22) for _ in range(4)]
+    assert pool.cpu_ms == 0
+    spent = []
+    for _ in range(2):
+        for target in targets:
+            copy_job(pool, [ctypes.addressof(source)], [ctypes.addressof(target)], 1 << 22).wait()
+        spent.append(pool.cpu_ms)
+    assert 0 < spent[0] < spent[1]
+    assert all(twin.background for twin in (copy.deepcopy(pool), pickle.loads(pickle.dumps(pool))))
+    pool.close()
+    urgent = NativePool(library)
+    copy_job(urgent, [ctypes.addressof(source)], [ctypes.addressof(targets[0])], 1 << 22).wait()
+    assert urgent.cpu_ms == 0
+    urgent.close()
+
+
 # -- jobs --------------------------------------------------------------------------------------------------------------
 
 
