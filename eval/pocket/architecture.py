@@ -18,17 +18,15 @@ ARCHITECTURES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config
 
 # Layer 1 sees the constant channel under the first layer's output, so it needs the larger weight.
 _LOOK_BACK_SCALES = (3.0, 4.0)
-_LOOK_BACK_DISTANCES = ((1, 2), (1, 2))
-# What layer 1 writes overlaps with what layer 0 wrote, so it starts faint.
-_WRITE_SCALES = (0.4, 0.1)
-_MATCH_SCALE = 2.8
-_MATCH_NORM = 4.0
-_MATCH_LAYERS = (2, 3)
-_HOP_LAYER = 4
-_HOP_SCALE = 1.0
-_COPY_SCALE = 0.2
 # Of the fastest channels, which alone tell one token from the next; the first turns most and counts twice.
 _SHARES = (2.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+_WRITE_SCALE = 0.4
+_MATCH_SCALE = 2.8
+_MATCH_NORM = 4.0
+_COPY_SCALE = 0.5
+_NOTE_SCALE = 1.0
+# Every kind of information starts with so many channels of the hidden state to itself.
+_PLACE = 24
 
 
 def build_model(arch: str, seed: int) -> PreTrainedModel:
@@ -69,100 +67,79 @@ def start(model: PreTrainedModel) -> None:
     # A channel that is the same for every token gives RoPE something constant to turn: then only distance counts.
     embedding[:, 0] = 0.8
     model.lm_head.weight[:, 0] = 0.0
+    frame = torch.nn.init.orthogonal_(torch.empty(embedding.shape[1] - 1, 5 * _PLACE))
+    here, before, second, far, note = torch.nn.functional.pad(frame.T, (1, 0)).split(_PLACE)
+    layers = [layer.self_attn for layer in model.model.layers]
     frequencies = model.model.rotary_emb.inv_freq.tolist()
-    for number, distances in enumerate(_LOOK_BACK_DISTANCES):
-        scales = _LOOK_BACK_SCALES[number], _WRITE_SCALES[number]
-        _start_look_back(model.model.layers[number].self_attn, frequencies, scales, distances)
-    first = model.model.layers[0].self_attn
-    for group, number in enumerate(_MATCH_LAYERS):
-        _start_matching(model.model.layers[number].self_attn, first, group)
-    attentions = [layer.self_attn for layer in model.model.layers]
-    here, later = attentions[_MATCH_LAYERS[0]], attentions[_HOP_LAYER]
-    _start_second_hop(here, later, first, [attentions[1], *(attentions[number] for number in _MATCH_LAYERS[1:])])
+    _look_back(layers[0], frequencies, _LOOK_BACK_SCALES[0], here, {1: before, 2: second})
+    _look_back(layers[1], frequencies, _LOOK_BACK_SCALES[1], here, {3: far, 5: far})
+    # What followed this token earlier on, for the answer and for the second hop; what followed it there.
+    _search(layers[2], 0, [(here, before)])
+    _copy(layers[2], 0, here, _COPY_SCALE * here)
+    _search(layers[2], 1, [(here, before)])
+    _copy(layers[2], 1, here, _NOTE_SCALE * note)
+    _search(layers[4], 0, [(note, before)])
+    _copy(layers[4], 0, here, _COPY_SCALE * here)
+    # What followed the token before this one, and this number after a key that was named three or five tokens ago.
+    _search(layers[3], 1, [(before, second)])
+    _copy(layers[3], 1, here, _COPY_SCALE * here)
+    _search(layers[3], 0, [(here, before), (far, second)])
+    _copy(layers[3], 0, here, _COPY_SCALE * here)
 
 
-def _start_look_back(attention: torch.nn.Module, frequencies: list[float], scales: tuple[float, float], distances: tuple[int, int]) -> None:
-    """Let query heads 0 and 1, which share KV head 0, attend `distances` tokens back."""
+def _look_back(
+    attention: torch.nn.Module,
+    frequencies: list[float],
+    scale: float,
+    read: torch.Tensor,
+    writes: dict[int, torch.Tensor],
+) -> None:
+    """Let query heads 0 and 1, which share KV head 0, attend so many tokens back and write what `read` reads there.
+
+    `read` and the values of `writes` are places, (channels, hidden).
+    """
     half = len(frequencies)
     size = 2 * half
     attention.k_proj.weight[:size].normal_(0.0, 0.01)
     attention.q_proj.weight[: 2 * size].normal_(0.0, 0.01)
-    for pair, share in enumerate(_SHARES):
-        weight = scales[0] * math.sqrt(share)
-        attention.k_proj.weight[pair, 0] = weight
-        for head, distance in enumerate(distances):
-            angle = distance * frequencies[pair]
+    attention.v_proj.weight[:size] = 0.0
+    attention.v_proj.weight[: len(read)] = read
+    for head, (distance, write) in enumerate(writes.items()):
+        attention.o_proj.weight[:, size * head : size * head + len(write)] = _WRITE_SCALE * write.T
+        for pair, share in enumerate(_SHARES):
+            weight, angle = scale * math.sqrt(share), distance * frequencies[pair]
+            attention.k_proj.weight[pair, 0] = weight
             attention.q_proj.weight[size * head + pair, 0] = weight * math.cos(angle)
             attention.q_proj.weight[size * head + half + pair, 0] = -weight * math.sin(angle)
-    # What is read and where it is written do not overlap, so a token and the two before it stay apart.
-    width = attention.v_proj.weight.shape[1]
-    frame = torch.nn.init.orthogonal_(torch.empty(width - 1, 3 * size))
-    attention.v_proj.weight[:size, 0] = 0.0
-    attention.v_proj.weight[:size, 1:] = frame[:, :size].T
-    attention.o_proj.weight[1:, : 2 * size] = scales[1] * frame[:, size:]
     if hasattr(attention, "q_norm"):
         attention.q_norm.weight.fill_(3.0)
 
 
-def _start_matching(attention: torch.nn.Module, first: torch.nn.Module, group: int) -> None:
-    """Let both query heads of KV head `group` find what followed this token (0) or its forerunner (1) earlier on.
-
-    `first` is the attention of layer 0, which has written the tokens one and two back into the hidden state.
-    """
-    traces = _traces(first)
-    _start_search(attention, group, traces[group], traces[group + 1])
-    rows = _rows(attention, group)
-    attention.o_proj.weight[:, _columns(attention, group)] = _COPY_SCALE * attention.v_proj.weight[rows].T.repeat(1, 2)
-
-
-def _start_second_hop(
-    here: torch.nn.Module, later: torch.nn.Module, first: torch.nn.Module, others: list[torch.nn.Module]
-) -> None:
-    """Let KV head 1 of layer `here` note what followed this token, and KV head 0 of layer `later` what followed that.
-
-    The note has a place of its own in the hidden state, where neither layer 0 nor `others` write.
-    """
-    traces = _traces(first)
-    _start_search(here, 1, traces[0], traces[1])
-    # Orthogonal to the constant channel and to all that layer 0 reads and writes.
-    taken = torch.cat([torch.eye(1, traces[0].shape[1]), *traces])
-    note = torch.linalg.svd(taken).Vh[len(taken) :].T
-    note = torch.nn.functional.pad(note, (0, max(0, here.head_dim - note.shape[1])))[:, : here.head_dim]
-    here.v_proj.weight[_rows(here, 1)] = traces[0]
-    here.o_proj.weight[:, _columns(here, 1)] = _HOP_SCALE * note.repeat(1, 2)
-    _start_search(later, 0, note.T, traces[1])
-    for attention in others:
-        attention.o_proj.weight -= note @ (note.T @ attention.o_proj.weight)
-    here.o_proj.weight[:, _columns(here, 0)] -= note @ (note.T @ here.o_proj.weight[:, _columns(here, 0)])
-    later.o_proj.weight[:, _columns(later, 0)] = _COPY_SCALE * later.v_proj.weight[_rows(later, 0)].T.repeat(1, 2)
-
-
-def _traces(first: torch.nn.Module) -> list[torch.Tensor]:
-    """Where the hidden state has this token, the one before and the one before that: (head_dim, hidden) each."""
-    size = first.head_dim
-    traces = [first.v_proj.weight[:size]]
-    return traces + [first.o_proj.weight[:, size * head : size * (head + 1)].T / _WRITE_SCALES[0] for head in (0, 1)]
-
-
-def _rows(attention: torch.nn.Module, group: int) -> slice:
-    return slice(attention.head_dim * group, attention.head_dim * (group + 1))
-
-
-def _columns(attention: torch.nn.Module, group: int) -> slice:
-    return slice(2 * attention.head_dim * group, 2 * attention.head_dim * (group + 1))
-
-
-def _start_search(attention: torch.nn.Module, group: int, wanted: torch.Tensor, offered: torch.Tensor) -> None:
-    """Let both query heads of KV head `group` attend where `offered` reads the token that `wanted` reads here."""
+def _search(attention: torch.nn.Module, group: int, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Let both query heads of KV head `group` attend where the second place of a pair has what the first has here."""
     size = attention.head_dim
     # Only the slowly turning half of the channels can compare over thousands of tokens.
     slow = torch.arange(size // 4, size // 2)
-    slow = torch.cat([slow, slow + size // 2])
+    slow = torch.stack([slow, slow + size // 2], dim=1).flatten()
+    rows = attention.k_proj.weight[size * group : size * (group + 1)].normal_(0.0, 0.01)
+    columns = [attention.q_proj.weight[size * head : size * (head + 1)].normal_(0.0, 0.01) for head in _heads(group)]
+    for part, (wanted, offered) in zip(slow.chunk(len(pairs)), pairs, strict=True):
+        mix = _MATCH_SCALE * torch.linalg.qr(torch.randn(_PLACE, len(part)))[0].T
+        rows[part] = mix @ offered
+        for column in columns:
+            column[part] = mix @ wanted
     if hasattr(attention, "q_norm"):
         attention.q_norm.weight.fill_(_MATCH_NORM)
-    mix = _MATCH_SCALE * torch.linalg.qr(torch.randn(size, len(slow)))[0].T
-    attention.k_proj.weight[_rows(attention, group)].normal_(0.0, 0.01)
-    attention.k_proj.weight[size * group + slow] = mix @ offered
-    for head in (2 * group, 2 * group + 1):
-        attention.q_proj.weight[size * head : size * (head + 1)].normal_(0.0, 0.01)
-        attention.q_proj.weight[size * head + slow] = mix @ wanted
+
+
+def _copy(attention: torch.nn.Module, group: int, read: torch.Tensor, write: torch.Tensor) -> None:
+    """Let both query heads of KV head `group` write to one place, scaled, what they read in another."""
+    size = attention.head_dim
+    attention.v_proj.weight[size * group : size * (group + 1)] = 0.0
+    attention.v_proj.weight[size * group : size * group + _PLACE] = read
+    for head in _heads(group):
+        attention.o_proj.weight[:, size * head : size * head + _PLACE] = write.T
+
+
+def _heads(group: int) -> tuple[int, int]:
+    return 2 * group, 2 * group + 1

@@ -23,8 +23,10 @@ from .vocabulary import build_tokenizer
 
 STEP_TOKENS = 2048
 WARM_UP_STEPS = 20
+# So long the started heads stay as they are, while all else learns to read what they find.
+HOLD_TOKENS = 120_000
 # The rate falls from half of this number on and would reach zero at it, a little after the last stage.
-SCHEDULE_TOKENS = 3_600_000
+SCHEDULE_TOKENS = 3_300_000
 EVALUATION_SEED = 10_000
 LENGTHS_TESTED = (1024, 2048, 4096, 8192)
 GLANCE_TOKENS = 50_000
@@ -42,13 +44,13 @@ class Stage(NamedTuple):
 
 STAGES = (
     Stage(128, 400_000, 0.0, 0.0, 1.0),
-    Stage(512, 1_000_000, 0.3, 0.5, 1.0),
-    Stage(1024, 900_000, 0.65, 0.5, 0.8),
-    Stage(2048, 700_000, 0.65, 0.5, 0.8),
-    Stage(4096, 500_000, 0.65, 0.5, 0.8),
+    Stage(512, 900_000, 0.3, 0.5, 1.0),
+    Stage(1024, 800_000, 0.65, 0.5, 0.8),
+    Stage(2048, 600_000, 0.65, 0.5, 0.8),
+    Stage(4096, 400_000, 0.65, 0.5, 0.8),
 )
 # Two hops and numbered values take the longest to form.
-MIX = {"needle": 0.2, "values": 0.25, "trace": 0.25, "copy": 0.15, "aggregate": 0.15}
+MIX = {"needle": 0.15, "values": 0.25, "trace": 0.35, "copy": 0.15, "aggregate": 0.1}
 
 
 def logits_of(model, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -120,7 +122,7 @@ def run_stage(model, stage: Stage, rng: random.Random, done: int) -> None:
     matrices = [weight for weight in model.model.layers.parameters() if weight.dim() == 2]
     chosen = {id(weight) for weight in matrices}
     others = [weight for weight in model.parameters() if id(weight) not in chosen]
-    optimizers = (Muon(matrices, lr=0.006), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0))
+    optimizers = (Muon(matrices, lr=0.003), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0))
     starts = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     sequences = max(1, STEP_TOKENS // stage.length)
     bar = tqdm(total=stage.tokens, desc=f"length {stage.length}", unit="tok", mininterval=10, unit_scale=True)
@@ -134,6 +136,10 @@ def run_stage(model, stage: Stage, rng: random.Random, done: int) -> None:
                 group["lr"] = rate * first
         loss = loss_of(model, *(torch.from_numpy(part) for part in (batch.ids, batch.positions, batch.weights)))
         loss.backward()
+        if done + bar.n < HOLD_TOKENS:
+            for layer in model.model.layers[:-1]:
+                for weight in layer.self_attn.parameters():
+                    weight.grad.zero_()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
