@@ -38,7 +38,10 @@ class ScoutConfig:
     dense_layers : int or tuple of int, default ()
         Layers that attend to everything: the first n, or the listed indices.
     digest : str, default "minmax"
-        What represents a block during selection; see ``scout_hf.selection.digest_names()``.
+        What represents a block during selection. ``minmax``: the paper's, bounds per channel. ``minmax-int8``: the same
+        in half the bytes. ``minmax-sub``: bounds per 8 tokens in 4 bits. ``sign``: one bit per channel and token, close
+        to the true attention mass. ``auto``: ``sign`` where native code scores it and the budget is below half of the
+        context, else ``minmax``. Others by ``scout_hf.selection.register_digest``.
     split : {"auto", "cpu", "off"}, default "auto"
         Where KV lives. ``auto``: host memory plus a resident part on the GPU when the model is on a GPU, otherwise one
         tier. ``cpu``: two tiers, both in host memory (every rule of the GPU path, without a GPU). ``off``: one tier on
