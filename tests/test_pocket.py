@@ -1,15 +1,18 @@
-"""The packaged pocket model is a real, small GQA Llama that retrieves; its documents are exact and repeatable."""
+"""The packaged pocket models are real, small GQA decoders that retrieve; their texts are exact and repeatable."""
 
+import collections
+import json
 import random
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, Qwen3ForCausalLM
+from typer.testing import CliRunner
 
 from scout_hf.eval import pocket
-from scout_hf.eval.pocket import vocabulary
+from scout_hf.eval.pocket import tasks, train, vocabulary
 from scout_hf.eval.pocket.evaluate import accuracy
-from scout_hf.eval.pocket.lessons import make_batch
+from scout_hf.eval.pocket.lessons import IDS, drill, exam, make_batch
 
 
 @pytest.fixture(scope="module")
@@ -17,21 +20,33 @@ def loaded():
     return pocket.load_pocket()
 
 
-def test_is_a_small_grouped_query_llama(loaded):
-    model, tokenizer = loaded
-    assert type(model) is LlamaForCausalLM
+@pytest.fixture(scope="module")
+def models(loaded):
+    return {"llama": loaded, "qwen3": pocket.load_pocket("qwen3")}
+
+
+@pytest.mark.parametrize(("name", "kind"), [("llama", LlamaForCausalLM), ("qwen3", Qwen3ForCausalLM)])
+def test_is_a_small_grouped_query_decoder(models, name, kind):
+    model, tokenizer = models[name]
+    assert type(model) is kind
     assert model.config.num_key_value_heads < model.config.num_attention_heads
     assert len(tokenizer) == vocabulary.SIZE == model.config.vocab_size
-    assert sum(file.stat().st_size for file in pocket.WEIGHTS.rglob("*") if file.is_file()) <= 5_000_000
+    assert sum(file.stat().st_size for file in (pocket.WEIGHTS / name).iterdir()) <= 5_000_000
     for ids in (model.config, model.generation_config, tokenizer):
         assert ids.eos_token_id == vocabulary.SPECIAL.index(vocabulary.END)
         assert ids.pad_token_id == vocabulary.SPECIAL.index(vocabulary.PAD)
 
 
+def test_names_of_packaged_models(models):
+    assert set(models) == set(pocket.POCKET_MODELS) == {folder.name for folder in pocket.WEIGHTS.iterdir()}
+    with pytest.raises(ValueError, match="'mamba'.*llama, qwen3"):
+        pocket.load_pocket("mamba")
+
+
 def test_missing_weights_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(pocket, "WEIGHTS", tmp_path)
-    with pytest.raises(FileNotFoundError, match="pocket.train"):
-        pocket.load_pocket()
+    with pytest.raises(FileNotFoundError, match="pocket.train --arch qwen3"):
+        pocket.load_pocket("qwen3")
 
 
 @pytest.mark.parametrize(("tokens", "facts"), [(9, 1), (100, 3), (1024, 16), (8192, 32)])
@@ -69,8 +84,115 @@ def test_questions_are_whole_prompts():
     assert pairs[2] == (f"{document.text} {document.facts[2].question}", document.facts[2].answer)
 
 
-def test_answers_needles(loaded):
-    assert accuracy(*loaded, tokens=1024, n_questions=24, seed=900) >= 0.8
+@pytest.mark.parametrize("task", pocket.TASKS)
+@pytest.mark.parametrize(("tokens", "rivals"), [(256, "fixed"), (1024, "growing"), (8192, "fixed"), (8192, "growing")])
+def test_exercises_are_exact_and_repeatable(loaded, task, tokens, rivals):
+    exercise = pocket.make_exercise(task, tokens, 3, rivals=rivals)
+    assert exercise == pocket.make_exercise(task, tokens, 3, rivals=rivals)
+    assert exercise.text != pocket.make_exercise(task, tokens, 4, rivals=rivals).text
+    words = exercise.text.split()
+    assert len(words) == exercise.tokens == tokens
+    assert loaded[1].unk_token_id not in loaded[1](exercise.text).input_ids
+    assert len({fact.question for fact in exercise.facts}) == len(exercise.facts) >= 1
+    assert [fact.position for fact in exercise.facts] == sorted(fact.position for fact in exercise.facts)
+    for fact in exercise.facts:
+        assert words[fact.position] == fact.answer.split()[0]
+
+
+def said_after(text, *words):
+    """What follows `words` in each place, up to the full stop, in order."""
+    parts = f" {text}".split(" " + " ".join(words) + " ")[1:]
+    return [part.split(" .")[0].split() for part in parts]
+
+
+def solve(task, text, key):
+    """The answer by the task's own rule, from the text alone."""
+    if task == "needle":
+        (said,) = said_after(text, "the", *key)
+        return said
+    if task == "values":
+        return [word for said in said_after(text, "note", *key) for word in said]
+    if task == "copy":
+        (said,) = said_after(text, "copy", *key)
+        return said
+    if task == "trace":
+        hops = 0
+        while key[0] not in vocabulary.VALUES:
+            (key,) = said_after(text, "value", "of", key[0])
+            hops += 1
+        assert hops == tasks.HOPS
+        return key
+    counts = collections.Counter(said[0] for said in said_after(text, "answer", "of", *key)).most_common()
+    assert counts[0][1] > counts[1][1]
+    return [counts[0][0]]
+
+
+@pytest.mark.parametrize("task", pocket.TASKS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_answers_follow_from_the_text(task, seed):
+    exercise = pocket.make_exercise(task, 6000, seed, rivals="growing")
+    for fact in exercise.facts:
+        key = fact.question.split()[-2:] if task == "needle" else fact.question.split()[-1:]
+        assert solve(task, exercise.text, key) == fact.answer.split()
+
+
+def test_values_are_asked_in_order_of_appearance():
+    exercise = pocket.make_exercise("values", 2048, 1)
+    for fact in exercise.facts:
+        assert fact.answer.split()[::2] == ["1", "2", "3"]
+        places = [exercise.text.index(f"{fact.question.split()[-1]} {number} ") for number in "123"]
+        assert places == sorted(places)
+
+
+@pytest.mark.parametrize("task", pocket.TASKS)
+def test_rivals_grow_with_the_text_or_stay(task):
+    def count(tokens, rivals):
+        return len(pocket.make_exercise(task, tokens, 0, rivals=rivals).facts)
+
+    assert count(8192, "fixed") == count(4096, "fixed") == count(4096, "growing")
+    assert count(8192, "growing") >= 2 * count(8192, "fixed")
+
+
+@pytest.mark.parametrize("task", pocket.TASKS)
+def test_fewer_questions_leave_the_text_as_it_is(task):
+    every = pocket.make_exercise(task, 4096, 7)
+    some = pocket.make_exercise(task, 4096, 7, questions=2)
+    assert some.text == every.text and len(some.facts) == 2 and set(some.facts) < set(every.facts)
+    assert len(pocket.make_exercise(task, 4096, 7, questions=len(every.facts) + 3).facts) == len(every.facts) + 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("guess", 1024, 0), "'guess'.*needle"),
+        (("copy", 1024, 0, 0), "questions=0"),
+        (("copy", 1024, 0, None, "many"), "'many'.*fixed, growing"),
+        (("copy", 40, 0), "the document has 40"),
+        (("trace", 4096, 0, 100), "at most 121"),
+    ],
+)
+def test_exercises_that_cannot_be_made_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pocket.make_exercise(*arguments)
+
+
+FLOORS = {"needle": 0.85, "values": 0.7, "trace": 0.6, "copy": 0.8, "aggregate": 0.4}
+
+
+@pytest.mark.parametrize("task", pocket.TASKS)
+@pytest.mark.parametrize("name", pocket.POCKET_MODELS)
+def test_answers_each_task(models, name, task):
+    assert accuracy(*models[name], tokens=1024, n_questions=16, seed=900, task=task) >= FLOORS[task]
+
+
+@pytest.mark.parametrize("name", pocket.POCKET_MODELS)
+def test_the_record_is_of_these_weights(name):
+    record = json.loads((pocket.WEIGHTS / name / "training.json").read_text())
+    assert record["arch"] == name
+    assert [tuple(stage.values()) for stage in record["stages"]] == [tuple(stage) for stage in train.STAGES]
+    assert record["questions_per_task_and_length"] >= 64
+    for task in pocket.TASKS:
+        assert set(record["exact_match"][task]) == {"1024", "2048", "4096", "8192"}
 
 
 def test_a_fact_that_is_not_there_is_not_answered(loaded):
@@ -101,8 +223,52 @@ def test_generate_takes_padded_batches_and_beams(loaded):
 
 @pytest.mark.parametrize("length", [128, 1024])
 def test_training_batches_have_the_asked_shape_and_rising_positions(length):
-    batch = make_batch(random.Random(0), length, 3, exams=0.5, filler=length > 128, jumps=1.0)
-    assert batch.ids.shape == batch.positions.shape == batch.weights.shape == (3, length)
+    mix = dict.fromkeys(pocket.TASKS, 1.0)
+    batch = make_batch(random.Random(0), length, 8, exams=0.5, filler=length > 128, jumps=1.0, tasks=mix)
+    assert batch.ids.shape == batch.positions.shape == batch.weights.shape == (8, length)
     assert (batch.positions[:, 1:] > batch.positions[:, :-1]).all()
     assert batch.positions.max() < 16384
     assert (batch.weights == 1).any()
+
+
+@pytest.mark.parametrize("task", pocket.TASKS)
+@pytest.mark.parametrize("seed", range(3))
+def test_lessons_ask_only_what_was_told(task, seed):
+    rng = random.Random(seed)
+    for items in (exam(rng, 1024, task), drill(rng, 1024, True, task)):
+        asked = 0
+        for number, (words, weights) in enumerate(items):
+            assert len(words) == len(weights)
+            answer = [word for word, weight in zip(words, weights, strict=True) if weight > 0.05]
+            if not answer:
+                continue
+            asked += 1
+            told = " ".join(word for before, marks in items[:number] if max(marks) <= 0.05 for word in before)
+            question = words[: -len(answer) - 1]
+            assert solve(task, told, question[-2:] if task == "needle" else question[-1:]) == answer
+        assert asked >= 3
+        assert set(IDS) >= {word for words, _ in items for word in words}
+    assert sum(len(words) for words, _ in exam(rng, 1024, task)) == 1024
+
+
+@pytest.mark.parametrize("arch", pocket.POCKET_MODELS)
+def test_training_goes_on_where_it_was_interrupted(arch, tmp_path, monkeypatch):
+    stages = (train.Stage(128, 2048, 0.0, 0.0, 1.0), train.Stage(256, 2048, 0.5, 0.5, 0.8))
+    train.train(arch, 0, stages[:1], tmp_path / "stages")
+    resumed = train.train(arch, 0, stages, tmp_path / "stages").state_dict()
+    whole = train.train(arch, 0, stages).state_dict()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    fresh = train.build_model(arch, 0).state_dict()
+    assert not any(torch.equal(whole[name], fresh[name]) for name in whole if "proj" in name)
+
+
+def test_the_training_command_ends_with_a_model_and_its_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "STAGES", (train.Stage(128, 2048, 0.0, 0.0, 1.0),))
+    monkeypatch.setattr(train, "LENGTHS_TESTED", (128,))
+    app = train.typer.Typer()
+    app.command()(train.main)
+    result = CliRunner().invoke(app, ["--arch", "qwen3", "--out", str(tmp_path), "--questions", "2"])
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "training.json").read_text())
+    assert record["arch"] == "qwen3" and set(record["exact_match"]) == set(pocket.TASKS)
+    assert {"model.safetensors", "tokenizer.json", "config.json"} <= {file.name for file in tmp_path.iterdir()}

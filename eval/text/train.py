@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import transformers
 import typer
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,7 +24,7 @@ from . import corpus
 from .tokenizer import VOCABULARY, build_tokenizer
 
 MAX_POSITIONS = 16384
-STEP_TOKENS = 2048
+STEP_TOKENS = 1024
 WARM_UP_STEPS = 40
 CONTEXTS_TESTED = (256, 1024, 2048, 4096)
 WINDOWS_TESTED = 24
@@ -37,7 +38,7 @@ class Stage(NamedTuple):
     tokens: int
 
 
-STAGES = (Stage(256, 900_000), Stage(1024, 600_000), Stage(2048, 300_000), Stage(4096, 300_000))
+STAGES = (Stage(256, 1_000_000), Stage(1024, 700_000), Stage(2048, 400_000), Stage(4096, 300_000))
 
 
 def build_model(end: int, seed: int) -> LlamaForCausalLM:
@@ -72,39 +73,64 @@ def stream_of(tokenizer: PreTrainedTokenizerBase, texts: list[str], rng: random.
     return torch.tensor(ids)
 
 
-def train(model: PreTrainedModel, stream: torch.Tensor, stages: tuple[Stage, ...], rng: random.Random):
-    """Train `model` in place on random windows of `stream` (tokens,) through all `stages`; returns it in eval mode."""
+def train(
+    model: PreTrainedModel, stream: torch.Tensor, stages: tuple[Stage, ...], seed: int, folder: Path | None = None
+) -> PreTrainedModel:
+    """Train `model` in place on random windows of `stream` (tokens,) through all `stages`; returns it in eval mode.
+
+    With a `folder`, the state after each stage is kept there, and a later call goes on after the last one it finds.
+    """
+    finished = [number for number in range(len(stages)) if folder and state_file(folder, number).is_file()]
+    first = 1 + max(finished, default=-1)
+    if first:
+        model.load_state_dict(load_file(state_file(folder, first - 1)))
+    total = sum(stage.tokens for stage in stages)
+    done = sum(stage.tokens for stage in stages[:first])
+    for number, stage in enumerate(stages[first:], first):
+        if stage.length >= len(stream):
+            raise ValueError(f"windows of {stage.length} tokens do not fit a text of {len(stream)}")
+        run_stage(model, stream, stage, random.Random(f"text-{seed}-{number}"), done, total)
+        done += stage.tokens
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(model.state_dict(), state_file(folder, number))
+    return model.eval()
+
+
+def run_stage(
+    model: PreTrainedModel, stream: torch.Tensor, stage: Stage, rng: random.Random, done: int, total: int
+) -> None:
+    """Train `model` in place for one stage, after `done` tokens of `total`."""
     matrices = [weight for weight in model.model.layers.parameters() if weight.dim() == 2]
     chosen = {id(weight) for weight in matrices}
     others = [weight for weight in model.parameters() if id(weight) not in chosen]
     optimizers = (Muon(matrices, lr=0.01), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0))
     starts = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    total = sum(stage.tokens for stage in stages)
-    done = steps = 0
-    for stage in stages:
-        if stage.length >= len(stream):
-            raise ValueError(f"windows of {stage.length} tokens do not fit a text of {len(stream)}")
-        sequences = max(1, STEP_TOKENS // stage.length)
-        bar = tqdm(total=stage.tokens, desc=f"length {stage.length}", unit="tok", mininterval=10, unit_scale=True)
-        while bar.n < stage.tokens:
-            begins = [rng.randrange(len(stream) - stage.length) for _ in range(sequences)]
-            ids = torch.stack([stream[begin : begin + stage.length + 1] for begin in begins])
-            rate = min(1.0, (steps + 1) / WARM_UP_STEPS, max(0.05, 1.6 * (1 - done / total)))
-            for optimizer, firsts in zip(optimizers, starts, strict=True):
-                for group, first in zip(optimizer.param_groups, firsts, strict=True):
-                    group["lr"] = rate * first
-            logits = model(ids[:, :-1], use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            steps += 1
-            done += sequences * stage.length
-            bar.update(sequences * stage.length)
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-        bar.close()
-    return model.eval()
+    sequences = max(1, STEP_TOKENS // stage.length)
+    bar = tqdm(total=stage.tokens, desc=f"length {stage.length}", unit="tok", mininterval=10, unit_scale=True)
+    steps = 0
+    while bar.n < stage.tokens:
+        begins = [rng.randrange(len(stream) - stage.length) for _ in range(sequences)]
+        ids = torch.stack([stream[begin : begin + stage.length + 1] for begin in begins])
+        rate = min(1.0, (steps + 1) / WARM_UP_STEPS, max(0.03, 1.5 * (1 - (done + bar.n) / total)))
+        for optimizer, firsts in zip(optimizers, starts, strict=True):
+            for group, first in zip(optimizer.param_groups, firsts, strict=True):
+                group["lr"] = rate * first
+        logits = model(ids[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        steps += 1
+        bar.update(sequences * stage.length)
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    bar.close()
+
+
+def state_file(folder: Path, number: int) -> Path:
+    """Where the weights after stage `number` are kept."""
+    return folder / f"stage{number}.safetensors"
 
 
 @torch.inference_mode()
@@ -126,14 +152,16 @@ def perplexity_by_context(
 def main(
     out: Path = typer.Option(..., help="Folder for the trained model, its tokenizer and training.json."),
     seed: int = typer.Option(0, help="Seed of the start and of the order of all text."),
+    stages: Path | None = typer.Option(None, help="Folder to keep the state after each stage in, and to go on from."),
 ) -> None:
     """Train the text model on this Python's standard library and save it as bfloat16 with its perplexities."""
+    # More threads only wait for each other in matrices this small.
+    torch.set_num_threads(1)
     began = time.time()
     texts = corpus.training_files()
     tokenizer = build_tokenizer(texts)
-    rng = random.Random(f"text-{seed}")
-    stream = stream_of(tokenizer, texts, rng)
-    model = train(build_model(tokenizer.eos_token_id, seed), stream, STAGES, rng)
+    stream = stream_of(tokenizer, texts, random.Random(f"text-{seed}"))
+    model = train(build_model(tokenizer.eos_token_id, seed), stream, STAGES, seed, stages)
     minutes = (time.time() - began) / 60
     model.bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
