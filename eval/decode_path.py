@@ -184,5 +184,5 @@ def kv_bytes(cache: Cache) -> dict[str, int]:
     """Bytes that a cache holds, by tier; all of a stock cache is ``stock``."""
     if hasattr(cache, "tier_bytes"):
         return cache.tier_bytes()
-    held = [part for layer in cache.layers for part in (layer.keys, layer.values)]
-    return {"stock": sum(part.numel() * part.element_size() for part in held)}
+    held = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return {"stock": sum(part.numel() * part.element_size() for part in held if part is not None)}

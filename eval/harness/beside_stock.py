@@ -1,0 +1,186 @@
+"""The same tasks with stock attention and then with Scout, in one table: scores, speed, bytes and what was attended."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import rich.box
+from rich.console import Console
+from rich.table import Table
+
+from scout_hf.eval.harness import HarnessError
+from scout_hf.eval.harness.command import option
+
+REPORT = "beside_stock.json"
+SIDES = ("stock", "scout")
+
+
+@dataclass
+class Row:
+    """One metric of one task or group; what a task cost is None for a group.
+
+    Attributes
+    ----------
+    task, metric : str
+    stock, scout : float
+        The scores.
+    cost : dict
+        ``Tally.as_dict()`` of either side.
+    """
+
+    task: str
+    metric: str
+    stock: float
+    scout: float
+    cost: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+
+    @property
+    def difference(self) -> float:
+        """Scout less stock."""
+        return self.scout - self.stock
+
+
+def run_both(args: argparse.Namespace, execute: Callable[[argparse.Namespace], None]) -> None:
+    """Run lm-eval twice, print the table, and write it under ``--output_path`` if that was given.
+
+    Parameters
+    ----------
+    args : Namespace
+        Of lm-eval's ``run``.
+    execute : callable
+        Runs lm-eval with such a Namespace.
+    """
+    if (model := option(args, "model")) != "scout":
+        raise HarnessError(f"--beside-stock compares `--model scout` with stock attention; --model is {model!r}")
+    model_args = option(args, "model_args") or {}
+    if isinstance(model_args, str):
+        from lm_eval.utils import simple_parse_args_string
+
+        model_args = simple_parse_args_string(model_args)
+    if "attention" in model_args:
+        raise HarnessError("--beside-stock sets attention=stock and attention=scout itself; leave it out of model_args")
+    place = _folder(option(args, "output_path"))
+    results = {}
+    for side in SIDES:
+        one = copy.copy(args)
+        one.model_args = {**model_args, "attention": side}
+        if place:
+            one.output_path = str(place / side)
+        if cache := option(args, "use_cache"):
+            # The cache knows prompts only: Scout would be given the answers of stock.
+            one.use_cache = f"{cache}_{side}"
+        with _kept_results() as kept:
+            execute(one)
+        gc.collect()
+        # Only one of several processes has results.
+        results[side] = kept[-1] if kept else None
+    if not all(results.values()):
+        return
+    rows = compare(results["stock"], results["scout"])
+    show(rows)
+    if place:
+        place.mkdir(parents=True, exist_ok=True)
+        path = place / REPORT
+        path.write_text(json.dumps(as_record(rows, results), indent=1, default=str) + "\n")
+        print(f"wrote {path}")
+
+
+def compare(stock: dict[str, Any], scout: dict[str, Any]) -> list[Row]:
+    """Rows of two results of ``simple_evaluate``; of a LongBench task only ``score``, its metric's other name."""
+    costs = {side: result["config"]["scout_hf"]["tasks"] for side, result in zip(SIDES, (stock, scout))}
+    rows = []
+    groups = scout.get("groups", {})
+    for task, metrics in {**scout["results"], **groups}.items():
+        before = stock["results"].get(task) or stock.get("groups", {}).get(task)
+        names = [name for name, value in metrics.items() if _is_score(name, value)]
+        for name in [name for name in names if name.startswith("score,")] or names:
+            # RULER's mark of a length that was not asked for.
+            if before[name] == metrics[name] == -1:
+                continue
+            cost = {side: costs[side].get(task) for side in SIDES}
+            rows.append(Row(task, name.removesuffix(",none"), float(before[name]), float(metrics[name]), cost))
+    return rows
+
+
+def show(rows: list[Row], console: Console | None = None) -> None:
+    """Print the table; wider than 80 columns where there is no terminal to ask."""
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = 140
+    table = Table(title="stock attention and scout", title_justify="left", box=rich.box.SIMPLE_HEAD)
+    table.add_column("task", overflow="fold")
+    table.add_column("metric")
+    for name in ("stock", "scout", "differ.", "tok/s stock", "tok/s scout", "KV stock", "KV scout", "attended"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        stock, scout = (row.cost.get(side) or {} for side in SIDES)
+        speeds = [_number(cost.get("tokens_per_second"), ".1f") for cost in (stock, scout)]
+        held = [_bytes(cost.get("kv_bytes")) for cost in (stock, scout)]
+        scores = f"{row.stock:.4f}", f"{row.scout:.4f}", f"{row.difference:+.4f}"
+        table.add_row(row.task, row.metric, *scores, *speeds, *held, _number(scout.get("attended_share"), ".1%"))
+    console.print(table, highlight=False)
+
+
+def as_record(rows: list[Row], results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The table for JSON, with settings and versions."""
+    config = results["scout"]["config"]
+    return {
+        "rows": [{**asdict(row), "difference": row.difference} for row in rows],
+        "scout_hf": {name: value for name, value in config["scout_hf"].items() if name != "tasks"},
+        "model_args": config["model_args"],
+        "batch_size": config["batch_size"],
+        "limit": config["limit"],
+        "seeds": {name: config.get(f"{name}_seed") for name in ("random", "numpy", "torch", "fewshot")},
+        "versions": {name: results["scout"].get(name) for name in ("lm_eval_version", "transformers_version")},
+    }
+
+
+@contextmanager
+def _kept_results() -> Iterator[list[dict[str, Any]]]:
+    """What lm-eval's command line computes and only prints."""
+    import lm_eval.evaluator
+
+    kept, original = [], lm_eval.evaluator.simple_evaluate
+
+    def evaluate(*args: Any, **options: Any) -> dict[str, Any] | None:
+        results = original(*args, **options)
+        if results is not None:
+            kept.append(results)
+        return results
+
+    lm_eval.evaluator.simple_evaluate = evaluate
+    try:
+        yield kept
+    finally:
+        lm_eval.evaluator.simple_evaluate = original
+
+
+def _folder(output_path: str | None) -> Path | None:
+    """``--output_path`` may name a JSON file too; its folder then."""
+    if not output_path:
+        return None
+    path = Path(output_path)
+    return path.parent if path.suffix == ".json" else path
+
+
+def _is_score(name: str, value: Any) -> bool:
+    return isinstance(value, (int, float)) and "," in name and "_stderr," not in name
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _bytes(tiers: dict[str, int] | None) -> str:
+    """``stock 12.0`` or ``host 12.4 + digests 0.8``, in MiB."""
+    if not tiers:
+        return "-"
+    return " + ".join(f"{tier} {amount / 2**20:.1f}" for tier, amount in tiers.items() if amount) + " MiB"
