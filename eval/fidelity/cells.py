@@ -77,7 +77,9 @@ class Cell:
             raise ValueError(f"stress={self.stress!r}: there are {', '.join(STRESSES)}")
         sparse = (self.block_size, self.budget, self.digest)
         if (self.mode == FULL) != (sparse == (None, None, None)) or (self.mode != FULL and None in sparse):
-            raise ValueError(f"{self}: block_size, budget and digest belong to every mode but {FULL!r}, and all three")
+            raise ValueError(
+                f"{self.as_dict()}: block_size, budget and digest belong to every mode but {FULL!r}, and all three"
+            )
 
     def config(self, **more: Any) -> ScoutConfig | None:
         """The settings to patch with; None for the model's own attention."""

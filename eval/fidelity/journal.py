@@ -21,11 +21,14 @@ class Journal:
         Made at the first result; a last line that was cut off is dropped.
     fresh : bool
         Begin anew, whatever is there.
+    commit : str or None
+        Of the code that measures; a result counts whatever it was measured with, see ``foreign``.
     """
 
-    def __init__(self, path: Path, fresh: bool = False):
-        self.path = path
+    def __init__(self, path: Path, fresh: bool = False, commit: str | None = None):
+        self.path, self.commit = path, commit
         self._found: dict[str, dict[str, Any]] = {}
+        self._commits: dict[str, str | None] = {}
         if fresh:
             path.unlink(missing_ok=True)
         elif path.is_file():
@@ -35,14 +38,23 @@ class Journal:
         """The result of exactly this, or None."""
         return self._found.get(_key(asked))
 
+    def foreign(self, asked: dict[str, Any]) -> bool:
+        """Whether the result of this was measured at another commit."""
+        key = _key(asked)
+        return key in self._found and self._commits[key] != self.commit
+
     def add(self, asked: dict[str, Any], result: dict[str, Any]) -> None:
         """Keep a result; it is on disk when this returns."""
-        line = json.dumps({"schema": SCHEMA, "asked": asked, "result": result}, separators=(",", ":")) + "\n"
+        entry = {"schema": SCHEMA, "commit": self.commit, "asked": asked, "result": result}
         with self.path.open("a") as file:
-            file.write(line)
+            file.write(json.dumps(entry, separators=(",", ":")) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self._found[_key(asked)] = result
+        self._remember(entry)
+
+    def _remember(self, entry: dict[str, Any]) -> None:
+        key = _key(entry["asked"])
+        self._found[key], self._commits[key] = entry["result"], entry["commit"]
 
     def _read(self) -> None:
         text = self.path.read_bytes()
@@ -51,7 +63,7 @@ class Journal:
             try:
                 entry = json.loads(line)
                 if entry["schema"] == SCHEMA:
-                    self._found[_key(entry["asked"])] = entry["result"]
+                    self._remember(entry)
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{self.path}, line {number} is no result of a study; move the file away, or use --fresh"

@@ -8,10 +8,12 @@ from typing import Any
 
 from scout_hf.eval.fidelity.cells import CONTROLS
 from scout_hf.eval.fidelity.summary import Row, find, rows
-from scout_hf.eval.fidelity.views import CENTRE, along, axis_name, digests, full_at, rows_at, values_of
+from scout_hf.eval.fidelity.tables import NAMES
+from scout_hf.eval.fidelity.views import AXES, CENTRE, along, digests, full_at, points, rows_at
 
 NO_PLOTS = "no plots: they take matplotlib, which pip install 'scout_hf[bench]' brings"
 QUERIES = {"real": "real query", "predicted": "predicted query (two tiers)"}
+BY_LAYER = {"real-two-tiers": "-", "predicted": "--"}
 INSIDE = {
     "cosine": "cosine of predicted to real query",
     "block_recall": "block recall",
@@ -49,30 +51,25 @@ def _perplexity(figure, asked: Sequence[Row], text: Sequence[Row]) -> bool:
 
 
 def _by_query(figure, table: Sequence[Row], axes: Sequence[str], label: str, factor: float) -> bool:
-    shown = [axis for axis in axes if len(_comparable(table, axis)) > 1]
+    shown = [axis for axis in axes if len(points(table, axis)) > 1]
     if not shown:
         return False
     panels = figure.subplots(1, 2 * len(shown), sharey=True, squeeze=False)[0]
-    for place, (axis, (mode, name)) in enumerate((axis, query) for axis in shown for query in QUERIES.items()):
-        panel, values = panels[place], _comparable(table, axis)
+    for panel, (axis, mode) in zip(panels, ((axis, mode) for axis in shown for mode in QUERIES)):
+        names = [name for name, _ in points(table, axis)]
         for digest, colour in _coloured(digests(table)):
-            of = {value: row for value, row in along(table, axis, digest, mode) if value in values}
+            of = {name: row for name, row in along(table, axis, digest, mode).items() if name in names}
             if len(of) > 1:
-                _line(panel, [values.index(value) for value in of], of.values(), factor, label=digest, color=colour)
-        full = [full_at(table, CENTRE | {axis: value}) for value in values]
+                _line(panel, [names.index(name) for name in of], of.values(), factor, label=digest, color=colour)
+        full = [full_at(table, setting) for _, setting in points(table, axis)]
         if all(full):
-            _line(panel, range(len(values)), full, factor, label="full attention", color="black", linestyle="--")
-        panel.set_xticks(range(len(values)), [axis_name(axis, value) for value in values])
-        panel.set(title=name, xlabel="budget" if axis == "budget" else "tokens of context, budget 12.5 %")
+            _line(panel, range(len(names)), full, factor, label="full attention", color="black", linestyle="--")
+        panel.set_xticks(range(len(names)), names)
+        panel.set(title=QUERIES[mode], xlabel=AXES[axis])
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(label)
     _legend(figure, panels)
     return True
-
-
-def _comparable(table: Sequence[Row], axis: str) -> list[Any]:
-    """Values of a factor on one scale: shares of a budget, not tokens."""
-    return [value for value in values_of(table, axis) if axis != "budget" or isinstance(value, float)]
 
 
 def _line(panel, places, held: Sequence[Row], factor: float, **style: Any) -> None:
@@ -90,15 +87,14 @@ def _layers(figure, asked: Sequence[Row], text: Sequence[Row]) -> bool:
     if not parts:
         return False
     panels = figure.subplots(1, len(parts), squeeze=False)[0]
+    drawn = [(*coloured, mode) for coloured in _coloured(digests(found)) for mode in BY_LAYER]
     for panel, (name, title) in zip(panels, parts):
-        for digest, colour in _coloured(digests(found)):
-            for mode, style in (("real", "-"), ("predicted", "--")):
-                for row in found:
-                    values = _by_layer(row, name)
-                    if (row.setting["digest"], row.setting["mode"]) == (digest, mode) and values:
-                        label = f"{digest}, {mode}"
-                        places, middle = zip(*values.items())
-                        panel.plot(places, middle, marker="o", markersize=3, linestyle=style, color=colour, label=label)
+        for digest, colour, mode in drawn:
+            row = find(found, digest=digest, mode=mode)
+            values = _by_layer(row, name) if row else {}
+            if values:
+                style = {"linestyle": BY_LAYER[mode], "color": colour, "label": f"{digest}, {NAMES[mode]}"}
+                panel.plot(list(values), list(values.values()), marker="o", markersize=3, **style)
         panel.set(title=title, xlabel="layer", ylim=(0, 1.02))
         panel.grid(alpha=0.3)
     _legend(figure, panels)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from scout_hf.eval.fidelity.cells import budget_name
-from scout_hf.eval.fidelity.summary import Row, find, rows
+from scout_hf.eval.fidelity.summary import Row, rows
 from scout_hf.eval.fidelity.tables import percent, score
-from scout_hf.eval.fidelity.views import CENTRE, axis_name, digests, full_at, rows_at, values_of
+from scout_hf.eval.fidelity.views import AXES, CENTRE, along, digests, full_at, points, rows_at
 
 BEGIN, END = "<!-- made by scout-hf fidelity: do not edit -->", "<!-- end of what scout-hf fidelity made -->"
 NAMES = {"oracle": "the best blocks there are", "random": "random blocks", "recent": "most recent blocks"}
@@ -26,8 +26,9 @@ QUERIES = {
 def markdown(record: dict[str, Any]) -> str:
     """The part between the marks: the centre in detail, then budgets, contexts and stress as far as measured."""
     asked, text = rows(record["cells"], text=False), rows(record["cells"], text=True)
-    parts = [list(part) for part in (_centre(asked), _budgets(asked, False), _others(asked), _budgets(text, True))]
-    return "\n\n".join("\n".join(lines) for lines in parts if lines)
+    parts = [_centre(asked), *(_sweep(asked, axis, False) for axis in AXES)]
+    parts += [_sweep(text, axis, True) for axis in ("budget", "tokens", "fixed")]
+    return "\n\n".join("\n".join(lines) for lines in map(list, parts) if lines)
 
 
 def update(path: Path, record: dict[str, Any]) -> bool:
@@ -67,42 +68,20 @@ def _centre(table: Sequence[Row]) -> Iterator[str]:
         )
 
 
-def _budgets(table: Sequence[Row], text: bool) -> Iterator[str]:
-    values = values_of(table, "budget")
-    full = full_at(table, CENTRE)
-    if full is None or len(values) < 2:
+def _sweep(table: Sequence[Row], axis: str, text: bool) -> Iterator[str]:
+    """Accuracy or perplexity along a factor, if it was varied."""
+    places = points(table, axis)
+    if len(places) < 2:
         return
     what = "Perplexity of held-out text" if text else "Right, in %,"
-    yield f"{what} by budget, real query / predicted query (full attention: {score(full, text)}):"
+    yield f"{what} by {AXES[axis]}, real query / predicted query:"
     yield ""
-    yield from _sweep(table, "budget", values, text)
-
-
-def _others(table: Sequence[Row]) -> Iterator[str]:
-    """Contexts, block sizes and stress in one table."""
-    axes = [axis for axis in ("tokens", "block_size", "stress") if len(values_of(table, axis)) > 1]
-    for index, axis in enumerate(axes):
-        values = values_of(table, axis)
-        names = {"tokens": "context", "block_size": "block size", "stress": "stress"}
-        if index:
-            yield ""
-        yield f"The same by {names[axis]}, at {budget_name(CENTRE['budget'])}:"
-        yield ""
-        yield from _sweep(table, axis, values, False)
-
-
-def _sweep(table: Sequence[Row], axis: str, values: Sequence[Any], text: bool) -> Iterator[str]:
-    yield from _head("blocks by", *(axis_name(axis, value) for value in values))
-    if axis != "budget" and axis != "block_size":
-        full = [full_at(table, CENTRE | {axis: value}) for value in values]
-        yield _line("full attention", *(_short(row, text) for row in full))
+    yield from _head("blocks by", *(name for name, _ in places))
+    yield _line("full attention", *(_short(full_at(table, setting), text) for _, setting in places))
     for digest in digests(table):
-        cells = []
-        for value in values:
-            place = CENTRE | {axis: value}
-            pair = [find(table, **place, digest=digest, mode=mode) for mode in ("real", "predicted")]
-            cells.append(" / ".join(_short(row, text) for row in pair) if any(pair) else "")
-        if sum(map(bool, cells)) > 1:
+        pair = [along(table, axis, digest, mode) for mode in ("real", "predicted")]
+        if all(len(of) > 1 for of in pair):
+            cells = (" / ".join(_short(of.get(name), text) for of in pair) for name, _ in places)
             yield _line(NAMES.get(digest, f"`{digest}`"), *cells)
 
 

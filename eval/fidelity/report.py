@@ -3,27 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from scout_hf.eval.bench.machine import describe
-from scout_hf.eval.fidelity.cells import MODES
-from scout_hf.eval.fidelity.measure import Effort
 from scout_hf.eval.fidelity.tables import NOTE, tables
-
-
-def record_of(results: list[dict[str, Any]], effort: Effort, weights: dict[str, str], preset: str) -> dict[str, Any]:
-    """All of a study, ready for JSON."""
-    return {
-        "study": "fidelity",
-        "settings": {"preset": preset, **asdict(effort), "modes": MODES},
-        "machine": describe(),
-        "weights": weights,
-        "cells": results,
-    }
 
 
 def save(record: dict[str, Any], path: Path) -> None:

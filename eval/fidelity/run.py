@@ -64,7 +64,9 @@ def run(
     asked = {cell: asked_of(cell, effort, weights[cell.model]) for cell in cells}
     missing = [cell for cell in cells if journal.get(asked[cell]) is None]
     if len(missing) < len(cells):
-        tell(f"{len(cells) - len(missing)} of {len(cells)} cells are measured already")
+        foreign = sum(journal.foreign(one) for one in asked.values())
+        note = f", {foreign} of them with other code; --fresh measures them again" if foreign else ""
+        tell(f"{len(cells) - len(missing)} of {len(cells)} cells are measured already{note}")
     bar = tqdm(total=sum(map(weight, missing)), bar_format=BAR, leave=False, disable=None if missing else True)
     with bar:
         done = 0
@@ -98,7 +100,7 @@ def _measured(cells: Sequence[Cell], effort: Effort, jobs: int) -> Iterator[tupl
             for future in as_completed(futures):
                 error = future.exception()
                 if isinstance(error, BrokenProcessPool):
-                    raise RuntimeError(
+                    raise ValueError(
                         "a worker process died, perhaps for want of memory; run the same again with fewer --jobs"
                     ) from error
                 yield futures[future], error or future.result()

@@ -19,6 +19,7 @@ FACTOR = 8.0
 PAIRS = 2
 SHIFT = 6.0
 SEED = 20260327
+SMALLEST_HEAD = 12
 
 
 def apply_stress(model: PreTrainedModel, stress: str, sample: torch.Tensor) -> None:
@@ -36,13 +37,15 @@ def apply_stress(model: PreTrainedModel, stress: str, sample: torch.Tensor) -> N
     Raises
     ------
     ValueError
-        For a model whose attention has no ``q_proj`` and ``k_proj``.
+        For a model whose attention has no ``q_proj`` and ``k_proj``, or heads of less than 12 channels.
     """
     if stress in ("none", "rivals"):
         return
     attentions = [layer.self_attn for layer in model.get_decoder().layers if hasattr(layer, "self_attn")]
     if not attentions or not all(hasattr(attention, "q_proj") for attention in attentions):
         raise ValueError(f"stress={stress!r}: {type(model).__name__} has no q_proj and k_proj to change; use 'none'")
+    if attentions[0].head_dim < SMALLEST_HEAD:
+        raise ValueError(f"stress={stress!r}: heads of {attentions[0].head_dim} channels are too small; use 'none'")
     heads = model.config.get_text_config(decoder=True).num_key_value_heads
     with torch.no_grad():
         for index, attention in enumerate(attentions):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from scout_hf.eval.bench.machine import describe
 from scout_hf.eval.fidelity import grid, report
-from scout_hf.eval.fidelity.cells import keep, parse_filters
+from scout_hf.eval.fidelity.cells import MODES, keep, parse_filters
 from scout_hf.eval.fidelity.journal import Journal
 from scout_hf.eval.fidelity.plots import save_plots
 from scout_hf.eval.fidelity.run import run
@@ -55,10 +56,18 @@ def study(
         raise FileNotFoundError("there are no models to ask: install scout_hf with its data files")
     cells = keep(grid.study(tuple(weights), quick), filters)
     out.mkdir(parents=True, exist_ok=True)
-    results = run(cells, effort, weights, Journal(out / JOURNAL, fresh), jobs, tell)
+    machine = describe()
+    results = run(cells, effort, weights, Journal(out / JOURNAL, fresh, machine["commit"]), jobs, tell)
     if not results:
         raise ValueError("no cell could be measured; see the lines above")
-    record = report.record_of(results, effort, weights, "quick" if quick else "full")
+    record = {
+        "study": "fidelity",
+        "settings": {"preset": "quick" if quick else "full", "only": list(only), **asdict(effort), "modes": MODES},
+        "failed": len(cells) - len(results),
+        "machine": machine,
+        "weights": weights,
+        "cells": results,
+    }
     report.save(record, out / RECORD)
     for line in (f"wrote {out / RECORD}", *save_plots(record, out)):
         tell(line)

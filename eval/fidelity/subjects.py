@@ -34,14 +34,14 @@ def load_subject(name: str, stress: str) -> tuple[PreTrainedModel, PreTrainedTok
     ValueError for an unknown name, FileNotFoundError where its weights are not installed.
     """
     if name == TEXT:
-        from scout_hf.eval.text import held_out_text, load_text_model
+        from scout_hf.eval.text import held_out_ids, load_text_model
 
         model, tokenizer = load_text_model()
-        sample = held_out_text(SAMPLE_TOKENS, FIRST_SEED)
+        sample = held_out_ids(SAMPLE_TOKENS, FIRST_SEED)
     else:
         model, tokenizer = load_pocket(name)
         sample = tokenize(tokenizer, make_exercise("needle", SAMPLE_TOKENS, FIRST_SEED - 1).text)
-    apply_stress(model, stress, sample.view(1, -1))
+    apply_stress(model, stress, sample)
     return model, tokenizer
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from scout_hf.eval.fidelity.cells import FULL, budget_name
 from scout_hf.eval.fidelity.summary import Estimate, Row, rows
-from scout_hf.eval.fidelity.views import AXES, along, axis_name, digests, full_at, rows_at, settings, values_of
+from scout_hf.eval.fidelity.views import AXES, along, digests, full_at, points, rows_at, settings
 
 NAMES = {
     FULL: "full attention",
@@ -41,7 +41,7 @@ def tables(record: dict[str, Any]) -> Iterator[Table]:
         if not places and found:
             yield _plain(found, text)
         for axis in AXES:
-            if len(values_of(found, axis)) > 1:
+            if len(points(found, axis)) > 1:
                 yield _sweep(found, axis, text)
 
 
@@ -79,16 +79,18 @@ def _plain(found: Sequence[Row], text: bool) -> Table:
 
 
 def _sweep(found: Sequence[Row], axis: str, text: bool) -> Table:
-    values = values_of(found, axis)
+    names = [name for name, _ in points(found, axis)]
     table = _table(f"{_score_name(text)} by {AXES[axis]}, all else as above", "blocks by", "", words=2)
-    for value in values:
-        table.add_column(axis_name(axis, value), justify="right", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    full = [full_at(found, setting) for _, setting in points(found, axis)]
+    table.add_row("", NAMES[FULL], *(score(row, text) if row else "" for row in full), end_section=True)
     for digest in digests(found):
         lines = {}
         for mode, loss in (("real", "lost_to_selection"), ("predicted", "lost_to_prediction")):
-            of = dict(along(found, axis, digest, mode))
-            lines[f"{NAMES[mode]} query"] = [score(of[value], text) if value in of else "" for value in values]
-            lines[loss.replace("_", " ")] = [percent(getattr(of.get(value), loss, None)) for value in values]
+            of = along(found, axis, digest, mode)
+            lines[NAMES[mode]] = [score(of[name], text) if name in of else "" for name in names]
+            lines[loss.replace("_to_", ": ")] = [percent(getattr(of.get(name), loss, None)) for name in names]
         measured = {name: line for name, line in lines.items() if any(one not in ("", "-") for one in line)}
         for index, (name, line) in enumerate(measured.items()):
             table.add_row("" if index else digest, name, *line, end_section=index == len(measured) - 1)
@@ -115,7 +117,7 @@ def percent(value: Estimate | None) -> str:
 
 
 def _table(title: str, *columns: str, words: int = 0) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for index, name in enumerate(columns):
         table.add_column(name, justify="left" if index < words else "right", no_wrap=True)
     return table

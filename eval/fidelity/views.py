@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from scout_hf.eval.fidelity.cells import FULL, MODES, budget_name
-from scout_hf.eval.fidelity.grid import BLOCK, BUDGET, TOKENS
+from scout_hf.eval.fidelity.cells import FULL, MODES, STRESSES, budget_name
+from scout_hf.eval.fidelity.grid import BLOCK, BUDGET, TOKEN_BUDGET, TOKENS
 from scout_hf.eval.fidelity.summary import Row, find
 
 CENTRE = {"tokens": TOKENS, "block_size": BLOCK, "budget": BUDGET, "stress": "none"}
-AXES = {"budget": "budget", "block_size": "block", "tokens": "context", "stress": "stress"}
+AXES = {
+    "budget": "budget",
+    "block_size": "block size",
+    "tokens": f"context, at {budget_name(BUDGET)}",
+    "fixed": f"context, at {TOKEN_BUDGET} tokens",
+    "stress": "stress",
+}
 """Factors that are varied, and how they are called."""
+
+LONG = 8192
 
 
 def settings(table: Sequence[Row]) -> list[dict[str, Any]]:
     """Every (tokens, block_size, budget, stress) with sparse rows, the centre first."""
-    found = [{name: row.setting[name] for name in CENTRE} for row in table if row.setting["mode"] != FULL]
-    unique = [one for index, one in enumerate(found) if one not in found[:index]]
-    return sorted(unique, key=lambda one: one != CENTRE)
+    found = {tuple(row.setting[name] for name in CENTRE) for row in table if row.setting["mode"] != FULL}
+    return sorted((dict(zip(CENTRE, one)) for one in found), key=lambda one: (one != CENTRE, *map(str, one.values())))
 
 
 def full_at(table: Sequence[Row], setting: dict[str, Any]) -> Row | None:
@@ -41,24 +48,33 @@ def digests(table: Sequence[Row]) -> list[str]:
     return sorted(names, key=lambda name: (rank.get(name, 2), name))
 
 
-def values_of(table: Sequence[Row], axis: str) -> list[Any]:
-    """Values of a factor that were measured with all others at the centre; shares of a budget before tokens."""
-    others = {name: value for name, value in CENTRE.items() if name != axis}
-    found = {
-        row.setting[axis] for row in table if row.setting["mode"] != FULL and others.items() <= row.setting.items()
-    }
-    return sorted(found, key=lambda value: (value != "none", str(value)) if axis == "stress" else (value > 1, value))
+def points(table: Sequence[Row], axis: str) -> list[tuple[str, dict[str, Any]]]:
+    """Settings along a factor that were measured, with their names; all else is at the centre.
+
+    Rivals that grow with the text only differ in long texts, and stand beside such a text without.
+    """
+    measured = settings(table)
+    if axis == "stress":
+        found = [CENTRE | {"stress": stress} for stress in STRESSES]
+        named = [(one["stress"], one) for one in found if one in measured]
+        beside = [CENTRE | {"tokens": LONG, "stress": stress} for stress in ("none", "rivals")]
+        if all(one in measured for one in beside):
+            named += zip((_name("tokens", LONG), "more rivals"), beside)
+        return named
+    varied, centre = ("tokens", CENTRE | {"budget": TOKEN_BUDGET}) if axis == "fixed" else (axis, CENTRE)
+    found = [one for one in measured if one == centre | {varied: one[varied]}]
+    if axis == "budget":
+        found = [one for one in found if isinstance(one["budget"], float)]
+    return [(_name(varied, one[varied]), one) for one in sorted(found, key=lambda one: one[varied])]
 
 
-def along(table: Sequence[Row], axis: str, digest: str, mode: str) -> Iterator[tuple[Any, Row]]:
-    """Values of a factor and the rows there, all others at the centre."""
-    for value in values_of(table, axis):
-        row = find(table, **(CENTRE | {axis: value}), digest=digest, mode=mode)
-        if row is not None:
-            yield value, row
+def along(table: Sequence[Row], axis: str, digest: str, mode: str) -> dict[str, Row]:
+    """The rows of a digest and mode along a factor, by the names of :func:`points`."""
+    found = {name: find(table, **setting, digest=digest, mode=mode) for name, setting in points(table, axis)}
+    return {name: row for name, row in found.items() if row is not None}
 
 
-def axis_name(axis: str, value: Any) -> str:
+def _name(axis: str, value: Any) -> str:
     """A value of a factor for people."""
     if axis == "budget":
         return budget_name(value)
