@@ -42,7 +42,7 @@ $(VENV)/.installed: pyproject.toml $(NATIVE)
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(VENV)/bin/pip install -q -e ".[test]"
+	$(VENV)/bin/pip install -q -e ".[test,eval]"
 	touch $@
 
 $(VENV)-%/.installed-test: pyproject.toml $(NATIVE)
