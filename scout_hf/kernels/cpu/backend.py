@@ -102,8 +102,12 @@ class CpuBackend(ABC):
         Parameters
         ----------
         scorer : str
-            How to score, a digest's ``native`` name.
+            How to score, a digest's ``native`` name. ``"minmax"``: bounds as of :class:`MinMax`. ``"sign"``: uint8
+            codes as of :class:`SignCode`. ``"dots"``: the query is one vector of weights per KV head, (batch, kv_heads,
+            1, n), codes are one or several rows of ``n`` floats or int8, of which the best product counts.
+            ``"dots4"``: the same with two whole numbers of four bits per byte, the lower half first.
         query : Tensor (batch, query_heads, 1, head_dim)
+            Already in the space of the codes.
         codes : Tensor (batch, kv_heads, blocks, code)
             Digests of the blocks open to choice.
         count : int or Tensor (batch,)

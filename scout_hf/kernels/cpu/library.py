@@ -17,10 +17,12 @@ import torch
 
 from scout_hf.errors import ConfigError
 
-ABI = 1
+ABI = 2
 ISA_VARIABLE = "SCOUT_HF_ISA"
 PATH_VARIABLE = "SCOUT_HF_LIBRARY"
 INT8 = 3
+SCORERS = {"minmax": 0, "sign": 1, "dots": 2, "dots4": 3}
+MAX_HEAD_DIM, MAX_BLOCK, MAX_PARTS = 512, 256, 1024
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 STATUS = {-1: "sizes or types that the library does not know", -2: "no memory", -3: "a block that is not there"}
 
@@ -97,6 +99,7 @@ class SelectArgs(ctypes.Structure):
         ("newest", c_int32),
         ("count", c_int32),
         ("sinks", c_int32),
+        ("scorer", c_int32),
     ]
 
 

@@ -9,7 +9,18 @@ import torch
 from scout_hf.errors import CacheStateError
 from scout_hf.fusion import Partial
 from scout_hf.kernels.cpu.backend import Attended, BlockLists, CpuBackend
-from scout_hf.kernels.cpu.library import DTYPES, AttendArgs, SelectArgs, check, load_library
+from scout_hf.kernels.cpu.library import (
+    DTYPES,
+    INT8,
+    MAX_BLOCK,
+    MAX_HEAD_DIM,
+    MAX_PARTS,
+    SCORERS,
+    AttendArgs,
+    SelectArgs,
+    check,
+    load_library,
+)
 from scout_hf.kernels.cpu.pool import CopyArgs, NativePool, quick
 from scout_hf.kernels.cpu.torch_backend import TorchBackend
 
@@ -52,7 +63,8 @@ class NativeBackend(CpuBackend):
 
     def select(self, scorer, query, codes, count, sinks, newest, block_size, exists) -> BlockLists | None:
         batch, heads, candidates = codes.shape[:3]
-        if not self._scores(scorer, query, codes, exists):
+        known = self._knows(scorer, query, codes, block_size, exists)
+        if known is None:
             return None
         if exists is not None and (exists.shape[0] != batch or exists.shape[1] < candidates * block_size):
             return None
@@ -61,26 +73,42 @@ class NativeBackend(CpuBackend):
         ids = torch.empty((batch, heads, most + newest), dtype=torch.int32, device="cpu")
         counts = torch.empty((batch, heads), dtype=torch.int32, device="cpu")
         choice = {"blocks": ids.data_ptr(), "counts": counts.data_ptr(), "blocks_stride": most + newest}
-        choice |= {"count": most, "sinks": sinks, "newest": newest, "block_size": block_size}
+        choice |= {"count": most, "sinks": sinks, "newest": newest}
         if wanted is not None:
             choice["want"] = wanted.data_ptr()
         if exists is not None:
             choice |= {"exists": exists.data_ptr(), "exists_stride": exists.stride(0)}
-        self._select(query, codes, **choice)
+        self._select(query, codes, **known, **choice)
         return BlockLists(ids, counts)
 
-    def score(self, scorer, query, codes, block_size=1) -> torch.Tensor | None:
-        if not self._scores(scorer, query, codes, None):
+    def score(self, scorer, query, codes, block_size=None) -> torch.Tensor | None:
+        known = self._knows(scorer, query, codes, block_size, None)
+        if known is None:
             return None
         counts = torch.empty(codes.shape[:2], dtype=torch.int32, device="cpu")
         scores = torch.empty(codes.shape[:3], dtype=torch.float32, device="cpu")
-        self._select(query, codes, counts=counts.data_ptr(), scores=scores.data_ptr(), block_size=1)
+        self._select(query, codes, **known, counts=counts.data_ptr(), scores=scores.data_ptr())
         return scores
 
-    def _scores(self, scorer, query, codes, exists) -> bool:
-        ours = scorer == "minmax" and self._library is not None and codes.dtype in DTYPES
-        ours = ours and _served(query, codes, exists)
-        return ours and codes.shape[3] % 16 == 0 and codes.stride(2) == codes.shape[3]
+    def _knows(self, scorer, query, codes, block_size, exists) -> dict[str, int] | None:
+        """What tells the library how to score, or None if it cannot."""
+        if self._library is None or scorer not in SCORERS or not _served(query, codes, exists):
+            return None
+        heads, dim, code = codes.shape[1], query.shape[3], codes.shape[3]
+        if query.shape[0] != codes.shape[0] or codes.stride(2) != code or query.shape[1] % heads:
+            return None
+        known = {"scorer": SCORERS[scorer], "block_size": block_size or 1, "code_dtype": DTYPES.get(codes.dtype, INT8)}
+        if scorer == "minmax":
+            fits = codes.dtype in DTYPES and code == 2 * dim and dim % 8 == 0
+        elif scorer == "sign":
+            fits = codes.dtype == torch.uint8 and dim % 8 == 0 and block_size and code == block_size * (dim // 8 + 1)
+            fits = fits and block_size <= MAX_BLOCK and dim <= MAX_HEAD_DIM
+        else:
+            packed = scorer == "dots4"
+            fits = codes.dtype in ((torch.uint8, torch.int8) if packed else (*DTYPES, torch.int8))
+            fits = fits and query.shape[1] == heads and dim % 8 == 0 and code * (1 + packed) % dim == 0
+            fits = fits and dim <= code * (1 + packed) <= MAX_PARTS * dim and dim <= 2 * MAX_HEAD_DIM
+        return known if fits else None
 
     def _select(self, query: torch.Tensor, codes: torch.Tensor, **choice: int) -> None:
         batch, heads, candidates, code = codes.shape
@@ -97,7 +125,6 @@ class NativeBackend(CpuBackend):
             query_heads=query.shape[1],
             head_dim=query.shape[3],
             query_dtype=DTYPES[query.dtype],
-            code_dtype=DTYPES[codes.dtype],
             code=code,
             candidates=candidates,
             **choice,

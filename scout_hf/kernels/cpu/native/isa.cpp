@@ -54,6 +54,12 @@ const scout_isa* scout_isa_for(int numbers, int tokens) {
   return nullptr;
 }
 
+const scout_isa* scout_isa_for_signs(int block_size) {
+  for (int index = scout_current_isa(); index >= 0; index--)
+    if (available().sets[index]->signs_fit(block_size)) return available().sets[index];
+  return nullptr;
+}
+
 extern "C" {
 
 SCOUT_EXPORT int scout_isa_count(void) { return available().count; }

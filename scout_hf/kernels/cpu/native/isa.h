@@ -18,6 +18,22 @@ struct scout_chunk {
   float *max, *sum;              // result [group]
 };
 
+// The best token of every block for up to SCOUT_SIGN_HEADS query heads, by sign codes; see scout_cpu.h for their form.
+enum { SCOUT_SIGN_HEADS = 4 };
+struct scout_signs {
+  const uint8_t* codes;
+  int64_t code_bytes;            // of one block
+  int64_t blocks;
+  int block_size, rows;          // rows: bytes of signs per token
+  int heads;
+  const uint8_t* tables;         // [heads][2 * rows][16], what each sign pattern of four dimensions adds, 0 to 254
+  const int* offsets;            // [heads], to be taken from the sum of all that a token gets from the tables
+  float* out;                    // result [heads][out_stride]: max over tokens of scale * (sum - offset), exact
+  int64_t out_stride;
+};
+
+enum { SCOUT_I4 = -1 };  // beside the types of scout_cpu.h: two numbers in each byte, the lower half first
+
 struct scout_isa {
   const char* name;
   bool (*runs)();                // on this machine
@@ -25,6 +41,8 @@ struct scout_isa {
   void (*attend)(const scout_chunk*);
   // out[i] = row i of codes . weights, for `rows` rows of `numbers` numbers
   void (*dots)(const uint8_t* codes, int dtype, int64_t rows, int numbers, const float* weights, float* out);
+  void (*signs)(const scout_signs*);
+  bool (*signs_fit)(int block_size);
   // Adds up all bytes, so that they must be read; prefetches `next` meanwhile.
   int64_t (*read)(const uint8_t* start, int64_t bytes, const uint8_t* next);
 };
@@ -33,3 +51,5 @@ enum { SCOUT_MAX_HEAD_DIM = 512, SCOUT_MAX_BLOCK = 256 };
 
 // The table to use for rows of `numbers` numbers and vectors along `tokens` tokens, NULL if there is none.
 const scout_isa* scout_isa_for(int numbers, int tokens);
+// The same for sign codes of blocks of that size.
+const scout_isa* scout_isa_for_signs(int block_size);

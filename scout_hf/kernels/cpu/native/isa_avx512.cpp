@@ -5,6 +5,7 @@
 #if defined(__AVX512BW__)
 #include "isa_avx512.inl"
 #include "tile.inl"
+#include "sign.inl"
 
 namespace {
 bool runs() {
@@ -13,5 +14,5 @@ bool runs() {
 }
 }  // namespace
 
-extern const scout_isa scout_isa_avx512 = {"avx512", runs, W, attend, score, read};
+extern const scout_isa scout_isa_avx512 = {"avx512", runs, W, attend, score, signs, signs_fit, read};
 #endif

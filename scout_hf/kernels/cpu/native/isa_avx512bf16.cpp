@@ -16,6 +16,7 @@ inline vf bf16_dot(vf sum, vi a, vi b) { return (vf)_mm512_dpbf16_ps((__m512)sum
 }  // namespace
 
 #include "tile.inl"
+#include "sign.inl"
 
 namespace {
 bool runs() {
@@ -24,5 +25,5 @@ bool runs() {
 }
 }  // namespace
 
-extern const scout_isa scout_isa_avx512bf16 = {"avx512bf16", runs, W, attend, score, read};
+extern const scout_isa scout_isa_avx512bf16 = {"avx512bf16", runs, W, attend, score, signs, signs_fit, read};
 #endif

@@ -44,9 +44,10 @@ inline vi madd(vi sum, vh a, vh b) {
 }  // namespace
 
 #include "tile.inl"
+#include "sign_plain.inl"
 
 namespace {
 bool runs() { return true; }
 }  // namespace
 
-extern const scout_isa scout_isa_base = {"base", runs, W, attend, score, read};
+extern const scout_isa scout_isa_base = {"base", runs, W, attend, score, signs, signs_fit, read};

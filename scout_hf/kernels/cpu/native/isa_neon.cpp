@@ -6,11 +6,14 @@
 #include <arm_neon.h>
 
 #define SCOUT_W 4
+#define SCOUT_SIGN_GROUP 4
 namespace {
 constexpr int W = SCOUT_W, SLICES = 2;
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef int16_t vh __attribute__((vector_size(4 * W)));
+typedef uint8_t vb __attribute__((vector_size(4 * W)));
+typedef uint16_t vw __attribute__((vector_size(4 * W)));
 
 inline void half_pair(const uint8_t* from, vf& a, vf& b) {
   float16x8_t both = vreinterpretq_f16_u8(vld1q_u8(from));
@@ -23,13 +26,23 @@ inline vi madd(vi sum, vh a, vh b) {
   int32x4_t high = vmull_high_s16((int16x8_t)a, (int16x8_t)b);
   return sum + (vi)vpaddq_s32(low, high);
 }
+inline vb look_up(vb table, vb index) { return (vb)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)index); }
+inline vb average(vb a, vb b) { return (vb)vrhaddq_u8((uint8x16_t)a, (uint8x16_t)b); }
+inline vw zip_low(vw a, vw b) { return (vw)vzip1q_u16((uint16x8_t)a, (uint16x8_t)b); }
+inline vw zip_high(vw a, vw b) { return (vw)vzip2q_u16((uint16x8_t)a, (uint16x8_t)b); }
+template <int R>
+inline vb side_by_side(const uint8_t* const* blocks, int64_t at) {
+  return (vb)vld1q_u8(blocks[0] + at);
+}
+inline vf larger(vf a, vf b) { return (vf)vmaxq_f32((float32x4_t)a, (float32x4_t)b); }
 }  // namespace
 
 #include "tile.inl"
+#include "sign.inl"
 
 namespace {
 bool runs() { return true; }
 }  // namespace
 
-extern const scout_isa scout_isa_neon = {"neon", runs, W, attend, score, read};
+extern const scout_isa scout_isa_neon = {"neon", runs, W, attend, score, signs, signs_fit, read};
 #endif

@@ -8,7 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define SCOUT_ABI 1
+#define SCOUT_ABI 2
 
 #if defined(_WIN32)
 #define SCOUT_EXPORT __declspec(dllexport)
@@ -21,6 +21,16 @@ extern "C" {
 #endif
 
 enum { SCOUT_F32 = 0, SCOUT_F16 = 1, SCOUT_BF16 = 2, SCOUT_I8 = 3 };
+
+// Ways to score the digest of a block for one KV head; the query heads of its group are added up.
+// MINMAX: digests of 2 * head_dim numbers, the channel-wise maxima and minima; an upper bound of q.k.
+// SIGN: digests of block_size * (head_dim / 8 + 1) bytes. First [head_dim / 8][block_size]: bit i of byte (j, t) says
+// that dimension 8 j + i of token t is not negative. Then a scale per token, byte u being the float of the bits
+// (u << 19) + (120 << 23). The score is the maximum over tokens of scale * (sum of q over dimensions with their signs),
+// with q rounded to some 1 / 127 of the largest four of its dimensions.
+// DOTS: `query` is one vector of weights per KV head, of head_dim numbers; digests are one or several such vectors,
+// and the best product counts. DOTS4: the same with whole numbers of four bits, the lower half of a byte first.
+enum { SCOUT_MINMAX = 0, SCOUT_SIGN = 1, SCOUT_DOTS = 2, SCOUT_DOTS4 = 3 };
 
 // What a call returns besides 0.
 enum { SCOUT_OK = 0, SCOUT_UNSUPPORTED = -1, SCOUT_NO_MEMORY = -2, SCOUT_BAD_BLOCK = -3 };
@@ -69,10 +79,11 @@ typedef struct {
   int64_t blocks_stride;
   float* scores;             // result [batch][kv_heads][candidates]; NULL if not wanted
   int32_t batch, kv_heads, query_heads, head_dim, block_size;
-  int32_t query_dtype, code_dtype, code;  // code: numbers per digest
+  int32_t query_dtype, code_dtype, code;  // code: numbers per digest, bytes where these are smaller
   int32_t candidates;        // blocks open to choice
   int32_t newest;            // blocks after those that are always listed
   int32_t count, sinks;
+  int32_t scorer;            // code_dtype goes with it: any but I8, I8, any, I8
 } scout_select_args;
 
 // New tokens into pages (and, for int8, the tail); the pages are there already.

@@ -9,12 +9,13 @@
 #include "isa.h"
 #include "numbers.h"
 #include "scout_cpu.h"
+#include "sign_scores.h"
 #include "team.h"
 
 namespace {
 
 constexpr int64_t RANGE_BLOCKS = 2048, WORTH_A_TEAM_BYTES = 64 << 10;
-constexpr int BINS = 1024, STRETCH = 16;
+constexpr int BINS = 1024, STRETCH = 16, HEADS_AT_ONCE = 16, PRODUCTS_AT_ONCE = 1024;
 
 bool any(const uint8_t* marks, int count) {
   for (int i = 0; i < count; i++)
@@ -112,6 +113,37 @@ int best(float* scores, int count, int want, float* spare, int32_t* places, int3
   return chosen;
 }
 
+// Vectors in one digest of DOTS and DOTS4; 0 if it is no whole number of them.
+int parts_of(const scout_select_args& a) {
+  const int64_t numbers = (int64_t)a.code * (a.scorer == SCOUT_DOTS4 ? 2 : 1);
+  return numbers % a.head_dim ? 0 : (int)(numbers / a.head_dim);
+}
+
+// The instruction set to use, NULL if there is none or the sizes and types do not go together.
+const scout_isa* isa_for(const scout_select_args& a) {
+  const bool bytes = a.code_dtype == SCOUT_I8;
+  if (a.kv_heads < 1 || a.query_heads % a.kv_heads || a.head_dim < 1) return nullptr;
+  switch (a.scorer) {
+    case SCOUT_MINMAX:
+      if (a.code != 2 * a.head_dim || a.head_dim > SCOUT_MAX_HEAD_DIM || bytes) return nullptr;
+      return scout_isa_for(a.code, 0);
+    case SCOUT_SIGN:
+      if (a.head_dim % 8 || a.head_dim > SCOUT_MAX_HEAD_DIM || !bytes || a.block_size < 1 ||
+          a.block_size > SCOUT_MAX_BLOCK || a.code != a.block_size * (a.head_dim / 8 + 1))
+        return nullptr;
+      return scout_isa_for_signs(a.block_size);
+    case SCOUT_DOTS:
+    case SCOUT_DOTS4: {
+      const int parts = parts_of(a);
+      if (a.query_heads != a.kv_heads || a.head_dim > 2 * SCOUT_MAX_HEAD_DIM || parts < 1 || parts > PRODUCTS_AT_ONCE ||
+          (a.scorer == SCOUT_DOTS4 && !bytes))
+        return nullptr;
+      return scout_isa_for(a.head_dim, 0);
+    }
+    default: return nullptr;
+  }
+}
+
 struct Select {
   const scout_select_args& a;
   const scout_isa* isa;
@@ -144,16 +176,61 @@ struct Select {
     }
   }
 
+  void bounds(int row, int head, const uint8_t* codes, int64_t count, float* into) const {
+    alignas(64) float w[2 * SCOUT_MAX_HEAD_DIM];
+    weights(row, head, w);
+    isa->dots(codes, a.code_dtype, count, a.code, w, into);
+  }
+
+  void signs(int row, int head, const uint8_t* codes, int64_t count, float* into) const {
+    const int group = a.query_heads / a.kv_heads, D = a.head_dim;
+    float query[HEADS_AT_ONCE * SCOUT_MAX_HEAD_DIM];
+    std::fill(into, into + count, 0.0f);
+    for (int g0 = 0; g0 < group; g0 += HEADS_AT_ONCE) {
+      const int heads = std::min(HEADS_AT_ONCE, group - g0);
+      for (int g = 0; g < heads; g++) {
+        const int64_t from = row * a.query_row + (head * group + g0 + g) * a.query_head;
+        scout::read_numbers(a.query, from, D, a.query_dtype, query + g * D);
+      }
+      scout_add_sign_scores(isa, codes, a.code, count, a.block_size, D, query, heads, into);
+    }
+  }
+
+  void products(int row, int head, const uint8_t* codes, int64_t count, float* into) const {
+    const int parts = parts_of(a), dtype = a.scorer == SCOUT_DOTS4 ? (int)SCOUT_I4 : a.code_dtype;
+    alignas(64) float w[2 * SCOUT_MAX_HEAD_DIM];
+    scout::read_numbers(a.query, row * a.query_row + head * a.query_head, a.head_dim, a.query_dtype, w);
+    if (parts == 1) return isa->dots(codes, dtype, count, a.head_dim, w, into);
+    float each[PRODUCTS_AT_ONCE];
+    const int64_t step = PRODUCTS_AT_ONCE / parts;
+    for (int64_t first = 0; first < count; first += step, codes += step * a.code * scout::bytes_of(a.code_dtype)) {
+      const int64_t some = std::min(step, count - first);
+      isa->dots(codes, dtype, some * parts, a.head_dim, w, each);
+      for (int64_t i = 0; i < some; i++) {
+        float best = each[i * parts];
+        // What is no number stays, so that nothing hides behind it.
+        for (int part = 1; part < parts; part++) {
+          const float other = each[i * parts + part];
+          best = best >= other || best != best ? best : other;
+        }
+        into[first + i] = best;
+      }
+    }
+  }
+
   void score_range(int64_t item) {
     const int list = (int)(item / ranges), row = list / a.kv_heads, head = list % a.kv_heads;
     const int64_t first = item % ranges * RANGE_BLOCKS;
     const int64_t count = std::min<int64_t>(RANGE_BLOCKS, a.candidates - first);
-    alignas(64) float w[2 * SCOUT_MAX_HEAD_DIM];
-    weights(row, head, w);
-    const int64_t row_bytes = (int64_t)a.code * scout::bytes_of(a.code_dtype);
-    const int64_t start = row * a.codes_row + head * a.codes_head;
-    const uint8_t* codes = (const uint8_t*)a.codes + start * scout::bytes_of(a.code_dtype) + first * row_bytes;
-    isa->dots(codes, a.code_dtype, count, a.code, w, scores + (int64_t)list * room + first);
+    const int64_t start = row * a.codes_row + head * a.codes_head + first * a.code;
+    const uint8_t* codes = (const uint8_t*)a.codes + start * scout::bytes_of(a.code_dtype);
+    float* into = scores + (int64_t)list * room + first;
+    if (a.scorer == SCOUT_SIGN)
+      signs(row, head, codes, count, into);
+    else if (a.scorer == SCOUT_MINMAX)
+      bounds(row, head, codes, count, into);
+    else
+      products(row, head, codes, count, into);
     if (unfinished[list].fetch_sub(1, std::memory_order_acq_rel) == 1) choose(list, row);
   }
 
@@ -195,10 +272,7 @@ thread_local Kept kept;
 
 extern "C" SCOUT_EXPORT int scout_select(scout_select_args* args, int threads) {
   Select job(*args);
-  if (args->kv_heads < 1 || args->query_heads % args->kv_heads || args->code != 2 * args->head_dim ||
-      args->head_dim > SCOUT_MAX_HEAD_DIM || args->code_dtype == SCOUT_I8)
-    return SCOUT_UNSUPPORTED;
-  job.isa = scout_isa_for(args->code, 0);
+  job.isa = isa_for(*args);
   if (!job.isa) return SCOUT_UNSUPPORTED;
   job.lists = args->batch * args->kv_heads;
   job.ranges = std::max(1, (int)((args->candidates + RANGE_BLOCKS - 1) / RANGE_BLOCKS));

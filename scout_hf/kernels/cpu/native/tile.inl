@@ -60,6 +60,26 @@ struct BF16 {
   }
 };
 
+struct I8 {
+  static constexpr int bytes = 1;
+  static constexpr bool even_odd = false;
+  typedef int8_t some __attribute__((vector_size(W)));
+  static inline void pair(const uint8_t* from, vf& a, vf& b) {
+    a = __builtin_convertvector(__builtin_convertvector(load<some>(from), vi), vf);
+    b = __builtin_convertvector(__builtin_convertvector(load<some>(from + W), vi), vf);
+  }
+};
+
+struct I4 {
+  static constexpr int bytes = 1;  // of two numbers
+  static constexpr bool even_odd = true;
+  static inline void pair(const uint8_t* from, vf& a, vf& b) {
+    const vi both = __builtin_convertvector(load<I8::some>(from), vi);
+    a = __builtin_convertvector((vi)((vu)both << 28) >> 28, vf);
+    b = __builtin_convertvector(both >> 4, vf);
+  }
+};
+
 template <class R>
 inline void lay_out(const float* natural, float* laid, int numbers) {
   if (!R::even_odd) {
@@ -658,19 +678,19 @@ void attend(const scout_chunk* c) {
 }
 
 // Row after row, as they lie in memory: read two at a time, they came half as fast.
-template <class R>
+template <class R, int PACKED = 1>
 void code_dots(const uint8_t* codes, int64_t rows, int numbers, const float* weights, float* out) {
   constexpr int AHEAD_BYTES = 2048;
   alignas(64) float laid[2 * SCOUT_MAX_HEAD_DIM];
   lay_out<R>(weights, laid, numbers);
-  const int64_t row_bytes = (int64_t)numbers * R::bytes;
+  const int64_t row_bytes = (int64_t)numbers * R::bytes / PACKED;
   for (int64_t r0 = 0; r0 < rows; r0 += W) {
     vf sum[W];
 #pragma GCC unroll 4
     for (int t = 0; t < W; t++) {
       const uint8_t* at = codes + (r0 + t < rows ? r0 + t : rows - 1) * row_bytes;
       vf a = vf{}, b = vf{};
-      for (int d = 0; d < numbers; d += 2 * W, at += 2 * W * R::bytes) {
+      for (int d = 0; d < numbers; d += 2 * W, at += 2 * W * R::bytes / PACKED) {
         __builtin_prefetch(at + AHEAD_BYTES, 0, 2);
         vf x, y;
         R::pair(at, x, y);
@@ -689,6 +709,8 @@ void score(const uint8_t* codes, int dtype, int64_t rows, int numbers, const flo
   switch (dtype) {
     case SCOUT_F32: return code_dots<F32>(codes, rows, numbers, weights, out);
     case SCOUT_F16: return code_dots<F16>(codes, rows, numbers, weights, out);
+    case SCOUT_I8: return code_dots<I8>(codes, rows, numbers, weights, out);
+    case SCOUT_I4: return code_dots<I4, 2>(codes, rows, numbers, weights, out);
     default: return code_dots<BF16>(codes, rows, numbers, weights, out);
   }
 }

@@ -1,0 +1,183 @@
+// The best token of every block by sign codes, for one instruction set: included after tile.inl by every isa_*.cpp that
+// has table shuffles.
+//
+// A table of 16 bytes per query head and four dimensions says what each pattern of four signs adds to a token's sum. All
+// stays in bytes until the end, so that one instruction serves 4 dimensions of 4 * W tokens. For that, two numbers are
+// kept: the sum modulo 256, and the mean of 8 lookups by rounding averages, which is at most 1.5 too large, whence 8
+// times the mean exceeds the sum by 12 at most. Up to 21 such means leave an excess below 256, and the sum modulo 256
+// says which it is.
+namespace {
+
+constexpr int VB = 4 * W;         // bytes of a vector
+constexpr int AT_ONCE = 4;        // rows of signs, that is 8 lookups, per mean
+constexpr int BATCH = 4;          // vectors of tokens whose maxima are looked for together
+static_assert(SCOUT_MAX_HEAD_DIM / 8 / AT_ONCE * 12 < 256, "an excess must fit a byte");
+
+bool signs_fit(int block_size) { return block_size % VB == 0 || (block_size >= 16 && VB % block_size == 0); }
+
+template <int H>
+struct Sums {
+  vb modulo[H];
+  vw means[H], odd_means[H];  // even tokens + 256 * odd ones, and odd ones
+};
+
+// `N` rows of signs, `step` bytes from each other.
+template <int H, int N, int R>
+__attribute__((always_inline)) inline void add_rows(const uint8_t* const* blocks, int64_t at, int64_t step,
+                                                    const vb* tables, Sums<H>& sums) {
+  vb mean[AT_ONCE][H];
+#pragma GCC unroll 4
+  for (int v = 0; v < N; v++) {
+    const vb signs = side_by_side<R>(blocks, at + v * step);
+    const vb low = signs & 15, high = (vb)((vw)signs >> 4) & 15;
+#pragma GCC unroll 4
+    for (int h = 0; h < H; h++) {
+      const vb a = look_up(tables[2 * v * H + h], low), b = look_up(tables[(2 * v + 1) * H + h], high);
+      sums.modulo[h] = sums.modulo[h] + a + b;
+      mean[v][h] = average(a, b);
+      if (v == 1) mean[0][h] = average(mean[0][h], mean[1][h]);
+      if (v == 3) mean[2][h] = average(mean[2][h], mean[3][h]);
+      if (v == 3) mean[0][h] = average(mean[0][h], mean[2][h]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int h = 0; h < H; h++) {
+    const vb none = {};
+    vb all = mean[0][h];
+    if (N == 1) all = average(all, none);
+    if (N < 3) all = average(all, none);
+    if (N == 3) all = average(all, average(mean[2][h], none));
+    sums.means[h] += (vw)all;
+    sums.odd_means[h] += (vw)all >> 8;
+  }
+}
+
+template <int H, int R>
+__attribute__((always_inline)) inline Sums<H> add_up(const uint8_t* const* blocks, int64_t step, int rows,
+                                                     const vb* tables) {
+  Sums<H> sums = {};
+  int64_t at = 0;
+  for (; rows >= AT_ONCE; rows -= AT_ONCE, at += AT_ONCE * step, tables += 2 * AT_ONCE * H)
+    add_rows<H, AT_ONCE, R>(blocks, at, step, tables, sums);
+  if (rows == 1) add_rows<H, 1, R>(blocks, at, step, tables, sums);
+  if (rows == 2) add_rows<H, 2, R>(blocks, at, step, tables, sums);
+  if (rows == 3) add_rows<H, 3, R>(blocks, at, step, tables, sums);
+  return sums;
+}
+
+// The token's scales and its sums come in the same order: four at a time of the even, then of the odd ones.
+inline void as_scales(vb bytes, vf* scales) {
+  const vw none = {}, base = none + (120 << 7);
+  const vw even = (((vw)bytes & 0xff) << 3) + base, odd = ((vw)bytes >> 8 << 3) + base;
+  scales[0] = (vf)zip_low(none, even);
+  scales[1] = (vf)zip_high(none, even);
+  scales[2] = (vf)zip_low(none, odd);
+  scales[3] = (vf)zip_high(none, odd);
+}
+
+// Of each four tokens the best, by exact numbers: a sum has 16 bits, a scale 5.
+inline vf best_of(vw modulo, vw means, vw odd_means, const vf* scales, int offset) {
+  const vw even = (means - (odd_means << 8)) << 3, odd = odd_means << 3;
+  const vw even_sum = even - ((even - modulo) & 0xff), odd_sum = odd - ((odd - (modulo >> 8)) & 0xff);
+  const vw exponent = vw{} + 0x4b00;  // of 2^23, whose last bit is worth 1
+  const vf base = splat(0x1p23f + (float)offset);
+  const vf a = ((vf)zip_low(even_sum, exponent) - base) * scales[0];
+  const vf b = ((vf)zip_high(even_sum, exponent) - base) * scales[1];
+  const vf c = ((vf)zip_low(odd_sum, exponent) - base) * scales[2];
+  const vf d = ((vf)zip_high(odd_sum, exponent) - base) * scales[3];
+  return larger(larger(a, b), larger(c, d));
+}
+
+// The maximum of every four lanes of four vectors: lanes 4k to 4k + 3 are for lanes 4k to 4k + 3 of the vectors.
+inline vf maxima(const vf* v) {
+#if SCOUT_W == 16
+  const vf a = larger(vf(SCOUT_SHUFFLE(v[0], v[1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)),
+                      vf(SCOUT_SHUFFLE(v[0], v[1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)));
+  const vf b = larger(vf(SCOUT_SHUFFLE(v[2], v[3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)),
+                      vf(SCOUT_SHUFFLE(v[2], v[3], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)));
+  return larger(vf(SCOUT_SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)),
+                vf(SCOUT_SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)));
+#elif SCOUT_W == 8
+  const vf a = larger(vf(SCOUT_SHUFFLE(v[0], v[1], 0, 8, 1, 9, 4, 12, 5, 13)),
+                      vf(SCOUT_SHUFFLE(v[0], v[1], 2, 10, 3, 11, 6, 14, 7, 15)));
+  const vf b = larger(vf(SCOUT_SHUFFLE(v[2], v[3], 0, 8, 1, 9, 4, 12, 5, 13)),
+                      vf(SCOUT_SHUFFLE(v[2], v[3], 2, 10, 3, 11, 6, 14, 7, 15)));
+  return larger(vf(SCOUT_SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13)), vf(SCOUT_SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15)));
+#else
+  const vf a = larger(vf(SCOUT_SHUFFLE(v[0], v[1], 0, 4, 1, 5)), vf(SCOUT_SHUFFLE(v[0], v[1], 2, 6, 3, 7)));
+  const vf b = larger(vf(SCOUT_SHUFFLE(v[2], v[3], 0, 4, 1, 5)), vf(SCOUT_SHUFFLE(v[2], v[3], 2, 6, 3, 7)));
+  return larger(vf(SCOUT_SHUFFLE(a, b, 0, 1, 4, 5)), vf(SCOUT_SHUFFLE(a, b, 2, 3, 6, 7)));
+#endif
+}
+
+// R blocks lie side by side in every vector; R 1: a block takes one or several.
+template <int H, int R>
+void best_tokens(const scout_signs& s, int h0) {
+  vb tables[SCOUT_MAX_HEAD_DIM / 4 * H];
+  for (int i = 0; i < 2 * s.rows; i++)
+    for (int h = 0; h < H; h++) {
+      const uint8_t* from = s.tables + ((int64_t)(h0 + h) * 2 * s.rows + i) * 16;
+      for (int lane = 0; lane < VB / 16; lane++) __builtin_memcpy((uint8_t*)&tables[i * H + h] + 16 * lane, from, 16);
+    }
+  const int64_t last = s.blocks - 1, signs_bytes = (int64_t)s.rows * s.block_size;
+  for (int64_t block = 0; block < s.blocks; block += BATCH * R) {
+    vf most[H][BATCH];
+    for (int i = 0; i < BATCH; i++) {
+      const uint8_t* blocks[R];
+      for (int r = 0; r < R; r++) {
+        const int64_t wanted = block + i * R + r;
+        blocks[r] = s.codes + (wanted < last ? wanted : last) * s.code_bytes;
+        if (h0 == 0) prefetch_span(blocks[r] + BATCH * R * s.code_bytes, (int)s.code_bytes);
+      }
+      for (int first = 0; first < s.block_size; first += VB) {
+        const Sums<H> sums = add_up<H, R>(blocks, s.block_size, s.rows, tables);
+        vf scales[4];
+        as_scales(side_by_side<R>(blocks, signs_bytes), scales);
+#pragma GCC unroll 4
+        for (int h = 0; h < H; h++) {
+          const vf best = best_of((vw)sums.modulo[h], sums.means[h], sums.odd_means[h], scales, s.offsets[h0 + h]);
+          most[h][i] = first ? larger(most[h][i], best) : best;
+        }
+        blocks[0] += VB;
+      }
+    }
+    for (int h = 0; h < H; h++) {
+      float lanes[W];
+      store(lanes, maxima(most[h]));
+      float* out = s.out + (h0 + h) * s.out_stride + block;
+      for (int i = 0; i < BATCH; i++)
+        for (int r = 0; r < R && block + i * R + r <= last; r++) {
+          constexpr int EACH = W / 4 / R;
+          float best = lanes[r * EACH * 4 + i];
+          for (int k = 1; k < EACH; k++) {
+            const float other = lanes[(r * EACH + k) * 4 + i];
+            best = other > best ? other : best;
+          }
+          out[i * R + r] = best;
+        }
+    }
+  }
+}
+
+template <int R>
+void best_tokens_of(const scout_signs& s) {
+  int h = 0;
+  for (; h + SCOUT_SIGN_GROUP <= s.heads; h += SCOUT_SIGN_GROUP) best_tokens<SCOUT_SIGN_GROUP, R>(s, h);
+#if SCOUT_SIGN_GROUP >= 4
+  if (s.heads - h == 3) return best_tokens<3, R>(s, h);
+  if (s.heads - h == 2) return best_tokens<2, R>(s, h);
+#endif
+  if (s.heads - h == 1) best_tokens<1, R>(s, h);
+}
+
+void signs(const scout_signs* s) {
+  if (s->block_size >= VB) return best_tokens_of<1>(*s);
+#if SCOUT_W == 16
+  if (s->block_size == 16) return best_tokens_of<4>(*s);
+#endif
+#if SCOUT_W > 4
+  best_tokens_of<2>(*s);
+#endif
+}
+
+}  // namespace

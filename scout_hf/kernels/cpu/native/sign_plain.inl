@@ -1,0 +1,34 @@
+// The best token of every block by sign codes, for processors without table shuffles.
+namespace {
+
+bool signs_fit(int) { return true; }
+
+void signs(const scout_signs* s) {
+  uint16_t tables[SCOUT_MAX_HEAD_DIM / 8][256], sums[SCOUT_MAX_BLOCK];
+  for (int h = 0; h < s->heads; h++) {
+    for (int row = 0; row < s->rows; row++) {
+      const uint8_t* low = s->tables + ((int64_t)h * 2 * s->rows + 2 * row) * 16;
+      for (int byte = 0; byte < 256; byte++) tables[row][byte] = (uint16_t)(low[byte & 15] + low[16 + (byte >> 4)]);
+    }
+    for (int64_t block = 0; block < s->blocks; block++) {
+      const uint8_t* code = s->codes + block * s->code_bytes;
+      for (int t = 0; t < s->block_size; t++) sums[t] = tables[0][code[t]];
+      for (int row = 1; row < s->rows; row++) {
+        code += s->block_size;
+        for (int t = 0; t < s->block_size; t++) sums[t] = (uint16_t)(sums[t] + tables[row][code[t]]);
+      }
+      code += s->block_size;
+      float best = NEGATIVE_INFINITY;
+      for (int t = 0; t < s->block_size; t++) {
+        const uint32_t bits = ((uint32_t)code[t] << 19) + (120u << 23);
+        float scale;
+        __builtin_memcpy(&scale, &bits, sizeof scale);
+        const float score = (float)(sums[t] - s->offsets[h]) * scale;
+        best = score > best ? score : best;
+      }
+      s->out[h * s->out_stride + block] = best;
+    }
+  }
+}
+
+}  // namespace

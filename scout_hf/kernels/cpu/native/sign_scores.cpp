@@ -1,0 +1,75 @@
+// Lookup tables for sign codes, and the sum over a GQA group. Whatever rounds is here, and so the same everywhere.
+#include "sign_scores.h"
+
+#include <math.h>
+#include <string.h>
+
+#include <algorithm>
+
+namespace {
+
+constexpr int BLOCKS_AT_ONCE = 512;  // their codes stay in the second cache level while heads take turns
+constexpr int MOST_HEADS = 16;
+constexpr int MOST = 127;            // a table holds -MOST to MOST, moved up by what makes its smallest number 0
+
+typedef float vf __attribute__((vector_size(16)));
+typedef int32_t vi __attribute__((vector_size(16)));
+typedef uint8_t vb __attribute__((vector_size(4)));
+
+inline vf splat(float x) { return vf{} + x; }
+
+// The tables of one head, [dims / 4][16]; gives what one unit in them is worth.
+float make_tables(const float* query, int dims, uint8_t* entries, int* offset) {
+  float peak = 0;
+  bool finite = true;
+  for (int d = 0; d < dims; d += 4) {
+    const float most = (fabsf(query[d]) + fabsf(query[d + 1])) + (fabsf(query[d + 2]) + fabsf(query[d + 3]));
+    finite &= most < INFINITY;
+    peak = std::max(peak, most);
+  }
+  *offset = 0;
+  if (!finite || peak < 1e-30f) {
+    memset(entries, 0, (size_t)dims * 4);
+    return finite ? 0.0f : NAN;
+  }
+  const float units = MOST / peak;
+  for (int d = 0; d < dims; d += 4, entries += 16) {
+    const vf low = vf{-1, 1, -1, 1} * query[d] + vf{-1, -1, 1, 1} * query[d + 1];
+    const float same = query[d + 2] + query[d + 3], other = query[d + 2] - query[d + 3];
+    const float high[4] = {-same, other, -other, same};
+    const float most = (fabsf(query[d]) + fabsf(query[d + 1])) + (fabsf(query[d + 2]) + fabsf(query[d + 3]));
+    const vf nearest = splat(0x1.8p23f);  // adding it rounds to an integer
+    const vi up = __builtin_convertvector((splat(most * units) + nearest) - nearest, vi);
+    for (int i = 0; i < 4; i++) {
+      const vi rounded = __builtin_convertvector(((low + high[i]) * units + nearest) - nearest, vi);
+      const vb bytes = __builtin_convertvector(rounded + up, vb);
+      memcpy(entries + 4 * i, &bytes, 4);
+    }
+    *offset += up[0];
+  }
+  return peak / MOST;
+}
+
+}  // namespace
+
+void scout_add_sign_scores(const scout_isa* isa, const uint8_t* codes, int64_t code_bytes, int64_t blocks,
+                           int block_size, int dims, const float* query, int heads, float* scores) {
+  uint8_t tables[MOST_HEADS * SCOUT_MAX_HEAD_DIM * 4];
+  float worth[MOST_HEADS], best[SCOUT_SIGN_HEADS * BLOCKS_AT_ONCE];
+  int offsets[MOST_HEADS];
+  for (int h = 0; h < heads; h++)
+    worth[h] = make_tables(query + h * dims, dims, tables + h * dims * 4, &offsets[h]);
+  for (int64_t first = 0; first < blocks; first += BLOCKS_AT_ONCE) {
+    const int count = (int)std::min<int64_t>(BLOCKS_AT_ONCE, blocks - first);
+    for (int h = 0; h < heads; h += SCOUT_SIGN_HEADS) {
+      scout_signs part = {};
+      part.codes = codes + first * code_bytes, part.code_bytes = code_bytes, part.blocks = count;
+      part.block_size = block_size, part.rows = dims / 8, part.heads = std::min(heads - h, (int)SCOUT_SIGN_HEADS);
+      part.tables = tables + h * dims * 4, part.offsets = offsets + h;
+      part.out = best, part.out_stride = BLOCKS_AT_ONCE;
+      isa->signs(&part);
+      for (int i = 0; i < part.heads; i++)
+        for (int b = 0; b < count; b++) scores[first + b] += best[i * BLOCKS_AT_ONCE + b] * worth[h + i];
+    }
+  }
+}
