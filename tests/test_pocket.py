@@ -6,11 +6,12 @@ import random
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, Qwen3ForCausalLM
 from typer.testing import CliRunner
 
 from scout_hf.eval import pocket
-from scout_hf.eval.pocket import tasks, train, vocabulary
+from scout_hf.eval.pocket import states, tasks, train, vocabulary
 from scout_hf.eval.pocket.evaluate import accuracy
 from scout_hf.eval.pocket.lessons import IDS, drill, exam, make_batch
 
@@ -246,20 +247,27 @@ def test_lessons_ask_only_what_was_told(task, seed):
             told = " ".join(word for before, marks in items[:number] if max(marks) <= 0.05 for word in before)
             question = words[: -len(answer) - 1]
             assert solve(task, told, question[-2:] if task == "needle" else question[-1:]) == answer
-        assert asked >= 3
+        assert asked >= 2
         assert set(IDS) >= {word for words, _ in items for word in words}
     assert sum(len(words) for words, _ in exam(rng, 1024, task)) == 1024
 
 
 @pytest.mark.parametrize("arch", pocket.POCKET_MODELS)
 def test_training_goes_on_where_it_was_interrupted(arch, tmp_path, monkeypatch):
-    stages = (train.Stage(128, 2048, 0.0, 0.0, 1.0), train.Stage(256, 2048, 0.5, 0.5, 0.8))
+    monkeypatch.setattr(train, "HOLD_TOKENS", 1024)
+    monkeypatch.setattr(train, "STEP_TOKENS", 256)
+    stages = (train.Stage(128, 1024, 0.0, 0.0, 1.0), train.Stage(256, 512, 0.5, 0.5, 0.8))
     train.train(arch, 0, stages[:1], tmp_path / "stages")
-    resumed = train.train(arch, 0, stages, tmp_path / "stages").state_dict()
-    whole = train.train(arch, 0, stages).state_dict()
+    model, minutes = train.train(arch, 0, stages, tmp_path / "stages")
+    resumed, whole = model.state_dict(), train.train(arch, 0, stages)[0].state_dict()
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-    fresh = train.build_model(arch, 0).state_dict()
-    assert not any(torch.equal(whole[name], fresh[name]) for name in whole if "proj" in name)
+    assert minutes > states.load_state(model, tmp_path / "stages" / "stage0.safetensors") > 0
+    # The started heads rest in the first stage, nothing does in the second.
+    fresh, held = train.build_model(arch, 0).state_dict(), load_file(tmp_path / "stages" / "stage0.safetensors")
+    assert {name for name in fresh if torch.equal(held[name], fresh[name])} == {
+        name for name in fresh if "self_attn" in name and "layers.5" not in name
+    }
+    assert not any(torch.equal(whole[name], held[name]) for name in whole if "proj" in name)
 
 
 def test_the_training_command_ends_with_a_model_and_its_record(tmp_path, monkeypatch):

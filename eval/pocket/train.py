@@ -11,13 +11,13 @@ from typing import NamedTuple
 import torch
 import transformers
 import typer
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from .architecture import ARCHITECTURES, MAX_POSITIONS, build_model
 from .evaluate import accuracy
 from .lessons import TEXT_WEIGHT, make_batch
 from .muon import Muon
+from .states import load_state, save_state, state_file
 from .tasks import TASKS
 from .vocabulary import build_tokenizer
 
@@ -26,7 +26,7 @@ WARM_UP_STEPS = 20
 # So long the started heads stay as they are, while all else learns to read what they find.
 HOLD_TOKENS = 120_000
 # The rate falls from half of this number on and would reach zero at it, a little after the last stage.
-SCHEDULE_TOKENS = 4_600_000
+SCHEDULE_TOKENS = 3_600_000
 EVALUATION_SEED = 10_000
 LENGTHS_TESTED = (1024, 2048, 4096, 8192)
 GLANCE_TOKENS = 50_000
@@ -44,10 +44,10 @@ class Stage(NamedTuple):
 
 STAGES = (
     Stage(128, 600_000, 0.0, 0.0, 1.0),
-    Stage(512, 1_600_000, 0.3, 0.5, 1.0),
-    Stage(1024, 1_000_000, 0.65, 0.5, 0.8),
-    Stage(2048, 700_000, 0.65, 0.5, 0.8),
-    Stage(4096, 450_000, 0.65, 0.5, 0.8),
+    Stage(512, 900_000, 0.3, 0.5, 1.0),
+    Stage(1024, 900_000, 0.65, 0.5, 0.8),
+    Stage(2048, 600_000, 0.65, 0.5, 0.8),
+    Stage(4096, 400_000, 0.65, 0.5, 0.8),
 )
 # Two hops and numbered values take the longest to form.
 MIX = {"needle": 0.15, "values": 0.25, "trace": 0.35, "copy": 0.15, "aggregate": 0.1}
@@ -91,7 +91,7 @@ def glance(model, length: int) -> dict[str, float]:
 
 
 def train(arch: str, seed: int, stages: tuple[Stage, ...], folder: Path | None = None):
-    """A model trained through all `stages`.
+    """A model trained through all `stages`, and the minutes that took.
 
     With a `folder`, the state after each stage is kept there as `stage<number>.safetensors`, and a later call goes on
     after the last one it finds. Each stage draws its own text, and momentum starts anew with each stage, so a run that
@@ -100,21 +100,16 @@ def train(arch: str, seed: int, stages: tuple[Stage, ...], folder: Path | None =
     model = build_model(arch, seed)
     finished = [number for number in range(len(stages)) if folder and state_file(folder, number).is_file()]
     first = 1 + max(finished, default=-1)
-    if first:
-        model.load_state_dict(load_file(state_file(folder, first - 1)))
+    minutes = load_state(model, state_file(folder, first - 1)) if first else 0.0
     done = sum(stage.tokens for stage in stages[:first])
     for number, stage in enumerate(stages[first:], first):
+        began = time.time()
         run_stage(model, stage, random.Random(f"train-{seed}-{number}"), done)
         done += stage.tokens
+        minutes += (time.time() - began) / 60
         if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(model.state_dict(), state_file(folder, number))
-    return model.eval()
-
-
-def state_file(folder: Path, number: int) -> Path:
-    """Where the weights after stage `number` are kept."""
-    return folder / f"stage{number}.safetensors"
+            save_state(model, state_file(folder, number), minutes)
+    return model.eval(), minutes
 
 
 def run_stage(model, stage: Stage, rng: random.Random, done: int) -> None:
@@ -162,9 +157,7 @@ def main(
     """Train a pocket model and save it with an accuracy table."""
     # More threads only wait for each other in matrices this small.
     torch.set_num_threads(1)
-    began = time.time()
-    model = train(arch, seed, STAGES, stages)
-    minutes = (time.time() - began) / 60
+    model, minutes = train(arch, seed, STAGES, stages)
     tokenizer = build_tokenizer(MAX_POSITIONS)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

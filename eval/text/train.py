@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 import transformers
 import typer
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from scout_hf.eval.pocket.architecture import start
 from scout_hf.eval.pocket.muon import Muon
+from scout_hf.eval.pocket.states import load_state, save_state, state_file
 
 from . import corpus
 from .tokenizer import VOCABULARY, build_tokenizer
@@ -75,26 +75,26 @@ def stream_of(tokenizer: PreTrainedTokenizerBase, texts: list[str], rng: random.
 
 def train(
     model: PreTrainedModel, stream: torch.Tensor, stages: tuple[Stage, ...], seed: int, folder: Path | None = None
-) -> PreTrainedModel:
-    """Train `model` in place on random windows of `stream` (tokens,) through all `stages`; returns it in eval mode.
+) -> float:
+    """Train `model` in place on random windows of `stream` (tokens,) through all `stages`; returns the minutes it took.
 
     With a `folder`, the state after each stage is kept there, and a later call goes on after the last one it finds.
     """
     finished = [number for number in range(len(stages)) if folder and state_file(folder, number).is_file()]
     first = 1 + max(finished, default=-1)
-    if first:
-        model.load_state_dict(load_file(state_file(folder, first - 1)))
+    minutes = load_state(model, state_file(folder, first - 1)) if first else 0.0
     total = sum(stage.tokens for stage in stages)
     done = sum(stage.tokens for stage in stages[:first])
     for number, stage in enumerate(stages[first:], first):
         if stage.length >= len(stream):
             raise ValueError(f"windows of {stage.length} tokens do not fit a text of {len(stream)}")
+        began = time.time()
         run_stage(model, stream, stage, random.Random(f"text-{seed}-{number}"), done, total)
         done += stage.tokens
+        minutes += (time.time() - began) / 60
         if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(model.state_dict(), state_file(folder, number))
-    return model.eval()
+            save_state(model, state_file(folder, number), minutes)
+    return minutes
 
 
 def run_stage(
@@ -128,11 +128,6 @@ def run_stage(
     bar.close()
 
 
-def state_file(folder: Path, number: int) -> Path:
-    """Where the weights after stage `number` are kept."""
-    return folder / f"stage{number}.safetensors"
-
-
 @torch.inference_mode()
 def perplexity_by_context(
     model: PreTrainedModel, stream: torch.Tensor, contexts: tuple[int, ...], windows: int
@@ -157,13 +152,12 @@ def main(
     """Train the text model on this Python's standard library and save it as bfloat16 with its perplexities."""
     # More threads only wait for each other in matrices this small.
     torch.set_num_threads(1)
-    began = time.time()
     texts = corpus.training_files()
     tokenizer = build_tokenizer(texts)
     stream = stream_of(tokenizer, texts, random.Random(f"text-{seed}"))
-    model = train(build_model(tokenizer.eos_token_id, seed), stream, STAGES, seed, stages)
-    minutes = (time.time() - began) / 60
-    model.bfloat16().save_pretrained(out)
+    model = build_model(tokenizer.eos_token_id, seed)
+    minutes = train(model, stream, STAGES, seed, stages)
+    model.eval().bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
     # Measured as it is loaded again: the values that bfloat16 kept, computed in float32.
     held_out = stream_of(tokenizer, list(corpus.held_out_files(seed)), random.Random(seed))
