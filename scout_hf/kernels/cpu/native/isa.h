@@ -18,7 +18,7 @@ struct scout_chunk {
   float *max, *sum;              // result [group]
 };
 
-// The best token of every block for up to SCOUT_SIGN_HEADS query heads, by sign codes; see scout_cpu.h for their form.
+// The attention mass of every block for up to SCOUT_SIGN_HEADS query heads, by sign codes; see scout_cpu.h for their form.
 enum { SCOUT_SIGN_HEADS = 4 };
 struct scout_signs {
   const uint8_t* codes;
@@ -28,7 +28,9 @@ struct scout_signs {
   int heads;
   const uint8_t* tables;         // [heads][2 * rows][16], what each sign pattern of four dimensions adds, 0 to 254
   const int* offsets;            // [heads], to be taken from the sum of all that a token gets from the tables
-  float* out;                    // result [heads][out_stride]: max over tokens of scale * (sum - offset), exact
+  const float* worth;            // [heads], of one unit of the tables
+  const float* reference;        // [heads], what powers are taken from
+  float* out;                    // result [heads][out_stride]: sum of 2^(scale * (sum - offset) * worth - reference)
   int64_t out_stride;
 };
 

@@ -27,6 +27,7 @@ inline vb average(vb a, vb b) { return (vb)_mm256_avg_epu8((__m256i)a, (__m256i)
 inline vw zip_low(vw a, vw b) { return (vw)_mm256_unpacklo_epi16((__m256i)a, (__m256i)b); }
 inline vw zip_high(vw a, vw b) { return (vw)_mm256_unpackhi_epi16((__m256i)a, (__m256i)b); }
 inline vf larger(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+inline vf smaller(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
 // 32 / R bytes of each of R blocks.
 template <int R>
 inline vb side_by_side(const uint8_t* const* blocks, int64_t at) {

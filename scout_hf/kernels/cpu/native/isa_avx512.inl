@@ -29,6 +29,7 @@ inline vb average(vb a, vb b) { return (vb)_mm512_avg_epu8((__m512i)a, (__m512i)
 inline vw zip_low(vw a, vw b) { return (vw)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b); }
 inline vw zip_high(vw a, vw b) { return (vw)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b); }
 inline vf larger(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+inline vf smaller(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
 
 // 64 / R bytes of each of R blocks.
 template <int R>

@@ -35,6 +35,7 @@ inline vb side_by_side(const uint8_t* const* blocks, int64_t at) {
   return (vb)vld1q_u8(blocks[0] + at);
 }
 inline vf larger(vf a, vf b) { return (vf)vmaxq_f32((float32x4_t)a, (float32x4_t)b); }
+inline vf smaller(vf a, vf b) { return (vf)vminq_f32((float32x4_t)a, (float32x4_t)b); }
 }  // namespace
 
 #include "tile.inl"

@@ -26,8 +26,8 @@ enum { SCOUT_F32 = 0, SCOUT_F16 = 1, SCOUT_BF16 = 2, SCOUT_I8 = 3 };
 // MINMAX: digests of 2 * head_dim numbers, the channel-wise maxima and minima; an upper bound of q.k.
 // SIGN: digests of block_size * (head_dim / 8 + 1) bytes. First [head_dim / 8][block_size]: bit i of byte (j, t) says
 // that dimension 8 j + i of token t is not negative. Then a scale per token, byte u being the float of the bits
-// (u << 19) + (120 << 23). The score is the maximum over tokens of scale * (sum of q over dimensions with their signs),
-// with q rounded to some 1 / 127 of the largest four of its dimensions.
+// (u << 19) + (120 << 23). The score is the logarithm of the sum over tokens of 2 to the power of scale * (sum of q over
+// dimensions with their signs), to some 0.1, with q rounded to some 1 / 127 of the largest four of its dimensions.
 // DOTS: `query` is one vector of weights per KV head, of head_dim numbers; digests are one or several such vectors,
 // and the best product counts. DOTS4: the same with whole numbers of four bits, the lower half of a byte first.
 enum { SCOUT_MINMAX = 0, SCOUT_SIGN = 1, SCOUT_DOTS = 2, SCOUT_DOTS4 = 3 };

@@ -1,4 +1,4 @@
-// The best token of every block by sign codes, for one instruction set: included after tile.inl by every isa_*.cpp that
+// The attention mass of every block by sign codes, for one instruction set: included after tile.inl by every isa_*.cpp that
 // has table shuffles.
 //
 // A table of 16 bytes per query head and four dimensions says what each pattern of four signs adds to a token's sum. All
@@ -10,7 +10,7 @@ namespace {
 
 constexpr int VB = 4 * W;         // bytes of a vector
 constexpr int AT_ONCE = 4;        // rows of signs, that is 8 lookups, per mean
-constexpr int BATCH = 4;          // vectors of tokens whose maxima are looked for together
+constexpr int BATCH = 4;          // vectors of tokens whose lanes are added up together
 static_assert(SCOUT_MAX_HEAD_DIM / 8 / AT_ONCE * 12 < 256, "an excess must fit a byte");
 
 bool signs_fit(int block_size) { return block_size % VB == 0 || (block_size >= 16 && VB % block_size == 0); }
@@ -75,44 +75,51 @@ inline void as_scales(vb bytes, vf* scales) {
   scales[3] = (vf)zip_high(none, odd);
 }
 
-// Of each four tokens the best, by exact numbers: a sum has 16 bits, a scale 5.
-inline vf best_of(vw modulo, vw means, vw odd_means, const vf* scales, int offset) {
+// 2 to the power of x / 2^23 - 127, with straight lines between whole powers: the number whose bits are x.
+inline vf power(vf x) {
+  const vf low = splat(0x1p23f), high = splat(253 * 0x1p23f);
+  return (vf)__builtin_convertvector(smaller(larger(x, low), high), vi);
+}
+
+// Of each four tokens the sum of 2^(scale * (sum - offset) * worth - reference).
+inline vf mass_of(vw modulo, vw means, vw odd_means, const vf* scales, int offset, float worth, float reference) {
   const vw even = (means - (odd_means << 8)) << 3, odd = odd_means << 3;
   const vw even_sum = even - ((even - modulo) & 0xff), odd_sum = odd - ((odd - (modulo >> 8)) & 0xff);
   const vw exponent = vw{} + 0x4b00;  // of 2^23, whose last bit is worth 1
   const vf base = splat(0x1p23f + (float)offset);
-  const vf a = ((vf)zip_low(even_sum, exponent) - base) * scales[0];
-  const vf b = ((vf)zip_high(even_sum, exponent) - base) * scales[1];
-  const vf c = ((vf)zip_low(odd_sum, exponent) - base) * scales[2];
-  const vf d = ((vf)zip_high(odd_sum, exponent) - base) * scales[3];
-  return larger(larger(a, b), larger(c, d));
+  const vf bits = splat(worth * 0x1p23f), one = splat((127 - reference) * 0x1p23f);
+  const vf a = power((((vf)zip_low(even_sum, exponent) - base) * scales[0]) * bits + one);
+  const vf b = power((((vf)zip_high(even_sum, exponent) - base) * scales[1]) * bits + one);
+  const vf c = power((((vf)zip_low(odd_sum, exponent) - base) * scales[2]) * bits + one);
+  const vf d = power((((vf)zip_high(odd_sum, exponent) - base) * scales[3]) * bits + one);
+  return (a + b) + (c + d);
 }
 
-// The maximum of every four lanes of four vectors: lanes 4k to 4k + 3 are for lanes 4k to 4k + 3 of the vectors.
-inline vf maxima(const vf* v) {
+// The sum of every four lanes of four vectors: lanes 4k to 4k + 3 are for lanes 4k to 4k + 3 of the vectors.
+inline vf sums_of_four(const vf* v) {
 #if SCOUT_W == 16
-  const vf a = larger(vf(SCOUT_SHUFFLE(v[0], v[1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)),
+  const vf a = (vf(SCOUT_SHUFFLE(v[0], v[1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)) +
                       vf(SCOUT_SHUFFLE(v[0], v[1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)));
-  const vf b = larger(vf(SCOUT_SHUFFLE(v[2], v[3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)),
+  const vf b = (vf(SCOUT_SHUFFLE(v[2], v[3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)) +
                       vf(SCOUT_SHUFFLE(v[2], v[3], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)));
-  return larger(vf(SCOUT_SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)),
+  return (vf(SCOUT_SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)) +
                 vf(SCOUT_SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)));
 #elif SCOUT_W == 8
-  const vf a = larger(vf(SCOUT_SHUFFLE(v[0], v[1], 0, 8, 1, 9, 4, 12, 5, 13)),
+  const vf a = (vf(SCOUT_SHUFFLE(v[0], v[1], 0, 8, 1, 9, 4, 12, 5, 13)) +
                       vf(SCOUT_SHUFFLE(v[0], v[1], 2, 10, 3, 11, 6, 14, 7, 15)));
-  const vf b = larger(vf(SCOUT_SHUFFLE(v[2], v[3], 0, 8, 1, 9, 4, 12, 5, 13)),
+  const vf b = (vf(SCOUT_SHUFFLE(v[2], v[3], 0, 8, 1, 9, 4, 12, 5, 13)) +
                       vf(SCOUT_SHUFFLE(v[2], v[3], 2, 10, 3, 11, 6, 14, 7, 15)));
-  return larger(vf(SCOUT_SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13)), vf(SCOUT_SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15)));
+  return (vf(SCOUT_SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13)) + vf(SCOUT_SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15)));
 #else
-  const vf a = larger(vf(SCOUT_SHUFFLE(v[0], v[1], 0, 4, 1, 5)), vf(SCOUT_SHUFFLE(v[0], v[1], 2, 6, 3, 7)));
-  const vf b = larger(vf(SCOUT_SHUFFLE(v[2], v[3], 0, 4, 1, 5)), vf(SCOUT_SHUFFLE(v[2], v[3], 2, 6, 3, 7)));
-  return larger(vf(SCOUT_SHUFFLE(a, b, 0, 1, 4, 5)), vf(SCOUT_SHUFFLE(a, b, 2, 3, 6, 7)));
+  const vf a = (vf(SCOUT_SHUFFLE(v[0], v[1], 0, 4, 1, 5)) + vf(SCOUT_SHUFFLE(v[0], v[1], 2, 6, 3, 7)));
+  const vf b = (vf(SCOUT_SHUFFLE(v[2], v[3], 0, 4, 1, 5)) + vf(SCOUT_SHUFFLE(v[2], v[3], 2, 6, 3, 7)));
+  return (vf(SCOUT_SHUFFLE(a, b, 0, 1, 4, 5)) + vf(SCOUT_SHUFFLE(a, b, 2, 3, 6, 7)));
 #endif
 }
 
 // R blocks lie side by side in every vector; R 1: a block takes one or several.
 template <int H, int R>
-void best_tokens(const scout_signs& s, int h0) {
+void masses(const scout_signs& s, int h0) {
   vb tables[SCOUT_MAX_HEAD_DIM / 4 * H];
   for (int i = 0; i < 2 * s.rows; i++)
     for (int h = 0; h < H; h++) {
@@ -121,7 +128,7 @@ void best_tokens(const scout_signs& s, int h0) {
     }
   const int64_t last = s.blocks - 1, signs_bytes = (int64_t)s.rows * s.block_size;
   for (int64_t block = 0; block < s.blocks; block += BATCH * R) {
-    vf most[H][BATCH];
+    vf mass[H][BATCH];
     for (int i = 0; i < BATCH; i++) {
       const uint8_t* blocks[R];
       for (int r = 0; r < R; r++) {
@@ -135,48 +142,46 @@ void best_tokens(const scout_signs& s, int h0) {
         as_scales(side_by_side<R>(blocks, signs_bytes), scales);
 #pragma GCC unroll 4
         for (int h = 0; h < H; h++) {
-          const vf best = best_of((vw)sums.modulo[h], sums.means[h], sums.odd_means[h], scales, s.offsets[h0 + h]);
-          most[h][i] = first ? larger(most[h][i], best) : best;
+          const vf part = mass_of((vw)sums.modulo[h], sums.means[h], sums.odd_means[h], scales, s.offsets[h0 + h],
+                                  s.worth[h0 + h], s.reference[h0 + h]);
+          mass[h][i] = first ? mass[h][i] + part : part;
         }
         blocks[0] += VB;
       }
     }
     for (int h = 0; h < H; h++) {
       float lanes[W];
-      store(lanes, maxima(most[h]));
+      store(lanes, sums_of_four(mass[h]));
       float* out = s.out + (h0 + h) * s.out_stride + block;
       for (int i = 0; i < BATCH; i++)
         for (int r = 0; r < R && block + i * R + r <= last; r++) {
           constexpr int EACH = W / 4 / R;
-          float best = lanes[r * EACH * 4 + i];
-          for (int k = 1; k < EACH; k++) {
-            const float other = lanes[(r * EACH + k) * 4 + i];
-            best = other > best ? other : best;
-          }
-          out[i * R + r] = best;
+          float sum = lanes[r * EACH * 4 + i];
+          for (int k = 1; k < EACH; k++) sum += lanes[(r * EACH + k) * 4 + i];
+          out[i * R + r] = sum;
         }
     }
   }
 }
 
 template <int R>
-void best_tokens_of(const scout_signs& s) {
+void masses_of(const scout_signs& s) {
   int h = 0;
-  for (; h + SCOUT_SIGN_GROUP <= s.heads; h += SCOUT_SIGN_GROUP) best_tokens<SCOUT_SIGN_GROUP, R>(s, h);
+  for (; h + SCOUT_SIGN_GROUP <= s.heads; h += SCOUT_SIGN_GROUP) masses<SCOUT_SIGN_GROUP, R>(s, h);
 #if SCOUT_SIGN_GROUP >= 4
-  if (s.heads - h == 3) return best_tokens<3, R>(s, h);
-  if (s.heads - h == 2) return best_tokens<2, R>(s, h);
+  if (s.heads - h == 3) return masses<3, R>(s, h);
+  if (s.heads - h == 2) return masses<2, R>(s, h);
 #endif
-  if (s.heads - h == 1) best_tokens<1, R>(s, h);
+  if (s.heads - h == 1) masses<1, R>(s, h);
 }
 
 void signs(const scout_signs* s) {
-  if (s->block_size >= VB) return best_tokens_of<1>(*s);
+  if (s->block_size >= VB) return masses_of<1>(*s);
 #if SCOUT_W == 16
-  if (s->block_size == 16) return best_tokens_of<4>(*s);
+  if (s->block_size == 16) return masses_of<4>(*s);
 #endif
 #if SCOUT_W > 4
-  best_tokens_of<2>(*s);
+  masses_of<2>(*s);
 #endif
 }
 

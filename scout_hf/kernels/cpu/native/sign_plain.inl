@@ -1,4 +1,4 @@
-// The best token of every block by sign codes, for processors without table shuffles.
+// The attention mass of every block by sign codes, for processors without table shuffles.
 namespace {
 
 bool signs_fit(int) { return true; }
@@ -18,15 +18,19 @@ void signs(const scout_signs* s) {
         for (int t = 0; t < s->block_size; t++) sums[t] = (uint16_t)(sums[t] + tables[row][code[t]]);
       }
       code += s->block_size;
-      float best = NEGATIVE_INFINITY;
+      float mass = 0.0f;
       for (int t = 0; t < s->block_size; t++) {
         const uint32_t bits = ((uint32_t)code[t] << 19) + (120u << 23);
         float scale;
         __builtin_memcpy(&scale, &bits, sizeof scale);
-        const float score = (float)(sums[t] - s->offsets[h]) * scale;
-        best = score > best ? score : best;
+        float x = (float)(sums[t] - s->offsets[h]) * scale * (s->worth[h] * 0x1p23f) + (127 - s->reference[h]) * 0x1p23f;
+        x = x > 0x1p23f ? x : 0x1p23f;
+        const int32_t power_bits = (int32_t)(x < 253 * 0x1p23f ? x : 253 * 0x1p23f);
+        float power;
+        __builtin_memcpy(&power, &power_bits, sizeof power);
+        mass += power;
       }
-      s->out[h * s->out_stride + block] = best;
+      s->out[h * s->out_stride + block] = mass;
     }
   }
 }

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int BLOCKS_AT_ONCE = 512;  // their codes stay in the second cache level while heads take turns
 constexpr int MOST_HEADS = 16;
+constexpr float FARTHEST = 1e5f;
 constexpr int MOST = 127;            // a table holds -MOST to MOST, moved up by what makes its smallest number 0
 
 typedef float vf __attribute__((vector_size(16)));
@@ -50,12 +51,33 @@ float make_tables(const float* query, int dims, uint8_t* entries, int* offset) {
   return peak / MOST;
 }
 
+// With straight lines between whole powers, as the masses are made: exact where one token is all that counts.
+inline float log_2(float mass) {
+  int32_t bits;
+  memcpy(&bits, &mass, sizeof bits);
+  return (float)bits * 0x1p-23f - 127;
+}
+
+// Where masses reach the end of what floats hold, further down with the powers: true if they must be taken anew.
+bool raise_references(const float* mass, int count, int heads, float* reference) {
+  bool again = false;
+  for (int i = 0; i < heads; i++, mass += BLOCKS_AT_ONCE) {
+    float most = 0;
+    for (int b = 0; b < count; b++) most = std::max(most, mass[b]);
+    if (most < 0x1p125f || reference[i] > FARTHEST) continue;
+    reference[i] += 200;
+    again = true;
+  }
+  return again;
+}
+
 }  // namespace
 
 void scout_add_sign_scores(const scout_isa* isa, const uint8_t* codes, int64_t code_bytes, int64_t blocks,
                            int block_size, int dims, const float* query, int heads, float* scores) {
   uint8_t tables[MOST_HEADS * SCOUT_MAX_HEAD_DIM * 4];
-  float worth[MOST_HEADS], best[SCOUT_SIGN_HEADS * BLOCKS_AT_ONCE];
+  float worth[MOST_HEADS], mass[SCOUT_SIGN_HEADS * BLOCKS_AT_ONCE];
+  float reference[MOST_HEADS] = {};
   int offsets[MOST_HEADS];
   for (int h = 0; h < heads; h++)
     worth[h] = make_tables(query + h * dims, dims, tables + h * dims * 4, &offsets[h]);
@@ -65,11 +87,14 @@ void scout_add_sign_scores(const scout_isa* isa, const uint8_t* codes, int64_t c
       scout_signs part = {};
       part.codes = codes + first * code_bytes, part.code_bytes = code_bytes, part.blocks = count;
       part.block_size = block_size, part.rows = dims / 8, part.heads = std::min(heads - h, (int)SCOUT_SIGN_HEADS);
-      part.tables = tables + h * dims * 4, part.offsets = offsets + h;
-      part.out = best, part.out_stride = BLOCKS_AT_ONCE;
-      isa->signs(&part);
+      part.tables = tables + h * dims * 4, part.offsets = offsets + h, part.worth = worth + h, part.reference = reference + h;
+      part.out = mass, part.out_stride = BLOCKS_AT_ONCE;
+      do
+        isa->signs(&part);
+      while (raise_references(mass, count, part.heads, reference + h));
       for (int i = 0; i < part.heads; i++)
-        for (int b = 0; b < count; b++) scores[first + b] += best[i * BLOCKS_AT_ONCE + b] * worth[h + i];
+        for (int b = 0; b < count; b++)
+          scores[first + b] += log_2(mass[i * BLOCKS_AT_ONCE + b]) + reference[h + i] + 0 * worth[h + i];
     }
   }
 }
