@@ -29,6 +29,7 @@ from tests.integration.common import (
     run,
 )
 from tests.integration.test_failures import delayed_jobs, delayed_submit, spoiled_buffers, spoiled_pages
+from tests.integration.test_sparse import decode_after_holes
 from tests.libraries import ISAS
 from tests.patches.tiny import missing, tiny_model
 
@@ -221,6 +222,19 @@ def test_the_truth_with_soft_caps_and_learnt_sinks_and_without_groups(monkeypatc
         for name in ("mass", "output_error", "selection_error"):
             expected = reference.mean(layer.layer, name)
             assert getattr(layer.fidelity, name) == pytest.approx(expected, rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("backend", WAYS)
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_truth_with_padding_inside_rows_and_at_their_end(monkeypatch, split, backend):
+    """Padding among the newest tokens, which no block holds yet, must not count as context."""
+    reference, model = Reference(monkeypatch), spiky()
+    with scout_hf.patch(model, **SPLITS[split], cpu_backend=backend, monitor=1.0) as handle:
+        decode_after_holes(model, handle.new_cache())
+    for layer in handle.stats().layers:
+        for name in ("mass", "output_error", "selection_error", "block_recall"):
+            expected = reference.mean(layer.layer, name)
+            assert getattr(layer.fidelity, name) == pytest.approx(expected, rel=1e-4, abs=1e-3), name
 
 
 @pytest.mark.parametrize("split", SPLITS)
