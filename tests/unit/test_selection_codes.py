@@ -273,8 +273,7 @@ def test_a_selector_lists_the_best_blocks(name, backend):
     selector, store, keys = filled_selector(name, 800, 3, size=16)
     step = make_step(800, None, make_backend(backend))
     query = torch.randn(2, 4, 1, 16, generator=torch.Generator().manual_seed(0))
-    ids, counts = selector.lists(step, query, store, 40)
-    assert counts is None or bool((counts == 4 + 10 - (10 - ids.shape[2] + 4)).all())
+    ids, _ = selector.lists(step, query, store, 40)
     scores = selector.digest.score(query, selector.table.codes(40))
     chosen = scores.gather(2, ids[:, :, :-10].long())
     # Native powers are made of straight lines: of nearly equal blocks, another one may be taken.
