@@ -93,9 +93,10 @@ class TestBothWheels:
         tops = {name.split("/")[0] for name in names_in(built)}
         assert tops - {"scout_hf"} == {name for name in tops if name.endswith(".dist-info")}
 
-    def test_the_pocket_model_is_inside(self, built):
-        assert "scout_hf/eval/pocket/weights/llama/model.safetensors" in names_in(built)
-        assert "scout_hf/eval/pocket/weights/llama/tokenizer.json" in names_in(built)
+    @pytest.mark.parametrize("folder", ["pocket/weights/llama", "pocket/weights/qwen3", "text/weights"])
+    def test_the_trained_models_are_inside(self, built, folder):
+        files = ("model.safetensors", "config.json", "tokenizer.json", "training.json")
+        assert {f"scout_hf/eval/{folder}/{file}" for file in files} <= {*names_in(built)}
 
     def test_every_module_of_the_checkout_is_inside(self, built):
         homes = {"scout_hf": "scout_hf", "eval": "scout_hf/eval", "patches": "scout_hf/patches"}
