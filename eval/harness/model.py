@@ -149,7 +149,9 @@ class ScoutLM(HFLM):
         with (
             measured(self.model, self._tally),
             self._autocast(),
-            tqdm(total=decode_steps(pairs), disable=quiet, unit="token", desc="Decoding continuations") as bar,
+            tqdm(
+                total=decode_steps(pairs), disable=quiet, unit="token", mininterval=0.5, desc="Decoding continuations"
+            ) as bar,
         ):
             scores = [tuple(score) for score in score_pairs(self.model, pairs, self._new_cache, batch_size, bar.update)]
         for (key, _, _), score in zip(cut, scores):
@@ -216,6 +218,8 @@ def _take_settings(options: dict[str, Any]) -> ScoutConfig:
         if close := difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.8):
             raise ConfigError(f"model argument {name!r} is unknown; {close[0]!r} is a setting of ScoutConfig")
     given = {name: options.pop(name) for name in SETTINGS if name in options}
+    # lm-eval's command line takes None for itself and none for a word.
+    given = {name: None if value == "none" else value for name, value in given.items()}
     if isinstance(profile := given.get("recall"), str):
         if not Path(profile).is_file():
             raise ConfigError(f"recall={profile!r}: there is no such file; give a saved recall profile, or a number")

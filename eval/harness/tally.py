@@ -65,12 +65,15 @@ class Tally:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
+        speed, share = self.tokens_per_second, self.attended_share
         return {
-            **{name: getattr(self, name) for name in ("prefill_tokens", "decode_tokens")},
-            **{name: round(getattr(self, name), 4) for name in ("prefill_seconds", "decode_seconds")},
-            "tokens_per_second": self.tokens_per_second,
+            "prefill_tokens": self.prefill_tokens,
+            "decode_tokens": self.decode_tokens,
+            "prefill_seconds": round(self.prefill_seconds, 4),
+            "decode_seconds": round(self.decode_seconds, 4),
+            "tokens_per_second": speed and round(speed, 2),
             "kv_bytes": self.kv_bytes,
-            "attended_share": self.attended_share,
+            "attended_share": share and round(share, 5),
         }
 
 
