@@ -418,6 +418,16 @@ def test_decoding_cropping_and_forking_wait_for_no_sample(split, backend):
         assert torch.equal(logits(one), logits(other))
 
 
+def test_tallies_that_start_anew_know_nothing_of_samples_taken_before():
+    model = spiky()
+    with scout_hf.patch(model, **ONE_SPARSE, monitor=0.5) as handle:
+        with held_up(handle):
+            run(model, prompt(), new=3)
+            assert handle._monitor._pending
+            handle.reset_stats()
+        assert handle.stats().fidelity is None
+
+
 def test_samples_of_a_pass_that_failed_do_no_harm(monkeypatch):
     model = spiky()
     with scout_hf.patch(model, **LOSSY, monitor=0.5) as handle:
