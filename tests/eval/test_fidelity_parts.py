@@ -145,15 +145,24 @@ class TestMemo:
             self.read(llama(), prompt(tokens=91), budget=None)
         assert memo.hits == 0 and memo.misses == 16
 
+    def test_other_values_alone_are_another_prompt(self):
+        model, ids, memo = llama(), prompt(tokens=40), AttentionMemo()
+        with memo.active(), torch.no_grad():
+            model(ids)
+            for layer in model.model.layers:
+                layer.self_attn.v_proj.weight.mul_(2)
+            again = model(ids).logits
+        assert memo.hits == 0 and torch.equal(again, model(ids).logits)
+
     def test_a_caller_may_change_what_it_got(self):
         model, ids, memo = llama(), prompt(tokens=40), AttentionMemo()
         hook = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda module, args: args[0].add_(1.0))
         with torch.no_grad():
             wanted = model(ids).logits
             with memo.active():
-                assert torch.equal(model(ids).logits, wanted) and torch.equal(model(ids).logits, wanted)
+                assert all(torch.equal(model(ids).logits, wanted) for _ in range(3))
         hook.remove()
-        assert memo.hits == 4
+        assert memo.hits == 8
 
     def test_padding_goes_past_it(self):
         model, ids, memo = llama(), prompt(rows=2, tokens=40), AttentionMemo()

@@ -12,7 +12,9 @@ import psutil
 import pytest
 import torch
 
+import scout_hf.eval.fidelity.measure as measuring
 import scout_hf.eval.fidelity.run as running
+from scout_hf.eval.fidelity.asking import answers
 from scout_hf.eval.fidelity.cells import Cell
 from scout_hf.eval.fidelity.grid import weight
 from scout_hf.eval.fidelity.journal import Journal
@@ -83,6 +85,17 @@ class TestMeasured:
         result = measure(cell, dataclasses.replace(EFFORT, seed=7))
         # Only prompts go through dense attention, each once, whatever it is read for.
         assert set(queries) == {640} and result["attended_share"] < 0.4
+
+    def test_only_whole_answers_count(self, monkeypatch):
+        def almost(*given):
+            found = answers(*given)
+            for number, one in enumerate(found.ids):
+                one[number % len(one)] += 1
+            return found
+
+        assert measure(CELLS[0], EFFORT)["right"].count("1") >= 3
+        monkeypatch.setattr(measuring, "answers", almost)
+        assert measure(CELLS[0], EFFORT)["right"] == "0" * EFFORT.questions
 
     def test_another_seed_asks_something_else(self, weights, tmp_path):
         other = dataclasses.replace(EFFORT, seed=1)
