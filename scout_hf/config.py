@@ -37,7 +37,7 @@ class ScoutConfig:
         Most recent tokens that are always attended, rounded up to whole blocks (plus the block being filled).
     dense_layers : int or tuple of int, default ()
         Layers that attend to everything: the first n, or the listed indices.
-    digest : str, default "minmax"
+    digest : str, default "auto"
         What represents a block during selection. ``minmax``: the paper's, bounds per channel. ``minmax-int8``: the same
         in half the bytes. ``minmax-sub``: bounds per 8 tokens in 4 bits. ``sign``: one bit per channel and token, close
         to the true attention mass. ``auto``: ``sign`` where native code scores it and the budget is below half of the
@@ -82,7 +82,7 @@ class ScoutConfig:
     sinks: int = 4
     window: int = 32
     dense_layers: int | tuple[int, ...] = ()
-    digest: str = "minmax"
+    digest: str = "auto"
     split: str = "auto"
     layer_ahead: bool = True
     cpu_query: str = "predicted"

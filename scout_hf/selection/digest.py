@@ -14,7 +14,8 @@ class Digest(ABC):
 
     One object serves one layer of one cache. A subclass sets ``name`` and is registered with :func:`register_digest`.
     ``native`` names the way in which native code scores these codes, where there is one. A digest that needs constants
-    per KV head takes them in ``fit``; codes made before another ``fit`` are void.
+    takes them in ``fit``, for every row and KV head its own, so that a row is coded as if it were alone; codes made
+    before another ``fit`` are void.
     """
 
     name: str = ""
@@ -29,11 +30,14 @@ class Digest(ABC):
     def fit(
         self, keys: torch.Tensor, exists: torch.Tensor | None, query_power: torch.Tensor | None, scale: float
     ) -> None:
-        """Take constants per KV head from keys of whole blocks, as ``encode`` gets them.
+        """Take constants from keys of whole blocks, as ``encode`` gets them.
 
-        ``query_power`` (kv_heads, head_dim) of float32 is the mean square of a prompt's queries per channel, over the
-        GQA group; None where no queries were seen. ``scale`` turns q.k into what goes into the softmax.
+        ``query_power`` (batch, kv_heads, head_dim) of float32 is the mean square of a prompt's queries per channel,
+        over the GQA group; None where no queries were seen. ``scale`` turns q.k into what goes into the softmax.
         """
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Make the constants of row ``i`` those that row ``rows[i]`` had."""
 
     @abstractmethod
     def encode(self, keys: torch.Tensor, exists: torch.Tensor | None) -> torch.Tensor:

@@ -31,11 +31,14 @@ class GridMinMax(Digest):
         self, keys: torch.Tensor, exists: torch.Tensor | None, query_power: torch.Tensor | None, scale: float
     ) -> None:
         bounds = MinMax().encode(keys, exists).float().nan_to_num(0.0, 0.0, 0.0)
-        high, low = bounds.transpose(0, 1).flatten(1, 2).chunk(2, dim=-1)
         # Blocks of nothing but padding have zeros for bounds, which widens a grid that does not hold zero.
-        high, low = high.amax(1), low.amin(1)
-        self.middle = ((high + low) / 2)[:, None, :]
-        self.step = ((high - low) * MARGIN / (2**self.bits - 1)).clamp(min=1e-30)[:, None, :]
+        high, low = (half.amax(2, keepdim=True) for half in (bounds, -bounds))
+        high, low = high.chunk(2, dim=-1)[0], -low.chunk(2, dim=-1)[1]
+        self.middle = (high + low) / 2
+        self.step = ((high - low) * MARGIN / (2**self.bits - 1)).clamp(min=1e-30)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        self.middle, self.step = self.middle[rows.to(self.step.device)], self.step[rows.to(self.step.device)]
 
     def encode(self, keys: torch.Tensor, exists: torch.Tensor | None) -> torch.Tensor:
         size = keys.shape[3]
@@ -59,7 +62,7 @@ class GridMinMax(Digest):
 
     def prepare(self, query: torch.Tensor) -> torch.Tensor:
         """Weights of one part's numbers, float32 (batch, kv_heads, 1, 2 * head_dim)."""
-        grouped = query.float().view(query.shape[0], len(self.step), -1, query.shape[-1])
+        grouped = query.float().view(*self.step.shape[:2], -1, query.shape[-1])
         high, low = grouped.clamp(min=0).sum(2, keepdim=True), grouped.clamp(max=0).sum(2, keepdim=True)
         return torch.cat([high * self.step, low * self.step], dim=-1)
 

@@ -55,8 +55,9 @@ class Selector:
         recent = query[:, :, -POWER_QUERIES:].float().square()
         if mask is not None:
             real = mask[:, None, -POWER_QUERIES:, None]
-            recent = recent.masked_fill(~real, 0.0) * (real.numel() / real.sum().clamp(min=1))
-        power = recent.mean((0, 2)).unflatten(0, (kv_heads, -1)).mean(1)
+            share = real.float().mean(2, keepdim=True).clamp(min=1e-6)
+            recent = recent.masked_fill(~real, 0.0) / share
+        power = recent.mean(2).unflatten(1, (kv_heads, -1)).mean(2)
         self._query_power = power if bool(power.isfinite().all()) else None
 
     def extend(
@@ -182,6 +183,10 @@ class Selector:
     def select_rows(self, rows: torch.Tensor) -> None:
         """Make row ``i`` what row ``rows[i]`` was."""
         self.table.select_rows(rows)
+        if self.blocks and self.digest.needs_fit:
+            self.digest.select_rows(rows)
+        if self._query_power is not None:
+            self._query_power = self._query_power[rows.to(self._query_power.device)]
 
     def fork(self) -> Selector:
         """An independent copy."""

@@ -23,8 +23,9 @@ CHUNK_TOKENS, FIT_TOKENS = 4096, 4096
 # The error of one bit per channel has 0.57 of the variance of q.k where keys have no structure, so the best guess of a
 # product is 1 / 1.57 of its unbiased estimate there, and more where they have some.
 SHRINKAGE = 0.7
-# A channel that hardly moved while constants were taken may move later; it may not outweigh all others then.
-SMALLEST_SPREAD = 0.01
+# A channel that hardly moved, or was hardly asked for, while constants were taken may be later; it may not outweigh all
+# others then. Importance is the product of both, which does not depend on how a model scales its channels.
+CONSTANT, UNIMPORTANT = 1e-4, 0.01
 # The scale's byte: 4 bits of exponent and 4 of mantissa, cut out of a float32 whose typical value is 1.
 EXPONENT_BASE, KEPT_FROM = 120 << 23, 19
 
@@ -50,21 +51,22 @@ class SignCode(Digest):
     ) -> None:
         dim = keys.shape[-1]
         mean, spread = moments(keys, exists)
-        spread = spread.clamp(min=SMALLEST_SPREAD * spread.mean(-1, keepdim=True)).clamp(min=1e-12)
+        spread = _no_less(spread, CONSTANT)
         balance = spread
         if query_power is not None:
-            power = query_power.to(spread.device).sqrt()
-            power = power.clamp(min=SMALLEST_SPREAD * power.mean(-1, keepdim=True)).clamp(min=1e-12)
-            balance = (spread / power).sqrt()
-        rotation = random_rotation(dim).to(spread.device)
-        self.mean = mean[:, None, :]
-        self.into = rotation / balance[:, :, None]
+            power = _no_less(query_power.to(spread.device).sqrt(), CONSTANT)
+            least = UNIMPORTANT * (spread * power).mean(-1, keepdim=True)
+            balance = torch.maximum(spread, least / power)
+            balance = (balance / torch.maximum(power, least / balance)).sqrt()
         # Typical scales of tokens are about 1 in their byte.
-        typical = (spread / balance).square().mean(-1).sqrt()
-        self.unit = 1 / typical[:, None]
-        self.query_into = (
-            rotation * balance[:, :, None] * (typical * scale * SHRINKAGE * math.log2(math.e))[:, None, None]
-        )
+        typical = (spread / balance).square().mean(-1, keepdim=True).sqrt()
+        self.mean, self.divisor = mean, balance * typical
+        self.factor = balance * typical * (scale * SHRINKAGE * math.log2(math.e))
+        self.rotation = random_rotation(dim).to(spread.device)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        rows = rows.to(self.mean.device)
+        self.mean, self.divisor, self.factor = self.mean[rows], self.divisor[rows], self.factor[rows]
 
     def encode(self, keys: torch.Tensor, exists: torch.Tensor | None) -> torch.Tensor:
         batch, heads, blocks, size, dim = keys.shape
@@ -74,9 +76,8 @@ class SignCode(Digest):
         step = max(1, CHUNK_TOKENS // size)
         for first in range(0, blocks, step):
             part = keys[:, :, first : first + step].flatten(2, 3).float()
-            turned = torch.matmul(part - self.mean, self.into)
-            norm = turned.abs().sum(-1)
-            scale = turned.square().sum(-1) / norm.clamp(min=1e-30) * self.unit
+            turned = ((part - self.mean[:, :, None]) / self.divisor[:, :, None]) @ self.rotation
+            scale = turned.square().sum(-1) / turned.abs().sum(-1).clamp(min=1e-30)
             into = codes[:, :, first : first + step]
             into[..., : size * (dim // 8)] = _pack(turned >= 0, size)
             into[..., size * (dim // 8) :] = scale_to_byte(scale).unflatten(2, (-1, size))
@@ -84,9 +85,9 @@ class SignCode(Digest):
 
     def prepare(self, query: torch.Tensor) -> torch.Tensor:
         """The query in the space of the codes, float32 of the same shape; products are exponents of base 2."""
-        batch, query_heads, _, dim = query.shape
-        grouped = query.float().view(batch, len(self.query_into), -1, dim)
-        return torch.matmul(grouped, self.query_into).view(batch, query_heads, 1, dim)
+        batch, heads, dim = self.factor.shape
+        grouped = query.float().view(batch, heads, -1, dim) * self.factor[:, :, None]
+        return (grouped @ self.rotation).view(query.shape)
 
     def score(self, query: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         batch, heads, blocks, code = codes.shape
@@ -114,29 +115,36 @@ def random_rotation(dim: int) -> torch.Tensor:
 
 
 def moments(keys: torch.Tensor, exists: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation per KV head and channel, (kv_heads, head_dim) of float32, over real tokens.
+    """Mean and standard deviation of real tokens per row, KV head and channel, (batch, kv_heads, head_dim) of float32.
 
     Of a long text, over some thousand tokens that lie evenly in it.
     """
-    tokens = keys.transpose(0, 1).flatten(1, 3)
-    real = torch.arange(tokens.shape[1], device=keys.device)
-    if exists is not None and bool(exists.any()):
-        real = real[exists.flatten()]
-    # A prompt may have a token that is not finite; it must not make all codes useless.
-    some = tokens[:, real[:: max(1, len(real) // FIT_TOKENS)]].float().nan_to_num(0.0, 0.0, 0.0)
-    spread, mean = torch.std_mean(some, dim=1, correction=0)
+    found = []
+    for row, tokens in enumerate(keys.flatten(2, 3)):
+        real = torch.arange(tokens.shape[1], device=keys.device)
+        if exists is not None and bool(exists[row].any()):
+            real = real[exists[row].flatten()]
+        # A prompt may have a token that is not finite; it must not make all codes useless.
+        some = tokens[:, real[:: max(1, len(real) // FIT_TOKENS)]].float().nan_to_num(0.0, 0.0, 0.0)
+        found.append(torch.std_mean(some, dim=1, correction=0))
+    spread, mean = (torch.stack(part) for part in zip(*found))
     return mean, spread
 
 
 def scale_to_byte(scale: torch.Tensor) -> torch.Tensor:
     """Positive float32 to the nearest of 255 steps of about 3 to 6 %, between 2**-7 and 496, as uint8."""
-    bits = (scale.nan_to_num(0.0).view(torch.int32) + (1 << (KEPT_FROM - 1))) - EXPONENT_BASE
+    bits = (scale.nan_to_num(3e38).view(torch.int32) + (1 << (KEPT_FROM - 1))) - EXPONENT_BASE
     return (bits >> KEPT_FROM).clamp(1, 255).to(torch.uint8)
 
 
 def byte_to_scale(byte: torch.Tensor) -> torch.Tensor:
     """What a byte of :func:`scale_to_byte` stands for, float32."""
     return ((byte.to(torch.int32) << KEPT_FROM) + EXPONENT_BASE).view(torch.float32)
+
+
+def _no_less(sizes: torch.Tensor, share: float) -> torch.Tensor:
+    """Sizes of channels, none below that share of their mean."""
+    return torch.maximum(sizes, share * sizes.mean(-1, keepdim=True)).clamp(min=1e-12)
 
 
 def _pack(positive: torch.Tensor, size: int) -> torch.Tensor:

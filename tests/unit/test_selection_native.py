@@ -76,7 +76,7 @@ def test_digests_from_pages_are_those_of_the_keys(dtype, kind, seed, padding, na
     dice = random.Random(seed)
     store = make_store(dice.randint(SIZE, 120), seed, dtype, kind, native)
     blocks, mask = store.length // SIZE, make_mask(padding, store.length + dice.randint(0, 9), seed)
-    selector = Selector(ScoutConfig(block_size=SIZE), 0, KEYS)
+    selector = Selector(ScoutConfig(digest="minmax", block_size=SIZE), 0, KEYS)
     selector.extend_from(store, dice.randint(0, blocks), mask)
     selector.extend_from(store, dice.randint(0, blocks), mask)
     selector.extend_from(store, blocks, mask)
@@ -96,7 +96,7 @@ def test_digests_from_pages_are_those_of_the_keys(dtype, kind, seed, padding, na
 
 def test_pages_are_digested_where_they_lie(monkeypatch):
     """No copy of the keys is made, unless the store has no native view."""
-    selector, calls = Selector(ScoutConfig(block_size=SIZE), 0, KEYS), []
+    selector, calls = Selector(ScoutConfig(digest="minmax", block_size=SIZE), 0, KEYS), []
     read = PagedKV.read
     monkeypatch.setattr(PagedKV, "read", lambda *args: calls.append(None) or read(*args))
     selector.extend_from(make_store(45, 0), 5, None)
@@ -118,7 +118,7 @@ def test_garbage_in_keys_shows_in_the_digest():
         for hidden in (False, True):
             mask[1, SIZE + place] = not hidden
             for given_mask in (mask, None)[: 1 + (not hidden)]:
-                selector = Selector(ScoutConfig(block_size=SIZE), 0, KEYS)
+                selector = Selector(ScoutConfig(digest="minmax", block_size=SIZE), 0, KEYS)
                 selector.extend_from(store, 3, given_mask)
                 codes = selector.table.codes()
                 wrong = codes.isnan().nonzero().tolist()
@@ -182,7 +182,7 @@ def assert_same_choice(native, expected, store, selector, query, blocks):
 
 def both_lists(store, mask, query, blocks, isa=None, **options):
     """The lists of a native and of a torch step, and the selector that made both."""
-    selector = Selector(ScoutConfig(**{"block_size": SIZE, **options}), 0, KEYS)
+    selector = Selector(ScoutConfig(**{"digest": "minmax", "block_size": SIZE, **options}), 0, KEYS)
     selector.extend_from(store, store.length // SIZE, mask)
     with using_isa(isa or ISAS[-1]):
         native = selector.lists(make_step(store.length, mask, make_backend("native")), query, store, blocks)
@@ -264,7 +264,7 @@ def test_wrong_digests_change_the_lists():
 def test_a_digest_without_a_native_way_goes_through_torch():
     """``native = None``, as digests of one's own have."""
     store, query = make_store(200, 0), torch.randn(BATCH, HEADS, 1, DIM, generator=torch.Generator().manual_seed(0))
-    selector = Selector(ScoutConfig(block_size=SIZE, budget=56), 0, KEYS)
+    selector = Selector(ScoutConfig(digest="minmax", block_size=SIZE, budget=56), 0, KEYS)
     selector.digest = type("Own", (MinMax,), {"native": None})()
     unused = SimpleNamespace(select=None, score=None)
     selector.extend_from(store, 25, None)

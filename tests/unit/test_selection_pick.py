@@ -99,7 +99,7 @@ def step_of(tokens, padding=None):
 
 
 def selector_for(tokens, padding=None, **options):
-    config = ScoutConfig(**{"block_size": SIZE, "window": 0, "sinks": 0, **options})
+    config = ScoutConfig(**{"digest": "minmax", "block_size": SIZE, "window": 0, "sinks": 0, **options})
     selector, step = Selector(config, 0, KEYS), step_of(tokens, padding)
     generator = torch.Generator().manual_seed(tokens)
     blocks = tokens // SIZE
@@ -153,7 +153,7 @@ def test_padding_counts_for_nothing():
 
 @pytest.mark.parametrize("budget", [0.1, 0.2, 0.3, 0.6, 0.7, 0.9])
 def test_a_padded_row_gets_what_it_would_get_alone(budget):
-    selector = Selector(ScoutConfig(block_size=SIZE, window=0, budget=budget), 0, KEYS)
+    selector = Selector(ScoutConfig(digest="minmax", block_size=SIZE, window=0, budget=budget), 0, KEYS)
     for real in range(1, 700):
         alone = selector._count(step_of(real), real // SIZE)
         beside = selector._count(step_of(700, [0, 700 - real]), 700 // SIZE)[1]
