@@ -15,6 +15,8 @@ from typing import Any
 INSTALL = "lm-eval is not installed: pip install 'scout_hf[eval]' brings it, with what the metrics of LongBench need"
 
 if importlib.util.find_spec("lm_eval") is not None:
+    # A registry with anything in it is not filled with lm-eval's own models later.
+    import lm_eval.models  # noqa: F401
     from lm_eval.api.registry import model_registry
 
     if "scout" not in model_registry:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,6 +46,10 @@ def no_traces(monkeypatch, tmp_path):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf" / "datasets")
+        for handler in logging.getLogger("lm_eval").handlers:
+            if type(handler) is logging.StreamHandler:
+                # Made during an earlier test, for what stderr was then.
+                handler.stream = sys.stderr
 
 
 @pytest.fixture(scope="session", autouse=True)
