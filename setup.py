@@ -23,7 +23,7 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16
 OWN_FLAGS = {
     "isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "isa_avx512.cpp": AVX512,
-    "isa_avx512bf16.cpp": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
+    "isa_avx512bf16.cpp": [*AVX512, "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi"],
 }
 
 

@@ -20,7 +20,7 @@ _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf1
 ISA_FLAGS = {
     "isa_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "isa_avx512": _AVX512,
-    "isa_avx512bf16": [*_AVX512, "-mavx512vnni", "-mavx512bf16"],
+    "isa_avx512bf16": [*_AVX512, "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi"],
 }
 
 

@@ -39,6 +39,7 @@ extern "C" int64_t scout_submit_attend(scout_pool* pool, scout_attend_args* args
 namespace {
 
 const double EXACT = 2e-6;  // of attention in float
+const int SCOUT_I4_CODES = -4;  // of check_dots: codes for DOTS4
 const char* const DTYPES[] = {"f32", "f16", "bf16", "int8"};
 
 // -- reports ---------------------------------------------------------------------------------------------------------
@@ -1322,6 +1323,245 @@ void check_select(Random& random) {
   }
 }
 
+// Runs a selection with scores given, by several numbers of threads: always the same, and the lists that scores ask for.
+std::vector<float> scores_of(scout_select_args a, const std::string& text) {
+  const int lists = a.batch * a.kv_heads, sinks = std::min(a.sinks, a.count);
+  a.blocks_stride = std::min(a.count, a.candidates) + a.newest;
+  std::vector<float> scores;
+  for (int threads : {1, 2, 3}) {
+    Bytes blocks(lists * a.blocks_stride * 4), counts(lists * 4), given((int64_t)lists * a.candidates * 4);
+    a.blocks = blocks.as<int32_t>(), a.counts = counts.as<int32_t>(), a.scores = given.as<float>();
+    use_team(threads);
+    const int status = scout_select(&a, threads);
+    if (status != SCOUT_OK) return fail("%s: status %d", text.c_str(), status), std::vector<float>();
+    if (threads == 1) scores.assign(given.as<float>(), given.as<float>() + (int64_t)lists * a.candidates);
+    if (given.size && memcmp(scores.data(), given.at, given.size)) fail("%s: %d threads differ", text.c_str(), threads);
+    for (int list = 0; list < lists; list++) {
+      std::vector<int32_t> order;
+      for (int32_t i = 0; i < a.candidates; i++) order.push_back(i);
+      auto rank = [&](int32_t i) { return i < sinks ? INFINITY : scores[(size_t)(list * a.candidates + i)]; };
+      std::stable_sort(order.begin(), order.end(), [&](int32_t x, int32_t y) { return rank(x) > rank(y); });
+      order.resize((size_t)std::min(a.count, a.candidates));
+      std::sort(order.begin(), order.end());
+      for (int i = 0; i < a.newest; i++) order.push_back(a.candidates + i);
+      if (a.counts[list] != (int)order.size() ||
+          (order.size() && memcmp(order.data(), a.blocks + list * a.blocks_stride, order.size() * 4)))
+        fail("%s: list %d has other blocks than the scores ask for", text.c_str(), list);
+    }
+  }
+  return scores;
+}
+
+scout_select_args some_selection(Random& random, int candidates) {
+  scout_select_args a = {};
+  a.batch = 1 + (int)random.below(2), a.kv_heads = 1 + (int)random.below(2), a.candidates = candidates;
+  a.count = random.pick<int>({0, 1, candidates / 3, candidates, candidates + 2});
+  a.newest = (int)random.below(3), a.sinks = random.pick<int>({0, 0, 2});
+  return a;
+}
+
+Bytes some_query(scout_select_args& a, Random& random, double size) {
+  a.query_dtype = random.pick<int>({SCOUT_F32, SCOUT_F32, SCOUT_BF16});
+  a.query_head = a.head_dim + random.below(3), a.query_row = a.query_heads * a.query_head + random.below(3);
+  const int64_t numbers = (a.batch - 1) * a.query_row + (a.query_heads - 1) * a.query_head + a.head_dim;
+  Bytes query(numbers * bytes_of(a.query_dtype));
+  for (int row = 0; row < a.batch; row++)
+    for (int head = 0; head < a.query_heads; head++)
+      for (int d = 0; d < a.head_dim; d++)
+        put(a.query_dtype, query.at, row * a.query_row + head * a.query_head + d,
+            rounded(a.query_dtype, size * random.normal()));
+  a.query = query.at;
+  return query;
+}
+
+// What the library takes for 2^x and for the logarithm.
+double straight_power(double x) { return ldexp(1 + x - floor(x), (int)floor(x)); }
+double straight_log(double x) {
+  int exponent;
+  const double part = frexp(x, &exponent);
+  return exponent - 1 + (2 * part - 1);
+}
+
+void check_signs(Random& random) {
+  const int block = random.pick<int>({8, 16, 16, 32, 32, 64, 128, 256});
+  const int dim = random.pick<int>({8, 16, 24, 32, 40, 64, 80, 104, 128, 128, 136, 256, 512});
+  const int group = random.pick<int>({1, 2, 3, 4, 5, 6, 7, 8, 16, 17});
+  const int many = block * dim * group <= 16 * 64 * 4 ? random.pick<int>({513, 2051}) : 19;
+  scout_select_args a = some_selection(random, random.pick<int>({0, 1, 2, 3, 4, 7, 8, 9, 15, 17, many}));
+  const int lists = a.batch * a.kv_heads;
+  a.scorer = SCOUT_SIGN, a.code_dtype = SCOUT_I8, a.head_dim = dim, a.block_size = block;
+  a.query_heads = a.kv_heads * group, a.code = block * (dim / 8 + 1);
+  // Of exponents: no more than 120, or far more than floats hold.
+  const bool large = group == 1 && random.chance(30);
+  const double size = random.chance(5) ? 0 : (large ? 100 : 1.5) / sqrt(dim);
+  const Bytes query = some_query(a, random, size);
+  const int64_t room = a.candidates + random.below(3);
+  a.codes_head = room * a.code + random.below(3), a.codes_row = a.kv_heads * a.codes_head + random.below(3);
+  const int64_t last = (a.batch - 1) * a.codes_row + (a.kv_heads - 1) * a.codes_head;
+  Bytes codes(a.candidates ? last + (int64_t)a.candidates * a.code : 0);
+  a.codes = codes.at;
+  for (size_t i = 0; i < codes.size; i++) codes.at[i] = (uint8_t)random.next();
+  auto q = [&](int list, int g, int d) {
+    const int64_t row = list / a.kv_heads, head = list % a.kv_heads * group + g;
+    return get(a.query_dtype, a.query, row * a.query_row + head * a.query_head + d);
+  };
+  auto code_of = [&](int list, int i) {
+    return codes.at + list / a.kv_heads * a.codes_row + list % a.kv_heads * a.codes_head + (int64_t)i * a.code;
+  };
+  for (int list = 0; list < lists; list++)
+    for (int i = 0; i < a.candidates; i++) {
+      uint8_t* code = code_of(list, i);
+      // Scales from 0.5 to 4, or from nearly nothing to 16.
+      for (int t = 0; t < block; t++)
+        code[dim / 8 * block + t] = (uint8_t)(large ? random.below(176) : 96 + random.below(48));
+      // Tokens that all agree with one query, or all disagree, have sums at the ends of their range.
+      const int kind = (int)random.below(6), g = (int)random.below(group);
+      for (int t = 0; t < block && kind < 2; t++)
+        for (int d = 0; d < dim; d++) {
+          uint8_t& byte = code[d / 8 * block + t];
+          byte = (uint8_t)((byte & ~(1 << d % 8)) | ((q(list, g, d) >= 0) == (kind == 0)) << d % 8);
+        }
+    }
+  char text[200];
+  snprintf(text, sizeof text, "block %d dim %d group %d batch %d kv_heads %d candidates %d size %g", block, dim, group,
+           a.batch, a.kv_heads, a.candidates, size);
+  std::vector<double> want((size_t)(lists * a.candidates)), loose = want, most((size_t)lists, -INFINITY);
+  for (int list = 0; list < lists; list++)
+    for (int g = 0; g < group; g++) {
+      double peak = 0;
+      for (int d = 0; d < dim; d += 4) {
+        double all = 0;
+        for (int k = d; k < d + 4; k++) all += fabs(q(list, g, k));
+        peak = std::max(peak, all);
+      }
+      const double unit = peak / 127;
+      for (int i = 0; i < a.candidates; i++) {
+        const uint8_t* code = code_of(list, i);
+        std::vector<double> exponents;
+        double largest = 0;
+        for (int t = 0; t < block; t++) {
+          const int byte = code[dim / 8 * block + t];
+          const double scale = ldexp(16 + byte % 16, byte / 16 - 11);
+          double sum = 0;
+          for (int d = 0; d < dim && unit > 0; d += 4) {
+            double part = 0;
+            for (int k = d; k < d + 4; k++)
+              part += code[k / 8 * block + t] >> k % 8 & 1 ? q(list, g, k) : -q(list, g, k);
+            sum += nearbyint(part / unit);
+          }
+          exponents.push_back(scale * unit * sum), largest = std::max(largest, scale);
+        }
+        const double top = floor(*std::max_element(exponents.begin(), exponents.end()));
+        double mass = 0;
+        for (double x : exponents) mass += straight_power(std::max(x - top, -500.0));
+        const size_t at = (size_t)(list * a.candidates + i);
+        want[at] += straight_log(mass) + top;
+        // Rarely a part lies so near the middle between two numbers that float rounds it the other way.
+        loose[at] += 1.01 * unit * largest + 1e-4 + 1e-6 * fabs(want[at]);
+        most[(size_t)list] = std::max(most[(size_t)list], want[at]);
+      }
+    }
+  for (int isa : isas) {
+    scout_use_isa(isa);
+    const std::vector<float> scores = scores_of(a, text);
+    for (size_t at = 0; at < scores.size(); at++) {
+      const double score = scores[at], top = most[at / (size_t)a.candidates];
+      // Far below the best block of a list all that counts is that it is far below.
+      const bool exact = !large || (top > -30 && want[at] > top - 20);
+      if (!exact && top <= -30) continue;
+      if (exact ? fabs(score - want[at]) <= loose[at] : score <= std::max(top - 19, want[at]) + loose[at]) continue;
+      return fail("%s: list %d, block %d scores %g, not %g", text, (int)at / a.candidates, (int)at % a.candidates,
+                  score, want[at]);
+    }
+  }
+}
+
+void check_dots(Random& random) {
+  const int numbers = random.pick<int>({8, 16, 48, 64, 256, 512}), parts = random.pick<int>({1, 1, 2, 4, 8});
+  const int dtype = random.pick<int>({SCOUT_I8, SCOUT_I8, SCOUT_F32, SCOUT_BF16, SCOUT_F16, SCOUT_I4_CODES});
+  const bool packed = dtype == SCOUT_I4_CODES;
+  scout_select_args a = some_selection(random, random.pick<int>({0, 1, 2, 3, 7, 15, 17, 70, 300}));
+  const int lists = a.batch * a.kv_heads;
+  a.scorer = packed ? SCOUT_DOTS4 : SCOUT_DOTS, a.code_dtype = packed ? (int)SCOUT_I8 : dtype;
+  a.head_dim = numbers, a.query_heads = a.kv_heads, a.code = numbers * parts / (packed ? 2 : 1), a.block_size = 32;
+  const Bytes query = some_query(a, random, 1);
+  a.codes_head = (a.candidates + random.below(3)) * a.code + random.below(3), a.codes_row = a.kv_heads * a.codes_head;
+  const int64_t all = a.candidates ? (lists - 1) * a.codes_head + (int64_t)a.candidates * a.code : 0;
+  Bytes codes(all * bytes_of(a.code_dtype));
+  a.codes = codes.at;
+  for (int64_t i = 0; i < all; i++)
+    if (a.code_dtype == SCOUT_I8)
+      codes.at[i] = (uint8_t)random.next();
+    else
+      put(dtype, codes.at, i, rounded(dtype, random.normal()));
+  char text[200];
+  snprintf(text, sizeof text, "%d x %d numbers of type %d, batch %d kv_heads %d candidates %d", parts, numbers, dtype,
+           a.batch, a.kv_heads, a.candidates);
+  auto number = [&](int64_t first, int64_t i) -> double {
+    if (a.code_dtype != SCOUT_I8) return get(dtype, codes.at, first + i);
+    if (!packed) return (int8_t)codes.at[first + i];
+    const int byte = codes.at[first + i / 2], nibble = i % 2 ? byte >> 4 : byte & 15;
+    return nibble - (nibble & 8 ? 16 : 0);
+  };
+  for (int isa : isas) {
+    scout_use_isa(isa);
+    const std::vector<float> scores = scores_of(a, text);
+    for (size_t at = 0; at < scores.size(); at++) {
+      const int list = (int)at / a.candidates;
+      const int64_t first = list * a.codes_head + (int64_t)((int)at % a.candidates) * a.code;
+      const int64_t from = list / a.kv_heads * a.query_row + list % a.kv_heads * a.query_head;
+      double best = -INFINITY, size = 0;
+      for (int part = 0; part < parts; part++) {
+        double sum = 0;
+        for (int n = 0; n < numbers; n++) {
+          const double product = number(first, part * numbers + n) * get(a.query_dtype, a.query, from + n);
+          sum += product, size += fabs(product);
+        }
+        best = std::max(best, sum);
+      }
+      if (!(fabs(scores[at] - best) <= 1e-6 * size))
+        return fail("%s: list %d, block %d scores %g, not %g", text, list, (int)at % a.candidates, (double)scores[at],
+                    best);
+    }
+  }
+}
+
+void check_select_refusals() {
+  for (int isa : isas) {
+    scout_use_isa(isa);
+    auto answers = [&](const char* what, int scorer, void (*change)(scout_select_args&)) {
+      scout_select_args a = {};
+      a.scorer = scorer, a.batch = 1, a.kv_heads = a.query_heads = 2, a.head_dim = 64, a.block_size = 32;
+      a.code_dtype = scorer == SCOUT_MINMAX ? SCOUT_BF16 : SCOUT_I8;
+      Bytes query(2 * 64 * 4);
+      memset(query.at, 0, query.size);
+      a.query = query.at, a.query_head = 64;
+      a.code = scorer == SCOUT_SIGN ? 32 * 9 : scorer == SCOUT_MINMAX ? 128 : scorer == SCOUT_DOTS ? 64 : 32;
+      int32_t counts[2] = {7, 7};
+      a.counts = counts;
+      if (scout_select(&a, 1) != SCOUT_OK || counts[0] || counts[1]) fail("scorer %d is refused", scorer);
+      change(a);
+      if (scout_select(&a, 1) != SCOUT_UNSUPPORTED) fail("%s is taken by scorer %d", what, a.scorer);
+    };
+    for (int scorer : {SCOUT_MINMAX, SCOUT_SIGN, SCOUT_DOTS, SCOUT_DOTS4}) {
+      answers("another scorer", scorer, [](scout_select_args& a) { a.scorer = a.scorer == SCOUT_DOTS4 ? 4 : -1; });
+      answers("code 33", scorer, [](scout_select_args& a) { a.code = 33; });
+      answers("no KV heads", scorer, [](scout_select_args& a) { a.kv_heads = 0; });
+      answers("3 query heads to 2", scorer, [](scout_select_args& a) { a.query_heads = 3; });
+      answers("head_dim 0", scorer, [](scout_select_args& a) { a.head_dim = 0; });
+    }
+    answers("int8", SCOUT_MINMAX, [](scout_select_args& a) { a.code_dtype = SCOUT_I8; });
+    answers("bf16", SCOUT_SIGN, [](scout_select_args& a) { a.code_dtype = SCOUT_BF16; });
+    answers("head_dim 520", SCOUT_SIGN, [](scout_select_args& a) { a.head_dim = 520, a.code = 32 * 66; });
+    answers("head_dim 60", SCOUT_SIGN, [](scout_select_args& a) { a.head_dim = 60, a.code = 32 * 8; });
+    answers("block size 512", SCOUT_SIGN, [](scout_select_args& a) { a.block_size = 512, a.code = 512 * 9; });
+    answers("no block size", SCOUT_SIGN, [](scout_select_args& a) { a.block_size = 0, a.code = 0; });
+    answers("a group", SCOUT_DOTS, [](scout_select_args& a) { a.query_heads = 4; });
+    answers("bf16", SCOUT_DOTS4, [](scout_select_args& a) { a.code_dtype = SCOUT_BF16; });
+    answers("1032 numbers", SCOUT_DOTS, [](scout_select_args& a) { a.head_dim = a.code = 1032; });
+  }
+}
+
 // -- the rest --------------------------------------------------------------------------------------------------------
 
 void check_interface(Random& random) {
@@ -1437,6 +1677,9 @@ int main(int count, char** words) {
       check_select(same);
     }
   });
+  part("choices", 1, [](Random&, int64_t) { check_select_refusals(); });
+  part("signs", few, [](Random& random, int64_t) { check_signs(random); });
+  part("dots", few, [](Random& random, int64_t) { check_dots(random); });
   part("nan", full ? 5000 : cases, [](Random& random, int64_t) { check_some_nan(random); });
   const std::vector<Case> grid = full ? all_cases() : std::vector<Case>();
   part("attend", full ? (int64_t)grid.size() : cases, [&](Random& random, int64_t i) {

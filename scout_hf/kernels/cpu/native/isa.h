@@ -18,7 +18,7 @@ struct scout_chunk {
   float *max, *sum;              // result [group]
 };
 
-// The attention mass of every block for up to SCOUT_SIGN_HEADS query heads, by sign codes; see scout_cpu.h for their form.
+// The attention mass of every block for up to SCOUT_SIGN_HEADS query heads, by sign codes; scout_cpu.h says what they are.
 enum { SCOUT_SIGN_HEADS = 4 };
 struct scout_signs {
   const uint8_t* codes;

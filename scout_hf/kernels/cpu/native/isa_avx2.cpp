@@ -38,7 +38,8 @@ inline vb side_by_side(const uint8_t* const* blocks, int64_t at) {
 }  // namespace
 
 #include "tile.inl"
-#include "sign.inl"
+#include "sign_mass.inl"
+#include "sign_shuffle.inl"
 
 namespace {
 bool runs() {

@@ -5,7 +5,8 @@
 #if defined(__AVX512BW__)
 #include "isa_avx512.inl"
 #include "tile.inl"
-#include "sign.inl"
+#include "sign_mass.inl"
+#include "sign_shuffle.inl"
 
 namespace {
 bool runs() {

@@ -1,9 +1,9 @@
-// AVX-512 with dot products of bf16 and of integers, which every processor with the former has. Built with the flags
-// of isa_avx512.cpp and -mavx512vnni -mavx512bf16.
+// AVX-512 with dot products of bf16 and of integers and with permutations of bytes: Zen 4, Sapphire Rapids and later.
+// Built with the flags of isa_avx512.cpp and -mavx512vnni -mavx512bf16 -mavx512vbmi.
 #include "isa.h"
 #include "scout_cpu.h"
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 #include "isa_avx512.inl"
 
 #define SCOUT_BF16_DOT
@@ -16,12 +16,14 @@ inline vf bf16_dot(vf sum, vi a, vi b) { return (vf)_mm512_dpbf16_ps((__m512)sum
 }  // namespace
 
 #include "tile.inl"
-#include "sign.inl"
+#include "sign_mass.inl"
+#include "sign_permute.inl"
 
 namespace {
 bool runs() {
   return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 }  // namespace
 

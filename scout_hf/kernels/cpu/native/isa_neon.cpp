@@ -39,7 +39,8 @@ inline vf smaller(vf a, vf b) { return (vf)vminq_f32((float32x4_t)a, (float32x4_
 }  // namespace
 
 #include "tile.inl"
-#include "sign.inl"
+#include "sign_mass.inl"
+#include "sign_shuffle.inl"
 
 namespace {
 bool runs() { return true; }

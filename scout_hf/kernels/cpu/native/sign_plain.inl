@@ -23,7 +23,8 @@ void signs(const scout_signs* s) {
         const uint32_t bits = ((uint32_t)code[t] << 19) + (120u << 23);
         float scale;
         __builtin_memcpy(&scale, &bits, sizeof scale);
-        float x = (float)(sums[t] - s->offsets[h]) * scale * (s->worth[h] * 0x1p23f) + (127 - s->reference[h]) * 0x1p23f;
+        const float factor = s->worth[h] * 0x1p23f, one = (127 - s->reference[h]) * 0x1p23f;
+        float x = (float)(sums[t] - s->offsets[h]) * scale * factor + one;
         x = x > 0x1p23f ? x : 0x1p23f;
         const int32_t power_bits = (int32_t)(x < 253 * 0x1p23f ? x : 253 * 0x1p23f);
         float power;

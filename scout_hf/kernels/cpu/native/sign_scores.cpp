@@ -87,7 +87,8 @@ void scout_add_sign_scores(const scout_isa* isa, const uint8_t* codes, int64_t c
       scout_signs part = {};
       part.codes = codes + first * code_bytes, part.code_bytes = code_bytes, part.blocks = count;
       part.block_size = block_size, part.rows = dims / 8, part.heads = std::min(heads - h, (int)SCOUT_SIGN_HEADS);
-      part.tables = tables + h * dims * 4, part.offsets = offsets + h, part.worth = worth + h, part.reference = reference + h;
+      part.tables = tables + h * dims * 4, part.offsets = offsets + h;
+      part.worth = worth + h, part.reference = reference + h;
       part.out = mass, part.out_stride = BLOCKS_AT_ONCE;
       do
         isa->signs(&part);

@@ -1,5 +1,4 @@
-// The attention mass of every block by sign codes, for one instruction set: included after tile.inl by every isa_*.cpp that
-// has table shuffles.
+// The attention mass of every block by sign codes, for instruction sets that shuffle within 16 bytes.
 //
 // A table of 16 bytes per query head and four dimensions says what each pattern of four signs adds to a token's sum. All
 // stays in bytes until the end, so that one instruction serves 4 dimensions of 4 * W tokens. For that, two numbers are
@@ -8,12 +7,19 @@
 // says which it is.
 namespace {
 
-constexpr int VB = 4 * W;         // bytes of a vector
-constexpr int AT_ONCE = 4;        // rows of signs, that is 8 lookups, per mean
-constexpr int BATCH = 4;          // vectors of tokens whose lanes are added up together
+constexpr int VB = 4 * W;   // bytes of a vector
+constexpr int AT_ONCE = 4;  // rows of signs, that is 8 lookups, per mean
+constexpr int BATCH = 4;    // vectors of tokens whose lanes are added up together
 static_assert(SCOUT_MAX_HEAD_DIM / 8 / AT_ONCE * 12 < 256, "an excess must fit a byte");
 
-bool signs_fit(int block_size) { return block_size % VB == 0 || (block_size >= 16 && VB % block_size == 0); }
+template <int H>
+inline void lay_tables(const scout_signs& s, int h0, vb* tables) {
+  for (int i = 0; i < 2 * s.rows; i++)
+    for (int h = 0; h < H; h++) {
+      const uint8_t* from = s.tables + ((int64_t)(h0 + h) * 2 * s.rows + i) * 16;
+      for (int lane = 0; lane < VB / 16; lane++) __builtin_memcpy((uint8_t*)&tables[i * H + h] + 16 * lane, from, 16);
+    }
+}
 
 template <int H>
 struct Sums {
@@ -75,57 +81,26 @@ inline void as_scales(vb bytes, vf* scales) {
   scales[3] = (vf)zip_high(none, odd);
 }
 
-// 2 to the power of x / 2^23 - 127, with straight lines between whole powers: the number whose bits are x.
-inline vf power(vf x) {
-  const vf low = splat(0x1p23f), high = splat(253 * 0x1p23f);
-  return (vf)__builtin_convertvector(smaller(larger(x, low), high), vi);
-}
-
-// Of each four tokens the sum of 2^(scale * (sum - offset) * worth - reference).
-inline vf mass_of(vw modulo, vw means, vw odd_means, const vf* scales, int offset, float worth, float reference) {
-  const vw even = (means - (odd_means << 8)) << 3, odd = odd_means << 3;
+template <int H>
+inline void as_numbers(const Sums<H>& sums, int h, int offset, vf* numbers) {
+  const vw modulo = (vw)sums.modulo[h], odd_means = sums.odd_means[h];
+  const vw even = (sums.means[h] - (odd_means << 8)) << 3, odd = odd_means << 3;
   const vw even_sum = even - ((even - modulo) & 0xff), odd_sum = odd - ((odd - (modulo >> 8)) & 0xff);
   const vw exponent = vw{} + 0x4b00;  // of 2^23, whose last bit is worth 1
   const vf base = splat(0x1p23f + (float)offset);
-  const vf bits = splat(worth * 0x1p23f), one = splat((127 - reference) * 0x1p23f);
-  const vf a = power((((vf)zip_low(even_sum, exponent) - base) * scales[0]) * bits + one);
-  const vf b = power((((vf)zip_high(even_sum, exponent) - base) * scales[1]) * bits + one);
-  const vf c = power((((vf)zip_low(odd_sum, exponent) - base) * scales[2]) * bits + one);
-  const vf d = power((((vf)zip_high(odd_sum, exponent) - base) * scales[3]) * bits + one);
-  return (a + b) + (c + d);
+  numbers[0] = (vf)zip_low(even_sum, exponent) - base;
+  numbers[1] = (vf)zip_high(even_sum, exponent) - base;
+  numbers[2] = (vf)zip_low(odd_sum, exponent) - base;
+  numbers[3] = (vf)zip_high(odd_sum, exponent) - base;
 }
 
-// The sum of every four lanes of four vectors: lanes 4k to 4k + 3 are for lanes 4k to 4k + 3 of the vectors.
-inline vf sums_of_four(const vf* v) {
-#if SCOUT_W == 16
-  const vf a = (vf(SCOUT_SHUFFLE(v[0], v[1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)) +
-                      vf(SCOUT_SHUFFLE(v[0], v[1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)));
-  const vf b = (vf(SCOUT_SHUFFLE(v[2], v[3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)) +
-                      vf(SCOUT_SHUFFLE(v[2], v[3], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)));
-  return (vf(SCOUT_SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)) +
-                vf(SCOUT_SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)));
-#elif SCOUT_W == 8
-  const vf a = (vf(SCOUT_SHUFFLE(v[0], v[1], 0, 8, 1, 9, 4, 12, 5, 13)) +
-                      vf(SCOUT_SHUFFLE(v[0], v[1], 2, 10, 3, 11, 6, 14, 7, 15)));
-  const vf b = (vf(SCOUT_SHUFFLE(v[2], v[3], 0, 8, 1, 9, 4, 12, 5, 13)) +
-                      vf(SCOUT_SHUFFLE(v[2], v[3], 2, 10, 3, 11, 6, 14, 7, 15)));
-  return (vf(SCOUT_SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13)) + vf(SCOUT_SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15)));
-#else
-  const vf a = (vf(SCOUT_SHUFFLE(v[0], v[1], 0, 4, 1, 5)) + vf(SCOUT_SHUFFLE(v[0], v[1], 2, 6, 3, 7)));
-  const vf b = (vf(SCOUT_SHUFFLE(v[2], v[3], 0, 4, 1, 5)) + vf(SCOUT_SHUFFLE(v[2], v[3], 2, 6, 3, 7)));
-  return (vf(SCOUT_SHUFFLE(a, b, 0, 1, 4, 5)) + vf(SCOUT_SHUFFLE(a, b, 2, 3, 6, 7)));
-#endif
-}
+bool signs_fit(int block_size) { return block_size % VB == 0 || (block_size >= 16 && VB % block_size == 0); }
 
 // R blocks lie side by side in every vector; R 1: a block takes one or several.
 template <int H, int R>
 void masses(const scout_signs& s, int h0) {
   vb tables[SCOUT_MAX_HEAD_DIM / 4 * H];
-  for (int i = 0; i < 2 * s.rows; i++)
-    for (int h = 0; h < H; h++) {
-      const uint8_t* from = s.tables + ((int64_t)(h0 + h) * 2 * s.rows + i) * 16;
-      for (int lane = 0; lane < VB / 16; lane++) __builtin_memcpy((uint8_t*)&tables[i * H + h] + 16 * lane, from, 16);
-    }
+  lay_tables<H>(s, h0, tables);
   const int64_t last = s.blocks - 1, signs_bytes = (int64_t)s.rows * s.block_size;
   for (int64_t block = 0; block < s.blocks; block += BATCH * R) {
     vf mass[H][BATCH];
@@ -142,8 +117,11 @@ void masses(const scout_signs& s, int h0) {
         as_scales(side_by_side<R>(blocks, signs_bytes), scales);
 #pragma GCC unroll 4
         for (int h = 0; h < H; h++) {
-          const vf part = mass_of((vw)sums.modulo[h], sums.means[h], sums.odd_means[h], scales, s.offsets[h0 + h],
-                                  s.worth[h0 + h], s.reference[h0 + h]);
+          vf numbers[4];
+          as_numbers(sums, h, s.offsets[h0 + h], numbers);
+          const vf factor = splat(s.worth[h0 + h] * 0x1p23f), one = splat((127 - s.reference[h0 + h]) * 0x1p23f);
+          const vf part = (mass_of(numbers[0], scales[0], factor, one) + mass_of(numbers[1], scales[1], factor, one)) +
+                          (mass_of(numbers[2], scales[2], factor, one) + mass_of(numbers[3], scales[3], factor, one));
           mass[h][i] = first ? mass[h][i] + part : part;
         }
         blocks[0] += VB;
