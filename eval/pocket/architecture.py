@@ -57,16 +57,7 @@ def build_model(arch: str, seed: int) -> PreTrainedModel:
 @torch.no_grad()
 def start(model: PreTrainedModel) -> None:
     """Set the starting weights: small random ones, silent outputs, and the look-back and matching heads."""
-    for name, weight in model.named_parameters():
-        if weight.dim() == 2:
-            silent = "o_proj" in name or "down_proj" in name
-            weight.normal_(0.0, 0.2 if "embed" in name else 0.0 if silent else 0.08)
-    embedding = model.model.embed_tokens.weight
-    # What a head copies should be readable at once.
-    model.lm_head.weight.copy_(0.5 * embedding)
-    # A channel that is the same for every token gives RoPE something constant to turn: then only distance counts.
-    embedding[:, 0] = 0.8
-    model.lm_head.weight[:, 0] = 0.0
+    embedding = _start_small(model)
     frame = torch.nn.init.orthogonal_(torch.empty(embedding.shape[1] - 1, 5 * _PLACE))
     here, before, second, far, note = torch.nn.functional.pad(frame.T, (1, 0)).split(_PLACE)
     layers = [layer.self_attn for layer in model.model.layers]
@@ -85,6 +76,41 @@ def start(model: PreTrainedModel) -> None:
     _copy(layers[3], 1, here, _COPY_SCALE * here)
     _search(layers[3], 0, [(here, before), (far, second)])
     _copy(layers[3], 0, here, _COPY_SCALE * here)
+
+
+@torch.no_grad()
+def start_for_text(model: PreTrainedModel) -> None:
+    """The same for running text: layer 2 copies what followed the last two tokens together, and that is all.
+
+    A single token says little in running text, and with thousands of tokens to choose from, what other heads copy or
+    note would drown the guess; the output layer starts blind to it.
+    """
+    embedding = _start_small(model)
+    places = torch.nn.init.orthogonal_(torch.empty(embedding.shape[1] - 1, 4 * _PLACE))
+    here, more, before, second = torch.nn.functional.pad(places.T, (1, 0)).split(_PLACE)
+    noted = torch.cat([before, second])
+    model.lm_head.weight -= model.lm_head.weight @ noted.T @ noted
+    layers = [layer.self_attn for layer in model.model.layers]
+    frequencies = model.model.rotary_emb.inv_freq.tolist()
+    _look_back(layers[0], frequencies, _LOOK_BACK_SCALES[0], here, {1: before, 2: second})
+    for group, place in enumerate((here, more)):
+        _search(layers[2], group, [(here, before), (before, second)])
+        _copy(layers[2], group, place, 2 * _COPY_SCALE * place)
+
+
+def _start_small(model: PreTrainedModel) -> torch.Tensor:
+    """Small random weights, silent outputs and one channel of the embedding that is constant; returns the embedding."""
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:
+            silent = "o_proj" in name or "down_proj" in name
+            weight.normal_(0.0, 0.2 if "embed" in name else 0.0 if silent else 0.08)
+    embedding = model.model.embed_tokens.weight
+    # What a head copies should be readable at once.
+    model.lm_head.weight.copy_(0.5 * embedding)
+    # A channel that is the same for every token gives RoPE something constant to turn: then only distance counts.
+    embedding[:, 0] = 0.8
+    model.lm_head.weight[:, 0] = 0.0
+    return embedding
 
 
 def _look_back(

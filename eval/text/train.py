@@ -16,7 +16,7 @@ import typer
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from scout_hf.eval.pocket.architecture import start
+from scout_hf.eval.pocket.architecture import start_for_text
 from scout_hf.eval.pocket.muon import Muon
 from scout_hf.eval.pocket.states import load_state, save_state, state_file
 
@@ -26,12 +26,13 @@ from .tokenizer import VOCABULARY, build_tokenizer
 MAX_POSITIONS = 16384
 STEP_TOKENS = 1024
 WARM_UP_STEPS = 40
-# So long the started heads stay as they are, and later they move slowly: a rate that suits the MLPs had wiped out all
-# use of more than the last 16 tokens before anything learnt to read what those heads find.
-HOLD_TOKENS = 150_000
-ATTENTION_RATE = 0.003
-MLP_RATE = 0.01
+# So long the started heads stay as they are. MLPs that learn three times as fast write over what those heads leave in
+# the hidden state, and the model then uses no more than the last 16 tokens.
+HOLD_TOKENS = 200_000
+MATRIX_RATE = 0.003
 GLANCE_TOKENS = 100_000
+# Share of windows with repeated passages: so few tokens of plain source do not teach a model to look far back.
+REPEATS = 0.5
 CONTEXTS_TESTED = (256, 1024, 2048, 4096)
 WINDOWS_TESTED = 24
 TARGETS = 128
@@ -44,7 +45,7 @@ class Stage(NamedTuple):
     tokens: int
 
 
-STAGES = (Stage(512, 700_000), Stage(1024, 500_000), Stage(2048, 300_000), Stage(4096, 250_000))
+STAGES = (Stage(512, 500_000), Stage(1024, 350_000), Stage(2048, 250_000), Stage(4096, 200_000))
 
 
 def build_model(end: int, seed: int) -> LlamaForCausalLM:
@@ -67,7 +68,7 @@ def build_model(end: int, seed: int) -> LlamaForCausalLM:
     model = LlamaForCausalLM(config).float()
     model.generation_config = GenerationConfig(do_sample=False, **ids)
     # Source repeats itself, so heads that find an earlier occurrence pay here as they do in the pocket models.
-    start(model)
+    start_for_text(model)
     return model
 
 
@@ -108,12 +109,11 @@ def run_stage(
 ) -> None:
     """Train `model` in place for one stage, after `done` tokens of `total`."""
     attention = [weight for layer in model.model.layers for weight in layer.self_attn.parameters()]
-    mlp = [weight for layer in model.model.layers for weight in layer.mlp.parameters()]
-    chosen = {id(weight) for weight in attention + mlp}
+    matrices = [weight for weight in model.model.layers.parameters() if weight.dim() == 2]
+    chosen = {id(weight) for weight in matrices}
     others = [weight for weight in model.parameters() if id(weight) not in chosen]
     optimizers = (
-        Muon(attention, lr=ATTENTION_RATE),
-        Muon(mlp, lr=MLP_RATE),
+        Muon(matrices, lr=MATRIX_RATE),
         torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
     )
     starts = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
@@ -123,6 +123,9 @@ def run_stage(
     while bar.n < stage.tokens:
         begins = [rng.randrange(len(stream) - stage.length) for _ in range(sequences)]
         ids = torch.stack([stream[begin : begin + stage.length + 1] for begin in begins])
+        for window in ids:
+            if rng.random() < REPEATS:
+                repeat_passages(window, rng)
         rate = min(1.0, (steps + 1) / WARM_UP_STEPS, max(0.03, 1.5 * (1 - (done + bar.n) / total)))
         for optimizer, firsts in zip(optimizers, starts, strict=True):
             for group, first in zip(optimizer.param_groups, firsts, strict=True):
@@ -145,6 +148,15 @@ def run_stage(
                 f"{done + bar.n} tokens, loss {loss.item():.2f}, of a text read again {repeat_loss(model, ids):.2f}"
             )
     bar.close()
+
+
+def repeat_passages(window: torch.Tensor, rng: random.Random) -> None:
+    """Overwrite about a quarter of `window` (tokens,), in place, with passages from earlier in it."""
+    for _ in range(len(window) // 128):
+        size = rng.randint(16, 48)
+        source = rng.randrange(len(window) - 2 * size)
+        target = rng.randrange(source + size, len(window) - size)
+        window[target : target + size] = window[source : source + size].clone()
 
 
 @torch.inference_mode()

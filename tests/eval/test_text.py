@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -118,6 +119,20 @@ def test_the_training_command_ends_with_a_model_and_its_record(tmp_path, monkeyp
     record = json.loads((tmp_path / "training.json").read_text())
     assert record["held_out_perplexity_by_context"]["64"] > 1
     assert (tmp_path / "model.safetensors").stat().st_size == pytest.approx(2 * record["parameters"], rel=0.01)
+
+
+def test_repeated_passages_come_from_before():
+    window = torch.arange(1024)
+    train.repeat_passages(window, random.Random(0))
+    moved = (window != torch.arange(1024)).nonzero().flatten()
+    assert 0.1 < len(moved) / 1024 < 0.35
+    assert (window[moved] < moved).all()
+
+
+def test_started_heads_find_what_was_there_before():
+    model = train.build_model(0, seed=0).eval()
+    ids = torch.randint(1, VOCABULARY, (2, 200), generator=torch.manual_seed(0))
+    assert train.repeat_loss(model, ids) < 0.8 * math.log(VOCABULARY)
 
 
 def test_texts_shorter_than_a_window_are_refused():
