@@ -1,7 +1,7 @@
-"""Many questions about one document at once, every token of them and of their answers a decode step.
+"""Many questions about documents at once, every token of them and of their answers a decode step.
 
 A question fed in one pass would be attended exactly by any cache. Questions of equal length are decoded together, as
-rows of one batch that share the document's pages; each row chooses and attends its own blocks.
+rows of one batch that share their document's pages; each row chooses and attends its own blocks.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import Cache, PreTrainedModel
@@ -25,15 +25,25 @@ class Answers:
         Answer tokens, in the order asked.
     steps, seconds : int, float
         Tokens decoded over all rows, and the time of that; copies of the cache not included.
+    right : list of bool
+        Which answers were, once somebody has compared them.
     """
 
     ids: list[list[int]]
     steps: int = 0
     seconds: float = 0.0
+    right: list[bool] = field(default_factory=list)
 
 
 @torch.no_grad()
-def answers(model: PreTrainedModel, cache: Cache, questions: Sequence[list[int]], length: int, rows: int) -> Answers:
+def answers(
+    model: PreTrainedModel,
+    cache: Cache,
+    questions: Sequence[list[int]],
+    owners: Sequence[int],
+    length: int,
+    rows: int,
+) -> Answers:
     """Greedy answers of ``length`` tokens to each question, as token ids; the cache stays as it is.
 
     Parameters
@@ -41,16 +51,21 @@ def answers(model: PreTrainedModel, cache: Cache, questions: Sequence[list[int]]
     model : PreTrainedModel
         Patched or not; must take ``cache``.
     cache : Cache
-        One row, a document.
+        Documents, a row each.
     questions : sequence of list of int
         None of them empty.
+    owners : sequence of int
+        The row of the document that each question is about.
     length : int
         Answer tokens.
     rows : int
         Questions to decode together, at most.
     """
-    if length < 1 or rows < 1 or not all(questions):
-        raise ValueError(f"length={length}, rows={rows}: both from 1 up, and no question may be empty")
+    if length < 1 or rows < 1 or not all(questions) or len(questions) != len(owners):
+        raise ValueError(
+            f"length={length}, rows={rows}, {len(questions)} questions about {len(owners)} documents: length and rows "
+            "from 1 up, no question empty, and a document for each"
+        )
     found = Answers([[] for _ in questions])
     same: dict[int, list[int]] = {}
     for index, question in enumerate(questions):
@@ -60,8 +75,7 @@ def answers(model: PreTrainedModel, cache: Cache, questions: Sequence[list[int]]
             chosen = alike[first : first + rows]
             ids = torch.tensor([questions[index] for index in chosen], device=model.device)
             twin = copy.deepcopy(cache)
-            if len(chosen) > 1:
-                twin.batch_repeat_interleave(len(chosen))
+            twin.batch_select_indices(torch.tensor([owners[index] for index in chosen], device=model.device))
             begin = time.perf_counter()
             given = _decode(model, twin, ids, length)
             found.seconds += time.perf_counter() - begin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -20,9 +21,12 @@ from scout_hf.eval.fidelity.inside import inside
 from scout_hf.eval.fidelity.memo import AttentionMemo
 from scout_hf.eval.fidelity.subjects import Quiz, load_subject, quizzes
 from scout_hf.eval.fidelity.text import read_text
+from scout_hf.eval.pocket import Fact
 
 # Stock caches, and a digest as large as the keys, are copied whole for every row.
 ROWS, LARGE_ROWS = 32, 8
+READ_TOGETHER = 32768
+"""Tokens of documents that are read in one pass."""
 
 
 @dataclass(frozen=True)
@@ -73,22 +77,34 @@ def measure(cell: Cell, effort: Effort) -> dict[str, Any]:
 
 def ask(cell: Cell, effort: Effort) -> dict[str, Any]:
     """Exact-match answers of a cell: ``right`` is a string of 0 and 1, in the order of the questions."""
-    model, tokenizer = load_subject(cell.model, cell.stress)
     asked = quizzes(cell.model, cell.task, cell.tokens, effort.questions, effort.seed, cell.stress == "rivals")
+    model, _ = load_subject(cell.model, cell.stress)
+    together = max(1, READ_TOGETHER // cell.tokens)
     config, right, total = cell.config(), [], Answers([])
-    rows = LARGE_ROWS if cell.digest in (None, "oracle") else ROWS
-
-    def put(quiz: Quiz, handle: scout_hf.Handle | None, most: int | None = None) -> tuple[Answers, list[list[int]]]:
-        cache = prefill(model, handle.new_cache() if handle else DynamicCache(config=model.config), quiz.ids)
-        texts = [(fact.question, fact.answer) for fact in quiz.facts[:most]]
-        questions, wanted = ([tokenizer(text, add_special_tokens=False).input_ids for text in of] for of in zip(*texts))
-        return answers(model, cache, questions, max(map(len, wanted)), rows), wanted
-
     with nullcontext() if config is None else scout_hf.patch(model, config) as handle:
-        for quiz in asked:
-            given, wanted = put(quiz, handle)
-            right += [answer[: len(one)] == one for answer, one in zip(given.ids, wanted)]
+        for first in range(0, len(asked), together):
+            part = asked[first : first + together]
+            given = _put(cell, handle, [(quiz, fact) for quiz in part for fact in quiz.facts])
+            right += given.right
             total.steps, total.seconds = total.steps + given.steps, total.seconds + given.seconds
         stats = handle.stats() if handle else None
+    few = [(quiz, fact) for quiz in asked for fact in quiz.facts][: effort.watched]
     found = {"right": "".join("01"[one] for one in right), **cost(total.steps, total.seconds, stats)}
-    return found | inside(cell, model, lambda handle: put(asked[0], handle, effort.watched))
+    return found | inside(cell, model, lambda handle: _put(cell, handle, few))
+
+
+def _put(cell: Cell, handle: scout_hf.Handle | None, asked: Sequence[tuple[Quiz, Fact]]) -> Answers:
+    """Read the documents, a row each, and ask; ``right`` of what comes back says which answers were."""
+    model, tokenizer = load_subject(cell.model, cell.stress)
+    documents = {id(quiz): quiz for quiz, _ in asked}
+    owners = [list(documents).index(id(quiz)) for quiz, _ in asked]
+    cache = handle.new_cache() if handle else DynamicCache(config=model.config)
+    prefill(model, cache, torch.cat([quiz.ids for quiz in documents.values()]))
+    questions, wanted = (
+        [tokenizer(getattr(fact, name), add_special_tokens=False).input_ids for _, fact in asked]
+        for name in ("question", "answer")
+    )
+    rows = LARGE_ROWS if cell.digest in (None, "oracle") else ROWS
+    found = answers(model, cache, questions, owners, max(map(len, wanted)), rows)
+    found.right = [answer[: len(one)] == one for answer, one in zip(found.ids, wanted)]
+    return found

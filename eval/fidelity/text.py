@@ -18,20 +18,23 @@ from scout_hf.eval.scoring import score_text
 from scout_hf.profiling import cpu_share_history
 
 LONGEST = 8192
+STRIDE = 4096
 ROWS = 8
 WATCHED_STEPS = 8
 
 
 @lru_cache(maxsize=1)
 def windows(count: int, steps: int, seed: int) -> torch.Tensor:
-    """``count`` pieces of held-out text that do not overlap, (count, LONGEST + steps + 1) token ids.
+    """``count`` pieces of held-out text, (count, LONGEST + steps + 1) token ids.
 
-    Shorter contexts take their end, so that the tokens that are scored are the same at every length.
+    Pieces overlap, but what is scored of them, their last ``steps`` tokens, does not. Shorter contexts take the end of
+    a piece, so that the tokens that are scored are the same at every length.
     """
     from scout_hf.eval.text import held_out_ids
 
     length = LONGEST + steps + 1
-    return held_out_ids(count * length, seed).view(count, length)
+    stride = max(STRIDE, steps)
+    return held_out_ids((count - 1) * stride + length, seed)[0].unfold(0, length, stride)
 
 
 def read_text(cell: Cell, count: int, steps: int, watched: int, seed: int) -> dict[str, Any]:

@@ -186,32 +186,41 @@ class TestMemo:
 
 class TestAsking:
     @pytest.mark.parametrize(
-        "options", [None, {"split": "off"}, {"split": "cpu"}, {"split": "cpu", "layer_ahead": False}], ids=str
+        "options",
+        [None, {"split": "off"}, {"split": "off", "digest": "sign"}, {"split": "cpu", "recall": None}],
+        ids=str,
     )
     def test_together_as_one_by_one(self, pocket, options):
         model, tokenizer = pocket
-        document = make_document(512, 8, seed=3)
-        ids = tokenize(tokenizer, document.text)
-        texts = [fact.question for fact in document.facts]
-        texts[3] = texts[3].split(" call ", 1)[1]  # shorter than the others
-        questions = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        documents = [make_document(512, 8, seed=seed) for seed in (3, 4)]
+        read = [tokenize(tokenizer, document.text) for document in documents]
+        # Not in the order of the documents, and one shorter than the others.
+        asked = [(owner, documents[owner].facts[number].question) for number in range(4) for owner in (1, 0)]
+        asked[3] = (asked[3][0], asked[3][1].split(" call ", 1)[1])
+        owners = [owner for owner, _ in asked]
+        questions = [tokenizer(text, add_special_tokens=False).input_ids for _, text in asked]
         handle = None if options is None else scout_hf.patch(model, **SPARSE, **options)
+
+        def cache_of(ids):
+            return prefill(model, handle.new_cache() if handle else DynamicCache(config=model.config), ids)
+
         try:
-            cache = prefill(model, handle.new_cache() if handle else DynamicCache(config=model.config), ids)
-            one_by_one = [answer(model, tokenizer, cache, ids, text, ANSWER_WORDS) for text in texts]
+            alone = [cache_of(ids) for ids in read]
+            wanted = [answer(model, tokenizer, alone[owner], read[owner], text, ANSWER_WORDS) for owner, text in asked]
+            cache = cache_of(torch.cat(read))
             held = [part.clone() for part in _contents(cache)]
-            for rows in (3, 8):
-                given = answers(model, cache, questions, ANSWER_WORDS, rows)
-                assert [tokenizer.decode(one) for one in given.ids] == [one.text for one in one_by_one]
-                assert given.steps == sum(one.steps for one in one_by_one) and given.seconds > 0
+            for rows in (1, 3, 8):
+                given = answers(model, cache, questions, owners, ANSWER_WORDS, rows)
+                assert [tokenizer.decode(one) for one in given.ids] == [one.text for one in wanted]
+                assert given.steps == sum(one.steps for one in wanted) and given.seconds > 0
             assert all(torch.equal(a, b) for a, b in zip(_contents(cache), held, strict=True))
         finally:
             if handle:
                 handle.remove()
 
-    @pytest.mark.parametrize("wrong", [{"length": 0}, {"rows": 0}, {"questions": [[5], []]}])
+    @pytest.mark.parametrize("wrong", [{"length": 0}, {"rows": 0}, {"questions": [[5], []]}, {"owners": [0]}])
     def test_wrong_input(self, pocket, wrong):
-        settings = {"questions": [[5]], "length": 1, "rows": 1} | wrong
+        settings = {"questions": [[5], [6]], "owners": [0, 0], "length": 1, "rows": 1} | wrong
         with pytest.raises(ValueError, match="from 1 up"):
             answers(pocket[0], DynamicCache(), **settings)
 

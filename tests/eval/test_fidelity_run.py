@@ -86,6 +86,16 @@ class TestMeasured:
         # Only prompts go through dense attention, each once, whatever it is read for.
         assert set(queries) == {640} and result["attended_share"] < 0.4
 
+    def test_documents_read_together_or_not(self, monkeypatch):
+        several = Effort(questions=20, watched=10)
+        cells = [Cell("llama", "trace", 256), Cell("llama", "trace", 256, "real", 16, 0.5, "minmax")]
+        together = [measure(cell, several) for cell in cells]
+        monkeypatch.setattr(measuring, "READ_TOGETHER", 1)
+        alone = [measure(cell, several) for cell in cells]
+        assert [one["right"] for one in together] == [one["right"] for one in alone]
+        assert 10 < together[0]["right"].count("1") and len(together[0]["right"]) == 20
+        assert alone[1]["mass"] == together[1]["mass"]
+
     def test_only_whole_answers_count(self, monkeypatch):
         def almost(*given):
             found = answers(*given)
