@@ -15,7 +15,7 @@ from scout_hf.eval.harness.longbench import local_tasks, read_local  # noqa: E40
 from scout_hf.eval.harness.pocket_longbench import DATASETS, LONGBENCH_E, make_longbench  # noqa: E402
 
 KINDS = {
-    "multifieldqa_en": "qa_f1_score",
+    "hotpotqa": "qa_f1_score",
     "triviaqa": "qa_f1_score",
     "samsum": "rouge_score",
     "trec": "classification_score",
