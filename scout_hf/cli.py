@@ -19,6 +19,10 @@ app = typer.Typer(
 bench = typer.Typer(no_args_is_help=True, help="How fast this machine attends and decodes, beside its own limits.")
 app.add_typer(bench, name="bench")
 
+harness = typer.Typer(no_args_is_help=True, help="lm-eval with scout_hf: LongBench, RULER and any other of its tasks.")
+app.add_typer(harness, name="lm-eval")
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
 Seed = Annotated[int, typer.Option(help="Decides documents and questions.")]
 Threads = Annotated[int, typer.Option(min=1, help="Of torch; more than the free cores slow a small model down.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the numbers as JSON, and a plot.")]
@@ -70,6 +74,7 @@ def fidelity(
         reports.show(record)
         if readme:
             _tell(f"{readme} {'changed' if marks.update(readme, record) else 'is up to date'}")
+    raise typer.Exit(1 if record["failed"] else 0)
 
 
 @bench.command("cpu-kernel")
@@ -113,6 +118,30 @@ def cpu_decode(
 
         sizes = (layers, prefill_tokens, prefill_layers, memory_tokens)
         finish(run(contexts, budget, block_size, threads, repeat, *sizes, tell=_tell))
+
+
+@harness.command("run", context_settings=PASSED_ON, help="Evaluate, with any option of lm-eval run; see run --help.")
+@harness.command("ls", context_settings=PASSED_ON, help="List tasks, as lm-eval ls does.")
+@harness.command("validate", context_settings=PASSED_ON, help="Check tasks, as lm-eval validate does.")
+def lm_eval(context: typer.Context) -> None:
+    """One of lm-eval's own commands; everything after its name is passed on."""
+    from scout_hf.eval.harness.command import main
+
+    raise typer.Exit(main([context.info_name, *context.args]))
+
+
+@harness.command("make-data")
+def make_data(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Made if it does not exist.")],
+    rows: Annotated[int, typer.Option(min=1, help="Per data set.")] = 20,
+    tokens: Annotated[int, typer.Option(min=256, help="Length of the longest document.")] = 1024,
+    seed: Seed = 0,
+) -> None:
+    """Write small data sets in LongBench's format for the pocket model, to be used with --longbench-dir."""
+    from scout_hf.eval.harness.pocket_longbench import make_longbench
+
+    for path in make_longbench(folder, rows, tokens, seed):
+        typer.echo(path)
 
 
 @app.command()
