@@ -46,7 +46,7 @@ class Selector:
     def observe(self, query: torch.Tensor, kv_heads: int, scale: float, mask: torch.Tensor | None) -> None:
         """Learn how large queries are per channel, from those of a prompt, (batch, query_heads, tokens, head_dim).
 
-        ``scale`` is that of the softmax, ``mask`` (batch, tokens) of bool or None, padding False.
+        ``scale`` is that of the softmax, ``mask`` (batch, tokens so far) of bool or None, padding False.
         """
         self._scale = scale
         if self.dense or not self.digest.needs_fit:
@@ -54,7 +54,7 @@ class Selector:
         # The last ones resemble those of decoding most, and a few hundred are enough.
         recent = query[:, :, -POWER_QUERIES:].float().square()
         if mask is not None:
-            real = mask[:, None, -POWER_QUERIES:, None]
+            real = mask[:, None, -recent.shape[2] :, None].to(recent.device)
             share = real.float().mean(2, keepdim=True).clamp(min=1e-6)
             recent = recent.masked_fill(~real, 0.0) / share
         power = recent.mean(2).unflatten(1, (kv_heads, -1)).mean(2)

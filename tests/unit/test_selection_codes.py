@@ -287,6 +287,10 @@ def test_queries_of_a_prompt_are_weighed_without_padding():
         assert (selector._query_power[row] / expected - 1).abs().max() < 1e-4
     selector.select_rows(torch.tensor([1, 1, 0]))
     assert torch.equal(selector._query_power[0], selector._query_power[1]) and len(selector._query_power) == 3
+    selector.select_rows(torch.tensor([2, 1]))
+    # A chunk of a prompt comes with marks for what was before it, too.
+    selector.observe(rubbish[:, :, -200:], 2, 1.0, mask)
+    assert torch.equal(selector._query_power[0], power_of(query[:, :, -200:], 2)[0])
     selector.observe(torch.full_like(query, torch.nan), 2, 1.0, None)
     assert selector._query_power is None
 
