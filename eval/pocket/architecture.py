@@ -1,10 +1,12 @@
 """The shape of a pocket model and the start that lets it find retrieval within minutes.
 
 Heads that look back, with all else random, had not formed retrieval after two million tokens. So the layers begin as
-the known circuit for it: layers 0 and 1 look one and two tokens back, layers 2 and 3 attend to the token that once
-followed what is being read now (by its last word and by the one before) and copy it. Training does the rest:
-sharpening, long distances, rival facts.
+the known circuit for it: layers 0 and 1 note the tokens a few places back, layers 2 and 3 attend to the token that once
+followed what is being read now and copy it, layer 4 does so from there, the second hop. Each kind of information has
+channels of the hidden state to itself. Training does the rest: sharpening, long distances, rival facts.
 """
+
+from __future__ import annotations
 
 import math
 
