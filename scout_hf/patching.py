@@ -282,7 +282,7 @@ class Handle:
         following.method.ahead(step, query)
 
     def _is_exact(self, config: ScoutConfig) -> bool:
-        predicts = self._has_two_tiers(config) and config.layer_ahead and config.cpu_query == "predicted"
+        predicts = self._has_two_tiers(config) and config.layer_ahead and config.cpu_query != "real"
         return config.budget in (None, 1.0) and not predicts and config.host_dtype is None
 
     def _has_two_tiers(self, config: ScoutConfig) -> bool:

@@ -18,6 +18,7 @@ MODES: dict[str, dict[str, Any] | None] = {
     "real-int8": {"split": "off", "host_dtype": "int8"},
     "real-two-tiers": {"split": "cpu", "layer_ahead": False},
     "predicted": {"split": "cpu"},
+    "predicted-auto": {"split": "cpu", "cpu_query": "auto"},
     "predicted-real-cpu": {"split": "cpu", "cpu_query": "real"},
     "predicted-no-recall": {"split": "cpu", "recall": None},
 }
@@ -28,6 +29,7 @@ SAME_TIERS = {
     "real-int8": "real",
     "real-two-tiers": "real-two-tiers",
     "predicted": "real-two-tiers",
+    "predicted-auto": "real-two-tiers",
     "predicted-real-cpu": "real-two-tiers",
     "predicted-no-recall": "real-two-tiers",
 }

@@ -18,6 +18,7 @@ QUERIES = {
     "real-int8": 'real, one tier, `host_dtype="int8"`',
     "real-two-tiers": "real, two tiers",
     "predicted": "predicted",
+    "predicted-auto": 'predicted, `cpu_query="auto"`',
     "predicted-real-cpu": 'predicted, `cpu_query="real"`',
     "predicted-no-recall": "predicted, `recall=None`",
 }

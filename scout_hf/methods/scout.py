@@ -10,6 +10,7 @@ from scout_hf.kernels.attend import attend
 from scout_hf.kernels.cpu import Attended
 from scout_hf.methods.base import Method, register_method
 from scout_hf.methods.one_tier import OneTierScout
+from scout_hf.methods.trust import Trust
 from scout_hf.recall import RecallIntervals
 from scout_hf.selection import Pick, Selector, pack_lists
 from scout_hf.stores import ResidentSlots, TwoTierKV
@@ -33,6 +34,7 @@ class Scout(Method):
         self.kv = TwoTierKV(batch, heads, dim, config.block_size, keys.dtype, keys.device, config.host_dtype)
         self.selector = Selector(config, layer_idx, keys)
         self.resident: ResidentSlots | None = None
+        self._trust = Trust(config.cpu_query)
         self._window_blocks = config.blocks(config.window)
         self._steps_since_recall = 0
         self._forget()
@@ -52,7 +54,8 @@ class Scout(Method):
     def ahead(self, step, query: torch.Tensor) -> None:
         query = self._predicted = query.to(self.dtype)
         self._select(step, query)
-        if self.config.cpu_query == "predicted":
+        self._guessed = self._trust.in_prediction()
+        if self._guessed:
             self._start_cpu(step, query)
 
     def attend(self, step, query: torch.Tensor) -> Partial:
@@ -68,15 +71,18 @@ class Scout(Method):
                 self._start_cpu(step, query)
             parts.append(self._attend_residents(step, query))
         parts.append(self._attend_tail(step, query))
+        here = list(parts)
         if self._ticket is not None:
             share = self._join_cpu(step)
             parts.append(Partial(*(t.to(query.device) for t in share.partial)))
             self._attended += share.tokens / (query.shape[0] * self.kv_heads)
         self._tally(step, query)
         result = fuse(parts)
+        if self._predicted is not None and self._trust.checking and len(parts) > len(here):
+            guess = step.backend.attend_blocks(*self._job(step, self._predicted)).partial
+            self._trust.judge(result, fuse([*here, Partial(*(t.to(query.device) for t in guess))]))
         if step.monitor is not None:
-            predicted = self._predicted is not None and self.config.cpu_query == "predicted"
-            step.monitor.watch(step, self, query, result, self._seen, predicted)
+            step.monitor.watch(step, self, query, result, self._seen, self._guessed)
         return result
 
     def observe(self, step, query: torch.Tensor) -> None:
@@ -123,6 +129,7 @@ class Scout(Method):
         twin = super().fork()
         twin.selector = self.selector.fork()
         twin.resident = self.resident and self.resident.fork()
+        twin._trust = self._trust.fork()
         return twin
 
     def drain(self) -> None:
@@ -147,12 +154,15 @@ class Scout(Method):
         self._missing = usable & ~self.resident.holds(self._pick.ids, blocks)
 
     def _start_cpu(self, step, query: torch.Tensor) -> None:
-        lists = pack_lists(self._pick.ids, self._missing)
-        self._share_blocks = int(lists.counts.sum())
+        job = self._job(step, query)
+        self._share_blocks = int(job[2].counts.sum())
         if self._share_blocks:
-            exists = None if step.mask is None else step.padding(lists.ids.device)
-            job = (query.detach().cpu(), self.kv.host, lists, *self.scoring, exists)
             self._ticket = step.backend.start(*job)
+
+    def _job(self, step, query: torch.Tensor) -> tuple:
+        lists = pack_lists(self._pick.ids, self._missing)
+        exists = None if step.mask is None else step.padding(lists.ids.device)
+        return query.detach().cpu(), self.kv.host, lists, *self.scoring, exists
 
     def _join_cpu(self, step) -> Attended:
         with step.counters.timed(self.layer_idx, "join"):
@@ -274,7 +284,7 @@ class Scout(Method):
     def _forget(self) -> None:
         self._pick: Pick | None = None
         self._missing = self._ticket = self._predicted = self._share_blocks = None
-        self._attended = 0.0
+        self._attended, self._guessed = 0.0, False
 
     def _tally(self, step, query: torch.Tensor) -> None:
         context = self.kv.length if step.mask is None else step.row_tokens().float().mean()

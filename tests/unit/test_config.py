@@ -43,7 +43,7 @@ TAKEN = {
     "digest": ["minmax"],
     "split": ["auto", "cpu", "off"],
     "layer_ahead": [True, False],
-    "cpu_query": ["predicted", "real"],
+    "cpu_query": ["predicted", "auto", "real"],
     "recall": [None, 1, 50, 0.12, 1.0, PROFILE],
     "resident": [None, 256, 4096],
     "threads": [None, 1, 64],

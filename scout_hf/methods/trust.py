@@ -1,0 +1,47 @@
+"""Whether the CPU may attend with a layer's predicted queries, from how far off they have been."""
+
+from __future__ import annotations
+
+from scout_hf.fusion import Partial
+
+CHECK_EVERY = 16
+# Relative error of the layer's output, mean over rows and heads. Selection alone costs about as much.
+TOLERATED = 0.05
+
+
+class Trust:
+    """One layer's rule for the query of the CPU's share.
+
+    ``auto`` compares both queries in the first step and in every 16th: while the predicted one would change the layer's
+    output by no more than a twentieth, it is used; otherwise, and in the steps that compare, the real one.
+
+    Parameters
+    ----------
+    rule : {"auto", "predicted", "real"}
+        ``ScoutConfig.cpu_query``.
+    """
+
+    def __init__(self, rule: str):
+        self.rule, self.checking = rule, False
+        self.error: float | None = None
+        self._steps = 0
+
+    def in_prediction(self) -> bool:
+        """At the start of a step, before the real query is known: whether to start with the predicted one."""
+        if self.rule != "auto":
+            return self.rule == "predicted"
+        self.checking = self._steps % CHECK_EVERY == 0
+        self._steps += 1
+        return not self.checking and self.error is not None and self.error <= TOLERATED
+
+    def judge(self, real: Partial, predicted: Partial) -> None:
+        """Learn from a step attended with both, out (batch, query_heads, 1, head_dim) each. Waits for the device."""
+        size = real.out.float().norm(dim=-1).clamp(min=1e-30)
+        error = float(((predicted.out - real.out).float().norm(dim=-1) / size).mean())
+        self.error = error if self.error is None else (self.error + error) / 2
+
+    def fork(self) -> Trust:
+        """An independent copy."""
+        twin = Trust(self.rule)
+        twin.__dict__.update(self.__dict__)
+        return twin
