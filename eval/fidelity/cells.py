@@ -17,10 +17,10 @@ MODES: dict[str, dict[str, Any] | None] = {
     "real": {"split": "off"},
     "real-int8": {"split": "off", "host_dtype": "int8"},
     "real-two-tiers": {"split": "cpu", "layer_ahead": False},
-    "predicted": {"split": "cpu"},
+    "predicted": {"split": "cpu", "cpu_query": "predicted"},
     "predicted-auto": {"split": "cpu", "cpu_query": "auto"},
     "predicted-real-cpu": {"split": "cpu", "cpu_query": "real"},
-    "predicted-no-recall": {"split": "cpu", "recall": None},
+    "predicted-no-recall": {"split": "cpu", "cpu_query": "predicted", "recall": None},
 }
 """Settings of every way of attending, next to budget, block size and digest; None is the model's own attention."""
 

@@ -11,7 +11,7 @@ from scout_hf.eval.pocket import TASKS
 TOKENS, BLOCK, BUDGET = 4096, 32, 0.125
 TOKEN_BUDGET = 512
 MAIN = ("real", "real-two-tiers", "predicted")
-REST = ("predicted-real-cpu", "predicted-no-recall", "real-int8")
+REST = ("predicted-auto", "predicted-real-cpu", "predicted-no-recall", "real-int8")
 QUICK_TASKS = ("needle", "trace")
 QUICK, WHOLE = Effort(questions=32, windows=8, steps=64, watched=2), Effort()
 

@@ -35,7 +35,7 @@ def save_plots(record: dict[str, Any], folder: Path) -> list[str]:
     for name, draw in PLOTS.items():
         figure = Figure(**SIZE)
         if draw(figure, asked, text):
-            path = folder / f"{name}.png"
+            path = folder / f"fidelity_{name}.png"
             figure.savefig(path)
             lines.append(f"wrote {path}")
     return lines

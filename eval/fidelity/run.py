@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import transformers
 from tqdm import tqdm
 
 import scout_hf
+from scout_hf import ConfigError
 from scout_hf.eval.fidelity.cells import Cell
 from scout_hf.eval.fidelity.grid import weight
 from scout_hf.eval.fidelity.journal import Journal
@@ -34,8 +36,18 @@ def versions() -> dict[str, str]:
 
 
 def asked_of(cell: Cell, effort: Effort, weights: str) -> dict[str, Any]:
-    """All that a result must have been measured for, to count as this cell's."""
-    return {"cell": cell.as_dict(), "effort": effort.of(cell), "versions": versions(), "weights": weights}
+    """All that a result must have been measured for, to count as this cell's; defaults of the config may change."""
+    try:
+        config = cell.config()
+    except ConfigError:
+        config = None  # the cell will fail, and say why
+    return {
+        "cell": cell.as_dict(),
+        "effort": effort.of(cell),
+        "config": config and asdict(config),
+        "versions": versions(),
+        "weights": weights,
+    }
 
 
 def run(

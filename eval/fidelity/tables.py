@@ -10,7 +10,7 @@ from rich.table import Table
 
 from scout_hf.eval.fidelity.cells import FULL, budget_name
 from scout_hf.eval.fidelity.summary import Estimate, Row, rows
-from scout_hf.eval.fidelity.views import AXES, along, digests, full_at, points, rows_at, settings
+from scout_hf.eval.fidelity.views import AXES, CENTRE, along, digests, full_at, points, rows_at, settings
 
 NAMES = {
     FULL: "full attention",
@@ -18,6 +18,7 @@ NAMES = {
     "real-int8": "real, int8 KV",
     "real-two-tiers": "real, two tiers",
     "predicted": "predicted",
+    "predicted-auto": "pred., auto on CPU",
     "predicted-real-cpu": "pred., real on CPU",
     "predicted-no-recall": "pred., no recall",
 }
@@ -47,9 +48,7 @@ def tables(record: dict[str, Any]) -> Iterator[Table]:
 
 def _detail(found: Sequence[Row], setting: dict[str, Any], text: bool) -> Table:
     part, full = rows_at(found, setting), full_at(found, setting)
-    place = f"{setting['tokens']} tokens, block {setting['block_size']}, budget {budget_name(setting['budget'])}"
-    place += "" if setting["stress"] == "none" else f", stress {setting['stress']}"
-    table = _table(f"{place}: {_what(part[0], text)}", "blocks by", "query", words=2)
+    table = _table(f"{_place(setting)}: {_what(part[0], text)}", "blocks by", "query", words=2)
     for name in (_score_name(text), "lost to\nselect.", "lost to\npredict.", "read", "tok/s"):
         table.add_column(name, justify="right", no_wrap=True)
     before = None
@@ -80,7 +79,7 @@ def _plain(found: Sequence[Row], text: bool) -> Table:
 
 def _sweep(found: Sequence[Row], axis: str, text: bool) -> Table:
     names = [name for name, _ in points(found, axis)]
-    table = _table(f"{_score_name(text)} by {AXES[axis]}, all else as above", "blocks by", "", words=2)
+    table = _table(f"{_score_name(text)} by {AXES[axis]}; else {_place(CENTRE)}", "blocks by", "query", words=2)
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     full = [full_at(found, setting) for _, setting in points(found, axis)]
@@ -89,12 +88,17 @@ def _sweep(found: Sequence[Row], axis: str, text: bool) -> Table:
         lines = {}
         for mode, loss in (("real", "lost_to_selection"), ("predicted", "lost_to_prediction")):
             of = along(found, axis, digest, mode)
-            lines[NAMES[mode]] = [score(of[name], text) if name in of else "" for name in names]
-            lines[loss.replace("_to_", ": ")] = [percent(getattr(of.get(name), loss, None)) for name in names]
-        measured = {name: line for name, line in lines.items() if any(one not in ("", "-") for one in line)}
-        for index, (name, line) in enumerate(measured.items()):
-            table.add_row("" if index else digest, name, *line, end_section=index == len(measured) - 1)
+            if len(of) > 1:
+                lines[NAMES[mode]] = [score(of[name], text) if name in of else "" for name in names]
+                lines[loss.replace("_to_", ": ")] = [percent(getattr(of.get(name), loss, None)) for name in names]
+        for index, (name, line) in enumerate(lines.items()):
+            table.add_row("" if index else digest, name, *line, end_section=index == len(lines) - 1)
     return table
+
+
+def _place(setting: dict[str, Any]) -> str:
+    place = f"{setting['tokens']} tokens, block {setting['block_size']}, budget {budget_name(setting['budget'])}"
+    return place if setting["stress"] == "none" else f"{place}, stress {setting['stress']}"
 
 
 def _what(row: Row, text: bool) -> str:

@@ -163,6 +163,7 @@ class TestJournal:
             asked_of(CELLS[1], dataclasses.replace(EFFORT, questions=5), weights["llama"]),
             asked_of(CELLS[1], dataclasses.replace(EFFORT, seed=1), weights["llama"]),
             asked_of(CELLS[1], EFFORT, "0" * 12),
+            {**asked, "config": asked["config"] | {"window": 64}},
             {**asked, "versions": asked["versions"] | {"torch": "2.6.0"}},
         ]
         journal = Journal(tmp_path / "cells.jsonl")
