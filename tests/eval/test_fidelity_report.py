@@ -4,6 +4,7 @@ import io
 import json
 import math
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from scout_hf.cli import app
 from scout_hf.eval.fidelity import readme, report
 from scout_hf.eval.fidelity.cells import MODES, Cell
 from scout_hf.eval.fidelity.grid import BLOCK, BUDGET, TOKENS, study
-from scout_hf.eval.fidelity.plots import PLOTS, save_plots
+from scout_hf.eval.fidelity.plots import NO_PLOTS, PLOTS, save_plots
 from scout_hf.eval.fidelity.summary import find, rows
 from scout_hf.eval.fidelity.tables import tables
 from scout_hf.eval.fidelity.views import CENTRE, along, points
@@ -169,7 +170,12 @@ class TestShown:
             for row in along(table, axis, "minmax", "real").values():
                 assert {name: row.setting[name] for name in CENTRE if name != axis}.items() <= CENTRE.items()
 
+    def test_plots_are_left_out_without_matplotlib(self, whole, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        assert save_plots(whole, tmp_path) == [NO_PLOTS] and not list(tmp_path.iterdir())
+
     def test_plots(self, whole, tmp_path):
+        pytest.importorskip("matplotlib")
         lines = save_plots(whole, tmp_path)
         assert {path.stem for path in tmp_path.glob("*.png")} == {f"fidelity_{name}" for name in PLOTS} and len(
             lines
