@@ -72,6 +72,7 @@ class ScoutLM(HFLM):
         self.handle: scout_hf.Handle | None = None
         self.tallies: dict[str, Tally] = {}
         self._tally = Tally()
+        self._found_batch_size: int | None = None
         super().__init__(pretrained, **options)
         accelerator = getattr(self, "accelerator", None)
         if accelerator is not None and self.world_size == 1:
@@ -165,6 +166,13 @@ class ScoutLM(HFLM):
     def _autocast(self) -> contextlib.AbstractContextManager:
         dtype = self.mixed_precision_dtype
         return torch.autocast(device_type=self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def _detect_batch_size(self, requests: list | None = None, pos: int = 0) -> int:
+        if requests is not None:
+            return super()._detect_batch_size(requests, pos)
+        # Five passes over max_length tokens: once for all tasks.
+        self._found_batch_size = self._found_batch_size or super()._detect_batch_size()
+        return self._found_batch_size
 
     # -- what it cost -------------------------------------------------------------------------------------------
 

@@ -80,6 +80,8 @@ class Tally:
 @contextmanager
 def measured(model: torch.nn.Module, tally: Tally) -> Iterator[None]:
     """Watch the passes of a model inside the block: prefills, and the decode steps after each."""
+    # An adapter's generate() calls the model inside.
+    model = getattr(model, "get_base_model", lambda: model)()
     watch = _Watch(model, tally)
     hook = model.register_forward_pre_hook(watch.before, with_kwargs=True)
     try:

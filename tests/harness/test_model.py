@@ -98,7 +98,8 @@ def test_rolling_windows_are_scored_as_by_hflm(pocket_path):
 
 def test_too_long_contexts_lose_what_truncation_says(pocket_path):
     document = make_document(200, 8, seed=3)
-    prompt, answer = questions(document)[7]
+    assert document.facts[0].position < 40
+    prompt, answer = questions(document)[0]
     pairs = requests("loglikelihood", (prompt, f" {answer}"))
     options = {"max_length": 100, "dtype": "float32", "device": "cpu", "batch_size": 1}
     expected = HFLM(pretrained=pocket_path, **options).loglikelihood(pairs, disable_tqdm=True)
@@ -145,6 +146,31 @@ def test_generations_are_those_of_hflm_and_of_hflm_on_a_patched_model(stock, poc
         assert generated(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2), prompts) == expected
         assert handle.stats().steps > 0
     assert generated(ScoutLM(pretrained=model, tokenizer=tokenizer, budget=None), prompts) == expected
+
+
+def test_adapters_are_served_and_measured():
+    peft = pytest.importorskip("peft")
+    model, tokenizer = load_pocket()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(model, config).eval()
+    given = {"pretrained": adapted, "tokenizer": tokenizer, "batch_size": 2}
+    prompts, pairs = ["the old baker walked", "what do they call the"], requests("loglikelihood", ("the", " old baker"))
+    expected = generated(HFLM(**given), prompts), HFLM(**given).loglikelihood(pairs, disable_tqdm=True)
+    lm = ScoutLM(**given, budget=None)
+    assert generated(lm, prompts) == expected[0]
+    assert_close(lm.loglikelihood(pairs, disable_tqdm=True), expected[1])
+    assert lm.get_model_info()["scout_hf"]["tasks"]["task"]["decode_tokens"] == 2 * 2 + 2
+
+
+def test_the_batch_size_is_found_once(pocket_path, monkeypatch):
+    sizes = iter([3])
+    monkeypatch.setattr(HFLM, "_detect_batch_size", lambda self, *rest: next(sizes))
+    lm = scout(pocket_path, budget=None, batch_size="auto")
+    for task in ("one", "two"):
+        assert len(generated(lm, ["the old baker", "the young baker"], task)) == 2
+    assert len(lm.loglikelihood(requests("loglikelihood", ("the", " old")), disable_tqdm=True)) == 1
 
 
 def test_tasks_keep_their_own_tallies_and_answers_their_order(pocket_path):

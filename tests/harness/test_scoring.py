@@ -74,9 +74,9 @@ def test_exact_scores_are_those_of_one_dense_pass(config, batch_size):
     assert len({score.log_probability for score in expected}) >= 8
 
 
-@pytest.mark.parametrize("family", ["opt", "gemma3", "gpt_neox", "qwen3"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gemma3", "gpt_neox", "qwen3"])
 def test_positions_sliding_layers_and_query_norms(family):
-    """OPT has absolute positions, Gemma 3 layers that a sliding window keeps: padding must not shift either."""
+    """GPT-2 and OPT have absolute positions, Gemma 3 a sliding window: padding must not shift either."""
     model = tiny(family, torch.float32)
     expected = [dense(model, *pair) for pair in PAIRS]
     for config in (None, ScoutConfig(budget=None, block_size=8)):
