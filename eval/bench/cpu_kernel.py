@@ -18,7 +18,7 @@ from scout_hf.eval.bench.bandwidth import Reader
 from scout_hf.eval.bench.timing import Timing, interleave
 from scout_hf.kernels.cpu import BlockLists, make_backend
 from scout_hf.kernels.cpu.library import load_library
-from scout_hf.selection import Selector
+from scout_hf.selection import Digest, Selector
 from scout_hf.selection.minmax import MinMax
 from scout_hf.selection.pick import choose
 from scout_hf.stores import make_store
@@ -74,7 +74,7 @@ def run(
         for count in tokens:
             tell(f"attending to {count} of {cache_tokens} tokens, {repeat} x 6 calls")
             rows.append(bench.attend(count, repeat))
-        tell(f"choosing among {bench.blocks} blocks, {repeat} x 5 calls")
+        tell(f"choosing among {bench.blocks} blocks, {repeat} x 10 calls")
         select = bench.select(tokens, repeat)
         if dense:
             tell(f"torch over all {cache_tokens} tokens, {dense} x 2 calls")
@@ -107,7 +107,7 @@ class _Bench:
         self.library = load_library()
         self.reader = Reader(self.library, threads)
         self.native, self.torch = make_backend("native"), make_backend("torch")
-        self.config = ScoutConfig(block_size=block_size)
+        self.config = ScoutConfig(block_size=block_size, digest="minmax")
 
     def fill(self) -> None:
         self.plain, self.packed, self.codes = [], [], []
@@ -124,6 +124,9 @@ class _Bench:
             self.plain.append(plain)
             self.packed.append(packed)
             self.codes.append(selector.table.codes())
+        # One table will do: what is read before every choice leaves nothing of it in a processor cache.
+        self.signs = Selector(ScoutConfig(block_size=self.size, digest="sign"), 0, self.plain[0].read(0, 0)[0])
+        self.signs.extend_from(self.plain[0], self.blocks, None)
         self.kv_bytes = self.plain[0].used_bytes
         stores = [*self.plain, *self.packed]
         slabs = [slab for store in stores for slab in store.table.pool.slabs]
@@ -137,7 +140,7 @@ class _Bench:
         self.reader.close()
         self.native.close()
         self.torch.close()
-        del self.plain, self.packed, self.codes, self.long
+        del self.plain, self.packed, self.codes, self.signs, self.long
 
     def attend(self, tokens: int, repeat: int) -> dict[str, Any]:
         """All that reads one selection of so many tokens."""
@@ -165,50 +168,70 @@ class _Bench:
         }
 
     def select(self, tokens: Sequence[int], repeat: int) -> dict[str, Any]:
-        """The choice of blocks for the largest budget that is at most 4096 tokens."""
+        """The choice of blocks for the largest budget that is at most 4096 tokens, by min/max and by sign codes."""
         budget = max((count for count in tokens if count <= 4096), default=min(tokens))
         count, sinks = budget // self.size, self.config.blocks(self.config.sinks)
-        digest = MinMax()
+        calls = {
+            **self._choices(MinMax(), self.codes, count, sinks),
+            **{
+                f"sign_{name}": call
+                for name, call in self._choices(self.signs.digest, [self.signs.table.codes()], count, sinks).items()
+            },
+        }
+        times = self._time(calls, repeat)
+        sizes = {kind: codes.numel() * codes.element_size() for kind, codes in self._digests().items()}
+        record = {name: times[name].record(sizes["sign" if name.startswith("sign_") else "minmax"]) for name in calls}
+        return {
+            "blocks": self.blocks,
+            "chosen": count,
+            "digest_bytes": sizes["minmax"],
+            **{name: one for name, one in record.items() if not name.startswith("sign_")},
+            "ratios": _ratios(times, ("native/read", "native_score/read", "torch/native")),
+            "sign": {
+                "digest_bytes": sizes["sign"],
+                **{name.removeprefix("sign_"): one for name, one in record.items() if name.startswith("sign_")},
+                "ratios": _ratios(
+                    times,
+                    (
+                        "sign_native/native",
+                        "sign_native_score/native_score",
+                        "sign_native/sign_read",
+                        "sign_torch/sign_native",
+                    ),
+                ),
+            },
+        }
+
+    def _choices(self, digest: Digest, tables: list[torch.Tensor], count: int, sinks: int) -> dict[str, Any]:
+        """Calls that choose by such digests, natively and by torch, that only score, and that only read."""
 
         def native():
-            query, codes = self._query(), self._cold(self.codes)
+            query, codes = self._query(), self._cold(tables)
             settings = (count, sinks, 0, self.size, None)
-            return lambda: self.native.select("minmax", query, codes, *settings)
+            return lambda: self.native.select(digest.native, digest.prepare(query), codes, *settings)
 
         def score():
-            query, codes = self._query(), self._cold(self.codes)
-            return lambda: self.native.score("minmax", query, codes)
+            query, codes = self._query(), self._cold(tables)
+            return lambda: self.native.score(digest.native, digest.prepare(query), codes, block_size=self.size)
 
         def by_torch():
-            query, codes = self._query(), self._cold(self.codes)
+            query, codes = self._query(), self._cold(tables)
             return lambda: choose(digest.score(query, codes), count, sinks, None)
 
         def score_by_torch():
-            query, codes = self._query(), self._cold(self.codes)
+            query, codes = self._query(), self._cold(tables)
             return lambda: digest.score(query, codes)
 
         def read():
             # Head by head, since the table has room to grow behind every head's codes.
-            codes = self._cold(self.codes)
+            codes = self._cold(tables)
             parts = [codes[0, head] for head in range(self.kv_heads)]
             return lambda: [self.reader.span(part) for part in parts]
 
-        calls = {
-            "native": native,
-            "native_score": score,
-            "read": read,
-            "torch": by_torch,
-            "torch_score": score_by_torch,
-        }
-        times = self._time(calls, repeat)
-        size = self.codes[0].numel() * self.codes[0].element_size()
-        return {
-            "blocks": self.blocks,
-            "chosen": count,
-            "digest_bytes": size,
-            **{name: times[name].record(size) for name in calls},
-            "ratios": _ratios(times, ("native/read", "native_score/read", "torch/native")),
-        }
+        return {"native": native, "native_score": score, "read": read, "torch": by_torch, "torch_score": score_by_torch}
+
+    def _digests(self) -> dict[str, torch.Tensor]:
+        return {"minmax": self.codes[0], "sign": self.signs.table.codes()}
 
     def dense(self, repeat: int) -> dict[str, Any]:
         """Torch's attention over one whole cache, in both forms of a grouped query."""

@@ -71,19 +71,13 @@ def _kernel_tables(record: dict[str, Any]):
         table.add_row(str(row["tokens"]), *rates, *(f"{ratio:.2f}" for ratio in others))
     yield table
     select = record["select"]
-    size = f"{select['digest_bytes'] / 2**20:.1f} MiB of digests"
-    names = ("native", "native_score", "read", "torch")
-    table = _table(
-        f"choosing {select['chosen']} of {select['blocks']} blocks, {size}",
-        "",
-        "native",
-        "scores alone",
-        "read",
-        "torch",
-    )
-    table.add_row("ms", *(_time(select[name]) for name in names))
-    table.add_row("GB/s", *(f"{select[name]['gb_per_s']:.1f}" for name in names))
-    yield table
+    # Older records have min/max alone.
+    for kind, one in {"min/max": select, "sign codes": select.get("sign")}.items():
+        if one:
+            yield _choice_table(kind, one, select)
+    if signs := select.get("sign"):
+        ratios = [signs["ratios"][name] for name in ("sign_native/native", "sign_native_score/native_score")]
+        yield f"sign codes take {ratios[0]:.2f} times as long as min/max, {ratios[1]:.2f} times for scores alone\n"
     if whole := record["dense"]:
         folded, grouped = (_three(whole[name]["median_ms"]) for name in ("folded", "enable_gqa"))
         yield f"torch over all {whole['tokens']} tokens: {folded} ms folded, {grouped} ms enable_gqa\n"
@@ -92,6 +86,16 @@ def _kernel_tables(record: dict[str, Any]):
         one = error["int8_to_bf16"]
         table.add_row(kind, f"{one['lse']:.1e}", f"{one['out']:.1e}", f"{one['relative']:.1e}")
     yield table
+
+
+def _choice_table(kind: str, times: dict[str, Any], select: dict[str, Any]) -> Table:
+    size = f"{times['digest_bytes'] / 2**20:.1f} MiB of {kind}"
+    title = f"choosing {select['chosen']} of {select['blocks']} blocks, {size}"
+    names = ("native", "native_score", "read", "torch")
+    table = _table(title, "", "native", "scores alone", "read", "torch")
+    table.add_row("ms", *(_time(times[name]) for name in names))
+    table.add_row("GB/s", *(f"{times[name]['gb_per_s']:.1f}" for name in names))
+    return table
 
 
 def _decode_tables(record: dict[str, Any]):

@@ -80,6 +80,11 @@ def test_kernel_record_is_complete(kernel_record):
         assert {"read/native", "torch/native", "native/int8", "dense_folded/native"} < set(row["ratios"])
     assert kernel_record["select"]["blocks"] == 64 and kernel_record["select"]["chosen"] == 16
     assert {"native/read", "native_score/read", "torch/native"} == set(kernel_record["select"]["ratios"])
+    assert kernel_record["select"]["digest_bytes"] == 64 * 2 * 2 * 32 * 2
+    signs = kernel_record["select"]["sign"]
+    assert signs["digest_bytes"] == 64 * 2 * 16 * 5
+    assert {"native", "native_score", "read", "torch", "torch_score"} < set(signs)
+    assert {"sign_native/native", "sign_native_score/native_score"} < set(signs["ratios"])
     assert kernel_record["machine"]["isa"] == load_library().isa
     for error in kernel_record["int8_error"].values():
         assert error["int8_to_bf16"]["relative"] > error["bf16_to_exact"]["relative"]

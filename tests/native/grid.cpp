@@ -1323,7 +1323,7 @@ void check_select(Random& random) {
   }
 }
 
-// Runs a selection with scores given, by several numbers of threads: always the same, and the lists that scores ask for.
+// Runs a selection with scores given, by several numbers of threads: always the same, and the lists scores ask for.
 std::vector<float> scores_of(scout_select_args a, const std::string& text) {
   const int lists = a.batch * a.kv_heads, sinks = std::min(a.sinks, a.count);
   a.blocks_stride = std::min(a.count, a.candidates) + a.newest;

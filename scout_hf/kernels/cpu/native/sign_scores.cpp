@@ -51,20 +51,49 @@ float make_tables(const float* query, int dims, uint8_t* entries, int* offset) {
   return peak / MOST;
 }
 
-// With straight lines between whole powers, as the masses are made: exact where one token is all that counts.
-inline float log_2(float mass) {
-  int32_t bits;
-  memcpy(&bits, &mass, sizeof bits);
-  return (float)bits * 0x1p-23f - 127;
+inline vf load(const float* from) {
+  vf value;
+  memcpy(&value, from, sizeof value);
+  return value;
+}
+
+// The largest of `count` numbers, by comparisons that compilers make instructions of. What is no number is passed over.
+float largest(const float* from, int count) {
+  vf most = {};
+  int i = 0;
+  for (; i + 4 <= count; i += 4) {
+    const vf here = load(from + i);
+    most = here > most ? here : most;
+  }
+  float all = 0;
+  for (int k = 0; k < 4; k++) all = most[k] > all ? most[k] : all;
+  for (; i < count; i++) all = from[i] > all ? from[i] : all;
+  return all;
+}
+
+// Adds logarithms of masses and `reference`. With straight lines between whole powers, as the masses are made: exact
+// where one token is all that counts.
+void add_logarithms(const float* mass, int count, float reference, float* scores) {
+  const float rest = reference - 127;
+  int i = 0;
+  for (; i + 4 <= count; i += 4) {
+    vi bits;
+    memcpy(&bits, mass + i, sizeof bits);
+    const vf sum = load(scores + i) + (__builtin_convertvector(bits, vf) * 0x1p-23f + rest);
+    memcpy(scores + i, &sum, sizeof sum);
+  }
+  for (; i < count; i++) {
+    int32_t bits;
+    memcpy(&bits, mass + i, sizeof bits);
+    scores[i] += (float)bits * 0x1p-23f + rest;
+  }
 }
 
 // Where masses reach the end of what floats hold, further down with the powers: true if they must be taken anew.
 bool raise_references(const float* mass, int count, int heads, float* reference) {
   bool again = false;
   for (int i = 0; i < heads; i++, mass += BLOCKS_AT_ONCE) {
-    float most = 0;
-    for (int b = 0; b < count; b++) most = std::max(most, mass[b]);
-    if (most < 0x1p125f || reference[i] > FARTHEST) continue;
+    if (reference[i] > FARTHEST || largest(mass, count) < 0x1p125f) continue;
     reference[i] += 200;
     again = true;
   }
@@ -93,9 +122,9 @@ void scout_add_sign_scores(const scout_isa* isa, const uint8_t* codes, int64_t c
       do
         isa->signs(&part);
       while (raise_references(mass, count, part.heads, reference + h));
+      // A query that is no number makes no scores that are.
       for (int i = 0; i < part.heads; i++)
-        for (int b = 0; b < count; b++)
-          scores[first + b] += log_2(mass[i * BLOCKS_AT_ONCE + b]) + reference[h + i] + 0 * worth[h + i];
+        add_logarithms(mass + i * BLOCKS_AT_ONCE, count, reference[h + i] + 0 * worth[h + i], scores + first);
     }
   }
 }

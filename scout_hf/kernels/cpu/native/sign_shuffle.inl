@@ -1,9 +1,9 @@
 // The attention mass of every block by sign codes, for instruction sets that shuffle within 16 bytes.
 //
-// A table of 16 bytes per query head and four dimensions says what each pattern of four signs adds to a token's sum. All
-// stays in bytes until the end, so that one instruction serves 4 dimensions of 4 * W tokens. For that, two numbers are
-// kept: the sum modulo 256, and the mean of 8 lookups by rounding averages, which is at most 1.5 too large, whence 8
-// times the mean exceeds the sum by 12 at most. Up to 21 such means leave an excess below 256, and the sum modulo 256
+// A table of 16 bytes per query head and four dimensions says what each pattern of four signs adds to a token's sum.
+// All stays in bytes until the end, so that one instruction serves 4 dimensions of 4 * W tokens. For that, two numbers
+// are kept: the sum modulo 256, and the mean of 8 lookups by rounding averages, which is at most 1.5 too large, whence
+// 8 times the mean exceeds the sum by 12 at most. Up to 21 such means leave an excess below 256, and the sum modulo 256
 // says which it is.
 namespace {
 
