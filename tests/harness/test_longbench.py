@@ -104,11 +104,11 @@ def test_stock_and_exact_scout_generate_the_same_on_every_row(data, pocket_path,
 
 
 def test_a_small_budget_shows_in_the_table(data, pocket_path, tmp_path):
-    options = ["--longbench-dir", data, "--beside-stock", "--limit", 6]
+    options = ["--longbench-dir", data, "--beside-stock", "--limit", 6, "--gen_kwargs", "max_gen_toks=5"]
     tiny = {"budget": 32, "block_size": 16, "window": 16}
     assert run("scout", pocket_path, "longbench_fewshot", *options, out=tmp_path, **tiny) == 0
     rows = {row["task"]: row for row in json.loads((tmp_path / "beside_stock.json").read_text())["rows"]}
-    assert rows["longbench_triviaqa"]["difference"] < -0.05
+    assert rows["longbench_triviaqa"]["difference"] < -0.1
     assert 0 < rows["longbench_triviaqa"]["cost"]["scout"]["attended_share"] < 0.5
     assert set(rows) == {"longbench_fewshot", "longbench_triviaqa", "longbench_trec", "longbench_samsum"}
     assert rows["longbench_fewshot"]["cost"] == {"stock": None, "scout": None}
