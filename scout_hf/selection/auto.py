@@ -24,7 +24,9 @@ def digest_for(config: ScoutConfig, keys: torch.Tensor) -> str:
         check_digest(config.digest, keys.shape[-1])
         return config.digest
     easy = isinstance(config.budget, float) and config.budget >= EASY_SHARE
-    native = keys.device.type == "cpu" and load_library() is not None
+    library = load_library() if keys.device.type == "cpu" else None
+    # Without table shuffles a sign code takes thirty times as long as min/max.
+    native = library is not None and library.isa != "base"
     return "sign" if native and not easy and find_digest("sign").serves(keys.shape[-1]) else "minmax"
 
 

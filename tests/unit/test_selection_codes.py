@@ -17,6 +17,7 @@ from scout_hf.selection import Selector, SignCode, auto, check_digest, digest_fo
 from scout_hf.selection.minmax import MinMax
 from scout_hf.selection.sign import SHRINKAGE, byte_to_scale, random_rotation, scale_to_byte
 from scout_hf.stores import PagedKV
+from tests.libraries import using_isa
 from tests.unit.naive import QUICK, poison
 from tests.unit.test_selection_digest import draw
 from tests.unit.test_selection_native import make_step
@@ -321,6 +322,8 @@ def test_auto_takes_the_sign_code_where_it_helps(monkeypatch):
     assert digest_for(ScoutConfig(digest="auto"), torch.empty(1, 2, 0, 60)) == "minmax"
     assert digest_for(ScoutConfig(digest="auto"), keys.to("meta")) == "minmax"
     assert digest_for(ScoutConfig(digest="minmax-sub", budget=0.5), keys) == "minmax-sub"
+    with using_isa("base"):
+        assert digest_for(ScoutConfig(digest="auto"), keys) == "minmax"
     monkeypatch.setattr(auto, "load_library", lambda: None)
     assert digest_for(ScoutConfig(digest="auto"), keys) == "minmax"
 
