@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from ctypes import c_int, c_int64, c_uint64, c_void_p
+from types import SimpleNamespace
 from typing import Any
 
 from scout_hf.errors import CacheStateError, ConfigError
@@ -213,7 +214,7 @@ class NativePool:
         return _load, (self.library._name, self.threads, self.spin_us, self.background)
 
     def _start(self) -> _Threads:
-        with _starting:
+        with _starting.lock:
             threads = self._running
             if threads is None or threads.process != os.getpid():
                 # A forked child inherits the pool, but not its threads.
@@ -275,7 +276,7 @@ class _Threads:
 
 
 _all: weakref.WeakSet[_Threads] = weakref.WeakSet()
-_starting = threading.Lock()
+_starting = SimpleNamespace(lock=threading.Lock())
 
 
 def _free(library: ctypes.CDLL, handle: int, process: int) -> None:
@@ -294,8 +295,7 @@ def _stop_all() -> None:
 
 
 def _after_fork() -> None:
-    global _starting
-    _starting = threading.Lock()  # another thread of the parent may have had it
+    _starting.lock = threading.Lock()  # another thread of the parent may have had it
 
 
 if hasattr(os, "register_at_fork"):
