@@ -19,6 +19,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 
 import scout_hf
 from scout_hf import ScoutConfig, Stats
+from scout_hf.cache_names import CACHE
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
 @torch.no_grad()
 def prefill(model: PreTrainedModel, cache: Cache, document_ids: torch.Tensor) -> Cache:
     """Fill ``cache`` with a document, ids (1, tokens), in one pass; returns the same cache."""
-    model(document_ids, past_key_values=cache, logits_to_keep=1)
+    model(document_ids, **{CACHE: cache}, logits_to_keep=1)
     return cache
 
 
@@ -125,12 +126,12 @@ def answer(
     fork = copy.deepcopy(cache)
     begin = time.perf_counter()
     for position in range(ids.shape[1] - 1):
-        model(ids[:, position : position + 1], past_key_values=fork, logits_to_keep=1)
+        model(ids[:, position : position + 1], **{CACHE: fork}, logits_to_keep=1)
     prompt = torch.cat([document_ids, ids], dim=1)
     out = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        past_key_values=fork,
+        **{CACHE: fork},
         max_new_tokens=length,
         do_sample=False,
         output_logits=True,

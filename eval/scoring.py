@@ -20,6 +20,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 import scout_hf
 from scout_hf import PatchError, ScoutCache, ScoutConfig
+from scout_hf.cache_names import CACHE
 
 Tokens = Sequence[int]
 
@@ -218,7 +219,7 @@ class _Forward:
             options["attention_mask"] = mask
             if self.takes_positions:
                 options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        return self.model(ids, past_key_values=cache, use_cache=True, **options).logits[:, -1].float()
+        return self.model(ids, **{CACHE: cache}, use_cache=True, **options).logits[:, -1].float()
 
 
 def _decode(

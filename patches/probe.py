@@ -9,6 +9,7 @@ from types import MethodType
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 
+from scout_hf.cache_names import CACHE
 from scout_hf.errors import UnsupportedModelError
 
 from .base import Family, weight_device
@@ -64,7 +65,7 @@ class ProbeFamily(Family):
         inputs = {
             "attention_mask": None,
             "position_ids": position_ids,
-            "past_key_values": None,
+            CACHE: None,
             "use_cache": False,
             "position_embeddings": self._angles(decoder, attn, hidden, position_ids, position_embeddings),
         }

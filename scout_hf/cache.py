@@ -22,7 +22,9 @@ from scout_hf.stores.memory import huge_page_bytes
 
 
 class ScoutCache(Cache):
-    """KV cache for ``generate(past_key_values=...)`` of a patched model; full-attention layers follow the method.
+    """KV cache for a patched model's ``generate(past_key_values=...)``; full-attention layers follow the method.
+
+    Since transformers 5.24 the argument is called ``cache``; the old name still works.
 
     A model that is not patched attends to all of it: right, and no faster.
 

@@ -11,6 +11,7 @@ import torch
 
 from scout_hf.attention import implementation_over, implementation_under
 from scout_hf.cache import ScoutCache, ScoutLayer, check_names
+from scout_hf.cache_names import CACHE, given_cache
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import PatchError, UnsupportedInputError
 from scout_hf.kernels.cpu import make_backend
@@ -61,7 +62,7 @@ def patch(model: torch.nn.Module, config: ScoutConfig | None = None, **options: 
     if HANDLE in model.__dict__:
         raise PatchError(
             "this model is patched already; call scout_hf.unpatch(model) first, or pass a ScoutCache with other "
-            "settings as past_key_values"
+            f"settings as {CACHE}"
         )
     text = model.config.get_text_config(decoder=True)
     check_names(config, text, len(family.layers(family.decoder(model))))
@@ -185,9 +186,9 @@ class Handle:
         self._movers.close()
 
     def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
-        given = model_kwargs.get("past_key_values") is not None
+        given = given_cache(model_kwargs) is not None
         if not given and _takes_dynamic_cache(self.model, generation_config):
-            cache = model_kwargs["past_key_values"] = self.new_cache()
+            cache = model_kwargs[CACHE] = self.new_cache()
             if getattr(generation_config, "is_assistant", False) and hasattr(cache, "activate_past_recording"):
                 cache.activate_past_recording()
             return None
@@ -200,7 +201,7 @@ class Handle:
     @keeps_tensors
     def _open(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         given = _named(module, args, kwargs)
-        cache = given.get("past_key_values")
+        cache = given_cache(given)
         step = active_step()
         if step is not None:
             if step.cache is cache and step.root is not module:
@@ -342,7 +343,7 @@ def _refuse_unservable(module: torch.nn.Module, given: dict, inputs: torch.Tenso
         )
     if torch.is_grad_enabled() and (inputs.requires_grad or _learns(module)):
         raise UnsupportedInputError(
-            "a ScoutCache holds no gradients; wrap the call in torch.no_grad(), or train without past_key_values"
+            "a ScoutCache holds no gradients; wrap the call in torch.no_grad(), or train without a cache"
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from scout_hf.cache_names import CACHE
 from scout_hf.errors import ConfigError
 from scout_hf.recall import RecallIntervals, intervals_below
 
@@ -76,7 +77,7 @@ def _history(handle: Any, ids: torch.Tensor, steps: int) -> dict[int, list[float
         handle.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=handle.new_cache(recall=None),
+            **{CACHE: handle.new_cache(recall=None)},
             max_new_tokens=steps + 1,
             min_new_tokens=steps + 1,
             do_sample=False,

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from scout_hf.cache_names import CACHE
 from scout_hf.errors import ScoutError, UnsupportedModelError
 from scout_hf.patches import ProbeFamily
 
@@ -30,8 +31,8 @@ def check_unknown_family(model: Any, family: Any, handle: Any) -> None:
     try:
         with torch.no_grad():
             cache = handle.new_cache(budget=None, layer_ahead=False)
-            first = model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True).logits[:, -1]
-            second = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
+            first = model(input_ids=ids[:, :-1], **{CACHE: cache}, use_cache=True).logits[:, -1]
+            second = model(input_ids=ids[:, -1:], **{CACHE: cache}, use_cache=True).logits[:, -1]
             stock = model(input_ids=ids, use_cache=False).logits
     except ScoutError as error:
         raise UnsupportedModelError(f"{name} is of an unknown family and cannot be served: {error}") from error

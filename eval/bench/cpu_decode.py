@@ -14,6 +14,7 @@ import torch
 from transformers import Cache, DynamicCache, LlamaForCausalLM
 
 import scout_hf
+from scout_hf.cache_names import CACHE
 from scout_hf.eval.bench import llama, machine, memory
 from scout_hf.eval.bench.bandwidth import Reader
 from scout_hf.eval.bench.timing import Timing, interleave, timed
@@ -201,7 +202,7 @@ def _stepper(model: LlamaForCausalLM, cache: Cache) -> Callable[[], Any]:
 
     @torch.no_grad()
     def step():
-        return model(input_ids=ids, past_key_values=cache, use_cache=True)
+        return model(input_ids=ids, **{CACHE: cache}, use_cache=True)
 
     return step
 

@@ -55,6 +55,7 @@ def measure(kind: str, tokens: int, budget: int, block_size: int, shape: dict[st
     from transformers import DynamicCache
 
     import scout_hf
+    from scout_hf.cache_names import CACHE
     from scout_hf.eval.bench import llama
 
     model = llama.make_model(**shape | SMALL)
@@ -69,14 +70,14 @@ def measure(kind: str, tokens: int, budget: int, block_size: int, shape: dict[st
 
     with torch.no_grad():
         cache = llama.fill(make(), model.config, 2 * block_size)
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
         cache, parts = make(), llama.random_kv(model.config, tokens)
         gc.collect()
         with Peak() as peak:
             for layer in range(model.config.num_hidden_layers):
                 cache.update(*parts, layer)
             for _ in range(STEPS):
-                model(ids, past_key_values=cache)
+                model(ids, **{CACHE: cache})
             held = peak.grown()
     kv = llama.kv_bytes_per_token(model.config) * tokens
     shares = {"held_share": held / kv, "peak_share": peak.bytes / kv}

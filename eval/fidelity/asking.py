@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import Cache, PreTrainedModel
 
+from scout_hf.cache_names import CACHE
+
 
 @dataclass
 class Answers:
@@ -88,9 +90,9 @@ def answers(
 def _decode(model: PreTrainedModel, cache: Cache, ids: torch.Tensor, length: int) -> torch.Tensor:
     """Feed ``ids`` (rows, n) token by token and go on greedily; the new tokens, (rows, length)."""
     for place in range(ids.shape[1] - 1):
-        model(ids[:, place : place + 1], past_key_values=cache, logits_to_keep=1)
+        model(ids[:, place : place + 1], **{CACHE: cache}, logits_to_keep=1)
     token, given = ids[:, -1:], []
     for _ in range(length):
-        token = model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
+        token = model(token, **{CACHE: cache}, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
         given.append(token)
     return torch.cat(given, dim=1)

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from scout_hf.cache_names import CACHE
+
 FACTOR = 8.0
 PAIRS = 2
 SHIFT = 6.0
@@ -90,7 +92,7 @@ def _scale_norms(attention: nn.Module, rng: random.Random) -> None:
 def _spreads(model: PreTrainedModel, sample: torch.Tensor) -> list[torch.Tensor]:
     """Standard deviation of every key channel over a text, a tensor (kv_heads, head_dim) per layer."""
     cache = DynamicCache(config=model.config)
-    model(sample, past_key_values=cache, logits_to_keep=1)
+    model(sample, **{CACHE: cache}, logits_to_keep=1)
     return [layer.keys.float().std(dim=(0, 2)) for layer in cache.layers]
 
 

@@ -12,6 +12,7 @@ import torch
 from transformers import Cache
 
 from scout_hf import Stats
+from scout_hf.cache_names import given_cache
 from scout_hf.eval.decode_path import kv_bytes
 
 
@@ -102,7 +103,7 @@ class _Watch:
 
     def before(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         ids = args[0] if args else kwargs.get("input_ids")
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)
         if ids is None or cache is None:
             return
         phase = "prefill" if ids.shape[1] > 1 else "decode"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from scout_hf.cache_names import CACHE
+
 from .tasks import make_exercise
 
 
@@ -31,13 +33,13 @@ def accuracy(
         document = make_exercise(task, tokens, seed)
         seed += 1
         cache = DynamicCache(config=model.config)
-        model(tokenizer(document.text, return_tensors="pt").input_ids, past_key_values=cache, logits_to_keep=1)
+        model(tokenizer(document.text, return_tensors="pt").input_ids, **{CACHE: cache}, logits_to_keep=1)
         for fact in document.facts[: n_questions - asked]:
             step = tokenizer(document.prompt(fact), return_tensors="pt").input_ids
             wanted = tokenizer(fact.answer).input_ids
             answer = []
             for _ in wanted:
-                logits = model(step, past_key_values=cache, logits_to_keep=1).logits
+                logits = model(step, **{CACHE: cache}, logits_to_keep=1).logits
                 step = logits[:, -1].argmax(-1, keepdim=True)
                 answer.append(int(step))
             # A negative number of tokens to remove is the one form every release of transformers 5 takes.

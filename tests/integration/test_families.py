@@ -18,6 +18,7 @@ from transformers.models.llama import modeling_llama
 import scout_hf
 from scout_hf import ScoutCache, UnsupportedModelError
 from scout_hf.cache import ScoutLayer
+from scout_hf.cache_names import given_cache
 from scout_hf.patches import ProbeFamily, family_of
 from tests.integration.common import ONE_TIER, TWO_TIERS, left_padded, llama, logits, prompt, run
 from tests.integration.test_patching import snapshot
@@ -233,7 +234,7 @@ def test_unknown_family_with_other_logits_is_refused(monkeypatch):
     real = layer.forward
 
     def forward(hidden_states, *args, **kwargs):
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)
         if cache is not None and cache.get_seq_length(1):
             hidden_states = hidden_states + 1.0
         return real(hidden_states, *args, **kwargs)

@@ -22,8 +22,10 @@ SETTINGS = {
     "two tiers": {**TWO_TIERS, "layer_ahead": False},
     "two tiers, no window": {**TWO_TIERS, "window": 0, "recall": 1, "layer_ahead": False},
     "selected ahead": {**TWO_TIERS, "layer_ahead": True, "cpu_query": "real"},
-    "one tier, budget large enough": {"split": "off", "budget": 4096, "window": 8},
-    "two tiers, budget large enough": {**TWO_TIERS, "budget": 4096, "layer_ahead": False},
+    "one tier, budget large enough": {"split": "off", "budget": 4096, "window": 8, "digest": "minmax"},
+    "two tiers, budget large enough": {**TWO_TIERS, "budget": 4096, "layer_ahead": False, "digest": "minmax"},
+    "one tier, sign codes": {"split": "off", "budget": 4096, "window": 8, "digest": "sign"},
+    "two tiers, sign codes": {**TWO_TIERS, "budget": 4096, "layer_ahead": False, "digest": "sign"},
     "one tier, budget 1.0": {"split": "off", "budget": 1.0, "window": 8},
     "two tiers, budget 1.0": {**TWO_TIERS, "budget": 1.0, "window": 16, "layer_ahead": False},
 }

@@ -1,0 +1,21 @@
+"""What transformers calls the KV cache among a model's arguments and outputs: another word since 5.24."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from transformers import GenerationMixin
+
+NEW, OLD = "cache", "past_key_values"
+# The name that generate() and the models of the installed release use themselves; in outputs, `output[CACHE]`.
+CACHE = NEW if NEW in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else OLD
+
+
+def given_cache(arguments: dict[str, Any]) -> Any:
+    """The cache among the named arguments of a call under either name, or None.
+
+    Newer releases still take the old name and change it within ``forward``, where hooks do not see it.
+    """
+    cache = arguments.get(NEW)
+    return arguments.get(OLD) if cache is None else cache
