@@ -178,8 +178,8 @@ def version() -> None:
 def _benchmark(out: Path | None, threads: int | None) -> Iterator[Callable[[dict], None]]:
     """Gives what to call with the record of a benchmark; the rest as in ``_evaluation``."""
     with _evaluation(threads):
-        if out and not out.is_dir():
-            raise ValueError(f"--out {out}: there is no such folder; make it first")
+        if out:
+            out.mkdir(parents=True, exist_ok=True)
         from scout_hf.eval.bench import report
 
         def finish(record: dict) -> None:

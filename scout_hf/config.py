@@ -49,10 +49,11 @@ class ScoutConfig:
     layer_ahead : bool, default True
         Two tiers: select blocks and start the CPU's share one layer ahead, with a predicted query (ScoutAttention 3.2).
         ``False`` selects in the layer itself with the real query. One tier never predicts.
-    cpu_query : {"predicted", "auto", "real"}, default "predicted"
-        With ``layer_ahead``: the query that the CPU's share attends with. ``real`` limits the approximation to the
-        selection, at the price of a shorter window for the CPU. ``auto`` compares both in a layer's first step and in
-        every 16th, and uses the predicted one in layers whose output it changes by no more than a twentieth.
+    cpu_query : {"auto", "predicted", "real"}, default "auto"
+        With ``layer_ahead``: the query that the CPU's share attends with. ``predicted`` is the paper's. ``real`` limits
+        the approximation to the selection, at the price of a shorter window for the CPU. ``auto`` compares both in a
+        layer's first step and in every 16th, and uses the predicted one in layers whose output it changes by no more
+        than a twentieth.
     recall : float, int, RecallIntervals or None, default 0.12
         Two tiers: when wanted blocks are copied to the GPU. A float in (0, 1] recalls a layer once the CPU's share of
         its selected tokens reaches it; an int recalls every so many steps; ``RecallIntervals`` (from
@@ -86,7 +87,7 @@ class ScoutConfig:
     digest: str = "auto"
     split: str = "auto"
     layer_ahead: bool = True
-    cpu_query: str = "predicted"
+    cpu_query: str = "auto"
     recall: float | int | RecallIntervals | None = 0.12
     resident: int | None = None
     threads: int | None = None

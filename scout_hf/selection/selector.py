@@ -18,6 +18,8 @@ from scout_hf.selection.table import DigestTable
 # Constants of a digest are taken from the first keys, and again while the context is short and has grown much.
 ENOUGH_TOKENS, GROWN = 4096, 8
 POWER_QUERIES = 512
+# Keys are read out of a store in parts, or a long prompt would need room for a copy of a whole layer.
+READ_TOKENS, SAMPLE_TOKENS = 4096, 8192
 
 
 class Selector:
@@ -81,9 +83,12 @@ class Selector:
                 exists = None if exists is None else torch.cat([before[1], exists], dim=1)
                 self.table.crop(0)
             if not self.blocks:
-                self.digest.fit(keys, exists, self._query_power, self._scale)
-                self._fitted_blocks = keys.shape[2]
+                self._fit(keys, exists, keys.shape[2])
         self.table.append(self.digest.encode(keys, exists))
+
+    def _fit(self, keys: torch.Tensor, exists: torch.Tensor | None, blocks: int) -> None:
+        self.digest.fit(keys, exists, self._query_power, self._scale)
+        self._fitted_blocks = blocks
 
     def _fit_is_due(self, new: int) -> bool:
         if not self.digest.needs_fit or not self.blocks:
@@ -111,13 +116,23 @@ class Selector:
                 raise
             return
 
-        def blocks(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-            keys = store.read(start * size, stop * size)[0]
+        def read(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+            shape = (store.batch, store.heads, len(ids), size, store.head_dim)
+            keys, values = (torch.empty(shape, dtype=store.dtype, device=store.device) for _ in range(2))
+            store.gather(ids.expand(*shape[:2], -1), keys, values)
             if exists is None:
                 return keys, None
-            return keys, exists[:, start * size : stop * size].unflatten(1, (-1, size)).to(keys.device)
+            return keys, exists[:, : last * size].unflatten(1, (-1, size))[:, ids].to(keys.device)
 
-        self.extend(*blocks(first, last), past=lambda: blocks(0, first))
+        if self._fit_is_due(last - first):
+            # The whole of a short context, so that a padded row is coded as if alone; blocks all over a long one.
+            number = last if last * size <= SAMPLE_TOKENS else SAMPLE_TOKENS // size
+            self.table.crop(0)
+            self._fit(*read(torch.arange(number) * (last - 1) // max(1, number - 1)), last)
+            first = 0
+        for start in range(first, last, max(1, READ_TOKENS // size)):
+            ids = torch.arange(start, min(last, start + max(1, READ_TOKENS // size)))
+            self.table.append(self.digest.encode(*read(ids)))
 
     def lists(self, step, query: torch.Tensor, store, blocks: int) -> BlockLists | None:
         """Blocks of a PagedKV to attend: the best of the first ``blocks`` and all newer ones; None for every block."""

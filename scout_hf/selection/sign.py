@@ -19,7 +19,7 @@ import torch
 from scout_hf.selection.digest import Digest, register_digest, repeat_real
 
 ROTATION_SEED = 0x5C0
-CHUNK_TOKENS, FIT_TOKENS = 4096, 4096
+CHUNK_TOKENS, FIT_TOKENS = 1024, 4096
 # The error of one bit per channel has 0.57 of the variance of q.k where keys have no structure, so the best guess of a
 # product is 1 / 1.57 of its unbiased estimate there, and more where they have some.
 SHRINKAGE = 0.7

@@ -134,17 +134,10 @@ def test_without_matplotlib_there_is_no_plot(decode_record, tmp_path, monkeypatc
 def test_command_measures_and_writes(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     sizes = "--tokens 64 --cache-tokens 256 --heads 4 2 --head-dim 32 --repeat 3 --dense 0".split()
-    result = CliRunner().invoke(app, ["bench", "cpu-kernel", *sizes, "--out", str(tmp_path)])
+    result = CliRunner().invoke(app, ["bench", "cpu-kernel", *sizes, "--out", str(tmp_path / "new")])
     assert result.exit_code == 0, result.output
-    assert "native" in result.stdout and f"wrote {tmp_path}" in result.stdout.replace("\n", "")
-    assert json.loads((tmp_path / "cpu_kernel.json").read_text())["settings"]["cache_tokens"] == 256
-
-
-@pytest.mark.parametrize("command", ["cpu-kernel", "cpu-decode"])
-def test_folder_that_is_not_there_is_refused(command, tmp_path):
-    result = CliRunner().invoke(app, ["bench", command, "--out", str(tmp_path / "nowhere")])
-    assert result.exit_code == 2
-    assert "error:" in result.stderr and "make it first" in result.stderr
+    assert "native" in result.stdout and f"wrote {tmp_path / 'new'}" in result.stdout.replace("\n", "")
+    assert json.loads((tmp_path / "new" / "cpu_kernel.json").read_text())["settings"]["cache_tokens"] == 256
 
 
 @needs_library

@@ -123,9 +123,12 @@ def test_rows_that_are_done_leave():
 
 @pytest.mark.parametrize("split", ["off", "cpu"])
 def test_sparse_scores_of_padded_and_branching_rows_are_those_of_the_row_alone(pocket, split):
-    """Padding of whole blocks moves no block border, so that the same blocks are chosen. Recall is for all rows."""
+    """Padding of whole blocks moves no block border, so that the same blocks are chosen.
+
+    Recall and trust are for all rows together.
+    """
     model, tokenizer = pocket
-    config = ScoutConfig(budget=0.25, block_size=16, window=16, split=split, recall=None)
+    config = ScoutConfig(budget=0.25, block_size=16, window=16, split=split, recall=None, cpu_query="predicted")
     pairs = []
     for tokens, seed in ((512, 1), (400, 2), (304, 3)):
         (_, answer), (_, other) = questions(document := make_document(tokens, 8, seed=seed))[2:4]

@@ -13,7 +13,15 @@ ONE_TIER = EXACT | {"split": "off"}
 TWO_TIERS = EXACT | {"split": "cpu", "window": 8, "resident": 16}
 """A window of one block and room for two: the rest of a prompt of 50 tokens is the CPU's share."""
 
-LOSSY = {"budget": 24, "block_size": 8, "split": "cpu", "window": 8, "resident": 16, "recall": 1}
+LOSSY = {
+    "budget": 24,
+    "block_size": 8,
+    "split": "cpu",
+    "window": 8,
+    "resident": 16,
+    "recall": 1,
+    "cpu_query": "predicted",
+}
 """Two tiers, prediction, a sparse budget and a recall in every step."""
 
 TOLERANCE = 3e-6

@@ -30,7 +30,9 @@ def test_a_custom_implementation_with_sinks():
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
-@pytest.mark.parametrize("settings", [{}, {"cpu_query": "real"}, {"layer_ahead": False}])
+@pytest.mark.parametrize(
+    "settings", [{"cpu_query": "predicted"}, {"cpu_query": "auto"}, {"cpu_query": "real"}, {"layer_ahead": False}]
+)
 def test_decoding_under_autocast_after_a_prompt_without(name, settings):
     model = tiny_model(name)
     options = dict(budget=32, block_size=8, split="cpu", window=8, resident=16)

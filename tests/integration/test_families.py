@@ -105,7 +105,7 @@ def layer_inputs(model, family):
     return seen
 
 
-PREDICTS = TWO_TIERS | {"layer_ahead": True}
+PREDICTS = TWO_TIERS | {"layer_ahead": True, "cpu_query": "predicted"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -138,7 +138,7 @@ def test_real_query_on_the_cpu_ignores_a_wrong_prediction(monkeypatch):
     family = type(family_of(model))
     real = family.query
     monkeypatch.setattr(family, "query", lambda *args, **kwargs: -real(*args, **kwargs))
-    with scout_hf.patch(model, **PREDICTS, cpu_query="real"):
+    with scout_hf.patch(model, **PREDICTS | {"cpu_query": "real"}):
         assert_exact(run(model, INPUTS), expected)
 
 

@@ -71,7 +71,7 @@ def test_early_exit_drafts_leave_no_job_for_a_later_step(model):
 
 def test_a_job_that_no_attention_used_is_dropped(model):
     ids = torch.randint(1, 60, (1, 60), generator=torch.Generator().manual_seed(0))
-    with scout_hf.patch(model, **OPTIONS | dict(layer_ahead=True, budget=24)) as handle:
+    with scout_hf.patch(model, **OPTIONS | dict(layer_ahead=True, budget=24, cpu_query="predicted")) as handle:
         cache = handle.new_cache()
         logits(model, ids, cache)
         logits(model, ids[:, :1], cache)

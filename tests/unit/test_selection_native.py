@@ -97,8 +97,8 @@ def test_digests_from_pages_are_those_of_the_keys(dtype, kind, seed, padding, na
 def test_pages_are_digested_where_they_lie(monkeypatch):
     """No copy of the keys is made, unless the store has no native view."""
     selector, calls = Selector(ScoutConfig(digest="minmax", block_size=SIZE), 0, KEYS), []
-    read = PagedKV.read
-    monkeypatch.setattr(PagedKV, "read", lambda *args: calls.append(None) or read(*args))
+    gather = PagedKV.gather
+    monkeypatch.setattr(PagedKV, "gather", lambda *args: calls.append(None) or gather(*args))
     selector.extend_from(make_store(45, 0), 5, None)
     assert not calls
     selector.crop(0)
