@@ -10,8 +10,10 @@ from scout_hf.eval.pocket import TASKS
 
 TOKENS, BLOCK, BUDGET = 4096, 32, 0.125
 TOKEN_BUDGET = 512
-MAIN = ("real", "real-two-tiers", "predicted")
-REST = ("predicted-auto", "predicted-real-cpu", "predicted-no-recall", "real-int8")
+# As shipped, on one tier and on two; then with the paper's query for the CPU.
+MAIN = ("real", "real-two-tiers", "predicted-auto")
+PAPERS = (*MAIN, "predicted")
+REST = ("predicted-real-cpu", "predicted-no-recall", "real-int8")
 QUICK_TASKS = ("needle", "trace")
 QUICK, WHOLE = Effort(questions=32, windows=8, steps=64, watched=2), Effort()
 
@@ -29,7 +31,8 @@ def _subjects(models: Iterable[str], tasks: Sequence[str]) -> list[tuple[str, st
 def _quick(models: Sequence[str]) -> Iterator[Cell]:
     for of in _subjects(models, QUICK_TASKS):
         for budget in (0.06, BUDGET) if of == (TEXT, TEXT) else (BUDGET,):
-            yield from _around(of, budget=budget, digests=real_digests() if of[0] != TEXT else ("minmax", _default()))
+            digests = real_digests() if of[0] != TEXT else ("minmax", _default())
+            yield from _around(of, budget=budget, digests=digests, modes=PAPERS)
         yield from _controls(of)
         yield from (Cell(*of, TOKENS, mode, BLOCK, BUDGET, _default()) for mode in REST)
 
@@ -40,7 +43,7 @@ def _whole(models: Sequence[str]) -> Iterator[Cell]:
         yield from (Cell(*of, TOKENS, mode, BLOCK, BUDGET, digest) for digest in real_digests() for mode in REST)
         yield from _controls(of)
         for budget in (0.03, 0.06, 0.125, 0.25, 0.5):
-            yield from _around(of, budget=budget, digests=real_digests())
+            yield from _around(of, budget=budget, digests=real_digests(), modes=PAPERS)
         yield from _around(of, budget=TOKEN_BUDGET, digests=swept)
         for size in (16, 64):
             yield from _around(of, block_size=size, digests=swept)
@@ -61,11 +64,12 @@ def _around(
     budget: int | float = BUDGET,
     digests: Sequence[str] = (),
     stress: str = "none",
+    modes: Sequence[str] = MAIN,
 ) -> Iterator[Cell]:
-    """Full attention, the oracle and digests, with the main modes."""
+    """Full attention, the oracle and digests."""
     yield Cell(*of, tokens, FULL, stress=stress)
     for digest in ("oracle", *digests):
-        for mode in MAIN:
+        for mode in modes:
             yield Cell(*of, tokens, mode, block_size, budget, digest, stress)
 
 

@@ -45,9 +45,9 @@ class Effort:
         What documents and texts are drawn from.
     """
 
-    questions: int = 96
+    questions: int = 64
     windows: int = 16
-    steps: int = 128
+    steps: int = 64
     watched: int = 8
     seed: int = 0
 

@@ -17,11 +17,12 @@ QUERIES = {
     "real": "real, one tier",
     "real-int8": 'real, one tier, `host_dtype="int8"`',
     "real-two-tiers": "real, two tiers",
-    "predicted": "predicted",
-    "predicted-auto": 'predicted, `cpu_query="auto"`',
+    "predicted": 'predicted, `cpu_query="predicted"`',
+    "predicted-auto": "predicted",
     "predicted-real-cpu": 'predicted, `cpu_query="real"`',
-    "predicted-no-recall": "predicted, `recall=None`",
+    "predicted-no-recall": 'predicted, `cpu_query="predicted"`, `recall=None`',
 }
+SWEPT = {"real": "one tier", "predicted-auto": "two tiers", "predicted": 'two tiers, `cpu_query="predicted"`'}
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -74,16 +75,17 @@ def _sweep(table: Sequence[Row], axis: str, text: bool) -> Iterator[str]:
     places = points(table, axis)
     if len(places) < 2:
         return
+    sparse = [digest for digest in digests(table) if len(along(table, axis, digest, "real")) > 1]
+    shown = [mode for mode in SWEPT if any(len(along(table, axis, digest, mode)) > 1 for digest in sparse)]
     what = "Perplexity of held-out text" if text else "Right, in %,"
-    yield f"{what} by {AXES[axis]}, real query / predicted query:"
+    yield f"{what} by {AXES[axis]}, {' / '.join(SWEPT[mode] for mode in shown)}:"
     yield ""
     yield from _head("blocks by", *(name for name, _ in places))
     yield _line("full attention", *(_short(full_at(table, setting), text) for _, setting in places))
-    for digest in digests(table):
-        pair = [along(table, axis, digest, mode) for mode in ("real", "predicted")]
-        if all(len(of) > 1 for of in pair):
-            cells = (" / ".join(_short(of.get(name), text) for of in pair) for name, _ in places)
-            yield _line(NAMES.get(digest, f"`{digest}`"), *cells)
+    for digest in sparse:
+        of = [along(table, axis, digest, mode) for mode in shown]
+        cells = (" / ".join(_short(one.get(name), text) for one in of) for name, _ in places)
+        yield _line(NAMES.get(digest, f"`{digest}`"), *cells)
 
 
 def _short(row: Row | None, text: bool) -> str:

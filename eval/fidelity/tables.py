@@ -17,12 +17,15 @@ NAMES = {
     "real": "real",
     "real-int8": "real, int8 KV",
     "real-two-tiers": "real, two tiers",
-    "predicted": "predicted",
-    "predicted-auto": "pred., auto on CPU",
+    "predicted": "pred., pred. on CPU",
+    "predicted-auto": "predicted",
     "predicted-real-cpu": "pred., real on CPU",
     "predicted-no-recall": "pred., no recall",
 }
-"""Which query chose and attended."""
+"""Which query chose and attended; ``predicted`` is as shipped, with ``cpu_query="auto"``."""
+
+SWEPT = {"real": "lost_to_selection", "predicted-auto": "lost_to_prediction", "predicted": "lost_to_prediction"}
+"""Modes shown along a factor, and which loss each adds."""
 
 NOTE = """\
 Lost to selection: full attention less the real query on as many tiers. Lost to prediction: the real query on two \
@@ -85,13 +88,14 @@ def _sweep(found: Sequence[Row], axis: str, text: bool) -> Table:
     full = [full_at(found, setting) for _, setting in points(found, axis)]
     table.add_row("", NAMES[FULL], *(score(row, text) if row else "" for row in full), end_section=True)
     for digest in digests(found):
-        lines = {}
-        for mode, loss in (("real", "lost_to_selection"), ("predicted", "lost_to_prediction")):
+        lines = []
+        for mode, loss in SWEPT.items():
             of = along(found, axis, digest, mode)
             if len(of) > 1:
-                lines[NAMES[mode]] = [score(of[name], text) if name in of else "" for name in names]
-                lines[loss.replace("_to_", ": ")] = [percent(getattr(of.get(name), loss, None)) for name in names]
-        for index, (name, line) in enumerate(lines.items()):
+                lines.append((NAMES[mode], [score(of[name], text) if name in of else "" for name in names]))
+                losses = [percent(getattr(of.get(name), loss, None)) for name in names]
+                lines.append((loss.replace("_to_", ": "), losses))
+        for index, (name, line) in enumerate(lines):
             table.add_row("" if index else digest, name, *line, end_section=index == len(lines) - 1)
     return table
 

@@ -228,7 +228,7 @@ class TestReadme:
         for lines in blocks:
             assert len({line.count("|") for line in lines}) == 1 and set(lines[1]) == set("|-")
         assert "lost to selection | lost to prediction" in text and "Perplexity" in text
-        row = find(rows(whole["cells"], False), **CENTRE, digest="sign", mode="predicted")
+        row = find(rows(whole["cells"], False), **CENTRE, digest="sign", mode="predicted-auto")
         assert f"| `sign` | predicted | {100 * row.score.value:.1f}±" in text
 
     def test_a_file_without_marks_is_left_alone(self, whole, tmp_path):
