@@ -238,7 +238,7 @@ def _prefill(model, tokens: int, layers: int, budget: int, block_size: int, seed
         @torch.no_grad()
         def read(count=tokens):
             # Without the head: for the last of several tokens torch may copy all of it, which takes seconds.
-            return which.model(input_ids=ids[:, :count], past_key_values=new_cache(), use_cache=True)
+            return which.model(input_ids=ids[:, :count], **{CACHE: new_cache()}, use_cache=True)
 
         return lambda: read
 
