@@ -56,7 +56,7 @@ def fidelity(
         "fidelity"
     ),
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes, one thread each; as many as cores.")] = None,
-    questions: Annotated[int | None, typer.Option(min=1, help="Per cell; 32 or 64 by default.")] = None,
+    questions: Annotated[int | None, typer.Option(min=1, help="Per cell; 32 or 48 by default.")] = None,
     seed: Seed = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure everything again.")] = False,
     report: Annotated[Path | None, typer.Option(help="Measure nothing: show this fidelity.json.")] = None,

@@ -45,10 +45,10 @@ class Effort:
         What documents and texts are drawn from.
     """
 
-    questions: int = 64
+    questions: int = 48
     windows: int = 16
     steps: int = 64
-    watched: int = 8
+    watched: int = 4
     seed: int = 0
 
     def of(self, cell: Cell) -> dict[str, int]:
