@@ -10,12 +10,14 @@ from transformers import GenerationMixin
 NEW, OLD = "cache", "past_key_values"
 # The name that generate() and the models of the installed release use themselves; in outputs, `output[CACHE]`.
 CACHE = NEW if NEW in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else OLD
+# A name that models of an older release would take without a look at it.
+UNREAD = NEW if CACHE == OLD else None
 
 
 def given_cache(arguments: dict[str, Any]) -> Any:
-    """The cache among the named arguments of a call under either name, or None.
+    """The cache among the named arguments of a call, under any name that the installed release takes, or None.
 
-    Newer releases still take the old name and change it within ``forward``, where hooks do not see it.
+    Newer releases still take the old name, unless the new one is there too, and change it within ``forward``, where
+    hooks do not see it.
     """
-    cache = arguments.get(NEW)
-    return arguments.get(OLD) if cache is None else cache
+    return arguments.get(CACHE if CACHE in arguments else OLD)

@@ -11,7 +11,7 @@ from scout_hf.recall import RecallIntervals
 
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 SPLITS = ("auto", "cpu", "off")
-CPU_QUERIES = ("predicted", "auto", "real")
+CPU_QUERIES = ("auto", "predicted", "real")
 HOST_DTYPES = (None, "int8")
 
 
@@ -47,13 +47,14 @@ class ScoutConfig:
         tier. ``cpu``: two tiers, both in host memory (every rule of the GPU path, without a GPU). ``off``: one tier on
         the model's device.
     layer_ahead : bool, default True
-        Two tiers: select blocks and start the CPU's share one layer ahead, with a predicted query (ScoutAttention 3.2).
-        ``False`` selects in the layer itself with the real query. One tier never predicts.
+        Two tiers: select blocks one layer ahead, with a predicted query (ScoutAttention 3.2), and start the CPU's share
+        there too, as ``cpu_query`` says. ``False`` selects in the layer itself with the real query. One tier never
+        predicts.
     cpu_query : {"auto", "predicted", "real"}, default "auto"
         With ``layer_ahead``: the query that the CPU's share attends with. ``predicted`` is the paper's. ``real`` limits
         the approximation to the selection, at the price of a shorter window for the CPU. ``auto`` compares both in a
         layer's first step and in every 16th, and uses the predicted one in layers whose output it changes by no more
-        than a twentieth.
+        than a twentieth: only there does the CPU start a layer ahead.
     recall : float, int, RecallIntervals or None, default 0.12
         Two tiers: when wanted blocks are copied to the GPU. A float in (0, 1] recalls a layer once the CPU's share of
         its selected tokens reaches it; an int recalls every so many steps; ``RecallIntervals`` (from

@@ -11,7 +11,7 @@ import torch
 
 from scout_hf.attention import implementation_over, implementation_under
 from scout_hf.cache import ScoutCache, ScoutLayer, check_names
-from scout_hf.cache_names import CACHE, given_cache
+from scout_hf.cache_names import CACHE, UNREAD, given_cache
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import PatchError, UnsupportedInputError
 from scout_hf.kernels.cpu import make_backend
@@ -214,6 +214,8 @@ class Handle:
                 )
             # Left behind by an interrupt, which no hook of torch sees.
             step.abort()
+        if UNREAD and isinstance(given.get(UNREAD), ScoutCache):
+            raise UnsupportedInputError(f"{UNREAD}=ScoutCache(...): this release of transformers calls it {CACHE}")
         if not isinstance(cache, ScoutCache):
             return
         inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")

@@ -12,7 +12,7 @@ from scout_hf.eval.fidelity.tables import NAMES
 from scout_hf.eval.fidelity.views import AXES, CENTRE, along, digests, full_at, points, rows_at
 
 NO_PLOTS = "no plots: they take matplotlib, which pip install 'scout_hf[bench]' brings"
-QUERIES = {"real": "real query", "predicted-auto": "predicted query (two tiers)"}
+QUERIES = {"real": "real query", "predicted-auto": "predicted query, two tiers"}
 BY_LAYER = {"real-two-tiers": "-", "predicted-auto": "--"}
 INSIDE = {
     "cosine": "cosine of predicted to real query",

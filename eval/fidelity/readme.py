@@ -18,11 +18,11 @@ QUERIES = {
     "real-int8": 'real, one tier, `host_dtype="int8"`',
     "real-two-tiers": "real, two tiers",
     "predicted": 'predicted, `cpu_query="predicted"`',
-    "predicted-auto": "predicted",
+    "predicted-auto": 'predicted, `cpu_query="auto"` (the default)',
     "predicted-real-cpu": 'predicted, `cpu_query="real"`',
     "predicted-no-recall": 'predicted, `cpu_query="predicted"`, `recall=None`',
 }
-SWEPT = {"real": "one tier", "predicted-auto": "two tiers", "predicted": 'two tiers, `cpu_query="predicted"`'}
+SWEPT = {"real": "one tier", "predicted-auto": "two tiers", "predicted": 'two tiers with `cpu_query="predicted"`'}
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -75,15 +75,18 @@ def _sweep(table: Sequence[Row], axis: str, text: bool) -> Iterator[str]:
     places = points(table, axis)
     if len(places) < 2:
         return
-    sparse = [digest for digest in digests(table) if len(along(table, axis, digest, "real")) > 1]
-    shown = [mode for mode in SWEPT if any(len(along(table, axis, digest, mode)) > 1 for digest in sparse)]
+    found = {(of, mode): along(table, axis, of, mode) for of in digests(table) for mode in SWEPT}
+    found = {pair: of for pair, of in found.items() if len(of) > 1}
+    shown = [mode for mode in SWEPT if any(mode == other for _, other in found)]
+    if not shown:
+        return
     what = "Perplexity of held-out text" if text else "Right, in %,"
     yield f"{what} by {AXES[axis]}, {' / '.join(SWEPT[mode] for mode in shown)}:"
     yield ""
     yield from _head("blocks by", *(name for name, _ in places))
     yield _line("full attention", *(_short(full_at(table, setting), text) for _, setting in places))
-    for digest in sparse:
-        of = [along(table, axis, digest, mode) for mode in shown]
+    for digest in dict.fromkeys(digest for digest, _ in found):
+        of = [found.get((digest, mode), {}) for mode in shown]
         cells = (" / ".join(_short(one.get(name), text) for one in of) for name, _ in places)
         yield _line(NAMES.get(digest, f"`{digest}`"), *cells)
 

@@ -17,12 +17,12 @@ NAMES = {
     "real": "real",
     "real-int8": "real, int8 KV",
     "real-two-tiers": "real, two tiers",
-    "predicted": "pred., pred. on CPU",
-    "predicted-auto": "predicted",
+    "predicted": "predicted",
+    "predicted-auto": "pred., auto on CPU",
     "predicted-real-cpu": "pred., real on CPU",
     "predicted-no-recall": "pred., no recall",
 }
-"""Which query chose and attended; ``predicted`` is as shipped, with ``cpu_query="auto"``."""
+"""Which query chose and attended; ``predicted-auto`` is as shipped."""
 
 SWEPT = {"real": "lost_to_selection", "predicted-auto": "lost_to_prediction", "predicted": "lost_to_prediction"}
 """Modes shown along a factor, and which loss each adds."""

@@ -1,4 +1,4 @@
-"""ScoutAttention (arXiv 2603.27138): GPU and CPU attend together, the CPU's share starts one layer ahead."""
+"""ScoutAttention (arXiv 2603.27138): GPU and CPU attend together, the CPU's share is chosen one layer ahead."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ DEFAULT_RESIDENT_TOKENS = 2048
 class Scout(Method):
     """Two tiers of one layer (Algorithm 1 of the paper).
 
-    ``ahead`` (in the layer before) picks blocks with the predicted query and starts the CPU on those that are not
-    resident; ``attend`` adds all residents and the tail with the real query; ``settle`` writes back and recalls.
+    ``ahead`` (in the layer before) picks blocks with the predicted query and, where that query is trusted, starts the
+    CPU on those that are not resident; ``attend`` adds all residents and the tail with the real query; ``settle``
+    writes back and recalls.
     """
 
     name = "scout"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from scout_hf.fusion import Partial
 
 CHECK_EVERY = 16
@@ -12,8 +14,9 @@ TOLERATED = 0.05
 class Trust:
     """One layer's rule for the query of the CPU's share.
 
-    ``auto`` compares both queries in the first step and in every 16th: while the predicted one would change the layer's
-    output by no more than a twentieth, it is used; otherwise, and in the steps that compare, the real one.
+    ``auto`` compares both queries in the first step in which the CPU has a share, and in every 16th of all: while the
+    predicted one would change the layer's output by no more than a twentieth, it is used; otherwise, and in the steps
+    that compare, the real one.
 
     Parameters
     ----------
@@ -30,7 +33,7 @@ class Trust:
         """At the start of a step, before the real query is known: whether to start with the predicted one."""
         if self.rule != "auto":
             return self.rule == "predicted"
-        self.checking = self._steps % CHECK_EVERY == 0
+        self.checking = self.error is None or self._steps % CHECK_EVERY == 0
         self._steps += 1
         return not self.checking and self.error is not None and self.error <= TOLERATED
 
@@ -38,6 +41,8 @@ class Trust:
         """Learn from a step attended with both, out (batch, query_heads, 1, head_dim) each. Waits for the device."""
         size = real.out.float().norm(dim=-1).clamp(min=1e-30)
         error = float(((predicted.out - real.out).float().norm(dim=-1) / size).mean())
+        if not math.isfinite(error):
+            return
         self.error = error if self.error is None else (self.error + error) / 2
 
     def fork(self) -> Trust:

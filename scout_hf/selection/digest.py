@@ -30,7 +30,7 @@ class Digest(ABC):
     def fit(
         self, keys: torch.Tensor, exists: torch.Tensor | None, query_power: torch.Tensor | None, scale: float
     ) -> None:
-        """Take constants from keys of whole blocks, as ``encode`` gets them.
+        """Take constants from keys of whole blocks, as ``encode`` gets them; of a long context, from a sample.
 
         ``query_power`` (batch, kv_heads, head_dim) of float32 is the mean square of a prompt's queries per channel,
         over the GQA group; None where no queries were seen. ``scale`` turns q.k into what goes into the softmax.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -13,13 +13,12 @@ from scout_hf.kernels.cpu import BlockLists, pages
 from scout_hf.selection.auto import digest_for
 from scout_hf.selection.digest import make_digest
 from scout_hf.selection.pick import Pick, choose, everything, pack_lists
+from scout_hf.selection.reading import Blocks, in_parts, read_parts, read_sample
 from scout_hf.selection.table import DigestTable
 
 # Constants of a digest are taken from the first keys, and again while the context is short and has grown much.
 ENOUGH_TOKENS, GROWN = 4096, 8
 POWER_QUERIES = 512
-# Keys are read out of a store in parts, or a long prompt would need room for a copy of a whole layer.
-READ_TOKENS, SAMPLE_TOKENS = 4096, 8192
 
 
 class Selector:
@@ -76,19 +75,30 @@ class Selector:
         if self.dense:
             return
         keys = keys.unflatten(2, (-1, self.config.block_size))
-        if self._fit_is_due(keys.shape[2]):
-            if self.blocks and past is not None:
-                before = past()
-                keys = torch.cat([before[0].unflatten(2, (-1, self.config.block_size)).to(keys.device), keys], dim=2)
-                exists = None if exists is None else torch.cat([before[1], exists], dim=1)
-                self.table.crop(0)
-            if not self.blocks:
-                self._fit(keys, exists, keys.shape[2])
-        self.table.append(self.digest.encode(keys, exists))
+        if not self._fit_is_due(keys.shape[2]) or (self.blocks and past is None):
+            return self._append(in_parts(keys, exists))
+        if self.blocks:
+            before = past()
+            keys = torch.cat([before[0].unflatten(2, (-1, self.config.block_size)).to(keys.device), keys], dim=2)
+            exists = None if exists is None else torch.cat([before[1], exists], dim=1)
+        self._take_anew((keys, exists), in_parts(keys, exists))
 
-    def _fit(self, keys: torch.Tensor, exists: torch.Tensor | None, blocks: int) -> None:
-        self.digest.fit(keys, exists, self._query_power, self._scale)
-        self._fitted_blocks = blocks
+    def _append(self, parts: Iterable[Blocks]) -> None:
+        first = self.blocks
+        try:
+            for part in parts:
+                self.table.append(self.digest.encode(*part))
+        except BaseException:
+            self.table.crop(first)
+            raise
+
+    def _take_anew(self, sample: Blocks, parts: Iterable[Blocks]) -> None:
+        """Constants from a sample, and codes of everything with them; if that fails, nothing has changed."""
+        anew = copy.copy(self)
+        anew.digest, anew.table = copy.copy(self.digest), DigestTable()
+        anew.digest.fit(*sample, self._query_power, self._scale)
+        anew._append(parts)
+        self.digest, self.table, self._fitted_blocks = anew.digest, anew.table, anew.blocks
 
     def _fit_is_due(self, new: int) -> bool:
         if not self.digest.needs_fit or not self.blocks:
@@ -116,23 +126,10 @@ class Selector:
                 raise
             return
 
-        def read(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-            shape = (store.batch, store.heads, len(ids), size, store.head_dim)
-            keys, values = (torch.empty(shape, dtype=store.dtype, device=store.device) for _ in range(2))
-            store.gather(ids.expand(*shape[:2], -1), keys, values)
-            if exists is None:
-                return keys, None
-            return keys, exists[:, : last * size].unflatten(1, (-1, size))[:, ids].to(keys.device)
-
         if self._fit_is_due(last - first):
-            # The whole of a short context, so that a padded row is coded as if alone; blocks all over a long one.
-            number = last if last * size <= SAMPLE_TOKENS else SAMPLE_TOKENS // size
-            self.table.crop(0)
-            self._fit(*read(torch.arange(number) * (last - 1) // max(1, number - 1)), last)
-            first = 0
-        for start in range(first, last, max(1, READ_TOKENS // size)):
-            ids = torch.arange(start, min(last, start + max(1, READ_TOKENS // size)))
-            self.table.append(self.digest.encode(*read(ids)))
+            self._take_anew(read_sample(store, last, exists), read_parts(store, 0, last, exists))
+        else:
+            self._append(read_parts(store, first, last, exists))
 
     def lists(self, step, query: torch.Tensor, store, blocks: int) -> BlockLists | None:
         """Blocks of a PagedKV to attend: the best of the first ``blocks`` and all newer ones; None for every block."""

@@ -110,8 +110,8 @@ class SignCode(Digest):
 @functools.lru_cache
 def random_rotation(dim: int) -> torch.Tensor:
     """A fixed random orthogonal matrix (dim, dim) of float32."""
-    generator = torch.Generator().manual_seed(ROTATION_SEED + dim)
-    return torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator))[0].float()
+    generator = torch.Generator("cpu").manual_seed(ROTATION_SEED + dim)
+    return torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator, device="cpu"))[0].float()
 
 
 def moments(keys: torch.Tensor, exists: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
