@@ -12,7 +12,7 @@ from scout_hf import ConfigError, ScoutConfig
 from scout_hf.eval.decode_path import answer, prefill, tokenize
 from scout_hf.eval.fidelity.asking import answers
 from scout_hf.eval.fidelity.cells import CONTROLS, MODES, Cell, keep, parse_filters, real_digests
-from scout_hf.eval.fidelity.grid import BLOCK, BUDGET, TOKENS, study
+from scout_hf.eval.fidelity.grid import BLOCK, BUDGET, MAIN, TOKENS, study
 from scout_hf.eval.fidelity.memo import AttentionMemo
 from scout_hf.eval.fidelity.oracle import OracleBlocks
 from scout_hf.eval.fidelity.stress import FACTOR, SHIFT, apply_stress
@@ -30,6 +30,12 @@ class TestCells:
         made = [Cell("llama", "needle", 512, mode, 16, 0.25, "minmax").config() for mode in MODES if MODES[mode]]
         assert len(set(made)) == len(MODES) - 1 and all(one.block_size == 16 for one in made)
         assert Cell("llama", "needle", 512).config() is None
+
+    def test_the_modes_shown_most_are_the_shipped_ones(self):
+        assert {"real", "predicted-auto"} < set(MAIN)
+        for mode, split in (("real", "off"), ("predicted-auto", "cpu")):
+            shipped = ScoutConfig(block_size=16, budget=0.25, digest="minmax", split=split)
+            assert Cell("llama", "needle", 512, mode, 16, 0.25, "minmax").config() == shipped
 
     @pytest.mark.parametrize(
         "fields",

@@ -229,7 +229,18 @@ class TestReadme:
             assert len({line.count("|") for line in lines}) == 1 and set(lines[1]) == set("|-")
         assert "lost to selection | lost to prediction" in text and "Perplexity" in text
         row = find(rows(whole["cells"], False), **CENTRE, digest="sign", mode="predicted-auto")
-        assert f"| `sign` | predicted | {100 * row.score.value:.1f}±" in text
+        assert f"| `sign` | {readme.QUERIES['predicted-auto']} | {100 * row.score.value:.1f}±" in text
+
+    def test_what_was_measured_is_named(self, whole):
+        text = readme.markdown(whole)
+        assert 'Right, in %, by budget, one tier / two tiers / two tiers with `cpu_query="predicted"`:' in text
+        assert "Right, in %, by block size, one tier / two tiers:" in text
+        part = [one for one in whole["cells"] if one["mode"] in ("full", "predicted-auto")]
+        alone = readme.markdown({**whole, "cells": part})
+        assert "Right, in %, by block size, two tiers:" in alone and "| `sign` | " in alone
+        assert "by block size" not in readme.markdown(
+            {**whole, "cells": [one for one in part if one["mode"] == "full"]}
+        )
 
     def test_a_file_without_marks_is_left_alone(self, whole, tmp_path):
         path = tmp_path / "README.md"

@@ -23,9 +23,10 @@ from scout_hf.eval.fidelity.run import asked_of, run
 from scout_hf.eval.fidelity.subjects import available
 
 EFFORT = Effort(questions=4, watched=2)
+PREDICTED = "predicted-auto"
 CELLS = [Cell("llama", "needle", 512)] + [
     Cell("llama", "needle", 512, mode, 16, 0.25, digest)
-    for digest, mode in (("minmax", "real"), ("minmax", "predicted"), ("oracle", "real"), ("random", "real"))
+    for digest, mode in (("minmax", "real"), ("minmax", PREDICTED), ("oracle", "real"), ("random", "real"))
 ]
 TIMES = ("seconds", "tokens_per_second")
 

@@ -86,6 +86,19 @@ def test_trust_is_lost_and_won_again():
     assert twin.in_prediction() and not trust.in_prediction()
 
 
+def test_a_layer_is_looked_at_as_soon_as_there_is_something_to_see():
+    """Steps in which the CPU has no share say nothing, and neither does one that is no number."""
+    trust = Trust("auto")
+    for _ in range(CHECK_EVERY // 2):
+        assert not trust.in_prediction() and trust.checking
+    trust.judge(partial(1.0), partial(float("nan")))
+    assert not trust.in_prediction() and trust.checking and trust.error is None
+    trust.judge(partial(1.0), partial(1.0))
+    assert trust.in_prediction() and not trust.checking
+    trust.judge(partial(1.0), partial(float("inf")))
+    assert trust.error == 0
+
+
 @pytest.mark.parametrize("rule, guesses", [("predicted", True), ("real", False)])
 def test_the_other_rules_never_look(rule, guesses):
     trust = Trust(rule)
