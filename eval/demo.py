@@ -24,10 +24,11 @@ METHOD = """\
 Every mode reads the document once (prefill) and asks each question on a fork of that cache. Every token of a question \
 and of its answer is a decode step of its own, so nothing of it is attended densely; answers come from \
 model.generate(). tok/s counts these steps. '2 tiers' runs the path meant for a GPU on the CPU: resident blocks are \
-all attended, chosen ones that are not resident are attended in host memory, chosen one layer ahead with a predicted \
-query; 'device' is what a GPU would hold in place of all KV. 'exact' copies all KV every step, in pages. The model has \
-{parameters:.1f} million parameters and was trained on up to {trained} tokens ({threads} CPU thread(s) here): the \
-larger the model and the longer the text, the more a step gains by reading less."""
+all attended, chosen ones that are not resident are attended in host memory, the choice is made one layer ahead with a \
+predicted query, which is what this column may lose by; 'device' is what a GPU would hold in place of all KV. 'exact' \
+copies all KV every step, in pages. The model has {parameters:.1f} million parameters and was trained on up to \
+{trained} tokens ({threads} CPU thread(s) here): the larger the model and the longer the text, the more a step gains \
+by reading less."""
 
 
 def run(tokens: int, questions: int, seed: int, budget: int, block_size: int, console: Console | None = None) -> bool:

@@ -156,7 +156,8 @@ def version() -> None:
     from scout_hf.kernels.cpu.library import load_library
     from scout_hf.selection import digest_names
 
-    library = load_library()
+    with _evaluation(None):
+        library = load_library()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     facts = {
         "scout_hf": scout_hf.__version__,

@@ -170,7 +170,7 @@ def _everything(setting: bool | float) -> bool:
 
 
 def planned(cache: Any, decode_step: int) -> dict[int, tuple[int, ...]]:
-    """KV heads to look at in a decode step (from 1), by layer; all pairs come by in turn, layers first."""
+    """KV heads to look at in a decode step (from 1), by layer; all pairs come by in turn, see ``_scattered``."""
     setting = cache.scout_config.monitor
     methods = [layer.method for layer in cache.scout_layers if layer.method is not None]
     pairs = sum(method.kv_heads for method in methods)
@@ -180,13 +180,33 @@ def planned(cache: Any, decode_step: int) -> dict[int, tuple[int, ...]]:
     first, last = math.ceil((decode_step - 1) * per_step), math.ceil(decode_step * per_step)
     if first == last:
         return {}
-    most = max(method.kv_heads for method in methods)
-    order = [(method.layer_idx, head) for head in range(most) for method in methods if head < method.kv_heads]
+    order = _scattered(tuple((method.layer_idx, method.kv_heads) for method in methods))
     chosen: dict[int, tuple[int, ...]] = {}
     for turn in range(first, min(last, first + pairs)):
         layer, head = order[turn % pairs]
-        chosen[layer] = (*chosen.get(layer, ()), head)
+        chosen[layer] = tuple(sorted((*chosen.get(layer, ()), head)))
     return chosen
+
+
+@functools.lru_cache(maxsize=8)
+def _scattered(layers: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
+    """All pairs of a layer and one of its heads, layers first, so that a few in a row lie all over the model.
+
+    First layers lose less than last ones: in order of number, a short run would see the former only.
+    """
+    found = []
+    for turn in range(max(heads for _, heads in layers)):
+        for place in range(len(layers)):
+            layer, heads = layers[place * _stride(len(layers)) % len(layers)]
+            if turn < heads:
+                found.append((layer, (turn + place * _stride(heads)) % heads))
+    return found
+
+
+def _stride(count: int) -> int:
+    """What visits all of so many things, taken again and again, and lies near the golden section of them."""
+    able = [step for step in range(1, count + 1) if math.gcd(step, count) == 1]
+    return min(able, key=lambda step: abs(step - 0.618 * count))
 
 
 def _sample(step, method, heads, query, result, attended, predicted) -> Sample:

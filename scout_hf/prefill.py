@@ -75,9 +75,10 @@ def _masked(stock, takes_bool_mask, module, query, keys, values, mask, kwargs) -
         last = min(first + QUERY_CHUNK, tokens)
         allowed = (order[first:last, None] >= order[None, :last])[None, None]
         if mask is not None:
-            # Padding queries see themselves: their output is never used, and it stays finite.
+            allowed = allowed & mask[:, None, None, :last]
+            # A query with nothing before it but padding sees itself: its output is never used, and it stays finite.
             itself = order[first:last, None] == order[None, :last]
-            allowed = (allowed & mask[:, None, None, :last]) | itself
+            allowed = allowed | (itself & ~allowed.any(-1, keepdim=True))
         if not takes_bool_mask:
             lowest = torch.finfo(query.dtype).min
             allowed = torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~allowed, lowest)

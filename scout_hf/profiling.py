@@ -13,6 +13,7 @@ from scout_hf.errors import ConfigError
 from scout_hf.recall import RecallIntervals, intervals_below
 
 DEFAULT_THRESHOLD = 0.12
+WHOLE = (torch.int64, torch.int32)
 
 
 def profile_recall(handle: Any, prompts: Sequence[Any], steps: int, threshold: float | None) -> RecallIntervals:
@@ -25,7 +26,7 @@ def profile_recall(handle: Any, prompts: Sequence[Any], steps: int, threshold: f
     handle : Handle
         Of a model patched with two tiers.
     prompts : sequence of Tensor (tokens,) or (1, tokens), or of lists of int
-        Token ids; long enough that not all blocks fit the budget.
+        Token ids without padding; long enough that not all blocks fit the budget. Their steps count in ``stats()``.
     steps : int
         Decode steps per prompt.
     threshold : float or None
@@ -94,11 +95,17 @@ def _token_ids(prompts: Sequence[Any], device: torch.device) -> list[torch.Tenso
     for prompt in prompts:
         try:
             ids = torch.as_tensor(prompt, device=device)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"a prompt is a {type(prompt).__name__}; pass token ids, such as tokenizer(text, return_tensors='pt')"
                 ".input_ids"
             ) from error
+        row = ids.dim() == 1 or (ids.dim() == 2 and ids.shape[0] == 1)
+        if not row or not ids.numel() or ids.dtype not in WHOLE:
+            raise ConfigError(
+                f"a prompt has shape {tuple(ids.shape)} and dtype {ids.dtype}; pass each by itself, without padding, "
+                "as whole numbers of shape (tokens,) or (1, tokens)"
+            )
         found.append(ids.view(1, -1))
     return found
 

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -106,8 +107,10 @@ def _measured(cells: Sequence[Cell], effort: Effort, jobs: int) -> Iterator[tupl
         return
     # Spawned, since a fork would copy torch's threads and locks in whatever state they are.
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(min(jobs, len(cells)), context, initializer=_begin_worker) as pool:
-        futures = {pool.submit(measure, cell, effort): cell for cell in cells}
+        with _left_alone():
+            futures = {pool.submit(measure, cell, effort): cell for cell in cells}
         try:
             for future in as_completed(futures):
                 error = future.exception()
@@ -117,12 +120,28 @@ def _measured(cells: Sequence[Cell], effort: Effort, jobs: int) -> Iterator[tupl
                     ) from error
                 yield futures[future], error or future.result()
         except BaseException:
+            # What they have begun would be thrown away: nobody shall wait for it.
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()
             raise
 
 
+@contextmanager
+def _left_alone() -> Iterator[None]:
+    """Processes that begin within this ignore Ctrl-C, from their first moment: the parent alone decides about it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _begin_worker() -> None:
-    """One thread; the parent alone decides about Ctrl-C; and no life after it."""
+    """One thread; Ctrl-C is the parent's; and no life after it."""
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

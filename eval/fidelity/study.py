@@ -57,7 +57,11 @@ def study(
     cells = keep(grid.study(tuple(weights), quick), filters)
     out.mkdir(parents=True, exist_ok=True)
     machine = describe()
-    results = run(cells, effort, weights, Journal(out / JOURNAL, fresh, machine["commit"]), jobs, tell)
+    try:
+        results = run(cells, effort, weights, Journal(out / JOURNAL, fresh, machine["commit"]), jobs, tell)
+    except KeyboardInterrupt:
+        tell(f"stopped; what was measured is in {out / JOURNAL}, and the same command goes on from there")
+        raise
     if not results:
         raise ValueError("no cell could be measured; see the lines above")
     record = {

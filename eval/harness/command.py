@@ -36,6 +36,8 @@ def main(argv: Sequence[str]) -> int:
     except (ScoutError, HarnessError) as error:
         return _refuse(str(error))
     except Exception as error:
+        if is_wrong_name(error):
+            return _refuse(str(error))
         if not is_network_failure(error):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -118,6 +120,15 @@ def asked_tasks(args: argparse.Namespace) -> list[str]:
     return [name for part in ([given] if isinstance(given, str) else given) for name in str(part).split(",")]
 
 
+def is_wrong_name(error: BaseException) -> bool:
+    """Whether a task or a model of that name is what was not found."""
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    if isinstance(error, ValueError) and "Tasks not found" in str(error):
+        return True
+    return any(isinstance(one, (HFValidationError, RepositoryNotFoundError)) for one in _behind(error))
+
+
 def is_network_failure(error: BaseException) -> bool:
     """Whether this error, or one that it came from, is a hub that cannot be reached or must not be."""
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -126,13 +137,16 @@ def is_network_failure(error: BaseException) -> bool:
     # Whichever HTTP library this version of the hub client uses.
     for library, name in (("httpx", "TransportError"), ("httpx2", "TransportError"), ("requests", "ConnectionError")):
         kinds += [kind] if (kind := getattr(sys.modules.get(library), name, None)) else []
+    return any(isinstance(one, tuple(kinds)) for one in _behind(error))
+
+
+def _behind(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it came from."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
-        if isinstance(error, tuple(kinds)):
-            return True
+        yield error
         seen.add(id(error))
         error = error.__cause__ or error.__context__
-    return False
 
 
 @contextmanager

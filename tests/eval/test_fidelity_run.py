@@ -141,6 +141,25 @@ class TestKilled:
         assert len(measured) == len(CELLS) - done and lines(path) == len(CELLS)
         assert told == [f"{done} of {len(CELLS)} cells are measured already"]
 
+    @pytest.mark.parametrize("after", [0, 1], ids=["at its start", "while it measures"])
+    def test_ctrl_c_ends_it_at_once_and_in_order(self, tmp_path, after):
+        """To the whole group, as a terminal does: workers say nothing, and nobody waits for what they are at."""
+        out = tmp_path / "study"
+        run_it = "from scout_hf.cli import app; app()"
+        call = [sys.executable, "-c", run_it, "fidelity", "--only", "model=llama", "--jobs", "2", "--out", out]
+        process = subprocess.Popen(call, stderr=subprocess.PIPE, start_new_session=True, text=True)
+        parent, end, workers = psutil.Process(process.pid), time.monotonic() + 120, []
+        while len(workers) < 2 or lines(out / "cells.jsonl") < after:
+            assert process.poll() is None and time.monotonic() < end
+            workers = [child for child in parent.children(recursive=True) if "spawn_main" in " ".join(child.cmdline())]
+            time.sleep(0.005)
+        time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGINT)
+        told = process.communicate(timeout=20)[1]
+        assert process.returncode == 130 and "Traceback" not in told
+        assert "stopped; what was measured is in" in told and "goes on from there" in told
+        assert not psutil.wait_procs(workers, timeout=20)[1]
+
     def test_a_line_cut_off_is_measured_again(self, whole, weights, tmp_path):
         path = tmp_path / "cells.jsonl"
         journal = Journal(path)

@@ -152,9 +152,32 @@ def test_only_failures_of_the_network_are_told_as_such():
 
 
 @needs_lm_eval
-def test_other_errors_are_raised(pocket_path):
-    with pytest.raises(ValueError, match="Tasks not found: nonesuch"):
-        main(["run", "--model", "scout", "--model_args", f"pretrained={pocket_path}", "--tasks", "nonesuch"])
+@pytest.mark.parametrize(
+    ("model", "task", "message"),
+    [(None, "nonesuch", "Tasks not found: nonesuch"), ("/not/there", "wikitext", "Repo id")],
+)
+def test_a_name_that_is_not_found_ends_in_its_message(pocket_path, capsys, model, task, message):
+    assert main(["run", "--model", "scout", "--model_args", f"pretrained={model or pocket_path}", "--tasks", task]) == 2
+    told = capsys.readouterr().err
+    assert message in told and "error: " in told and "Traceback" not in told
+
+
+@needs_lm_eval
+def test_other_errors_are_raised(pocket_path, monkeypatch):
+    from lm_eval._cli import HarnessCLI
+
+    for error in (ValueError("x"), RuntimeError("Tasks")):
+        monkeypatch.setattr(HarnessCLI, "execute", raiser(error))
+        with pytest.raises(type(error)) as caught:
+            main(["run", "--model", "scout", "--model_args", f"pretrained={pocket_path}", "--tasks", "wikitext"])
+        assert caught.value is error
+
+
+def raiser(error):
+    def execute(*args):
+        raise error
+
+    return execute
 
 
 # -- other tasks ----------------------------------------------------------------------------------------------------

@@ -73,3 +73,17 @@ def test_one_tier_keeps_kv_once_and_predicts_nothing():
         assert set(held) == {"host", "digests"}
         assert kv <= held["host"] <= 1.1 * kv
         assert not any(layer.method.wants_ahead for layer in cache.scout_layers)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+@pytest.mark.parametrize("settings", [{"split": "off"}, {"split": "cpu", "layer_ahead": False}], ids=str)
+def test_padding_behind_a_prompt(name, settings):
+    """The first token comes out of a query that is padding itself; it sees what is before it, as in stock."""
+    model, given = tiny_model(name), inputs(padded=False)
+    given["attention_mask"][0, -90:], given["attention_mask"][2, -1:] = 0, 0
+    options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(**given, **options)
+    with scout_hf.patch(model, budget=None, block_size=16, **settings):
+        got = model.generate(**given, **options)
+    for one, other in zip(got.logits, expected.logits, strict=True):
+        assert (one - other).abs().max() <= 3e-6

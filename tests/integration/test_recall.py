@@ -69,8 +69,11 @@ def test_profiling_needs_two_tiers_and_token_ids(model):
         with pytest.raises(scout_hf.ConfigError, match="one tier"):
             handle.profile_recall([torch.ones(1, 20, dtype=torch.long)])
     with scout_hf.patch(model, budget=48, block_size=8, split="cpu") as handle:
-        for wrong in ("a text", [], ["a text"]):
+        for wrong in ("a text", [], ["a text"], [object()]):
             with pytest.raises(scout_hf.ConfigError, match="token id"):
+                handle.profile_recall(wrong)
+        for wrong in ([torch.ones(2, 20, dtype=torch.long)], [torch.ones(20)], [[]], [5, 7], [[True, False]]):
+            with pytest.raises(scout_hf.ConfigError, match="each by itself"):
                 handle.profile_recall(wrong)
 
 

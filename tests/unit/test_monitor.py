@@ -53,7 +53,14 @@ def test_true_looks_at_one_pair_in_every_eighth_step_and_at_all_in_turn():
     assert [len(turn) for turn in turns] == [1, *[0] * (SPARSE_EVERY - 1)] * 6
     pairs = sum(turns, [])
     assert sorted(pairs) == [(layer, head) for layer in range(3) for head in range(2)]
-    assert [layer for layer, _ in pairs[:3]] == [0, 1, 2], "all layers come by before the second head of one"
+    assert sorted(layer for layer, _ in pairs[:3]) == [0, 1, 2], "all layers come by before the second head of one"
+
+
+def test_a_few_looks_lie_all_over_the_model():
+    pairs = sum(taken(cache_of(True, *[8] * 32), 1, 32 * SPARSE_EVERY), [])
+    assert {layer for layer, _ in pairs} == set(range(32)) and len({head for _, head in pairs}) == 8
+    for few in (pairs[:6], pairs[20:26]):
+        assert len({layer // 8 for layer, _ in few}) == 4 and len({head for _, head in few}) >= 4
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.3, 0.5, 0.77, 0.999])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
 import time
@@ -98,6 +99,19 @@ def test_closing_ends_the_thread_after_its_jobs_and_submitting_starts_another(wo
     workers.close()
     assert workers.submit(int, "7").wait() == 7
     assert threading.active_count() == before + 1
+
+
+@pytest.mark.parametrize("threads", [None, 1])
+def test_the_thread_ends_with_its_owner(threads):
+    before = threading.active_count()
+    owner = Workers(threads)
+    assert owner.submit(int, "7").wait() == 7 and threading.active_count() == before + 1
+    del owner
+    gc.collect()
+    end = time.monotonic() + 20
+    while threading.active_count() > before:
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_copies_are_workers_of_their_own(workers):

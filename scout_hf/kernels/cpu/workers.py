@@ -44,15 +44,15 @@ class Workers:
         self._pool: ThreadPoolExecutor | None = None
         self._process = 0
         self._last: Ticket | None = None
-        self._default_threads = 0
 
     def submit(self, job: Callable[..., Any], *args: Any) -> Ticket:
         """Start ``job(*args)`` in the background, without gradients and without autocast."""
         if self._pool is None or self._process != os.getpid():
             # A forked child inherits the pool, but not its thread.
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="scout-cpu", initializer=self._prepare)
+            # Nothing of self: its thread would keep it, and so itself, for ever.
+            given = (self.threads, torch.get_num_threads())
+            self._pool = ThreadPoolExecutor(1, "scout-cpu", initializer=_take_threads, initargs=given)
             self._process = os.getpid()
-            self._default_threads = torch.get_num_threads()
         self._last = Ticket(self._pool.submit(_bare, job, args))
         return self._last
 
@@ -72,15 +72,16 @@ class Workers:
     def __reduce__(self):
         return Workers, (self.threads,)
 
-    def _prepare(self) -> None:
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
-            # That also became the default of all threads that begin later: this one takes it by asking, then any other
-            # thread puts it back.
-            torch.get_num_threads()
-            other = threading.Thread(target=torch.set_num_threads, args=(self._default_threads,))
-            other.start()
-            other.join()
+
+def _take_threads(own: int | None, default: int) -> None:
+    if own is not None:
+        torch.set_num_threads(own)
+        # That also became the default of all threads that begin later: this one takes it by asking, then any other
+        # thread puts it back.
+        torch.get_num_threads()
+        other = threading.Thread(target=torch.set_num_threads, args=(default,))
+        other.start()
+        other.join()
 
 
 def _bare(job: Callable[..., Any], args: tuple) -> Any:
