@@ -64,16 +64,17 @@ def fidelity(
 ) -> None:
     """Accuracy and perplexity lost to selection and to the predicted query: budgets, blocks, digests, contexts."""
     with _evaluation(1):
-        from scout_hf.eval.fidelity import readme as marks
         from scout_hf.eval.fidelity import report as reports
+        from scout_hf.eval.fidelity.readme import COMMAND, markdown
         from scout_hf.eval.fidelity.study import study
+        from scout_hf.eval.markdown import update
         from scout_hf.kernels.cpu.topology import usable_cpus
 
         processes = jobs or len(usable_cpus())
         record = reports.load(report) if report else study(quick, only, processes, out, seed, questions, fresh, _tell)
         reports.show(record)
         if readme:
-            _tell(f"{readme} {'changed' if marks.update(readme, record) else 'is up to date'}")
+            _tell(f"{readme} {'changed' if update(readme, COMMAND, markdown(record)) else 'is up to date'}")
     raise typer.Exit(1 if record["failed"] else 0)
 
 

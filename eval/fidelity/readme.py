@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from scout_hf.eval.fidelity.cells import budget_name
 from scout_hf.eval.fidelity.summary import Row, rows
 from scout_hf.eval.fidelity.tables import percent, score
 from scout_hf.eval.fidelity.views import AXES, CENTRE, along, digests, full_at, points, rows_at
+from scout_hf.eval.markdown import head, line
 
-BEGIN, END = "<!-- made by scout-hf fidelity: do not edit -->", "<!-- end of what scout-hf fidelity made -->"
+COMMAND = "scout-hf fidelity"
 NAMES = {"oracle": "the best blocks there are", "random": "random blocks", "recent": "most recent blocks"}
 QUERIES = {
     "real": "real, one tier",
@@ -33,19 +33,6 @@ def markdown(record: dict[str, Any]) -> str:
     return "\n\n".join("\n".join(lines) for lines in map(list, parts) if lines)
 
 
-def update(path: Path, record: dict[str, Any]) -> bool:
-    """Put a record's tables between the marks of a file; whether that changed it. ValueError without the marks."""
-    old = path.read_text(encoding="utf-8")
-    before, begin, rest = old.partition(BEGIN)
-    between, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{path} has no place for the tables; put these two lines where they belong:\n{BEGIN}\n{END}")
-    new = f"{before}{BEGIN}\n{markdown(record)}\n{END}{after}"
-    if new != old:
-        path.write_text(new, encoding="utf-8")
-    return new != old
-
-
 def _centre(table: Sequence[Row]) -> Iterator[str]:
     part, full = rows_at(table, CENTRE), full_at(table, CENTRE)
     if not part or full is None:
@@ -57,11 +44,11 @@ def _centre(table: Sequence[Row]) -> Iterator[str]:
         "losses are paired:"
     )
     yield ""
-    yield from _head("blocks by", "query", "right", "lost to selection", "lost to prediction", "read")
-    yield _line("full attention", "", score(full, False), "–", "–", "100 %")
+    yield from head("blocks by", "query", "right", "lost to selection", "lost to prediction", "read")
+    yield line("full attention", "", score(full, False), "–", "–", "100 %")
     for row in part:
         setting = row.setting
-        yield _line(
+        yield line(
             NAMES.get(setting["digest"], f"`{setting['digest']}`"),
             QUERIES[setting["mode"]],
             score(row, False),
@@ -83,24 +70,15 @@ def _sweep(table: Sequence[Row], axis: str, text: bool) -> Iterator[str]:
     what = "Perplexity of held-out text" if text else "Right, in %,"
     yield f"{what} by {AXES[axis]}, {' / '.join(SWEPT[mode] for mode in shown)}:"
     yield ""
-    yield from _head("blocks by", *(name for name, _ in places))
-    yield _line("full attention", *(_short(full_at(table, setting), text) for _, setting in places))
+    yield from head("blocks by", *(name for name, _ in places))
+    yield line("full attention", *(_short(full_at(table, setting), text) for _, setting in places))
     for digest in dict.fromkeys(digest for digest, _ in found):
         of = [found.get((digest, mode), {}) for mode in shown]
         cells = (" / ".join(_short(one.get(name), text) for one in of) for name, _ in places)
-        yield _line(NAMES.get(digest, f"`{digest}`"), *cells)
+        yield line(NAMES.get(digest, f"`{digest}`"), *cells)
 
 
 def _short(row: Row | None, text: bool) -> str:
     if row is None:
         return "–"
     return f"{row.score.value:.2f}" if text else f"{100 * row.score.value:.1f}"
-
-
-def _head(*names: str) -> Iterator[str]:
-    yield _line(*names)
-    yield "|" + "---|" * len(names)
-
-
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from scout_hf.cli import app
-from scout_hf.eval.bench import cpu_decode, cpu_kernel, llama, machine, memory, report, timing
+from scout_hf.eval.bench import cpu_decode, cpu_kernel, llama, machine, memory, readme, report, timing
+from scout_hf.eval.markdown import begin_mark, between_marks, end_mark
 from scout_hf.kernels.cpu.library import load_library
 
+ROOT = Path(__file__).parents[2]
 TINY = {
     "vocab_size": 64,
     "hidden_size": 128,
@@ -122,6 +125,25 @@ def test_files_are_written(name, request, tmp_path, monkeypatch):
     lines = report.save(record, tmp_path)
     assert json.loads((tmp_path / f"{record['benchmark']}.json").read_text()) == json.loads(json.dumps(record))
     assert (tmp_path / f"{record['benchmark']}.png").read_bytes().startswith(b"\x89PNG") and len(lines) == 2
+
+
+@pytest.mark.parametrize("name", readme.COMMANDS)
+def test_the_readme_says_what_was_measured(name):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    record = json.loads((ROOT / "eval" / "results" / f"{name}.json").read_text())
+    assert between_marks(text, readme.COMMANDS[name])[1].strip() == readme.markdown(record), (
+        "make it anew with: python -m scout_hf.eval.bench.readme README.md eval/results"
+    )
+    assert len(readme.markdown(record).splitlines()) == (7 if name == "cpu_decode" else 6)
+
+
+def test_a_page_is_brought_up_to_date(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"{begin_mark(one)}\nstale\n{end_mark(one)}\n" for one in readme.COMMANDS.values()))
+    for word in ("changed", "is up to date"):
+        readme.main(str(page), str(ROOT / "eval" / "results"))
+        assert capsys.readouterr().out.count(word) == 2
+    assert "stale" not in page.read_text() and "| 16k | " in page.read_text()
 
 
 def test_without_matplotlib_there_is_no_plot(decode_record, tmp_path, monkeypatch):

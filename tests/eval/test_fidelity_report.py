@@ -19,7 +19,9 @@ from scout_hf.eval.fidelity.plots import NO_PLOTS, PLOTS, save_plots
 from scout_hf.eval.fidelity.summary import find, rows
 from scout_hf.eval.fidelity.tables import tables
 from scout_hf.eval.fidelity.views import CENTRE, along, points
+from scout_hf.eval.markdown import begin_mark, between_marks, end_mark, update
 
+BEGIN, END = begin_mark(readme.COMMAND), end_mark(readme.COMMAND)
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "eval" / "results" / "fidelity.json"
 
@@ -207,19 +209,18 @@ class TestShown:
 class TestReadme:
     def test_it_is_up_to_date(self):
         text = (ROOT / "README.md").read_text(encoding="utf-8")
-        between = text.partition(readme.BEGIN)[2].partition(readme.END)[0]
-        assert between.strip() == readme.markdown(report.load(RESULTS)), (
+        assert between_marks(text, readme.COMMAND)[1].strip() == readme.markdown(report.load(RESULTS)), (
             "make it anew with: scout-hf fidelity --report eval/results/fidelity.json --readme README.md"
         )
 
     def test_only_what_is_between_the_marks_changes(self, whole, tmp_path):
         path = tmp_path / "README.md"
-        path.write_text(f"# Ä\n{readme.BEGIN}\nold\n{readme.END}\nrest\n", encoding="utf-8")
-        assert readme.update(path, whole) and not readme.update(path, whole)
+        path.write_text(f"# Ä\n{BEGIN}\nold\n{END}\nrest\n", encoding="utf-8")
+        assert [update(path, readme.COMMAND, readme.markdown(whole)) for _ in range(2)] == [True, False]
         text = path.read_text(encoding="utf-8")
-        assert text.startswith(f"# Ä\n{readme.BEGIN}\n") and text.endswith(f"\n{readme.END}\nrest\n")
+        assert text.startswith(f"# Ä\n{BEGIN}\n") and text.endswith(f"\n{END}\nrest\n")
         assert "old" not in text and readme.markdown(whole) in text
-        assert readme.update(path, made_up([cell(), cell("real")]))
+        assert update(path, readme.COMMAND, readme.markdown(made_up([cell(), cell("real")])))
 
     def test_tables_are_whole(self, whole):
         text = readme.markdown(whole)
@@ -246,7 +247,7 @@ class TestReadme:
         path = tmp_path / "README.md"
         path.write_text("# nothing\n")
         with pytest.raises(ValueError, match="no place for the tables"):
-            readme.update(path, whole)
+            update(path, readme.COMMAND, readme.markdown(whole))
         assert path.read_text() == "# nothing\n"
 
 
@@ -271,7 +272,7 @@ class TestCommand:
     def test_a_report_measures_nothing(self, whole, tmp_path):
         report.save(whole, tmp_path / "fidelity.json")
         page = tmp_path / "page.md"
-        page.write_text(f"{readme.BEGIN}{readme.END}")
+        page.write_text(f"{BEGIN}{END}")
         result = self.call("--report", tmp_path / "fidelity.json", "--readme", page)
         assert result.exit_code == 0 and "perplexity" in result.output and "changed" in result.output
         assert "| `minmax` |" in page.read_text() and sorted(tmp_path.iterdir()) == [tmp_path / "fidelity.json", page]

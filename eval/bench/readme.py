@@ -1,0 +1,79 @@
+"""The README's tables of speed, made from the JSON of the two benchmarks.
+
+``python -m scout_hf.eval.bench.readme README.md FOLDER`` makes them anew.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from scout_hf.eval.markdown import head, line, update
+
+MODES = {
+    "stock": "stock `sdpa`",
+    "stock folded": "stock with the GQA group folded",
+    "scout": "scout_hf",
+    "scout int8": "scout_hf, int8",
+}
+KERNELS = {"native": "native", "read": "bare read of the same tiles", "torch": "torch", "int8": "int8"}
+SHOWN = (4096, 16384)
+"""Selected tokens of the kernel's table."""
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The tables of a record of either benchmark."""
+    return "\n".join(PARTS[record["benchmark"]](record))
+
+
+def _decode(record: dict[str, Any]) -> Iterator[str]:
+    yield from head("context", *MODES.values())
+    for row in record["contexts"]:
+        yield line(_tokens(row["context"]), *(f"{row['modes'][name]['median_ms']:.0f} ms" for name in MODES))
+    prompt, share = record["prefill"], {one["kind"]: one for one in record["memory"]}
+    if not prompt or not share:
+        return
+    scout, int8 = share["scout"], share["scout int8"]
+    yield ""
+    yield (
+        f"A prompt of {record['settings']['prefill_tokens']} tokens takes {prompt['ratios']['scout/stock']:.2f} times "
+        f"stock's time. Per byte of KV in bf16 the process grows by {scout['held_share']:.2f} bytes, at most by "
+        f"{scout['peak_share']:.2f} ({int8['held_share']:.2f} and {int8['peak_share']:.2f} with int8), digests "
+        f"included."
+    )
+
+
+def _kernel(record: dict[str, Any]) -> Iterator[str]:
+    yield from head("selected tokens", *KERNELS.values())
+    for row in record["attend"]:
+        if row["tokens"] in SHOWN:
+            yield line(_tokens(row["tokens"]), *(f"{row[name]['median_ms']:.2f} ms" for name in KERNELS))
+    normal, outliers = (record["int8_error"][kind]["int8_to_bf16"]["relative"] for kind in ("normal", "outliers"))
+    yield ""
+    yield (
+        f"int8 differs from bf16 by {100 * normal:.1f} % of the output on normal data and by {100 * outliers:.1f} % "
+        "with outlier channels."
+    )
+
+
+def _tokens(count: int) -> str:
+    return f"{count // 1024}k" if count and count % 1024 == 0 else str(count)
+
+
+PARTS = {"cpu_decode": _decode, "cpu_kernel": _kernel}
+COMMANDS = {"cpu_decode": "scout-hf bench cpu-decode", "cpu_kernel": "scout-hf bench cpu-kernel"}
+
+
+def main(page: str, folder: str) -> None:
+    """Bring a page up to date with the records in a folder."""
+    for name, command in COMMANDS.items():
+        record = json.loads((Path(folder) / f"{name}.json").read_text())
+        changed = update(Path(page), command, markdown(record))
+        print(f"{name}: {page} {'changed' if changed else 'is up to date'}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,47 @@
+"""Parts of a Markdown file that are made from results, between two marks, so that both always say the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def begin_mark(command: str) -> str:
+    """The line before what a command makes."""
+    return f"<!-- made by {command}: do not edit -->"
+
+
+def end_mark(command: str) -> str:
+    """The line behind it."""
+    return f"<!-- end of what {command} made -->"
+
+
+def between_marks(text: str, command: str) -> tuple[str, str, str] | None:
+    """The text up to the first mark, between the marks, and from the second on; None without them."""
+    before, begin, rest = text.partition(begin_mark(command))
+    between, end, after = rest.partition(end_mark(command))
+    return (before + begin, between, end + after) if begin and end else None
+
+
+def update(path: Path, command: str, made: str) -> bool:
+    """Put what a command makes between its marks in a file; whether that changed it. ValueError without the marks."""
+    old = path.read_text(encoding="utf-8")
+    parts = between_marks(old, command)
+    if parts is None:
+        marks = f"{begin_mark(command)}\n{end_mark(command)}"
+        raise ValueError(f"{path} has no place for the tables; put these two lines where they belong:\n{marks}")
+    new = f"{parts[0]}\n{made}\n{parts[2]}"
+    if new != old:
+        path.write_text(new, encoding="utf-8")
+    return new != old
+
+
+def head(*names: str) -> Iterator[str]:
+    """The first two lines of a table."""
+    yield line(*names)
+    yield "|" + "---|" * len(names)
+
+
+def line(*cells: str) -> str:
+    """A row of a table."""
+    return f"| {' | '.join(cells)} |"
