@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ def _measured(cells: Sequence[Cell], effort: Effort, jobs: int) -> Iterator[tupl
     context = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(min(jobs, len(cells)), context, initializer=_begin_worker) as pool:
-        with _left_alone():
+        with _ctrl_c_waits():
             futures = {pool.submit(measure, cell, effort): cell for cell in cells}
         try:
             for future in as_completed(futures):
@@ -128,16 +129,14 @@ def _measured(cells: Sequence[Cell], effort: Effort, jobs: int) -> Iterator[tupl
 
 
 @contextmanager
-def _left_alone() -> Iterator[None]:
-    """Processes that begin within this ignore Ctrl-C, from their first moment: the parent alone decides about it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ctrl_c_waits() -> Iterator[None]:
+    """Processes that begin within this never see Ctrl-C, from their first moment; the parent sees it afterwards."""
+    resource_tracker.ensure_running()  # its own start would end this too early
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin_worker() -> None:

@@ -114,6 +114,13 @@ class TestMeasured:
         assert first["mass"] != second["mass"]
 
 
+def is_worker(process):
+    try:
+        return "spawn_main" in " ".join(process.cmdline())
+    except psutil.Error:  # it has ended
+        return False
+
+
 class TestKilled:
     def test_a_killed_run_of_two_processes_goes_on_in_one(self, whole, weights, tmp_path, monkeypatch):
         path = tmp_path / "cells.jsonl"
@@ -151,7 +158,7 @@ class TestKilled:
         parent, end, workers = psutil.Process(process.pid), time.monotonic() + 120, []
         while len(workers) < 2 or lines(out / "cells.jsonl") < after:
             assert process.poll() is None and time.monotonic() < end
-            workers = [child for child in parent.children(recursive=True) if "spawn_main" in " ".join(child.cmdline())]
+            workers = [child for child in parent.children(recursive=True) if is_worker(child)]
             time.sleep(0.005)
         time.sleep(0.5)
         os.killpg(process.pid, signal.SIGINT)
