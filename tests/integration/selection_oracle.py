@@ -121,8 +121,10 @@ def attention(module, query, key, value, attention_mask, scaling=None, **kwargs)
             else:
                 allowed = torch.arange(total) <= torch.arange(total - length, total)[:, None]
                 if oracle.mask is not None:
-                    # Padding looks at itself, as nobody looks at it.
-                    allowed = allowed & oracle.mask[row] | torch.eye(total, dtype=torch.bool)[total - length :]
+                    allowed = allowed & oracle.mask[row]
+                    # Padding with nothing before it looks at itself, as nobody looks at it.
+                    itself = torch.eye(total, dtype=torch.bool)[total - length :]
+                    allowed = allowed | itself & ~allowed.any(-1, keepdim=True)
                 oracle.prefilled(layer, row, kv, queries[:, -1], keys)
             scores = queries.double() @ keys.double().T * scaling
             weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
