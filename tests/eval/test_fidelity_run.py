@@ -152,7 +152,9 @@ class TestKilled:
     def test_ctrl_c_ends_it_at_once_and_in_order(self, tmp_path, after):
         """To the whole group, as a terminal does: workers say nothing, and nobody waits for what they are at."""
         out = tmp_path / "study"
-        run_it = "from scout_hf.cli import app; app()"
+        # A shell's background jobs, and so these tests, may have been told to ignore it.
+        heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+        run_it = f"{heed}; from scout_hf.cli import app; app()"
         call = [sys.executable, "-c", run_it, "fidelity", "--only", "model=llama", "--jobs", "2", "--out", out]
         process = subprocess.Popen(call, stderr=subprocess.PIPE, start_new_session=True, text=True)
         parent, end, workers = psutil.Process(process.pid), time.monotonic() + 120, []
