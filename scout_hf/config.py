@@ -53,7 +53,7 @@ class ScoutConfig:
     cpu_query : {"auto", "predicted", "real"}, default "auto"
         With ``layer_ahead``: the query that the CPU's share attends with. ``predicted`` is the paper's. ``real`` limits
         the approximation to the selection, at the price of a shorter window for the CPU. ``auto`` compares both in a
-        layer's first step and in every 16th, and uses the predicted one in layers whose output it changes by no more
+        layer's first step and in every 4th, and uses the predicted one in layers whose output it changes by no more
         than a twentieth: only there does the CPU start a layer ahead.
     recall : float, int, RecallIntervals or None, default 0.12
         Two tiers: when wanted blocks are copied to the GPU. A float in (0, 1] recalls a layer once the CPU's share of

@@ -6,7 +6,7 @@ import math
 
 from scout_hf.fusion import Partial
 
-CHECK_EVERY = 16
+CHECK_EVERY = 4
 # Relative error of the layer's output, mean over rows and heads. Selection alone costs about as much.
 TOLERATED = 0.05
 
@@ -14,7 +14,7 @@ TOLERATED = 0.05
 class Trust:
     """One layer's rule for the query of the CPU's share.
 
-    ``auto`` compares both queries in the first step in which the CPU has a share, and in every 16th of all: while the
+    ``auto`` compares both queries in the first step in which the CPU has a share, and in every 4th of all: while the
     predicted one would change the layer's output by no more than a twentieth, it is used; otherwise, and in the steps
     that compare, the real one.
 
