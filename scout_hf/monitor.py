@@ -192,7 +192,7 @@ def planned(cache: Any, decode_step: int) -> dict[int, tuple[int, ...]]:
 def _scattered(layers: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
     """All pairs of a layer and one of its heads, layers first, so that a few in a row lie all over the model.
 
-    First layers lose less than last ones: in order of number, a short run would see the former only.
+    Layers may lose very differently: in order of number, a short run would see the first ones only.
     """
     found = []
     for turn in range(max(heads for _, heads in layers)):
