@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import sys
 import threading
 import time
 
@@ -46,6 +47,25 @@ def test_jobs_run_in_order_one_at_a_time(workers):
     for ticket in tickets:
         ticket.wait()
     assert seen == [0, 1, 2, 3, 4]
+
+
+def test_every_thread_gets_the_ticket_of_its_own_job(workers):
+    """Letting go of a tensor lets other threads run."""
+    interval, wrong = sys.getswitchinterval(), []
+    sys.setswitchinterval(1e-6)
+
+    def submit(number):
+        for index in range(300):
+            if int(workers.submit(torch.full, (1,), 1000 * number + index).wait()) != 1000 * number + index:
+                wrong.append((number, index))
+
+    try:
+        callers = [threading.Thread(target=submit, args=(number,)) for number in range(4)]
+        [caller.start() for caller in callers]
+        [caller.join() for caller in callers]
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,9 @@ class Workers:
             given = (self.threads, torch.get_num_threads())
             self._pool = ThreadPoolExecutor(1, "scout-cpu", initializer=_take_threads, initargs=given)
             self._process = os.getpid()
-        self._last = Ticket(self._pool.submit(_bare, job, args))
-        return self._last
+        # Another thread may submit before this one returns: the ticket must be its own.
+        self._last = ticket = Ticket(self._pool.submit(_bare, job, args))
+        return ticket
 
     def busy(self) -> bool:
         """Whether a job has not ended yet."""
