@@ -26,7 +26,7 @@ test: $(VENV)/.installed-test
 test-versions: $(VERSIONS:%=test-transformers-%)
 
 test-transformers-%: $(VENV)-%/.installed-test
-	$(call PYTEST,$(VENV)-$*) --ignore tests/packaging
+	$(call PYTEST,$(VENV)-$*) --ignore tests/packaging --ignore tests/triton
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/pip install -q ruff

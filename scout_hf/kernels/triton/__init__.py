@@ -1,0 +1,16 @@
+"""Kernels for GPUs in Triton. Importing this package imports triton: only the seam, ``kernels.device``, does."""
+
+from scout_hf.kernels.triton.append import append_token
+from scout_hf.kernels.triton.attend import attend_blocks, parts_for
+from scout_hf.kernels.triton.choose import Choice, choose
+from scout_hf.kernels.triton.encode import encode
+from scout_hf.kernels.triton.flags import post, wait
+from scout_hf.kernels.triton.merge import merge
+from scout_hf.kernels.triton.recall import adopt_block, copy_blocks, plan_recall, run_of_blocks
+from scout_hf.kernels.triton.score import score
+from scout_hf.kernels.triton.support import INTERPRETED
+
+__all__ = [
+    "INTERPRETED", "Choice", "adopt_block", "append_token", "attend_blocks", "choose", "copy_blocks", "encode", "merge",
+    "parts_for", "plan_recall", "post", "run_of_blocks", "score", "wait",
+]  # fmt: skip

@@ -1,0 +1,189 @@
+"""Decode attention over listed blocks: split over the list, with the log-sum-exp of every part (Flash-Decoding).
+
+Query heads of one GQA group are the rows of one tensor-core tile, so a block is read once for all of them. Natural
+logarithm at the boundary, base 2 inside.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from scout_hf.kernels.triton.prefetch import LINE_BYTES, OFF, ask_for, row_ahead
+from scout_hf.kernels.triton.support import INTERPRETED, LN2, LOG2E, MIN_ROWS, dot, multiprocessors, on_device_of, tanh
+from scout_hf.kernels.triton.tuning import Tile, tile_for
+
+MOST_PARTS = 32
+
+
+@triton.jit(do_not_specialize=["first", "listed"])
+def _attend(
+    query, keys, values, pages, ids, first_at, starts, lengths, exists, out, lse,
+    query_b, query_h,
+    keys_b, keys_h, keys_n, keys_t,
+    values_b, values_h, values_n, values_t,
+    pages_b, pages_h, ids_b, ids_h, lengths_b, exists_b, out_h,
+    listed, first, parts, scale, softcap,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
+    HAS_PAGES: tl.constexpr, HAS_IDS: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_STARTS: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, HAS_EXISTS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    PREFETCH: tl.constexpr, AHEAD: tl.constexpr, BYTES: tl.constexpr, LINES: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
+    part = tl.program_id(1)
+    group, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    inside, within = group < GROUP, column < DIM
+    keys += row.to(tl.int64) * keys_b + head.to(tl.int64) * keys_h
+    values += row.to(tl.int64) * values_b + head.to(tl.int64) * values_h
+    pages += row * pages_b + head * pages_h
+    ids += row * ids_b + head * ids_h
+    asked = query + row * query_b + (head * GROUP + group)[:, None] * query_h + column[None, :]
+    if HAS_FIRST:
+        first = tl.load(first_at)
+    q = tl.load(asked, mask=inside[:, None] & within[None, :], other=0.0)
+
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    tiles = tl.cdiv(listed * BLOCK, TILE)
+    each = tl.cdiv(tiles, parts)
+    for tile in range(part * each, tl.minimum(part * each + each, tiles)):
+        token = tile * TILE + tl.arange(0, TILE)
+        entry, offset = token // BLOCK, token % BLOCK
+        real = entry < listed
+        if HAS_IDS:
+            block = tl.load(ids + entry, mask=real, other=-1)
+            real = real & (block >= 0)
+        else:
+            block = first + entry
+        place = block * BLOCK + offset
+        if HAS_STARTS:
+            real = real & (place >= tl.load(starts + row))
+        if HAS_LENGTHS:
+            real = real & (place < tl.load(lengths + row * lengths_b))
+        if HAS_EXISTS:
+            real = real & (tl.load(exists + row.to(tl.int64) * exists_b + place, mask=real, other=0) != 0)
+        page = tl.load(pages + entry, mask=real, other=0) if HAS_PAGES else entry
+        page = page.to(tl.int64)
+        if PREFETCH:
+            later = token + AHEAD * TILE
+            ask_for(row_ahead(keys, pages, later, listed, keys_n, keys_t, BLOCK, HAS_PAGES), BYTES, LINES, PREFETCH)
+            ask_for(
+                row_ahead(values, pages, later, listed, values_n, values_t, BLOCK, HAS_PAGES), BYTES, LINES, PREFETCH
+            )
+        mask = real[:, None] & within[None, :]
+        k = tl.load(keys + (page * keys_n + offset * keys_t)[:, None] + column[None, :], mask=mask, other=0.0)
+        scores = dot(q, tl.trans(k)) * scale
+        if HAS_SOFTCAP:
+            scores = softcap * tanh(scores / softcap)
+        scores = tl.where(real[None, :], scores * LOG2E, float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        # Where nothing was seen yet, minus infinity must not meet itself.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2(scores - base[:, None])
+        keep = tl.exp2(highest - base)
+        total = total * keep + tl.sum(weights, 1)
+        v = tl.load(values + (page * values_n + offset * values_t)[:, None] + column[None, :], mask=mask, other=0.0)
+        sums = sums * keep[:, None] + dot(weights.to(v.dtype), v)
+        highest = higher
+
+    empty = total == 0.0
+    result = sums / tl.where(empty, 1.0, total)[:, None]
+    index = (row * KV_HEADS * GROUP + head * GROUP + group).to(tl.int64) * out_h + part
+    tl.store(out + index[:, None] * DIM + column[None, :], result, mask=inside[:, None] & within[None, :])
+    logs = tl.where(empty, float("-inf"), (highest + tl.log2(tl.where(empty, 1.0, total))) * LN2)
+    tl.store(lse + index, logs, mask=inside)
+
+
+def attend_blocks(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    softcap: float | None = None,
+    *,
+    ids: torch.Tensor | None = None,
+    first: int | torch.Tensor = 0,
+    pages: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    exists: torch.Tensor | None = None,
+    into: tuple[torch.Tensor, torch.Tensor] | None = None,
+    parts: int | None = None,
+    tile: Tile | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Partial attention of one query per row over the blocks of a list, cut into parts.
+
+    Parameters
+    ----------
+    query : Tensor (batch, query_heads, 1, head_dim)
+        bfloat16, float16 or float32, like the keys; query heads are a multiple of KV heads.
+    keys, values : Tensor (batch, kv_heads, n, block_size, head_dim), or (pages, kv_heads, block_size, head_dim)
+        The listed blocks themselves, or with ``pages`` the pool that they lie in. Any strides but the last.
+    scale, softcap
+        As in :func:`scout_hf.kernels.attend.attend`.
+    ids : Tensor (batch, kv_heads, n) of int32 or int64, or None
+        Block numbers, which say where in the text a listed block stands; -1 for an empty entry. None where the list
+        is the run ``first, first + 1, ...``.
+    first : int or Tensor (1,) of int32
+    pages : Tensor (batch, kv_heads, n) of int32 or int64, or None
+        Where in the pool each listed block lies.
+    starts, lengths : Tensor (batch,) of int32, or None
+        First token of each row, and the one behind its last; ``lengths`` may have one element for all rows.
+    exists : Tensor (batch, tokens) of bool, or None
+        Tokens that are no padding; must cover all listed blocks up to ``lengths``.
+    into : (Tensor (batch, query_heads, parts, head_dim), Tensor (batch, query_heads, parts)) of float32, or None
+        Where results go: contiguous buffers, or views of some parts of such.
+    parts : int or None
+        Into how many parts the list is cut; None for as many as the chip is busy with.
+    tile : Tile or None
+        Sizes that the kernel is compiled for; None for what was found best for these shapes.
+
+    Returns
+    -------
+    out : Tensor (batch, query_heads, parts, head_dim) of float32
+        Exactly 0 for a part without tokens.
+    lse : Tensor (batch, query_heads, parts) of float32
+        Natural; -inf for a part without tokens.
+    """
+    batch, query_heads, _, dim = query.shape
+    kv_heads, size = keys.shape[1], keys.shape[-2]
+    listed = keys.shape[2] if pages is None else pages.shape[2]
+    if into is not None:
+        parts = into[1].shape[2]
+    elif parts is None:
+        parts = parts_for(query.device, batch * kv_heads, listed, size)
+    if into is None:
+        out = torch.empty((batch, query_heads, parts, dim), dtype=torch.float32, device=query.device)
+        into = out, torch.empty((batch, query_heads, parts), dtype=torch.float32, device=query.device)
+    out, lse = into
+    group, row = query_heads // kv_heads, dim * keys.element_size()
+    tile = tile or tile_for(query, keys)
+    at = first if isinstance(first, torch.Tensor) else None
+    # Every index that stands for a missing tensor points to the query, and is never followed.
+    given = [query if part is None else part for part in (pages, ids, at, starts, lengths, exists)]
+    places = [keys.stride(), values.stride()]
+    strides = [stride[:4] if pages is None else (0, stride[1], stride[0], stride[2]) for stride in places]
+    with on_device_of(query):
+        _attend[(batch * kv_heads, parts)](
+            query, keys, values, *given, out, lse,
+            query.stride(0), query.stride(1), *strides[0], *strides[1],
+            *(given[0].stride()[:2]), *(given[1].stride()[:2]),
+            0 if lengths is None or len(lengths) == 1 else lengths.stride(0), given[5].stride(0), lse.stride(1),
+            listed, first if at is None else 0, parts, scale, 1.0 if softcap is None else softcap,
+            kv_heads, group, dim, size,
+            max(MIN_ROWS, triton.next_power_of_2(group)), triton.next_power_of_2(dim), max(tile.tokens, MIN_ROWS),
+            pages is not None, ids is not None, at is not None, starts is not None,
+            lengths is not None, exists is not None, softcap is not None,
+            OFF if INTERPRETED else tile.prefetch, tile.ahead, row, triton.next_power_of_2(-(-row // LINE_BYTES)),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return out, lse
+
+
+def parts_for(device: torch.device, lists: int, listed: int, block_size: int) -> int:
+    """Parts that keep all multiprocessors busy, of some hundred tokens at least."""
+    wanted = -(-2 * multiprocessors(device) // lists)
+    return max(1, min(wanted, listed * block_size // 256, MOST_PARTS))

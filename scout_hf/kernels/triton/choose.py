@@ -1,0 +1,169 @@
+"""The best-scored blocks of every list, and those among them that are not resident: without sorting, without a sync.
+
+The k-th best score is found by halving the range of the scores' bit patterns, whose order as integers is that of the
+numbers; blocks of equal score are taken from the front.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from scout_hf.kernels.triton.support import on_device_of
+
+CHUNK_BLOCKS = 4096
+
+
+class Choice(NamedTuple):
+    """What :func:`choose` finds.
+
+    wanted : Tensor (batch, kv_heads, blocks) of uint8
+        1 for a chosen block.
+    missing : Tensor (batch, kv_heads, n) of int32
+        Chosen blocks without a slot, ascending, packed to the front; what follows them is undefined.
+    missing_counts, chosen_counts : Tensor (batch, kv_heads) of int32
+        Entries of ``missing``; chosen blocks.
+    """
+
+    wanted: torch.Tensor
+    missing: torch.Tensor
+    missing_counts: torch.Tensor
+    chosen_counts: torch.Tensor
+
+
+@triton.jit
+def _ordered(scores):
+    """Integers in the order of these float32 numbers."""
+    bits = scores.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _rank(scores, exists, leading, block, open_blocks, sinks, HAS_EXISTS: tl.constexpr):
+    """How much each block of a chunk is wanted, and whether it may be chosen at all."""
+    real = block < open_blocks
+    if HAS_EXISTS:
+        real = real & (tl.load(exists + block, mask=real, other=0) != 0)
+        sink = real & (tl.load(leading + block, mask=real, other=sinks + 1) <= sinks)
+    else:
+        sink = real & (block < sinks)
+    score = tl.load(scores + block, mask=real, other=float("-inf"))
+    return tl.where(sink, 0x7FFFFFFF, _ordered(score)), real & ((score > float("-inf")) | sink | (score != score))
+
+
+@triton.jit
+def _choose(
+    scores, slots, exists, leading, counts, open_count, wanted, missing, missing_counts, chosen_counts,
+    scores_b, scores_h, slots_b, slots_h, exists_b, wanted_b, wanted_h, missing_b, missing_h,
+    blocks, count, sinks,
+    KV_HEADS: tl.constexpr, CHUNK: tl.constexpr, HAS_EXISTS: tl.constexpr, HAS_COUNTS: tl.constexpr,
+    HAS_OPEN: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
+    scores += row.to(tl.int64) * scores_b + head * scores_h
+    slots += row.to(tl.int64) * slots_b + head * slots_h
+    wanted += row.to(tl.int64) * wanted_b + head * wanted_h
+    missing += row * missing_b + head * missing_h
+    exists += row * exists_b
+    leading += row * exists_b
+    if HAS_COUNTS:
+        count = tl.load(counts + row).to(tl.int32)
+    open_blocks = tl.minimum(tl.load(open_count), blocks) if HAS_OPEN else blocks
+    sinks = tl.minimum(sinks, count)
+    chunks = tl.cdiv(open_blocks, CHUNK)
+    lane = tl.arange(0, CHUNK)
+
+    offered = 0
+    for chunk in range(chunks):
+        _, real = _rank(scores, exists, leading, chunk * CHUNK + lane, open_blocks, sinks, HAS_EXISTS)
+        offered += tl.sum(real.to(tl.int32), 0)
+    take = tl.minimum(count, offered)
+    # The largest bit pattern that at least ``take`` blocks reach.
+    low, high = tl.full([], -2147483648, tl.int64), tl.full([], 2147483647, tl.int64)
+    for _ in range(32):
+        middle = (low + high + 1) >> 1
+        reached = 0
+        for chunk in range(chunks):
+            rank, real = _rank(scores, exists, leading, chunk * CHUNK + lane, open_blocks, sinks, HAS_EXISTS)
+            reached += tl.sum((real & (rank.to(tl.int64) >= middle)).to(tl.int32), 0)
+        enough = reached >= take
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    above = 0
+    for chunk in range(chunks):
+        rank, real = _rank(scores, exists, leading, chunk * CHUNK + lane, open_blocks, sinks, HAS_EXISTS)
+        above += tl.sum((real & (rank.to(tl.int64) > low)).to(tl.int32), 0)
+
+    ties, found = take - above, 0
+    for chunk in range(tl.cdiv(blocks, CHUNK)):
+        block = chunk * CHUNK + lane
+        rank, real = _rank(scores, exists, leading, block, open_blocks, sinks, HAS_EXISTS)
+        equal = real & (rank.to(tl.int64) == low)
+        order = tl.cumsum(equal.to(tl.int32), 0)
+        chosen = (real & (rank.to(tl.int64) > low)) | (equal & (order <= ties))
+        ties -= tl.sum(equal.to(tl.int32), 0)
+        tl.store(wanted + block, chosen.to(tl.uint8), mask=block < blocks)
+        absent = chosen & (tl.load(slots + block, mask=chosen, other=0) < 0)
+        place = found + tl.cumsum(absent.to(tl.int32), 0) - 1
+        tl.store(missing + place, block, mask=absent)
+        found += tl.sum(absent.to(tl.int32), 0)
+    tl.store(missing_counts + tl.program_id(0), found)
+    tl.store(chosen_counts + tl.program_id(0), take)
+
+
+def choose(
+    scores: torch.Tensor,
+    count: int | torch.Tensor,
+    sinks: int,
+    exists: torch.Tensor | None,
+    slots: torch.Tensor,
+    most: int,
+    open_count: torch.Tensor | None = None,
+    out: Choice | None = None,
+) -> Choice:
+    """Choose blocks and find those of them that have no slot.
+
+    Parameters
+    ----------
+    scores : Tensor (batch, kv_heads, blocks) of float32
+        Larger is better, -inf never chosen.
+    count : int or Tensor (batch,)
+        Blocks to choose, for all rows or for each.
+    sinks : int
+        Leading real blocks of a row that are always chosen, as far as ``count`` goes.
+    exists : Tensor (batch, blocks) of bool, or None
+        Blocks with at least one token that is no padding; None when all have.
+    slots : Tensor (batch, kv_heads, at least blocks) of int32
+        Slot of each block, negative for one that is not resident.
+    most : int
+        Room of a list: the largest ``count``.
+    open_count : Tensor (1,) of int32, or None
+        Blocks that may be chosen, where that is not the size of ``scores``.
+    out : Choice or None
+        Tensors to write into, also in pinned host memory.
+    """
+    batch, heads, blocks = scores.shape
+    device = scores.device
+    if out is None:
+        wanted = torch.empty((batch, heads, blocks), dtype=torch.uint8, device=device)
+        missing = torch.empty((batch, heads, most), dtype=torch.int32, device=device)
+        out = Choice(wanted, missing, *torch.empty((2, batch, heads), dtype=torch.int32, device=device))
+    leading = None if exists is None else exists.cumsum(1, dtype=torch.int32)
+    if exists is not None:
+        exists = exists.contiguous()
+    counts = count if isinstance(count, torch.Tensor) else None
+    chunk = min(CHUNK_BLOCKS, max(16, triton.next_power_of_2(blocks)))
+    with on_device_of(scores):
+        _choose[(batch * heads,)](
+            scores, slots, *((scores, scores) if exists is None else (exists, leading)),
+            scores if counts is None else counts, scores if open_count is None else open_count, *out,
+            *scores.stride()[:2], *slots.stride()[:2], 0 if exists is None else exists.stride(0),
+            *out.wanted.stride()[:2], *out.missing.stride()[:2],
+            blocks, most if counts is not None else count, sinks,
+            heads, chunk, exists is not None, counts is not None, open_count is not None,
+            num_warps=max(1, min(8, chunk // 256)),
+        )  # fmt: skip
+    return out

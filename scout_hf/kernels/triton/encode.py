@@ -1,0 +1,60 @@
+"""Codes of blocks of keys on a GPU: which kernel makes which digest's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+
+from scout_hf.kernels.triton.encode_bounds import encode_bounds
+from scout_hf.kernels.triton.encode_parts import encode_parts
+from scout_hf.kernels.triton.encode_sign import encode_sign
+from scout_hf.kernels.triton.support import runs_on
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+# What a program can hold: channels of a head, tokens of a block.
+MAX_HEAD_DIM, MAX_BLOCK = 256, 256
+
+
+def encode(digest: Any, keys: torch.Tensor, exists: torch.Tensor | None) -> torch.Tensor | None:
+    """What ``digest.encode(keys, exists)`` gives, without a copy of the keys.
+
+    Bounds are the same to the last bit; signs of sign codes may differ where a rotated value is nearly 0.
+
+    Parameters
+    ----------
+    digest : Digest
+        Known by its ``name``: ``"minmax"``, ``"minmax-int8"``, ``"minmax-sub"`` or ``"sign"``; fitted, if it needs it.
+    keys : Tensor (batch, kv_heads, blocks, block_size, head_dim)
+        Any strides but the last.
+    exists : Tensor (batch, blocks, block_size) of bool, or None
+        Tokens that are no padding; None when all are real.
+
+    Returns
+    -------
+    Tensor (batch, kv_heads, blocks, code), or None
+        None where no kernel knows the digest, or such keys.
+    """
+    known = runs_on(keys) and keys.dtype in FLOATS and keys.stride(4) == 1 and bool(keys.numel())
+    size, dim = keys.shape[3:]
+    if not known or dim > MAX_HEAD_DIM or size > MAX_BLOCK:
+        return None
+    if exists is not None and (exists.device != keys.device or exists.dtype != torch.bool):
+        return None
+    if digest.name == "minmax":
+        return encode_bounds(keys, exists)
+    if digest.name == "minmax-int8" and _here(keys, digest.middle, digest.step):
+        return encode_bounds(keys, exists, digest.middle, digest.step, digest.bits)
+    if digest.name == "minmax-sub" and _here(keys, digest.middle, digest.step):
+        sub = min(digest.sub, size)
+        fits = sub == triton.next_power_of_2(sub) and size % sub == 0 and dim % 2 == 0 and digest.bits == 4
+        return encode_parts(keys, exists, digest.middle, digest.step, sub) if fits else None
+    if digest.name == "sign" and _here(keys, digest.mean, digest.divisor, digest.rotation):
+        fits = size == triton.next_power_of_2(size) and dim % 8 == 0
+        return encode_sign(keys, exists, digest.mean, digest.divisor, digest.rotation) if fits else None
+    return None
+
+
+def _here(keys: torch.Tensor, *constants: torch.Tensor) -> bool:
+    return all(each.device == keys.device and each.dtype == torch.float32 for each in constants)

@@ -1,0 +1,109 @@
+"""Channel-wise bounds of blocks, in the dtype of the keys or as whole numbers of a grid."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from scout_hf.kernels.triton.places import as_bytes, first_real, real_or_first
+from scout_hf.kernels.triton.support import on_device_of
+
+# Elements of keys that a program holds: 32 for each of its 128 threads, as upper and as lower bounds.
+TILE_ELEMENTS = 4096
+
+
+@triton.jit
+def on_grid(bound, middle, step, UP: tl.constexpr, MOST: tl.constexpr):
+    """Bounds in steps from the middle of a channel's grid, rounded outwards, as int32; 0 for what is no number.
+
+    The division is the exact one: one that is nearly right would turn a whole number into its neighbour.
+    """
+    steps = tl.div_rn(bound - middle, step)
+    steps = tl.ceil(steps) if UP else tl.floor(steps)
+    steps = tl.where(steps == steps, steps, 0.0)
+    return tl.minimum(tl.maximum(steps, -1.0 - MOST), 1.0 * MOST).to(tl.int32)
+
+
+@triton.jit
+def _finite(bound):
+    return tl.where(tl.abs(bound) < float("inf"), bound, 0.0)
+
+
+@triton.jit(do_not_specialize=["codes_b", "codes_h"])
+def _encode_bounds(
+    keys, exists, middle, step, codes,
+    keys_b, keys_h, keys_n, keys_t, exists_b, exists_n, exists_t, codes_b, codes_h,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    HAS_EXISTS: tl.constexpr, HAS_GRID: tl.constexpr, MOST: tl.constexpr,
+):  # fmt: skip
+    block, head, row = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    keys += row * keys_b + head.to(tl.int64) * keys_h + block * keys_n
+    column = tl.arange(0, COLUMNS)
+    within = column < DIM
+    first = 0
+    if HAS_EXISTS:
+        exists += row * exists_b + block * exists_n
+        first = first_real(exists, exists_t, SIZE, PADDED)
+    highest = tl.full([ROWS, COLUMNS], float("-inf"), tl.float32)
+    lowest = tl.full([ROWS, COLUMNS], float("inf"), tl.float32)
+    for start in range(0, SIZE, ROWS):
+        # What would be behind the last token is the last once more.
+        token = tl.minimum(start + tl.arange(0, ROWS), SIZE - 1)
+        if HAS_EXISTS:
+            token = real_or_first(exists, exists_t, token, first, SIZE)
+        tile = tl.load(keys + token[:, None] * keys_t + column[None, :], mask=within[None, :], other=0.0)
+        tile = tile.to(tl.float32)
+        highest = tl.maximum(highest, tile, propagate_nan=tl.PropagateNan.ALL)
+        lowest = tl.minimum(lowest, tile)
+    # Minima and reductions pass over what is no number, which the references carry into both bounds.
+    wrong = tl.max((highest != highest).to(tl.int32), 0) > 0
+    high = tl.where(wrong, float("nan"), tl.max(tl.where(highest == highest, highest, float("-inf")), 0))
+    low = tl.where(wrong, float("nan"), tl.min(lowest, 0))
+    codes += row * codes_b + head * codes_h + block * (2 * DIM) + column
+    if HAS_GRID:
+        constants = (row * tl.num_programs(1) + head) * DIM + column
+        centre = tl.load(middle + constants, mask=within, other=0.0)
+        width = tl.load(step + constants, mask=within, other=1.0)
+        tl.store(codes, on_grid(high, centre, width, True, MOST).to(tl.int8), mask=within)
+        tl.store(codes + DIM, on_grid(low, centre, width, False, MOST).to(tl.int8), mask=within)
+    else:
+        if HAS_EXISTS:
+            # A block of nothing but padding has zeros for bounds.
+            some = first < SIZE
+            high, low = tl.where(some, _finite(high), 0.0), tl.where(some, _finite(low), 0.0)
+        tl.store(codes, high.to(codes.dtype.element_ty), mask=within)
+        tl.store(codes + DIM, low.to(codes.dtype.element_ty), mask=within)
+
+
+def encode_bounds(
+    keys: torch.Tensor,
+    exists: torch.Tensor | None,
+    middle: torch.Tensor | None = None,
+    step: torch.Tensor | None = None,
+    bits: int = 8,
+) -> torch.Tensor:
+    """Upper bounds of all channels of a block, then its lower bounds: (batch, kv_heads, blocks, 2 * head_dim).
+
+    Parameters
+    ----------
+    keys : Tensor (batch, kv_heads, blocks, block_size, head_dim) of bfloat16, float16 or float32
+        Any strides but the last.
+    exists : Tensor (batch, blocks, block_size) of bool, or None
+        Tokens that are no padding.
+    middle, step : Tensor (batch, kv_heads, 1, head_dim) of float32, or None
+        A grid per channel: bounds are then int8 of so many ``bits``, else of the dtype of the keys.
+    """
+    batch, heads, blocks, size, dim = keys.shape
+    grid = step is not None
+    codes = torch.empty((batch, heads, blocks, 2 * dim), dtype=torch.int8 if grid else keys.dtype, device=keys.device)
+    marks, strides = as_bytes(exists)
+    columns, padded = triton.next_power_of_2(dim), triton.next_power_of_2(size)
+    with on_device_of(keys):
+        _encode_bounds[(blocks, heads, batch)](
+            keys, marks, middle.contiguous() if grid else None, step.contiguous() if grid else None, codes,
+            *keys.stride()[:4], *strides, *codes.stride()[:2],
+            SIZE=size, PADDED=padded, DIM=dim, COLUMNS=columns, ROWS=min(padded, max(1, TILE_ELEMENTS // columns)),
+            HAS_EXISTS=exists is not None, HAS_GRID=grid, MOST=2 ** (bits - 1) - 1,
+        )  # fmt: skip
+    return codes

@@ -1,0 +1,109 @@
+"""Sign codes: keys are centred, balanced and rotated on tensor cores, and of that only signs and a scale are kept."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from scout_hf.kernels.triton.pieces import two_pieces
+from scout_hf.kernels.triton.places import as_bytes, real_or_first
+from scout_hf.kernels.triton.support import dot, on_device_of
+
+# Tokens of a program, and channels per pass over them: the rotation's part takes 32 KiB of shared memory at a head size
+# of 256, in two pieces.
+TOKENS, CHANNELS = 64, 32
+
+
+@triton.jit(do_not_specialize=["codes_b", "codes_h", "blocks"])
+def _encode_sign(
+    keys, exists, mean, divisor, rotation, codes,
+    keys_b, keys_h, keys_n, keys_t, exists_b, exists_n, exists_t, codes_b, codes_h,
+    blocks,
+    SIZE: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, EACH: tl.constexpr,
+    CHANNELS: tl.constexpr, HAS_EXISTS: tl.constexpr,
+):  # fmt: skip
+    head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    # Either some whole blocks, or a part of one.
+    PIECES: tl.constexpr = SIZE // EACH
+    BLOCKS: tl.constexpr = TOKENS // EACH
+    start = tl.program_id(0) // PIECES * BLOCKS
+    line = tl.arange(0, TOKENS)
+    block = start + line // EACH
+    token = tl.program_id(0) % PIECES * EACH + line % EACH
+    real = block < blocks
+    place = token
+    if HAS_EXISTS:
+        exists += row * exists_b
+        every = start + tl.arange(0, BLOCKS)
+        inside = tl.arange(0, SIZE)
+        marks = exists + every.to(tl.int64)[:, None] * exists_n + inside[None, :] * exists_t
+        marks = tl.load(marks, mask=(every < blocks)[:, None], other=0)
+        first = tl.min(tl.where(marks != 0, inside[None, :], SIZE), 1)
+        first = tl.reshape(tl.broadcast_to(first[:, None], (BLOCKS, EACH)), (TOKENS,))
+        exists += tl.where(real, block, 0).to(tl.int64) * exists_n
+        place = real_or_first(exists, exists_t, token, first, SIZE)
+
+    constants = (row * tl.num_programs(1) + head) * DIM
+    keys += row * keys_b + head * keys_h
+    keys += (block.to(tl.int64) * keys_n + place * keys_t)[:, None]
+    column = tl.arange(0, COLUMNS)
+    turned = tl.zeros([TOKENS, COLUMNS], tl.float32)
+    for start in range(0, DIM, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        within = channel < DIM
+        centre = tl.load(mean + constants + channel, mask=within, other=0.0)
+        spread = tl.load(divisor + constants + channel, mask=within, other=1.0)
+        key = tl.load(keys + channel[None, :], mask=real[:, None] & within[None, :], other=0.0).to(tl.float32)
+        high, low = two_pieces((key - centre[None, :]) / spread[None, :])
+        turn = rotation + channel[:, None] * DIM + column[None, :]
+        main, rest = two_pieces(tl.load(turn, mask=within[:, None] & (column < DIM)[None, :], other=0.0))
+        # The product of both rests is below what is kept.
+        turned += dot(high, rest) + dot(low, main)
+        turned += dot(high, main)
+
+    codes += row * codes_b + head * codes_h + block.to(tl.int64) * (SIZE * (DIM // 8 + 1)) + token
+    bits = (turned >= 0.0).to(tl.int32) << (column % 8)[None, :]
+    packed = tl.sum(tl.reshape(bits, (TOKENS, COLUMNS // 8, 8)), 2).to(tl.uint8)
+    byte = tl.arange(0, COLUMNS // 8)
+    tl.store(codes[:, None] + byte[None, :] * SIZE, packed, mask=real[:, None] & (byte < DIM // 8)[None, :])
+
+    scale = tl.sum(turned * turned, 1) / tl.maximum(tl.sum(tl.abs(turned), 1), 1e-30)
+    # Four bits of exponent and four of mantissa, to nearest; what is no number counts as large.
+    scale = tl.where(scale < 3e38, scale, 3e38)
+    bits = (scale.to(tl.int32, bitcast=True) + (1 << 18) - (120 << 23)) >> 19
+    tl.store(codes + DIM // 8 * SIZE, tl.minimum(tl.maximum(bits, 1), 255).to(tl.uint8), mask=real)
+
+
+def encode_sign(
+    keys: torch.Tensor,
+    exists: torch.Tensor | None,
+    mean: torch.Tensor,
+    divisor: torch.Tensor,
+    rotation: torch.Tensor,
+) -> torch.Tensor:
+    """Codes of :class:`scout_hf.selection.SignCode`, uint8 (batch, kv_heads, blocks, size * (head_dim / 8 + 1)).
+
+    Rotated values are right to about 2**-16 of their token's scale, so a sign may differ where a value is nearly 0.
+
+    Parameters
+    ----------
+    keys, exists
+        As in :func:`scout_hf.kernels.triton.encode_bounds.encode_bounds`; the block size is a power of two.
+    mean, divisor : Tensor (batch, kv_heads, head_dim) of float32
+    rotation : Tensor (head_dim, head_dim) of float32
+    """
+    batch, heads, blocks, size, dim = keys.shape
+    codes = torch.empty((batch, heads, blocks, size * (dim // 8 + 1)), dtype=torch.uint8, device=keys.device)
+    marks, strides = as_bytes(exists)
+    each, columns = min(size, TOKENS), max(16, triton.next_power_of_2(dim))
+    with on_device_of(keys):
+        _encode_sign[(triton.cdiv(blocks * (size // each), TOKENS // each), heads, batch)](
+            keys, marks, mean.contiguous(), divisor.contiguous(), rotation.contiguous(), codes,
+            *keys.stride()[:4], *strides, *codes.stride()[:2],
+            blocks,
+            SIZE=size, DIM=dim, COLUMNS=columns, TOKENS=TOKENS, EACH=each,
+            CHANNELS=CHANNELS, HAS_EXISTS=exists is not None,
+            num_warps=8 if columns > 128 else 4, num_stages=2,
+        )  # fmt: skip
+    return codes

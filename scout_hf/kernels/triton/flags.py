@@ -1,0 +1,105 @@
+"""Hand-over between a stream and CPU threads by words in pinned memory, so that no thread of Python waits.
+
+The device writes a query and then a number: the CPU's job begins when the number arrives. The device reads the CPU's
+word until it is as large: whatever follows on the stream begins when the job is done. A wait gives up after a while and
+says so in ``late``: a GPU that spins for ever cannot be interrupted.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from scout_hf.kernels.triton.support import _INTERPRETED, on_device_of
+
+STEP_ELEMENTS = 1024
+# Reads over the link take about a microsecond: some tens of seconds.
+MOST_TURNS = 1 << 25
+
+
+@triton.jit
+def _release(word, value):
+    """Write a word after everything that this program has written, for all of the machine to see."""
+    if _INTERPRETED:
+        tl.store(word, value)
+    else:
+        tl.debug_barrier()
+        tl.inline_asm_elementwise(
+            "fence.acq_rel.sys; st.release.sys.global.u64 [$1], $2; mov.u32 $0, 0;",
+            "=r,l,l",
+            [word.to(tl.int64), value.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def _acquire(word):
+    """Read a word that somebody else writes."""
+    if _INTERPRETED:
+        return tl.load(word, volatile=True)
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.acquire.sys.global.u64 $0, [$1];", "=l,l", [word.to(tl.int64)], dtype=tl.int64, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def _post(query, into, flag, number, size, STEP: tl.constexpr):
+    value = tl.load(number) + 1
+    for first in range(0, size, STEP):
+        at = first + tl.arange(0, STEP)
+        tl.store(into + at, tl.load(query + at, mask=at < size), mask=at < size)
+    # Every thread reads the number before one writes it.
+    tl.debug_barrier()
+    tl.store(number, value)
+    _release(flag, value)
+
+
+@triton.jit
+def _wait(word, number, late, turns):
+    value = tl.load(number)
+    seen = _acquire(word)
+    turn = 0
+    while (seen < value) & (turn < turns):
+        seen = _acquire(word)
+        turn += 1
+    if seen < value:
+        tl.store(late, value)
+
+
+def post(query: torch.Tensor, into: torch.Tensor, flag: torch.Tensor, number: torch.Tensor) -> None:
+    """Copy a query to the CPU and raise its flag, in stream order.
+
+    Parameters
+    ----------
+    query : Tensor (batch, query_heads, 1, head_dim), contiguous
+    into : Tensor of the same shape and dtype
+        In pinned host memory.
+    flag : Tensor (1,) of int64
+        In pinned host memory; becomes the new ``number`` after everything that the stream has written before.
+    number : Tensor (1,) of int64
+        On the device, so that a captured graph can count; one more afterwards.
+    """
+    with on_device_of(query):
+        _post[(1,)](query, into, flag, number, query.numel(), STEP_ELEMENTS, num_warps=4)
+
+
+def wait(word: torch.Tensor, number: torch.Tensor, late: torch.Tensor, turns: int = MOST_TURNS) -> None:
+    """Let the stream wait until the CPU's word is at least ``number``.
+
+    Parameters
+    ----------
+    word : Tensor (1,) of int64
+        In pinned host memory.
+    number : Tensor (1,) of int64
+        On the device.
+    late : Tensor (1,) of int64
+        In pinned host memory; becomes ``number`` if the word did not come, and what follows works on old data.
+    turns : int
+        Reads before giving up.
+    """
+    with on_device_of(number):
+        _wait[(1,)](word, number, late, turns, num_warps=1)

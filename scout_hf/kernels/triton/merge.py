@@ -1,0 +1,91 @@
+"""Merging the parts of an attention by their log-sum-exp, in one pass."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from scout_hf.kernels.triton.support import on_device_of
+
+
+@triton.jit
+def _merge(
+    parts, logs, more, more_logs, sinks, out, lse,
+    parts_h, more_h, count, heads,
+    DIM: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+    HAS_MORE: tl.constexpr, HAS_SINKS: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    place = head.to(tl.int64)
+    part, column = tl.arange(0, PARTS), tl.arange(0, COLUMNS)
+    within = column < DIM
+    part_logs = tl.load(logs + place * parts_h + part, mask=part < count, other=float("-inf"))
+    highest = tl.max(part_logs, 0)
+    if HAS_MORE:
+        more_log = tl.load(more_logs + place)
+        highest = tl.maximum(highest, more_log)
+    if HAS_SINKS:
+        sink = tl.load(sinks + head % heads).to(tl.float32)
+        highest = tl.maximum(highest, sink)
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    weights = tl.exp(part_logs - base)
+    total = tl.sum(weights, 0)
+    # A part without tokens may lie in memory that nobody has written to.
+    mask = (part_logs != float("-inf"))[:, None] & within[None, :]
+    values = tl.load(parts + (place * parts_h + part)[:, None] * DIM + column[None, :], mask=mask, other=0.0)
+    sums = tl.sum(weights[:, None] * values, 0)
+    if HAS_MORE:
+        more_logs = tl.zeros([COLUMNS], tl.float32) + more_log
+        mask = (more_logs != float("-inf")) & within
+        values = tl.load(more + place * more_h + column, mask=mask, other=0.0).to(tl.float32)
+        sums += tl.exp(more_logs - base) * values
+        total += tl.exp(more_log - base)
+    if HAS_SINKS:
+        total += tl.exp(sink - base)
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    tl.store(out + place * DIM + column, (sums / total).to(out.dtype.element_ty), mask=within)
+    tl.store(lse + place, tl.where(empty, float("-inf"), tl.log(total) + base))
+
+
+def merge(
+    parts: torch.Tensor,
+    logs: torch.Tensor,
+    more: torch.Tensor | None = None,
+    more_logs: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the union of disjoint parts.
+
+    Parameters
+    ----------
+    parts : Tensor (batch, query_heads, parts, head_dim) of float32, contiguous
+        Content of parts whose log is -inf does not count.
+    logs : Tensor (batch, query_heads, parts) of float32, contiguous
+        Natural log-sum-exp of each part's scores.
+    more, more_logs : Tensor (batch, query_heads, 1, head_dim), (batch, query_heads, 1), or None
+        One part more, from elsewhere: the CPU's share, also in pinned host memory. Contiguous, float32 logs.
+    sinks : Tensor (query_heads,) or None
+        Scores of attention sinks, which take weight and give nothing (gpt-oss).
+    dtype : torch.dtype
+        Of the output.
+
+    Returns
+    -------
+    out : Tensor (batch, query_heads, 1, head_dim)
+    lse : Tensor (batch, query_heads, 1) of float32
+    """
+    batch, heads, count, dim = parts.shape
+    out = torch.empty((batch, heads, 1, dim), dtype=dtype, device=parts.device)
+    lse = torch.empty((batch, heads, 1), dtype=torch.float32, device=parts.device)
+    with on_device_of(parts):
+        _merge[(batch * heads,)](
+            parts, logs, *((parts, logs) if more is None else (more, more_logs)), logs if sinks is None else sinks,
+            out, lse, logs.stride(1), dim, count, heads,
+            dim, triton.next_power_of_2(dim), triton.next_power_of_2(max(count, 2)),
+            more is not None, sinks is not None,
+            num_warps=4,
+        )  # fmt: skip
+    return out, lse

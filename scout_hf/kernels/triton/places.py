@@ -1,0 +1,27 @@
+"""Padding where codes have no way to say that a token does not exist: it is read as its block's first real token."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def first_real(exists, exists_t, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """The first real token of one block, or its size if there is none; ``PADDED`` is the power of two from it up."""
+    token = tl.arange(0, PADDED)
+    marks = tl.load(exists + token * exists_t, mask=token < SIZE, other=0)
+    return tl.min(tl.where(marks != 0, token, SIZE), 0)
+
+
+@triton.jit
+def real_or_first(exists, exists_t, token, first, SIZE: tl.constexpr):
+    """Tokens (n,) of one block, in place of padding its first real one; token 0 where all is padding."""
+    marks = tl.load(exists + token * exists_t)
+    return tl.where(marks != 0, token, tl.where(first < SIZE, first, 0))
+
+
+def as_bytes(exists: torch.Tensor | None) -> tuple[torch.Tensor | None, tuple[int, ...]]:
+    """Marks (batch, blocks, block_size) as kernels read them, and their strides."""
+    return (None, (0, 0, 0)) if exists is None else (exists.view(torch.uint8), exists.stride())

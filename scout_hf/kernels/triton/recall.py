@@ -1,0 +1,209 @@
+"""Slots on the device: which ones change their block, the copies out of pinned host memory, and blocks newly made."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from scout_hf.kernels.triton.choose import Choice
+from scout_hf.kernels.triton.support import on_device_of
+
+COPY_ELEMENTS = 4096
+MOST_COPIES = 64
+
+
+class Moves(NamedTuple):
+    """Blocks on their way into slots.
+
+    slots, blocks : Tensor (batch, kv_heads, n) of int32
+        Where each one goes and which one it is, packed to the front; what follows is undefined.
+    counts : Tensor (batch, kv_heads) of int32
+        Entries of each list.
+    """
+
+    slots: torch.Tensor
+    blocks: torch.Tensor
+    counts: torch.Tensor
+
+
+@triton.jit
+def _plan(
+    ids, slot_of, wanted, missing, missing_counts, chosen_counts, share_at, slots, blocks, counts,
+    wanted_b, wanted_h, missing_b, missing_h, slot_of_b, slot_of_h,
+    room, lists, most, share,
+    KV_HEADS: tl.constexpr, SLOTS: tl.constexpr, LISTS: tl.constexpr, HAS_SHARE: tl.constexpr,
+):  # fmt: skip
+    here = tl.program_id(0)
+    if HAS_SHARE:
+        share = tl.load(share_at)
+    row, head = here // KV_HEADS, here % KV_HEADS
+    ids += here.to(tl.int64) * room
+    slot_of += row.to(tl.int64) * slot_of_b + head * slot_of_h
+    wanted += row.to(tl.int64) * wanted_b + head * wanted_h
+    missing += row * missing_b + head * missing_h
+    # All lists of the layer together decide whether it is due.
+    every = tl.arange(0, LISTS)
+    absent = tl.sum(tl.load(missing_counts + every, mask=every < lists, other=0), 0)
+    chosen = tl.sum(tl.load(chosen_counts + every, mask=every < lists, other=0), 0)
+    due = (absent > 0) & (absent.to(tl.float32) >= share * chosen.to(tl.float32))
+
+    slot = tl.arange(0, SLOTS)
+    held = tl.load(ids + slot, mask=slot < room, other=0)
+    empty = (slot < room) & (held < 0)
+    kept = tl.load(wanted + held, mask=(slot < room) & (held >= 0), other=1) != 0
+    leaves = (slot < room) & (held >= 0) & ~kept
+    free = tl.sum(empty.to(tl.int32), 0)
+    # Empty slots before those of blocks that are merely not wanted now.
+    turn = tl.where(empty, tl.cumsum(empty.to(tl.int32), 0), free + tl.cumsum(leaves.to(tl.int32), 0)) - 1
+    moves = tl.minimum(tl.load(missing_counts + here), free + tl.sum(leaves.to(tl.int32), 0))
+    moves = tl.where(due, tl.minimum(moves, most), 0)
+    moving = (empty | leaves) & (turn < moves)
+    block = tl.load(missing + turn, mask=moving, other=0)
+    tl.store(slot_of + held, tl.full([SLOTS], -1, tl.int32), mask=moving & (held >= 0))
+    tl.debug_barrier()
+    tl.store(slot_of + block, slot, mask=moving)
+    tl.store(ids + slot, block, mask=moving)
+    tl.store(slots + here * most + turn, slot, mask=moving)
+    tl.store(blocks + here * most + turn, block, mask=moving)
+    tl.store(counts + here, moves)
+
+
+def plan_recall(
+    ids: torch.Tensor,
+    slot_of: torch.Tensor,
+    choice: Choice,
+    share: float | torch.Tensor = 0.0,
+    out: Moves | None = None,
+) -> Moves:
+    """Give slots of blocks that are not wanted to wanted ones that have none; numbers now, data by :func:`copy_blocks`.
+
+    Parameters
+    ----------
+    ids : Tensor (batch, kv_heads, slots) of int32, contiguous
+        The block in each slot, negative for none; changed.
+    slot_of : Tensor (batch, kv_heads, blocks) of int32
+        The slot of each block, negative for none; changed.
+    choice : Choice
+        What the step wanted; its lists may be in pinned host memory.
+    share : float or Tensor (1,) of float32
+        Nothing moves while missing blocks are a smaller part of all chosen ones, over the whole layer.
+    out : Moves or None
+        Tensors to write into.
+    """
+    batch, heads, room = ids.shape
+    most, at = choice.missing.shape[2], isinstance(share, torch.Tensor)
+    if out is None:
+        slots, blocks = torch.empty((2, batch, heads, most), dtype=torch.int32, device=ids.device)
+        out = Moves(slots, blocks, torch.empty((batch, heads), dtype=torch.int32, device=ids.device))
+    with on_device_of(ids):
+        _plan[(batch * heads,)](
+            ids, slot_of, *choice, share if at else ids, *out,
+            *choice.wanted.stride()[:2], *choice.missing.stride()[:2], *slot_of.stride()[:2],
+            room, batch * heads, most, 0.0 if at else share,
+            heads, triton.next_power_of_2(max(room, 2)), triton.next_power_of_2(max(batch * heads, 2)), at,
+            num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _copy(
+    pages, slots, blocks, counts, keys, values,
+    pages_b, keys_b, keys_h, keys_n, moves,
+    SIZE: tl.constexpr, KV_HEADS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    here = tl.program_id(0)
+    row, head = here // KV_HEADS, here % KV_HEADS
+    kind = keys.dtype
+    target = row.to(tl.int64) * keys_b + head.to(tl.int64) * keys_h
+    for move in range(tl.program_id(1), tl.load(counts + here), tl.num_programs(1)):
+        block = tl.load(blocks + here * moves + move)
+        slot = tl.load(slots + here * moves + move).to(tl.int64)
+        # A page holds keys, then values, of one head after the other.
+        source = tl.load(pages + row * pages_b + block).to(kind) + head * (2 * SIZE)
+        for first in range(0, SIZE, STEP):
+            at = first + tl.arange(0, STEP)
+            tl.store(keys + target + slot * keys_n + at, tl.load(source + at, mask=at < SIZE), mask=at < SIZE)
+            tl.store(values + target + slot * keys_n + at, tl.load(source + SIZE + at, mask=at < SIZE), mask=at < SIZE)
+
+
+def copy_blocks(pages: torch.Tensor, moves: Moves, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Copy blocks from host pages into their slots.
+
+    Parameters
+    ----------
+    pages : Tensor (batch, blocks) of int64, on the device
+        Addresses of pages as of ``PagedKV``, (kv_heads, 2, block_size, head_dim) each, in memory that the device reads:
+        pinned. The device reads them over the link itself, so that thousands of small copies cost one launch.
+    moves : Moves
+    keys, values : Tensor (batch, kv_heads, slots, block_size, head_dim)
+        The slots, of the dtype of the pages; blocks are contiguous, both with the same strides.
+    """
+    batch, heads, _, size, dim = keys.shape
+    most = moves.blocks.shape[2]
+    with on_device_of(keys):
+        _copy[(batch * heads, min(most, MOST_COPIES))](
+            pages, moves.slots, moves.blocks, moves.counts, keys, values,
+            pages.stride(0), *keys.stride()[:3], most,
+            size * dim, heads, min(COPY_ELEMENTS, triton.next_power_of_2(size * dim)),
+            num_warps=4,
+        )  # fmt: skip
+
+
+def run_of_blocks(batch: int, heads: int, first: int, count: int, device: torch.device) -> Moves:
+    """Blocks ``first`` to ``first + count`` of every row and head, into the slots from 0 on."""
+    slots = torch.arange(count, dtype=torch.int32, device=device).expand(batch, heads, count).contiguous()
+    return Moves(slots, slots + first, torch.full((batch, heads), count, dtype=torch.int32, device=device))
+
+
+@triton.jit
+def _adopt(
+    ids, slot_of, new_keys, new_values, keys, values,
+    slot_of_b, slot_of_h, new_b, new_h, new_t, keys_b, keys_h, keys_n,
+    room, first,
+    KV_HEADS: tl.constexpr, SLOTS: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    here = tl.program_id(0)
+    row, head = (here // KV_HEADS).to(tl.int64), (here % KV_HEADS).to(tl.int64)
+    slot = tl.arange(0, SLOTS)
+    held = tl.load(ids + here.to(tl.int64) * room + slot, mask=slot < room, other=0)
+    free = tl.min(tl.where(held < 0, slot, room), 0)
+    if free < room:
+        tl.store(ids + here.to(tl.int64) * room + free, first)
+        tl.store(slot_of + row * slot_of_b + head * slot_of_h + first, free)
+        source, target = row * new_b + head * new_h, row * keys_b + head * keys_h + free.to(tl.int64) * keys_n
+        for begin in range(0, SIZE, STEP):
+            at = begin + tl.arange(0, STEP)
+            place = source + at // DIM * new_t + at % DIM
+            tl.store(keys + target + at, tl.load(new_keys + place, mask=at < SIZE), mask=at < SIZE)
+            tl.store(values + target + at, tl.load(new_values + place, mask=at < SIZE), mask=at < SIZE)
+
+
+def adopt_block(
+    first: int,
+    new_keys: torch.Tensor,
+    new_values: torch.Tensor,
+    ids: torch.Tensor,
+    slot_of: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    """Take block ``first`` into an empty slot of every row and head that has one; only the device knows which.
+
+    ``new_keys`` and ``new_values`` are (batch, kv_heads, block_size, head_dim) with the same strides, the last 1; the
+    rest as in :func:`plan_recall` and :func:`copy_blocks`.
+    """
+    batch, heads, room = ids.shape
+    size, dim = new_keys.shape[2:]
+    with on_device_of(ids):
+        _adopt[(batch * heads,)](
+            ids, slot_of, new_keys, new_values, keys, values,
+            *slot_of.stride()[:2], *new_keys.stride()[:3], *keys.stride()[:3],
+            room, first,
+            heads, triton.next_power_of_2(max(room, 2)), size * dim, dim,
+            min(COPY_ELEMENTS, triton.next_power_of_2(size * dim)),
+            num_warps=4,
+        )  # fmt: skip

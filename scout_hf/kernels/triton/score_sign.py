@@ -1,0 +1,121 @@
+"""Scores of sign codes: products of signs and queries on tensor cores, then each block's log-sum-exp."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from scout_hf.kernels.triton.pieces import two_pieces
+from scout_hf.kernels.triton.support import MIN_ROWS, dot, on_device_of
+
+# One warp per so many tokens: small blocks then need no exchange between warps.
+WARP_TOKENS = 64
+# A program reads its query once for up to so many tiles, but not while there are fewer programs than a chip can run.
+MOST_TILES, ENOUGH_PROGRAMS = 16, 2048
+
+
+@triton.jit
+def _plane(query, query_h, line, BIT: tl.constexpr, DIM: tl.constexpr, BYTES: tl.constexpr, GROUP: tl.constexpr,
+           HALF: tl.constexpr):  # fmt: skip
+    """What goes with one bit of every byte: the query's pieces, as they are added up, and as they are multiplied.
+
+    Bit ``i`` of a byte, moved into the exponent of a bfloat16, makes the number 2**(2**i - 127): the query takes the
+    power out again, but for 2**-60, which keeps both in range.
+    """
+    member, byte = line % HALF, tl.arange(0, BYTES)
+    mask = (member < GROUP)[:, None] & (byte < DIM // 8)[None, :]
+    asked = tl.load(query + member[:, None] * query_h + byte[None, :] * 8 + BIT, mask=mask, other=0.0)
+    high, low = two_pieces(asked.to(tl.float32))
+    pieces = tl.where((line < HALF)[:, None], high, low).to(tl.float32)
+    power = tl.full([1], (194 - (1 << BIT)) << 23, tl.int32).to(tl.float32, bitcast=True)
+    return tl.sum(pieces, 1), (pieces * power[None, :]).to(tl.bfloat16)
+
+
+@triton.jit(do_not_specialize=["scores_b", "scores_h", "blocks"])
+def _score_sign(
+    query, codes, count, scores,
+    query_b, query_h, codes_b, codes_h, codes_n, scores_b, scores_h,
+    blocks,
+    DIM: tl.constexpr, BYTES: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr,
+    SIZE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, HAS_COUNT: tl.constexpr,
+):  # fmt: skip
+    head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    codes += row * codes_b + head * codes_h
+    scores += row * scores_b + head * scores_h
+    query += row * query_b + head * GROUP * query_h
+    known = blocks
+    if HAS_COUNT:
+        known = tl.minimum(blocks, tl.load(count))
+
+    # The group's heads twice, high pieces and low ones, so that one product does for both.
+    line = tl.arange(0, 2 * HALF)
+    t0, q0 = _plane(query, query_h, line, 0, DIM, BYTES, GROUP, HALF)
+    t1, q1 = _plane(query, query_h, line, 1, DIM, BYTES, GROUP, HALF)
+    t2, q2 = _plane(query, query_h, line, 2, DIM, BYTES, GROUP, HALF)
+    t3, q3 = _plane(query, query_h, line, 3, DIM, BYTES, GROUP, HALF)
+    t4, q4 = _plane(query, query_h, line, 4, DIM, BYTES, GROUP, HALF)
+    t5, q5 = _plane(query, query_h, line, 5, DIM, BYTES, GROUP, HALF)
+    t6, q6 = _plane(query, query_h, line, 6, DIM, BYTES, GROUP, HALF)
+    t7, q7 = _plane(query, query_h, line, 7, DIM, BYTES, GROUP, HALF)
+    planes = (q0, q1, q2, q3, q4, q5, q6, q7)
+    total = ((t0 + t1) + (t2 + t3)) + ((t4 + t5) + (t6 + t7))
+
+    token, byte = tl.arange(0, TILE * SIZE), tl.arange(0, BYTES)
+    place = token // SIZE * codes_n + token % SIZE
+    exists = tl.arange(0, HALF) < GROUP
+    for step in range(TILES):
+        first = (tl.program_id(0) * TILES + step) * TILE
+        base = codes + first.to(tl.int64) * codes_n
+        real = first + token // SIZE < known
+        mask = (byte < DIM // 8)[:, None] & real[None, :]
+        bits = tl.load(base + byte[:, None] * SIZE + place[None, :], mask=mask, other=0).to(tl.int16) << 7
+        scale = tl.load(base + DIM // 8 * SIZE + place, mask=real, other=0).to(tl.int32)
+        scale = ((scale << 19) + (120 << 23)).to(tl.float32, bitcast=True)
+        sums = tl.zeros([2 * HALF, TILE * SIZE], tl.float32)
+        for bit in tl.static_range(8):
+            sums += dot(planes[bit], (bits & (128 << bit)).to(tl.bfloat16, bitcast=True))
+        # The sum over channels of +-q is twice the sum over those with bit 1, less the sum over all.
+        products = tl.sum(tl.reshape(sums * 2.0**61 - total[:, None], (2, HALF, TILE * SIZE)), 0)
+        logits = tl.reshape(products * scale[None, :], (HALF, TILE, SIZE))
+        highest = tl.max(logits, 2)
+        mass = highest + tl.log2(tl.sum(tl.exp2(logits - highest[:, :, None]), 2))
+        score = tl.sum(tl.where(exists[:, None], mass, 0.0), 0)
+        block = first + tl.arange(0, TILE)
+        tl.store(scores + block, tl.where(block < known, score, float("-inf")), mask=block < blocks)
+
+
+def score_sign(
+    query: torch.Tensor, codes: torch.Tensor, scores: torch.Tensor, count: torch.Tensor | None = None,
+    block_size: int = 32,
+) -> None:  # fmt: skip
+    """Each block's log-sum-exp over its tokens, base 2, added up over the query heads of a GQA group.
+
+    Parameters
+    ----------
+    query : Tensor (batch, query_heads, 1, head_dim) of bfloat16, float16 or float32
+        In the space of the codes; products are exponents of base 2. Below 2**60.
+    codes : Tensor (batch, kv_heads, blocks, block_size * (head_dim / 8 + 1)) of uint8
+        As :class:`scout_hf.selection.SignCode` makes them. Any strides but the last.
+    scores, count
+        As in :func:`scout_hf.kernels.triton.score_minmax.score_minmax`.
+    block_size : int
+        A power of two.
+    """
+    batch, heads, blocks, _ = codes.shape
+    dim, group = query.shape[3], query.shape[1] // heads
+    half = max(MIN_ROWS // 2, triton.next_power_of_2(group))
+    tile = max(1, WARP_TOKENS // block_size)
+    warps = min(4, max(1, block_size // WARP_TOKENS, half // MIN_ROWS))
+    each = triton.cdiv(blocks, tile)
+    tiles = max(1, min(MOST_TILES, triton.next_power_of_2(each), each * heads * batch // ENOUGH_PROGRAMS))
+    tiles = 1 << tiles.bit_length() - 1
+    with on_device_of(codes):
+        _score_sign[(triton.cdiv(each, tiles), heads, batch)](
+            query, codes, count, scores,
+            *query.stride()[:2], *codes.stride()[:3], *scores.stride()[:2],
+            blocks,
+            DIM=dim, BYTES=max(16, triton.next_power_of_2(dim // 8)), GROUP=group, HALF=half,
+            SIZE=block_size, TILE=tile, TILES=tiles, HAS_COUNT=count is not None,
+            num_warps=warps,
+        )  # fmt: skip

@@ -1,0 +1,56 @@
+"""What the Triton kernels share: functions that are right in the interpreter too, and launching where a tensor is.
+
+Triton's interpreter (``TRITON_INTERPRET=1`` before triton is imported) runs the same kernels on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+# Read when triton is imported, so once and for all.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+# tl.dot takes no fewer rows on tensor cores.
+MIN_ROWS = 16
+
+
+@triton.jit
+def dot(left, right):
+    """Matrix product with float32 sums. The interpreter multiplies bfloat16 wrongly, float32 rightly."""
+    if _INTERPRETED:
+        return tl.dot(left.to(tl.float32), right.to(tl.float32))
+    return tl.dot(left, right, input_precision="ieee")
+
+
+@triton.jit
+def tanh(x):
+    """To float32 rounding, with what the interpreter and every chip have; a series where the formula would cancel."""
+    square = x * x
+    series = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835)))))
+    return tl.where(square < 0.0625, series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
+
+
+def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make it the tensor's for a launch."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def runs_on(tensor: torch.Tensor) -> bool:
+    """Whether a kernel can take this tensor: on a GPU, or anywhere in the interpreter."""
+    return tensor.is_cuda or INTERPRETED
+
+
+@functools.lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; in the interpreter 1."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

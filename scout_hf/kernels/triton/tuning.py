@@ -1,0 +1,123 @@
+"""Sizes that the decode kernel is compiled with: a small set, measured once per chip and shape, kept in a JSON file."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+from scout_hf.kernels.triton.prefetch import BULK, LINES, OFF
+
+FORMAT = "scout_hf.tiles/1"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What the decode kernel is compiled for.
+
+    Parameters
+    ----------
+    tokens : int
+        Tokens per pass of its loop, a power of two from 16 up.
+    warps, stages : int
+        Warps of a program; passes whose reads are under way at once.
+    prefetch : int
+        ``OFF``, ``LINES`` or ``BULK`` of :mod:`scout_hf.kernels.triton.prefetch`.
+    ahead : int
+        Passes between a prefetch and the read.
+    """
+
+    tokens: int = 64
+    warps: int = 4
+    stages: int = 3
+    prefetch: int = OFF
+    ahead: int = 4
+
+
+# The first serves where nothing was measured.
+PLAIN = (Tile(), Tile(32, 4, 4), Tile(128, 4, 2), Tile(128, 8, 3), Tile(64, 2, 3))
+PREFETCHING = (Tile(prefetch=LINES), Tile(128, 4, 2, LINES, 3), Tile(prefetch=BULK), Tile(128, 4, 2, BULK, 3))
+
+_known: dict[str, Tile] | None = None
+
+
+def tile_for(query: torch.Tensor, keys: torch.Tensor) -> Tile:
+    """The best known tile for these shapes on this chip; measured by :func:`tune`."""
+    return _table().get(_key(query, keys), PLAIN[0])
+
+
+def candidates(device: torch.device) -> tuple[Tile, ...]:
+    """The tiles that :func:`tune` tries on a device."""
+    newest = torch.cuda.get_device_capability(device) >= (9, 0)
+    return PLAIN + tuple(tile for tile in PREFETCHING if newest or tile.prefetch != BULK)
+
+
+def tune(
+    query: torch.Tensor, keys: torch.Tensor, run: Callable[[Tile], object], tiles: tuple[Tile, ...] | None = None
+) -> dict[Tile, float]:
+    """Measure a kernel with every tile and remember the best, in this process and for later ones.
+
+    Parameters
+    ----------
+    query, keys
+        The tensors that ``run`` works on; their sizes and device are what the result holds for.
+    run : callable
+        Runs the kernel with a tile, with the same result every time.
+    tiles : tuple of Tile or None
+        Those to try; None for :func:`candidates`.
+
+    Returns
+    -------
+    dict
+        Milliseconds by tile, the median of several runs; tiles that do not fit this chip are left out.
+    """
+    times: dict[Tile, float] = {}
+    for tile in candidates(query.device) if tiles is None else tiles:
+        try:
+            times[tile] = triton.testing.do_bench(functools.partial(run, tile), warmup=10, rep=40, return_mode="median")
+        except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
+            continue
+    if times:
+        _table()[_key(query, keys)] = min(times, key=times.__getitem__)
+        _save()
+    return times
+
+
+def _key(query: torch.Tensor, keys: torch.Tensor) -> str:
+    chip = torch.cuda.get_device_name(query.device) if query.is_cuda else "interpreter"
+    sizes = f"head {query.shape[-1]}, group {query.shape[1] // keys.shape[1]}, block {keys.shape[-2]}"
+    return f"{chip}, triton {triton.__version__}, {query.dtype}, {sizes}"
+
+
+def _file() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "scout_hf" / "tiles.json"
+
+
+def _table() -> dict[str, Tile]:
+    global _known
+    if _known is None:
+        try:
+            data = json.loads(_file().read_text())
+            _known = {key: Tile(**sizes) for key, sizes in data["tiles"].items()} if data["format"] == FORMAT else {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            _known = {}
+    return _known
+
+
+def _save() -> None:
+    target = _file()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = target.with_name(f"{target.name}.{os.getpid()}.part")
+        tiles = {key: asdict(tile) for key, tile in _table().items()}
+        scratch.write_text(json.dumps({"format": FORMAT, "tiles": tiles}, indent=1) + "\n")
+        os.replace(scratch, target)
+    except OSError:
+        pass  # a home that cannot be written to: measured again by the next process

@@ -1,0 +1,33 @@
+"""All kernels become machine code: what the interpreter cannot show, and no GPU is needed for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the tests that run the kernels compile them")
+def test_every_kernel_compiles_for_a_gpu(tmp_path):
+    """In a process of its own: Triton is told of its interpreter when it is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    program = [sys.executable, "-m", "tests.triton.compile_kernels", "90"]
+    ran = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    made = {line.split()[0] for line in ran.stdout.splitlines()}
+    files = (ROOT / "scout_hf" / "kernels" / "triton").glob("*.py")
+    launched = {
+        word.split("[")[0]
+        for file in files
+        for word in file.read_text().split()
+        if word.startswith("_") and "[(" in word
+    }
+    assert launched and launched <= made, f"not compiled: {sorted(launched - made)}"
