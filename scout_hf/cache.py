@@ -15,6 +15,7 @@ from scout_hf.kernels.cpu import find_backend
 from scout_hf.methods import Method, make_method
 from scout_hf.methods.base import find_method
 from scout_hf.modes import keeps_tensors
+from scout_hf.padding import Padding
 from scout_hf.recall import RecallIntervals
 from scout_hf.selection import check_digest
 from scout_hf.step import active_step
@@ -62,7 +63,7 @@ class ScoutCache(Cache):
             if type(layer) is DynamicLayer:
                 layers[index] = ScoutLayer(self.scout_config, index)
         super().__init__(layers=layers)
-        self.broken = False
+        self.broken, self.padding = False, Padding()
         if not self.scout_layers:
             warnings.warn(
                 f"every layer of this {text.model_type} model has a sliding window or no attention at all: there is "
@@ -106,7 +107,23 @@ class ScoutCache(Cache):
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()
+        self.padding.forget()
         self.broken = False
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Make row ``i`` what row ``beam_idx[i]`` was, in all layers."""
+        self.padding.forget()
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times, in all layers."""
+        self.padding.forget()
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows ``indices``, in all layers."""
+        self.padding.forget()
+        super().batch_select_indices(indices)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens per row of a layer; ends a pass that an interrupt left half way."""
@@ -202,7 +219,7 @@ class ScoutLayer(CacheLayerMixin):
         step = active_step()
         if step is not None and step.cache.layers[self.layer_idx] is self:
             self.incoming = key_states
-            self.method.append(key_states, value_states)
+            self.method.append(key_states, value_states, step)
             return key_states, value_states
         was_empty = self.method.length == 0
         self.method.append(key_states.detach(), value_states.detach())

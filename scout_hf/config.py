@@ -13,6 +13,8 @@ BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 SPLITS = ("auto", "cpu", "off")
 CPU_QUERIES = ("auto", "predicted", "real")
 HOST_DTYPES = (None, "int8")
+GPU_KERNELS = ("auto", "torch", "triton")
+HAND_OVERS = ("auto", "join", "flags", "graph")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,15 @@ class ScoutConfig:
         bf16 and a faster CPU, with one scale per channel and block for keys and one per token for values; never exact.
     cpu_backend : str, default "auto"
         Which implementation attends on the CPU; see ``scout_hf.kernels.cpu.backend_names()``.
+    gpu_kernels : {"auto", "torch", "triton"}, default "auto"
+        Two tiers: what computes on the device. ``auto``: Triton where it can run, else torch's operations, which wait
+        for the device several times per layer. With ``host_dtype="int8"``, float64 or heads above 256 always torch.
+    hand_over : {"auto", "join", "flags", "graph"}, default "auto"
+        Two tiers with Triton: how the CPU's share is started and comes back. ``join``: an event starts it, the main
+        thread waits for it. ``flags``: device and CPU threads wait for each other by words in pinned memory, the main
+        thread only launches; needs the native CPU library. ``graph``: the same, and a whole decode step is captured
+        once and run again in one launch, where it can be: all layers on two tiers of one GPU, a budget in tokens or
+        None; ``cpu_query="auto"`` is ``"real"`` there. ``auto`` is ``join``.
     monitor : bool or float, default False
         Measure what sparse decoding loses: exact attention of the real query, beside the sparse one, in idle CPU time;
         see ``Stats.fidelity``. A float in (0, 1] is the share of (layer, KV head) pairs looked at per decode step.
@@ -94,6 +105,8 @@ class ScoutConfig:
     threads: int | None = None
     host_dtype: str | None = None
     cpu_backend: str = "auto"
+    gpu_kernels: str = "auto"
+    hand_over: str = "auto"
     monitor: bool | float = False
 
     def __new__(cls, *values: Any, **options: Any) -> ScoutConfig:
@@ -112,7 +125,9 @@ class ScoutConfig:
         for name in ("sinks", "window"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 0:
                 self._refuse(name, "a number of tokens, 0 or more", "0 to switch it off")
-        for name, allowed in (("split", SPLITS), ("cpu_query", CPU_QUERIES), ("host_dtype", HOST_DTYPES)):
+        choices = {"split": SPLITS, "cpu_query": CPU_QUERIES, "host_dtype": HOST_DTYPES}
+        choices |= {"gpu_kernels": GPU_KERNELS, "hand_over": HAND_OVERS}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 self._refuse(name, f"one of {_listed(allowed)}", repr(allowed[0]))
         if not isinstance(self.layer_ahead, bool):

@@ -23,3 +23,7 @@ class CacheStateError(ScoutError, RuntimeError):
 
 class PatchError(ScoutError, RuntimeError):
     """The model cannot be patched or unpatched in its present state."""
+
+
+class PinnedMemoryError(ScoutError, MemoryError):
+    """The driver does not pin as much host memory as the cache needs."""

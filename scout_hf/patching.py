@@ -14,8 +14,10 @@ from scout_hf.cache import ScoutCache, ScoutLayer, check_names
 from scout_hf.cache_names import CACHE, UNREAD, given_cache
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import PatchError, UnsupportedInputError
+from scout_hf.graph import StepGraphs
 from scout_hf.kernels.cpu import make_backend
 from scout_hf.kernels.cpu.workers import Workers
+from scout_hf.kernels.device import find_kernels
 from scout_hf.modes import keeps_tensors
 from scout_hf.monitor import Monitor
 from scout_hf.patches import family_of
@@ -23,6 +25,7 @@ from scout_hf.profiling import profile_recall
 from scout_hf.recall import RecallIntervals
 from scout_hf.selfcheck import check_unknown_family
 from scout_hf.step import Step, active_step, set_active_step
+from scout_hf.stores.link import Links
 from scout_hf.telemetry import Counters, Stats, summarise
 
 HANDLE = "_scout_handle"
@@ -66,6 +69,7 @@ def patch(model: torch.nn.Module, config: ScoutConfig | None = None, **options: 
         )
     text = model.config.get_text_config(decoder=True)
     check_names(config, text, len(family.layers(family.decoder(model))))
+    find_kernels(config.gpu_kernels, model.device)
     handle = Handle(model, config, family)
     try:
         handle._install()
@@ -93,7 +97,7 @@ class Handle:
         self._decoder = family.decoder(model)
         self._backend = make_backend(config.cpu_backend, config.threads)
         # For transfers that the backend cannot make itself, apart from the jobs that attend.
-        self._movers = Workers()
+        self._movers, self._links = Workers(), Links()
         self._counters = Counters()
         self._monitor = Monitor()
         self._kv_bytes: dict[str, int] = {}
@@ -101,6 +105,7 @@ class Handle:
         self._hooks: list[Any] = []
         self._implementations: list[tuple[Any, str | None]] = []
         self._prepare_before: Any = None
+        self._forward_before: Any = None
 
     # -- what a user calls --------------------------------------------------------------------------------------
 
@@ -112,6 +117,7 @@ class Handle:
     def stats(self) -> Stats:
         """What was attended, where, and what it cost, since ``patch`` or ``reset_stats``; prints as a table."""
         self._monitor.collect(wait=True)
+        self._fold_graphs()
         ran = self._counters.steps > 0
         exact = self._counters.approximate_steps == 0 if ran else self.exact
         return summarise(self._counters, self.config.method, exact, dict(self._kv_bytes), self._huge_page_bytes)
@@ -119,6 +125,7 @@ class Handle:
     def reset_stats(self) -> None:
         """Start the tallies anew."""
         self._monitor.forget()
+        self._fold_graphs()
         self._counters.reset()
 
     def new_cache(self, **options: Any) -> ScoutCache:
@@ -164,6 +171,9 @@ class Handle:
         for index, layer in enumerate(layers):
             hook = functools.partial(self._before_layer, index)
             self._hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        if self.config.hand_over == "graph":
+            self._forward_before = self._decoder.__dict__.get("forward")
+            self._decoder.__dict__["forward"] = StepGraphs(self._decoder.forward)
         self._prepare_before = self.model.__dict__.get(PREPARE)
         self.model.__dict__[PREPARE] = self._prepare_cache
         self.model.__dict__[HANDLE] = self
@@ -177,6 +187,10 @@ class Handle:
                 config._attn_implementation_internal, implementation
             )
         self._implementations.clear()
+        if isinstance(self._decoder.__dict__.get("forward"), StepGraphs):
+            del self._decoder.__dict__["forward"]
+            if self._forward_before is not None:
+                self._decoder.__dict__["forward"] = self._forward_before
         if self.model.__dict__.pop(HANDLE, None) is not None:
             del self.model.__dict__[PREPARE]
             if self._prepare_before is not None:
@@ -222,14 +236,18 @@ class Handle:
         if inputs is None:
             return
         _refuse_unservable(module, given, inputs)
-        past = cache.get_seq_length()
+        rows, queries = inputs.shape[:2]
+        tokens = cache.get_seq_length() + queries
+        mask, mask_here = cache.padding.of(given.get("attention_mask"), rows, tokens)
         step = Step(
             cache=cache,
-            queries=inputs.shape[1],
-            tokens=past + inputs.shape[1],
-            mask=_padding(given.get("attention_mask"), inputs.shape[0], past + inputs.shape[1]),
+            queries=queries,
+            tokens=tokens,
+            mask=mask,
+            mask_here=mask_here,
             backend=self._backend,
             movers=self._movers,
+            links=self._links,
             counters=self._counters,
             root=module,
             marks=cache.mark(),
@@ -284,6 +302,11 @@ class Handle:
         query = self._family.query(self._decoder, layer, hidden, kwargs.get("position_ids"), rotary)
         following.method.ahead(step, query)
 
+    def _fold_graphs(self) -> None:
+        graphs = self._decoder.__dict__.get("forward")
+        if isinstance(graphs, StepGraphs):
+            graphs.fold(self._counters)
+
     def _is_exact(self, config: ScoutConfig) -> bool:
         predicts = self._has_two_tiers(config) and config.layer_ahead and config.cpu_query != "real"
         return config.budget in (None, 1.0) and not predicts and config.host_dtype is None
@@ -311,23 +334,6 @@ def _named(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict:
         return kwargs
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     return {**dict(zip(names, args)), **kwargs}
-
-
-def _padding(mask: torch.Tensor | None, rows: int, tokens: int) -> torch.Tensor | None:
-    """The 2-D mask as bool (batch, tokens), or None where nothing is padding."""
-    if mask is None:
-        return None
-    if mask.shape[1] != tokens:
-        raise UnsupportedInputError(
-            f"attention_mask covers {mask.shape[1]} tokens, the cache and the new tokens together are {tokens}; pass a "
-            "mask over all of them"
-        )
-    if mask.shape[0] != rows:
-        raise UnsupportedInputError(
-            f"attention_mask has {mask.shape[0]} rows, the inputs have {rows}; pass one per row"
-        )
-    mask = mask.bool().contiguous()
-    return None if bool(mask.all()) else mask
 
 
 def _refuse_unservable(module: torch.nn.Module, given: dict, inputs: torch.Tensor) -> None:

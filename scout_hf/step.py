@@ -11,6 +11,7 @@ import torch
 
 if TYPE_CHECKING:
     from scout_hf.kernels.cpu.workers import Workers
+    from scout_hf.stores.link import Links
     from scout_hf.telemetry import Counters
 
 _ACTIVE = threading.local()
@@ -38,10 +39,11 @@ class Step:
         New tokens per row; 1 is a decode step.
     tokens : int
         Tokens per row once this pass is through, padding included.
-    mask : Tensor (batch, tokens so far) of bool, or None
-        Which tokens exist, padding False; None when all do.
-    backend, movers, counters
-        CPU attention, the thread that moves recalled blocks, and the handle's tallies.
+    mask, mask_here : Tensor (batch, tokens so far) of bool, or None
+        Which tokens exist, padding False, and the same on the CPU; None when all do.
+    backend, movers, links, counters
+        CPU attention, the thread that moves recalled blocks or waits for a device, the side streams of devices, and the
+        handle's tallies.
     root : Module
         The module whose call is this pass; modules inside it run within the pass.
     marks : list
@@ -50,6 +52,8 @@ class Step:
         What looks at sampled layers of a decode step, and ``watched``, the KV heads whose turn it is, by layer.
     depth : int
         Nested modules of this pass that are still running.
+    clock : Clock or None
+        The numbers of a step that is being captured to be run many times; see :mod:`scout_hf.graph`.
     frame : frame or None
         Of the call that this pass is, to tell a pass that is running from one that was interrupted.
     """
@@ -60,13 +64,16 @@ class Step:
     mask: torch.Tensor | None
     backend: Any
     movers: Workers
+    links: Links
     counters: Counters
     root: Any
     marks: list[Any]
+    mask_here: torch.Tensor | None = None
     monitor: Any = None
     watched: dict[int, tuple[int, ...]] | None = None
     depth: int = 1
     frame: Any = None
+    clock: Any = None
     _masks: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     def is_running(self) -> bool:
@@ -84,8 +91,30 @@ class Step:
     def padding(self, device: torch.device) -> torch.Tensor:
         """``mask`` on the device of a layer."""
         if device not in self._masks:
-            self._masks[device] = self.mask.to(device)
+            known = self.mask_here is not None and device.type == "cpu"
+            self._masks[device] = self.mask_here if known else self.mask.to(device)
         return self._masks[device]
+
+    def length(self, device: torch.device) -> torch.Tensor:
+        """``tokens`` on the device of a layer, (1,) of int32."""
+        key = ("length", device)
+        if key not in self._masks:
+            self._masks[key] = torch.full((1,), self.tokens, dtype=torch.int32, device=device)
+        return self._masks[key]
+
+    def block_tokens(self, block_size: int, device: torch.device) -> torch.Tensor:
+        """Tokens of each block that are no padding, (batch, blocks) of int64."""
+        key = ("block tokens", block_size, device)
+        if key not in self._masks:
+            self._masks[key] = self.token_mask(block_size, device).sum(-1)
+        return self._masks[key]
+
+    def block_mask(self, block_size: int, device: torch.device) -> torch.Tensor:
+        """Blocks with at least one token that is no padding, (batch, blocks) of bool."""
+        key = ("blocks", block_size, device)
+        if key not in self._masks:
+            self._masks[key] = self.token_mask(block_size, device).any(-1)
+        return self._masks[key]
 
     def token_mask(self, block_size: int, device: torch.device) -> torch.Tensor:
         """``mask`` cut into blocks, (batch, blocks, block_size), missing tokens of the last block False."""
@@ -97,5 +126,5 @@ class Step:
         return self._masks[key]
 
     def row_tokens(self) -> torch.Tensor:
-        """Tokens of each row that are no padding, (batch,)."""
-        return self.mask.sum(-1)
+        """Tokens of each row that are no padding, (batch,) on the CPU where they are known there."""
+        return (self.mask if self.mask_here is None else self.mask_here).sum(-1)

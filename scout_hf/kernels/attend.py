@@ -6,6 +6,10 @@ import torch
 
 from scout_hf.fusion import Partial, empty_like
 
+# Numbers of float32: 256 MiB.
+MOST_SCORES = 1 << 26
+
+_gpu_flash = torch.ops.aten._scaled_dot_product_flash_attention
 _cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 # Before torch 2.9 the op takes query heads for KV heads and reads past the end of the keys.
 _GROUPS_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
@@ -45,6 +49,8 @@ def attend(
         return empty_like(query)
     if query.device.type == "cpu" and softcap is None:
         return _flash_on_cpu(query, keys, values, scale, allowed, causal)
+    if _flash_serves(query, keys, softcap, allowed):
+        return _flash_on_gpu(query, keys, values, scale, causal)
     return _by_products(query, keys, values, scale, softcap, allowed, causal)
 
 
@@ -80,16 +86,48 @@ def _flash_on_cpu(query, keys, values, scale, allowed, causal) -> Partial:
     return unfold_group(Partial(out, lse), query) if folded else Partial(out, lse)
 
 
+def _flash_serves(query, keys, softcap, allowed) -> bool:
+    """Whether the flash kernel of torch's CUDA builds takes this: it knows no mask, and heads in steps of 8."""
+    half, dim = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
+    plain = softcap is None and allowed is None and query.shape[2] > 1
+    recent = query.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return recent and half and plain and dim % 8 == 0 and dim <= 256
+
+
+def _flash_on_gpu(query, keys, values, scale, causal) -> Partial:
+    groups = query.shape[1] // keys.shape[1]
+    if groups > 1:
+        keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
+    out, lse, *_ = _gpu_flash(query, keys, values, 0.0, causal, False, scale=scale)
+    return Partial(out, lse[:, :, : query.shape[2]].float())
+
+
 def _by_products(query, keys, values, scale, softcap, allowed, causal) -> Partial:
+    """In pieces of the queries, so that scores never take more than so much memory."""
+    queries, tokens = query.shape[2], keys.shape[2]
+    step = max(1, MOST_SCORES // max(1, query.shape[0] * query.shape[1] * tokens))
+    parts = []
+    for first in range(0, queries, step):
+        part = allowed
+        if allowed is not None and allowed.shape[-2] > 1:
+            part = allowed[..., first : first + step, :]
+        if causal:
+            order = torch.arange(tokens, device=query.device)
+            seen = order[None, :] <= order[first : first + step, None]
+            part = seen[None, None] if part is None else part & seen
+        parts.append(_products(query[:, :, first : first + step], keys, values, scale, softcap, part))
+    if len(parts) == 1:
+        return parts[0]
+    return Partial(*(torch.cat(each, dim=2) for each in zip(*parts)))
+
+
+def _products(query, keys, values, scale, softcap, allowed) -> Partial:
     wide = torch.promote_types(query.dtype, torch.float32)
-    batch, heads, queries, _ = query.shape
-    grouped = query.to(wide).view(batch, keys.shape[1], -1, queries, query.shape[-1])
+    batch, heads, queries, dim = query.shape
+    grouped = query.to(wide).reshape(batch, keys.shape[1], -1, queries, dim)
     scores = torch.matmul(grouped, keys.to(wide).unsqueeze(2).transpose(-1, -2)) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if causal:
-        order = torch.arange(queries, device=query.device)
-        scores.masked_fill_(order[:, None] < order[None, :], -torch.inf)
     if allowed is not None:
         scores.masked_fill_(~allowed.unsqueeze(2), -torch.inf)
     lse = torch.logsumexp(scores, dim=-1)

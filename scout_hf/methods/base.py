@@ -6,6 +6,7 @@ One object serves one layer of one cache. It owns its stores; everything else is
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -95,10 +96,9 @@ class Method(ABC):
         """
         queries, parts = query.shape[2], []
         past = self.kv.length - queries
-        for start in range(0, past, PAST_CHUNK_TOKENS):
-            stop = min(start + PAST_CHUNK_TOKENS, past)
+        for start, old_keys, old_values in self.past_chunks(step, past):
+            stop = start + old_keys.shape[2]
             allowed = None if step.mask is None else step.padding(query.device)[:, None, None, start:stop]
-            old_keys, old_values = self.kv.read(start, stop)
             parts.append(attend(query, old_keys, old_values, *self.scoring, allowed))
         new = None if step.mask is None else step.padding(query.device)[:, None, None, past:]
         if new is None or bool(new.all()):
@@ -110,8 +110,16 @@ class Method(ABC):
         step.counters.exact(self.layer_idx, self.kv.length)
         return fuse(parts) if parts else empty_like(query)
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store new tokens, (batch, kv_heads, tokens, head_dim) each."""
+    def past_chunks(self, step, past: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """The first ``past`` tokens in pieces: first token, keys and values (batch, kv_heads, tokens, head_dim) each.
+
+        A piece is valid until the next one is asked for.
+        """
+        for start in range(0, past, PAST_CHUNK_TOKENS):
+            yield start, *self.kv.read(start, min(start + PAST_CHUNK_TOKENS, past))
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, step=None) -> None:
+        """Store new tokens, (batch, kv_heads, tokens, head_dim) each; ``step`` is the forward pass they come in."""
         # Autocast makes keys and values of different dtypes, and not the same ones in every pass.
         if keys.dtype != self.dtype or values.dtype != self.dtype:
             keys, values = keys.to(self.dtype), values.to(self.dtype)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from scout_hf.fusion import Partial
+from scout_hf.stores.link import Mark
 
 CHECK_EVERY = 4
 # Relative error of the layer's output, mean over rows and heads. Selection alone costs about as much.
@@ -28,22 +31,33 @@ class Trust:
         self.rule, self.checking = rule, False
         self.error: float | None = None
         self._steps = 0
+        self._coming: tuple[torch.Tensor, Mark] | None = None
 
     def in_prediction(self) -> bool:
         """At the start of a step, before the real query is known: whether to start with the predicted one."""
         if self.rule != "auto":
             return self.rule == "predicted"
+        if self._coming is not None and self._coming[1].done():
+            self._learn(float(self._coming[0]))
+            self._coming = None
         self.checking = self.error is None or self._steps % CHECK_EVERY == 0
         self._steps += 1
         return not self.checking and self.error is not None and self.error <= TOLERATED
 
     def judge(self, real: Partial, predicted: Partial) -> None:
-        """Learn from a step attended with both, out (batch, query_heads, 1, head_dim) each. Waits for the device."""
+        """Learn from a step attended with both, out (batch, query_heads, 1, head_dim) each; on a GPU a little later."""
         size = real.out.float().norm(dim=-1).clamp(min=1e-30)
-        error = float(((predicted.out - real.out).float().norm(dim=-1) / size).mean())
-        if not math.isfinite(error):
-            return
-        self.error = error if self.error is None else (self.error + error) / 2
+        error = ((predicted.out - real.out).float().norm(dim=-1) / size).mean()
+        if error.is_cuda:
+            here = torch.empty((), dtype=error.dtype, device="cpu", pin_memory=True)
+            here.copy_(error, non_blocking=True)
+            self._coming = here, Mark(torch.cuda.current_stream(error.device).record_event())
+        else:
+            self._learn(float(error))
+
+    def _learn(self, error: float) -> None:
+        if math.isfinite(error):
+            self.error = error if self.error is None else (self.error + error) / 2
 
     def fork(self) -> Trust:
         """An independent copy."""

@@ -1,4 +1,4 @@
-"""ScoutAttention (arXiv 2603.27138): GPU and CPU attend together, the CPU's share is chosen one layer ahead."""
+"""Scout on two tiers: device and CPU attend together, the CPU's share is chosen one layer ahead."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import torch
 from scout_hf.config import ScoutConfig
 from scout_hf.fusion import Partial, fuse
 from scout_hf.kernels.attend import attend
-from scout_hf.kernels.cpu import Attended
-from scout_hf.methods.base import Method, register_method
-from scout_hf.methods.one_tier import OneTierScout
+from scout_hf.methods.base import Method
 from scout_hf.methods.trust import Trust
 from scout_hf.recall import RecallIntervals
 from scout_hf.selection import Pick, Selector, pack_lists
@@ -18,9 +16,8 @@ from scout_hf.stores import ResidentSlots, TwoTierKV
 DEFAULT_RESIDENT_TOKENS = 2048
 
 
-@register_method
-class Scout(Method):
-    """Two tiers of one layer (Algorithm 1 of the paper).
+class TwoTierScout(Method):
+    """Two tiers of one layer (Algorithm 1 of the paper), with torch's operations on any device.
 
     ``ahead`` (in the layer before) picks blocks with the predicted query and, where that query is trusted, starts the
     CPU on those that are not resident; ``attend`` adds all residents and the tail with the real query; ``settle``
@@ -40,11 +37,6 @@ class Scout(Method):
         self._steps_since_recall = 0
         self._forget()
 
-    @classmethod
-    def create(cls, config: ScoutConfig, layer_idx: int, keys: torch.Tensor) -> Method:
-        two_tiers = config.split == "cpu" or (config.split == "auto" and keys.device.type != "cpu")
-        return cls(config, layer_idx, keys) if two_tiers else OneTierScout(config, layer_idx, keys)
-
     # -- join points --------------------------------------------------------------------------------------------
 
     @property
@@ -55,7 +47,7 @@ class Scout(Method):
     def ahead(self, step, query: torch.Tensor) -> None:
         query = self._predicted = query.to(self.dtype)
         self._select(step, query)
-        self._guessed = self._trust.in_prediction()
+        self._guessed, self._checks = self._ask_trust(step)
         if self._guessed:
             self._start_cpu(step, query)
 
@@ -64,24 +56,18 @@ class Scout(Method):
             self._choose_residents(step, query)
         with step.counters.timed(self.layer_idx, "join"):
             self._join_recall()
-        self._attended, parts = 0.0, []
+        self._attended = 0.0
         if self.resident is not None:
             if self._pick is None:
                 self._select(step, query)
-            if self._share_blocks is None:
+            if not self._started:
                 self._start_cpu(step, query)
-            parts.append(self._attend_residents(step, query))
-        parts.append(self._attend_tail(step, query))
-        here = list(parts)
-        if self._ticket is not None:
-            share = self._join_cpu(step)
-            parts.append(Partial(*(t.to(query.device) for t in share.partial)))
-            self._attended += share.tokens / (query.shape[0] * self.kv_heads)
+        here = self._attend_here(step, query)
+        share = self._join_cpu(step, query) if self._started else None
         self._tally(step, query)
-        result = fuse(parts)
-        if self._predicted is not None and self._trust.checking and len(parts) > len(here):
-            guess = step.backend.attend_blocks(*self._job(step, self._predicted)).partial
-            self._trust.judge(result, fuse([*here, Partial(*(t.to(query.device) for t in guess))]))
+        result = self._merge(here, share)
+        if self._checks and share is not None:
+            self._trust.judge(result, self._merge(here, self._attend_on_cpu(step, self._predicted)))
         if step.monitor is not None:
             step.monitor.watch(step, self, query, result, self._seen, self._guessed)
         return result
@@ -91,8 +77,8 @@ class Scout(Method):
 
     def settle(self, step) -> None:
         self._write_back(step)
-        if self._pick is not None and self._recall_due(step):
-            self._start_recall(step)
+        if self._pick is not None:
+            self._recall_if_due(step)
         self._forget()
         if self.resident is not None and self._slots() > 1.25 * self.resident.slots:
             # A share budget has outgrown its slots: the next attention chooses residents anew.
@@ -126,7 +112,7 @@ class Scout(Method):
         if self.resident is not None:
             self.resident.select_rows(rows)
 
-    def fork(self) -> Scout:
+    def fork(self) -> TwoTierScout:
         twin = super().fork()
         twin.selector = self.selector.fork()
         twin.resident = self.resident and self.resident.fork()
@@ -154,9 +140,13 @@ class Scout(Method):
         usable = self._pick.usable_or_all()
         self._missing = usable & ~self.resident.holds(self._pick.ids, blocks)
 
+    def _ask_trust(self, step) -> tuple[bool, bool]:
+        """Whether the CPU may start with the predicted query, and whether to compare it with the real one."""
+        return self._trust.in_prediction(), self._trust.checking
+
     def _start_cpu(self, step, query: torch.Tensor) -> None:
         job = self._job(step, query)
-        self._share_blocks = int(job[2].counts.sum())
+        self._started, self._share_blocks = True, int(job[2].counts.sum())
         if self._share_blocks:
             self._ticket = step.backend.start(*job)
 
@@ -165,12 +155,28 @@ class Scout(Method):
         exists = None if step.mask is None else step.padding(lists.ids.device)
         return query.detach().cpu(), self.kv.host, lists, *self.scoring, exists
 
-    def _join_cpu(self, step) -> Attended:
+    def _join_cpu(self, step, query: torch.Tensor) -> Partial | None:
+        """The CPU's share on the device, None where there is none."""
+        if self._ticket is None:
+            return None
         with step.counters.timed(self.layer_idx, "join"):
             share = self._ticket.wait()
         # Only now: after an interrupt, a rollback must find the job to wait for it.
         self._ticket = None
-        return share
+        self._attended += share.tokens / (query.shape[0] * self.kv_heads)
+        return Partial(*(t.to(query.device) for t in share.partial))
+
+    def _attend_on_cpu(self, step, query: torch.Tensor) -> Partial:
+        """The CPU's share once more, with another query."""
+        return Partial(*(t.to(query.device) for t in step.backend.attend_blocks(*self._job(step, query)).partial))
+
+    def _attend_here(self, step, query: torch.Tensor) -> list[Partial]:
+        """What the device holds: residents and tail."""
+        tail = self._attend_tail(step, query)
+        return [tail] if self.resident is None else [self._attend_residents(step, query), tail]
+
+    def _merge(self, here: list[Partial], share: Partial | None) -> Partial:
+        return fuse(here if share is None else [*here, share])
 
     def _attend_residents(self, step, query: torch.Tensor) -> Partial:
         keys, values = self.resident.content()
@@ -182,14 +188,14 @@ class Scout(Method):
                 rows = torch.arange(len(ids), device=ids.device)[:, None, None]
                 allowed = allowed & step.token_mask(size, ids.device)[rows, ids.clamp(min=0)]
             allowed = allowed.flatten(2).unsqueeze(2)
-        return self._attend_here(query, keys, values, allowed)
+        return self._attend_tokens(query, keys, values, allowed)
 
     def _attend_tail(self, step, query: torch.Tensor) -> Partial:
         keys, values = self.kv.tail()
         allowed = None if step.mask is None else step.padding(query.device)[:, None, None, self.kv.host.length :]
-        return self._attend_here(query, keys, values, allowed)
+        return self._attend_tokens(query, keys, values, allowed)
 
-    def _attend_here(self, query, keys, values, allowed) -> Partial:
+    def _attend_tokens(self, query, keys, values, allowed) -> Partial:
         tokens = keys.shape[2] if allowed is None else allowed.sum() / (allowed.shape[0] * allowed.shape[1])
         self._attended = self._attended + tokens
         return attend(query, keys, values, *self.scoring, allowed)
@@ -213,11 +219,20 @@ class Scout(Method):
 
         def past() -> tuple[torch.Tensor, torch.Tensor | None]:
             marks = None if exists is None else step.token_mask(self.config.block_size, self.kv.device)[:, :first]
-            return self.kv.host.read(0, first * self.config.block_size)[0], marks
+            return self._past_keys(first * self.config.block_size), marks
 
         self.selector.extend(full[0], exists, past)
         if self.resident is not None and count == 1:
-            self.resident.adopt(first, *full)
+            self._adopt(first, *full)
+        self._store(step)
+
+    def _adopt(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.resident.adopt(first, keys, values)
+
+    def _past_keys(self, tokens: int) -> torch.Tensor:
+        return self.kv.host.read(0, tokens)[0]
+
+    def _store(self, step) -> None:
         self.kv.write_back(self._window_blocks)
 
     def _choose_residents(self, step, query: torch.Tensor) -> None:
@@ -238,6 +253,10 @@ class Scout(Method):
 
     # -- recall -------------------------------------------------------------------------------------------------
 
+    def _recall_if_due(self, step) -> None:
+        if self._recall_due(step):
+            self._start_recall(step)
+
     def _recall_due(self, step) -> bool:
         self._steps_since_recall += 1
         rule = self.config.recall
@@ -245,6 +264,9 @@ class Scout(Method):
             return False
         if isinstance(rule, float):
             return self._share_blocks >= rule * self._selected_blocks()
+        return self._interval_is_over(rule)
+
+    def _interval_is_over(self, rule: int | RecallIntervals) -> bool:
         interval = rule.intervals[self.layer_idx] if isinstance(rule, RecallIntervals) else rule
         # Layers start at different phases, so that their transfers do not bunch up in one step.
         return interval > 0 and (self._steps_since_recall + self.layer_idx) % interval == 0
@@ -285,7 +307,7 @@ class Scout(Method):
     def _forget(self) -> None:
         self._pick: Pick | None = None
         self._missing = self._ticket = self._predicted = self._share_blocks = None
-        self._attended, self._guessed = 0.0, False
+        self._attended, self._started, self._guessed, self._checks = 0.0, False, False, False
 
     def _tally(self, step, query: torch.Tensor) -> None:
         context = self.kv.length if step.mask is None else step.row_tokens().float().mean()

@@ -10,6 +10,7 @@ import torch
 
 from scout_hf.config import ScoutConfig
 from scout_hf.kernels.cpu import BlockLists, pages
+from scout_hf.kernels.device import KERNEL_DTYPES, MOST_CHANNELS, find_kernels
 from scout_hf.selection.auto import digest_for
 from scout_hf.selection.digest import make_digest
 from scout_hf.selection.pick import Pick, choose, everything, pack_lists
@@ -35,6 +36,8 @@ class Selector:
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
         self.config, self.dense = config, config.is_dense(layer_idx)
         self.digest, self.table = make_digest(digest_for(config, keys)), DigestTable()
+        served = keys.dtype in KERNEL_DTYPES and keys.shape[-1] <= MOST_CHANNELS
+        self._kernels = find_kernels(config.gpu_kernels, keys.device) if served else None
         self._fitted_blocks = 0
         self._query_power: torch.Tensor | None = None
         self._scale = keys.shape[-1] ** -0.5
@@ -87,7 +90,8 @@ class Selector:
         first = self.blocks
         try:
             for part in parts:
-                self.table.append(self.digest.encode(*part))
+                codes = None if self._kernels is None else self._kernels.encode(self.digest, *part)
+                self.table.append(self.digest.encode(*part) if codes is None else codes)
         except BaseException:
             self.table.crop(first)
             raise
@@ -162,20 +166,45 @@ class Selector:
             Blocks open to selection; what is newer is attended anyway.
         kv_heads : int
         """
+        scores, count, exists = self.rank(step, query, blocks)
+        if scores is None:
+            return everything(query.shape[0], kv_heads, blocks, exists, query.device)
+        return choose(scores, count, self.config.blocks(self.config.sinks), exists)
+
+    def rank(
+        self, step, query: torch.Tensor, blocks: int
+    ) -> tuple[torch.Tensor | None, int | torch.Tensor, torch.Tensor | None]:
+        """How much each of the first ``blocks`` is wanted, and how many may be chosen; see :meth:`pick`.
+
+        Returns
+        -------
+        scores : Tensor (batch, kv_heads, blocks) of float32, or None where all are chosen
+        count : int or Tensor (batch,)
+        exists : Tensor (batch, blocks) of bool, or None
+        """
         exists = None
         if step.mask is not None:
-            exists = step.token_mask(self.config.block_size, query.device)[:, :blocks].any(-1)
+            exists = step.block_mask(self.config.block_size, query.device)[:, :blocks]
+        count = self.count(step, blocks)
+        if count is None:
+            return None, blocks, exists
+        return self.scores(step, query, self.table.codes(blocks)), count, exists
+
+    def count(self, step, blocks: int) -> int | torch.Tensor | None:
+        """How many of the first ``blocks`` may be chosen, for all rows or for each; None where all are."""
         count = None if self.dense else self._count(step, blocks)
-        if count is None or not blocks or (isinstance(count, int) and count >= blocks):
-            return everything(query.shape[0], kv_heads, blocks, exists, query.device)
-        codes = self.table.codes(blocks)
-        scores = None
-        if self.digest.native:
-            size = self.config.block_size
+        return None if not blocks or (isinstance(count, int) and count >= blocks) else count
+
+    def scores(
+        self, step, query: torch.Tensor, codes: torch.Tensor, filled: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Scores (batch, kv_heads, blocks) of float32 of these codes, of which the first ``filled`` (1,) count."""
+        scores, size = None, self.config.block_size
+        if self.digest.native and self._kernels is not None:
+            scores = self._kernels.score(self.digest.native, self.digest.prepare(query), codes, size, count=filled)
+        elif self.digest.native:
             scores = step.backend.score(self.digest.native, self.digest.prepare(query), codes, block_size=size)
-        if scores is None:
-            scores = self.digest.score(query, codes)
-        return choose(scores, count, self.config.blocks(self.config.sinks), exists)
+        return self.digest.score(query, codes) if scores is None else scores
 
     def _count(self, step, blocks: int) -> int | torch.Tensor:
         budget = self.config.budget

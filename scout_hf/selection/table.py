@@ -25,6 +25,15 @@ class DigestTable:
         """Codes of the first ``blocks`` blocks (all by default), a view."""
         return self._codes[:, :, : self.blocks if blocks is None else blocks]
 
+    @property
+    def room(self) -> int:
+        """Blocks that fit before the codes have to move."""
+        return 0 if self._codes is None else self._codes.shape[2]
+
+    def all_codes(self) -> torch.Tensor:
+        """The whole buffer, (batch, kv_heads, room, code); from ``blocks`` on undefined."""
+        return self._codes
+
     def append(self, codes: torch.Tensor) -> None:
         """Add the codes of further blocks, (batch, kv_heads, n, code)."""
         first = self.blocks

@@ -7,7 +7,11 @@ import torch
 from scout_hf.errors import CacheStateError
 from scout_hf.kernels.cpu import pages
 from scout_hf.kernels.cpu.library import StoreArgs
+from scout_hf.stores.link import Links, Mark
 from scout_hf.stores.pages import PagePool, PageTable
+
+# On the device, for pages on their way.
+STAGED_BYTES = 64 << 20
 
 
 class PagedKV:
@@ -22,13 +26,17 @@ class PagedKV:
         KV heads, not query heads; tokens per block.
     dtype, device
         Of the tensors that come and go.
+    pinned : bool
+        Whether a GPU reads and writes the pages by itself.
     """
 
     packed = False
 
-    def __init__(self, batch: int, heads: int, head_dim: int, block_size: int, dtype: torch.dtype, device):
+    def __init__(
+        self, batch: int, heads: int, head_dim: int, block_size: int, dtype: torch.dtype, device, pinned: bool = False
+    ):
         self.heads, self.head_dim, self.block_size = heads, head_dim, block_size
-        self.dtype, self.device = dtype, torch.device(device)
+        self.dtype, self.device, self.pinned = dtype, torch.device(device), pinned
         self.table = PageTable(self._new_pool(), batch)
         self.length = 0
         self.library = pages.library_for(dtype, head_dim, block_size, self.device)
@@ -36,7 +44,7 @@ class PagedKV:
         self._described: torch.Tensor | None = None
 
     def _new_pool(self) -> PagePool:
-        return PagePool((self.heads, 2, self.block_size, self.head_dim), self.dtype, self.device)
+        return PagePool((self.heads, 2, self.block_size, self.head_dim), self.dtype, self.device, self.pinned)
 
     @property
     def batch(self) -> int:
@@ -88,6 +96,40 @@ class PagedKV:
         else:
             self._write(keys, values)
         self.length += tokens
+
+    def append_beside(self, keys: torch.Tensor, values: torch.Tensor, links: Links) -> Mark:
+        """Store whole blocks from a device, each page by one copy, while the device goes on.
+
+        Parameters
+        ----------
+        keys, values : Tensor (batch, kv_heads, n * block_size, head_dim)
+            On the device; they may be overwritten as soon as this returns. The store ends with a whole block.
+        links : Links
+
+        Returns
+        -------
+        Mark
+            The end of the copies.
+        """
+        first, tokens = self.blocks, keys.shape[2]
+        self._make_room(tokens)
+        step = max(1, STAGED_BYTES // (self.batch * self.table.pool.page_bytes))
+        done = Mark()
+        for start in range(0, tokens // self.block_size, step):
+            part = slice(start * self.block_size, (start + step) * self.block_size)
+            blocks = [given[:, :, part].unflatten(2, (-1, self.block_size)) for given in (keys, values)]
+            # In the order of pages: (batch, n, kv_heads, 2, block_size, head_dim).
+            staged = torch.stack(blocks, dim=3).transpose(1, 2).contiguous()
+            pages = self.table.ids[:, first + start : first + start + staged.shape[1]]
+            with links.beside("write-back", keys.device, staged) as copied:
+                for row, row_pages in zip(staged, pages):
+                    at = 0
+                    for run in self.table.pool.runs(row_pages):
+                        run.copy_(row[at : at + len(run)], non_blocking=True)
+                        at += len(run)
+            done = copied
+        self.length += tokens
+        return done
 
     def _make_room(self, tokens: int) -> None:
         if self.length % self.block_size:

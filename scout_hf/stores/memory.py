@@ -1,40 +1,70 @@
-"""Memory for slabs: on huge pages where the system gives them, and a count of how many came."""
+"""Memory for slabs: on huge pages where the system gives them, pinned where a GPU reads it; how many of them came."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
 import re
+import weakref
 from pathlib import Path
 
 import torch
 
+from scout_hf.errors import PinnedMemoryError
+
 HUGE_BYTES = 2 << 20
 
 
-def allocate_slab(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def allocate_slab(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pinned: bool = False
+) -> torch.Tensor:
     """A tensor of undefined content; on the CPU, one of several huge pages or more asks the system for such pages.
 
-    Scattered blocks are read up to half again as fast from huge pages. Memory is only taken as it is written to.
+    Scattered blocks are read up to half again as fast from huge pages. Memory is only taken as it is written to, but
+    ``pinned`` memory, which a GPU reads and writes by itself, at once.
+
+    Raises
+    ------
+    PinnedMemoryError
+        If the driver does not pin that much.
     """
     tensor = None
     if device.type == "cpu":
         bytes_needed = dtype.itemsize * torch.Size(shape).numel()
         if bytes_needed >= 2 * HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-            tensor = _map_huge(bytes_needed).view(dtype).view(shape)
-    return torch.empty(shape, dtype=dtype, device=device) if tensor is None else tensor
+            tensor = _map_huge(bytes_needed, pinned).view(dtype).view(shape)
+    return torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned) if tensor is None else tensor
 
 
-def _map_huge(bytes_needed: int) -> torch.Tensor:
+def _map_huge(bytes_needed: int, pinned: bool = False) -> torch.Tensor:
     # Private and anonymous: shared mappings do not get huge pages by advice.
     memory = mmap.mmap(-1, bytes_needed + HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         memory.madvise(mmap.MADV_HUGEPAGE)
     except OSError:
         pass  # a kernel without them: ordinary pages do
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    first = -start % HUGE_BYTES
-    return torch.frombuffer(memory, dtype=torch.uint8, count=bytes_needed, offset=first)
+    held = (ctypes.c_char * len(memory)).from_buffer(memory)
+    first = -ctypes.addressof(held) % HUGE_BYTES
+    if pinned:
+        address = ctypes.addressof(held) + first
+        _pin(address, bytes_needed)
+        # The driver must let go before the system takes the memory back: until then this keeps the mapping.
+        weakref.finalize(held, _unpin, address, memory).atexit = False
+    return torch.frombuffer(held, dtype=torch.uint8, count=bytes_needed, offset=first)
+
+
+def _pin(address: int, bytes_needed: int) -> None:
+    # Portable: for every GPU of the process.
+    status = int(torch.cuda.cudart().cudaHostRegister(address, bytes_needed, 1))
+    if status:
+        raise PinnedMemoryError(
+            f"the driver does not pin {bytes_needed / 2**30:.1f} GiB of host memory (CUDA error {status}); allowed is "
+            'what `ulimit -l` and free memory leave: raise the limit, use host_dtype="int8", or shorten the context'
+        )
+
+
+def _unpin(address: int, mapping: mmap.mmap) -> None:
+    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def huge_page_bytes(slabs: list[torch.Tensor], smaps: Path = Path("/proc/self/smaps")) -> int:

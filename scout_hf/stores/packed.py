@@ -126,11 +126,21 @@ class PackedKV(PagedKV):
 
 
 def make_store(
-    batch: int, heads: int, head_dim: int, block_size: int, dtype: torch.dtype, device, host_dtype: str | None = None
+    batch: int,
+    heads: int,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device,
+    host_dtype: str | None = None,
+    pinned: bool = False,
 ) -> PagedKV:
-    """A store that keeps keys and values as they come, or as int8 where ``host_dtype`` says so."""
-    kind = PackedKV if host_dtype == "int8" else PagedKV
-    return kind(batch, heads, head_dim, block_size, dtype, device)
+    """A store that keeps keys and values as they come, or as int8 where ``host_dtype`` says so.
+
+    ``pinned``: whether a GPU reads and writes the pages by itself; it cannot unpack, so never for int8.
+    """
+    sizes = (batch, heads, head_dim, block_size, dtype, device)
+    return PackedKV(*sizes) if host_dtype == "int8" else PagedKV(*sizes, pinned=pinned)
 
 
 def tile_bytes(block_size: int, head_dim: int) -> int:

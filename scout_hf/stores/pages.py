@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import threading
 from collections import deque
@@ -22,12 +23,14 @@ class PagePool:
         Shape of one page.
     dtype, device
         Of the slabs.
+    pinned : bool
+        Whether a GPU reads and writes the slabs by itself.
 
     Safe to use from several threads: caches forked from one prefix share a pool.
     """
 
-    def __init__(self, page_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
-        self.page_shape = tuple(page_shape)
+    def __init__(self, page_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pinned: bool = False):
+        self.page_shape, self.pinned = tuple(page_shape), pinned
         self.dtype, self.device = dtype, torch.device(device)
         self.slabs: list[torch.Tensor] = []
         self.starts: list[int] = []
@@ -122,6 +125,18 @@ class PagePool:
             if len(here):
                 yield slab, here, ids[here] - start
 
+    def runs(self, ids: torch.Tensor):
+        """Yield views of (n, *page_shape) that are these pages (1-D) in order, as long as memory allows."""
+        numbers = ids.tolist()
+        begin = 0
+        for end in range(1, len(numbers) + 1):
+            if end < len(numbers) and numbers[end] == numbers[end - 1] + 1 and numbers[end] not in self.starts:
+                continue
+            which = bisect.bisect_right(self.starts, numbers[begin]) - 1
+            first = numbers[begin] - self.starts[which]
+            yield self.slabs[which][first : first + end - begin]
+            begin = end
+
     def _reap(self) -> None:
         while self._abandoned:
             places, blocks = self._abandoned.popleft()
@@ -143,7 +158,7 @@ class PagePool:
 
     def _add_slab(self, count: int) -> None:
         size = max(MIN_SLAB_PAGES, count + count // 8, self.pages // 2)
-        self.slabs.append(allocate_slab((size, *self.page_shape), self.dtype, self.device))
+        self.slabs.append(allocate_slab((size, *self.page_shape), self.dtype, self.device, self.pinned))
         self.starts.append(self.pages)
         self.pages += size
         self._references = torch.cat([self._references, torch.zeros(size, dtype=torch.int32, device="cpu")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from scout_hf.stores.link import Links, Mark
 from scout_hf.stores.packed import make_store
 
 
@@ -23,8 +24,9 @@ class TwoTierKV:
     def __init__(
         self, batch: int, heads: int, head_dim: int, block_size: int, dtype: torch.dtype, device, host_dtype=None
     ):
-        self.host = make_store(batch, heads, head_dim, block_size, dtype, "cpu", host_dtype)
         self.block_size, self.device = block_size, torch.device(device)
+        pinned = self.device.type == "cuda"
+        self.host = make_store(batch, heads, head_dim, block_size, dtype, "cpu", host_dtype, pinned)
         self._buffer = torch.empty((2, batch, heads, 0, head_dim), dtype=dtype, device=device)
         self._tail = 0
 
@@ -55,9 +57,23 @@ class TwoTierKV:
         self._buffer[1, :, :, self._tail : self._tail + tokens] = values
         self._tail += tokens
 
+    def grew(self, tokens: int) -> None:
+        """So many tokens have been put into :meth:`room` by others."""
+        self._tail += tokens
+
+    def room(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tail's whole buffers, (batch, kv_heads, room, head_dim) each, a whole number of blocks."""
+        return self._buffer[0], self._buffer[1]
+
     def tail(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the tail, views of (batch, kv_heads, tail, head_dim)."""
         return self._buffer[0, :, :, : self._tail], self._buffer[1, :, :, : self._tail]
+
+    def tail_blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tail in blocks, views of (batch, kv_heads, n, block_size, head_dim); the end of the last is undefined."""
+        used = -(-self._tail // self.block_size) * self.block_size
+        keys, values = self._buffer[:, :, :, :used].unflatten(3, (-1, self.block_size))
+        return keys, values
 
     def full_blocks(self, window_blocks: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The whole blocks of the tail that are older than the newest ``window_blocks`` whole ones, or None."""
@@ -67,18 +83,30 @@ class TwoTierKV:
         keys, values = self.tail()
         return keys[:, :, : count * self.block_size], values[:, :, : count * self.block_size]
 
-    def write_back(self, window_blocks: int) -> None:
-        """Move what ``full_blocks`` names to the host, once; never called between a job's start and its join."""
+    def write_back(self, window_blocks: int, links: Links | None = None) -> Mark:
+        """Move what ``full_blocks`` names to the host, once; never called between a job's start and its join.
+
+        With ``links`` beside what else the device does: nothing on the host may read those blocks before the mark.
+        """
         blocks = self.full_blocks(window_blocks)
         if blocks is None:
-            return
-        moved = blocks[0].shape[2]
-        self.host.append(blocks[0].to("cpu"), blocks[1].to("cpu"))
+            return Mark()
+        moved, mark = blocks[0].shape[2], Mark()
+        if links is None:
+            self.host.append(blocks[0].to("cpu"), blocks[1].to("cpu"))
+        else:
+            mark = self.host.append_beside(*blocks, links)
         left = self._tail - moved
         room = (window_blocks + 2) * self.block_size
-        rest = self._buffer.new_empty((*self._buffer.shape[:3], max(room, left), self._buffer.shape[4]))
-        rest[:, :, :, :left] = self._buffer[:, :, :, moved : self._tail]
-        self._buffer, self._tail = rest, left
+        rest = self._buffer[:, :, :, moved : self._tail]
+        if self._buffer.shape[3] == room:
+            # A captured step knows this buffer.
+            rest = rest.clone()
+        else:
+            self._buffer = self._buffer.new_empty((*self._buffer.shape[:3], room, self._buffer.shape[4]))
+        self._buffer[:, :, :, :left] = rest
+        self._tail = left
+        return mark
 
     def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of tokens ``start:stop`` on the device, (batch, kv_heads, stop - start, head_dim) each."""

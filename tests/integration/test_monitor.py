@@ -16,6 +16,7 @@ from scout_hf.kernels.cpu.native_backend import NativeBackend
 from scout_hf.kernels.cpu.torch_backend import TorchBackend
 from scout_hf.methods import Scout
 from scout_hf.methods.one_tier import OneTierScout
+from scout_hf.methods.two_tiers_triton import TritonScout
 from scout_hf.stores.pages import PageTable
 from tests.integration.common import (
     LOSSY,
@@ -87,11 +88,12 @@ class Reference:
     def __init__(self, monkeypatch):
         self.steps: dict[int, list[dict[str, float]]] = {}
         self.jobs: dict[int, list] = {}
-        for kind in (Scout, OneTierScout):
+        for kind in (Scout, TritonScout, OneTierScout):
             monkeypatch.setattr(kind, "attend", self.attend(kind.attend))
         for kind in (NativeBackend, TorchBackend):
             for name in ("start", "attend_blocks"):
                 monkeypatch.setattr(kind, name, self.asked(getattr(kind, name)))
+        monkeypatch.setattr(NativeBackend, "start_at", self.asked_later(NativeBackend.start_at))
 
     def asked(self, real):
         """What the CPU attends is what a backend is asked for, perhaps one layer ahead."""
@@ -99,6 +101,15 @@ class Reference:
         def ask(backend, query, store, lists, *args):
             self.jobs.setdefault(id(store), []).append(lists)
             return real(backend, query, store, lists, *args)
+
+        return ask
+
+    def asked_later(self, real):
+        """The lists are written until the job begins, and read here when it is over."""
+
+        def ask(backend, words, into, query, store, lists, *args):
+            self.jobs.setdefault(id(store), []).append(lists)
+            return real(backend, words, into, query, store, lists, *args)
 
         return ask
 

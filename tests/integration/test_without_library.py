@@ -95,7 +95,7 @@ class TestInThisProcess:
         if content == "another version":
             monkeypatch.setattr(library, "ABI", 10**6)
             path = LIBRARY.path
-            reason = "has interface 2, this code needs 1000000"
+            reason = "has interface 3, this code needs 1000000"
         elif content == "another library":
             import _ctypes
 

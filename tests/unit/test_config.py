@@ -30,6 +30,8 @@ REFUSED = {
     "resident": [0, -1, 31, 64.0, True, "64"],
     "threads": [0, -2, 1.0, True, "4"],
     "host_dtype": ["int4", "INT8", "bfloat16", 8, True, torch.int8, ["int8"]],
+    "gpu_kernels": ["cuda", "Triton", None, True],
+    "hand_over": ["graphs", "flag", None, 1],
     "cpu_backend": [None, 0, True],
     "monitor": [0, 1, 0.0, -0.5, 1.5, NAN, math.inf, None, "True", (0.5,)],
 }
@@ -48,6 +50,8 @@ TAKEN = {
     "resident": [None, 256, 4096],
     "threads": [None, 1, 64],
     "host_dtype": [None, "int8"],
+    "gpu_kernels": ["auto", "torch", "triton"],
+    "hand_over": ["auto", "join", "flags", "graph"],
     "cpu_backend": ["auto", "torch", "native"],
     "monitor": [False, True, 1.0, 0.01],
 }
@@ -90,7 +94,7 @@ def test_allowed_values_are_kept(name, value):
     assert type(kept) is (tuple if isinstance(value, list) else type(value))
 
 
-@pytest.mark.parametrize("name", ["split", "cpu_query", "block_size", "host_dtype"])
+@pytest.mark.parametrize("name", ["split", "cpu_query", "block_size", "host_dtype", "gpu_kernels", "hand_over"])
 def test_a_refusal_lists_every_choice(name):
     with pytest.raises(ConfigError) as caught:
         ScoutConfig(**{name: "nonsense"})

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from scout_hf.errors import PinnedMemoryError
 from scout_hf.stores import memory
 from scout_hf.stores.memory import HUGE_BYTES, allocate_slab, huge_page_bytes
 from scout_hf.stores.pages import PagePool
@@ -130,3 +131,50 @@ class TestCounting:
 
     def test_without_slabs_or_without_the_file_there_are_none(self, tmp_path, slabs):
         assert huge_page_bytes([], tmp_path / "none") == huge_page_bytes(slabs, tmp_path / "none") == 0
+
+
+class TestPinned:
+    """Where there is no GPU, with a driver that only writes down what it is asked for."""
+
+    @pytest.fixture
+    def driver(self, monkeypatch):
+        class Driver:
+            calls, answer = [], 0
+
+            def cudaHostRegister(self, address, size, flags):
+                self.calls.append(("pin", address, size))
+                return self.answer
+
+            def cudaHostUnregister(self, address):
+                assert is_mapped(address)
+                self.calls.append(("unpin", address))
+
+        one = Driver()
+        one.calls = []
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: one)
+        return one
+
+    def test_a_slab_is_unpinned_before_its_memory_goes(self, driver):
+        slab = allocate_slab((3 * HUGE_BYTES,), torch.uint8, CPU, pinned=True)
+        place = slab.data_ptr()
+        assert driver.calls == [("pin", place, 3 * HUGE_BYTES)]
+        view = slab[100:]
+        del slab
+        gc.collect()
+        assert len(driver.calls) == 1 and is_mapped(place)
+        del view
+        gc.collect()
+        assert driver.calls[1:] == [("unpin", place)] and not is_mapped(place)
+
+    def test_a_driver_that_refuses_leaves_nothing_behind(self, driver):
+        driver.answer = 2
+        with pytest.raises(PinnedMemoryError, match="does not pin 0.0 GiB .*CUDA error 2.*host_dtype"):
+            allocate_slab((3 * HUGE_BYTES,), torch.uint8, CPU, pinned=True)
+        gc.collect()
+        assert [call[0] for call in driver.calls] == ["pin"]
+
+    def test_a_pool_asks_for_all_its_slabs(self, driver):
+        pool = PagePool((8, 2, 64, 128), torch.float32, CPU, pinned=True)
+        pool.allocate(30)
+        pool.allocate(100)
+        assert len(driver.calls) == len(pool.slabs) == 2

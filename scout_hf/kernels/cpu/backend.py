@@ -84,6 +84,35 @@ class CpuBackend(ABC):
         """
         return self._workers.submit(self.attend_blocks, query, store, lists, scale, softcap, exists)
 
+    def watches(self, query: torch.Tensor, store: Any) -> bool:
+        """Whether :meth:`start_at` serves such a query and store."""
+        return False
+
+    def start_at(
+        self,
+        words: tuple[torch.Tensor, int, torch.Tensor],
+        into: tuple[torch.Tensor, torch.Tensor],
+        query: torch.Tensor,
+        store: Any,
+        lists: BlockLists,
+        scale: float,
+        softcap: float | None = None,
+        exists: torch.Tensor | None = None,
+    ) -> Any:
+        """``start``, but the job begins when a word says so: query and lists may be written until then.
+
+        Parameters
+        ----------
+        words : (Tensor, int, Tensor)
+            Word of int64 that becomes the number when the job may begin, the number, and a word that becomes the number
+            when the job has ended, whatever came of it.
+        into : (Tensor, Tensor)
+            Contiguous float32 for output and LSE.
+        query, store, lists, scale, softcap, exists : as above
+            ``lists`` with counts.
+        """
+        raise NotImplementedError
+
     def select(
         self,
         scorer: str,

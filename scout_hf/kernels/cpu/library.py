@@ -17,7 +17,7 @@ import torch
 
 from scout_hf.errors import ConfigError
 
-ABI = 2
+ABI = 3
 ISA_VARIABLE = "SCOUT_HF_ISA"
 PATH_VARIABLE = "SCOUT_HF_LIBRARY"
 INT8 = 3
@@ -59,6 +59,8 @@ class AttendArgs(ctypes.Structure):
         ("exists_stride", c_int64),
         ("out", c_void_p),
         ("lse", c_void_p),
+        ("done", c_void_p),
+        ("number", c_uint64),
         ("attended", c_int64),
         ("count", c_int32),
         ("query_heads", c_int32),

@@ -53,13 +53,25 @@ class NativeBackend(CpuBackend):
         args, partial, keep = self._describe(query, store, lists, scale, softcap, exists)
         if args is None:
             return self._torch.start(query, store, lists, scale, softcap, exists)
+        return self._post(args, partial, (keep, store.memory()))
 
+    def watches(self, query, store) -> bool:
+        return self._library is not None and _served(query) and store.native() is not None
+
+    def start_at(self, words, into, query, store, lists: BlockLists, scale, softcap=None, exists=None):
+        flag, number, done = words
+        args, partial, keep = self._describe(query, store, lists, scale, softcap, exists, Partial(*into))
+        args.done, args.number = done.data_ptr(), number
+        at = {"flag": flag.data_ptr(), "value": number}
+        return self._post(args, partial, (keep, words, store.memory()), **at)
+
+    def _post(self, args: AttendArgs, partial: Partial, keep, **at: int):
         def result() -> Attended:
             check(args.status, "blocks to attend")
             return Attended(partial, args.attended)
 
         # An interrupt may take the ticket and the store away while the job runs.
-        return self._pool.submit(self._submit, args, keep=(keep, partial, store.memory()), result=result)
+        return self._pool.submit(self._submit, args, keep=(keep, partial), result=result, **at)
 
     def select(self, scorer, query, codes, count, sinks, newest, block_size, exists) -> BlockLists | None:
         batch, heads, candidates = codes.shape[:3]
@@ -146,7 +158,7 @@ class NativeBackend(CpuBackend):
         if self._library is not None:
             self._pool.close()
 
-    def _describe(self, query, store, lists, scale, softcap, exists):
+    def _describe(self, query, store, lists, scale, softcap, exists, into: Partial | None = None):
         """Arguments of the native call, where its results will be, and what must live until it is over."""
         served = self._library is not None and _served(query, exists) and (lists is None or lists.ids.is_cpu)
         native = store.native() if served else None
@@ -161,8 +173,10 @@ class NativeBackend(CpuBackend):
         if exists is not None and (exists.shape[0] != batch or exists.shape[1] < store.length):
             raise CacheStateError(f"got marks {tuple(exists.shape)} for {batch} rows of {store.length} tokens")
         query = query if query.stride(3) == 1 else query.contiguous()
-        out = torch.empty(query.shape, dtype=torch.float32, device="cpu")
-        lse = torch.empty(query.shape[:3], dtype=torch.float32, device="cpu")
+        out, lse = into or (
+            torch.empty(query.shape, dtype=torch.float32, device="cpu"),
+            torch.empty(query.shape[:3], dtype=torch.float32, device="cpu"),
+        )
         args = AttendArgs(
             store=native,
             query=query.data_ptr(),

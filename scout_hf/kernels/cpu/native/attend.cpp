@@ -301,6 +301,8 @@ void finish_submitted(void* context) {
   Submitted* submitted = (Submitted*)context;
   submitted->origin->attended = submitted->job.attended.load();
   submitted->origin->status = submitted->job.status.load();
+  // A device may read it, and then what the job has written.
+  if (submitted->job.a.done) __atomic_store_n(submitted->job.a.done, submitted->job.a.number, __ATOMIC_RELEASE);
   free(submitted->job.memory);
   delete submitted;
 }

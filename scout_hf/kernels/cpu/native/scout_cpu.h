@@ -8,7 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define SCOUT_ABI 2
+#define SCOUT_ABI 3
 
 #if defined(_WIN32)
 #define SCOUT_EXPORT __declspec(dllexport)
@@ -58,6 +58,8 @@ typedef struct {
   int64_t exists_stride;
   void* out;                 // [batch][query_heads][head_dim] contiguous
   float* lse;                // [batch][query_heads], natural log; may be NULL
+  uint64_t* done;            // of a job: becomes `number` when it has ended, whatever came of it; may be NULL
+  uint64_t number;
   int64_t attended;          // result: tokens attended, over all rows and KV heads
   int32_t count;
   int32_t query_heads, query_dtype, out_dtype;

@@ -1,0 +1,257 @@
+"""A whole decode step in one launch: captured once as a CUDA graph, run again while what it takes for given holds.
+
+A captured step runs no Python, so all that changes from step to step lies on the device, in a :class:`Clock`, and what
+the host keeps is brought up to date beside it. Where a step cannot be captured it runs as usual.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from scout_hf.cache import ScoutCache, ScoutLayer
+from scout_hf.cache_names import CACHE, given_cache
+from scout_hf.methods.two_tiers_triton import TritonScout
+from scout_hf.step import Step, active_step
+from scout_hf.telemetry import Counters
+
+# Steps that run as usual first: kernels are compiled and buffers take their sizes.
+WARM_STEPS = 2
+SPARE_TOKENS = 1024
+INPUTS = ("input_ids", "inputs_embeds", "position_ids")
+
+
+class Clock:
+    """What a captured step reads instead of numbers of the host.
+
+    Parameters
+    ----------
+    layers : int
+    device : torch.device
+    mask : Tensor (batch, tokens) of bool, or None
+        Tokens so far that are no padding.
+
+    Attributes
+    ----------
+    length, blocks : Tensor (1,) of int32
+        Tokens per row with the new one; whole blocks on the host.
+    shares : Tensor (layers,) of float32
+        The CPU's share from which on a layer recalls.
+    moved : Tensor (layers,) of int64
+        Blocks recalled since the capture.
+    exists : Tensor (batch, room) of bool, or None
+        Padding, with room for tokens to come, none of which are any.
+    """
+
+    def __init__(self, layers: int, device: torch.device, mask: torch.Tensor | None):
+        self.length, self.blocks = torch.zeros((2, 1), dtype=torch.int32, device=device)
+        self.shares = torch.zeros(layers, dtype=torch.float32, device=device)
+        self.moved = torch.zeros(layers, dtype=torch.int64, device=device)
+        self._shares: list[float] = []
+        self.exists = self.exists_here = None
+        if mask is not None:
+            room = mask.shape[1] + SPARE_TOKENS
+            self.exists = torch.ones((mask.shape[0], room), dtype=torch.bool, device=device)
+            self.exists[:, : mask.shape[1]] = mask
+            self.exists_here = self.exists.cpu()
+        self._block_exists: dict[tuple[int, int], torch.Tensor] = {}
+
+    def block_exists(self, block_size: int, blocks: int) -> torch.Tensor:
+        """Blocks with at least one token that is no padding, (batch, blocks) of bool."""
+        key = (block_size, blocks)
+        if key not in self._block_exists:
+            whole = torch.ones((len(self.exists), blocks * block_size), dtype=torch.bool, device=self.exists.device)
+            known = min(whole.shape[1], self.exists.shape[1])
+            whole[:, :known] = self.exists[:, :known]
+            self._block_exists[key] = whole.unflatten(1, (blocks, block_size)).any(-1)
+        return self._block_exists[key]
+
+    def set(self, tokens: int, blocks: int, shares: list[float]) -> None:
+        """In stream order: where the next step stands."""
+        self.length.fill_(tokens)
+        self.blocks.fill_(blocks)
+        if shares != self._shares:
+            here = torch.tensor(shares, device="cpu", pin_memory=self.shares.is_cuda)
+            self.shares.copy_(here, non_blocking=True)
+            self._shares = shares
+
+
+class CudaGraph:
+    """One captured graph of a CUDA device."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._graph = torch.cuda.CUDAGraph()
+
+    def capture(self, run: Callable[[], Any], join: Callable[[], None]) -> Any:
+        """Capture what ``run`` launches, and what ``join`` adds at its end; what ``run`` returns is filled later."""
+        with torch.cuda.device(self.device), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            result = run()
+            join()
+        return result
+
+    def replay(self) -> None:
+        """Launch it on the current stream."""
+        self._graph.replay()
+
+
+def can_capture(device: torch.device) -> bool:
+    """Whether steps on that device can be captured."""
+    return device.type == "cuda"
+
+
+class Capture:
+    """The captured step of one cache."""
+
+    def __init__(self):
+        self.steps, self.failed = 0, False
+        self.graph: CudaGraph | None = None
+        self.clock: Clock | None = None
+        self.key: Any = None
+        self.inputs: dict[str, torch.Tensor] = {}
+        self.output: Any = None
+        self.tokens = 0
+
+    def holds(self, step: Step, key: Any) -> bool:
+        """Whether this step would be what was captured, one token later."""
+        if self.graph is None or self.key != key:
+            return False
+        marks = self.clock.exists
+        return marks is None or self.tokens + 1 == step.tokens <= marks.shape[1]
+
+
+class StepGraphs:
+    """``forward`` of a decoder that captures and runs its decode steps; to be installed in its place.
+
+    Parameters
+    ----------
+    forward : callable
+        What the decoder did before.
+    """
+
+    def __init__(self, forward: Callable[..., Any]):
+        self._forward = forward
+        self._names = list(inspect.signature(forward).parameters)
+        self._captures: weakref.WeakKeyDictionary[ScoutCache, Capture] = weakref.WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_captures"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _captures=weakref.WeakKeyDictionary())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        step = active_step()
+        given = {**dict(zip(self._names, args)), **kwargs}
+        if step is not None and step.mask is None and given.get("position_ids") is None:
+            # As models do themselves, but from a number of the host.
+            inputs = next(given[name] for name in INPUTS if given.get(name) is not None)
+            given["position_ids"] = torch.full((1, 1), step.tokens - 1, device=inputs.device)
+        key = None if step is None else self._key(step, given)
+        if key is None:
+            return self._forward(*args, **kwargs)
+        capture = self._captures.setdefault(step.cache, Capture())
+        capture.steps += 1
+        if capture.failed or capture.steps <= WARM_STEPS:
+            return self._forward(*args, **kwargs)
+        if capture.holds(step, key):
+            return self._run(step, capture, given)
+        try:
+            self._capture(step, capture, given, key)
+        except BaseException as error:
+            # Nothing has moved on yet: the step can be made as usual.
+            self._abandon(step, capture)
+            if not isinstance(error, Exception):
+                raise
+            capture.failed = True
+            warnings.warn(
+                f"hand_over='graph' goes on without graphs: a step could not be captured: {error}", stacklevel=2
+            )
+            return self._forward(*args, **kwargs)
+        return self._finish(step, capture)
+
+    # -- a step ---------------------------------------------------------------------------------------------------
+
+    def _key(self, step: Step, given: dict[str, Any]) -> Any:
+        """What a captured step takes for given, or None where none can be."""
+        methods = [layer.method for layer in step.cache.layers if isinstance(layer, ScoutLayer)]
+        usual = step.queries == 1 and step.monitor is None and len(methods) == len(step.cache.layers)
+        usual = usual and not torch.is_grad_enabled() and all(isinstance(method, TritonScout) for method in methods)
+        known = (*INPUTS, CACHE, "past_key_values", "attention_mask", "use_cache", "return_dict", "cache_position")
+        usual = usual and "position_ids" in self._names and given.get("position_ids") is not None
+        if not usual or any(value is not None for name, value in given.items() if name not in known):
+            return None
+        devices = {method.kv.device for method in methods}
+        if given_cache(given) is not step.cache or len(devices) != 1 or not can_capture(*devices):
+            return None
+        layers = tuple(method.captures(step) for method in methods)
+        if None in layers or len({method.kv.host.blocks for method in methods}) != 1:
+            return None
+        inputs = tuple((name, given[name].shape) for name in INPUTS if given.get(name) is not None)
+        return inputs, step.mask is None, layers
+
+    def _capture(self, step: Step, capture: Capture, given: dict[str, Any], key: Any) -> None:
+        self.fold(step.counters)
+        device = step.cache.layers[0].method.kv.device
+        capture.clock = Clock(len(step.cache.layers), device, step.mask)
+        capture.inputs = {name: given[name].clone() for name in INPUTS if given.get(name) is not None}
+        capture.graph, capture.key = CudaGraph(device), key
+        fixed = {name: value for name, value in given.items() if name not in (*INPUTS, "attention_mask")}
+        self._expect(step, capture)
+
+        def run() -> Any:
+            return self._forward(**fixed, **capture.inputs)
+
+        step.clock = capture.clock
+        try:
+            capture.output = capture.graph.capture(run, lambda: step.links.join_captured(device))
+        finally:
+            step.clock = None
+
+    def _run(self, step: Step, capture: Capture, given: dict[str, Any]) -> Any:
+        try:
+            for name, held in capture.inputs.items():
+                held.copy_(given[name], non_blocking=True)
+            self._expect(step, capture)
+        except BaseException:
+            self._abandon(step, capture)
+            raise
+        return self._finish(step, capture)
+
+    def _expect(self, step: Step, capture: Capture) -> None:
+        clock, methods = capture.clock, [layer.method for layer in step.cache.layers]
+        shares = [method.before_run(step, clock.exists_here) for method in methods]
+        clock.set(step.tokens, methods[0].kv.host.blocks, shares)
+
+    def _finish(self, step: Step, capture: Capture) -> Any:
+        capture.graph.replay()
+        capture.tokens = step.tokens
+        for layer in step.cache.layers:
+            layer.incoming = None
+            layer.method.after_run(step)
+        # The next run overwrites the tensor, not what the caller keeps of it.
+        output = dict(capture.output) | {"last_hidden_state": capture.output["last_hidden_state"].clone()}
+        return type(capture.output)(**output)
+
+    def fold(self, counters: Counters) -> None:
+        """Count what captured steps have recalled since the last time."""
+        for cache, capture in self._captures.items():
+            if capture.clock is None:
+                continue
+            for layer, moved in zip(cache.layers, capture.clock.moved.clone().unbind()):
+                if layer.method is not None and layer.method.resident is not None:
+                    slot = layer.method.resident.keys[0, 0, 0]
+                    counters.recalled(layer.layer_idx, moved, moved * 2 * slot.nbytes)
+            capture.clock.moved.zero_()
+
+    def _abandon(self, step: Step, capture: Capture) -> None:
+        """The step that the CPU expects will not run: nothing may wait for it."""
+        capture.graph = None
+        for layer in step.cache.layers:
+            layer.incoming = None
+            layer.method.abandon_run()

@@ -1,0 +1,24 @@
+"""ScoutAttention (arXiv 2603.27138), in the variant that the machine and the settings call for."""
+
+from __future__ import annotations
+
+import torch
+
+from scout_hf.config import ScoutConfig
+from scout_hf.kernels.device import find_kernels
+from scout_hf.methods.base import Method, register_method
+from scout_hf.methods.one_tier import OneTierScout
+from scout_hf.methods.two_tiers import TwoTierScout
+from scout_hf.methods.two_tiers_triton import TritonScout
+
+
+@register_method
+class Scout(TwoTierScout):
+    """One tier without a GPU; two with one, in Triton kernels where they run and with torch's operations elsewhere."""
+
+    @classmethod
+    def create(cls, config: ScoutConfig, layer_idx: int, keys: torch.Tensor) -> Method:
+        if config.split == "off" or (config.split == "auto" and keys.device.type == "cpu"):
+            return OneTierScout(config, layer_idx, keys)
+        triton = TritonScout.serves(config, keys) and find_kernels(config.gpu_kernels, keys.device) is not None
+        return (TritonScout if triton else cls)(config, layer_idx, keys)

@@ -1,0 +1,380 @@
+"""Scout with the device's half in Triton kernels: a decode step asks the device for nothing, it only launches.
+
+The rules are those of :class:`TwoTierScout`; what differs is where numbers live. Chosen blocks, slots and their maps
+stay on the device, lists and queries go to the CPU through a :class:`Mailbox`, write-back and recall run on streams of
+their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from scout_hf.config import ScoutConfig
+from scout_hf.fusion import Partial
+from scout_hf.kernels.device import KERNEL_DTYPES, MOST_CHANNELS, find_kernels
+from scout_hf.methods.base import PAST_CHUNK_TOKENS
+from scout_hf.methods.hand_over import Flags, HandOver, make_hand_over
+from scout_hf.methods.mailbox import Mailbox
+from scout_hf.methods.trust import Trust
+from scout_hf.methods.two_tiers import TwoTierScout
+from scout_hf.selection import Pick
+from scout_hf.stores.link import Mark
+from scout_hf.stores.slots import MappedSlots
+
+SPARE_BLOCKS = 64
+
+
+class TritonScout(TwoTierScout):
+    """Two tiers of one layer, without a wait for the device in a decode step."""
+
+    resident: MappedSlots | None
+
+    def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
+        super().__init__(config, layer_idx, keys)
+        self._kernels = find_kernels(config.gpu_kernels, keys.device)
+        if config.hand_over == "graph" and config.cpu_query == "auto":
+            self._trust = Trust("real")  # no step that is run again can compare
+        self._hand_over: HandOver | None = None
+        self._wanted: torch.Tensor | None = None
+        # Addresses of the host's pages, on the device.
+        self._pages = torch.zeros((self.kv.batch, 0), dtype=torch.int64, device=keys.device)
+        self._written, self._recalled = Mark(), Mark()
+
+    @classmethod
+    def serves(cls, config: ScoutConfig, keys: torch.Tensor) -> bool:
+        """Whether the kernels know such keys, and pages that a device can read."""
+        return config.host_dtype is None and keys.dtype in KERNEL_DTYPES and keys.shape[-1] <= MOST_CHANNELS
+
+    # -- structure ----------------------------------------------------------------------------------------------
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        super().select_rows(rows)
+        self._hand_over = self._wanted = None  # of the size of the batch before
+        self._map_pages(0)
+
+    def fork(self) -> TritonScout:
+        twin = super().fork()
+        twin._hand_over, twin._wanted, twin._pages = None, None, self._pages.clone()
+        return twin
+
+    def drain(self) -> None:
+        super().drain()
+        self._written.finish()
+        self._recalled.finish()
+
+    def read_all(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self._written.finish()
+        return super().read_all()
+
+    def past_chunks(self, step, past: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """What is on the host comes over the link while the piece before is attended, into two buffers in turn."""
+        size, whole = self.config.block_size, min(past, self.kv.host.length)
+        most = min(PAST_CHUNK_TOKENS, whole) // size
+        shape = (2, 2, self.batch, self.kv_heads, most, size, self.kv.host.head_dim)
+        buffers = torch.empty(shape, dtype=self.dtype, device=self.kv.device)
+
+        def bring(number: int) -> Mark:
+            first = number * most
+            count = min(most, whole // size - first)
+            moves = self._kernels.run_of_blocks(self.batch, self.kv_heads, first, count, self.kv.device)
+            with step.links.beside("past", self.kv.device, buffers, *moves, after=self._written) as mark:
+                self._kernels.copy_blocks(self._pages, moves, *buffers[number % 2])
+            return mark
+
+        pieces = -(-whole // (most * size)) if most else 0
+        coming = bring(0) if pieces else None
+        for number in range(pieces):
+            here, coming = coming, bring(number + 1) if number + 1 < pieces else None
+            here.before(self.kv.device)
+            start = number * most * size
+            stop = min(start + most * size, whole)
+            keys, values = (part.flatten(2, 3)[:, :, : stop - start] for part in buffers[number % 2])
+            yield start, keys, values
+        if past > whole:
+            yield whole, *self.kv.read(whole, past)
+
+    # -- the parts of a step ------------------------------------------------------------------------------------
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, step=None) -> None:
+        if step is None or step.clock is None:
+            return super().append(keys, values, step)
+        clock = step.clock
+        self._kernels.append_token(keys, values, *self.kv.room(), clock.length, clock.blocks, self.config.block_size)
+
+    def _select(self, step, query: torch.Tensor) -> None:
+        if step.clock is not None:
+            return self._select_by_clock(step, query)
+        blocks = self.kv.host.blocks
+        scores, count, exists = self.selector.rank(step, query, blocks)
+        if scores is None:
+            scores = torch.zeros((query.shape[0], self.kv_heads, blocks), dtype=torch.float32, device=query.device)
+        self._most = min(blocks, count if isinstance(count, int) else int(count.max()))
+        self._mail(step, query, self._most)
+        self._make_room(blocks)
+        self._choose(scores, count, exists)
+
+    def _select_by_clock(self, step, query: torch.Tensor) -> None:
+        """Over the whole buffers, of which only the device knows how much is filled."""
+        clock, blocks = step.clock, self.kv.host.blocks
+        count, exists = self.selector.count(step, blocks), None
+        if count is None:
+            room = self._wanted.shape[2]
+            scores = torch.zeros((query.shape[0], self.kv_heads, room), dtype=torch.float32, device=query.device)
+            count = self._hand_over.mail.room
+        else:
+            scores = self.selector.scores(step, query, self.selector.table.all_codes(), clock.blocks)
+        if step.mask is not None:
+            exists = clock.block_exists(self.config.block_size, scores.shape[2])
+        self._choose(scores, count, exists, clock.blocks)
+
+    def _choose(self, scores: torch.Tensor, count: int | torch.Tensor, exists, filled=None) -> None:
+        mail, sinks = self._hand_over.mail, self.config.blocks(self.config.sinks)
+        choice = self._kernels.Choice(self._wanted, mail.missing, mail.missing_counts, mail.chosen_counts)
+        slots = self.resident.slot_of
+        self._pick = self._kernels.choose(scores, count, sinks, exists, slots, mail.room, filled, choice)
+
+    def _make_room(self, blocks: int) -> None:
+        """Let everything that is kept per block cover that many."""
+        self.resident.make_room(blocks)
+        if self._wanted is None or self._wanted.shape[2] < blocks:
+            self._wanted = torch.zeros_like(self.resident.slot_of, dtype=torch.uint8)
+
+    def _mail(self, step, query: torch.Tensor, room: int) -> Mailbox:
+        """The mailbox, with what the step before left in it taken out."""
+        self._tally_share(step)
+        if self._hand_over is None or not self._hand_over.mail.fits(query, room):
+            if self._hand_over is not None:
+                self._hand_over.drain()
+            mail = Mailbox(query, self.kv_heads, room + max(SPARE_BLOCKS, room // 8))
+            wanted, device = self.config.hand_over, query.device
+            self._hand_over = make_hand_over(wanted, mail, self._kernels, step.backend, self.kv.host, device)
+        return self._hand_over.mail
+
+    def _ask_trust(self, step) -> tuple[bool, bool]:
+        if step.clock is None:
+            return super()._ask_trust(step)
+        return self.config.cpu_query == "predicted", False
+
+    def _job(self, step, exists: torch.Tensor | None) -> tuple:
+        return self.kv.host, *self.scoring, exists
+
+    def _start_cpu(self, step, query: torch.Tensor) -> None:
+        self._started = True
+        if step.clock is not None:
+            self._hand_over.post(query.contiguous())
+            return
+        # The CPU reads what the last write-back has brought.
+        self._written.before(query.device)
+        exists = None if step.mask is None else step.padding(torch.device("cpu"))
+        self._hand_over.start(step, query.contiguous(), self._job(step, exists))
+
+    def _join_cpu(self, step, query: torch.Tensor) -> Partial | None:
+        with step.counters.timed(self.layer_idx, "join"):
+            share = self._hand_over.result(step)
+        if step.clock is None:
+            self._tally_share(step)
+        return None if share is None else Partial(*share)
+
+    def _attend_on_cpu(self, step, query: torch.Tensor) -> Partial | None:
+        self._start_cpu(step, query)
+        share = self._hand_over.result(step)
+        self._hand_over.finished()
+        return None if share is None else Partial(*share)
+
+    def _attend_here(self, step, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        clock, exists = step.clock, None if step.mask is None else step.padding(query.device)
+        if clock is None:
+            where = {"first": self.kv.host.blocks, "lengths": step.length(query.device)}
+            spans = [(*self.kv.tail_blocks(), where)]
+            self._attended = self._attended + self._tokens_here(step)
+        else:
+            where = {"first": clock.blocks, "lengths": clock.length}
+            spans = [(*(part.unflatten(2, (-1, self.config.block_size)) for part in self.kv.room()), where)]
+            exists = clock.exists
+        if self.resident is not None:
+            spans.append((self.resident.keys, self.resident.values, {"ids": self.resident.ids}))
+        lists, size = query.shape[0] * self.kv_heads, self.config.block_size
+        parts = [self._kernels.parts_for(query.device, lists, keys.shape[2], size) for keys, _, _ in spans]
+        out = torch.empty((*query.shape[:2], sum(parts), query.shape[3]), dtype=torch.float32, device=query.device)
+        lse, first = torch.empty(out.shape[:3], dtype=torch.float32, device=query.device), 0
+        for count, (keys, values, where) in zip(parts, spans):
+            into = out[:, :, first : first + count], lse[:, :, first : first + count]
+            self._kernels.attend_blocks(query, keys, values, *self.scoring, exists=exists, into=into, **where)
+            first += count
+        return out, lse
+
+    def _tokens_here(self, step) -> float | torch.Tensor:
+        """Tokens in tail and slots, mean over rows and heads; a number where all rows are alike."""
+        slots, size = self.resident, self.config.block_size
+        if step.mask is None:
+            tail = self.kv.length - self.kv.host.length
+            if slots is None or slots.filled is not None:
+                return tail + (0 if slots is None else slots.filled * size)
+            return tail + (slots.ids >= 0).sum() * size / slots.ids[:, :, 0].numel()
+        real = step.block_tokens(size, self.kv.device)
+        tail = real[:, self.kv.host.blocks :].sum() / self.batch
+        if slots is None:
+            return tail
+        held = real[:, None].expand(-1, self.kv_heads, -1).gather(2, slots.ids.clamp(min=0).long())
+        return tail + held.masked_fill(slots.ids < 0, 0).sum() / slots.ids[:, :, 0].numel()
+
+    def _merge(self, here: tuple[torch.Tensor, torch.Tensor], share: Partial | None) -> Partial:
+        return Partial(*self._kernels.merge(*here, *(share or ())))
+
+    def _seen(self) -> list[Pick]:
+        if self.resident is None:
+            return []
+        ids, mail = self.resident.ids, self._hand_over.mail
+        if ids.is_cuda:
+            torch.cuda.current_stream(ids.device).synchronize()
+        self._written.finish()
+        used = torch.arange(mail.room) < mail.missing_counts[..., None]
+        missing = torch.where(used, mail.missing, 0).long()
+        return [Pick(ids.clamp(min=0).long(), ids >= 0), Pick(missing.to(ids.device), used.to(ids.device))]
+
+    # -- steps that are captured once and run many times, see scout_hf.graph ---------------------------------------
+
+    def captures(self, step) -> tuple | None:
+        """What a captured step of this layer takes for given, and is void without; None if it cannot be captured."""
+        ready = self.resident is not None and self.scoring is not None and isinstance(self._hand_over, Flags)
+        budget = self.config.budget
+        if not ready or isinstance(budget, float) and budget < 1.0:
+            return None
+        self._make_room(max(self.selector.table.room, self.kv.host.blocks))
+        kept = (self.kv.room()[0], self._wanted, self.resident.slot_of, self.resident.keys, self._pages)
+        count = self.selector.count(step, self.kv.host.blocks)
+        room = self._hand_over.mail.room
+        fits = (self.kv.host.blocks if count is None else count) <= room
+        codes = 0 if self.selector.dense else self.selector.table.all_codes().data_ptr()
+        places = tuple(part.data_ptr() for part in kept)
+        return (count, codes, id(self._hand_over), *places, self.scoring) if fits else None
+
+    def before_run(self, step, exists: torch.Tensor | None) -> float:
+        """On the host, before a captured step runs: the CPU's share is expected. The share from which on to recall."""
+        self._hand_over.check()
+        self._tally_share(step)
+        self._written.before(self._pages.device)
+        self._recalled.before(self._pages.device)
+        self._recalled = Mark()
+        self._hand_over.expect(step, self._job(step, exists))
+        self._steps_since_recall += 1
+        share = self._share_for_recall()
+        return 2.0 if share is None else share  # no share is that large
+
+    def after_run(self, step) -> None:
+        """On the host, behind a captured step: count what it did, bring full blocks to the host.
+
+        A block so new takes an empty slot after the step's recall, in a plain step before it.
+        """
+        self.kv.grew(1)
+        self._recalled = Mark()  # the copies have ended within the step
+        self.resident.recalled()
+        context = self.kv.length if step.mask is None else step.row_tokens().float().mean()
+        step.counters.attended(self.layer_idx, context, self._tokens_here(step))
+        self._write_back(step)
+        self._forget()
+
+    def abandon_run(self) -> None:
+        """The step that was expected will not run."""
+        self._hand_over.abandon()
+        self._hand_over = None
+        self._forget()
+
+    # -- write-back and recall ----------------------------------------------------------------------------------
+
+    def _adopt(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        slots = self.resident
+        slots.make_room(first + 1)
+        self._kernels.adopt_block(first, keys, values, slots.ids, slots.slot_of, slots.keys, slots.values)
+        slots.adopted(first)
+
+    def _past_keys(self, tokens: int) -> torch.Tensor:
+        self._written.finish()
+        return super()._past_keys(tokens)
+
+    def _store(self, step) -> None:
+        first = self.kv.host.blocks
+        self._written = self.kv.write_back(self._window_blocks, None if step is None else step.links)
+        self._map_pages(first)
+
+    def _map_pages(self, first: int) -> None:
+        """Bring the addresses of pages from block ``first`` on to the device."""
+        addresses, device = self.kv.host.table.addresses, self._pages.device
+        rows, blocks = addresses.shape
+        if rows != self._pages.shape[0] or blocks > self._pages.shape[1]:
+            first = 0
+            self._pages = torch.zeros((rows, blocks + max(SPARE_BLOCKS, blocks // 8)), dtype=torch.int64, device=device)
+        new = addresses[:, first:].contiguous()
+        if device.type == "cuda":
+            new = new.pin_memory()  # else the copy would wait for the device
+        self._pages[:, first:blocks].copy_(new, non_blocking=True)
+
+    def _choose_residents(self, step, query: torch.Tensor) -> None:
+        host, rows = self.kv.host, query.shape[0]
+        if self.resident is None:
+            sizes = (self._slots(), self.config.block_size, query.shape[3])
+            self.resident = MappedSlots(rows, self.kv_heads, *sizes, host.dtype, query.device)
+        slots = self.resident
+        slots.clear(host.blocks)
+        self._select(step, query)
+        self._written.before(query.device)
+        moves = self._kernels.plan_recall(slots.ids, slots.slot_of, self._pick)
+        self._kernels.copy_blocks(self._pages, moves, slots.keys, slots.values)
+        # A row of a padded batch may have fewer blocks to offer.
+        slots.filled = min(slots.slots, self._most) if step.mask is None else None
+        self._steps_since_recall, self._pick = 0, None
+
+    def _recall_if_due(self, step) -> None:
+        rule, slots = self.config.recall, self.resident
+        if step.clock is None:
+            self._steps_since_recall += 1
+            share = self._share_for_recall()
+        elif rule is not None:
+            share = step.clock.shares[self.layer_idx : self.layer_idx + 1]
+        if rule is None or not self._started or (step.clock is None and share is None):
+            return
+        moves = self._kernels.plan_recall(slots.ids, slots.slot_of, self._pick, share)
+        # What was written before a captured step is waited for before it.
+        after = self._written if step.clock is None else None
+        with step.links.beside("recall", slots.ids.device, *moves, after=after) as self._recalled:
+            self._kernels.copy_blocks(self._pages, moves, slots.keys, slots.values)
+        slots.recalled()
+        moved, block_bytes = moves.counts.sum(), 2 * slots.keys[0, 0, 0].nbytes
+        if step.clock is None:
+            step.counters.recalled(self.layer_idx, moved, moved * block_bytes)
+        else:
+            step.clock.moved[self.layer_idx] += moved
+
+    def _share_for_recall(self) -> float | None:
+        """The CPU's share from which on the layer recalls in this step; None if it does not at all."""
+        rule = self.config.recall
+        if rule is None or isinstance(rule, float):
+            return rule
+        return 0.0 if self._interval_is_over(rule) else None
+
+    def _join_recall(self) -> None:
+        self._recalled.before(self._pages.device)
+
+    # -- bookkeeping --------------------------------------------------------------------------------------------
+
+    _most = 0
+
+    def _drop_job(self) -> None:
+        if self._started:
+            self._hand_over.drain()
+        super()._drop_job()
+
+    def _tally(self, step, query: torch.Tensor) -> None:
+        if step.clock is None:
+            super()._tally(step, query)
+
+    def _tally_share(self, step) -> None:
+        """Count the share of the last step, as soon as the CPU has told of it."""
+        tokens = None if self._hand_over is None else self._hand_over.finished()
+        if tokens is not None:
+            mail = self._hand_over.mail
+            step.counters.add("attended", self.layer_idx, tokens / mail.missing_counts.numel())
+            shares = (int(counts.sum()) for counts in (mail.missing_counts, mail.chosen_counts))
+            step.counters.cpu_share(self.layer_idx, *shares)

@@ -1,0 +1,98 @@
+"""Resident slots whose bookkeeping lies on the device too, so that a decode step never asks the host about it."""
+
+from __future__ import annotations
+
+import torch
+
+EMPTY = -1
+SPARE_BLOCKS = 64
+
+
+class MappedSlots:
+    """Block slots per row and KV head, with a map in either direction.
+
+    Parameters
+    ----------
+    batch, heads, slots, block_size, head_dim : int
+        Sizes.
+    dtype, device
+        Of the slots.
+
+    Attributes
+    ----------
+    keys, values : Tensor (batch, kv_heads, slots, block_size, head_dim)
+    ids : Tensor (batch, kv_heads, slots) of int32
+        The block in each slot, ``EMPTY`` for none.
+    slot_of : Tensor (batch, kv_heads, room) of int32
+        The slot of each block, ``EMPTY`` for none; with room for more blocks than there are.
+    filled : int or None
+        Leading slots in use, the same in every row and head; None where they differ or only the device knows.
+    """
+
+    def __init__(self, batch: int, heads: int, slots: int, block_size: int, head_dim: int, dtype, device):
+        shape = (batch, heads, slots, block_size, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.ids = torch.full(shape[:3], EMPTY, dtype=torch.int32, device=device)
+        self.slot_of = torch.full((batch, heads, 0), EMPTY, dtype=torch.int32, device=device)
+        self.filled: int | None = 0
+        self._blocks = 0  # no slot holds a block from here on
+
+    @property
+    def slots(self) -> int:
+        """Slots per row and head."""
+        return self.ids.shape[2]
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes that the slots and their maps take, used or not."""
+        numbers = self.ids.numel() + self.slot_of.numel()
+        return 2 * self.keys.numel() * self.keys.element_size() + 4 * numbers
+
+    def make_room(self, blocks: int) -> None:
+        """Let ``slot_of`` cover that many blocks."""
+        if blocks > self.slot_of.shape[2]:
+            room = blocks + max(SPARE_BLOCKS, blocks // 8)
+            grown = torch.full((*self.ids.shape[:2], room), EMPTY, dtype=torch.int32, device=self.ids.device)
+            grown[:, :, : self.slot_of.shape[2]] = self.slot_of
+            self.slot_of = grown
+
+    def adopted(self, first: int) -> None:
+        """Block ``first`` has been taken into an empty slot of every row and head that had one."""
+        if self.filled is not None:
+            self.filled = min(self.filled + 1, self.slots)
+        self._blocks = max(self._blocks, first + 1)
+
+    def recalled(self) -> None:
+        """Some empty slots may have been filled."""
+        if self.filled != self.slots:
+            self.filled = None
+
+    def clear(self, blocks: int) -> None:
+        """Empty all slots, for a text of that many blocks."""
+        self.make_room(blocks)
+        self.ids.fill_(EMPTY)
+        self.slot_of.fill_(EMPTY)
+        self.filled, self._blocks = 0, blocks
+
+    def crop(self, blocks: int) -> None:
+        """Forget residents from block ``blocks`` on."""
+        if blocks < self._blocks:
+            self._blocks = blocks
+            self.ids.masked_fill_(self.ids >= blocks, EMPTY)
+            self.slot_of[:, :, blocks:] = EMPTY
+            self.filled = None
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Make row ``i`` what row ``rows[i]`` was."""
+        rows = rows.to(self.ids.device)
+        for name in ("keys", "values", "ids", "slot_of"):
+            setattr(self, name, getattr(self, name)[rows])
+
+    def fork(self) -> MappedSlots:
+        """An independent copy."""
+        twin = object.__new__(MappedSlots)
+        twin.__dict__.update(self.__dict__)
+        for name in ("keys", "values", "ids", "slot_of"):
+            setattr(twin, name, getattr(self, name).clone())
+        return twin

@@ -1,0 +1,213 @@
+"""Decode steps captured once and run again: with graphs that do on the CPU what CUDA graphs do, see ``fake_graph``."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import scout_hf  # noqa: E402
+from scout_hf import RecallIntervals  # noqa: E402
+from tests.integration import fake_graph  # noqa: E402
+from tests.integration.common import (  # noqa: E402
+    LOSSY,
+    TWO_TIERS,
+    assert_close,
+    assert_equal,
+    left_padded,
+    llama,
+    prompt,
+    run,
+)
+from tests.integration.test_generate import MODES  # noqa: E402
+from tests.integration.test_on_device import late  # noqa: E402
+from tests.libraries import ISAS  # noqa: E402
+from tests.triton import reference  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not ISAS, reason="needs the native library")
+
+EXACT = TWO_TIERS | {"cpu_query": "real", "layer_ahead": True}
+SPARSE = LOSSY | {"digest": "minmax", "resident": None}
+
+
+@pytest.fixture(autouse=True)
+def graphs(monkeypatch):
+    reference.install(monkeypatch)
+    return fake_graph.install(monkeypatch)
+
+
+def replays(graphs):
+    return sum(graph.replays for graph in graphs.made)
+
+
+def decode(way, inputs, options, new=60, model=None):
+    with scout_hf.patch(model or llama(), **options, hand_over=way) as handle:
+        return run(handle.model, inputs, new=new), handle.stats()
+
+
+@pytest.mark.parametrize("inputs", [prompt(2, 60), left_padded(0, 13, tokens=60)], ids=["rows", "padded"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cpu_query": "real"},
+        {"cpu_query": "auto"},
+        {"layer_ahead": False, "recall": None},
+        {"recall": 0.3},
+        {"recall": 3},
+        {"recall": RecallIntervals((1, 2, 0, 5), 0.12, "llama")},
+        {"recall": None},
+        {"budget": None},
+        {"budget": 80},
+        {"dense_layers": (1,)},
+        {"window": 0, "sinks": 0},
+        {"digest": "sign", "block_size": 16, "budget": 32},
+    ],
+    ids=str,
+)
+def test_captured_steps_do_what_plain_ones_do(graphs, inputs, options):
+    options = SPARSE | options
+    # "auto" compares queries, which no captured step does: it takes the real one.
+    plain = options | ({"cpu_query": "real"} if options["cpu_query"] == "auto" else {})
+    expected, theirs = decode("flags", inputs, plain)
+    assert not graphs.made
+    got, ours = decode("graph", inputs, options)
+    assert_close(got, expected, 2e-6)
+    assert replays(graphs) >= 50 and len(graphs.made) <= 8
+    for one, other in zip(ours.layers, theirs.layers):
+        assert one.attended_tokens == pytest.approx(other.attended_tokens, rel=0.02)  # less the last share
+        assert one.cpu_ratio is None or one.cpu_ratio == pytest.approx(other.cpu_ratio, abs=0.03)
+
+
+def test_most_steps_are_one_launch(graphs):
+    """Write-back alone makes nothing void; outgrown buffers do."""
+    got, _ = decode("graph", prompt(1, 60), EXACT, new=200)
+    assert_close(got, run(llama(), prompt(1, 60), new=200))
+    assert len(graphs.made) <= 6 and replays(graphs) >= 190
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_of_generate(mode):
+    inputs, options = MODES[mode]
+    stock, model = llama(), llama()
+    with scout_hf.patch(model, **EXACT, hand_over="graph"):
+        found = []
+        for each in (stock, model):
+            torch.manual_seed(0)
+            found.append(run(each, inputs, **options))
+    assert_close(found[1], found[0])
+
+
+def test_two_caches_by_turns(graphs):
+    stock, model = llama(), llama()
+    with scout_hf.patch(model, **EXACT, hand_over="graph") as handle, torch.no_grad():
+        caches = [handle.new_cache() for _ in range(2)]
+        for seed, cache in enumerate(caches):
+            model(prompt(1, 60, seed), past_key_values=cache)
+        for step in range(12):
+            for seed, cache in enumerate(caches):
+                got = model(prompt(1, 1, step), past_key_values=cache).logits
+                ids = torch.cat([prompt(1, 60, seed), *(prompt(1, 1, before) for before in range(step + 1))], dim=1)
+                assert (got[:, -1] - stock(ids).logits[:, -1]).abs().max() <= 3e-6
+        assert replays(graphs) == 20
+
+
+def test_what_is_kept_of_a_step_stays(graphs):
+    model = llama()
+    with scout_hf.patch(model, **EXACT, hand_over="graph") as handle, torch.no_grad():
+        cache = handle.new_cache()
+        model(prompt(), past_key_values=cache)
+        kept = [model.model(prompt(1, 1, seed), past_key_values=cache).last_hidden_state for seed in range(8)]
+        again = [one.clone() for one in kept]
+        model(prompt(1, 1), past_key_values=cache)
+        assert all(torch.equal(one, other) for one, other in zip(kept, again)) and replays(graphs) == 7
+
+
+def test_late_jobs_change_nothing(graphs, monkeypatch):
+    expected, _ = decode("graph", left_padded(0, 13), SPARSE)
+    late(monkeypatch)
+    assert_equal(decode("graph", left_padded(0, 13), SPARSE)[0], expected)
+
+
+def test_a_step_that_cannot_be_captured_is_made_as_usual(graphs, monkeypatch):
+    real = graphs.capture
+
+    def fail(graph, run, join):
+        real(graph, lambda: None, join)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    expected, _ = decode("flags", prompt(2, 60), SPARSE)
+    monkeypatch.setattr(graphs, "capture", fail)
+    with pytest.warns(UserWarning, match="goes on without graphs: .* not permitted"):
+        got, _ = decode("graph", prompt(2, 60), SPARSE)
+    assert_close(got, expected, 2e-6)
+    assert len(graphs.made) == 1
+
+
+def test_a_number_read_back_is_no_step_to_capture(monkeypatch):
+    """That the fake refuses what CUDA refuses."""
+    merge = reference.KERNELS.merge
+    monkeypatch.setattr(
+        reference.KERNELS, "merge", lambda parts, *more: merge(parts * float(parts.sum() > -1e9), *more)
+    )
+    with pytest.warns(UserWarning, match="_local_scalar_dense"):
+        decode("graph", prompt(), SPARSE)
+
+
+@pytest.mark.parametrize("at", ["capture", "replay"])
+def test_an_interrupt_leaves_the_cache_as_it_was(graphs, monkeypatch, at):
+    model, ids = llama(), prompt(1, 70)
+    with scout_hf.patch(model, **EXACT, hand_over="graph") as handle, torch.no_grad():
+        cache = handle.new_cache()
+        model(ids[:, :40], past_key_values=cache)
+        for place in range(40, 42 if at == "capture" else 46):
+            model(ids[:, place : place + 1], past_key_values=cache)
+        length, real = cache.get_seq_length(), getattr(graphs, at)
+
+        def interrupt(graph, *args):
+            real(graph, *args)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(graphs, at, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids[:, length : length + 1], past_key_values=cache)
+        monkeypatch.setattr(graphs, at, real)
+        assert cache.get_seq_length() == length
+        stock = llama()(ids).logits
+        for place in range(length, 70):
+            got = model(ids[:, place : place + 1], past_key_values=cache).logits[:, 0]
+            assert (got - stock[:, place]).abs().max() <= 3e-6
+
+
+def test_removal_copies_and_pickles():
+    model = llama()
+    assert "forward" not in model.model.__dict__
+    handle = scout_hf.patch(model, **EXACT, hand_over="graph")
+    run(model, prompt(), new=6)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.model.forward._forward.__self__ is twin.model
+        assert_close(run(twin, prompt(), new=8), run(llama(), prompt(), new=8))
+    handle.remove()
+    assert "forward" not in model.model.__dict__
+    with scout_hf.patch(model, **EXACT, hand_over="flags"):
+        assert "forward" not in model.model.__dict__
+
+
+@pytest.mark.parametrize(
+    "options", [{"budget": 0.3}, {"monitor": 1.0}, {"host_dtype": "int8"}, {"split": "off"}], ids=str
+)
+def test_what_no_graph_can_hold_runs_as_usual(graphs, options):
+    decode("graph", prompt(), SPARSE | options, new=8)
+    assert not graphs.made
+
+
+def test_hidden_states_of_all_layers_are_no_graphs_matter(graphs):
+    with scout_hf.patch(llama(), **EXACT, hand_over="graph") as handle:
+        got = run(handle.model, prompt(), output_hidden_states=True)
+    expected = run(llama(), prompt(), output_hidden_states=True)
+    for one, other in zip(got.hidden_states, expected.hidden_states):
+        assert all((a - b).abs().max() <= 1e-5 for a, b in zip(one, other))

@@ -1,0 +1,220 @@
+"""``TritonScout`` in whole models: the tests of two tiers once more, through both ways of handing over.
+
+The kernels are their torch references here, so that whole models run at speed; ``tests/triton`` proves that the kernels
+do the same. Slots and mailboxes begin as NaN, and jobs and copies may come late.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import threading
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import scout_hf  # noqa: E402
+from scout_hf import ScoutConfig  # noqa: E402
+from scout_hf.errors import CacheStateError  # noqa: E402
+from scout_hf.kernels.cpu.pool import CopyArgs, NativePool, quick  # noqa: E402
+from scout_hf.methods import hand_over, two_tiers_triton  # noqa: E402
+from scout_hf.methods.two_tiers_triton import TritonScout  # noqa: E402
+from tests.integration.common import (  # noqa: E402
+    LOSSY,
+    TWO_TIERS,
+    assert_close,
+    assert_equal,
+    left_padded,
+    llama,
+    logits,
+    prompt,
+    run,
+)
+from tests.integration.test_beside_stock import test_two_threads_on_one_model  # noqa: E402, F401
+from tests.integration.test_generate import (  # noqa: E402, F401
+    patched,
+    stock,
+    test_assisted_decoding,
+    test_batch_operations_of_a_cache,
+    test_cache_made_in_inference_mode_goes_on_without,
+    test_decoding_after_right_padding,
+    test_mode,
+    test_multi_turn,
+    test_multi_turn_with_holes,
+    test_prefix_used_twice,
+)
+from tests.integration.test_monitor import TRUTHS, test_what_is_told_is_true  # noqa: E402, F401
+from tests.integration.test_recall import (  # noqa: E402, F401
+    model,
+    test_a_profile_sets_the_interval_of_each_layer,
+    test_a_threshold_bounds_the_share_of_the_cpu,
+    test_an_interval_of_zero_never_recalls_that_layer,
+    test_recall_does_not_change_what_is_attended_when_everything_is,
+    test_without_recall_nothing_comes_back,
+)
+from tests.integration.test_sparse import INPUTS, TWO_TIER_CASES, check  # noqa: E402
+from tests.integration.test_trust import (  # noqa: E402, F401
+    test_a_layer_that_is_predicted_badly_attends_with_the_real_query,
+    test_a_layer_that_is_predicted_well_is_trusted_after_a_look,
+)
+from tests.libraries import ISAS  # noqa: E402
+from tests.triton import reference  # noqa: E402
+
+WAYS = ["join", "flags"] if ISAS else ["join"]
+SUBMIT = NativePool.submit
+
+
+@pytest.fixture(autouse=True, params=WAYS)
+def way(request, monkeypatch):
+    """Everything on two tiers goes through TritonScout, by this way."""
+    reference.install(monkeypatch)
+    make = hand_over.make_hand_over
+    monkeypatch.setattr(two_tiers_triton, "make_hand_over", lambda wanted, *args: make(request.param, *args))
+    return request.param
+
+
+@pytest.fixture(params=[8, 16])
+def settings(request):
+    return TWO_TIERS | {"block_size": request.param}
+
+
+def methods(output):
+    return [layer.method for layer in output.past_key_values.layers]
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("case", [name for name in TWO_TIER_CASES if name != "fewer residents than budget"])
+def test_what_is_attended_is_what_the_rules_say(case, inputs):
+    """With fewer slots than chosen blocks, the first ones get them here, the best ones in :class:`TwoTierScout`."""
+    check(INPUTS[inputs], TWO_TIER_CASES[case], "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("inputs", [prompt(2, 60), left_padded(0, 13, tokens=60)], ids=["rows", "padded"])
+@pytest.mark.parametrize(
+    "options", [{}, {"cpu_query": "real"}, {"recall": 3}, {"recall": 0.3}, {"recall": None}], ids=str
+)
+def test_both_variants_decode_alike(inputs, options, monkeypatch, way):
+    options = LOSSY | {"digest": "minmax", "resident": None} | options
+    with scout_hf.patch(llama(), **options) as handle:
+        got = run(handle.model, inputs, new=40)
+        assert {type(method) for method in methods(got)} == {TritonScout}
+        ours = handle.stats()
+    with scout_hf.patch(llama(), **options, gpu_kernels="torch") as handle:
+        expected = run(handle.model, inputs, new=40)
+        theirs = handle.stats()
+    assert_close(got, expected, 2e-5)
+    for one, other in zip(ours.layers, theirs.layers):
+        assert one.recalled_blocks == other.recalled_blocks and one.recalled_bytes == other.recalled_bytes
+        if way == "join":  # the last share is counted in the step that follows
+            assert one.attended_tokens == pytest.approx(other.attended_tokens, rel=1e-4)
+            assert one.cpu_ratio == pytest.approx(other.cpu_ratio)
+        else:
+            assert abs(one.attended_tokens - other.attended_tokens) <= 1.0
+            assert one.cpu_ratio is None or abs(one.cpu_ratio - other.cpu_ratio) < 0.03
+
+
+@pytest.mark.parametrize("inputs", [prompt(), left_padded(0, 13)], ids=["one row", "padded"])
+def test_not_one_logit_changes_when_jobs_and_copies_are_late(inputs, monkeypatch):
+    with scout_hf.patch(llama(), **LOSSY) as handle:
+        expected = run(handle.model, inputs, new=60)
+    late(monkeypatch)
+    for _ in range(2):
+        with scout_hf.patch(llama(), **LOSSY) as handle:
+            assert_equal(run(handle.model, inputs, new=60), expected)
+
+
+def late(monkeypatch):
+    """Every job of the pool and of Python's thread begins late."""
+    dice = random.Random(0)
+
+    def submit(self, *args, **options):
+        word = ctypes.c_uint64(0)
+        gate = CopyArgs(None, None, 0, 0)
+        at = {"flag": ctypes.addressof(word), "value": 1}
+        SUBMIT(self, quick(self.library, "scout_submit_copy"), gate, keep=word, **at)
+        threading.Timer(dice.random() * 0.004, setattr, (word, "value", 1)).start()
+        return SUBMIT(self, *args, **options)
+
+    attend_when = hand_over._attend_when
+
+    def attend_late(*args):
+        time.sleep(dice.random() * 0.004)
+        return attend_when(*args)
+
+    monkeypatch.setattr(NativePool, "submit", submit)
+    monkeypatch.setattr(hand_over, "_attend_when", attend_late)
+
+
+def test_not_waiting_is_seen(monkeypatch, way):
+    """That the test above can fail."""
+    with scout_hf.patch(llama(), **LOSSY) as handle:
+        expected = run(handle.model, prompt(), new=30)
+    late(monkeypatch)
+    if way == "flags":
+        monkeypatch.setattr(reference.KERNELS, "wait", lambda *args: None)
+    else:
+        monkeypatch.setattr(hand_over.Join, "result", lambda self, step: None)
+    with scout_hf.patch(llama(), **LOSSY) as handle:
+        got = run(handle.model, prompt(), new=30)
+    # What is read before it is there may be NaN, or old.
+    assert not torch.equal(logits(got), logits(expected))
+
+
+@pytest.mark.parametrize("call", [0, 3])
+def test_an_interrupt_in_the_middle_of_a_step(monkeypatch, way, call):
+    tiny, count = llama(), []
+    ids = prompt(1, 60)
+    with scout_hf.patch(tiny, **TWO_TIERS) as handle, torch.no_grad():
+        cache = handle.new_cache()
+        tiny(ids[:, :40], past_key_values=cache)
+        twin = cache.fork()
+        expected = [tiny(ids[:, at : at + 1], past_key_values=twin).logits for at in range(40, 60)]
+        late(monkeypatch)
+
+        def interrupt(*args):
+            count.append(1)
+            if len(count) == call + 1:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        real = reference.KERNELS.merge
+        monkeypatch.setattr(reference.KERNELS, "merge", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            tiny(ids[:, 40:41], past_key_values=cache)
+        for each in (cache.fork(), cache):
+            assert each.get_seq_length() == 40
+            for at, before in zip(range(40, 60), expected):
+                assert (tiny(ids[:, at : at + 1], past_key_values=each).logits - before).abs().max() <= 3e-6
+
+
+@pytest.mark.skipif("flags" not in WAYS, reason="needs the native library")
+def test_a_share_that_never_came_ends_the_run(monkeypatch, way):
+    if way != "flags":
+        pytest.skip("nothing is given up when the main thread waits")
+    with scout_hf.patch(llama(), **TWO_TIERS) as handle, torch.no_grad():
+        cache = handle.new_cache()
+        handle.model(prompt(), past_key_values=cache)
+        handle.model(prompt(1, 1), past_key_values=cache)
+        cache.layers[1].method._hand_over.mail.late.fill_(1)
+        with pytest.raises(CacheStateError, match="share number 1 of the CPU did not come in time"):
+            handle.model(prompt(1, 1), past_key_values=cache)
+
+
+def test_what_the_kernels_do_not_know_goes_the_other_way():
+    for options, dtype in (
+        ({"host_dtype": "int8"}, torch.float32),
+        ({}, torch.float64),
+        ({"gpu_kernels": "torch"}, torch.float32),
+    ):
+        with scout_hf.patch(llama(dtype=dtype), **TWO_TIERS | options) as handle:
+            assert not any(isinstance(method, TritonScout) for method in methods(run(handle.model, prompt(), new=2)))
+
+
+def test_kernels_that_cannot_run_are_refused(monkeypatch):
+    monkeypatch.setattr("scout_hf.kernels.device._load", lambda: None)
+    with pytest.raises(scout_hf.ConfigError, match="triton cannot be imported.*leave gpu_kernels='auto'"):
+        scout_hf.patch(llama(), **TWO_TIERS, gpu_kernels="triton")
+    assert ScoutConfig(gpu_kernels="triton").gpu_kernels == "triton"

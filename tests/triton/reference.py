@@ -1,0 +1,171 @@
+"""The kernels' interfaces with torch's operations on the CPU: fast enough to run whole models through ``TritonScout``.
+
+``tests/triton`` proves that the kernels do the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from types import SimpleNamespace
+
+import torch
+
+from scout_hf.fusion import Partial, fuse
+from scout_hf.kernels.attend import attend
+from scout_hf.kernels.triton.choose import Choice
+from scout_hf.kernels.triton.recall import Moves, run_of_blocks
+from scout_hf.methods.mailbox import Mailbox
+from scout_hf.selection import pick
+from scout_hf.stores.slots import MappedSlots
+from tests.unit.naive import poison
+
+
+def parts_for(device, lists, listed, block_size):
+    return 2 if listed > 1 else 1
+
+
+def attend_blocks(query, keys, values, scale, softcap=None, *, ids=None, first=0, lengths=None, exists=None, into):
+    batch, heads, listed, size, _ = keys.shape
+    first = int(first)
+    if ids is None:
+        ids = torch.arange(first, first + listed).expand(batch, heads, listed)
+    place = (ids[..., None] * size + torch.arange(size)).flatten(2)
+    real = (ids >= 0).repeat_interleave(size, 2)
+    if lengths is not None:
+        real = real & (place < lengths[:, None, None])
+    if exists is not None:
+        rows = torch.arange(batch)[:, None, None]
+        real = real & exists[rows, place.clamp(0, exists.shape[1] - 1)]
+    # What is not attended may be anything, also NaN.
+    keys, values = (part.flatten(2, 3).masked_fill(~real[..., None], 0) for part in (keys, values))
+    out, lse = into
+    cuts = [round(part * listed / lse.shape[2]) * size for part in range(lse.shape[2] + 1)]
+    for part, (low, high) in enumerate(zip(cuts, cuts[1:])):
+        span = slice(low, high)
+        found = attend(query, keys[:, :, span], values[:, :, span], scale, softcap, real[:, :, None, span])
+        out[:, :, part], lse[:, :, part] = found.out[:, :, 0], found.lse[:, :, 0]
+    return into
+
+
+def merge(parts, logs, more=None, more_logs=None):
+    empty = logs == -torch.inf
+    parts = parts.masked_fill(empty[..., None], 0)
+    given = [Partial(parts[:, :, [part]], logs[:, :, [part]]) for part in range(logs.shape[2])]
+    if more is not None:
+        given.append(Partial(more.masked_fill((more_logs == -torch.inf)[..., None], 0), more_logs.clone()))
+    return tuple(fuse(given))
+
+
+def choose(scores, count, sinks, exists, slots, most, open_count=None, out=None):
+    blocks = scores.shape[2] if open_count is None else int(open_count)
+    scores, exists = scores[:, :, :blocks], exists if exists is None else exists[:, :blocks]
+    out.wanted.zero_()
+    best = pick.choose(scores.clone(), count, sinks, exists)
+    usable = best.usable_or_all()
+    wanted = torch.zeros(*scores.shape[:2], blocks + 1, dtype=torch.uint8)
+    wanted.scatter_(2, torch.where(usable, best.ids, blocks), 1)
+    out.wanted[:, :, :blocks] = wanted[:, :, :blocks]
+    out.chosen_counts.copy_(usable.sum(2))
+    for row in range(len(scores)):
+        for head in range(scores.shape[1]):
+            absent = [b for b in out.wanted[row, head, :blocks].nonzero().flatten() if slots[row, head, b] < 0]
+            out.missing[row, head] = -7  # whoever reads on finds no block
+            out.missing[row, head, : len(absent)] = torch.tensor(absent, dtype=torch.int32)
+            out.missing_counts[row, head] = len(absent)
+    return out
+
+
+def plan_recall(ids, slot_of, choice, share=0.0, out=None):
+    moves = Moves(
+        *torch.full((2, *choice.missing.shape), -7, dtype=torch.int32), torch.zeros_like(choice.missing_counts)
+    )
+    absent, chosen = int(choice.missing_counts.sum()), int(choice.chosen_counts.sum())
+    if not absent or absent < float(share) * chosen:
+        return moves
+    for row in range(len(ids)):
+        for head in range(ids.shape[1]):
+            held = ids[row, head].tolist()
+            empty = [slot for slot, block in enumerate(held) if block < 0]
+            leaving = [slot for slot, block in enumerate(held) if block >= 0 and not choice.wanted[row, head, block]]
+            missing = choice.missing[row, head, : int(choice.missing_counts[row, head])].tolist()
+            for index, (slot, block) in enumerate(zip(empty + leaving, missing)):
+                if held[slot] >= 0:
+                    slot_of[row, head, held[slot]] = -1
+                ids[row, head, slot], slot_of[row, head, block] = block, slot
+                moves.slots[row, head, index], moves.blocks[row, head, index] = slot, block
+                moves.counts[row, head] += 1
+    return moves
+
+
+def copy_blocks(pages, moves, keys, values):
+    batch, heads, _, size, dim = keys.shape
+    half = size * dim * keys.element_size()
+    for row in range(batch):
+        for head in range(heads):
+            for index in range(int(moves.counts[row, head])):
+                source = int(pages[row, moves.blocks[row, head, index]]) + head * 2 * half
+                slot = int(moves.slots[row, head, index])
+                ctypes.memmove(keys[row, head, slot].data_ptr(), source, half)
+                ctypes.memmove(values[row, head, slot].data_ptr(), source + half, half)
+
+
+def adopt_block(first, new_keys, new_values, ids, slot_of, keys, values):
+    for row in range(len(ids)):
+        for head in range(ids.shape[1]):
+            free = (ids[row, head] < 0).nonzero().flatten().tolist()
+            if free:
+                slot = free[0]
+                ids[row, head, slot], slot_of[row, head, first] = first, slot
+                keys[row, head, slot], values[row, head, slot] = new_keys[row, head], new_values[row, head]
+
+
+def append_token(new_keys, new_values, keys, values, length, blocks, block_size):
+    place = int(length) - 1 - int(blocks) * block_size
+    keys[:, :, place : place + 1], values[:, :, place : place + 1] = new_keys, new_values
+
+
+def post(query, into, flag, number):
+    into.copy_(query)
+    number += 1
+    flag.copy_(number)
+
+
+def wait(word, number, late, turns=1 << 25):
+    begin = time.perf_counter()
+    while int(word) < int(number):
+        if time.perf_counter() - begin > 20:
+            late.copy_(number)
+            return
+        time.sleep(0)
+
+
+KERNELS = SimpleNamespace(
+    attend_blocks=attend_blocks, parts_for=parts_for, merge=merge, choose=choose, Choice=Choice,
+    adopt_block=adopt_block, append_token=append_token,
+    score=lambda *args, **options: None, encode=lambda *args: None, plan_recall=plan_recall, copy_blocks=copy_blocks,
+    run_of_blocks=run_of_blocks, post=post, wait=wait, INTERPRETED=True,
+)  # fmt: skip
+
+
+def install(monkeypatch):
+    """Send everything on two tiers through ``TritonScout`` with these; what is used again begins as NaN."""
+    monkeypatch.setattr("scout_hf.kernels.device._by_default", lambda device: True)
+    monkeypatch.setattr("scout_hf.kernels.device._load", lambda: KERNELS)
+    poison(monkeypatch)
+    begin_as_nan(monkeypatch)
+
+
+def begin_as_nan(monkeypatch):
+    """Slots and mailboxes that nobody has written to hold NaN."""
+    for kind, names in ((MappedSlots, ("keys", "values")), (Mailbox, ("query", "out", "lse"))):
+        monkeypatch.setattr(kind, "__init__", _then_fill(kind.__init__, names))
+
+
+def _then_fill(real, names):
+    def init(self, *args, **options):
+        real(self, *args, **options)
+        for name in names:
+            getattr(self, name).fill_(torch.nan)
+
+    return init
