@@ -27,6 +27,7 @@ Seed = Annotated[int, typer.Option(help="Decides documents and questions.")]
 Threads = Annotated[int, typer.Option(min=1, help="Of torch; more than the free cores slow a small model down.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the numbers as JSON, and a plot.")]
 Repeat = Annotated[int, typer.Option(min=3, help="Timed calls of each kind, in random order.")]
+Device = Annotated[str, typer.Option(help="A GPU: cuda, cuda:1; cpu shows that it runs, and measures nothing.")]
 SELECTED = [1024, 4096, 16384, 65536]
 CONTEXTS = [0, 32768, 131072]
 
@@ -119,6 +120,72 @@ def cpu_decode(
 
         sizes = (layers, prefill_tokens, prefill_layers, memory_tokens)
         finish(run(contexts, budget, block_size, threads, repeat, *sizes, tell=_tell))
+
+
+@bench.command("gpu-kernel")
+def gpu_kernel(
+    device: Device = "cuda",
+    heads: Annotated[list[str] | None, typer.Option(help="Query/KV heads, as in 32/8; several times.")] = None,
+    head_dim: Annotated[int, typer.Option(help="Size of a head.")] = 128,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows; may be given several times.")] = None,
+    context: Annotated[list[int] | None, typer.Option(help="Tokens, all attended; several times.")] = None,
+    block_size: Annotated[list[int] | None, typer.Option(help="Tokens per block; several times.")] = None,
+    selected: Annotated[int, typer.Option(help="Tokens of blocks that lie scattered.")] = 2048,
+    cache_tokens: Annotated[int, typer.Option(help="Tokens that they are scattered over.")] = 65536,
+    selected_batch: Annotated[int, typer.Option(min=1, help="Rows of these.")] = 16,
+    score_tokens: Annotated[list[int] | None, typer.Option(help="Contexts whose digests to score.")] = None,
+    score_batch: Annotated[int, typer.Option(min=1, help="Rows of these.")] = 8,
+    repeat: Annotated[int | None, typer.Option(min=3, help="Samples of each, in random order; 10.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few shapes: a look, in about two minutes.")] = False,
+    seed: Annotated[int, typer.Option(help="Decides queries, keys, values and selections.")] = 0,
+    out: Out = None,
+) -> None:
+    """The Triton decode kernel with and without L2 prefetch, beside torch, FlashInfer, FlashAttention; tunes it."""
+    with _benchmark(out, None) as finish:
+        from scout_hf.eval.bench.gpu_kernel import QUICK, parse_heads, run
+
+        given = {"batches": batch, "contexts": context, "block_sizes": block_size, "score_tokens": score_tokens}
+        given |= {"heads": [parse_heads(one) for one in heads or ()], "repeat": repeat}
+        sizes = (QUICK if quick else {}) | {name: value for name, value in given.items() if value}
+        scattered = {"selected": selected, "cache_tokens": cache_tokens, "selected_batch": selected_batch}
+        finish(run(device, head_dim=head_dim, score_batch=score_batch, seed=seed, tell=_tell, **scattered, **sizes))
+
+
+@bench.command("gpu-decode")
+def gpu_decode(
+    device: Device = "cuda",
+    model: Annotated[list[str] | None, typer.Option(help="llama-3-8b or qwen3-14b; both by default.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Cut the models to so many; figures say so.")] = None,
+    context: Annotated[list[int] | None, typer.Option(help="Tokens in the cache; several times.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows; may be given several times.")] = None,
+    arm: Annotated[list[str] | None, typer.Option(help="Such as 'stock' or 'scout flags'; all by default.")] = None,
+    steps: Annotated[int, typer.Option(min=3, help="Timed steps of each arm.")] = 32,
+    budget: Annotated[int, typer.Option(help="Tokens attended per step and layer.")] = 2048,
+    block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 32,
+    digest: Annotated[str, typer.Option(help="Digest whose scores are computed.")] = "minmax",
+    cpu_query: Annotated[str, typer.Option(help="As in ScoutConfig: auto, predicted or real.")] = "auto",
+    gpu_kernels: Annotated[str, typer.Option(help="As in ScoutConfig: auto, torch or triton.")] = "auto",
+    drift: Annotated[float, typer.Option(min=0, help="Share of the chosen blocks that changes per step.")] = 0.1,
+    compiled: Annotated[bool, typer.Option("--compile", help="Also a static cache with torch.compile.")] = False,
+    caps: Annotated[str, typer.Option(help="GiB, as in 24,40,80: the largest batch within each.")] = "",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPUs to use; as many as torch takes by itself.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides weights, keys and values.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what DIR/gpu_decode.json has.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for JSON and a plot; a run that was ended goes on there.")
+    ] = None,
+) -> None:
+    """Decode steps of random models shaped like real ones: stock caches beside Scout's hand-overs."""
+    with _benchmark(out, threads) as finish:
+        from scout_hf.eval.bench.gpu_decode import parse_caps, run
+
+        given = {"models": model, "contexts": context, "batches": batch, "arms": arm}
+        given = {name: value for name, value in given.items() if value}
+        given |= {"steps": steps, "budget": budget, "block_size": block_size, "digest": digest}
+        given |= {"cpu_query": cpu_query, "gpu_kernels": gpu_kernels, "drift_share": drift, "compiled": compiled}
+        given |= {"caps": parse_caps(caps), "threads": threads, "seed": seed, "layers": layers}
+        path = out / "gpu_decode.json" if out else None
+        finish(run(device, **given, path=path, fresh=fresh, tell=_tell))
 
 
 @harness.command("run", context_settings=PASSED_ON, help="Evaluate, with any option of lm-eval run; see run --help.")

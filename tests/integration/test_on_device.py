@@ -218,3 +218,13 @@ def test_kernels_that_cannot_run_are_refused(monkeypatch):
     with pytest.raises(scout_hf.ConfigError, match="triton cannot be imported.*leave gpu_kernels='auto'"):
         scout_hf.patch(llama(), **TWO_TIERS, gpu_kernels="triton")
     assert ScoutConfig(gpu_kernels="triton").gpu_kernels == "triton"
+
+
+def test_without_threads_of_its_own_the_cpu_is_waited_for(monkeypatch, way):
+    """In a process with one CPU a job runs when somebody waits for it, which nobody does who watches words."""
+    monkeypatch.setattr("scout_hf.kernels.cpu.pool.spare_workers", lambda threads: 0)
+    expected = run(llama(), prompt())
+    with scout_hf.patch(llama(), **TWO_TIERS) as handle:
+        got = run(handle.model, prompt())
+        assert all(type(method._hand_over) is hand_over.Join for method in methods(got))
+    assert_close(got, expected)

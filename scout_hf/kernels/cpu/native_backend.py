@@ -56,7 +56,9 @@ class NativeBackend(CpuBackend):
         return self._post(args, partial, (keep, store.memory()))
 
     def watches(self, query, store) -> bool:
-        return self._library is not None and _served(query) and store.native() is not None
+        # Where the pool has no threads, jobs run on the thread that waits for them; here none does.
+        known = self._library is not None and _served(query) and store.native() is not None
+        return known and self._pool.has_threads()
 
     def start_at(self, words, into, query, store, lists: BlockLists, scale, softcap=None, exists=None):
         flag, number, done = words

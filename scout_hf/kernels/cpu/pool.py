@@ -192,6 +192,10 @@ class NativePool:
         ticket.number = number
         return ticket
 
+    def has_threads(self) -> bool:
+        """Whether there is room for threads beside the main one."""
+        return self._room() != 0
+
     @property
     def cpu_ms(self) -> float:
         """CPU time that the running thread of a background pool has spent on jobs; 0 for other pools."""

@@ -1,0 +1,148 @@
+"""Selection that drifts as in a real text, for models with random weights, whose own scores do not.
+
+From one token of a real text to the next, 5 to 15 % of the blocks that matter change (ScoutAttention). Here scores
+follow a stationary random walk on the device, so large that the real scores beside it decide nothing; these are
+computed all the same, for what they cost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from scout_hf.kernels.device import find_kernels
+from scout_hf.selection import Digest, digest_names, make_digest, register_digest
+
+PREFIX = "drifting-"
+# Above any real score, and small enough for float32 to tell neighbours of the walk apart.
+SIZE = 1e6
+SPARE_BLOCKS = 64
+
+
+class Drifting(Digest):
+    """Mixed into a real digest: scores as the walk has them, at the cost of the real ones and of three small kernels.
+
+    ``correlation`` of the walk from one step to the next and ``gpu_kernels`` hold for all objects of all such digests:
+    set them before decoding.
+    """
+
+    correlation = 1.0
+    gpu_kernels = "auto"
+    # Native code would score by itself, and nothing could be added.
+    native = None
+    real: type[Digest]
+
+    _walk: torch.Tensor | None = None
+
+    def encode(self, keys: torch.Tensor, exists: torch.Tensor | None) -> torch.Tensor:
+        kernels, real = find_kernels(self.gpu_kernels, keys.device), self._as_real()
+        codes = None if kernels is None else kernels.encode(real, keys, exists)
+        return real.encode(keys, exists) if codes is None else codes
+
+    def score(self, query: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        kernels, real, scores = find_kernels(self.gpu_kernels, codes.device), self._as_real(), None
+        if kernels is not None and real.native is not None:
+            size = self._block_size(query, codes)
+            scores = kernels.score(real.native, real.prepare(query), codes, block_size=size)
+        scores = real.score(query, codes) if scores is None else scores
+        scores.add_(self.advance(scores))
+        return scores
+
+    def advance(self, like: torch.Tensor) -> torch.Tensor:
+        """One step of the walk, (batch, kv_heads, blocks) of float32 as ``like``; nothing waits for the device."""
+        blocks = like.shape[2]
+        held = 0 if self._walk is None else self._walk.shape[2]
+        if blocks > held:
+            if like.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "the walk of scores cannot begin while a graph is captured: every run would begin anew"
+                )
+            # More than the table of codes has room for, since a captured step scores all of it.
+            room = blocks + SPARE_BLOCKS + blocks // 4
+            grown = torch.empty((*like.shape[:2], room), dtype=torch.float32, device=like.device)
+            grown.normal_(0, SIZE)
+            if held:
+                grown[:, :, :held] = self._walk
+            self._walk = grown
+        walk, fresh = self._walk[:, :, :blocks], 1.0 - self.correlation
+        if fresh > 0:
+            # (1 - fresh) * walk + fresh * noise, whose variance stays what it is.
+            spread = SIZE * math.sqrt(1.0 - self.correlation**2) / fresh
+            walk.lerp_(torch.empty_like(like).normal_(0, spread), fresh)
+        return walk
+
+    def best(self, count: int, blocks: int) -> torch.Tensor:
+        """The ``count`` best of the first ``blocks`` blocks by the last step, bool (batch, kv_heads, blocks)."""
+        walk = self._walk[:, :, :blocks]
+        return torch.zeros_like(walk, dtype=torch.bool).scatter_(2, walk.topk(count, dim=2).indices, True)
+
+    def _as_real(self) -> Digest:
+        twin = object.__new__(self.real)
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def _block_size(self, query: torch.Tensor, codes: torch.Tensor) -> int:
+        return codes.shape[3] // (query.shape[3] // 8 + 1) if self.real.native == "sign" else 1
+
+
+def drifting(name: str) -> str:
+    """The name of a digest that costs what the one of that name costs, and drifts; registered if it was not."""
+    made = PREFIX + name
+    if made not in digest_names():
+        real = type(make_digest(name))
+        register_digest(type(f"Drifting{real.__name__}", (Drifting, real), {"name": made, "real": real}))
+    return made
+
+
+def watched_change(digests: list[Drifting], count: int, blocks: int, step: Callable[[], Any], steps: int) -> float:
+    """Make some steps more: the share of the ``count`` best blocks that the step before did not have, over all layers.
+
+    Of the walk and not of what Python saw: a captured step runs no Python.
+    """
+    shares, old = [], [digest.best(count, blocks) for digest in digests]
+    for _ in range(steps):
+        step()
+        new = [digest.best(count, blocks) for digest in digests]
+        shares += [1.0 - (one & other).sum() / other.sum() for one, other in zip(old, new)]
+        old = new
+    return float(torch.stack(shares).mean())
+
+
+def correlation_for(share: float, chosen: float) -> float:
+    """The walk's correlation at which that share of the best blocks changes in a step.
+
+    Parameters
+    ----------
+    share : float
+        Of the chosen blocks, in [0, 1).
+    chosen : float
+        Share of all blocks that is chosen, in (0, 1).
+    """
+    if not 0 <= share < 1.0 - chosen:
+        raise ValueError(
+            f"--drift {share}: {chosen:.0%} of the blocks are chosen, so at most {1 - chosen:.0%} of them can change "
+            "in a step; take 0.05 to 0.15 as in real texts, or a smaller --budget"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _changing(middle, chosen) > share else (low, middle)
+    return high
+
+
+def _changing(correlation: float, chosen: float) -> float:
+    """1 - P(both in the upper share | one is) of two normal numbers of that correlation, by integration."""
+    edge = math.sqrt(2) * float(torch.erfinv(torch.tensor(1 - 2 * chosen, dtype=torch.float64)))
+    x = torch.linspace(edge, edge + 10.0, 20001, dtype=torch.float64)
+    density = torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)
+    scale = math.sqrt(max(1e-18, 1 - correlation**2))
+    stays = torch.special.ndtr((correlation * x - edge) / scale)
+    return 1.0 - float(torch.trapezoid(density * stays, x)) / chosen
+
+
+def settings_for(correlation: float, gpu_kernels: str) -> None:
+    """Set what holds for all drifting digests."""
+    Drifting.correlation, Drifting.gpu_kernels = correlation, gpu_kernels

@@ -1,0 +1,407 @@
+"""Whole decode steps on a GPU: stock caches beside Scout's hand-overs, over contexts and batches, with memory capped.
+
+Models have the shape of real ones and random weights, caches hold random keys and values, and the choice of blocks
+drifts as in real text (:mod:`scout_hf.eval.bench.drift`). Every timed step adds a
+token to the cache and waits for the device, as ``generate`` does, and follows one that is not timed. What does not fit
+into memory is a result. Arms run one after the other, each with a cache of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import Cache, DynamicCache, StaticCache
+
+import scout_hf
+from scout_hf.cache_names import CACHE
+from scout_hf.config import HAND_OVERS
+from scout_hf.eval.bench import device as devices
+from scout_hf.eval.bench import drift, llama, machine
+from scout_hf.eval.bench.gpu_models import MODELS, fill, held_bytes, make_model, weight_bytes
+from scout_hf.eval.bench.idle import busy_ms
+from scout_hf.eval.bench.resume import Record
+from scout_hf.eval.bench.timing import interleave, timed
+from scout_hf.kernels.device import find_kernels
+
+CONTEXTS, BATCHES = (8192, 32768, 65536, 131072), (1, 8, 16, 32)
+
+STOCK, COMPILED = "stock", "stock compiled"
+OFFLOADED, OFFLOADED_STATIC = "stock offloaded", "stock offloaded_static"
+WAYS = tuple(way for way in HAND_OVERS if way != "auto")
+IN_LAYER = "scout in-layer"
+"""Not a layer ahead, and without recall."""
+
+ARMS = (STOCK, COMPILED, OFFLOADED, OFFLOADED_STATIC, *(f"scout {way}" for way in WAYS), IN_LAYER)
+
+WARM_UPS, PROFILED, WATCHED = 8, 3, 3
+# Steps over a link may take seconds.
+LONG_SECONDS, FEWEST = 20.0, 3
+MOST_BATCH = 256
+SETTINGS = ("device", "layers", "steps", "budget", "block_size", "digest", "cpu_query", "gpu_kernels", "drift",
+            "threads", "seed")  # fmt: skip
+"""What figures in one file must have in common."""
+
+
+def run(
+    device: str = "cuda",
+    models: Sequence[str] = tuple(MODELS),
+    layers: int | None = None,
+    contexts: Sequence[int] = CONTEXTS,
+    batches: Sequence[int] = BATCHES,
+    arms: Sequence[str] | None = None,
+    steps: int = 32,
+    budget: int = 2048,
+    block_size: int = 32,
+    digest: str = "minmax",
+    cpu_query: str = "auto",
+    gpu_kernels: str = "auto",
+    drift_share: float = 0.1,
+    compiled: bool = False,
+    caps: Sequence[float] = (),
+    threads: int | None = None,
+    seed: int = 0,
+    path: Path | None = None,
+    fresh: bool = False,
+    tell: Callable[[str], Any] = lambda line: None,
+) -> dict[str, Any]:
+    """Measure everything that is not in the file yet, and return all of it in a form that JSON takes.
+
+    Parameters
+    ----------
+    device : str
+        A GPU; on ``cpu`` both tiers are in host memory, and arms that need CUDA are skipped.
+    models : sequence of str
+        Keys of ``MODELS``.
+    layers : int or None
+        Cut the models to so many; None for all.
+    contexts, batches : sequence of int
+        Tokens in the cache, and rows.
+    arms : sequence of str or None
+        Of ``ARMS``; None for all, the compiled one only with ``compiled``.
+    steps : int
+        Timed steps of each arm; fewer, but at least three, where they would take longer than 20 s.
+    budget, block_size, cpu_query, gpu_kernels, threads
+        As in :class:`scout_hf.ScoutConfig`.
+    digest : str
+        The one that drifts, and whose cost is paid.
+    drift_share : float
+        Share of the chosen blocks that changes from step to step; 0 for none.
+    compiled : bool
+        Also a static cache with torch.compile.
+    caps : sequence of float
+        Memory of the device in GiB: also find the largest batch within each.
+    seed : int
+        Decides weights, keys and values.
+    path : Path or None
+        File for the record, written after every arm; what it has already is not measured again, unless ``fresh``.
+    tell : callable
+        Called with a line now and then.
+    """
+    settings = {name: value for name, value in locals().items() if name in SETTINGS} | {"drift": drift_share}
+    place = devices.find(device)
+    arms = _check(models, arms, steps, compiled, contexts, block_size, digest)
+    threads = threads or min(torch.get_num_threads(), len(machine.usable_cpus()))
+    settings["threads"] = threads
+    options = {"budget": budget, "block_size": block_size, "cpu_query": cpu_query, "gpu_kernels": gpu_kernels}
+    options |= {"digest": drift.drifting(digest), "threads": threads, "split": "cpu" if place.type == "cpu" else "auto"}
+    scout_hf.ScoutConfig(**options)
+    find_kernels(gpu_kernels, place)
+    for context in contexts:
+        _correlation(options, drift_share, context)
+    file = Record(path, fresh, settings)
+    file.begin(place)
+    jobs = [("arms", name, context, batch, arm)
+            for name in models for context in contexts for batch in batches for arm in arms]  # fmt: skip
+    jobs += [("largest", name, context, cap, arm)
+             for name in models for context in contexts for cap in caps for arm in arms]  # fmt: skip
+    with machine.measuring(threads, tell) as company, tqdm(total=len(jobs), desc="gpu-decode", leave=False) as progress:
+        for name in models:
+            todo = [job for job in jobs if job[1] == name and not file.has(*job)]
+            progress.update(sum(job[1] == name for job in jobs) - len(todo))
+            if not todo:
+                continue
+            tell(f"making {name} with random weights")
+            make = functools.partial(_Bench, name, layers, place, options, drift_share, steps, seed, file.record)
+            bench = devices.outcome(make, place)
+            for part, _, context, size, arm in todo:
+                progress.set_postfix_str(f"{name}, {context} tokens, {size}, {arm}")
+                if isinstance(bench, dict):  # no room for the model itself
+                    found = bench
+                elif part == "largest":
+                    found = bench.largest(arm, context, size)
+                else:
+                    found = file.smaller_failed(name, context, size, arm) or bench.measure(arm, context, size)
+                file.add(part, name, context, size, arm, found)
+                progress.update()
+            del bench
+            devices.release(place)
+        file.record["company"] = company.record()
+    return file.record | {"ratios": _ratios(file.record["arms"])}
+
+
+class _Bench:
+    """One model on its device."""
+
+    def __init__(self, name, layers, device, options, share, steps, seed, record):
+        self.device, self.options, self.share = device, options, share
+        self.steps, self.seed, self.facts = steps, seed, record["device"]
+        self.model = make_model(MODELS[name], layers, device, seed)
+        config = self.model.config
+        record["models"][name] = {
+            **{size: getattr(config, size) for size in llama.SHAPE},
+            "whole": config.num_hidden_layers == MODELS[name]["num_hidden_layers"],
+            "weight_bytes": weight_bytes(self.model),
+            "kv_bytes_per_token": llama.kv_bytes_per_token(config),
+        }
+
+    def measure(self, arm: str, context: int, batch: int) -> dict[str, Any]:
+        """One arm, or why there are no figures."""
+        measure = functools.partial(self._measure, arm, context, batch)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            found = self._reason(arm, context, batch) or devices.outcome(measure, self.device)
+        devices.release(self.device)
+        # Such as that a hand-over gave way to another.
+        said = {devices.first_line(one.message) for one in caught}
+        return found | ({"warnings": sorted(said)} if said else {})
+
+    def largest(self, arm: str, context: int, cap_gib: float) -> dict[str, Any]:
+        """The most rows, a power of two, that decode within so much memory of the device; and how fast."""
+        if self.device.type != "cuda":
+            return {"skipped": "memory is capped by CUDA's allocator; it takes --device cuda"}
+        share = min(1.0, cap_gib * 2**30 / torch.cuda.get_device_properties(self.device).total_memory)
+        torch.cuda.set_per_process_memory_fraction(share, self.device)
+        try:
+            return largest_power(functools.partial(self.measure, arm, context), MOST_BATCH) | {"capped": share < 1.0}
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+
+    def _reason(self, arm: str, context: int, batch: int) -> dict[str, str] | None:
+        """Why an arm cannot run here."""
+        if self.device.type != "cuda" and arm not in (STOCK, "scout join", "scout flags", IN_LAYER):
+            return {"skipped": "needs CUDA: its streams or graphs"}
+        if arm in [f"scout {way}" for way in WAYS if way != "join"]:
+            if find_kernels(self.options["gpu_kernels"], self.device) is None:
+                return {"skipped": "this hand-over needs Triton kernels; see gpu_kernels of ScoutConfig"}
+            if len(machine.usable_cpus()) < 2:
+                return {"skipped": "while the device waits, the CPU needs a core of its own: --threads 2 or more"}
+        if arm in (STOCK, COMPILED):
+            return None
+        need = context * batch * llama.kv_bytes_per_token(self.model.config)
+        try:
+            machine.check_memory(int(1.15 * need), "lower --context, --batch or --layers")
+        except ValueError as error:
+            return {"skipped": f"host memory: {error}"}
+        return None
+
+    def _measure(self, arm: str, context: int, batch: int) -> dict[str, Any]:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with self._decoding(arm, context, batch) as (cache, step, handle):
+            seconds = _warm_up(step)
+            if handle:
+                handle.reset_stats()
+            count = min(self.steps, max(FEWEST, int(LONG_SECONDS / seconds)))
+
+            def after_another():
+                # As in decoding: the CPU's threads are awake, and nothing else lies between.
+                step()
+                return step
+
+            timing = interleave({arm: after_another}, count, self.seed)[arm]
+            stats = handle and handle.stats()
+            record = timing.record()
+            milliseconds = record["median_ms"]
+            busy = busy_ms(step, PROFILED, self.device)
+            held = held_bytes(cache, self.device)
+            found = {
+                **record,
+                "tokens_per_s": 1e3 * batch / milliseconds,
+                "device_kv_bytes": held["device"],
+                "host_kv_bytes": held["host"],
+                "device_peak_bytes": self._peak(),
+                "gpu_idle_share": busy and max(0.0, 1.0 - busy["busy"] / milliseconds),
+                "gpu_wait_share": busy and min(1.0, busy["waiting"] / milliseconds),
+                **self._limit(cache, held),
+            }
+            if stats:
+                found |= {
+                    "cpu_ratio": stats.cpu_ratio,
+                    "join_wait_ms": stats.join_wait_ms,
+                    "recalled_bytes_per_step": stats.recalled_bytes / stats.steps,
+                    "attended_tokens": stats.attended_tokens,
+                    "cosine": stats.cosine,
+                    "as": _variant(cache),
+                    **self._drift(cache, context, step),
+                }
+        return {name: None if _is_odd(value) else value for name, value in found.items()}
+
+    @contextlib.contextmanager
+    def _decoding(self, arm: str, context: int, batch: int) -> Iterator[tuple[Cache, Callable, Any]]:
+        """A filled cache, a step with it, and the handle of a patched model."""
+        handle, call = None, self.model
+        if arm not in (STOCK, COMPILED, OFFLOADED, OFFLOADED_STATIC):
+            way = {"layer_ahead": False, "recall": None} if arm == IN_LAYER else {"hand_over": arm.split(" ", 1)[1]}
+            drift.settings_for(_correlation(self.options, self.share, context), self.options["gpu_kernels"])
+            handle = scout_hf.patch(self.model, **self.options, **way)
+        try:
+            cache = handle.new_cache() if handle else self._stock_cache(arm, context)
+            if arm == COMPILED:
+                call = torch.compile(self.model, mode="reduce-overhead", dynamic=False)
+            with torch.no_grad():
+                fill(cache, self.model.config, batch, context, self.device, self.seed)
+            ids = torch.ones((batch, 1), dtype=torch.long, device=self.device)
+
+            @torch.no_grad()
+            def step():
+                call(input_ids=ids, **{CACHE: cache}, use_cache=True)
+                devices.wait(self.device)
+
+            yield cache, step, handle
+        finally:
+            if handle:
+                handle.remove()
+            if arm == COMPILED:
+                torch.compiler.reset()
+
+    def _stock_cache(self, arm: str, context: int) -> Cache:
+        # As generate() makes them for each cache_implementation.
+        config, offloading = self.model.config, {"offloading": True} if arm in (OFFLOADED, OFFLOADED_STATIC) else {}
+        if arm in (STOCK, OFFLOADED):
+            return DynamicCache(config=config, **offloading)
+        room = context + WARM_UPS + 2 * self.steps + PROFILED
+        return StaticCache(config=config, max_cache_len=room, **offloading)
+
+    def _drift(self, cache: Cache, context: int, step: Callable) -> dict[str, float | None]:
+        """What selection did, and what its walk costs each step, as the device is given nothing else."""
+        selectors = [layer.method.selector for layer in cache.scout_layers]
+        walks = [one.digest for one in selectors]
+        chosen, blocks = _chosen(self.options, context)
+        if chosen >= blocks:
+            return {"drift_measured": None, "drift_ms": None}
+        measured = drift.watched_change(walks, chosen, blocks, step, WATCHED)
+        like = torch.zeros((*selectors[0].table.codes().shape[:2], blocks), device=self.device)
+
+        def walk():
+            for one in walks:
+                like.add_(one.advance(like))
+            devices.wait(self.device)
+
+        walk()
+        cost = interleave({"walk": lambda: walk}, 5)["walk"]
+        return {"drift_measured": measured, "drift_ms": 1e3 * cost.median}
+
+    def _limit(self, cache: Cache, held: dict[str, int]) -> dict[str, float | None]:
+        """What a step must move at least, and the time that the device's own rates leave for it."""
+        weights, copy, link = weight_bytes(self.model), self.facts["copy"], self.facts["link"]
+        over_link = held["host"] if getattr(cache, "offloading", False) else 0
+        moved = weights + held["device"] + held["digests"]
+        limit = None
+        if copy and link:
+            limit = max(moved / copy["gb_per_s"], over_link / link["gb_per_s"]) / 1e6
+        return {"least_device_bytes": moved, "least_link_bytes": over_link, "limit_ms": limit}
+
+    def _peak(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+
+
+# -- parts that stand for themselves --------------------------------------------------------------------------------
+
+
+def _warm_up(step: Callable[[], Any]) -> float:
+    """Some steps, and seconds of the fastest; fewer of slow ones, but for the first, which compile and capture."""
+    taken = []
+    while len(taken) < WARM_UPS and (len(taken) < FEWEST or sum(taken) < LONG_SECONDS / 2):
+        taken.append(timed(step))
+    return min(taken)
+
+
+def _is_odd(value: Any) -> bool:
+    """Whether JSON has no way to write this number."""
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def largest_power(measure: Callable[[int], dict[str, Any]], most: int) -> dict[str, Any]:
+    """The largest power of two up to ``most`` that ``measure`` gives a time for, by halving, and what it gave.
+
+    ``stopped_by`` is what it gave for the next one; None where ``most`` was reached.
+    """
+    low, high = -1, most.bit_length()  # fits, does not fit
+    best, stopped = None, None
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = measure(1 << middle)
+        if "median_ms" in found:
+            low, best = middle, found
+        else:
+            high, stopped = middle, found
+    return {"largest_batch": 0 if best is None else 1 << low, "at_largest": best, "stopped_by": stopped}
+
+
+def parse_caps(text: str) -> list[float]:
+    """Numbers of GiB from ``24,40,80``; none from an empty text."""
+    try:
+        caps = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        caps = [0.0]
+    if any(not 0 < cap < float("inf") for cap in caps):
+        raise ValueError(f"--caps {text}: allowed are numbers of GiB above 0 with commas between; try 24,40,80")
+    return caps
+
+
+def _chosen(options: dict[str, Any], context: int) -> tuple[int, int]:
+    """Blocks that are chosen, and those to choose from."""
+    config = scout_hf.ScoutConfig(**options)
+    recent = config.blocks(config.window)
+    return max(1, config.blocks(config.budget) - recent), context // config.block_size - recent
+
+
+def _correlation(options: dict[str, Any], share: float, context: int) -> float:
+    chosen, blocks = _chosen(options, context)
+    return 1.0 if chosen >= blocks or not share else drift.correlation_for(share, chosen / blocks)
+
+
+def _variant(cache: scout_hf.ScoutCache) -> str:
+    """What really ran: the method, and how it handed over (a way that cannot be had gives way to another)."""
+    method = cache.scout_layers[-1].method
+    way = getattr(method, "_hand_over", None)
+    return type(method).__name__ + (f", {type(way).__name__}" if way is not None else "")
+
+
+def _ratios(arms: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Stock times by Scout's, of one run only."""
+    rows = []
+    for ours in arms:
+        if "median_ms" not in ours or ours["arm"].startswith("stock"):
+            continue
+        same = {name: ours[name] for name in ("model", "context", "batch", "run")}
+        beside = [one for one in arms if same.items() <= one.items() and one["arm"].startswith("stock")]
+        found = {one["arm"]: one["median_ms"] / ours["median_ms"] for one in beside if "median_ms" in one}
+        rows.append(same | {"arm": ours["arm"], "times_faster_than": found})
+    return rows
+
+
+def _check(models, arms, steps: int, compiled: bool, contexts, block_size: int, digest: str) -> tuple[str, ...]:
+    """The arms to run."""
+    if unknown := [name for name in models if name not in MODELS]:
+        raise ValueError(f"--model {unknown[0]}: allowed are {', '.join(MODELS)}; try llama-3-8b")
+    if unknown := [name for name in arms or () if name not in ARMS]:
+        raise ValueError(f"--arm {unknown[0]!r}: allowed are {', '.join(map(repr, ARMS))}; try 'scout join'")
+    if digest == "auto":
+        raise ValueError(
+            "--digest auto: name the one whose scores are to be computed, such as minmax or sign; try minmax"
+        )
+    if steps < 3:
+        raise ValueError(f"--steps {steps}: medians take 3 or more; try 32")
+    scout_hf.ScoutConfig(block_size=block_size)
+    if min(contexts) < 4 * block_size:
+        raise ValueError(f"--context {min(contexts)}: take at least 4 blocks of {block_size}; try {64 * block_size}")
+    return tuple(arms or (arm for arm in ARMS if compiled or arm != COMPILED))
