@@ -6,7 +6,9 @@ the host keeps is brought up to date beside it. Where a step cannot be captured 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -82,17 +84,29 @@ class Clock:
 
 
 class CudaGraph:
-    """One captured graph of a CUDA device."""
+    """One captured graph of a CUDA device, captured on the stream given."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, stream: Any = None):
+        self.device, self._stream = device, stream
         self._graph = torch.cuda.CUDAGraph()
 
     def capture(self, run: Callable[[], Any], join: Callable[[], None]) -> Any:
         """Capture what ``run`` launches, and what ``join`` adds at its end; what ``run`` returns is filled later."""
-        with torch.cuda.device(self.device), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            result = run()
-            join()
+        pool, before = torch.cuda.graph_pool_handle(), torch.cuda.current_stream(self.device)
+        # Relaxed: kernels may be loaded at their first launch, which is here.
+        how = {"pool": pool, "stream": self._stream, "capture_error_mode": "relaxed"}
+        try:
+            with torch.cuda.device(self.device), torch.cuda.graph(self._graph, **how):
+                try:
+                    result = run()
+                finally:
+                    join()
+        except BaseException:
+            # torch ends a failed capture half way (before 2.12).
+            torch.cuda.set_stream(before)
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self.device.index, pool)
+            raise
         return result
 
     def replay(self) -> None:
@@ -109,12 +123,12 @@ class Capture:
     """The captured step of one cache."""
 
     def __init__(self):
-        self.steps, self.failed = 0, False
+        self.steps = 0
         self.graph: CudaGraph | None = None
         self.clock: Clock | None = None
         self.key: Any = None
         self.inputs: dict[str, torch.Tensor] = {}
-        self.output: Any = None
+        self.output: tuple[type, dict[str, torch.Tensor]] | None = None
         self.tokens = 0
 
     def holds(self, step: Step, key: Any) -> bool:
@@ -123,6 +137,10 @@ class Capture:
             return False
         marks = self.clock.exists
         return marks is None or self.tokens + 1 == step.tokens <= marks.shape[1]
+
+
+class _CaptureError(Exception):
+    """A step could not be captured; the cause says why."""
 
 
 class StepGraphs:
@@ -137,43 +155,59 @@ class StepGraphs:
     def __init__(self, forward: Callable[..., Any]):
         self._forward = forward
         self._names = list(inspect.signature(forward).parameters)
+        self._config = getattr(getattr(forward, "__self__", None), "config", None)
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
         self._captures: weakref.WeakKeyDictionary[ScoutCache, Capture] = weakref.WeakKeyDictionary()
+        self._streams: dict[torch.device, Any] = {}
+        self._failed = False
+        # Jobs of two threads that are expected in one order and posted in another would wait for each other: all passes
+        # with a ScoutCache take turns here, captured or not.
+        self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_captures"}
+        return {name: self.__dict__[name] for name in ("_forward", "_names", "_config")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _captures=weakref.WeakKeyDictionary())
+        self.__dict__.update(state)
+        self._begin_anew()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         step = active_step()
+        if step is None:
+            return self._forward(*args, **kwargs)
+        with self._lock:
+            return self._pass(step, args, kwargs)
+
+    def _pass(self, step: Step, args: tuple, kwargs: dict[str, Any]) -> Any:
         given = {**dict(zip(self._names, args)), **kwargs}
-        if step is not None and step.mask is None and given.get("position_ids") is None:
+        if step.mask is None and given.get("position_ids") is None:
             # As models do themselves, but from a number of the host.
             inputs = next(given[name] for name in INPUTS if given.get(name) is not None)
             given["position_ids"] = torch.full((1, 1), step.tokens - 1, device=inputs.device)
-        key = None if step is None else self._key(step, given)
+        key = None if self._failed else self._key(step, given)
         if key is None:
             return self._forward(*args, **kwargs)
         capture = self._captures.setdefault(step.cache, Capture())
         capture.steps += 1
-        if capture.failed or capture.steps <= WARM_STEPS:
+        if capture.steps <= WARM_STEPS:
             return self._forward(*args, **kwargs)
-        if capture.holds(step, key):
-            return self._run(step, capture, given)
         try:
+            if capture.holds(step, key):
+                return self._run(step, capture, given)
             self._capture(step, capture, given, key)
-        except BaseException as error:
+            return self._finish(step, capture)
+        except _CaptureError as failed:
             # Nothing has moved on yet: the step can be made as usual.
-            self._abandon(step, capture)
+            error = failed.__cause__
             if not isinstance(error, Exception):
-                raise
-            capture.failed = True
+                raise error from None
+            self._failed = True
             warnings.warn(
                 f"hand_over='graph' goes on without graphs: a step could not be captured: {error}", stacklevel=2
             )
             return self._forward(*args, **kwargs)
-        return self._finish(step, capture)
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
@@ -184,6 +218,7 @@ class StepGraphs:
         usual = usual and not torch.is_grad_enabled() and all(isinstance(method, TritonScout) for method in methods)
         known = (*INPUTS, CACHE, "past_key_values", "attention_mask", "use_cache", "return_dict", "cache_position")
         usual = usual and "position_ids" in self._names and given.get("position_ids") is not None
+        usual = usual and not self._asks_the_device()
         if not usual or any(value is not None for name, value in given.items() if name not in known):
             return None
         devices = {method.kv.device for method in methods}
@@ -193,25 +228,42 @@ class StepGraphs:
         if None in layers or len({method.kv.host.blocks for method in methods}) != 1:
             return None
         inputs = tuple((name, given[name].shape) for name in INPUTS if given.get(name) is not None)
-        return inputs, step.mask is None, layers
+        return inputs, step.mask is None, torch.is_inference_mode_enabled(), layers
+
+    def _asks_the_device(self) -> bool:
+        """Whether the model itself makes steps that no graph can hold, or gives out more than its last states."""
+        config = self._config
+        ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        kinds = [ropes, *(part for part in ropes.values() if isinstance(part, dict))]
+        grows = any(part.get("rope_type", part.get("type")) in ("dynamic", "longrope") for part in kinds)
+        return grows or any(getattr(config, f"output_{what}", False) for what in ("hidden_states", "attentions"))
 
     def _capture(self, step: Step, capture: Capture, given: dict[str, Any], key: Any) -> None:
         self.fold(step.counters)
         device = step.cache.layers[0].method.kv.device
-        capture.clock = Clock(len(step.cache.layers), device, step.mask)
-        capture.inputs = {name: given[name].clone() for name in INPUTS if given.get(name) is not None}
-        capture.graph, capture.key = CudaGraph(device), key
+        if device.type == "cuda" and device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        # Tensors that are written to in any mode.
+        with torch.inference_mode(False), torch.no_grad():
+            capture.clock = Clock(len(step.cache.layers), device, step.mask)
+            capture.inputs = {name: given[name].clone() for name in INPUTS if given.get(name) is not None}
+        capture.graph, capture.key = CudaGraph(device, self._streams.get(device)), key
         fixed = {name: value for name, value in given.items() if name not in (*INPUTS, "attention_mask")}
-        self._expect(step, capture)
-
-        def run() -> Any:
-            return self._forward(**fixed, **capture.inputs)
-
-        step.clock = capture.clock
         try:
-            capture.output = capture.graph.capture(run, lambda: step.links.join_captured(device))
+            self._expect(step, capture)
+            step.clock = capture.clock
+            step.links.forget_captured(device)
+            output = capture.graph.capture(
+                lambda: self._forward(**fixed, **capture.inputs), lambda: step.links.join_captured(device)
+            )
+        except BaseException as error:
+            self._abandon(step, capture)
+            raise _CaptureError from error
         finally:
             step.clock = None
+        # Without the cache, which would keep itself alive.
+        kept = {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
+        capture.output = type(output), kept
 
     def _run(self, step: Step, capture: Capture, given: dict[str, Any]) -> Any:
         try:
@@ -234,9 +286,9 @@ class StepGraphs:
         for layer in step.cache.layers:
             layer.incoming = None
             layer.method.after_run(step)
-        # The next run overwrites the tensor, not what the caller keeps of it.
-        output = dict(capture.output) | {"last_hidden_state": capture.output["last_hidden_state"].clone()}
-        return type(capture.output)(**output)
+        kind, kept = capture.output
+        # The next run overwrites the tensors, not what the caller keeps of them.
+        return kind(**{name: value.clone() for name, value in kept.items()}, past_key_values=step.cache)
 
     def fold(self, counters: Counters) -> None:
         """Count what captured steps have recalled since the last time."""
@@ -252,6 +304,9 @@ class StepGraphs:
     def _abandon(self, step: Step, capture: Capture) -> None:
         """The step that the CPU expects will not run: nothing may wait for it."""
         capture.graph = None
+        for device in {layer.method.kv.device for layer in step.cache.layers}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # the step before may still be running
         for layer in step.cache.layers:
             layer.incoming = None
             layer.method.abandon_run()

@@ -196,6 +196,8 @@ class Handle:
             if self._prepare_before is not None:
                 self.model.__dict__[PREPARE] = self._prepare_before
         self._monitor.close()
+        for device in {weight.device for weight in self._decoder.parameters() if weight.is_cuda}:
+            torch.cuda.synchronize(device)  # jobs that a stream still waits for must not be dropped
         self._backend.close()
         self._movers.close()
 

@@ -92,7 +92,10 @@ class Step:
         """``mask`` on the device of a layer."""
         if device not in self._masks:
             known = self.mask_here is not None and device.type == "cpu"
-            self._masks[device] = self.mask_here if known else self.mask.to(device)
+            mask = self.mask_here if known else self.mask
+            if device.type == "cuda" and mask.device.type == "cpu":
+                mask = mask.pin_memory()  # else the copy would wait for the device
+            self._masks[device] = mask.to(device, non_blocking=True)
         return self._masks[device]
 
     def length(self, device: torch.device) -> torch.Tensor:

@@ -17,10 +17,13 @@ from scout_hf.methods.mailbox import Mailbox
 
 
 class HandOver(ABC):
-    """One layer's share under way, at most one at a time; its lists and query go through ``mail``."""
+    """One layer's share under way, at most one at a time; its lists and query go through ``mail``.
+
+    ``lost``: host and device no longer agree; nothing more may be started.
+    """
 
     def __init__(self, mail: Mailbox):
-        self.mail = mail
+        self.mail, self.lost = mail, False
 
     @abstractmethod
     def start(self, step, query: torch.Tensor, job: tuple) -> None:
@@ -36,6 +39,9 @@ class HandOver(ABC):
     @abstractmethod
     def finished(self) -> int | None:
         """Tokens that the last share attended, over rows and KV heads, once; None while it is not known."""
+
+    def uncounted(self) -> None:
+        """The share under way is not to be told of by ``finished``."""
 
     @abstractmethod
     def drain(self) -> None:
@@ -72,6 +78,9 @@ class Join(HandOver):
         tokens, self._tokens = self._tokens, None
         return tokens
 
+    def uncounted(self):
+        self._tokens = None
+
     def drain(self):
         ticket, self._ticket = self._ticket, None
         if ticket is not None:
@@ -85,13 +94,17 @@ class Flags(HandOver):
         super().__init__(mail)
         self._kernels = kernels
         self._ticket: Any = None
-        self._posted = 0
+        self._posted, self._counts = 0, True
 
     def start(self, step, query, job):
         self.check()
         # First the device: a word that comes before anybody watches for it is seen all the same.
         self.post(query)
-        self.expect(step, job)
+        try:
+            self.expect(step, job)
+        except BaseException:
+            self.lost = True  # the device counts one more than the host from now on
+            raise
 
     def check(self) -> None:
         """Raise CacheStateError if the stream once gave up waiting for the CPU."""
@@ -112,6 +125,7 @@ class Flags(HandOver):
         mail = self.mail
         self._posted += 1
         words = (mail.flag, self._posted, mail.done)
+        self._counts = True
         self._ticket = step.backend.start_at(words, (mail.out, mail.lse), mail.query, job[0], mail.lists(), *job[1:])
 
     def result(self, step):
@@ -123,10 +137,21 @@ class Flags(HandOver):
         if self._ticket is None or not self._ticket.done():
             return None
         ticket, self._ticket = self._ticket, None
-        return ticket.wait().tokens
+        tokens = ticket.wait().tokens
+        return tokens if self._counts else None
+
+    def uncounted(self):
+        self._counts = False
 
     def drain(self):
         ticket, self._ticket = self._ticket, None
+        number = self.mail.number
+        if number.is_cuda:
+            try:
+                # What was posted arrives, and nothing on the device still waits for this mailbox.
+                torch.cuda.synchronize(number.device)
+            except RuntimeError:
+                self.mail.flag.fill_(self._posted)  # from a broken device nothing comes any more
         if ticket is not None:
             ticket.drain()
 

@@ -40,11 +40,16 @@ class Mailbox:
         self.missing = torch.empty((batch, kv_heads, room), **lists)
         self.missing_counts, self.chosen_counts = torch.zeros((2, batch, kv_heads), **lists)
         self.out = torch.zeros(query.shape, dtype=torch.float32, device="cpu", pin_memory=pin)
-        self.lse = torch.full((batch, heads, 1), -torch.inf, device="cpu", pin_memory=pin)
+        self.lse = torch.full((batch, heads, 1), -torch.inf, dtype=torch.float32, device="cpu", pin_memory=pin)
         # A line of the CPU's cache each: the one that a thread watches is not the one that another writes.
         words = torch.zeros((3, 16), dtype=torch.int64, device="cpu", pin_memory=pin)
         self.flag, self.done, self.late = (line[:1] for line in words)
         self.number = torch.zeros(1, dtype=torch.int64, device=query.device)
+        if pin:
+            # The allocator of pinned memory does not see what Triton launches: a copy on this stream lets it wait for
+            # the stream before it gives this memory to others.
+            for part in (self.query, self.missing, self.missing_counts, self.out, self.lse, words):
+                part.to(query.device, non_blocking=True)
 
     @property
     def room(self) -> int:

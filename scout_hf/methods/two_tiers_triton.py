@@ -111,8 +111,10 @@ class TritonScout(TwoTierScout):
         if scores is None:
             scores = torch.zeros((query.shape[0], self.kv_heads, blocks), dtype=torch.float32, device=query.device)
         self._most = min(blocks, count if isinstance(count, int) else int(count.max()))
+        if isinstance(count, torch.Tensor):
+            count = count.to(query.device, non_blocking=True)
         self._mail(step, query, self._most)
-        self._make_room(blocks)
+        self._make_room(blocks + 1)  # a block that is adopted must not outgrow what a recall looks at
         self._choose(scores, count, exists)
 
     def _select_by_clock(self, step, query: torch.Tensor) -> None:
@@ -144,7 +146,7 @@ class TritonScout(TwoTierScout):
     def _mail(self, step, query: torch.Tensor, room: int) -> Mailbox:
         """The mailbox, with what the step before left in it taken out."""
         self._tally_share(step)
-        if self._hand_over is None or not self._hand_over.mail.fits(query, room):
+        if self._hand_over is None or self._hand_over.lost or not self._hand_over.mail.fits(query, room):
             if self._hand_over is not None:
                 self._hand_over.drain()
             mail = Mailbox(query, self.kv_heads, room + max(SPARE_BLOCKS, room // 8))
@@ -180,12 +182,13 @@ class TritonScout(TwoTierScout):
     def _attend_on_cpu(self, step, query: torch.Tensor) -> Partial | None:
         self._start_cpu(step, query)
         share = self._hand_over.result(step)
-        self._hand_over.finished()
+        self._hand_over.uncounted()
         return None if share is None else Partial(*share)
 
     def _attend_here(self, step, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        clock, exists = step.clock, None if step.mask is None else step.padding(query.device)
+        clock, exists = step.clock, None
         if clock is None:
+            exists = None if step.mask is None else step.padding(query.device)
             where = {"first": self.kv.host.blocks, "lengths": step.length(query.device)}
             spans = [(*self.kv.tail_blocks(), where)]
             self._attended = self._attended + self._tokens_here(step)
@@ -269,8 +272,7 @@ class TritonScout(TwoTierScout):
         A block so new takes an empty slot after the step's recall, in a plain step before it.
         """
         self.kv.grew(1)
-        self._recalled = Mark()  # the copies have ended within the step
-        self.resident.recalled()
+        self.resident.recalled(self.kv.host.blocks)
         context = self.kv.length if step.mask is None else step.row_tokens().float().mean()
         step.counters.attended(self.layer_idx, context, self._tokens_here(step))
         self._write_back(step)
@@ -287,8 +289,8 @@ class TritonScout(TwoTierScout):
     def _adopt(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         slots = self.resident
         slots.make_room(first + 1)
-        self._kernels.adopt_block(first, keys, values, slots.ids, slots.slot_of, slots.keys, slots.values)
         slots.adopted(first)
+        self._kernels.adopt_block(first, keys, values, slots.ids, slots.slot_of, slots.keys, slots.values)
 
     def _past_keys(self, tokens: int) -> torch.Tensor:
         self._written.finish()
@@ -320,8 +322,12 @@ class TritonScout(TwoTierScout):
         slots.clear(host.blocks)
         self._select(step, query)
         self._written.before(query.device)
-        moves = self._kernels.plan_recall(slots.ids, slots.slot_of, self._pick)
-        self._kernels.copy_blocks(self._pages, moves, slots.keys, slots.values)
+        try:
+            moves = self._kernels.plan_recall(slots.ids, slots.slot_of, self._pick)
+            self._kernels.copy_blocks(self._pages, moves, slots.keys, slots.values)
+        except BaseException:
+            self.resident = None  # its maps tell of data that may not have come
+            raise
         # A row of a padded batch may have fewer blocks to offer.
         slots.filled = min(slots.slots, self._most) if step.mask is None else None
         self._steps_since_recall, self._pick = 0, None
@@ -338,9 +344,15 @@ class TritonScout(TwoTierScout):
         moves = self._kernels.plan_recall(slots.ids, slots.slot_of, self._pick, share)
         # What was written before a captured step is waited for before it.
         after = self._written if step.clock is None else None
-        with step.links.beside("recall", slots.ids.device, *moves, after=after) as self._recalled:
-            self._kernels.copy_blocks(self._pages, moves, slots.keys, slots.values)
-        slots.recalled()
+        try:
+            with step.links.beside("recall", slots.ids.device, *moves, after=after) as mark:
+                self._kernels.copy_blocks(self._pages, moves, slots.keys, slots.values)
+        except BaseException:
+            self.resident = None  # its maps tell of data that may not have come
+            raise
+        if step.clock is None:
+            self._recalled = mark  # a captured step ends with its copies
+        slots.recalled(self.kv.host.blocks)
         moved, block_bytes = moves.counts.sum(), 2 * slots.keys[0, 0, 0].nbytes
         if step.clock is None:
             step.counters.recalled(self.layer_idx, moved, moved * block_bytes)
@@ -362,7 +374,7 @@ class TritonScout(TwoTierScout):
     _most = 0
 
     def _drop_job(self) -> None:
-        if self._started:
+        if self._hand_over is not None:
             self._hand_over.drain()
         super()._drop_job()
 

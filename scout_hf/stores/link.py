@@ -70,24 +70,33 @@ class Links:
         if device.type != "cuda":
             yield mark
             return
-        stream = self._streams.get((device, name))
+        captured = torch.cuda.is_current_stream_capturing()
+        # A stream that takes part in a capture is closed to all other work.
+        key = (device, f"captured {name}" if captured else name)
+        stream = self._streams.get(key)
         if stream is None:
-            stream = self._streams[device, name] = torch.cuda.Stream(device)
+            stream = self._streams[key] = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            if after is not None:
-                after.before(device)
-            yield mark
-        for tensor in tensors:
-            tensor.record_stream(stream)
-        mark._event = stream.record_event()
-        if torch.cuda.is_current_stream_capturing():
-            self._last.setdefault(device, []).append(mark)
+        try:
+            with torch.cuda.stream(stream):
+                if after is not None:
+                    after.before(device)
+                yield mark
+        finally:
+            for tensor in tensors:
+                tensor.record_stream(stream)
+            mark._event = stream.record_event()
+            if captured:
+                self._last.setdefault(device, []).append(mark)
 
     def join_captured(self, device: torch.device) -> None:
         """While a graph is captured: let it end only with all the work beside."""
         for mark in self._last.pop(device, []):
             mark.before(device)
+
+    def forget_captured(self, device: torch.device) -> None:
+        """Before a capture: what an earlier one left that failed is no part of this one."""
+        self._last.pop(device, None)
 
     def __deepcopy__(self, memo: dict) -> Links:
         return Links()

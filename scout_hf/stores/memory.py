@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import re
@@ -57,6 +58,9 @@ def _pin(address: int, bytes_needed: int) -> None:
     # Portable: for every GPU of the process.
     status = int(torch.cuda.cudart().cudaHostRegister(address, bytes_needed, 1))
     if status:
+        # The runtime remembers an error until the next call that looks; that shall not be somebody else's.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device="cuda")
         raise PinnedMemoryError(
             f"the driver does not pin {bytes_needed / 2**30:.1f} GiB of host memory (CUDA error {status}); allowed is "
             'what `ulimit -l` and free memory leave: raise the limit, use host_dtype="int8", or shorten the context'

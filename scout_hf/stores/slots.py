@@ -63,8 +63,9 @@ class MappedSlots:
             self.filled = min(self.filled + 1, self.slots)
         self._blocks = max(self._blocks, first + 1)
 
-    def recalled(self) -> None:
-        """Some empty slots may have been filled."""
+    def recalled(self, blocks: int) -> None:
+        """Some empty slots may have been filled, with blocks below that number."""
+        self._blocks = max(self._blocks, blocks)
         if self.filled != self.slots:
             self.filled = None
 

@@ -92,20 +92,21 @@ class TwoTierKV:
         if blocks is None:
             return Mark()
         moved, mark = blocks[0].shape[2], Mark()
+        left = self._tail - moved
+        room = (window_blocks + 2) * self.block_size
+        # All that may fail comes before the store grows.
+        rest, buffer = self._buffer[:, :, :, moved : self._tail], self._buffer
+        if buffer.shape[3] == room:
+            # A captured step knows this buffer.
+            rest = rest.clone()
+        else:
+            buffer = buffer.new_empty((*buffer.shape[:3], room, buffer.shape[4]))
         if links is None:
             self.host.append(blocks[0].to("cpu"), blocks[1].to("cpu"))
         else:
             mark = self.host.append_beside(*blocks, links)
-        left = self._tail - moved
-        room = (window_blocks + 2) * self.block_size
-        rest = self._buffer[:, :, :, moved : self._tail]
-        if self._buffer.shape[3] == room:
-            # A captured step knows this buffer.
-            rest = rest.clone()
-        else:
-            self._buffer = self._buffer.new_empty((*self._buffer.shape[:3], room, self._buffer.shape[4]))
-        self._buffer[:, :, :, :left] = rest
-        self._tail = left
+        buffer[:, :, :, :left] = rest
+        self._buffer, self._tail = buffer, left
         return mark
 
     def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:

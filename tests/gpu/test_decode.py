@@ -33,6 +33,7 @@ from tests.unit.naive import poison  # noqa: E402
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("error:.*goes on without graphs"),
 ]
 WAYS = ["join", "flags", "graph"] if ISAS else ["join"]
 EXACT = {name: value for name, value in TWO_TIERS.items() if name != "split"} | {
@@ -61,6 +62,9 @@ def decode(way, inputs, options, new=40, dtype=torch.float32):
     with scout_hf.patch(llama(dtype=dtype).cuda(), **options, hand_over=way) as handle:
         got = run(handle.model, on_gpu(inputs), new=new)
         assert all(isinstance(layer.method, TritonScout) for layer in got.past_key_values.layers)
+        if way == "graph":
+            captures = list(handle.model.model.forward._captures.values())
+            assert captures and captures[0].graph is not None and captures[0].steps >= new - 3
         return got, handle.stats()
 
 
@@ -208,3 +212,40 @@ def test_a_next_turn_longer_than_a_piece_is_exact():
             out = stock(ids[:, first:last], past_key_values=other, use_cache=True)
             other = out.past_key_values
             assert (got - out.logits).abs().max() <= 2e-4
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_awkward_calls(way):
+    """Inference mode, a share of the context with padding, a mask on the CPU, caches dropped at once, removal at once."""
+    inputs = on_gpu(left_padded(0, 13, tokens=60))
+    options = SPARSE | {"cpu_query": "real"}
+    with torch.inference_mode():
+        got, _ = decode(way, left_padded(0, 13, tokens=60), options)
+    expected, _ = decode(way, left_padded(0, 13, tokens=60), options)
+    assert torch.equal(got.sequences, expected.sequences)
+    with scout_hf.patch(llama().cuda(), **options | {"budget": 0.3}, hand_over=way) as handle:
+        run(handle.model, inputs, new=20)
+    model = llama().cuda()
+    with scout_hf.patch(model, **options, hand_over=way) as handle, torch.no_grad():
+        for _ in range(5):
+            cache = handle.new_cache()
+            mask = inputs["attention_mask"].cpu()
+            model(inputs["input_ids"], attention_mask=mask, past_key_values=cache)
+            for _ in range(6):
+                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+                places = mask.sum(-1, keepdim=True).cuda() - 1
+                out = model(inputs["input_ids"][:, :1], attention_mask=mask, position_ids=places, past_key_values=cache)
+            del cache
+    assert bool(out.logits.isfinite().all())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_heads(dtype, way):
+    """What does not fit into shared memory with the usual tile."""
+    big = {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 64}
+    model = llama(dtype=dtype, **big).cuda()
+    expected = run(model, on_gpu(prompt(2, 60)), new=10)
+    with scout_hf.patch(model, **EXACT, hand_over=way):
+        got = run(model, on_gpu(prompt(2, 60)), new=10)
+    assert (logits(got)[0] - logits(expected)[0]).abs().max() <= (1e-4 if dtype == torch.float32 else 0.1)

@@ -37,7 +37,7 @@ class FakeGraph:
 
     made: list[FakeGraph] = []
 
-    def __init__(self, device):
+    def __init__(self, device, stream=None):
         self.log, self.inside, self.replays = [], 0, 0
         FakeGraph.made.append(self)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import threading
+import weakref
 
 import pytest
 import torch
@@ -211,3 +214,69 @@ def test_hidden_states_of_all_layers_are_no_graphs_matter(graphs):
     expected = run(llama(), prompt(), output_hidden_states=True)
     for one, other in zip(got.hidden_states, expected.hidden_states):
         assert all((a - b).abs().max() <= 1e-5 for a, b in zip(one, other))
+
+
+def test_a_cache_goes_when_nobody_holds_it():
+    model = llama()
+    with scout_hf.patch(model, **EXACT, hand_over="graph"):
+        cache = weakref.ref(run(model, prompt(), new=8).past_key_values)
+        gc.collect()
+        assert cache() is None
+
+
+def test_inference_mode(graphs):
+    model, ids = llama(), prompt(2, 60)
+    expected = run(llama(), ids, new=12)
+    with scout_hf.patch(model, **EXACT, hand_over="graph") as handle:
+        with torch.inference_mode():
+            got = run(model, ids, new=6)
+        assert len(graphs.made) == 1 and replays(graphs) >= 3
+        assert_close(run(model, ids, new=12), expected)
+        assert torch.equal(got.sequences, expected.sequences[:, :66])
+        assert handle.stats().layers[1].recalled_blocks is not None
+
+
+def test_a_failure_is_not_tried_again(graphs, monkeypatch):
+    def fail(graph, run, join):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(graphs, "capture", fail)
+    model = llama()
+    with scout_hf.patch(model, **EXACT, hand_over="graph"):
+        with pytest.warns(UserWarning, match="goes on without graphs"):
+            run(model, prompt())
+        run(model, prompt())
+    assert len(graphs.made) == 1
+
+
+def test_threads_take_turns(graphs):
+    model = llama()
+    prompts = [prompt(1, 40, seed) for seed in range(3)]
+    expected = [run(llama(), ids, new=20) for ids in prompts]
+    found = {}
+
+    def work(index):
+        found[index] = [run(model, prompts[index], new=20) for _ in range(2)]
+
+    with scout_hf.patch(model, **EXACT, hand_over="graph"):
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+    assert all(torch.equal(one.sequences, expected[index].sequences) for index in range(3) for one in found[index])
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}])
+def test_models_that_ask_the_device_are_not_captured(graphs, rope):
+    model = llama()
+    model.config.rope_parameters = rope
+    with scout_hf.patch(model, **EXACT, hand_over="graph"):
+        run(model, prompt())
+    assert not graphs.made
+
+
+def test_a_share_of_the_context_with_padding_far_away(monkeypatch):
+    """Counts per row are known on the host and needed on the device."""
+    monkeypatch.setattr("scout_hf.padding._is_far", lambda mask: True)
+    options = SPARSE | {"budget": 0.3}
+    expected, _ = decode("join", left_padded(0, 13), options)
+    assert_close(decode("flags", left_padded(0, 13), options)[0], expected, 2e-6)

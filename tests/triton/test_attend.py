@@ -274,3 +274,20 @@ def test_lists_may_be_of_either_integer():
     one, two = (attend_blocks(query, keys, values, 0.1, ids=ids.to(kind), lengths=lengths, parts=1)[0]
                 for kind in (torch.int32, torch.int64))  # fmt: skip
     assert torch.equal(one, two)
+
+
+def test_tiles_that_nobody_measured_fit_into_shared_memory(monkeypatch):
+    from types import SimpleNamespace
+
+    from scout_hf.kernels.triton import tuning
+
+    for room, expected in ((227, (64, 64, 32, 64)), (163, (64, 64, 32, 64)), (99, (64, 32, 16, 64))):
+        chip = SimpleNamespace(shared_memory_per_block_optin=room << 10)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, chip=chip: chip)
+        tuning._default.cache_clear()
+        sizes = ((128, torch.bfloat16), (256, torch.bfloat16), (256, torch.float32), (80, torch.float16))
+        if room == 163:
+            sizes, expected = sizes[:1] + sizes[3:], expected[:1] + expected[3:]
+        found = tuple(tuning._default(torch.device("cuda", 0), dim, dtype).tokens for dim, dtype in sizes)
+        assert found == expected, (room, found)
+    tuning._default.cache_clear()

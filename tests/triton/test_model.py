@@ -37,7 +37,7 @@ def test_exact_decoding_is_that_of_stock(inputs, way):
         got = run(model, given, new=5)
         assert handle.stats().layers[0].cpu_ratio > 0
     assert all(type(layer.method) is TritonScout for layer in got.past_key_values.layers)
-    assert_close(got, expected)
+    assert_close(got, expected, 3e-6 if DEVICE == "cpu" else 2e-5)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -40,7 +40,8 @@ class Tile:
     ahead: int = 4
 
 
-# The first serves where nothing was measured.
+# The first that fits serves where nothing was measured.
+DEFAULTS = (Tile(), Tile(32, 4, 2), Tile(16, 4, 2))
 PLAIN = (Tile(), Tile(32, 4, 4), Tile(128, 4, 2), Tile(128, 8, 3), Tile(64, 2, 3))
 PREFETCHING = (Tile(prefetch=LINES), Tile(128, 4, 2, LINES, 3), Tile(prefetch=BULK), Tile(128, 4, 2, BULK, 3))
 
@@ -49,7 +50,18 @@ _known: dict[str, Tile] | None = None
 
 def tile_for(query: torch.Tensor, keys: torch.Tensor) -> Tile:
     """The best known tile for these shapes on this chip; measured by :func:`tune`."""
-    return _table().get(_key(query, keys), PLAIN[0])
+    return _table().get(_key(query, keys)) or _default(query.device, query.shape[-1], keys.dtype)
+
+
+@functools.lru_cache
+def _default(device: torch.device, dim: int, dtype: torch.dtype) -> Tile:
+    """The first of ``DEFAULTS`` whose keys and values under way fit into shared memory."""
+    if device.type != "cuda":
+        return DEFAULTS[0]
+    # What every chip from 8.0 on has, where torch does not say.
+    room = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 << 10)
+    row = triton.next_power_of_2(dim) * dtype.itemsize
+    return next((tile for tile in DEFAULTS if 2 * tile.tokens * tile.stages * row <= room), DEFAULTS[-1])
 
 
 def candidates(device: torch.device) -> tuple[Tile, ...]:
