@@ -59,7 +59,7 @@ def _pin(address: int, bytes_needed: int) -> None:
     status = int(torch.cuda.cudart().cudaHostRegister(address, bytes_needed, 1))
     if status:
         # The runtime remembers an error until the next call that looks; that shall not be somebody else's.
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, AssertionError):
             torch.zeros(1, device="cuda")
         raise PinnedMemoryError(
             f"the driver does not pin {bytes_needed / 2**30:.1f} GiB of host memory (CUDA error {status}); allowed is "

@@ -216,7 +216,7 @@ def test_a_next_turn_longer_than_a_piece_is_exact():
 
 @pytest.mark.parametrize("way", WAYS)
 def test_awkward_calls(way):
-    """Inference mode, a share of the context with padding, a mask on the CPU, caches dropped at once, removal at once."""
+    """Inference mode, shares with padding, masks on the CPU, caches dropped at once, removal at once."""
     inputs = on_gpu(left_padded(0, 13, tokens=60))
     options = SPARSE | {"cpu_query": "real"}
     with torch.inference_mode():
