@@ -20,7 +20,6 @@ from scout_hf.cache import ScoutCache, ScoutLayer
 from scout_hf.cache_names import CACHE, given_cache
 from scout_hf.methods.two_tiers_triton import TritonScout
 from scout_hf.step import Step, active_step
-from scout_hf.telemetry import Counters
 
 # Steps that run as usual first: kernels are compiled and buffers take their sizes.
 WARM_STEPS = 2
@@ -44,8 +43,6 @@ class Clock:
         Tokens per row with the new one; whole blocks on the host.
     shares : Tensor (layers,) of float32
         The CPU's share from which on a layer recalls.
-    moved : Tensor (layers,) of int64
-        Blocks recalled since the capture.
     exists : Tensor (batch, room) of bool, or None
         Padding, with room for tokens to come, none of which are any.
     """
@@ -53,7 +50,6 @@ class Clock:
     def __init__(self, layers: int, device: torch.device, mask: torch.Tensor | None):
         self.length, self.blocks = torch.zeros((2, 1), dtype=torch.int32, device=device)
         self.shares = torch.zeros(layers, dtype=torch.float32, device=device)
-        self.moved = torch.zeros(layers, dtype=torch.int64, device=device)
         self._shares: list[float] = []
         self.exists = self.exists_here = None
         if mask is not None:
@@ -239,7 +235,6 @@ class StepGraphs:
         return grows or any(getattr(config, f"output_{what}", False) for what in ("hidden_states", "attentions"))
 
     def _capture(self, step: Step, capture: Capture, given: dict[str, Any], key: Any) -> None:
-        self.fold(step.counters)
         device = step.cache.layers[0].method.kv.device
         if device.type == "cuda" and device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
@@ -289,17 +284,6 @@ class StepGraphs:
         kind, kept = capture.output
         # The next run overwrites the tensors, not what the caller keeps of them.
         return kind(**{name: value.clone() for name, value in kept.items()}, past_key_values=step.cache)
-
-    def fold(self, counters: Counters) -> None:
-        """Count what captured steps have recalled since the last time."""
-        for cache, capture in self._captures.items():
-            if capture.clock is None:
-                continue
-            for layer, moved in zip(cache.layers, capture.clock.moved.clone().unbind()):
-                if layer.method is not None and layer.method.resident is not None:
-                    slot = layer.method.resident.keys[0, 0, 0]
-                    counters.recalled(layer.layer_idx, moved, moved * 2 * slot.nbytes)
-            capture.clock.moved.zero_()
 
     def _abandon(self, step: Step, capture: Capture) -> None:
         """The step that the CPU expects will not run: nothing may wait for it."""

@@ -117,7 +117,6 @@ class Handle:
     def stats(self) -> Stats:
         """What was attended, where, and what it cost, since ``patch`` or ``reset_stats``; prints as a table."""
         self._monitor.collect(wait=True)
-        self._fold_graphs()
         ran = self._counters.steps > 0
         exact = self._counters.approximate_steps == 0 if ran else self.exact
         return summarise(self._counters, self.config.method, exact, dict(self._kv_bytes), self._huge_page_bytes)
@@ -125,7 +124,6 @@ class Handle:
     def reset_stats(self) -> None:
         """Start the tallies anew."""
         self._monitor.forget()
-        self._fold_graphs()
         self._counters.reset()
 
     def new_cache(self, **options: Any) -> ScoutCache:
@@ -303,11 +301,6 @@ class Handle:
         rotary = kwargs.get("position_embeddings")
         query = self._family.query(self._decoder, layer, hidden, kwargs.get("position_ids"), rotary)
         following.method.ahead(step, query)
-
-    def _fold_graphs(self) -> None:
-        graphs = self._decoder.__dict__.get("forward")
-        if isinstance(graphs, StepGraphs):
-            graphs.fold(self._counters)
 
     def _is_exact(self, config: ScoutConfig) -> bool:
         predicts = self._has_two_tiers(config) and config.layer_ahead and config.cpu_query != "real"

@@ -21,6 +21,7 @@ class Counters:
     """
 
     def __init__(self):
+        self._recalls: dict[tuple[int, torch.device, int], torch.Tensor] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -28,6 +29,8 @@ class Counters:
         self.steps = self.approximate_steps = self.prefill_tokens = 0
         self.sums: dict[str, dict[int, float | torch.Tensor]] = defaultdict(lambda: defaultdict(float))
         self.history: dict[int, list[float]] | None = None
+        for tally in self._recalls.values():
+            tally.zero_()
 
     def add(self, name: str, layer: int, amount: float | torch.Tensor) -> None:
         """Add to one sum of one layer."""
@@ -54,6 +57,20 @@ class Counters:
         """Blocks were copied to the device."""
         self.add("recalled_blocks", layer, blocks)
         self.add("recalled_bytes", layer, moved_bytes)
+
+    def recall_tally(self, layer: int, device: torch.device, block_bytes: int) -> torch.Tensor:
+        """A number on the device, (1,) of int64, to which kernels add the blocks that they recall; it never moves."""
+        key = (layer, device, block_bytes)
+        if key not in self._recalls:
+            self._recalls.setdefault(key, torch.zeros(1, dtype=torch.int64, device=device))
+        return self._recalls[key]
+
+    def collect(self) -> None:
+        """Add what devices have counted by themselves."""
+        for (layer, _, block_bytes), tally in list(self._recalls.items()):
+            blocks = int(tally)
+            tally.sub_(blocks)
+            self.recalled(layer, blocks, blocks * block_bytes)
 
     def predicted(self, layer: int, predicted: torch.Tensor, real: torch.Tensor) -> None:
         """A predicted query and the real one, (batch, query_heads, 1, head_dim); sampled."""
@@ -267,6 +284,7 @@ def summarise(
     counters: Counters, method: str, exact: bool, kv_bytes: dict[str, int], huge_page_bytes: int = 0
 ) -> Stats:
     """Turn running sums into :class:`Stats`."""
+    counters.collect()
     sums = {name: {layer: float(n) for layer, n in per.items()} for name, per in list(counters.sums.items())}
 
     def total(name: str) -> float:

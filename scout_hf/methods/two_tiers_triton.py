@@ -258,6 +258,7 @@ class TritonScout(TwoTierScout):
         """On the host, before a captured step runs: the CPU's share is expected. The share from which on to recall."""
         self._hand_over.check()
         self._tally_share(step)
+        self._recall_tally(step)  # made before a capture, which would make it anew in every run
         self._written.before(self._pages.device)
         self._recalled.before(self._pages.device)
         self._recalled = Mark()
@@ -341,7 +342,7 @@ class TritonScout(TwoTierScout):
             share = step.clock.shares[self.layer_idx : self.layer_idx + 1]
         if rule is None or not self._started or (step.clock is None and share is None):
             return
-        moves = self._kernels.plan_recall(slots.ids, slots.slot_of, self._pick, share)
+        moves = self._kernels.plan_recall(slots.ids, slots.slot_of, self._pick, share, self._recall_tally(step))
         # What was written before a captured step is waited for before it.
         after = self._written if step.clock is None else None
         try:
@@ -353,11 +354,10 @@ class TritonScout(TwoTierScout):
         if step.clock is None:
             self._recalled = mark  # a captured step ends with its copies
         slots.recalled(self.kv.host.blocks)
-        moved, block_bytes = moves.counts.sum(), 2 * slots.keys[0, 0, 0].nbytes
-        if step.clock is None:
-            step.counters.recalled(self.layer_idx, moved, moved * block_bytes)
-        else:
-            step.clock.moved[self.layer_idx] += moved
+
+    def _recall_tally(self, step) -> torch.Tensor:
+        slots = self.resident
+        return step.counters.recall_tally(self.layer_idx, slots.ids.device, 2 * slots.keys[0, 0, 0].nbytes)
 
     def _share_for_recall(self) -> float | None:
         """The CPU's share from which on the layer recalls in this step; None if it does not at all."""

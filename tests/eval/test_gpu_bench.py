@@ -52,8 +52,13 @@ def apart(tmp_path_factory):
         patch.setattr(digest._DIGESTS, "_classes", dict(digest._DIGESTS._classes))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         if sys.modules.get("scout_hf.kernels.triton") or find("triton"):
-            patch.setattr("scout_hf.kernels.triton.tuning._known", None)
-        yield
+            from scout_hf.kernels.triton import tuning
+
+            tuning.forget()
+            yield
+            tuning.forget()
+        else:
+            yield
 
 
 def find(name):

@@ -81,8 +81,12 @@ def test_captured_steps_do_what_plain_ones_do(graphs, inputs, options):
     got, ours = decode("graph", inputs, options)
     assert_close(got, expected, 2e-6)
     assert replays(graphs) >= 50 and len(graphs.made) <= 8
+    assert (ours.recalled_blocks > 0) == (theirs.recalled_blocks > 0)
     for one, other in zip(ours.layers, theirs.layers):
         assert one.attended_tokens == pytest.approx(other.attended_tokens, rel=0.02)  # less the last share
+        assert one.recalled_bytes == one.recalled_blocks * 2 * options["block_size"] * 8 * 4
+        if options["recall"] == 1 and options["budget"] == 24:
+            assert one.recalled_blocks == pytest.approx(other.recalled_blocks, rel=0.3)
         assert one.cpu_ratio is None or one.cpu_ratio == pytest.approx(other.cpu_ratio, abs=0.03)
 
 

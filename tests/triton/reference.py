@@ -76,7 +76,7 @@ def choose(scores, count, sinks, exists, slots, most, open_count=None, out=None)
     return out
 
 
-def plan_recall(ids, slot_of, choice, share=0.0, out=None):
+def plan_recall(ids, slot_of, choice, share=0.0, tally=None):
     moves = Moves(
         *torch.full((2, *choice.missing.shape), -7, dtype=torch.int32), torch.zeros_like(choice.missing_counts)
     )
@@ -95,6 +95,8 @@ def plan_recall(ids, slot_of, choice, share=0.0, out=None):
                 ids[row, head, slot], slot_of[row, head, block] = block, slot
                 moves.slots[row, head, index], moves.blocks[row, head, index] = slot, block
                 moves.counts[row, head] += 1
+    if tally is not None:
+        tally += moves.counts.sum()
     return moves
 
 

@@ -243,7 +243,7 @@ def test_tiles_are_measured_once_and_kept(monkeypatch, tmp_path):
     from scout_hf.kernels.triton import tuning
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(tuning, "_known", None)
+    tuning.forget()
     tiles = (Tile(), Tile(32), Tile(128))
 
     def bench(run, **_):
@@ -259,12 +259,14 @@ def test_tiles_are_measured_once_and_kept(monkeypatch, tmp_path):
     assert tuning.tile_for(query, keys) == Tile()
     assert tuning.tune(query, keys, run, tiles) == {Tile(): 3.0, Tile(32): 2.0}
     assert tuning.tile_for(query, keys) == Tile(32)
-    monkeypatch.setattr(tuning, "_known", None)
+    tuning.forget()
     assert tuning.tile_for(query, keys) == Tile(32) and tuning.tile_for(query, keys[..., :8, :]) == Tile()
     for broken in ("{", '{"format": "other"}', '{"format": "scout_hf.tiles/1", "tiles": {"a": {"size": 1}}}'):
         (tmp_path / "scout_hf" / "tiles.json").write_text(broken)
-        monkeypatch.setattr(tuning, "_known", None)
+        tuning.forget()
         assert tuning.tile_for(query, keys) == Tile()
+    monkeypatch.undo()
+    tuning.forget()
 
 
 def test_lists_may_be_of_either_integer():

@@ -143,7 +143,10 @@ def test_recall_waits_until_the_layer_misses_enough():
     choice = choose(scores, 4, 0, None, slot_of, 4)
     assert int(plan_recall(ids, slot_of, choice, share=0.13).counts.sum()) == 0
     assert ids.tolist() == [[[0, 1, 2, 3], [0, 1, 2, 3]]]
-    moves = plan_recall(ids, slot_of, choice, share=0.125)
+    tally = torch.tensor([5])
+    assert int(plan_recall(ids, slot_of, choice, 0.13, tally).counts.sum()) == 0 and int(tally) == 5
+    moves = plan_recall(ids, slot_of, choice, 0.125, tally)
+    assert int(tally) == 6
     assert moves.counts.tolist() == [[0, 1]] and ids.tolist() == [[[0, 1, 2, 3], [0, 1, 2, 7]]]
     assert slot_of[0, 1].tolist() == [0, 1, 2, -1, -1, -1, -1, 3, -1, -1]
 

@@ -31,10 +31,11 @@ class Moves(NamedTuple):
 
 @triton.jit
 def _plan(
-    ids, slot_of, wanted, missing, missing_counts, chosen_counts, share_at, slots, blocks, counts,
+    ids, slot_of, wanted, missing, missing_counts, chosen_counts, share_at, slots, blocks, counts, tally,
     wanted_b, wanted_h, missing_b, missing_h, slot_of_b, slot_of_h,
     room, lists, most, share,
     KV_HEADS: tl.constexpr, SLOTS: tl.constexpr, LISTS: tl.constexpr, HAS_SHARE: tl.constexpr,
+    HAS_TALLY: tl.constexpr,
 ):  # fmt: skip
     here = tl.program_id(0)
     if HAS_SHARE:
@@ -69,6 +70,8 @@ def _plan(
     tl.store(slots + here * most + turn, slot, mask=moving)
     tl.store(blocks + here * most + turn, block, mask=moving)
     tl.store(counts + here, moves)
+    if HAS_TALLY:
+        tl.atomic_add(tally, moves.to(tl.int64), sem="relaxed")
 
 
 def plan_recall(
@@ -76,7 +79,7 @@ def plan_recall(
     slot_of: torch.Tensor,
     choice: Choice,
     share: float | torch.Tensor = 0.0,
-    out: Moves | None = None,
+    tally: torch.Tensor | None = None,
 ) -> Moves:
     """Give slots of blocks that are not wanted to wanted ones that have none; numbers now, data by :func:`copy_blocks`.
 
@@ -90,20 +93,20 @@ def plan_recall(
         What the step wanted; its lists may be in pinned host memory.
     share : float or Tensor (1,) of float32
         Nothing moves while missing blocks are a smaller part of all chosen ones, over the whole layer.
-    out : Moves or None
-        Tensors to write into.
+    tally : Tensor (1,) of int64, or None
+        Grows by the blocks that move.
     """
     batch, heads, room = ids.shape
     most, at = choice.missing.shape[2], isinstance(share, torch.Tensor)
-    if out is None:
-        slots, blocks = torch.empty((2, batch, heads, most), dtype=torch.int32, device=ids.device)
-        out = Moves(slots, blocks, torch.empty((batch, heads), dtype=torch.int32, device=ids.device))
+    slots, blocks = torch.empty((2, batch, heads, most), dtype=torch.int32, device=ids.device)
+    out = Moves(slots, blocks, torch.empty((batch, heads), dtype=torch.int32, device=ids.device))
     with on_device_of(ids):
         _plan[(batch * heads,)](
-            ids, slot_of, *choice, share if at else ids, *out,
+            ids, slot_of, *choice, share if at else ids, *out, ids if tally is None else tally,
             *choice.wanted.stride()[:2], *choice.missing.stride()[:2], *slot_of.stride()[:2],
             room, batch * heads, most, 0.0 if at else share,
             heads, triton.next_power_of_2(max(room, 2)), triton.next_power_of_2(max(batch * heads, 2)), at,
+            tally is not None,
             num_warps=4,
         )  # fmt: skip
     return out

@@ -45,12 +45,15 @@ DEFAULTS = (Tile(), Tile(32, 4, 2), Tile(16, 4, 2))
 PLAIN = (Tile(), Tile(32, 4, 4), Tile(128, 4, 2), Tile(128, 8, 3), Tile(64, 2, 3))
 PREFETCHING = (Tile(prefetch=LINES), Tile(128, 4, 2, LINES, 3), Tile(prefetch=BULK), Tile(128, 4, 2, BULK, 3))
 
-_known: dict[str, Tile] | None = None
-
 
 def tile_for(query: torch.Tensor, keys: torch.Tensor) -> Tile:
     """The best known tile for these shapes on this chip; measured by :func:`tune`."""
-    return _table().get(_key(query, keys)) or _default(query.device, query.shape[-1], keys.dtype)
+    return _best(query.device, query.dtype, query.shape[-1], query.shape[1] // keys.shape[1], keys.shape[-2])
+
+
+@functools.lru_cache
+def _best(device: torch.device, dtype: torch.dtype, dim: int, group: int, block: int) -> Tile:
+    return _table().get(_key(device, dtype, dim, group, block)) or _default(device, dim, dtype)
 
 
 @functools.lru_cache
@@ -96,15 +99,16 @@ def tune(
         except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
             continue
     if times:
-        _table()[_key(query, keys)] = min(times, key=times.__getitem__)
+        sizes = (query.shape[-1], query.shape[1] // keys.shape[1], keys.shape[-2])
+        _table()[_key(query.device, query.dtype, *sizes)] = min(times, key=times.__getitem__)
+        _best.cache_clear()
         _save()
     return times
 
 
-def _key(query: torch.Tensor, keys: torch.Tensor) -> str:
-    chip = torch.cuda.get_device_name(query.device) if query.is_cuda else "interpreter"
-    sizes = f"head {query.shape[-1]}, group {query.shape[1] // keys.shape[1]}, block {keys.shape[-2]}"
-    return f"{chip}, triton {triton.__version__}, {query.dtype}, {sizes}"
+def _key(device: torch.device, dtype: torch.dtype, dim: int, group: int, block: int) -> str:
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+    return f"{chip}, triton {triton.__version__}, {dtype}, head {dim}, group {group}, block {block}"
 
 
 def _file() -> Path:
@@ -112,15 +116,20 @@ def _file() -> Path:
     return Path(home) / "scout_hf" / "tiles.json"
 
 
+@functools.lru_cache
 def _table() -> dict[str, Tile]:
-    global _known
-    if _known is None:
-        try:
-            data = json.loads(_file().read_text())
-            _known = {key: Tile(**sizes) for key, sizes in data["tiles"].items()} if data["format"] == FORMAT else {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            _known = {}
-    return _known
+    """What was measured, in this process and before: read from the file once, then added to."""
+    try:
+        data = json.loads(_file().read_text())
+        return {key: Tile(**sizes) for key, sizes in data["tiles"].items()} if data["format"] == FORMAT else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def forget() -> None:
+    """Read the file anew at the next question."""
+    _table.cache_clear()
+    _best.cache_clear()
 
 
 def _save() -> None:
