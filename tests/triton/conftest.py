@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from tests.triton.grid import DEVICE
+from tests.triton.grid import DEVICE, ON_GPU
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=ON_GPU)
 def where_the_kernels_are():
-    before = torch.get_default_device()
     torch.set_default_device(DEVICE)
     yield
-    torch.set_default_device(before)
+    torch.set_default_device(None)  # not "cpu", which would leave a mode on for all tests behind
