@@ -20,6 +20,7 @@ from scout_hf.recall import RecallIntervals
 from scout_hf.selection import check_digest
 from scout_hf.step import active_step
 from scout_hf.stores.memory import huge_page_bytes
+from scout_hf.stores.staging import Staging
 
 
 class ScoutCache(Cache):
@@ -63,7 +64,7 @@ class ScoutCache(Cache):
             if type(layer) is DynamicLayer:
                 layers[index] = ScoutLayer(self.scout_config, index)
         super().__init__(layers=layers)
-        self.broken, self.padding = False, Padding()
+        self.broken, self.padding, self.staging = False, Padding(), Staging()
         if not self.scout_layers:
             warnings.warn(
                 f"every layer of this {text.model_type} model has a sliding window or no attention at all: there is "
@@ -93,6 +94,8 @@ class ScoutCache(Cache):
                 held = {"stock": sum(t.numel() * t.element_size() for t in tensors)}
             for tier, amount in held.items():
                 total[tier] = total.get(tier, 0) + amount
+        if staged := self.staging.used_bytes:
+            total["device"] = total.get("device", 0) + staged
         return total
 
     def huge_page_bytes(self) -> int:
@@ -108,6 +111,7 @@ class ScoutCache(Cache):
         """Forget all tokens."""
         super().reset()
         self.padding.forget()
+        self.staging.forget()
         self.broken = False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -293,7 +297,7 @@ class ScoutLayer(CacheLayerMixin):
 
 def check_names(config: ScoutConfig, text_config: Any, layers: int) -> None:
     """Raise ConfigError unless everything that ``config`` names exists and fits a model of that many layers."""
-    find_method(config.method)
+    find_method(config.method).check(config)
     check_digest(config.digest, getattr(text_config, "head_dim", None))
     find_backend(config.cpu_backend)
     if isinstance(config.recall, RecallIntervals):

@@ -24,7 +24,10 @@ class ScoutConfig:
     Parameters
     ----------
     method : str, default "scout"
-        The published method to run; see ``scout_hf.methods.method_names()``.
+        The published method to run; see ``scout_hf.methods.method_names()``. ``dense`` and ``kvpr`` are exact and take
+        no budget; ``infinigen`` and ``hgca`` attend to a part. All but ``scout`` always keep two tiers.
+    method_options : dict or None, default None
+        Settings of that method alone; each is documented at its class, an unknown one is refused with those there are.
     budget : int, float or None, default 2048
         Tokens attended per decode step, layer and KV head: an int counts tokens (at least one block), a float in
         (0, 1] is a share of each row's context, ``None`` attends to everything. Sinks and window are part of it, and
@@ -79,6 +82,9 @@ class ScoutConfig:
         thread only launches; needs the native CPU library. ``graph``: the same, and a whole decode step is captured
         once and run again in one launch, where it can be: all layers on two tiers of one GPU, a budget in tokens or
         None; ``cpu_query="auto"`` is ``"real"`` there. ``auto`` is ``join``.
+    link_gbps : float or None, default None
+        Two tiers in one memory (``split="cpu"``): let KV cross from the host's tier to the device's at most this fast,
+        in GB/s, to see what a machine with such a link would do. ``None``: as fast as memory is.
     monitor : bool or float, default False
         Measure what sparse decoding loses: exact attention of the real query, beside the sparse one, in idle CPU time;
         see ``Stats.fidelity``. A float in (0, 1] is the share of (layer, KV head) pairs looked at per decode step.
@@ -91,6 +97,7 @@ class ScoutConfig:
     """
 
     method: str = "scout"
+    method_options: dict[str, Any] | None = None
     budget: int | float | None = 2048
     block_size: int = 32
     sinks: int = 4
@@ -107,6 +114,7 @@ class ScoutConfig:
     cpu_backend: str = "auto"
     gpu_kernels: str = "auto"
     hand_over: str = "auto"
+    link_gbps: float | None = None
     monitor: bool | float = False
 
     def __new__(cls, *values: Any, **options: Any) -> ScoutConfig:
@@ -133,6 +141,12 @@ class ScoutConfig:
         if not isinstance(self.layer_ahead, bool):
             self._refuse("layer_ahead", "True or False", "True")
         self._check_recall()
+        options = self.method_options
+        if options is not None and not (isinstance(options, dict) and all(isinstance(name, str) for name in options)):
+            self._refuse("method_options", "None, or a dict of the method's own settings by name", "None")
+        gbps = self.link_gbps
+        if gbps is not None and (isinstance(gbps, bool) or not isinstance(gbps, (int, float)) or not gbps > 0):
+            self._refuse("link_gbps", "None, or a positive number of GB/s", "25.0, a PCIe 4.0 x16 link")
         if self.resident is not None and (not _is_int(self.resident) or self.resident < self.block_size):
             self._refuse("resident", f"None, or at least one block of tokens ({self.block_size})", "None, the budget")
         if self.threads is not None and (not _is_int(self.threads) or self.threads < 1):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from scout_hf.attention import implementation_over, implementation_under
-from scout_hf.cache import ScoutCache, ScoutLayer, check_names
+from scout_hf.cache import ScoutCache, check_names
 from scout_hf.cache_names import CACHE, UNREAD, given_cache
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import PatchError, UnsupportedInputError
@@ -18,13 +18,14 @@ from scout_hf.graph import StepGraphs
 from scout_hf.kernels.cpu import make_backend
 from scout_hf.kernels.cpu.workers import Workers
 from scout_hf.kernels.device import find_kernels
+from scout_hf.methods.base import find_method
 from scout_hf.modes import keeps_tensors
 from scout_hf.monitor import Monitor
 from scout_hf.patches import family_of
 from scout_hf.profiling import profile_recall
 from scout_hf.recall import RecallIntervals
 from scout_hf.selfcheck import check_unknown_family
-from scout_hf.step import Step, active_step, set_active_step
+from scout_hf.step import Inputs, Step, active_step, set_active_step
 from scout_hf.stores.link import Links
 from scout_hf.telemetry import Counters, Stats, summarise
 
@@ -252,6 +253,8 @@ class Handle:
             root=module,
             marks=cache.mark(),
             monitor=self._monitor if cache.scout_config.monitor else None,
+            inputs={} if find_method(cache.scout_config.method).takes_inputs else None,
+            keys_values=self._keys_values,
             frame=_calling_frame(),
         )
         if step.queries == 1:
@@ -289,25 +292,34 @@ class Handle:
     def _before_layer(self, index: int, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         step = active_step()
         layers = self._family.layers(self._decoder)
-        if step is None or step.queries != 1 or index + 1 >= min(len(layers), len(step.cache.layers)):
+        if step is None or index >= len(step.cache.layers):
             return
-        following = step.cache.layers[index + 1]
-        if not isinstance(following, ScoutLayer) or following.method is None or not following.method.wants_ahead:
+        if step.inputs is not None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            step.inputs[index] = Inputs(hidden, kwargs.get("position_ids"))
+        if step.queries != 1:
             return
-        layer = layers[index + 1]
+        following = (index + 1) % min(len(layers), len(step.cache.layers))
+        method = getattr(step.cache.layers[following], "method", None)
+        if method is None or not method.wants_ahead:
+            return
+        if not method.needs_query:
+            method.ahead(step, None)
+        elif following and self._family.available(layers[following]):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            rotary = kwargs.get("position_embeddings")
+            query = self._family.query(self._decoder, layers[following], hidden, kwargs.get("position_ids"), rotary)
+            method.ahead(step, query)
+
+    def _keys_values(self, index: int, hidden: torch.Tensor, position_ids: torch.Tensor | None):
+        """What layer ``index`` makes of the inputs it had; None while its weights are elsewhere."""
+        layer = self._family.layers(self._decoder)[index]
         if not self._family.available(layer):
-            return
-        hidden = args[0] if args else kwargs["hidden_states"]
-        rotary = kwargs.get("position_embeddings")
-        query = self._family.query(self._decoder, layer, hidden, kwargs.get("position_ids"), rotary)
-        following.method.ahead(step, query)
+            return None
+        return self._family.keys_values(self._decoder, layer, hidden, position_ids)
 
     def _is_exact(self, config: ScoutConfig) -> bool:
-        predicts = self._has_two_tiers(config) and config.layer_ahead and config.cpu_query != "real"
-        return config.budget in (None, 1.0) and not predicts and config.host_dtype is None
-
-    def _has_two_tiers(self, config: ScoutConfig) -> bool:
-        return config.split == "cpu" or (config.split == "auto" and self.model.device.type != "cpu")
+        return find_method(config.method).is_exact(config, self.model.device)
 
 
 def _calling_frame() -> Any:

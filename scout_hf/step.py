@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -25,6 +26,13 @@ def active_step() -> Step | None:
 def set_active_step(step: Step | None) -> None:
     """Make ``step`` the calling thread's forward pass; None ends it."""
     _ACTIVE.step = step
+
+
+class Inputs(NamedTuple):
+    """What enters a layer: hidden states (batch, queries, hidden_size), and their positions, (1 or batch, queries)."""
+
+    hidden: torch.Tensor
+    position_ids: torch.Tensor | None
 
 
 @dataclass
@@ -50,6 +58,11 @@ class Step:
         The state of the cache's layers before this pass, to go back to if it fails.
     monitor : Monitor or None
         What looks at sampled layers of a decode step, and ``watched``, the KV heads whose turn it is, by layer.
+    inputs : dict of Inputs by layer, or None
+        Of the layers that have begun; None where the method takes none.
+    keys_values : callable
+        ``(layer, hidden, position_ids)`` to the keys and values that the layer makes of such inputs, (batch, kv_heads,
+        tokens, head_dim) each; None while its weights are not on a device.
     depth : int
         Nested modules of this pass that are still running.
     clock : Clock or None
@@ -71,6 +84,8 @@ class Step:
     mask_here: torch.Tensor | None = None
     monitor: Any = None
     watched: dict[int, tuple[int, ...]] | None = None
+    inputs: dict[int, Inputs] | None = None
+    keys_values: Callable[..., tuple[torch.Tensor, torch.Tensor] | None] | None = None
     depth: int = 1
     frame: Any = None
     clock: Any = None

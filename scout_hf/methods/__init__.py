@@ -1,6 +1,7 @@
 """Published ways of attending over KV that does not fit beside the model, by name."""
 
 from scout_hf.methods.base import Method, make_method, method_names, register_method
+from scout_hf.methods.dense import Dense
 from scout_hf.methods.scout import Scout
 
-__all__ = ["Method", "Scout", "make_method", "method_names", "register_method"]
+__all__ = ["Dense", "Method", "Scout", "make_method", "method_names", "register_method"]

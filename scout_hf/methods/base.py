@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from scout_hf.config import ScoutConfig
+from scout_hf.errors import ConfigError
 from scout_hf.fusion import Partial, empty_like, fuse
 from scout_hf.kernels.attend import attend
 from scout_hf.registry import Registry
@@ -45,9 +46,16 @@ class Method(ABC):
     """
 
     name: str = ""
+    options: ClassVar[dict[str, Any]] = {}
+    """What ``ScoutConfig(method_options=...)`` may set, with defaults."""
+    needs_query = True
+    """Whether ``ahead`` is handed a predicted query; one that needs none is called for the first layer as well."""
+    takes_inputs = False
+    """Whether ``step.inputs`` shall hold the hidden states that enter a layer."""
 
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
         self.config, self.layer_idx = config, layer_idx
+        self.settings = self.options | (config.method_options or {})
         self.kv_heads, self.dtype = keys.shape[1], keys.dtype
         self.kv: Any = None
         self.scoring: Scoring | None = None
@@ -57,14 +65,29 @@ class Method(ABC):
         """The object for one layer; override to choose between variants by device."""
         return cls(config, layer_idx, keys)
 
+    @classmethod
+    def check(cls, config: ScoutConfig) -> None:
+        """Raise ConfigError for settings that this method cannot serve; extend for more."""
+        if unknown := sorted(set(config.method_options or ()) - set(cls.options)):
+            known = ", ".join(f"{name} (default {value!r})" for name, value in cls.options.items()) or "none"
+            raise ConfigError(f"method {cls.name!r} has no option {', '.join(unknown)}; its method_options are: {known}")
+
+    @classmethod
+    def is_exact(cls, config: ScoutConfig, device: torch.device) -> bool:
+        """Whether every decode step attends to everything with the real query, for a model on that device."""
+        return False
+
     # -- the join points, in the order of a decode step ---------------------------------------------------------
 
-    def ahead(self, step, query: torch.Tensor) -> None:
-        """One layer before this one: the predicted query (batch, query_heads, 1, head_dim) is known."""
+    def ahead(self, step, query: torch.Tensor | None) -> None:
+        """One layer before this one: the predicted query (batch, query_heads, 1, head_dim) is known.
+
+        A method that needs no query gets None, its first layer during the last layer of the step before.
+        """
 
     @property
     def wants_ahead(self) -> bool:
-        """Whether ``ahead`` would make use of a predicted query now."""
+        """Whether ``ahead`` would make use of being called now."""
         return False
 
     def observe(self, step, query: torch.Tensor) -> None:

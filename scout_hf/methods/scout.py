@@ -17,6 +17,12 @@ class Scout(TwoTierScout):
     """One tier without a GPU; two with one, in Triton kernels where they run and with torch's operations elsewhere."""
 
     @classmethod
+    def is_exact(cls, config: ScoutConfig, device: torch.device) -> bool:
+        two_tiers = config.split == "cpu" or (config.split == "auto" and device.type != "cpu")
+        predicts = two_tiers and config.layer_ahead and config.cpu_query != "real"
+        return config.budget in (None, 1.0) and not predicts and config.host_dtype is None
+
+    @classmethod
     def create(cls, config: ScoutConfig, layer_idx: int, keys: torch.Tensor) -> Method:
         if config.split == "off" or (config.split == "auto" and keys.device.type == "cpu"):
             return OneTierScout(config, layer_idx, keys)

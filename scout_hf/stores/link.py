@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+
+from scout_hf.stores.emulated import EmulatedLink
 
 
 class Mark:
@@ -38,6 +41,11 @@ class Links:
     def __init__(self):
         self._streams: dict[tuple[torch.device, str], torch.cuda.Stream] = {}
         self._last: dict[torch.device, list[Mark]] = {}
+        self._emulated = EmulatedLink()
+
+    def limit(self, ticket: Any, nbytes: int, gbps: float | None) -> Any:
+        """The ticket of a transfer; with ``gbps``, of one over an emulated link that is no faster."""
+        return self._emulated.limit(ticket, nbytes, gbps)
 
     def mark(self, device: torch.device) -> Mark:
         """The end of what the device's current stream has been given so far."""

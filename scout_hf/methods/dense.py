@@ -1,0 +1,119 @@
+"""Exact offloading: every decode step all of KV crosses to the device, one layer ahead (HeadInfer, arXiv 2502.12574)."""
+
+from __future__ import annotations
+
+import torch
+
+from scout_hf.config import ScoutConfig
+from scout_hf.errors import ConfigError
+from scout_hf.fusion import Partial, fuse
+from scout_hf.kernels.attend import attend
+from scout_hf.methods.base import register_method
+from scout_hf.methods.bring import Coming, bring
+from scout_hf.methods.tiers import TieredMethod
+
+
+@register_method
+class Dense(TieredMethod):
+    """All KV on the host but the newest blocks; write-back is append-only, so that nothing goes there twice.
+
+    While a layer is attended the next one's KV comes into a second buffer; that of the first layer comes during the
+    last one of the step before. ``method_options={"heads": n}`` brings ``n`` KV heads at a time, so that the device
+    holds three pieces of that size instead of two whole layers.
+    """
+
+    name = "dense"
+    options = {"heads": None}
+    needs_query = False
+
+    def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
+        super().__init__(config, layer_idx, keys)
+        self._coming: Coming | None = None
+
+    @classmethod
+    def check(cls, config: ScoutConfig) -> None:
+        super().check(config)
+        heads = (config.method_options or {}).get("heads")
+        if heads is not None and (isinstance(heads, bool) or not isinstance(heads, int) or heads < 1):
+            raise ConfigError(f"heads={heads!r} is not allowed: the KV heads brought at a time, 1 or more; try None, all")
+
+    @classmethod
+    def is_exact(cls, config: ScoutConfig, device: torch.device) -> bool:
+        return True
+
+    # -- join points --------------------------------------------------------------------------------------------
+
+    @property
+    def wants_ahead(self) -> bool:
+        return self.scoring is not None and self.kv.host.blocks > 0
+
+    def ahead(self, step, query: torch.Tensor | None) -> None:
+        self._drop_coming()
+        self._coming = self._bring(step, self._first_block(step), self._pieces()[0])
+
+    def attend(self, step, query: torch.Tensor) -> Partial:
+        parts = [self._attend_tail(step, query)]
+        if self.kv.host.blocks:
+            parts.append(self._attend_host(step, query, self._first_block(step)))
+        context = self.kv.length if step.mask is None else step.row_tokens().float().mean()
+        step.counters.attended(self.layer_idx, context, context)
+        return fuse(parts)
+
+    # -- structure ----------------------------------------------------------------------------------------------
+
+    def fork(self) -> Dense:
+        twin = super().fork()
+        twin._coming = None
+        return twin
+
+    def drain(self) -> None:
+        self._drop_coming()
+
+    # -- the parts of a step ------------------------------------------------------------------------------------
+
+    def _first_block(self, step) -> int:
+        """The first block that is streamed."""
+        return 0
+
+    def _pieces(self) -> list[slice]:
+        """The KV heads of each transfer."""
+        most = self.settings["heads"] or self.kv_heads
+        return [slice(first, min(first + most, self.kv_heads)) for first in range(0, self.kv_heads, most)]
+
+    def _bring(self, step, first: int, heads: slice) -> Coming:
+        self._written.finish()
+        host = self.kv.host
+        return bring(step, host, first, host.blocks, heads, self.kv.device, self.config.link_gbps)
+
+    def _attend_host(self, step, query: torch.Tensor, first: int) -> Partial:
+        """Attention over the host's blocks from ``first`` on, piece by piece, the next one under way."""
+        pieces, group, size = self._pieces(), query.shape[1] // self.kv_heads, self.config.block_size
+        here, self._coming = self._coming, None
+        if here is not None and (here.first, here.last, here.heads) != (first, self.kv.host.blocks, pieces[0]):
+            here.drop()  # begun before tokens came in another way
+            here = None
+        here = here or self._bring(step, first, pieces[0])
+        exists, parts = self._exists(step, first * size, self.kv.host.length), []
+        for number, heads in enumerate(pieces):
+            following = pieces[number + 1] if number + 1 < len(pieces) else None
+            try:
+                coming = self._bring(step, first, following) if following else None
+                with step.counters.timed(self.layer_idx, "join"):
+                    keys, values = here.wait()
+            except BaseException:
+                self._coming = here  # a drain must find it
+                raise
+            chosen = query[:, heads.start * group : heads.stop * group]
+            parts.append(attend(chosen, keys, values, *self.scoring, exists))
+            step.counters.recalled(self.layer_idx, self._blocks_of(here), here.nbytes)
+            here.give_back()
+            here = coming
+        return parts[0] if len(parts) == 1 else Partial(*(torch.cat(each, dim=1) for each in zip(*parts)))
+
+    def _blocks_of(self, piece: Coming) -> int:
+        return (piece.last - piece.first) * self.batch * (piece.heads.stop - piece.heads.start)
+
+    def _drop_coming(self) -> None:
+        coming, self._coming = self._coming, None
+        if coming is not None:
+            coming.drop()

@@ -1,0 +1,75 @@
+"""What methods share that keep whole blocks in host memory and the newest tokens on the device."""
+
+from __future__ import annotations
+
+import torch
+
+from scout_hf.config import ScoutConfig
+from scout_hf.errors import ConfigError
+from scout_hf.fusion import Partial
+from scout_hf.kernels.attend import attend
+from scout_hf.methods.base import Method
+from scout_hf.stores import TwoTierKV
+from scout_hf.stores.link import Mark
+
+
+class TieredMethod(Method):
+    """Host pages and a device tail; full blocks older than ``window_blocks`` go to the host once.
+
+    Subclasses attend to what is on the host; all of them keep two tiers, also on a machine without a GPU.
+    """
+
+    def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
+        super().__init__(config, layer_idx, keys)
+        batch, heads, _, dim = keys.shape
+        self.kv = TwoTierKV(batch, heads, dim, config.block_size, keys.dtype, keys.device, config.host_dtype)
+        self.window_blocks = config.blocks(config.window)
+        self._written = Mark()
+
+    @classmethod
+    def check(cls, config: ScoutConfig) -> None:
+        super().check(config)
+        for name in ("host_dtype", "monitor"):
+            if value := getattr(config, name):
+                raise ConfigError(f"{name}={value!r} is not possible with method={cls.name!r}: only scout knows it")
+        if config.split == "off":
+            raise ConfigError(f"split='off' is not possible with method={cls.name!r}, which keeps two tiers; try 'auto'")
+
+    def settle(self, step) -> None:
+        self._write_back(step)
+
+    def flush(self) -> None:
+        self.drain()
+        self._write_back(None)
+
+    def read_all(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self._written.finish()
+        return super().read_all()
+
+    def crop(self, length: int) -> None:
+        self._written.finish()
+        super().crop(length)
+
+    def past_chunks(self, step, past: int):
+        self._written.finish()
+        return super().past_chunks(step, past)
+
+    def slabs(self) -> list[torch.Tensor]:
+        return self.kv.host.table.pool.slabs
+
+    def tier_bytes(self) -> dict[str, int]:
+        return {"host": self.kv.host.used_bytes, "device": self.kv.device_bytes}
+
+    # -- for subclasses -----------------------------------------------------------------------------------------
+
+    def _write_back(self, step) -> None:
+        links = None if step is None or self.kv.device.type == "cpu" else step.links
+        self._written = self.kv.write_back(self.window_blocks, links)
+
+    def _attend_tail(self, step, query: torch.Tensor) -> Partial:
+        keys, values = self.kv.tail()
+        return attend(query, keys, values, *self.scoring, self._exists(step, self.kv.host.length))
+
+    def _exists(self, step, first: int, last: int | None = None) -> torch.Tensor | None:
+        """Which of the tokens from ``first`` on are no padding, (batch, 1, 1, tokens); None where all are."""
+        return None if step.mask is None else step.padding(self.kv.device)[:, None, None, first:last]
