@@ -176,8 +176,10 @@ class ScoutConfig:
 
     def is_dense(self, layer_idx: int) -> bool:
         """Whether this layer attends to everything, by ``budget=None`` or 1.0, or by ``dense_layers``."""
-        if self.budget is None or self.budget == 1.0:
-            return True
+        return self.budget is None or self.budget == 1.0 or self.names_dense(layer_idx)
+
+    def names_dense(self, layer_idx: int) -> bool:
+        """Whether ``dense_layers`` names this layer."""
         if isinstance(self.dense_layers, int):
             return layer_idx < self.dense_layers
         return layer_idx in self.dense_layers

@@ -29,12 +29,17 @@ class Counters:
         self.steps = self.approximate_steps = self.prefill_tokens = 0
         self.sums: dict[str, dict[int, float | torch.Tensor]] = defaultdict(lambda: defaultdict(float))
         self.history: dict[int, list[float]] | None = None
+        self.notes: dict[str, str] = {}
         for tally in self._recalls.values():
             tally.zero_()
 
     def add(self, name: str, layer: int, amount: float | torch.Tensor) -> None:
         """Add to one sum of one layer."""
         self.sums[name][layer] = self.sums[name][layer] + amount
+
+    def note(self, about: str, text: str) -> None:
+        """Something that whoever reads the statistics should know; one line per subject, the newest."""
+        self.notes[about] = text
 
     def attended(self, layer: int, context: float | torch.Tensor, tokens: float | torch.Tensor) -> None:
         """One decode step of one layer attended ``tokens`` of ``context``, means over rows and KV heads."""
@@ -172,7 +177,7 @@ class Stats:
     join_wait_ms : float
         Time per decode step that the model waited for the CPU's share, all layers together.
     recalled_blocks, recalled_bytes : int
-        Copied back to the device, in all.
+        Copied to the device in decode steps, in all: recalled blocks, or what else the method brings there.
     kv_bytes : dict
         Bytes of the newest cache by tier: ``host``, ``device``, ``digests``, ``stock`` (layers left to transformers).
     huge_page_bytes : int
@@ -181,6 +186,8 @@ class Stats:
     fidelity : Fidelity or None
         What was lost, over all samples of all layers; None without a monitor, and until its first sample. Each layer
         has its own.
+    notes : tuple of str
+        What the method has to say, such as why it does not do what it is for.
     """
 
     method: str
@@ -198,6 +205,7 @@ class Stats:
     huge_page_bytes: int
     layers: tuple[LayerStats, ...] = field(repr=False)
     fidelity: Fidelity | None = None
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -232,6 +240,8 @@ class Stats:
             head.add_row("predicted to real query", f"cosine {self.cosine:.3f}")
         if self.fidelity is not None:
             self._add_fidelity(head)
+        for note in self.notes:
+            head.add_row("note", note)
         yield head
         if self.cpu_ratio is not None:
             yield self._layer_table(Table)
@@ -342,6 +352,7 @@ def summarise(
         huge_page_bytes=huge_page_bytes,
         layers=layers,
         fidelity=fidelity(),
+        notes=tuple(f"{about}: {text}" for about, text in counters.notes.items()),
     )
 
 

@@ -2,6 +2,9 @@
 
 from scout_hf.methods.base import Method, make_method, method_names, register_method
 from scout_hf.methods.dense import Dense
+from scout_hf.methods.hgca import HGCA
+from scout_hf.methods.infinigen import InfiniGen
+from scout_hf.methods.kvpr import KVPR
 from scout_hf.methods.scout import Scout
 
-__all__ = ["Dense", "Method", "Scout", "make_method", "method_names", "register_method"]
+__all__ = ["HGCA", "KVPR", "Dense", "InfiniGen", "Method", "Scout", "make_method", "method_names", "register_method"]

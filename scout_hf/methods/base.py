@@ -70,7 +70,9 @@ class Method(ABC):
         """Raise ConfigError for settings that this method cannot serve; extend for more."""
         if unknown := sorted(set(config.method_options or ()) - set(cls.options)):
             known = ", ".join(f"{name} (default {value!r})" for name, value in cls.options.items()) or "none"
-            raise ConfigError(f"method {cls.name!r} has no option {', '.join(unknown)}; its method_options are: {known}")
+            raise ConfigError(
+                f"method {cls.name!r} has no option {', '.join(unknown)}; its method_options are: {known}"
+            )
 
     @classmethod
     def is_exact(cls, config: ScoutConfig, device: torch.device) -> bool:

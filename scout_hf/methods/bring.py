@@ -1,30 +1,29 @@
-"""Blocks of the host on their way to the device, for methods that compute there alone."""
+"""What the host holds on its way to the device, for methods that compute there alone."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from scout_hf.stores import PagedKV
-from scout_hf.stores.link import Mark
+from scout_hf.stores.link import Links, Mark
 
 
 class Coming:
-    """Keys and values that are under way; ``wait`` once, then ``give_back``.
+    """Keys and values that are under way: ``wait`` for them, then ``give_back``; or ``drop`` them.
 
     Attributes
     ----------
-    first, last : int
-        Blocks, from and before.
-    heads : slice
-        KV heads.
+    what : tuple
+        Who asked for what, to tell whether it still is what is needed.
     nbytes : int
         What crosses the link.
     """
 
-    def __init__(self, first: int, last: int, heads: slice, buffer: torch.Tensor, ticket: Any, staging):
-        self.first, self.last, self.heads, self.nbytes = first, last, heads, buffer.nbytes
+    def __init__(self, what: tuple, buffer: torch.Tensor, ticket: Any, staging):
+        self.what, self.nbytes = what, buffer.nbytes
         self._buffer, self._ticket, self._staging = buffer, ticket, staging
 
     def wait(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,7 +31,7 @@ class Coming:
         mark = self._ticket.wait()
         if isinstance(mark, Mark):
             mark.before(self._buffer.device)
-        return self._buffer[0].flatten(2, 3), self._buffer[1].flatten(2, 3)
+        return self._buffer[0], self._buffer[1]
 
     def give_back(self) -> None:
         """The device has been given all work on it."""
@@ -44,7 +43,7 @@ class Coming:
         self.give_back()
 
 
-def bring(step, host: PagedKV, first: int, last: int, heads: slice, device: torch.device, gbps=None) -> Coming:
+def bring_blocks(step, host: PagedKV, first: int, last: int, heads: slice, device: torch.device, gbps=None) -> Coming:
     """Start copying blocks ``first:last`` of some KV heads of every row to the device.
 
     Parameters
@@ -53,48 +52,88 @@ def bring(step, host: PagedKV, first: int, last: int, heads: slice, device: torc
         Its cache's staging memory takes them.
     host : PagedKV
         Neither changed nor cropped until the copy has been waited for or dropped.
+    heads : slice
+        With start and stop.
     gbps : float or None
         Limit of an emulated link.
     """
-    start, stop, _ = heads.indices(host.heads)
-    shape = (2, host.batch, stop - start, last - first, host.block_size, host.head_dim)
+    size, dim = host.block_size, host.head_dim
+    shape = (2, host.batch, heads.stop - heads.start, (last - first) * size, dim)
+
+    def places() -> tuple[torch.Tensor, int]:
+        tile = size * dim * host.dtype.itemsize
+        pages = host.table.addresses[:, None, first:last]
+        keys = pages + torch.arange(heads.start, heads.stop, device="cpu")[None, :, None] * (2 * tile)
+        return torch.stack([keys, keys + tile]), tile
+
+    def read(into: torch.Tensor) -> None:
+        for part, whole in zip(into, host.read(first * size, last * size)):
+            part.copy_(whole[:, heads])
+
+    return _bring(step, host, (first, last, heads), shape, places, read, device, gbps)
+
+
+def bring_tokens(step, host: PagedKV, ids: torch.Tensor, device: torch.device, gbps=None) -> Coming:
+    """Start copying single tokens to the device; ``ids`` is (batch, kv_heads, n) of int64 on the CPU.
+
+    Otherwise like :func:`bring_blocks`.
+    """
+    size, dim, heads = host.block_size, host.head_dim, host.heads
+    blocks, offsets = ids // size, ids % size
+    head = torch.arange(heads, device="cpu")[None, :, None]
+
+    def places() -> tuple[torch.Tensor, int]:
+        row = dim * host.dtype.itemsize
+        pages = host.table.addresses.gather(1, blocks.flatten(1)).view_as(ids)
+        keys = pages + (head * (2 * size) + offsets) * row
+        return torch.stack([keys, keys + size * row]), row
+
+    def read(into: torch.Tensor) -> None:
+        pages = host.table.ids.gather(1, blocks.flatten(1)).view_as(ids)
+        for slab, here, local in host.table.pool.by_slab(pages.flatten()):
+            if isinstance(local, slice):
+                local = torch.arange(local.start, local.stop, device="cpu")
+            flat = slab.view(-1, dim)
+            rows = (local * heads + head.expand_as(ids).flatten()[here]) * (2 * size) + offsets.flatten()[here]
+            into[0].view(-1, dim)[here] = flat[rows]
+            into[1].view(-1, dim)[here] = flat[rows + size]
+
+    return _bring(step, host, (), (2, *ids.shape, dim), places, read, device, gbps)
+
+
+def _bring(step, host: PagedKV, what: tuple, shape: tuple, places: Callable, read: Callable, device, gbps) -> Coming:
     staging = step.cache.staging
     buffer = staging.take(shape, host.dtype, device)
+    native = host.library is not None and not host.packed
+
+    def copy(into: torch.Tensor) -> Any:
+        sources, nbytes = places()
+        targets = torch.arange(sources.numel(), device="cpu") * nbytes + into.data_ptr()
+        return step.backend.copy(sources.flatten(), targets, nbytes, keep=(into, host.memory()))
+
     try:
-        ticket = None
-        if device.type == "cpu" and host.library is not None:
-            ticket = step.backend.copy(*_places(host, first, last, start, stop, buffer), keep=(buffer, host.memory()))
+        ticket = copy(buffer) if native and device.type == "cpu" else None
         if ticket is None:
-            free = step.links.mark(device)
-            ticket = step.movers.submit(_copy, host, first, last, start, stop, buffer, step.links, free)
+            ticket = step.movers.submit(
+                _carry, buffer, read, copy if native else None, step.links, step.links.mark(device)
+            )
     except BaseException:
         staging.give_back(buffer)
         raise
-    return Coming(first, last, heads, buffer, step.links.limit(ticket, buffer.nbytes, gbps), staging)
+    return Coming(what, buffer, step.links.limit(ticket, buffer.nbytes, gbps), staging)
 
 
-def _places(host: PagedKV, first: int, last: int, start: int, stop: int, buffer: torch.Tensor):
-    """Addresses of the tiles, keys then values, where each goes, and the bytes of one."""
-    tile = host.block_size * host.head_dim * buffer.element_size()
-    pages = host.table.addresses[:, None, first:last]
-    heads = torch.arange(start, stop, device="cpu")[None, :, None] * (2 * tile)
-    keys = (pages + heads).flatten()
-    sources = torch.cat([keys, keys + tile])
-    targets = torch.arange(len(sources), device="cpu") * tile + buffer.data_ptr()
-    return sources, targets, tile
-
-
-def _copy(host: PagedKV, first: int, last: int, start: int, stop: int, buffer: torch.Tensor, links, free: Mark) -> Mark:
-    """The same through torch; to another device by way of pinned memory and a stream beside, once ``free``."""
-    keys, values = host.read(first * host.block_size, last * host.block_size)
-    keys, values = (part[:, start:stop].unflatten(2, (-1, host.block_size)) for part in (keys, values))
+def _carry(buffer: torch.Tensor, read: Callable, copy: Callable | None, links: Links, free: Mark) -> Mark:
+    """On a thread beside: to another device by way of pinned memory and a stream, behind ``free``."""
     if buffer.device.type == "cpu":
-        buffer[0].copy_(keys)
-        buffer[1].copy_(values)
+        read(buffer)
         return Mark()
     pinned = torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True)
-    pinned[0].copy_(keys)
-    pinned[1].copy_(values)
+    ticket = None if copy is None else copy(pinned)
+    if ticket is None:
+        read(pinned)
+    else:
+        ticket.wait()
     with links.beside("bring", buffer.device, buffer, after=free) as mark:
         buffer.copy_(pinned, non_blocking=True)
     return mark

@@ -9,7 +9,7 @@ from scout_hf.errors import ConfigError
 from scout_hf.fusion import Partial, fuse
 from scout_hf.kernels.attend import attend
 from scout_hf.methods.base import register_method
-from scout_hf.methods.bring import Coming, bring
+from scout_hf.methods.bring import Coming, bring_blocks
 from scout_hf.methods.tiers import TieredMethod
 
 
@@ -35,7 +35,9 @@ class Dense(TieredMethod):
         super().check(config)
         heads = (config.method_options or {}).get("heads")
         if heads is not None and (isinstance(heads, bool) or not isinstance(heads, int) or heads < 1):
-            raise ConfigError(f"heads={heads!r} is not allowed: the KV heads brought at a time, 1 or more; try None, all")
+            raise ConfigError(
+                f"heads={heads!r} is not allowed: the KV heads brought at a time, 1 or more; try None, all"
+            )
 
     @classmethod
     def is_exact(cls, config: ScoutConfig, device: torch.device) -> bool:
@@ -83,13 +85,13 @@ class Dense(TieredMethod):
     def _bring(self, step, first: int, heads: slice) -> Coming:
         self._written.finish()
         host = self.kv.host
-        return bring(step, host, first, host.blocks, heads, self.kv.device, self.config.link_gbps)
+        return bring_blocks(step, host, first, host.blocks, heads, self.kv.device, self.config.link_gbps)
 
     def _attend_host(self, step, query: torch.Tensor, first: int) -> Partial:
         """Attention over the host's blocks from ``first`` on, piece by piece, the next one under way."""
         pieces, group, size = self._pieces(), query.shape[1] // self.kv_heads, self.config.block_size
         here, self._coming = self._coming, None
-        if here is not None and (here.first, here.last, here.heads) != (first, self.kv.host.blocks, pieces[0]):
+        if here is not None and here.what != (first, self.kv.host.blocks, pieces[0]):
             here.drop()  # begun before tokens came in another way
             here = None
         here = here or self._bring(step, first, pieces[0])
@@ -105,13 +107,13 @@ class Dense(TieredMethod):
                 raise
             chosen = query[:, heads.start * group : heads.stop * group]
             parts.append(attend(chosen, keys, values, *self.scoring, exists))
-            step.counters.recalled(self.layer_idx, self._blocks_of(here), here.nbytes)
+            step.counters.recalled(self.layer_idx, self._blocks_of(heads, first), here.nbytes)
             here.give_back()
             here = coming
         return parts[0] if len(parts) == 1 else Partial(*(torch.cat(each, dim=1) for each in zip(*parts)))
 
-    def _blocks_of(self, piece: Coming) -> int:
-        return (piece.last - piece.first) * self.batch * (piece.heads.stop - piece.heads.start)
+    def _blocks_of(self, heads: slice, first: int) -> int:
+        return (self.kv.host.blocks - first) * self.batch * (heads.stop - heads.start)
 
     def _drop_coming(self) -> None:
         coming, self._coming = self._coming, None

@@ -33,7 +33,9 @@ class TieredMethod(Method):
             if value := getattr(config, name):
                 raise ConfigError(f"{name}={value!r} is not possible with method={cls.name!r}: only scout knows it")
         if config.split == "off":
-            raise ConfigError(f"split='off' is not possible with method={cls.name!r}, which keeps two tiers; try 'auto'")
+            raise ConfigError(
+                f"split='off' is not possible with method={cls.name!r}, which keeps two tiers; try 'auto'"
+            )
 
     def settle(self, step) -> None:
         self._write_back(step)

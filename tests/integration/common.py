@@ -13,6 +13,16 @@ ONE_TIER = EXACT | {"split": "off"}
 TWO_TIERS = EXACT | {"split": "cpu", "window": 8, "resident": 16}
 """A window of one block and room for two: the rest of a prompt of 50 tokens is the CPU's share."""
 
+_TIERED = {"block_size": 8, "window": 8}
+EXACT_METHODS = {
+    "dense": _TIERED | {"method": "dense"},
+    "dense, head by head": _TIERED | {"method": "dense", "method_options": {"heads": 1}},
+    "kvpr": _TIERED | {"method": "kvpr", "method_options": {"share": 0.5}},
+    "infinigen": _TIERED | {"method": "infinigen", "budget": None},
+    "hgca": _TIERED | {"method": "hgca", "budget": None, "resident": 16, "method_options": {"threshold": 0}},
+}
+"""Every other method, where it is exact; KVPR computes half of the host's tokens anew."""
+
 LOSSY = {
     "budget": 24,
     "block_size": 8,
@@ -79,6 +89,7 @@ def assert_equal(got, stock) -> None:
 
 
 def both_tiers_hold_tokens(handle: scout_hf.Handle) -> bool:
-    """Whether the CPU had a share, and the device another; False on one tier."""
-    held = handle.stats().kv_bytes
-    return bool(handle.stats().cpu_ratio) and held["host"] > 0 and held["device"] > 0
+    """Whether both tiers hold something, and what is on the host was attended or came back; False on one tier."""
+    stats = handle.stats()
+    held = stats.kv_bytes
+    return bool(stats.cpu_ratio or stats.recalled_bytes) and held["host"] > 0 and held["device"] > 0

@@ -11,6 +11,7 @@ import scout_hf
 from scout_hf import ScoutCache
 from scout_hf.kernels.cpu import BlockLists, find_backend
 from tests.integration.common import (
+    EXACT_METHODS,
     ONE_TIER,
     TWO_TIERS,
     assert_close,
@@ -28,6 +29,7 @@ SETTINGS = {
     for tier, options in (("one tier", ONE_TIER), ("two tiers", TWO_TIERS))
     for size in (8, 16)
 }
+SETTINGS |= {f"method {name}": options for name, options in EXACT_METHODS.items()}
 WAYS = [*SETTINGS, *((f"{tier}, torch alone" for tier in ("one tier 16", "two tiers 8")) if ISAS else ())]
 
 
@@ -51,7 +53,7 @@ def patched(settings):
         yield model
         assert handle.exact
         steps = handle.stats().steps
-        assert steps == 0 or settings["split"] == "off" or both_tiers_hold_tokens(handle)
+        assert steps == 0 or settings.get("split") == "off" or both_tiers_hold_tokens(handle)
 
 
 REPETITIVE = torch.cat([prompt(1, 12)] * 4, dim=1)

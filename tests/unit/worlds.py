@@ -29,6 +29,15 @@ SETTINGS = {
     "two tiers, sign codes": {**TWO_TIERS, "budget": 4096, "layer_ahead": False, "digest": "sign"},
     "one tier, budget 1.0": {"split": "off", "budget": 1.0, "window": 8},
     "two tiers, budget 1.0": {**TWO_TIERS, "budget": 1.0, "window": 16, "layer_ahead": False},
+    "dense": {"method": "dense", "window": 8},
+    "dense, head by head": {"method": "dense", "window": 0, "method_options": {"heads": 1}},
+    "kvpr": {"method": "kvpr", "window": 8, "method_options": {"share": 0.5}},
+    "infinigen": {"method": "infinigen", "window": 8},
+    "infinigen, budget large enough": {
+        **{"method": "infinigen", "window": 0, "budget": 4096, "layer_ahead": False},
+        "method_options": {"alpha": 1e9},
+    },
+    "hgca": {"method": "hgca", "resident": 16, "method_options": {"threshold": 0}},
 }
 
 

@@ -1,0 +1,92 @@
+"""How much attention each key gets: the weights that a fused kernel never shows, over a window or in bounded pieces."""
+
+from __future__ import annotations
+
+import torch
+
+from scout_hf.fusion import Partial
+
+# Numbers of float32: 64 MiB.
+MOST_SCORES = 1 << 24
+
+
+def attend_weighing(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    softcap: float | None = None,
+    allowed: torch.Tensor | None = None,
+) -> tuple[Partial, torch.Tensor]:
+    """Attention of one query per row, and what every key got of it.
+
+    Parameters
+    ----------
+    query : Tensor (batch, query_heads, 1, head_dim)
+    keys, values : Tensor (batch, kv_heads, tokens, head_dim)
+    scale, softcap
+        As :func:`scout_hf.kernels.attend.attend`.
+    allowed : Tensor of bool, broadcastable to (batch, kv_heads, 1, tokens), or None
+
+    Returns
+    -------
+    Partial
+    Tensor (batch, kv_heads, tokens), float32 at least
+        Softmax weights over these keys, the largest of each GQA group.
+    """
+    scores = _scores(query, keys, scale, softcap, allowed)
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse.unsqueeze(-1)).nan_to_num(0.0)
+    out = weights.flatten(2, 3) @ values.to(weights.dtype)
+    return Partial(out.reshape(query.shape), lse.reshape(query.shape[:3])), weights.amax((2, 3))
+
+
+def mean_weights(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    scale: float,
+    softcap: float | None = None,
+    allowed: torch.Tensor | None = None,
+    real: torch.Tensor | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
+    """What every key gets on average over several queries, (batch, kv_heads, tokens), the largest of each GQA group.
+
+    Parameters
+    ----------
+    query : Tensor (batch, query_heads, queries, head_dim)
+    keys : Tensor (batch, kv_heads, tokens, head_dim)
+    allowed : Tensor of bool, broadcastable to (batch, kv_heads, 1, tokens), or None
+    real : Tensor (batch, queries) of bool, or None
+        Queries that count.
+    causal : bool
+        The queries are the last of the tokens.
+    """
+    batch, heads, queries, _ = query.shape
+    tokens, wide = keys.shape[2], torch.promote_types(query.dtype, torch.float32)
+    total = torch.zeros((batch, keys.shape[1], heads // keys.shape[1], tokens), dtype=wide, device=query.device)
+    step = max(1, MOST_SCORES // max(1, batch * heads * tokens))
+    order = torch.arange(tokens, device=query.device)
+    for first in range(0, queries, step):
+        seen, last = allowed, min(first + step, queries)
+        if causal:
+            place = torch.arange(tokens - queries + first, tokens - queries + last, device=query.device)
+            before = (order[None] <= place[:, None])[None, None]
+            seen = before if allowed is None else before & allowed
+        weights = _scores(query[:, :, first:last], keys, scale, softcap, seen).softmax(-1).nan_to_num(0.0)
+        if real is not None:
+            weights = weights * real[:, None, None, first:last, None]
+        total += weights.sum(3)
+    count = queries if real is None else real.sum(-1).clamp(min=1)[:, None, None, None]
+    return (total / count).amax(2)
+
+
+def _scores(query, keys, scale, softcap, allowed) -> torch.Tensor:
+    """(batch, kv_heads, group, queries, tokens)"""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    batch, _, queries, dim = query.shape
+    grouped = query.to(wide).reshape(batch, keys.shape[1], -1, dim)
+    scores = (grouped @ keys.to(wide).transpose(-1, -2)).unflatten(2, (-1, queries)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores if allowed is None else scores.masked_fill(~allowed.unsqueeze(2), -torch.inf)

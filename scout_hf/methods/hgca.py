@@ -1,0 +1,202 @@
+"""HGCA (arXiv 2507.03153): a dense window on the device, sparse attention over older tokens on the CPU beside it."""
+
+from __future__ import annotations
+
+import torch
+
+from scout_hf.config import ScoutConfig
+from scout_hf.errors import ConfigError
+from scout_hf.fusion import Partial, fuse
+from scout_hf.kernels.weigh import attend_weighing, mean_weights
+from scout_hf.methods.base import register_method
+from scout_hf.methods.tiers import TieredMethod
+from scout_hf.stores.kept import KeptTokens
+
+WINDOW_TOKENS = 1024
+
+
+@register_method
+class HGCA(TieredMethod):
+    """Window and CPU attend in the same layer with the real query.
+
+    The weight of a token in the window is a moving average of what it gets there, ``alpha`` of it new; a pass of
+    several tokens counts by its mean. When a block leaves the window, each KV head keeps the tokens that weigh at least
+    ``threshold / n``, ``n`` being the tokens weighed, and the ``least`` heaviest at any rate; the others are never
+    attended again, until a pass of several tokens weighs all of them anew, over the whole host. With GQA a token weighs
+    what its heaviest query head gives it (the prototype has one query head per KV head, and keeps groups of heads
+    equally long, which batches change; here each head has its own).
+
+    The window is ``resident`` tokens, half the budget by default. What the budget leaves beside it limits the tokens
+    kept (the prototype has no limit; ``budget=None`` sets none).
+
+    ``method_options``: ``alpha`` (0.5), ``threshold`` (0.5; 0 keeps everything, which is exact), ``least`` (10).
+    """
+
+    name = "hgca"
+    options = {"alpha": 0.5, "threshold": 0.5, "least": 10}
+
+    def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
+        super().__init__(config, layer_idx, keys)
+        batch, heads, _, dim = keys.shape
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        self.kept = KeptTokens(batch, heads, dim, config.block_size, keys.dtype)
+        # Of the tokens in the window, and of those before.
+        self._weights = torch.zeros((batch, heads, 0), dtype=wide, device=keys.device)
+        self._past = torch.zeros((batch, heads, 0), dtype=wide, device="cpu")
+        self._ticket = None
+
+    @classmethod
+    def check(cls, config: ScoutConfig) -> None:
+        super().check(config)
+        settings = cls.options | (config.method_options or {})
+        for name, allowed, most in (("alpha", "a share in [0, 1]", 1.0), ("threshold", "a number from 0 up", None)):
+            value = settings[name]
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or value < 0 or (most is not None and value > most):
+                raise ConfigError(f"{name}={value!r} is not allowed: {name} takes {allowed}; try {cls.options[name]}")
+        least = settings["least"]
+        if isinstance(least, bool) or not isinstance(least, int) or least < 0:
+            raise ConfigError(
+                f"least={least!r} is not allowed: a number of tokens, 0 or more; try {cls.options['least']}"
+            )
+
+    @classmethod
+    def is_exact(cls, config: ScoutConfig, device: torch.device) -> bool:
+        return config.budget in (None, 1.0) and (config.method_options or {}).get("threshold") == 0
+
+    # -- join points --------------------------------------------------------------------------------------------
+
+    def attend(self, step, query: torch.Tensor) -> Partial:
+        marks, held = self.kept.exists, self.kept.total / (self.batch * self.kv_heads)
+        if held:
+            if step.mask is not None:
+                # Tokens from outside a forward pass were kept before anybody said which are padding.
+                padding = step.padding(torch.device("cpu")).repeat_interleave(self.kv_heads, dim=0)
+                marks = marks & padding.gather(1, self.kept.tokens)
+            # One row of one head each, as the kept tokens lie.
+            grouped = query.detach().cpu().reshape(self.batch * self.kv_heads, -1, 1, query.shape[3])
+            self._ticket = step.backend.start(grouped, self.kept.kv, None, *self.scoring, marks)
+        keys, values = self.kv.tail()
+        exists = self._exists(step, self.kv.host.length)
+        here, weights = attend_weighing(query, keys, values, *self.scoring, exists)
+        self._weigh(weights)
+        parts, window = [here], keys.shape[2] if exists is None else exists.sum() / self.batch
+        if held:
+            with step.counters.timed(self.layer_idx, "join"):
+                share = self._ticket.wait().partial
+            self._ticket = None
+            out, lse = share.out.to(query.device), share.lse.to(query.device)
+            parts.append(Partial(out.reshape(query.shape), lse.reshape(query.shape[:3])))
+        context = self.kv.length if step.mask is None else step.row_tokens().float().mean()
+        step.counters.attended(self.layer_idx, context, window + held)
+        step.counters.cpu_share(self.layer_idx, held, window + held)
+        return fuse(parts)
+
+    def observe(self, step, query: torch.Tensor) -> None:
+        """Weigh all tokens by the queries of this pass, window and host each for itself."""
+        new = None if step.mask is None else step.padding(query.device)[:, -step.queries :]
+        keys, held = self.kv.tail()[0], self.kv.host.length
+        weighed = mean_weights(query, keys, *self.scoring, self._exists(step, held), new, causal=True)
+        self._weigh(weighed)
+        if held:
+            self._weigh_host(step, query.cpu(), None if new is None else new.cpu())
+
+    # -- structure ----------------------------------------------------------------------------------------------
+
+    def crop(self, length: int) -> None:
+        before = self.kv.host.length
+        super().crop(length)
+        held = self.kv.host.length
+        if held < before:
+            self.kept.crop(held)
+            self._weights = self._past[:, :, held:length].to(self._weights.device)
+            self._past = self._past[:, :, :held]
+        else:
+            self._weights = self._weights[:, :, : length - held]
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        super().select_rows(rows)
+        self.kept.select_rows(rows)
+        self._past, self._weights = self._past[rows.cpu()], self._weights[rows.to(self._weights.device)]
+
+    def fork(self) -> HGCA:
+        twin = super().fork()
+        twin.kept, twin._ticket = self.kept.fork(), None
+        return twin
+
+    def drain(self) -> None:
+        ticket, self._ticket = self._ticket, None
+        if ticket is not None:
+            ticket.drain()
+
+    def tier_bytes(self) -> dict[str, int]:
+        held = super().tier_bytes()
+        held["host"] += self.kept.kv.used_bytes + self._past.nbytes
+        held["device"] += self._weights.nbytes
+        return held
+
+    # -- the parts of a step ------------------------------------------------------------------------------------
+
+    def _window_tokens(self) -> int:
+        budget = self.config.budget
+        if self.config.resident is not None or budget is None:
+            return self.config.resident or WINDOW_TOKENS
+        return int(budget * self.kv.length) // 2 if isinstance(budget, float) else budget // 2
+
+    def _weigh(self, new: torch.Tensor) -> None:
+        """Let what the window's tokens got now, (batch, kv_heads, tail), into their averages."""
+        known, alpha = self._weights.shape[2], self.settings["alpha"]
+        old, now = self._weights, new[:, :, :known]
+        average = torch.where(old.isinf(), now, alpha * now + (1 - alpha) * old)
+        self._weights = torch.cat([average, new[:, :, known:]], dim=2)
+
+    def _weigh_host(self, step, query: torch.Tensor, real: torch.Tensor | None) -> None:
+        self._written.finish()
+        host = self.kv.host
+        keys, values = host.read(0, host.length)
+        exists = None if step.mask is None else step.padding(torch.device("cpu"))[:, None, None, : host.length]
+        self._past = mean_weights(query, keys, *self.scoring, exists, real)
+        self.kept = KeptTokens(self.batch, self.kv_heads, host.head_dim, host.block_size, self.dtype)
+        self._keep(step, 0, keys, values, self._past, exists, host.length)
+
+    def _write_back(self, step) -> None:
+        missing = self.kv.length - self.kv.host.length - self._weights.shape[2]
+        if missing:
+            # Tokens from outside a forward pass: no less than the average, until a pass weighs them.
+            self._weights = torch.nn.functional.pad(self._weights, (0, missing), value=torch.inf)
+        self.window_blocks = self.config.blocks(self._window_tokens())
+        full = self.kv.full_blocks(self.window_blocks)
+        if full is None:
+            return
+        first, moved = self.kv.host.length, full[0].shape[2]
+        weights = self._weights[:, :, :moved].cpu()
+        exists, weighed = None, self._weights.shape[2]
+        if step is not None and step.mask is not None:
+            exists = step.padding(torch.device("cpu"))[:, None, None, first : first + moved]
+            weighed = step.padding(torch.device("cpu"))[:, first:].sum(-1).clamp(min=1)[:, None, None]
+        self._keep(step, first, *(part.cpu() for part in full), weights, exists, weighed)
+        self._past = torch.cat([self._past, weights], dim=2)
+        self._weights = self._weights[:, :, moved:]
+        super()._write_back(step)
+
+    def _keep(self, step, first: int, keys, values, weights, exists, weighed: int | torch.Tensor) -> None:
+        """Keep what is heavy enough of the tokens from ``first`` on; all on the CPU."""
+        rank = weights.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+        threshold = 0.0 if self.config.names_dense(self.layer_idx) else self.settings["threshold"]
+        usable = (weights >= threshold / weighed) | (rank < self.settings["least"])
+        if exists is not None:
+            usable = usable & exists[:, 0]
+        tokens = torch.arange(first, first + weights.shape[2], device="cpu")
+        self.kept.add(keys, values, tokens, weights, usable)
+        if (most := self._most(step)) is not None:
+            self.kept.limit(most)
+
+    def _most(self, step) -> torch.Tensor | None:
+        """Tokens that the budget leaves beside the window, by row."""
+        budget, beside = self.config.budget, self.config.blocks(self._window_tokens()) * self.config.block_size
+        if self.config.is_dense(self.layer_idx):
+            return None
+        if isinstance(budget, float):
+            context = self.kv.length if step is None or step.mask is None else step.row_tokens().cpu()
+            budget = budget * context
+        return (torch.as_tensor(budget).expand(self.batch) - beside).clamp(min=1).to(torch.int64)

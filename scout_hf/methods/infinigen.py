@@ -1,0 +1,181 @@
+"""InfiniGen's way (arXiv 2406.19707): predict the next layer's important tokens, recall them, attend on the device."""
+
+from __future__ import annotations
+
+import torch
+
+from scout_hf.config import ScoutConfig
+from scout_hf.errors import ConfigError
+from scout_hf.fusion import Partial, fuse
+from scout_hf.kernels.attend import attend, fold_group
+from scout_hf.methods.base import register_method
+from scout_hf.methods.bring import Coming, bring_tokens
+from scout_hf.methods.tiers import TieredMethod
+from scout_hf.selection.partial import PartialKeys
+
+
+@register_method
+class InfiniGen(TieredMethod):
+    """Single tokens, chosen one layer ahead from partial queries and keys, cross the link in every step.
+
+    A token counts as important where its approximate score is within ``alpha`` of the best one of its query head. Every
+    KV head of a row recalls as many as its heads count on average, at most what the budget leaves beside the window;
+    each its own best ones. Nothing recalled stays on the device. With GQA a token is worth what it is worth to the best
+    query head of its group (the paper has one query head per KV head).
+
+    ``method_options``: ``alpha`` (4.0; None to fill the budget always), ``ratio`` (0.2), the share of the channels that
+    scores are made from.
+    """
+
+    name = "infinigen"
+    options = {"alpha": 4.0, "ratio": 0.2}
+
+    def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
+        super().__init__(config, layer_idx, keys)
+        self.partial = PartialKeys(self.settings["ratio"])
+        self._coming: Coming | None = None
+        self._usable: torch.Tensor | None = None
+        self._predicted: torch.Tensor | None = None
+
+    @classmethod
+    def check(cls, config: ScoutConfig) -> None:
+        super().check(config)
+        settings = cls.options | (config.method_options or {})
+        for name, allowed, fits in (
+            ("alpha", "a positive number, or None", lambda value: value is None or value > 0),
+            ("ratio", "a share of the channels in (0, 1]", lambda value: 0 < value <= 1),
+        ):
+            value = settings[name]
+            if isinstance(value, bool) or not isinstance(value, (int, float, type(None))) or not fits(value):
+                raise ConfigError(f"{name}={value!r} is not allowed: {name} takes {allowed}; try {cls.options[name]}")
+
+    @classmethod
+    def is_exact(cls, config: ScoutConfig, device: torch.device) -> bool:
+        return config.budget in (None, 1.0)
+
+    # -- join points --------------------------------------------------------------------------------------------
+
+    @property
+    def wants_ahead(self) -> bool:
+        return self.scoring is not None and self.kv.host.blocks > 0 and self.config.layer_ahead
+
+    def ahead(self, step, query: torch.Tensor | None) -> None:
+        self._predicted = query.to(self.dtype)
+        self._recall(step, self._predicted)
+
+    def observe(self, step, query: torch.Tensor) -> None:
+        if not self.partial.known and self._wants_partial():
+            folded = fold_group(query, self.kv_heads)
+            if step.mask is not None:
+                new = step.padding(query.device)[:, None, -step.queries :, None]
+                folded = fold_group(query * new, self.kv_heads)
+            self.partial.learn(folded)
+
+    def attend(self, step, query: torch.Tensor) -> Partial:
+        parts, attended = [self._attend_tail(step, query)], self.kv.length - self.kv.host.length
+        if step.mask is not None:
+            attended = self._exists(step, self.kv.host.length).sum() / self.batch
+        if self.kv.host.blocks:
+            if self._coming is None:
+                self._recall(step, query)
+            with step.counters.timed(self.layer_idx, "join"):
+                keys, values = self._coming.wait()
+            parts.append(attend(query, keys, values, *self.scoring, self._usable[:, :, None]))
+            attended = attended + self._usable.sum() / (self.batch * self.kv_heads)
+            step.counters.recalled(self.layer_idx, 0, self._coming.nbytes)
+            self._coming.give_back()
+            self._coming = self._usable = None
+        context = self.kv.length if step.mask is None else step.row_tokens().float().mean()
+        step.counters.attended(self.layer_idx, context, attended)
+        if self._predicted is not None:
+            step.counters.predicted(self.layer_idx, self._predicted, query)
+            self._predicted = None
+        return fuse(parts)
+
+    def end_step(self) -> None:
+        self.drain()
+
+    # -- structure ----------------------------------------------------------------------------------------------
+
+    def crop(self, length: int) -> None:
+        super().crop(length)
+        self.partial.crop(self.kv.host.length)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        super().select_rows(rows)
+        self.partial.select_rows(rows)
+
+    def fork(self) -> InfiniGen:
+        twin = super().fork()
+        twin.partial = self.partial.fork()
+        return twin
+
+    def drain(self) -> None:
+        coming, self._coming = self._coming, None
+        self._usable = self._predicted = None
+        if coming is not None:
+            coming.drop()
+
+    def tier_bytes(self) -> dict[str, int]:
+        return super().tier_bytes() | {"digests": self.partial.used_bytes}
+
+    # -- the parts of a step ------------------------------------------------------------------------------------
+
+    def _wants_partial(self) -> bool:
+        return not self.config.is_dense(self.layer_idx)
+
+    def _write_back(self, step) -> None:
+        full = self.kv.full_blocks(self.window_blocks) if self.partial.known else None
+        if full is not None and self.partial.length == self.kv.host.length:
+            self.partial.extend(full[0])
+        super()._write_back(step)
+
+    def _recall(self, step, query: torch.Tensor) -> None:
+        self._written.finish()
+        ids, self._usable = self._choose(step, query)
+        self._coming = bring_tokens(step, self.kv.host, ids.cpu(), self.kv.device, self.config.link_gbps)
+
+    def _choose(self, step, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens per row and KV head, best first, (batch, kv_heads, n), and which of them count."""
+        held, shape = self.kv.host.length, (self.batch, self.kv_heads)
+        exists = self._exists(step, 0, held)
+        if not self._wants_partial():
+            ids = torch.arange(held, device=self.kv.device).expand(*shape, -1)
+            return ids, torch.ones_like(ids, dtype=torch.bool) if exists is None else exists[:, 0].expand_as(ids)
+        self._catch_up()
+        scores = self.partial.scores(query) * self.scoring.scale
+        if self.scoring.softcap is not None:
+            scores = self.scoring.softcap * torch.tanh(scores / self.scoring.softcap)
+        if exists is not None:
+            scores = scores.masked_fill(~exists, -torch.inf)
+        # A row of padding alone has no best score.
+        lead = (scores - scores.amax(-1, keepdim=True)).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+        count = self._most(step, exists)
+        if (alpha := self.settings["alpha"]) is not None:
+            near = (lead > -alpha).sum(-1).to(scores.dtype).mean((1, 2)).ceil().to(torch.int64)
+            count = torch.minimum(near, count)
+        worth, most = lead.amax(2), max(1, int(count.max()))
+        best = worth.topk(min(most, held), dim=-1)
+        order = torch.arange(best.indices.shape[-1], device=worth.device)
+        return best.indices, (order < count[:, None, None]) & (best.values > -torch.inf)
+
+    def _most(self, step, exists: torch.Tensor | None) -> torch.Tensor:
+        """Tokens that the budget leaves for the host, by row."""
+        budget, device, beside = self.config.budget, self.kv.device, self.window_blocks * self.config.block_size
+        if isinstance(budget, float):
+            context = torch.full((self.batch,), self.kv.length, device=device)
+            if exists is not None:
+                context = step.padding(device).sum(-1)
+            total = (budget * context).to(torch.int64)
+        else:
+            total = torch.full((self.batch,), budget, device=device)
+        return (total - beside).clamp(min=1)
+
+    def _catch_up(self) -> None:
+        """Partial keys of tokens that came in outside a forward pass, or before any query was seen."""
+        held = self.kv.host.length
+        if self.partial.length < held:
+            keys = self.kv.read(self.partial.length, held)[0]
+            if not self.partial.known:
+                self.partial.learn(keys)
+            self.partial.extend(keys)

@@ -1,0 +1,106 @@
+"""What entered a layer, token by token, kept so that its keys and values can be made anew."""
+
+from __future__ import annotations
+
+import torch
+
+from scout_hf.stores import PagedKV, TwoTierKV
+from scout_hf.stores.link import Links, Mark
+
+
+class LayerInputs:
+    """Hidden states of tokens ``[0, length)`` and their positions.
+
+    Pages of a store hold them as one head: the first half of the channels as its keys, the second as its values.
+
+    Parameters
+    ----------
+    hidden : Tensor (batch, tokens, hidden_size)
+        The first ones: sizes, dtype and device. Not stored.
+    block_size : int
+    on_host : bool
+        Whether whole blocks go to the host, else all stays on the device.
+
+    Attributes
+    ----------
+    written : Mark
+        The end of the last write-back: what reads the host waits for it.
+    """
+
+    def __init__(self, hidden: torch.Tensor, block_size: int, on_host: bool):
+        batch, _, self.hidden_size = hidden.shape
+        self.on_host, self.block_size, self.dtype = on_host, block_size, hidden.dtype
+        half, device = self.hidden_size // 2, hidden.device
+        kind = TwoTierKV if on_host else PagedKV
+        self.store = kind(batch, 1, half, block_size, hidden.dtype, device)
+        self.written = Mark()
+        self._positions: list[torch.Tensor] | None = []
+
+    @property
+    def blocks(self) -> int:
+        """Whole blocks that can be used."""
+        return (self.store.host.length if self.on_host else self.store.length) // self.block_size
+
+    def append(self, hidden: torch.Tensor, position_ids: torch.Tensor | None, first: int) -> None:
+        """Add tokens from ``first`` on; those that do not follow what is known are of no use."""
+        if first != self.store.length:
+            return
+        halves = hidden.to(self.dtype).unflatten(2, (2, -1))
+        self.store.append(halves[:, None, :, 0], halves[:, None, :, 1])
+        if position_ids is None:
+            self._positions = None
+        elif self._positions is not None:
+            self._positions.append(position_ids)
+
+    def write_back(self, host_length: int, links: Links | None = None) -> None:
+        """Let as many whole blocks be on the host as there are of keys and values; beside, with ``links``."""
+        if self.on_host and (tail := self.store.length - host_length) >= 0:
+            beside = links if self.store.device.type == "cuda" else None
+            self.written = self.store.write_back(tail // self.block_size, beside)
+
+    def read(self, tokens: int) -> torch.Tensor:
+        """The first ``tokens``, (batch, tokens, hidden_size) on the device."""
+        self.written.finish()
+        return self.joined(self.store.read(0, tokens))
+
+    @staticmethod
+    def joined(halves: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Hidden states (batch, tokens, hidden_size) of both halves, (batch, 1, tokens, hidden_size / 2) each."""
+        return torch.cat([half[:, 0] for half in halves], dim=-1)
+
+    def positions(self, tokens: int) -> torch.Tensor | None:
+        """Positions of the first ``tokens``, (1 or batch, tokens); None in a model that needs none."""
+        if self._positions is None:
+            return None
+        if self._positions[0].shape[1] < tokens:
+            rows = max(len(part) for part in self._positions)
+            self._positions = [torch.cat([part.expand(rows, -1) for part in self._positions], dim=1)]
+        return self._positions[0][:, :tokens]
+
+    def tier_bytes(self) -> dict[str, int]:
+        """Bytes held, by tier."""
+        if self.on_host:
+            return {"host": self.store.host.used_bytes, "device": self.store.device_bytes}
+        return {"device": self.store.used_bytes}
+
+    def crop(self, length: int) -> None:
+        """Keep the first ``length`` tokens."""
+        length = min(length, self.store.length)
+        self.written.finish()
+        self.store.crop(length)
+        if self._positions:
+            self._positions = [self.positions(length)]
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Make row ``i`` what row ``rows[i]`` was."""
+        self.store.select_rows(rows)
+        if self._positions:
+            all_of_it = self.positions(self.store.length)
+            self._positions = [all_of_it if len(all_of_it) == 1 else all_of_it[rows.to(all_of_it.device)]]
+
+    def fork(self) -> LayerInputs:
+        """An independent copy that shares pages."""
+        twin = object.__new__(LayerInputs)
+        positions = None if self._positions is None else list(self._positions)
+        twin.__dict__.update(self.__dict__, store=self.store.fork(), _positions=positions)
+        return twin

@@ -1,0 +1,240 @@
+"""KVPR (arXiv 2411.17089): exact offloading that computes a part of KV anew while the rest crosses the link."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from scout_hf.config import ScoutConfig
+from scout_hf.errors import ConfigError, ScoutError
+from scout_hf.fusion import Partial, fuse
+from scout_hf.kernels.attend import attend
+from scout_hf.methods.base import register_method
+from scout_hf.methods.bring import Coming, bring_blocks
+from scout_hf.methods.dense import Dense
+from scout_hf.methods.inputs import LayerInputs
+from scout_hf.methods.split import Rates, best_split
+
+TRIAL_TOKENS = 256
+# What rounding may make of a key, in parts of the largest.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@register_method
+class KVPR(Dense):
+    """Of the first ``l`` tokens the layer's inputs come instead of KV, and the layer makes their keys and values anew.
+
+    Inputs are half as large as the KV of a model without GQA, and come first; while KV of the other tokens crosses, the
+    device computes. ``l`` is chosen per layer and step so that both take equally long, from the link's rate and the
+    layer's, measured when the prompt is in. Where inputs are no smaller than KV (two or more query heads per KV head)
+    nothing can be gained: ``l`` is 0, which ``stats().notes`` tells, and the method is ``dense``. It also is where a
+    layer's keys are not what its inputs make (dynamic rotary embeddings, tokens from outside a forward pass).
+
+    ``method_options``: ``inputs`` ("host"; "device" keeps them there, at the price of its memory, and needs no link
+    for them), ``share`` (None; a float in [0, 1] fixes ``l`` as that share of the tokens on the host), ``heads`` as
+    with ``dense``.
+    """
+
+    name = "kvpr"
+    options = {"inputs": "host", "share": None, **Dense.options}
+    takes_inputs = True
+
+    def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
+        super().__init__(config, layer_idx, keys)
+        self.inputs: LayerInputs | None = None
+        self._rates: Rates | None = None
+        self._split = 0
+        self._inputs_coming: Coming | None = None
+
+    @classmethod
+    def check(cls, config: ScoutConfig) -> None:
+        super().check(config)
+        settings = cls.options | (config.method_options or {})
+        if settings["inputs"] not in ("host", "device"):
+            raise ConfigError(f"inputs={settings['inputs']!r} is not allowed: one of 'host', 'device'; try 'host'")
+        share = settings["share"]
+        if share is not None and not (isinstance(share, float) and 0.0 <= share <= 1.0):
+            raise ConfigError(f"share={share!r} is not allowed: None, or a float in [0, 1]; try None, the best one")
+
+    # -- join points --------------------------------------------------------------------------------------------
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, step=None) -> None:
+        before = self.kv.length
+        super().append(keys, values, step)
+        entered = None if step is None or step.inputs is None else step.inputs.pop(self.layer_idx, None)
+        if entered is not None:
+            self.remember(*entered, before)
+
+    def remember(self, hidden: torch.Tensor, position_ids: torch.Tensor | None, first: int | None = None) -> None:
+        """Keep the inputs (batch, tokens, hidden_size) of tokens from ``first`` on, by default of the newest.
+
+        For whoever fills a cache outside a forward pass; ``position_ids`` is (1 or batch, tokens).
+        """
+        first = self.kv.length - hidden.shape[1] if first is None else first
+        if self.inputs is None:
+            on_host = self.settings["inputs"] == "host"
+            self.inputs = LayerInputs(hidden, self.config.block_size, on_host)
+        self.inputs.append(hidden, position_ids, first)
+        self.inputs.write_back(self.kv.host.length)
+
+    def ahead(self, step, query: torch.Tensor | None) -> None:
+        self._drop_coming()
+        self._split = self._best_split(step)
+        self._bring_inputs(step)
+        if self._split < self.kv.host.blocks:
+            self._coming = self._bring(step, self._split, self._pieces()[0])
+
+    def prefilled(self, step, query: torch.Tensor) -> None:
+        if self._rates is None and self.inputs is not None and self.inputs.blocks and self._can_pay(step):
+            self._rates = self._measure(step)
+
+    # -- structure ----------------------------------------------------------------------------------------------
+
+    def crop(self, length: int) -> None:
+        super().crop(length)
+        if self.inputs is not None:
+            self.inputs.crop(length)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        super().select_rows(rows)
+        if self.inputs is not None:
+            self.inputs.select_rows(rows)
+
+    def fork(self) -> KVPR:
+        twin = super().fork()
+        twin.inputs, twin._inputs_coming = self.inputs and self.inputs.fork(), None
+        return twin
+
+    def tier_bytes(self) -> dict[str, int]:
+        held = super().tier_bytes()
+        for tier, nbytes in (self.inputs.tier_bytes() if self.inputs else {}).items():
+            held[tier] += nbytes
+        return held
+
+    # -- the parts of a step ------------------------------------------------------------------------------------
+
+    def _first_block(self, step) -> int:
+        return self._split
+
+    def _write_back(self, step) -> None:
+        super()._write_back(step)
+        if self.inputs is not None:
+            self.inputs.write_back(self.kv.host.length, None if step is None else step.links)
+
+    def _attend_host(self, step, query: torch.Tensor, first: int) -> Partial:
+        parts = []
+        if first:
+            parts.append(self._attend_anew(step, query, first * self.config.block_size))
+        if first < self.kv.host.blocks:
+            parts.append(super()._attend_host(step, query, first))
+        return fuse(parts)
+
+    def _attend_anew(self, step, query: torch.Tensor, tokens: int) -> Partial:
+        """Attention over the first ``tokens``, whose keys and values the layer makes while others are under way."""
+        if self.inputs.on_host:
+            with step.counters.timed(self.layer_idx, "join"):
+                hidden = self.inputs.joined(self._inputs_coming.wait())
+        else:
+            hidden = self.inputs.read(tokens)
+        begin = time.perf_counter()
+        keys, values = step.keys_values(self.layer_idx, hidden, self.inputs.positions(tokens))
+        if self.kv.device.type == "cpu" and self._rates is not None:
+            self._rates.computed(tokens, time.perf_counter() - begin)
+        result = attend(query, keys.to(self.dtype), values.to(self.dtype), *self.scoring, self._exists(step, 0, tokens))
+        if self.inputs.on_host:
+            step.counters.recalled(self.layer_idx, 0, self._inputs_coming.nbytes)
+            self._inputs_coming.give_back()
+            self._inputs_coming = None
+        step.counters.add("computed_anew", self.layer_idx, tokens)
+        return result
+
+    def _bring_inputs(self, step) -> None:
+        if self._split and self.inputs.on_host:
+            self.inputs.written.finish()
+            host, device = self.inputs.store.host, self.kv.device
+            self._inputs_coming = bring_blocks(step, host, 0, self._split, slice(0, 1), device, self.config.link_gbps)
+
+    def _drop_coming(self) -> None:
+        super()._drop_coming()
+        coming, self._inputs_coming = self._inputs_coming, None
+        if coming is not None:
+            coming.drop()
+        self._split = 0
+
+    # -- how much to compute ------------------------------------------------------------------------------------
+
+    def _best_split(self, step) -> int:
+        """Blocks to compute anew."""
+        if self.inputs is None or self._rates is None:
+            return 0
+        known = min(self.inputs.blocks, self.kv.host.blocks)
+        if (share := self.settings["share"]) is not None:
+            return min(known, round(share * self.kv.host.blocks))
+        split = best_split(self._rates, self.kv.host.length, known * self.config.block_size)
+        return split // self.config.block_size
+
+    def _sizes(self) -> tuple[int, int]:
+        """Bytes of a row's token that cross the link: as inputs, and as keys and values."""
+        item = self.dtype.itemsize
+        inputs = self.inputs.hidden_size * self.inputs.dtype.itemsize if self.inputs.on_host else 0
+        return inputs, 2 * self.kv_heads * self.kv.host.head_dim * item
+
+    def _can_pay(self, step) -> bool:
+        inputs, kv = self._sizes()
+        if inputs < kv or self.settings["share"] is not None:
+            return True
+        step.counters.note(
+            "kvpr",
+            f"nothing is computed anew: the inputs of a token ({inputs} bytes) are no smaller than its keys and values "
+            f"({kv} bytes), as in every model with two or more query heads per KV head",
+        )
+        return False
+
+    def _measure(self, step) -> Rates | None:
+        """What the link and the layer take per token; None where inputs do not make the keys that are stored."""
+        tokens = min(TRIAL_TOKENS, self.inputs.blocks * self.config.block_size)
+        self._written.finish()
+        hidden, stored = self.inputs.read(tokens), self.kv.read(0, tokens)
+        reason = None
+        try:
+            made = step.keys_values(self.layer_idx, hidden, self.inputs.positions(tokens))
+            if made is None:
+                reason = "its weights are on no device"
+            elif not all(self._same(step, a, b, tokens) for a, b in zip(made, stored)):
+                reason = "its inputs do not make the keys and values that it stored"
+        except ScoutError as error:
+            reason = str(error)
+        if reason is not None:
+            step.counters.note("kvpr", f"nothing is computed anew in layer {self.layer_idx}: {reason}")
+            return None
+        seconds = []
+        for _ in range(2):
+            self._synchronise()
+            begin = time.perf_counter()
+            step.keys_values(self.layer_idx, hidden, self.inputs.positions(tokens))
+            self._synchronise()
+            seconds.append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+        blocks = -(-tokens // self.config.block_size)
+        host = self.kv.host
+        coming = bring_blocks(step, host, 0, blocks, slice(0, host.heads), self.kv.device, self.config.link_gbps)
+        coming.wait()
+        self._synchronise()
+        per_byte = (time.perf_counter() - begin) / coming.nbytes
+        coming.give_back()
+        inputs, kv = (size * self.batch for size in self._sizes())
+        return Rates(input_s=inputs * per_byte, kv_s=kv * per_byte, compute_s=min(seconds) / tokens)
+
+    def _same(self, step, made: torch.Tensor, stored: torch.Tensor, tokens: int) -> bool:
+        made = made.to(stored.dtype)
+        if made.shape != stored.shape:
+            return False
+        error, exists = (made - stored).abs(), self._exists(step, 0, tokens)
+        if exists is not None:
+            error = error * exists[:, :, 0, :, None]
+        return bool(error.max() <= TOLERANCE[stored.dtype] * stored.abs().max())
+
+    def _synchronise(self) -> None:
+        if self.kv.device.type == "cuda":
+            torch.cuda.synchronize(self.kv.device)

@@ -1,0 +1,78 @@
+"""A few channels that tell which keys a query will attend to: partial queries and keys (InfiniGen, arXiv 2406.19707)."""
+
+from __future__ import annotations
+
+import torch
+
+
+class PartialKeys:
+    """Keys in the directions that the prompt's queries point to most, for tokens ``[0, length)``.
+
+    InfiniGen skews query and key weights offline by a singular value decomposition, then keeps the channels with the
+    largest queries. Rotary embeddings come between weights and scores, and no rotation of the weights passes through
+    them; so the directions are taken after them, per row and KV head, from the queries of the prompt itself.
+
+    Parameters
+    ----------
+    ratio : float
+        Share of the channels that is kept.
+    """
+
+    def __init__(self, ratio: float):
+        self.ratio, self.length = ratio, 0
+        self._basis: torch.Tensor | None = None
+        self._keys: torch.Tensor | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether directions have been chosen."""
+        return self._basis is not None
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of keys and directions."""
+        return sum(part.numel() * part.element_size() for part in (self._basis, self._keys) if part is not None)
+
+    def learn(self, vectors: torch.Tensor) -> None:
+        """Choose the directions from queries, or keys, (batch, kv_heads, n, head_dim); zeros tell nothing."""
+        wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+        channels = wide.shape[-1]
+        kept = max(1, round(self.ratio * channels))
+        # Of the Gram matrix the largest eigenvalues come last.
+        self._basis = torch.linalg.eigh(wide.transpose(-1, -2) @ wide).eigenvectors[..., channels - kept :]
+
+    def extend(self, keys: torch.Tensor) -> None:
+        """Add the next tokens' keys, (batch, kv_heads, tokens, head_dim)."""
+        tokens = keys.shape[2]
+        if self._keys is None or self.length + tokens > self._keys.shape[2]:
+            room = self.length + tokens + max(256, (self.length + tokens) // 8)
+            grown = keys.new_empty((*keys.shape[:2], room, self._basis.shape[-1]))
+            if self._keys is not None:
+                grown[:, :, : self.length] = self._keys[:, :, : self.length]
+            self._keys = grown
+        self._keys[:, :, self.length : self.length + tokens] = (keys.to(self._basis.dtype) @ self._basis).to(keys.dtype)
+        self.length += tokens
+
+    def scores(self, query: torch.Tensor) -> torch.Tensor:
+        """Approximate q.k of queries (batch, query_heads, 1, head_dim): (batch, kv_heads, group, length)."""
+        batch, heads, _, dim = query.shape
+        grouped = query.reshape(batch, self._basis.shape[1], -1, dim).to(self._basis.dtype) @ self._basis
+        keys = self._keys[:, :, : self.length]
+        return (grouped.to(keys.dtype) @ keys.transpose(-1, -2)).to(self._basis.dtype)
+
+    def crop(self, length: int) -> None:
+        """Keep the first ``length`` tokens."""
+        self.length = min(self.length, length)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Make row ``i`` what row ``rows[i]`` was."""
+        if self.known:
+            rows = rows.to(self._basis.device)
+            self._basis = self._basis[rows]
+            self._keys = None if self._keys is None else self._keys[rows]
+
+    def fork(self) -> PartialKeys:
+        """An independent copy."""
+        twin = PartialKeys(self.ratio)
+        twin.__dict__.update(self.__dict__, _keys=None if self._keys is None else self._keys.clone())
+        return twin

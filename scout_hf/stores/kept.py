@@ -1,0 +1,100 @@
+"""Chosen single tokens of every row and KV head, copied together so that the CPU reads nothing else."""
+
+from __future__ import annotations
+
+import torch
+
+from scout_hf.stores.packed import make_store
+
+
+class KeptTokens:
+    """Keys and values of the tokens that each head keeps, as pages of a store with one row per row and head.
+
+    Parameters
+    ----------
+    batch, heads, head_dim, block_size : int
+        KV heads; tokens per page.
+    dtype : torch.dtype
+
+    Attributes
+    ----------
+    kv : PagedKV
+        ``batch * heads`` rows of one head; all equally long, shorter ones filled up.
+    exists : Tensor (batch * heads, length) of bool
+        What is no filling, and was not dropped.
+    tokens, weights : Tensor (batch * heads, length)
+        Position of each entry, and the weight it was kept for.
+    total : int
+        Entries over all rows and heads.
+    """
+
+    def __init__(self, batch: int, heads: int, head_dim: int, block_size: int, dtype: torch.dtype):
+        self.heads = heads
+        self.kv = make_store(batch * heads, 1, head_dim, block_size, dtype, "cpu")
+        self.tokens = torch.zeros((batch * heads, 0), dtype=torch.int64, device="cpu")
+        self.weights = torch.zeros((batch * heads, 0), dtype=torch.float32, device="cpu")
+        self.exists = torch.zeros((batch * heads, 0), dtype=torch.bool, device="cpu")
+        self.total = 0
+
+    def counts(self) -> torch.Tensor:
+        """Entries of each row and head, (batch * heads,)."""
+        return self.exists.sum(-1)
+
+    def add(self, keys, values, tokens: torch.Tensor, weights: torch.Tensor, usable: torch.Tensor) -> None:
+        """Keep more: keys and values (batch, heads, n, head_dim), the rest (batch, heads, n); ``usable`` marks them."""
+        most = int(usable.sum(-1).max()) if usable.numel() else 0
+        if not most:
+            return
+        # Those that are kept to the front, in their order.
+        order = usable.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :most]
+        parts = [part.gather(2, order.unsqueeze(-1).expand(-1, -1, -1, part.shape[-1])) for part in (keys, values)]
+        self.kv.append(*(part.flatten(0, 1).unsqueeze(1) for part in parts))
+        for name, new in (("tokens", tokens), ("weights", weights), ("exists", usable)):
+            held = getattr(self, name)
+            new = new.expand(usable.shape).gather(2, order).flatten(0, 1).to(held.dtype)
+            setattr(self, name, torch.cat([held, new], dim=1))
+        self.total += int(usable.sum())
+
+    def limit(self, most: torch.Tensor) -> None:
+        """Drop the lightest entries of heads that hold more than ``most`` (batch,) of their row."""
+        over = self.counts() > (allowed := most.repeat_interleave(self.heads))
+        if bool(over.any()):
+            rank = (
+                self.weights.masked_fill(~self.exists, -1.0).argsort(dim=-1, descending=True, stable=True).argsort(-1)
+            )
+            self.exists = self.exists & (rank < allowed[:, None])
+            self._compact()
+
+    def crop(self, length: int) -> None:
+        """Drop the tokens from ``length`` on."""
+        self.exists = self.exists & (self.tokens < length)
+        self._compact()
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Make row ``i`` what row ``rows[i]`` was."""
+        rows = (rows.cpu()[:, None] * self.heads + torch.arange(self.heads, device="cpu")).flatten()
+        self.kv.select_rows(rows)
+        self.tokens, self.weights, self.exists = self.tokens[rows], self.weights[rows], self.exists[rows]
+        self.total = int(self.exists.sum())
+
+    def fork(self) -> KeptTokens:
+        """An independent copy that shares pages."""
+        twin = object.__new__(KeptTokens)
+        twin.__dict__.update(self.__dict__, kv=self.kv.fork())
+        return twin
+
+    def _compact(self) -> None:
+        """After entries were dropped: copy together what is left where that is much less than what is held."""
+        self.total = int(self.exists.sum())
+        left, length = int(self.counts().max()) if len(self.exists) else 0, self.exists.shape[1]
+        if length <= 2 * left + self.kv.block_size:
+            return
+        order = self.exists.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :left]
+        parts = self.kv.read(0, length)
+        self.kv.crop(0)
+        where = order[:, None, :, None].expand(-1, 1, -1, self.kv.head_dim)
+        if left:
+            self.kv.append(*(part.gather(2, where) for part in parts))
+        self.tokens, self.weights, self.exists = (
+            part.gather(1, order) for part in (self.tokens, self.weights, self.exists)
+        )
