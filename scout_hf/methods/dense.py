@@ -1,4 +1,4 @@
-"""Exact offloading: every decode step all of KV crosses to the device, one layer ahead (HeadInfer, arXiv 2502.12574)."""
+"""Exact offloading: in every decode step all KV crosses to the device, one layer ahead (HeadInfer, 2502.12574)."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class InfiniGen(TieredMethod):
     query head of its group (the paper has one query head per KV head).
 
     ``method_options``: ``alpha`` (4.0; None to fill the budget always), ``ratio`` (0.2), the share of the channels that
-    scores are made from.
+    scores are made from, 16 at least.
     """
 
     name = "infinigen"

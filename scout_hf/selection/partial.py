@@ -1,8 +1,12 @@
-"""A few channels that tell which keys a query will attend to: partial queries and keys (InfiniGen, arXiv 2406.19707)."""
+"""A few directions that tell which keys a query will attend to: partial queries and keys (InfiniGen, 2406.19707)."""
 
 from __future__ import annotations
 
 import torch
+
+
+# The papers' models have 128 channels, of which a fifth are 26; of 32 channels 6 are too few to rank by.
+FEWEST = 16
 
 
 class PartialKeys:
@@ -15,7 +19,7 @@ class PartialKeys:
     Parameters
     ----------
     ratio : float
-        Share of the channels that is kept.
+        Share of the channels that is kept, 16 of them at least.
     """
 
     def __init__(self, ratio: float):
@@ -37,7 +41,7 @@ class PartialKeys:
         """Choose the directions from queries, or keys, (batch, kv_heads, n, head_dim); zeros tell nothing."""
         wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
         channels = wide.shape[-1]
-        kept = max(1, round(self.ratio * channels))
+        kept = min(channels, max(FEWEST, round(self.ratio * channels)))
         # Of the Gram matrix the largest eigenvalues come last.
         self._basis = torch.linalg.eigh(wide.transpose(-1, -2) @ wide).eigenvectors[..., channels - kept :]
 

@@ -38,14 +38,15 @@ class Rules:
         """Softmax over these tokens, the largest of the group; query (GROUP, DIM)."""
         best = dict.fromkeys(tokens, 0.0)
         for each in query:
-            scores = {token: math.exp(self.score(each, row, head, token)) for token in tokens if self.exists[row, token]}
+            real = [token for token in tokens if self.exists[row, token]]
+            scores = {token: math.exp(self.score(each, row, head, token)) for token in real}
             total = sum(scores.values())
             for token, score in scores.items():
                 best[token] = max(best[token], score / total)
         return best
 
     def mean_weights(self, queries, row, head, tokens, first):
-        """Means over the queries (GROUP, n, DIM) from token ``first`` on, each seeing no later one; largest of group."""
+        """Means over queries (GROUP, n, DIM) from token ``first`` on, each seeing no later one; largest of group."""
         sums = torch.zeros(GROUP, self.exists.shape[1], dtype=torch.float64)
         real = [n for n in range(queries.shape[1]) if self.exists[row, first + n]]
         for n in real:

@@ -183,12 +183,12 @@ def test_all_channels_make_exact_scores():
 
 
 def test_few_channels_serve_queries_of_few_directions():
-    """Queries in a plane: two directions tell all; those of other channels would tell little."""
+    """Queries in 16 dimensions of 64: as many directions tell all; the same number of channels would not."""
     generator = torch.Generator().manual_seed(0)
-    plane = torch.randn(2, 32, generator=generator).double()
-    query = (torch.randn(1, 1, 50, 2, generator=generator).double() @ plane).contiguous()
-    keys = torch.randn(1, 1, 200, 32, generator=generator).double()
-    partial = PartialKeys(2 / 32)
+    plane = torch.randn(16, 64, generator=generator).double()
+    query = (torch.randn(1, 1, 50, 16, generator=generator).double() @ plane).contiguous()
+    keys = torch.randn(1, 1, 200, 64, generator=generator).double()
+    partial = PartialKeys(0.1)
     partial.learn(query)
     partial.extend(keys)
     assert (partial.scores(query[:, :, :1])[0, 0, 0] - keys[0, 0] @ query[0, 0, 0]).abs().max() <= 1e-10
@@ -282,9 +282,19 @@ def test_what_a_method_cannot_do_is_refused_at_once(method, wrong):
         ScoutCache(stock_model().config, method=method, **wrong)
 
 
-@pytest.mark.parametrize("method, wrong", [("dense", {"heads": 0}), ("dense", {"heads": True}), ("kvpr", {"share": 2.0}),
-                         ("kvpr", {"inputs": "disk"}), ("infinigen", {"alpha": 0}), ("infinigen", {"ratio": 1.5}),
-                         ("scout", {"alpha": 1.0})], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "method, wrong",
+    [
+        ("dense", {"heads": 0}),
+        ("dense", {"heads": True}),
+        ("kvpr", {"share": 2.0}),
+        ("kvpr", {"inputs": "disk"}),
+        ("infinigen", {"alpha": 0}),
+        ("infinigen", {"ratio": 1.5}),
+        ("scout", {"alpha": 1.0}),
+    ],
+    ids=str,
+)
 def test_a_method_s_own_options_are_checked(method, wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         ScoutCache(stock_model().config, method=method, method_options=wrong)
@@ -307,7 +317,8 @@ def test_infinigen_attends_to_what_its_budget_allows(budget, most, monkeypatch):
     from tests.unit.worlds import SETTINGS
 
     options = {"alpha": None}
-    monkeypatch.setitem(SETTINGS, "some", {"method": "infinigen", "window": 8, "method_options": options, "budget": budget})
+    chosen = {"method": "infinigen", "window": 8, "method_options": options, "budget": budget}
+    monkeypatch.setitem(SETTINGS, "some", chosen)
     world = World("some", 2, [0, 30])
     world.run(120, 0, True)
     world.run(1, 1, True)
