@@ -82,9 +82,9 @@ class ScoutConfig:
         thread only launches; needs the native CPU library. ``graph``: the same, and a whole decode step is captured
         once and run again in one launch, where it can be: all layers on two tiers of one GPU, a budget in tokens or
         None; ``cpu_query="auto"`` is ``"real"`` there. ``auto`` is ``join``.
-    link_gbps : float or None, default None
-        Two tiers in one memory (``split="cpu"``): let KV cross from the host's tier to the device's at most this fast,
-        in GB/s, to see what a machine with such a link would do. ``None``: as fast as memory is.
+    link_gbps, cpu_gbps : float or None, default None
+        Two tiers in one memory (``split="cpu"``): let KV cross from the host's tier to the device's, and the CPU's share
+        be attended, at most this fast, in GB/s of KV, to see what another machine would do. ``None``: as fast as it goes.
     monitor : bool or float, default False
         Measure what sparse decoding loses: exact attention of the real query, beside the sparse one, in idle CPU time;
         see ``Stats.fidelity``. A float in (0, 1] is the share of (layer, KV head) pairs looked at per decode step.
@@ -115,6 +115,7 @@ class ScoutConfig:
     gpu_kernels: str = "auto"
     hand_over: str = "auto"
     link_gbps: float | None = None
+    cpu_gbps: float | None = None
     monitor: bool | float = False
 
     def __new__(cls, *values: Any, **options: Any) -> ScoutConfig:
@@ -144,9 +145,10 @@ class ScoutConfig:
         options = self.method_options
         if options is not None and not (isinstance(options, dict) and all(isinstance(name, str) for name in options)):
             self._refuse("method_options", "None, or a dict of the method's own settings by name", "None")
-        gbps = self.link_gbps
-        if gbps is not None and (isinstance(gbps, bool) or not isinstance(gbps, (int, float)) or not gbps > 0):
-            self._refuse("link_gbps", "None, or a positive number of GB/s", "25.0, a PCIe 4.0 x16 link")
+        for name, hint in (("link_gbps", "25.0, a PCIe 4.0 x16 link"), ("cpu_gbps", "100.0, 36 cores")):
+            gbps = getattr(self, name)
+            if gbps is not None and (isinstance(gbps, bool) or not isinstance(gbps, (int, float)) or not gbps > 0):
+                self._refuse(name, "None, or a positive number of GB/s", hint)
         if self.resident is not None and (not _is_int(self.resident) or self.resident < self.block_size):
             self._refuse("resident", f"None, or at least one block of tokens ({self.block_size})", "None, the budget")
         if self.threads is not None and (not _is_int(self.threads) or self.threads < 1):

@@ -75,7 +75,9 @@ class HGCA(TieredMethod):
                 marks = marks & padding.gather(1, self.kept.tokens)
             # One row of one head each, as the kept tokens lie.
             grouped = query.detach().cpu().reshape(self.batch * self.kv_heads, -1, 1, query.shape[3])
-            self._ticket = step.backend.start(grouped, self.kept.kv, None, *self.scoring, marks)
+            ticket = step.backend.start(grouped, self.kept.kv, None, *self.scoring, marks)
+            read = self.kept.total * 2 * query.shape[3] * self.dtype.itemsize
+            self._ticket = step.links.limit_cpu(ticket, read, self.config.cpu_gbps)
         keys, values = self.kv.tail()
         exists = self._exists(step, self.kv.host.length)
         here, weights = attend_weighing(query, keys, values, *self.scoring, exists)

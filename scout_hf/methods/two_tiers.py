@@ -148,7 +148,9 @@ class TwoTierScout(Method):
         job = self._job(step, query)
         self._started, self._share_blocks = True, int(job[2].counts.sum())
         if self._share_blocks:
-            self._ticket = step.backend.start(*job)
+            ticket = step.backend.start(*job)
+            read = self._share_blocks * 2 * self.kv.host.block_size * self.kv.host.head_dim * self.dtype.itemsize
+            self._ticket = step.links.limit_cpu(ticket, read, self.config.cpu_gbps)
 
     def _job(self, step, query: torch.Tensor) -> tuple:
         lists = pack_lists(self._pick.ids, self._missing)
@@ -283,6 +285,7 @@ class TwoTierScout(Method):
             self._recall = places and step.backend.copy(*places, keep=held)
             if self._recall is None:
                 self._recall = step.movers.submit(plan.run, self.kv.host)
+            self._recall = step.links.limit(self._recall, plan.moved_bytes, self.config.link_gbps)
             step.counters.recalled(self.layer_idx, plan.blocks, plan.moved_bytes)
 
     def _join_recall(self) -> None:

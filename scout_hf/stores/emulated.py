@@ -1,4 +1,4 @@
-"""A link between tiers that share one memory: transfers take as long as another machine's link would need."""
+"""Another machine's link, or CPU, over tiers that share one memory: work takes as long as it would there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class EmulatedLink:
-    """Books transfers one after another; safe to use from several threads."""
+    """Books work one after another, transfers or reading; safe to use from several threads."""
 
     def __init__(self):
         self._free_at = 0.0

@@ -41,11 +41,15 @@ class Links:
     def __init__(self):
         self._streams: dict[tuple[torch.device, str], torch.cuda.Stream] = {}
         self._last: dict[torch.device, list[Mark]] = {}
-        self._emulated = EmulatedLink()
+        self._emulated, self._emulated_cpu = EmulatedLink(), EmulatedLink()
 
     def limit(self, ticket: Any, nbytes: int, gbps: float | None) -> Any:
         """The ticket of a transfer; with ``gbps``, of one over an emulated link that is no faster."""
         return self._emulated.limit(ticket, nbytes, gbps)
+
+    def limit_cpu(self, ticket: Any, nbytes: int, gbps: float | None) -> Any:
+        """The ticket of attention on the CPU; with ``gbps``, on an emulated one that reads KV no faster."""
+        return self._emulated_cpu.limit(ticket, nbytes, gbps)
 
     def mark(self, device: torch.device) -> Mark:
         """The end of what the device's current stream has been given so far."""
