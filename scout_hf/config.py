@@ -83,8 +83,8 @@ class ScoutConfig:
         once and run again in one launch, where it can be: all layers on two tiers of one GPU, a budget in tokens or
         None; ``cpu_query="auto"`` is ``"real"`` there. ``auto`` is ``join``.
     link_gbps, cpu_gbps : float or None, default None
-        Two tiers in one memory (``split="cpu"``): let KV cross from the host's tier to the device's, and the CPU's share
-        be attended, at most this fast, in GB/s of KV, to see what another machine would do. ``None``: as fast as it goes.
+        Two tiers in one memory (``split="cpu"``): let KV cross from the host's tier to the device's, and the CPU
+        attend its share, at most this fast, in GB/s of KV, to see what another machine would do. ``None``: no limit.
     monitor : bool or float, default False
         Measure what sparse decoding loses: exact attention of the real query, beside the sparse one, in idle CPU time;
         see ``Stats.fidelity``. A float in (0, 1] is the share of (layer, KV head) pairs looked at per decode step.

@@ -10,6 +10,7 @@ import torch
 
 from scout_hf.cache_names import CACHE
 from scout_hf.errors import ConfigError
+from scout_hf.methods import Scout
 from scout_hf.recall import RecallIntervals, intervals_below
 
 DEFAULT_THRESHOLD = 0.12
@@ -39,7 +40,9 @@ def profile_recall(handle: Any, prompts: Sequence[Any], steps: int, threshold: f
     """
     if not isinstance(steps, int) or steps < 1:
         raise ConfigError(f"steps={steps!r} is not allowed: a whole number of decode steps from 1 up, 48 by default")
-    if not handle._has_two_tiers(handle.config):
+    if handle.config.method != Scout.name:
+        raise ConfigError(f"method={handle.config.method!r} has no recall intervals; patch with method='scout'")
+    if not Scout.has_two_tiers(handle.config, handle.model.device):
         raise ConfigError("there is nothing to recall on one tier; patch with split='cpu', or move the model to a GPU")
     if threshold is None:
         threshold = handle.config.recall if isinstance(handle.config.recall, float) else DEFAULT_THRESHOLD

@@ -18,9 +18,13 @@ class Scout(TwoTierScout):
 
     @classmethod
     def is_exact(cls, config: ScoutConfig, device: torch.device) -> bool:
-        two_tiers = config.split == "cpu" or (config.split == "auto" and device.type != "cpu")
-        predicts = two_tiers and config.layer_ahead and config.cpu_query != "real"
+        predicts = cls.has_two_tiers(config, device) and config.layer_ahead and config.cpu_query != "real"
         return config.budget in (None, 1.0) and not predicts and config.host_dtype is None
+
+    @staticmethod
+    def has_two_tiers(config: ScoutConfig, device: torch.device) -> bool:
+        """Whether a model on that device gets two tiers."""
+        return config.split == "cpu" or (config.split == "auto" and device.type != "cpu")
 
     @classmethod
     def create(cls, config: ScoutConfig, layer_idx: int, keys: torch.Tensor) -> Method:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-
 # The papers' models have 128 channels, of which a fifth are 26; of 32 channels 6 are too few to rank by.
 FEWEST = 16
 

@@ -17,6 +17,9 @@ PROFILE = RecallIntervals((3, 0), 0.12, "llama")
 
 REFUSED = {
     "method": [None, 3, b"scout", ("scout",)],
+    "method_options": [3, "alpha", ("alpha", 1), {1: 2}],
+    "link_gbps": [0, -1.0, True, "25", NAN],
+    "cpu_gbps": [0, -1.0, True, "25", NAN],
     "block_size": [7, 0, -32, 33, 512, 32.0, "32", True, None, NAN],
     "budget": [0, -1, 1, 31, 0.0, -0.5, 1.5, True, False, "2048", NAN, math.inf, (2048,), [0.5]],
     "sinks": [-1, 4.0, True, None, "4"],
@@ -36,7 +39,10 @@ REFUSED = {
     "monitor": [0, 1, 0.0, -0.5, 1.5, NAN, math.inf, None, "True", (0.5,)],
 }
 TAKEN = {
-    "method": ["scout"],
+    "method": ["scout", "dense", "kvpr", "infinigen", "hgca"],
+    "method_options": [None, {}, {"alpha": 0.5}],
+    "link_gbps": [None, 25, 0.5],
+    "cpu_gbps": [None, 100, 0.5],
     "block_size": [8, 16, 32, 64, 128, 256],
     "budget": [None, 256, 10**9, 1.0, 0.001, 0.25],
     "sinks": [0, 1, 1000],
