@@ -20,8 +20,8 @@ class InfiniGen(TieredMethod):
 
     A token counts as important where its approximate score is within ``alpha`` of the best one of its query head. Every
     KV head of a row recalls as many as its heads count on average, at most what the budget leaves beside the window;
-    each its own best ones. Nothing recalled stays on the device. With GQA a token is worth what it is worth to the best
-    query head of its group (the paper has one query head per KV head).
+    each its own best ones. Nothing recalled stays on the device. With GQA a token is worth the weight that its
+    group's query heads give it together (the paper has one query head per KV head).
 
     ``method_options``: ``alpha`` (4.0; None to fill the budget always), ``ratio`` (0.2), the share of the channels that
     scores are made from, 16 at least.
@@ -148,13 +148,20 @@ class InfiniGen(TieredMethod):
             scores = self.scoring.softcap * torch.tanh(scores / self.scoring.softcap)
         if exists is not None:
             scores = scores.masked_fill(~exists, -torch.inf)
-        # A row of padding alone has no best score.
-        lead = (scores - scores.amax(-1, keepdim=True)).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+        # A row of padding alone has no weights.
+        weights = scores.log_softmax(-1).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
         count = self._most(step, exists)
         if (alpha := self.settings["alpha"]) is not None:
-            near = (lead > -alpha).sum(-1).to(scores.dtype).mean((1, 2)).ceil().to(torch.int64)
+            near = (
+                (weights - weights.amax(-1, keepdim=True) > -alpha)
+                .sum(-1)
+                .to(scores.dtype)
+                .mean((1, 2))
+                .ceil()
+                .to(torch.int64)
+            )
             count = torch.minimum(near, count)
-        worth, most = lead.amax(2), max(1, int(count.max()))
+        worth, most = weights.logsumexp(2), max(1, int(count.max()))
         best = worth.topk(min(most, held), dim=-1)
         order = torch.arange(best.indices.shape[-1], device=worth.device)
         return best.indices, (order < count[:, None, None]) & (best.values > -torch.inf)
@@ -163,7 +170,7 @@ class InfiniGen(TieredMethod):
         """Tokens that the budget leaves for the host, by row."""
         budget, device, beside = self.config.budget, self.kv.device, self.window_blocks * self.config.block_size
         if isinstance(budget, float):
-            context = torch.full((self.batch,), self.kv.length, device=device)
+            context = torch.full((self.batch,), step.tokens, device=device)
             if exists is not None:
                 context = step.padding(device).sum(-1)
             total = (budget * context).to(torch.int64)

@@ -1,0 +1,206 @@
+"""The methods beside scout: alone and in company, disturbed, interrupted, on two threads, sparse in every mode."""
+
+import threading
+
+import pytest
+import torch
+
+import scout_hf
+from scout_hf.kernels.cpu import pool, workers
+from scout_hf.methods import bring
+from scout_hf.stores.staging import Staging
+from tests.integration.common import (
+    EXACT_METHODS,
+    assert_close,
+    assert_equal,
+    left_padded,
+    llama,
+    logits,
+    prompt,
+    run,
+)
+from tests.integration.test_failures import (
+    DISTURBANCES,
+    INT8,
+    Planted,
+    delayed_jobs,
+    raise_once,
+    spoiled_scratch,
+)
+from tests.integration.test_generate import MODES
+
+SPARSE = {
+    "infinigen": {"method": "infinigen", "budget": 40, "block_size": 8, "window": 8},
+    "infinigen, a share": {"method": "infinigen", "budget": 0.4, "block_size": 8, "method_options": {"alpha": None}},
+    "hgca": {"method": "hgca", "budget": 32, "block_size": 8, "method_options": {"least": 2}},
+    "hgca, a share": {"method": "hgca", "budget": 0.5, "block_size": 8, "resident": 8},
+    "hgca, its threshold": {"method": "hgca", "budget": None, "resident": 16, "block_size": 8},
+}
+ALL = EXACT_METHODS | SPARSE
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", SPARSE)
+def test_every_mode_runs_sparsely(name, mode):
+    inputs, options = MODES[mode]
+    model = llama()
+    with scout_hf.patch(model, **SPARSE[name]) as handle:
+        torch.manual_seed(0)
+        assert not torch.isnan(logits(run(model, inputs, **options))).any()
+        stats = handle.stats()
+        assert not stats.exact and 0 < stats.attended_tokens <= stats.context_tokens
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_padded_row_is_as_if_alone(name):
+    """Whole blocks of padding, so that the row's own blocks lie alike."""
+    model, padding = llama(), (0, 8, 40)
+    batch = left_padded(*padding, tokens=96)
+    with scout_hf.patch(model, **ALL[name]):
+        together = logits(run(model, batch, new=20))
+        for row, skipped in enumerate(padding):
+            alone = logits(run(model, batch["input_ids"][row : row + 1, skipped:], new=20))
+            assert (together[:, row] - alone[:, 0]).abs().max() <= 3e-6
+
+
+def test_a_budget_bounds_what_is_attended():
+    model = llama()
+    for name, most in (("infinigen", 40), ("hgca", 32)):
+        with scout_hf.patch(model, **SPARSE[name]) as handle:
+            run(model, prompt(2, 120), new=30)
+            # The block that is being filled comes on top.
+            assert most / 2 <= handle.stats().attended_tokens <= most + 8, name
+
+
+def spoiled_staging(monkeypatch):
+    """What comes from the host lands in NaN, and what was used becomes NaN."""
+    take, give_back = Staging.take, Staging.give_back
+
+    def spoiled(self, *args):
+        return take(self, *args).fill_(torch.nan)
+
+    def spoiled_back(self, taken):
+        taken.fill_(torch.nan)
+        give_back(self, taken)
+
+    monkeypatch.setattr(Staging, "take", spoiled)
+    monkeypatch.setattr(Staging, "give_back", spoiled_back)
+
+
+DISTURBED = [
+    *(each for each in DISTURBANCES if each[0] is not INT8 and each[1] is not spoiled_scratch),
+    *((backend, spoiled_staging) for backend in ({"cpu_backend": "torch"}, {"cpu_backend": "auto"})),
+]
+
+
+@pytest.mark.parametrize("inputs", [prompt(), left_padded(0, 13)], ids=["one row", "padded"])
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("backend", "disturb"), DISTURBED)
+def test_not_one_logit_changes(monkeypatch, backend, disturb, name, inputs):
+    model = llama()
+    with scout_hf.patch(model, **ALL[name], **backend):
+        expected = run(model, inputs, new=18)
+        disturb(monkeypatch)
+        for _ in range(2):
+            assert_equal(run(model, inputs, new=18), expected)
+
+
+@pytest.mark.parametrize("name", ["dense", "infinigen"])
+def test_not_waiting_for_a_copy_is_seen(monkeypatch, name):
+    model = llama()
+    with scout_hf.patch(model, **ALL[name]):
+        expected = run(model, prompt(), new=6)
+        spoiled_staging(monkeypatch)
+        delayed_jobs(monkeypatch)
+        monkeypatch.setattr(bring.Coming, "wait", lambda self: (self._buffer[0], self._buffer[1]))
+        assert not torch.equal(logits(run(model, prompt(), new=6)), logits(expected))
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("after", [0, 1, 10])
+def test_going_on_with_the_cache_of_a_forward_that_raised(monkeypatch, name, after):
+    model = llama()
+    with scout_hf.patch(model, **ALL[name]) as handle:
+        expected = run(model, prompt(), new=14)
+        raise_once(monkeypatch, model.model.layers[2].mlp, after)
+        cache = handle.new_cache()
+        with pytest.raises(Planted):
+            run(model, prompt(), new=14, past_key_values=cache)
+        length = 50 + after - 1 if after else 0
+        assert [layer.get_seq_length() for layer in cache.layers] == [length] * 4
+        got = run(model, expected.sequences[:, : 50 + after], new=14 - after, past_key_values=cache)
+    if name in EXACT_METHODS:
+        assert (logits(got) - logits(expected)[after:]).abs().max() <= 3e-6
+    assert cache.staging.used_bytes < 1 << 20
+
+
+@pytest.mark.parametrize("name", EXACT_METHODS)
+@pytest.mark.parametrize("call", [0, 3])
+def test_an_interrupt_while_waiting(monkeypatch, name, call):
+    model, waited = llama(), []
+    ids = prompt(1, 60)
+
+    def interrupted(real):
+        def wait(ticket):
+            waited.append(ticket)
+            if len(waited) == call + 1:
+                raise KeyboardInterrupt
+            return real(ticket)
+
+        return wait
+
+    expected = run(model, ids, new=8)
+    with scout_hf.patch(model, **EXACT_METHODS[name]) as handle, torch.no_grad():
+        cache = handle.new_cache()
+        model(ids[:, :59], past_key_values=cache)
+        delayed_jobs(monkeypatch)
+        for kind in (pool.Ticket, workers.Ticket):
+            monkeypatch.setattr(kind, "wait", interrupted(kind.wait))
+        with pytest.raises(KeyboardInterrupt):
+            model(ids[:, 59:], past_key_values=cache)
+        assert cache.get_seq_length() == 59 and len(waited) == call + 1
+        for each in (cache.fork(), cache):
+            assert_close(run(model, ids, new=8, past_key_values=each), expected)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_two_threads_with_one_patched_model(name):
+    model = llama()
+    inputs = [prompt(1, 60, seed=seed) for seed in range(4)]
+    with scout_hf.patch(model, **ALL[name]):
+        expected = [run(model, ids, new=20) for ids in inputs]
+        found = [None] * len(inputs)
+
+        def go(which):
+            for number in range(which, len(inputs), 2):
+                found[number] = run(model, inputs[number], new=20)
+
+        threads = [threading.Thread(target=go, args=(which,)) for which in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for got, before in zip(found, expected):
+        assert_equal(got, before)
+
+
+@pytest.mark.parametrize("name", ["dense", "infinigen", "kvpr"])
+def test_an_emulated_link_changes_time_alone(name):
+    model = llama()
+    with scout_hf.patch(model, **ALL[name]):
+        expected = run(model, prompt(), new=6)
+    with scout_hf.patch(model, **ALL[name], link_gbps=0.002) as handle:
+        assert_equal(run(model, prompt(), new=6), expected)
+        stats = handle.stats()
+    # 2 MB/s: what crosses in a step takes so long, less what is hidden behind other layers.
+    assert stats.join_wait_ms > 0.2 * stats.recalled_bytes / stats.steps / 2e3
+
+
+def test_an_emulated_cpu_is_waited_for():
+    model = llama()
+    with scout_hf.patch(model, **ALL["hgca"]):
+        expected = run(model, prompt(), new=6)
+    with scout_hf.patch(model, **ALL["hgca"], cpu_gbps=0.002) as handle:
+        assert_equal(run(model, prompt(), new=6), expected)
+        # 16 tokens beside the window, 2 heads, keys and values of 8 floats, 4 layers.
+        assert handle.stats().join_wait_ms > 0.2 * 16 * 2 * 2 * 8 * 4 * 4 / 2e3
