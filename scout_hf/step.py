@@ -143,6 +143,10 @@ class Step:
             self._masks[key] = padded.view(batch, -1, block_size)
         return self._masks[key]
 
+    def context(self) -> float | torch.Tensor:
+        """Tokens per row that are no padding, mean over the rows; a number where all rows are alike."""
+        return self.tokens if self.mask is None else self.row_tokens().float().mean()
+
     def row_tokens(self) -> torch.Tensor:
         """Tokens of each row that are no padding, (batch,) on the CPU where they are known there."""
         return (self.mask if self.mask_here is None else self.mask_here).sum(-1)

@@ -57,8 +57,7 @@ class Dense(TieredMethod):
         parts = [self._attend_tail(step, query)]
         if self.kv.host.blocks:
             parts.append(self._attend_host(step, query, self._first_block(step)))
-        context = self.kv.length if step.mask is None else step.row_tokens().float().mean()
-        step.counters.attended(self.layer_idx, context, context)
+        step.counters.attended(self.layer_idx, step.context(), step.context())
         return fuse(parts)
 
     # -- structure ----------------------------------------------------------------------------------------------

@@ -89,8 +89,7 @@ class HGCA(TieredMethod):
             self._ticket = None
             out, lse = share.out.to(query.device), share.lse.to(query.device)
             parts.append(Partial(out.reshape(query.shape), lse.reshape(query.shape[:3])))
-        context = self.kv.length if step.mask is None else step.row_tokens().float().mean()
-        step.counters.attended(self.layer_idx, context, window + held)
+        step.counters.attended(self.layer_idx, step.context(), window + held)
         step.counters.cpu_share(self.layer_idx, held, window + held)
         return fuse(parts)
 

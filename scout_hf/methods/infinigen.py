@@ -85,8 +85,7 @@ class InfiniGen(TieredMethod):
             step.counters.recalled(self.layer_idx, 0, self._coming.nbytes)
             self._coming.give_back()
             self._coming = self._usable = None
-        context = self.kv.length if step.mask is None else step.row_tokens().float().mean()
-        step.counters.attended(self.layer_idx, context, attended)
+        step.counters.attended(self.layer_idx, step.context(), attended)
         if self._predicted is not None:
             step.counters.predicted(self.layer_idx, self._predicted, query)
             self._predicted = None

@@ -28,8 +28,7 @@ class OneTierScout(Method):
         open_blocks = max(0, kv.length // size - self.config.blocks(self.config.window))
         lists = self.selector.lists(step, query, kv, open_blocks)
         result = step.backend.attend_blocks(query, kv, lists, *self.scoring, step.mask)
-        context = kv.length if step.mask is None else step.row_tokens().float().mean()
-        step.counters.attended(self.layer_idx, context, result.tokens / (kv.batch * kv.heads))
+        step.counters.attended(self.layer_idx, step.context(), result.tokens / (kv.batch * kv.heads))
         if step.monitor is not None:
             step.monitor.watch(step, self, query, result.partial, lambda: lists and [lists], predicted=False)
         return result.partial

@@ -313,8 +313,7 @@ class TwoTierScout(Method):
         self._attended, self._started, self._guessed, self._checks = 0.0, False, False, False
 
     def _tally(self, step, query: torch.Tensor) -> None:
-        context = self.kv.length if step.mask is None else step.row_tokens().float().mean()
-        step.counters.attended(self.layer_idx, context, self._attended)
+        step.counters.attended(self.layer_idx, step.context(), self._attended)
         if self._share_blocks is not None:
             step.counters.cpu_share(self.layer_idx, self._share_blocks, self._selected_blocks())
         if self._predicted is not None:

@@ -274,8 +274,7 @@ class TritonScout(TwoTierScout):
         """
         self.kv.grew(1)
         self.resident.recalled(self.kv.host.blocks)
-        context = self.kv.length if step.mask is None else step.row_tokens().float().mean()
-        step.counters.attended(self.layer_idx, context, self._tokens_here(step))
+        step.counters.attended(self.layer_idx, step.context(), self._tokens_here(step))
         self._write_back(step)
         self._forget()
 
