@@ -1,4 +1,4 @@
-"""`Family`: where one family of models keeps what a layer's query is made of."""
+"""`Family`: where one family of models keeps what a layer's query, keys and values are made of."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from scout_hf.errors import UnsupportedInputError, UnsupportedModelError
 
 
 class Family:
-    """Predicts a decoder layer's query from a hidden state, with that layer's own modules.
+    """Makes a decoder layer's query, or its keys and values, from a hidden state, with that layer's own modules.
 
-    The defaults are those of Llama: `input_layernorm`, `self_attn.q_proj`, rotary embedding. A family
-    overrides the steps in which it differs (`norm`, `project`, `rotate`) and names its `model_types`.
+    The defaults are those of Llama: `input_layernorm`, `self_attn.q_proj`, rotary embedding. A family overrides the
+    steps in which it differs (`norm`, `project`, `project_keys_values`, `rotate`) and names its `model_types`.
 
     The softmax scale, the softcap and attention sinks are no part of a family: the model hands them to the
     attention function, and a second source for them would sooner or later disagree.
@@ -80,6 +80,24 @@ class Family:
         q = self.project(attn, self.norm(layer, hidden))
         return self.rotate(decoder, layer, attn, q, position_ids, position_embeddings, hidden)
 
+    def keys_values(
+        self,
+        decoder: nn.Module,
+        layer: nn.Module,
+        hidden: Tensor,
+        position_ids: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The keys and values that `layer` would store if `hidden` were its input; arguments as for `query`.
+
+        Returns:
+            (batch, kv_heads, length, head_dim) each, the model's dtype, on the layer's device.
+        """
+        attn = self.attention(layer)
+        hidden = hidden.to(weight_device(attn, default=hidden.device))
+        keys, values = self.project_keys_values(attn, self.norm(layer, hidden))
+        return self.rotate(decoder, layer, attn, keys, position_ids, position_embeddings, hidden), values
+
     def norm(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """The layer's normalisation before attention: (batch, length, hidden_size) in and out."""
         return layer.input_layernorm(hidden)
@@ -92,6 +110,10 @@ class Family:
         """
         return split_heads(attn.q_proj(x), attn.head_dim)
 
+    def project_keys_values(self, attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Project, and normalise keys: (batch, length, hidden_size) to twice (batch, kv_heads, length, head_dim)."""
+        return split_heads(attn.k_proj(x), attn.head_dim), split_heads(attn.v_proj(x), attn.head_dim)
+
     def rotate(
         self,
         decoder: nn.Module,
@@ -102,7 +124,7 @@ class Family:
         position_embeddings: tuple[Tensor, Tensor] | None,
         hidden: Tensor,
     ) -> Tensor:
-        """Apply the rotary embedding to q (batch, query_heads, length, head_dim); same shape out."""
+        """Apply the rotary embedding to q (batch, heads, length, head_dim), queries or keys; same shape out."""
         cos, sin = self.position_embeddings(decoder, attn, hidden, position_ids, position_embeddings)
         # The model's function rotates a query and a key together. A key without heads costs nothing, and
         # unlike the query itself it may be passed to hub kernels that rotate in place.

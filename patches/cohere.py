@@ -19,6 +19,10 @@ class Cohere(Family):
             q = attn.q_norm(q)
         return q.transpose(1, 2)
 
+    def project_keys_values(self, attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = super().project_keys_values(attn, x)
+        return (attn.k_norm(keys.transpose(1, 2)).transpose(1, 2) if attn.use_qk_norm else keys), values
+
 
 class Cohere2(Family):
     """Only the sliding-window layers have a rotary embedding."""

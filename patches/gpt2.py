@@ -27,6 +27,10 @@ class GPT2(Family):
     def project(self, attn: nn.Module, x: Tensor) -> Tensor:
         return split_heads(attn.c_attn(x)[..., : attn.split_size], attn.head_dim)
 
+    def project_keys_values(self, attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = attn.c_attn(x)[..., attn.split_size :].chunk(2, dim=-1)
+        return split_heads(keys, attn.head_dim), split_heads(values, attn.head_dim)
+
     def rotate(self, decoder, layer, attn, q, position_ids, position_embeddings, hidden) -> Tensor:
         return q
 

@@ -19,5 +19,9 @@ class GPTNeoX(Family):
     def project(self, attn: nn.Module, x: Tensor) -> Tensor:
         return split_heads(attn.query_key_value(x), 3 * attn.head_size)[..., : attn.head_size]
 
+    def project_keys_values(self, attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        _, keys, values = split_heads(attn.query_key_value(x), 3 * attn.head_size).chunk(3, dim=-1)
+        return keys, values
+
 
 register_family(GPTNeoX())

@@ -19,5 +19,9 @@ class Olmo2(Family):
     def project(self, attn: nn.Module, x: Tensor) -> Tensor:
         return split_heads(attn.q_norm(attn.q_proj(x)), attn.head_dim)
 
+    def project_keys_values(self, attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        keys = split_heads(attn.k_norm(attn.k_proj(x)), attn.head_dim)
+        return keys, split_heads(attn.v_proj(x), attn.head_dim)
+
 
 register_family(Olmo2())

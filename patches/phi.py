@@ -18,6 +18,10 @@ class Phi(Family):
         q = split_heads(attn.q_proj(x), attn.head_dim)
         return attn.q_layernorm(q) if attn.qk_layernorm else q
 
+    def project_keys_values(self, attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = super().project_keys_values(attn, x)
+        return (attn.k_layernorm(keys) if attn.qk_layernorm else keys), values
+
     def rotate(self, decoder, layer, attn, q, position_ids, position_embeddings, hidden) -> Tensor:
         cos, sin = self.position_embeddings(decoder, attn, hidden, position_ids, position_embeddings)
         turned, kept = q[..., : attn.rotary_ndims], q[..., attn.rotary_ndims :]

@@ -17,5 +17,9 @@ class Phi3(Family):
         width = attn.config.num_attention_heads * attn.head_dim
         return split_heads(attn.qkv_proj(x)[..., :width], attn.head_dim)
 
+    def project_keys_values(self, attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = attn.qkv_proj(x)[..., attn.config.num_attention_heads * attn.head_dim :].chunk(2, dim=-1)
+        return split_heads(keys, attn.head_dim), split_heads(values, attn.head_dim)
+
 
 register_family(Phi3())

@@ -1,4 +1,4 @@
-"""`ProbeFamily`: the query of any model, by running its own layer up to the attention call."""
+"""`ProbeFamily`: query, keys and values of any model, by running its own layer up to the attention call."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ CAPTURE = "scout_probe"
 
 
 class Captured(Exception):
-    """Carries the query out of the layer: nothing after the attention call needs to run."""
+    """Carries query, keys and values out of the layer: nothing after the attention call needs to run."""
 
-    def __init__(self, query: Tensor):
-        super().__init__("query captured")
-        self.query = query
+    def __init__(self, query: Tensor, keys: Tensor, values: Tensor):
+        super().__init__("attention call captured")
+        self.query, self.keys, self.values = query, keys, values
 
 
-def _capture(module: nn.Module, query: Tensor, *args, **kwargs):
-    raise Captured(query)
+def _capture(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
+    raise Captured(query, key, value)
 
 
 # The name is known to the whole process, but only the private configs made by `private_view` mention it.
@@ -36,8 +36,8 @@ AttentionInterface.register(CAPTURE, _capture)
 class ProbeFamily(Family):
     """Fallback for families without a file of their own: right by construction, half as fast.
 
-    It runs the layer itself, on a view of it whose attention function hands back the query. Keys and values
-    are computed along the way and dropped, hence the price. The model is left untouched at every moment, so
+    It runs the layer itself, on a view of it whose attention function hands back what it was given. Queries, keys and
+    values are all computed though only some are asked for, hence the price. The model is left untouched at every moment, so
     other threads may use it meanwhile.
 
     Hooks on the layer and on its attention module do not run; hooks on the modules within (norms,
@@ -58,6 +58,20 @@ class ProbeFamily(Family):
         position_ids: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
+        return self._attention_call(decoder, layer, hidden, position_ids, position_embeddings).query
+
+    def keys_values(
+        self,
+        decoder: nn.Module,
+        layer: nn.Module,
+        hidden: Tensor,
+        position_ids: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        captured = self._attention_call(decoder, layer, hidden, position_ids, position_embeddings)
+        return captured.keys, captured.values
+
+    def _attention_call(self, decoder, layer, hidden, position_ids, position_embeddings) -> Captured:
         attn = self.attention(layer)
         hidden = hidden.to(weight_device(attn, default=hidden.device))
         if position_ids is not None:
@@ -72,7 +86,7 @@ class ProbeFamily(Family):
         try:
             private_view(layer).forward(hidden, **inputs)
         except Captured as captured:
-            return captured.query
+            return captured
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UnsupportedModelError(
                 f"{type(layer).__name__} cannot be run on its own: {error}. {_WHAT_TO_DO}"

@@ -1,4 +1,4 @@
-"""Qwen3 and others that normalise every head of the query before it is rotated."""
+"""Qwen3 and others that normalise every head of query and keys before they are rotated."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from .registry import register_family
 
 
 class Qwen3(Family):
-    """Llama with `q_norm` over head_dim."""
+    """Llama with `q_norm` and `k_norm` over head_dim."""
 
     model_types = ("qwen3", "qwen3_moe")
 
     def project(self, attn: nn.Module, x: Tensor) -> Tensor:
         return attn.q_norm(split_heads(attn.q_proj(x), attn.head_dim))
+
+    def project_keys_values(self, attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = super().project_keys_values(attn, x)
+        return attn.k_norm(keys), values
 
 
 class Apertus(Qwen3):
@@ -26,7 +30,7 @@ class Apertus(Qwen3):
         return layer.attention_layernorm(hidden)
 
 
-class Qwen3Next(Family):
+class Qwen3Next(Qwen3):
     """`q_proj` also holds the output gate, which lies next to the query in every head.
 
     The layers with linear attention have no `self_attn`, so `available` is False for them.

@@ -37,5 +37,8 @@ class Unpredicted(Family):
             "available(layer) before, and use the true query where it is False."
         )
 
+    def keys_values(self, decoder, layer, hidden, position_ids=None, position_embeddings=None):
+        raise UnsupportedModelError(f"the keys of {type(layer).__name__} cannot be told from a hidden state alone")
+
 
 register_family(Unpredicted())

@@ -18,12 +18,14 @@ RECORDING = "recording_oracle"
 
 @dataclass
 class Seen:
-    """What one layer received, and the query it handed to its attention function."""
+    """What one layer received, and what it handed to its attention function for these tokens."""
 
     hidden: Tensor
     position_ids: Tensor | None
     position_embeddings: object
     query: Tensor | None = None
+    keys: Tensor | None = None
+    values: Tensor | None = None
 
 
 @dataclass
@@ -35,7 +37,8 @@ class Step:
 
 
 def _record(module, query, key, value, attention_mask, **kwargs):
-    module.__dict__["oracle_query"] = query.detach().clone()
+    new = (part[:, :, -query.shape[2] :] for part in (query, key, value))
+    module.__dict__["oracle"] = [part.detach().clone() for part in new]
     eager = sys.modules[type(module).__module__].eager_attention_forward
     return eager(module, query, key, value, attention_mask, **kwargs)
 
@@ -91,14 +94,14 @@ def decode_step(model, family, length: int, prefix: int = 20, seed: int = 0) -> 
         )
     step.logits = out.logits
     for layer, seen in zip(layers, step.layers, strict=True):
-        attention = [module for module in layer.modules() if "oracle_query" in module.__dict__]
+        attention = [module for module in layer.modules() if "oracle" in module.__dict__]
         if attention:
-            seen.query = attention[0].__dict__.pop("oracle_query")
+            seen.query, seen.keys, seen.values = attention[0].__dict__.pop("oracle")
     return step
 
 
-def predict(family, model, step: Step, index: int, **changes) -> Tensor:
-    """`family.query` for layer `index`, called as from layer `index - 1` but on the layer's true input."""
+def predict(family, model, step: Step, index: int, what: str = "query", **changes):
+    """`family.query`, or another method, for layer `index`, called as from layer `index - 1` on its true input."""
     decoder = family.decoder(model)
     seen, previous = step.layers[index], step.layers[max(index - 1, 0)]
     inputs = {
@@ -107,7 +110,7 @@ def predict(family, model, step: Step, index: int, **changes) -> Tensor:
         "position_embeddings": previous.position_embeddings,
     }
     with torch.no_grad():
-        return family.query(decoder, family.layers(decoder)[index], **(inputs | changes))
+        return getattr(family, what)(decoder, family.layers(decoder)[index], **(inputs | changes))
 
 
 def difference(a: Tensor, b: Tensor) -> float:
