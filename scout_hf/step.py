@@ -63,6 +63,8 @@ class Step:
     keys_values : callable
         ``(layer, hidden, position_ids)`` to the keys and values that the layer makes of such inputs, (batch, kv_heads,
         tokens, head_dim) each; None while its weights are not on a device.
+    shared : dict
+        What layers of this pass tell each other, by method.
     depth : int
         Nested modules of this pass that are still running.
     clock : Clock or None
@@ -86,6 +88,7 @@ class Step:
     watched: dict[int, tuple[int, ...]] | None = None
     inputs: dict[int, Inputs] | None = None
     keys_values: Callable[..., tuple[torch.Tensor, torch.Tensor] | None] | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
     depth: int = 1
     frame: Any = None
     clock: Any = None

@@ -99,8 +99,7 @@ class Dense(TieredMethod):
             following = pieces[number + 1] if number + 1 < len(pieces) else None
             try:
                 coming = self._bring(step, first, following) if following else None
-                with step.counters.timed(self.layer_idx, "join"):
-                    keys, values = here.wait()
+                keys, values = self._wait(step, here)
             except BaseException:
                 self._coming = here  # a drain must find it
                 raise
@@ -110,6 +109,10 @@ class Dense(TieredMethod):
             here.give_back()
             here = coming
         return parts[0] if len(parts) == 1 else Partial(*(torch.cat(each, dim=1) for each in zip(*parts)))
+
+    def _wait(self, step, coming: Coming) -> tuple[torch.Tensor, torch.Tensor]:
+        with step.counters.timed(self.layer_idx, "join"):
+            return coming.wait()
 
     def _blocks_of(self, heads: slice, first: int) -> int:
         return (self.kv.host.blocks - first) * self.batch * (heads.stop - heads.start)

@@ -26,8 +26,8 @@ class KVPR(Dense):
     """Of the first ``l`` tokens the layer's inputs come instead of KV, and the layer makes their keys and values anew.
 
     Inputs are half as large as the KV of a model without GQA, and come first; while KV of the other tokens crosses, the
-    device computes. ``l`` is chosen per layer and step so that both take equally long, from the link's rate and the
-    layer's, measured when the prompt is in. Where inputs are no smaller than KV (two or more query heads per KV head)
+    device computes. ``l`` is chosen per layer and step so that both take equally long, from the rates of the link and
+    the layer, measured when the prompt is in and on a CPU in every step. Where inputs are no smaller than KV (two or more query heads per KV head)
     nothing can be gained: ``l`` is 0, which ``stats().notes`` tells, and the method is ``dense``. It also is where a
     layer's keys are not what its inputs make (dynamic rotary embeddings, tokens from outside a forward pass).
 
@@ -45,6 +45,7 @@ class KVPR(Dense):
         self.inputs: LayerInputs | None = None
         self._rates: Rates | None = None
         self._split = 0
+        self._apart = 0.0  # seconds of this attention that were waited or computed anew
         self._inputs_coming: Coming | None = None
 
     @classmethod
@@ -88,6 +89,18 @@ class KVPR(Dense):
     def prefilled(self, step, query: torch.Tensor) -> None:
         if self._rates is None and self.inputs is not None and self.inputs.blocks and self._can_pay(step):
             self._rates = self._measure(step)
+
+    def attend(self, step, query: torch.Tensor) -> Partial:
+        self._apart = 0.0
+        result = super().attend(step, query)
+        if self.kv.device.type == "cpu" and self._rates is not None:
+            end = time.perf_counter()
+            # The rest of a layer lies between two attentions.
+            before = step.shared.get(self.name)
+            if before is not None:
+                self._rates.did_besides(end - before - self._apart)
+            step.shared[self.name] = end
+        return result
 
     # -- structure ----------------------------------------------------------------------------------------------
 
@@ -133,14 +146,15 @@ class KVPR(Dense):
     def _attend_anew(self, step, query: torch.Tensor, tokens: int) -> Partial:
         """Attention over the first ``tokens``, whose keys and values the layer makes while others are under way."""
         if self.inputs.on_host:
-            with step.counters.timed(self.layer_idx, "join"):
-                hidden = self.inputs.joined(self._inputs_coming.wait())
+            hidden = self.inputs.joined(self._wait(step, self._inputs_coming))
         else:
             hidden = self.inputs.read(tokens)
         begin = time.perf_counter()
         keys, values = step.keys_values(self.layer_idx, hidden, self.inputs.positions(tokens))
-        if self.kv.device.type == "cpu" and self._rates is not None:
-            self._rates.computed(tokens, time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
+        self._apart += seconds
+        if self.kv.device.type == "cpu":
+            self._rates.computed(tokens, seconds)
         result = attend(query, keys.to(self.dtype), values.to(self.dtype), *self.scoring, self._exists(step, 0, tokens))
         if self.inputs.on_host:
             step.counters.recalled(self.layer_idx, 0, self._inputs_coming.nbytes)
@@ -148,6 +162,12 @@ class KVPR(Dense):
             self._inputs_coming = None
         step.counters.add("computed_anew", self.layer_idx, tokens)
         return result
+
+    def _wait(self, step, coming: Coming) -> tuple[torch.Tensor, torch.Tensor]:
+        begin = time.perf_counter()
+        found = super()._wait(step, coming)
+        self._apart += time.perf_counter() - begin
+        return found
 
     def _bring_inputs(self, step) -> None:
         if self._split and self.inputs.on_host:
