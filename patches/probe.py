@@ -37,8 +37,8 @@ class ProbeFamily(Family):
     """Fallback for families without a file of their own: right by construction, half as fast.
 
     It runs the layer itself, on a view of it whose attention function hands back what it was given. Queries, keys and
-    values are all computed though only some are asked for, hence the price. The model is left untouched at every moment, so
-    other threads may use it meanwhile.
+    values are all computed though only some are asked for, hence the price. The model is left untouched at every
+    moment, so other threads may use it meanwhile.
 
     Hooks on the layer and on its attention module do not run; hooks on the modules within (norms,
     projections) do.

@@ -27,9 +27,10 @@ class KVPR(Dense):
 
     Inputs are half as large as the KV of a model without GQA, and come first; while KV of the other tokens crosses, the
     device computes. ``l`` is chosen per layer and step so that both take equally long, from the rates of the link and
-    the layer, measured when the prompt is in and on a CPU in every step. Where inputs are no smaller than KV (two or more query heads per KV head)
-    nothing can be gained: ``l`` is 0, which ``stats().notes`` tells, and the method is ``dense``. It also is where a
-    layer's keys are not what its inputs make (dynamic rotary embeddings, tokens from outside a forward pass).
+    the layer, measured when the prompt is in and on a CPU in every step. Where inputs are no smaller than KV (two or
+    more query heads per KV head) nothing can be gained: ``l`` is 0, which ``stats().notes`` tells, and the method is
+    ``dense``. It also is where a layer's keys are not what its inputs make (dynamic rotary embeddings, tokens from
+    outside a forward pass).
 
     ``method_options``: ``inputs`` ("host"; "device" keeps them there, at the price of its memory, and needs no link
     for them), ``share`` (None; a float in [0, 1] fixes ``l`` as that share of the tokens on the host), ``heads`` as

@@ -16,12 +16,12 @@ class Staging:
 
     def __init__(self):
         self._free: list[torch.Tensor] = []
-        self._out: dict[int, int] = {}
+        self._out: dict[int, torch.Tensor] = {}
 
     @property
     def used_bytes(self) -> int:
         """Bytes of all buffers, in use or not."""
-        return sum(buffer.nbytes for buffer in self._free) + sum(self._out.values())
+        return sum(buffer.nbytes for buffer in (*self._free, *self._out.values()))
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A contiguous tensor of undefined content that is nobody else's until ``give_back``."""
@@ -34,15 +34,14 @@ class Staging:
             buffer = torch.empty(int(needed * ROOM) // 64 * 64 + 64, dtype=torch.uint8, device=device)
         # Those that are too small will be so from now on.
         self._free = [each for each in self._free if each is not buffer and (fitting or each.device != device)]
-        self._out[buffer.data_ptr()] = buffer.nbytes
+        self._out[buffer.data_ptr()] = buffer
         return buffer[:needed].view(dtype).view(shape)
 
     def give_back(self, taken: torch.Tensor) -> None:
         """Whoever took it is through; on a GPU, all work that uses it has been launched."""
-        nbytes = self._out.pop(taken.data_ptr(), None)
-        if nbytes is not None:
-            flat = torch.empty(0, dtype=torch.uint8, device=taken.device)
-            self._free.append(flat.set_(taken.untyped_storage(), 0, (nbytes,)))
+        buffer = self._out.pop(taken.data_ptr(), None)
+        if buffer is not None:
+            self._free.append(buffer)
 
     def forget(self) -> None:
         """Let go of all buffers; those that are out go when their users do."""

@@ -330,7 +330,7 @@ def test_infinigen_attends_to_what_its_budget_allows(budget, most, monkeypatch):
 
 class FakeMask:
     def __init__(self, mask):
-        self.mask = mask
+        self.mask, self.tokens = mask, mask.shape[1]
 
     def padding(self, device):
         return self.mask
