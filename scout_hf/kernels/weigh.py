@@ -6,8 +6,8 @@ import torch
 
 from scout_hf.fusion import Partial
 
-# Numbers of float32: 64 MiB.
-MOST_SCORES = 1 << 24
+# Numbers of float32: 4 MiB, so that they stay in a CPU's cache.
+MOST_SCORES = 1 << 20
 
 
 def attend_weighing(
@@ -68,15 +68,18 @@ def mean_weights(
     step = max(1, MOST_SCORES // max(1, batch * heads * tokens))
     order = torch.arange(tokens, device=query.device)
     for first in range(0, queries, step):
-        seen, last = allowed, min(first + step, queries)
+        seen, last, visible = allowed, min(first + step, queries), tokens
         if causal:
-            place = torch.arange(tokens - queries + first, tokens - queries + last, device=query.device)
-            before = (order[None] <= place[:, None])[None, None]
-            seen = before if allowed is None else before & allowed
-        weights = _scores(query[:, :, first:last], keys, scale, softcap, seen).softmax(-1).nan_to_num(0.0)
+            visible = tokens - queries + last
+            place = torch.arange(tokens - queries + first, visible, device=query.device)
+            before = (order[None, :visible] <= place[:, None])[None, None]
+            seen = before if allowed is None else before & allowed[..., :visible]
+        weights = _scores(query[:, :, first:last], keys[:, :, :visible], scale, softcap, seen).softmax(-1)
+        if allowed is not None:
+            weights = weights.nan_to_num_(0.0)  # of a query that sees nothing
         if real is not None:
-            weights = weights * real[:, None, None, first:last, None]
-        total += weights.sum(3)
+            weights = weights.mul_(real[:, None, None, first:last, None])
+        total[..., :visible] += weights.sum(3)
     count = queries if real is None else real.sum(-1).clamp(min=1)[:, None, None, None]
     return (total / count).amax(2)
 

@@ -1,0 +1,1 @@
+"""Every method in one harness: equal work, score and speed from the same run."""

@@ -1,0 +1,61 @@
+"""A trained pocket model's answers, and the speed of the very steps that gave them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+import scout_hf
+from scout_hf.cache_names import CACHE
+from scout_hf.eval.decode_path import tokenize
+from scout_hf.eval.fidelity.asking import answers
+from scout_hf.eval.fidelity.subjects import load_subject, quizzes
+from scout_hf.eval.methods.speed import Emulation, told
+from scout_hf.eval.methods.ways import Missing, cache_maker, find
+
+ROWS = 16
+
+
+@torch.no_grad()
+def measure(
+    model_name: str,
+    way_name: str,
+    task: str,
+    context: int,
+    budget: int,
+    block_size: int,
+    questions: int,
+    emulation: Emulation,
+) -> dict[str, Any]:
+    """One cell: right answers of how many, and per step of up to 16 rows the time."""
+    model, tokenizer = load_subject(model_name, "none")
+    way = find(way_name)
+    handle = None
+    if way.patched:
+        options = way.options | {"block_size": block_size} | (emulation.options() if way.emulated else {})
+        handle = scout_hf.patch(model, budget=budget, **options)
+    found: dict[str, Any] = {"right": 0, "questions": 0}
+    seconds = rows = 0.0
+    prefill: list[float] = []
+    try:
+        new_cache = cache_maker(way, model, handle)
+        for quiz in quizzes(model_name, task, context, questions, 0, False):
+            cache = new_cache()
+            begin = time.perf_counter()
+            model(quiz.ids, **{CACHE: cache}, logits_to_keep=1)
+            prefill.append(time.perf_counter() - begin)
+            asked = [tokenize(tokenizer, fact.question)[0].tolist() for fact in quiz.facts]
+            expected = [tokenize(tokenizer, fact.answer)[0].tolist() for fact in quiz.facts]
+            given = answers(model, cache, asked, [0] * len(asked), max(map(len, expected)), ROWS)
+            found["right"] += sum(ids[: len(want)] == want for ids, want in zip(given.ids, expected))
+            found["questions"] += len(asked)
+            seconds, rows = seconds + given.seconds, rows + given.steps
+    except Missing as why:
+        return {"missing": str(why)}
+    finally:
+        if handle is not None:
+            handle.remove()
+    found |= {"prefill_s": sum(prefill) / len(prefill), "row_step_ms": 1e3 * seconds / rows}
+    return found | told(handle, cache)
