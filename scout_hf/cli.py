@@ -122,6 +122,60 @@ def cpu_decode(
         finish(run(contexts, budget, block_size, threads, repeat, *sizes, tell=_tell))
 
 
+@bench.command("methods")
+def methods(
+    contexts: Annotated[list[int], typer.Option(min=256, help="Tokens in the cache; several times.")] = [  # noqa: B006
+        8192,
+        16384,
+        32768,
+    ],
+    batches: Annotated[list[int], typer.Option(min=1, help="Rows; several times.")] = [4],  # noqa: B006
+    way: Annotated[list[str] | None, typer.Option(help="Such as 'scout' or 'stock'; all by default.")] = None,
+    budget: Annotated[int, typer.Option(help="Tokens attended per step and layer.")] = 2048,
+    block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 32,
+    layers: Annotated[int, typer.Option(min=1, help="Of the model with random weights.")] = 4,
+    task: Annotated[list[str], typer.Option(help="Of the trained model; several times.")] = ["needle", "values"],  # noqa: B006
+    model: Annotated[str, typer.Option(help="The trained model that is asked: llama or qwen3.")] = "llama",
+    questions: Annotated[int, typer.Option(min=1, help="Per task.")] = 32,
+    emulate: Annotated[
+        str | None, typer.Option(help="'paper': link and CPU in the proportions of its machine.")
+    ] = None,
+    link_gbps: Annotated[float | None, typer.Option(help="Emulated link, GB/s of KV.")] = None,
+    cpu_gbps: Annotated[float | None, typer.Option(help="Emulated CPU, GB/s of KV.")] = None,
+    drift: Annotated[float, typer.Option(min=0, help="Share of the chosen blocks that changes per step.")] = 0.1,
+    threads: Annotated[int, typer.Option(min=1, help="For the model, and as many for the CPU's share.")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="A small grid: a look, in about a minute.")] = False,
+    seed: Seed = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what DIR/methods.json has.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for JSON and plots; a run that was ended goes on.")] = None,
+) -> None:
+    """Every method, scout's ablations and stock caches: speed, memory, link, and answers from the same run."""
+    with _benchmark(out, threads) as finish:
+        from scout_hf.eval.methods.run import QUICK, run
+
+        given = {"contexts": contexts, "batches": batches, "layers": layers, "tasks": task, "questions": questions}
+        given |= QUICK if quick else {}
+        given |= {"budget": budget, "block_size": block_size, "model": model, "emulate": emulate, "seed": seed}
+        given |= {"link_gbps": link_gbps, "cpu_gbps": cpu_gbps, "drift": drift, "fresh": fresh, "chosen": way}
+        finish(run(**given, path=out / "methods.json" if out else None, tell=_tell))
+
+
+@app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(metavar="[RESULTS]...", help="JSON files, or folders of them.")] = [  # noqa: B006
+        Path("eval/results")
+    ],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+) -> None:
+    """One HTML page, without references to the network, of everything that was measured."""
+    with _evaluation(None):
+        from scout_hf.eval.report.page import write
+
+        for used in write(results, out):
+            typer.echo(f"from  {used}")
+        typer.echo(f"wrote {out}")
+
+
 @bench.command("gpu-kernel")
 def gpu_kernel(
     device: Device = "cuda",

@@ -1,4 +1,4 @@
-"""The README's tables of speed, made from the JSON of the two benchmarks.
+"""The README's tables of speed, made from the JSON of the benchmarks.
 
 ``python -m scout_hf.eval.bench.readme README.md FOLDER`` makes them anew.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from scout_hf.eval.markdown import head, line, update
+from scout_hf.eval.methods import tables as methods
 
 MODES = {
     "stock": "stock `sdpa`",
@@ -25,7 +26,7 @@ SHOWN = (4096, 16384)
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The tables of a record of either benchmark."""
+    """The tables of a record of one of the benchmarks."""
     return "\n".join(PARTS[record["benchmark"]](record))
 
 
@@ -63,8 +64,12 @@ def _tokens(count: int) -> str:
     return f"{count // 1024}k" if count and count % 1024 == 0 else str(count)
 
 
-PARTS = {"cpu_decode": _decode, "cpu_kernel": _kernel}
-COMMANDS = {"cpu_decode": "scout-hf bench cpu-decode", "cpu_kernel": "scout-hf bench cpu-kernel"}
+PARTS = {"cpu_decode": _decode, "cpu_kernel": _kernel, "methods": methods.lines}
+COMMANDS = {
+    "cpu_decode": "scout-hf bench cpu-decode",
+    "cpu_kernel": "scout-hf bench cpu-kernel",
+    "methods": methods.COMMAND,
+}
 
 
 def main(page: str, folder: str) -> None:

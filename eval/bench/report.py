@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from scout_hf.eval.bench import cpu_report, gpu_report
+from scout_hf.eval.methods import plots as method_plots
+from scout_hf.eval.methods import tables as method_tables
 
 NO_PLOT = "no plot: it takes matplotlib, which pip install 'scout_hf[bench]' brings"
 MACHINE = "{cpu} ({isa}), {threads} of {cpus} CPUs, torch {torch}, transformers {transformers}, scout_hf {scout_hf}"
@@ -18,12 +20,14 @@ TABLES = {
     "cpu_decode": cpu_report.decode_tables,
     "gpu_kernel": gpu_report.kernel_tables,
     "gpu_decode": gpu_report.decode_tables,
+    "methods": method_tables.tables,
 }
 PLOTS = {
     "cpu_kernel": cpu_report.plot_kernel,
     "cpu_decode": cpu_report.plot_decode,
     "gpu_kernel": gpu_report.plot_kernel,
     "gpu_decode": gpu_report.plot_decode,
+    "methods": method_plots.plot,
 }
 
 

@@ -32,8 +32,8 @@ def emulation_of(
     rate = device_gbps()
     cpu = round(rate / GPU_TO_CPU, 3)
     return Emulation(round(cpu / CPU_TO_LINK, 4), cpu), (
-        f"in the paper's proportions: attention of this machine's torch stands for the GPU, the CPU attends {GPU_TO_CPU:.0f} "
-        f"times slower, the link is {CPU_TO_LINK:.1f} times slower again"
+        "in the paper's proportions: attention of this machine's torch stands for the GPU, the CPU attends "
+        f"{GPU_TO_CPU:.0f} times slower, the link is {CPU_TO_LINK:.1f} times slower again"
     )
 
 

@@ -11,15 +11,18 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import LlamaForCausalLM
 
 from scout_hf.eval.bench import machine
 from scout_hf.eval.fidelity.subjects import available
 from scout_hf.eval.methods import score, speed, ways
 from scout_hf.eval.methods.emulate import emulation_of
 
-QUICK = {"contexts": (8192,), "tasks": ("needle",), "budget_shares": (0.125,), "questions": 16, "seconds": 3.0}
+QUICK = {"contexts": (8192,), "batches": (1,), "layers": 2, "mha_contexts": (2048,), "equal_context": 8192}
+QUICK |= {"tasks": ("needle",), "budget_shares": (0.125,), "questions": 16, "seconds": 1.0}
 SPEED_WAYS = tuple(name for name in ways.names() if name != "scout, one tier")
 EXACT_WAYS = ("kvpr", "dense", "stock")
+MOST_ROWS = 16
 VERSIONS = ("torch", "transformers", "scout_hf", "cpu")
 
 
@@ -31,6 +34,7 @@ def run(
     block_size: int = 32,
     layers: int = 4,
     mha_contexts: Sequence[int] = (8192,),
+    equal_context: int | None = 16384,
     tasks: Sequence[str] = ("needle", "values"),
     model: str = "llama",
     score_context: int = 4096,
@@ -57,6 +61,8 @@ def run(
     budget, block_size : int
     mha_contexts : sequence of int
         Contexts for a model without GQA, batch 1, exact ways alone: where KVPR can pay.
+    equal_context : int or None
+        Context at which every way gets as many rows as fit into the device memory of one stock row.
     tasks, model, score_context, questions
         What the trained pocket model is asked.
     budget_shares : sequence of float
@@ -82,19 +88,29 @@ def run(
     cells = [
         *_speed_cells("gqa", contexts, batches, [name for name in chosen if name in SPEED_WAYS]),
         *_speed_cells("mha", mha_contexts, (1,), [name for name in chosen if name in EXACT_WAYS]),
+        *_equal_cells(equal_context, [name for name in chosen if name in SPEED_WAYS]),
         *_score_cells(chosen, model, tasks, score_context, budget_shares),
     ]
+    made: dict[str, LlamaForCausalLM] = {}
+
+    def random_model(shape: str) -> LlamaForCausalLM:
+        if shape not in made:
+            made.clear()  # one at a time
+            made[shape] = speed.make_model(shape, layers, seed)
+        return made[shape]
+
     record = _begin(path, fresh, common | {"questions": questions, "emulation": vars(emulation), "emulated_as": why})
-    made: dict[str, Any] = {}
-    for cell in tqdm(cells, disable=None, unit="cell"):
-        if any(all(one.get(name) == value for name, value in cell.items()) for one in record["cells"]):
+    emulation = speed.Emulation(**record["settings"]["emulation"])
+    progress = tqdm(cells, disable=None, unit="cell")
+    for cell in progress:
+        if cell["part"] == "equal":
+            cell["batch"] = _rows_that_fit(record, cell)
+        if cell.get("batch") == 0 or _has(record, cell):
             continue
         tell(" ".join(str(value) for value in cell.values()))
-        if cell["part"] == "speed":
-            if cell["shape"] not in made:
-                made = {cell["shape"]: speed.make_model(cell["shape"], layers, seed)}
+        if cell["part"] in ("speed", "equal"):
             size = (cell["context"], cell["batch"], budget, block_size)
-            found = speed.measure(made[cell["shape"]], cell["way"], *size, emulation, drift, seconds, 60)
+            found = speed.measure(random_model(cell["shape"]), cell["way"], *size, emulation, drift, seconds, 60)
         else:
             size = (cell["context"], cell["budget"], block_size // 2)
             where = (cell["model"], cell["way"], cell["task"], *size, questions)
@@ -110,6 +126,25 @@ def _speed_cells(shape: str, contexts: Sequence[int], batches: Sequence[int], ch
         for batch in batches:
             for way in chosen:
                 yield {"part": "speed", "way": way, "shape": shape, "context": context, "batch": batch}
+
+
+def _equal_cells(context: int | None, chosen: Sequence[str]) -> Iterator[dict]:
+    for way in chosen if context else ():
+        yield {"part": "equal", "way": way, "shape": "gqa", "context": context}
+
+
+def _rows_that_fit(record: dict[str, Any], cell: dict[str, Any]) -> int:
+    """Rows of a way in the device memory of one stock row, by what it held before; 0 where that is not known."""
+    same = [one for one in record["cells"] if one["part"] == "speed" and "step_ms" in one]
+    same = [one for one in same if (one["shape"], one["context"]) == (cell["shape"], cell["context"])]
+    per_row = {one["way"]: one["device_bytes"] / one["batch"] for one in same}
+    if "stock" not in per_row or cell["way"] not in per_row:
+        return 0
+    return max(1, min(MOST_ROWS, int(1.01 * per_row["stock"] / per_row[cell["way"]])))
+
+
+def _has(record: dict[str, Any], cell: dict[str, Any]) -> bool:
+    return any(all(one.get(name) == value for name, value in cell.items()) for one in record["cells"])
 
 
 def _score_cells(chosen, model: str, tasks: Sequence[str], context: int, shares: Sequence[float]) -> Iterator[dict]:

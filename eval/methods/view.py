@@ -1,0 +1,89 @@
+"""A record of the comparison as rows that tables, plots and pages show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from scout_hf.eval.methods import ways
+
+GIB = 2**30
+SHAPE_NAMES = {"gqa": "32 query and 8 KV heads of 64", "mha": "32 query and 32 KV heads of 64"}
+COLOURS = {
+    "stock": "#333333",
+    "scout": "#1f77b4",
+    "scout, one tier": "#17becf",
+    "scout, no recall": "#6baed6",
+    "scout, neither": "#9ecae1",
+    "hgca": "#2ca02c",
+    "infinigen": "#ff7f0e",
+    "kvpr": "#9467bd",
+    "dense": "#d62728",
+}
+
+
+class Place(NamedTuple):
+    """Cells that may be compared: one shape, context and batch."""
+
+    shape: str
+    context: int
+    batch: int
+
+
+def places(record: dict[str, Any]) -> list[Place]:
+    """All places of the record, in the order of shape, batch and context."""
+    found = {Place(one["shape"], one["context"], one["batch"]) for one in _part(record, "speed")}
+    return sorted(found, key=lambda place: (place.shape, place.batch, place.context))
+
+
+def at(record: dict[str, Any], place: Place) -> list[dict[str, Any]]:
+    """The cells of a place, in the order of ways."""
+    cells = [one for one in _part(record, "speed") if (one["shape"], one["context"], one["batch"]) == place]
+    return sorted(cells, key=lambda one: ways.names().index(one["way"]))
+
+
+def measured(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those with a figure."""
+    return [one for one in cells if "step_ms" in one or "row_step_ms" in one]
+
+
+def reason(cell: dict[str, Any]) -> str:
+    """Why a cell has no figure."""
+    return cell["missing"] if "missing" in cell else f"out of memory: {cell['oom']}"
+
+
+def scores(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One row per way and budget: share of right answers over all tasks, and the means of the rest."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for one in measured(_part(record, "score")):
+        groups.setdefault((one["way"], one["budget"]), []).append(one)
+    for (way, budget), cells in sorted(groups.items(), key=lambda item: (ways.names().index(item[0][0]), item[0][1])):
+        right, asked = (sum(one[name] for one in cells) for name in ("right", "questions"))
+        mean = {name: sum(one[name] for one in cells) / len(cells) for name in ("row_step_ms", "prefill_s")}
+        held = {name: cells[0][name] for name in ("exact", "device_bytes", "host_bytes", "context")}
+        tasks = {one["task"]: one["right"] / one["questions"] for one in cells}
+        yield {"way": way, "budget": budget, "right": right, "questions": asked, "tasks": tasks} | mean | held
+
+
+def score_of(record: dict[str, Any], way: str, share: float = 0.125) -> str:
+    """Right answers of a way at one share of the context, in per cent, or a dash."""
+    for one in scores(record):
+        if one["way"] == way and one["budget"] in (one["context"], int(share * one["context"])):
+            return f"{one['right'] / one['questions']:.0%}".replace("%", " %")
+    return "–"
+
+
+def emulated(record: dict[str, Any]) -> str:
+    """What was emulated, in words."""
+    rates = record["settings"]["emulation"]
+    told = [f"{name.split('_')[0]} at {rate:g} GB/s" for name, rate in rates.items() if rate is not None]
+    return f"emulated: {', '.join(told)} ({record['settings']['emulated_as']})" if told else "nothing is emulated"
+
+
+def mib(count: float) -> str:
+    """Bytes as MiB."""
+    return f"{count / 2**20:.0f}" if count >= 10 * 2**20 else f"{count / 2**20:.1f}"
+
+
+def _part(record: dict[str, Any], part: str) -> list[dict[str, Any]]:
+    return [one for one in record["cells"] if one["part"] == part]

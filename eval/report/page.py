@@ -1,0 +1,141 @@
+"""``scout-hf report``: the records of a folder as one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from scout_hf.eval.bench import readme as bench_readme
+from scout_hf.eval.bench.formats import short
+from scout_hf.eval.fidelity import readme as fidelity_readme
+from scout_hf.eval.methods import plots, tables, view
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 2rem auto; padding: 0 1rem }
+h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #e5e5e5; text-align: right }
+th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #999 }
+tr.best td { font-weight: 600 } .note { color: #666; font-size: 13px } img { max-width: 100%; height: auto }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem } code { background: #f4f4f4; padding: 0 .2em }
+"""
+FILES = ("methods", "fidelity", "cpu_decode", "cpu_kernel", "gpu_decode", "gpu_kernel")
+TITLES = {
+    "methods": "Every method, side by side",
+    "fidelity": "What is lost",
+    "cpu_decode": "Decoding without a GPU",
+    "cpu_kernel": "Attention over scattered blocks",
+    "gpu_decode": "Decoding on a GPU",
+    "gpu_kernel": "The kernel on a GPU",
+}
+COMMANDS = bench_readme.COMMANDS | {"fidelity": fidelity_readme.COMMAND}
+TEXTS = {name: bench_readme.markdown for name in bench_readme.COMMANDS} | {"fidelity": fidelity_readme.markdown}
+
+
+def write(given: Sequence[Path], out: Path) -> list[str]:
+    """Make the page of these records, files or folders of them; which were used.
+
+    Raises
+    ------
+    ValueError
+        If there is none among them.
+    """
+    paths = [path for one in given for path in ([one] if one.is_file() else [one / f"{name}.json" for name in FILES])]
+    records = {path: json.loads(path.read_text()) for path in paths if path.exists()}
+    if not records:
+        names = ", ".join(f"{name}.json" for name in FILES)
+        raise ValueError(f"no results in {', '.join(map(str, given))}; looked for {names}: run `scout-hf bench` first")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = out.with_name(out.name + ".part")
+    scratch.write_text("\n".join(_page(records)), encoding="utf-8")
+    scratch.replace(out)
+    return [str(path) for path in records]
+
+
+def _page(records: dict[Path, dict[str, Any]]) -> Iterator[str]:
+    yield f"<!doctype html><html lang=en><meta charset=utf-8><title>scout_hf</title><style>{STYLE}</style>"
+    yield "<h1>scout_hf: what was measured</h1>"
+    yield f"<p class=note>Made on {time.strftime('%Y-%m-%d')} from {', '.join(path.name for path in records)}.</p>"
+    for path, record in records.items():
+        name = record.get("benchmark") or path.stem
+        yield f"<h2>{html.escape(TITLES.get(name, name))}</h2>"
+        if name == "methods":
+            yield from _methods(record)
+        else:
+            yield from _markdown(TEXTS[name](record)) if name in TEXTS else ()
+            for picture in sorted(path.parent.glob(f"{name}*.png")):
+                yield _image(picture.read_bytes(), picture.stem)
+        if name in COMMANDS:
+            yield f"<p class=note>Made by <code>{html.escape(COMMANDS[name])}</code>; {_machine(record)}.</p>"
+
+
+def _methods(record: dict[str, Any]) -> Iterator[str]:
+    place = tables.widest(record, "gqa")
+    if place is not None:
+        cells = view.measured(view.at(record, place))
+        fastest = min((one for one in cells), key=lambda one: one["step_ms"])
+        names = ("method", "exact", "answers right", *tables.COLUMNS)
+        yield (
+            f"<p>One model ({view.SHAPE_NAMES[place.shape]}, {record['settings']['layers']} layers), "
+            f"{short(place.context)} tokens of context, batch {place.batch}, budget {record['settings']['budget']}. "
+            f"<b>{html.escape(view.emulated(record))}.</b> Scout's choice of blocks drifts synthetically, "
+            f"{record['settings']['drift']:.0%} per step. Answers: a trained pocket model at 4k tokens, budget 512.</p>"
+        )
+        yield from _table(names, [tables.row(record, one, cells) for one in cells], best=cells.index(fastest))
+    for pair in (plots.ALL[:2], plots.ALL[2:4], plots.ALL[4:]):
+        yield "<div class=pair>" + "".join(_image(_drawn(record, draw), draw.__name__) for draw in pair) + "</div>"
+    yield from _markdown("\n".join(tables.further(record)))
+
+
+def _drawn(record: dict[str, Any], draw) -> bytes:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.2, 4.2), layout="constrained", dpi=150)
+    draw(record, figure.subplots())
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    return data.getvalue()
+
+
+def _image(data: bytes, name: str) -> str:
+    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]], best: int | None = None) -> Iterator[str]:
+    yield "<table><thead><tr>" + "".join(f"<th>{_inline(name)}</th>" for name in names) + "</tr></thead><tbody>"
+    for index, row in enumerate(rows):
+        kind = " class=best" if index == best else ""
+        yield f"<tr{kind}>" + "".join(f"<td>{_inline(cell)}</td>" for cell in row) + "</tr>"
+    yield "</tbody></table>"
+
+
+def _markdown(text: str) -> Iterator[str]:
+    """The tables and paragraphs that the project's own generators make; nothing else of Markdown."""
+    block: list[str] = []
+    for row in [*text.splitlines(), ""]:
+        if row.strip():
+            block.append(row)
+            continue
+        if block and block[0].startswith("|"):
+            cells = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in block]
+            yield from _table(cells[0], cells[2:])
+        elif block:
+            yield f"<p>{_inline(' '.join(block))}</p>"
+        block = []
+
+
+def _inline(text: str) -> str:
+    parts = html.escape(text, quote=False).split("`")
+    return "".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts))
+
+
+def _machine(record: dict[str, Any]) -> str:
+    facts = record.get("machine") or {}
+    names = [name for name in ("cpu", "torch", "transformers") if facts.get(name)]
+    return html.escape(", ".join(f"{name} {facts[name]}".removeprefix("cpu ") for name in names) or "see the record")
