@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import os
 import sys
 from typing import Any
 
@@ -28,6 +30,7 @@ from scout_hf.selfcheck import check_unknown_family
 from scout_hf.step import Inputs, Step, active_step, set_active_step
 from scout_hf.stores.link import Links
 from scout_hf.telemetry import Counters, Stats, summarise
+from scout_hf.trace import Trace, Tracer, record
 
 HANDLE = "_scout_handle"
 PREPARE = "_prepare_cache_for_generation"
@@ -103,6 +106,7 @@ class Handle:
         self._monitor = Monitor()
         self._kv_bytes: dict[str, int] = {}
         self._huge_page_bytes = 0
+        self._tracer: Tracer | None = None
         self._hooks: list[Any] = []
         self._implementations: list[tuple[Any, str | None]] = []
         self._prepare_before: Any = None
@@ -136,6 +140,30 @@ class Handle:
         if self.model.__dict__.get(HANDLE) is not self:
             raise PatchError("this patch was removed; patch the model again to profile it")
         return profile_recall(self, prompts, steps, threshold)
+
+    def trace(self, path: str | os.PathLike, steps: int = 2) -> contextlib.AbstractContextManager[Trace]:
+        """``with handle.trace("step.json"): model.generate(...)`` writes a timeline of its last decode steps.
+
+        Parameters
+        ----------
+        path : str or path
+            Chrome trace events, for https://ui.perfetto.dev or chrome://tracing; beside it a picture of the last step,
+            the same name with ``.png``. Written when the block ends without an error, whole or not at all.
+        steps : int
+            Decode steps to keep.
+
+        Raises
+        ------
+        ConfigError
+            For a wrong path or number at once; at the end if nothing was decoded, or without matplotlib.
+        PatchError
+            If the patch was removed, or a trace is being recorded already.
+        """
+        if self.model.__dict__.get(HANDLE) is not self:
+            raise PatchError("this patch was removed; patch the model again to trace it")
+        if self._tracer is not None:
+            raise PatchError("a trace of this model is being recorded already; end that `with` block first")
+        return record(self, path, steps)
 
     def remove(self) -> None:
         """Give the model back exactly as it was. Raises PatchError the second time."""
@@ -258,6 +286,8 @@ class Handle:
             frame=_calling_frame(),
         )
         if step.queries == 1:
+            if self._tracer is not None:
+                self._tracer.begin(step)
             self._counters.steps += 1
             self._counters.approximate_steps += not self._is_exact(cache.scout_config)
         else:
@@ -272,6 +302,8 @@ class Handle:
         step.depth -= 1
         if step.depth:
             return
+        if self._tracer is not None:
+            self._tracer.end()
         unread = [layer.layer_idx for layer in step.cache.scout_layers if layer.incoming is not None]
         if output is None or unread:
             step.abort()

@@ -170,8 +170,8 @@ def _begin(path: Path | None, fresh: bool, settings: dict[str, Any]) -> dict[str
         ours["emulation"] = theirs["emulation"]
     if differ := [f"{name}={theirs.get(name)!r}" for name in ours if theirs.get(name) != ours[name]]:
         raise ValueError(
-            f"{path} holds figures with {', '.join(differ)}, which cannot stand beside what is asked for; give the same "
-            "settings to go on, --fresh to begin anew, or another --out"
+            f"{path} holds figures with {', '.join(differ)}, which cannot stand beside what is asked for; give the "
+            "same settings to go on, --fresh to begin anew, or another --out"
         )
     return record | {"settings": before["settings"], "cells": before["cells"]}
 

@@ -75,10 +75,10 @@ def _speed(record: dict[str, Any]) -> Iterator[str]:
     cells = view.at(record, place)
     settings, facts = record["settings"], record["machine"]
     yield (
-        f"{facts['cpu']}, torch {facts['torch']}, transformers {facts['transformers']}, {settings['threads']} thread(s) "
-        f"for the model and as many for the CPU's share. {settings['layers']} layers of Llama 3.2 1B's shape with random "
-        f"weights, {view.SHAPE_NAMES[place.shape]}, {short(place.context)} tokens, batch {place.batch}, budget "
-        f"{settings['budget']}; {settings['drift']:.0%} of scout's chosen blocks change per step, synthetically. "
+        f"{facts['cpu']}, torch {facts['torch']}, transformers {facts['transformers']}, "
+        f"{settings['threads']} thread(s) for the model and as many for the CPU's share. {settings['layers']} layers of "
+        f"Llama 3.2 1B's shape with random weights, {view.SHAPE_NAMES[place.shape]}, {short(place.context)} tokens, "
+        f"batch {place.batch}, budget {settings['budget']}; {settings['drift']:.0%} of scout's chosen blocks change per step, synthetically. "
         f"{view.emulated(record)}. Scores: right answers of the pocket model at 4k, budget 512, with nothing emulated."
     )
     yield ""
@@ -98,9 +98,9 @@ def _mha(record: dict[str, Any]) -> Iterator[str]:
     if "kvpr" in by_way and "dense" in by_way:
         ratio = by_way["dense"]["step_ms"] / by_way["kvpr"]["step_ms"]
         yield (
-            f"Without GQA ({view.SHAPE_NAMES['mha']}, {short(place.context)} tokens, batch {place.batch}) `kvpr` takes "
-            f"{by_way['kvpr']['step_ms']:.0f} ms a step and `dense` {by_way['dense']['step_ms']:.0f}: {ratio:.2f} times "
-            "faster."
+            f"Without GQA ({view.SHAPE_NAMES['mha']}, {short(place.context)} tokens, batch {place.batch}) `kvpr` "
+            f"takes {by_way['kvpr']['step_ms']:.0f} ms a step and `dense` {by_way['dense']['step_ms']:.0f}: "
+            f"{ratio:.2f} times faster."
         )
 
 
@@ -125,8 +125,8 @@ def equal_memory(record: dict[str, Any]) -> Iterator[str]:
     if not cells:
         return
     yield (
-        f"In the device memory that one request of {short(cells[0]['context'])} tokens takes with stock, as many rows as "
-        "fit (16 at most):"
+        f"In the device memory that one request of {short(cells[0]['context'])} tokens takes with stock, as many rows "
+        "as fit (16 at most):"
     )
     yield ""
     yield from head("way", "rows", "tokens/s")

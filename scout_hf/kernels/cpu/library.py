@@ -17,7 +17,7 @@ import torch
 
 from scout_hf.errors import ConfigError
 
-ABI = 3
+ABI = 4
 ISA_VARIABLE = "SCOUT_HF_ISA"
 PATH_VARIABLE = "SCOUT_HF_LIBRARY"
 INT8 = 3

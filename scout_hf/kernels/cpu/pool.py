@@ -45,6 +45,7 @@ _SIGNATURES = {
     "scout_pool_workers": (c_int, [c_void_p]),
     "scout_pool_create_background": (c_void_p, [c_void_p, c_int]),
     "scout_pool_cpu_ns": (c_int64, [c_void_p]),
+    "scout_pool_times": (c_int, [c_void_p, c_int64, c_void_p]),
 }
 
 
@@ -99,6 +100,12 @@ class Ticket:
     def done(self) -> bool:
         """Whether the job has ended. Where the pool has no threads, only a wait makes that happen."""
         return self._threads.outcome(self.number) != 0
+
+    def times(self) -> tuple[int, int] | None:
+        """When the job began and ended, ns of the steady clock (``time.perf_counter_ns`` on Linux); None if unknown."""
+        found = (c_int64 * 2)()
+        known = self._threads.library.scout_pool_times(self._threads.handle, self.number, found)
+        return (found[0], found[1]) if known else None
 
     def let_go(self) -> None:
         """Forget what the job needed: it has ended."""

@@ -49,6 +49,11 @@ int64_t now_us() {
   return duration_cast<microseconds>(steady_clock::now().time_since_epoch()).count();
 }
 
+int64_t now_ns() {
+  using namespace std::chrono;
+  return duration_cast<nanoseconds>(steady_clock::now().time_since_epoch()).count();
+}
+
 int64_t later(int64_t us) {  // the time `us` from now; negative: never
   const int64_t now = now_us();
   return us < 0 || us > FOREVER - now ? FOREVER : now + us;
@@ -83,8 +88,17 @@ struct Job {
   int64_t ticket = 0;
   std::atomic<Job*> next{nullptr};
 
+  int64_t began_ns = 0;
+
   bool ready() const { return !flag || __atomic_load_n(flag, __ATOMIC_ACQUIRE) >= value; }
 };
+
+// When a job ran; written by who has the gate, read by anybody.
+struct Times {
+  std::atomic<int64_t> ticket{0}, began_ns{0}, ended_ns{0};
+};
+
+constexpr int64_t TIMED = 256;  // jobs that are remembered
 
 }  // namespace
 
@@ -114,6 +128,7 @@ struct scout_pool {
   int64_t spin_us = 0;
   bool background = false;
   std::atomic<int64_t> cpu_ns{0};
+  Times times[TIMED];
   pthread_t* threads = nullptr;
 #ifdef __linux__
   cpu_set_t* cpus = nullptr;
@@ -135,6 +150,11 @@ void ring(std::mutex& mutex, std::condition_variable& bell) {
 void complete(scout_pool* pool) {
   Job* job = pool->head;
   if (job->finish) job->finish(job->context);
+  Times& times = pool->times[job->ticket % TIMED];
+  times.ticket.store(0);
+  times.began_ns.store(job->began_ns);
+  times.ended_ns.store(now_ns());
+  times.ticket.store(job->ticket);
   pool->done.store(job->ticket);
   pool->gate.store(IDLE);  // after `done`: who sees IDLE must not take the job for one still to come
   if (pool->waiters.load() > 0) ring(pool->done_mutex, pool->done_bell);
@@ -173,6 +193,7 @@ bool begin(scout_pool* pool, int64_t deadline, int64_t last_ticket) {
     complete(pool);
     return false;
   }
+  job->began_ns = now_ns();
   pool->gate.store(OPEN + INSIDE);
   if (pool->sleepers.load() > 0) ring(pool->work_mutex, pool->work_bell);
   return true;
@@ -355,6 +376,14 @@ scout_pool* scout_pool_create(int workers, const int* cpus, int n_cpus, int spin
 scout_pool* scout_pool_create_background(const int* cpus, int n_cpus) { return create(1, cpus, n_cpus, 0, true); }
 
 int64_t scout_pool_cpu_ns(scout_pool* pool) { return pool->cpu_ns.load(); }
+
+int scout_pool_times(scout_pool* pool, int64_t ticket, int64_t* times) {
+  const Times& found = pool->times[ticket % TIMED];
+  if (ticket <= 0 || found.ticket.load() != ticket) return 0;
+  times[0] = found.began_ns.load();
+  times[1] = found.ended_ns.load();
+  return found.ticket.load() == ticket && times[0] > 0;  // else overwritten meanwhile, or never run
+}
 
 void scout_pool_stop(scout_pool* pool) {
   std::lock_guard<std::mutex> once(pool->stopping);

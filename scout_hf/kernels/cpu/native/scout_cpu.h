@@ -8,7 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define SCOUT_ABI 3
+#define SCOUT_ABI 4
 
 #if defined(_WIN32)
 #define SCOUT_EXPORT __declspec(dllexport)
