@@ -74,12 +74,13 @@ def _speed(record: dict[str, Any]) -> Iterator[str]:
         return
     cells = view.at(record, place)
     settings, facts = record["settings"], record["machine"]
+    versions = f"torch {facts['torch']}, transformers {facts['transformers']}"
+    model = f"{settings['layers']} layers of Llama 3.2 1B's shape with random weights, {view.SHAPE_NAMES[place.shape]}"
     yield (
-        f"{facts['cpu']}, torch {facts['torch']}, transformers {facts['transformers']}, "
-        f"{settings['threads']} thread(s) for the model and as many for the CPU's share. {settings['layers']} layers of "
-        f"Llama 3.2 1B's shape with random weights, {view.SHAPE_NAMES[place.shape]}, {short(place.context)} tokens, "
-        f"batch {place.batch}, budget {settings['budget']}; {settings['drift']:.0%} of scout's chosen blocks change per step, synthetically. "
-        f"{view.emulated(record)}. Scores: right answers of the pocket model at 4k, budget 512, with nothing emulated."
+        f"{facts['cpu']}, {versions}, {settings['threads']} thread(s) for the model and as many for the CPU's share. "
+        f"{model}, {short(place.context)} tokens, batch {place.batch}, budget {settings['budget']}; "
+        f"{settings['drift']:.0%} of scout's chosen blocks change per step, synthetically. {view.emulated(record)}. "
+        "Scores: right answers of the pocket model at 4k, budget 512, with nothing emulated."
     )
     yield ""
     yield from head("way", "exact", "right", *COLUMNS)

@@ -1,0 +1,1 @@
+"""The planner's constants measured, its predictions shown, and held against what was measured."""

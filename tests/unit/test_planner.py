@@ -1,0 +1,160 @@
+"""The planner's arithmetic: bytes by hand, the split by brute force, and what more of anything must do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig
+
+from scout_hf.errors import ConfigError
+from scout_hf.planner import (
+    GIB,
+    MACHINES,
+    SHAPES,
+    Load,
+    Machine,
+    ModelShape,
+    break_even,
+    largest_batch,
+    longest_context,
+    methods,
+    plan,
+)
+from tests.unit.naive import QUICK
+
+LLAMA, QWEN, MHA = SHAPES["llama-3-8b"], SHAPES["qwen3-14b"], SHAPES["llama-2-7b"]
+H100 = MACHINES["h100"]
+
+
+def test_bytes_are_those_of_the_models():
+    assert LLAMA.layers * LLAMA.kv_bytes == 131072
+    assert QWEN.layers * QWEN.kv_bytes * 65536 == 10 * GIB
+    assert LLAMA.weights == pytest.approx(2 * 8.03e9, rel=1e-3)
+    assert QWEN.weights == pytest.approx(2 * 14.77e9, rel=1e-3)
+    assert SHAPES["llama-3.2-1b"].weights == pytest.approx(2 * 1.236e9, rel=1e-3)
+    assert MHA.weights == pytest.approx(2 * 6.74e9, rel=1e-3)
+
+
+def test_what_is_held_where():
+    load = Load(65536, 8)
+    full = 8 * 65536 * 131072
+    stock, scout, dense, kvpr = (plan(name, LLAMA, H100, load) for name in ("stock", "scout", "dense", "kvpr"))
+    assert stock.device_bytes == LLAMA.weights + full and stock.host_bytes == 0
+    # Residents of the budget, and digests: two vectors per block of 32 tokens.
+    assert scout.device_bytes == LLAMA.weights + 8 * 2048 * 131072 + full / 32 and scout.host_bytes == full
+    assert dense.device_bytes == LLAMA.weights + 2 * full / 32
+    inputs = 8 * 65536 * 4096 * 2 * 32
+    assert kvpr.host_bytes == full + inputs
+    assert "nothing" in kvpr.note and kvpr.parts["computed anew"] == 0
+
+
+def test_kvpr_pays_without_gqa_alone():
+    for load in (Load(4096, 1), Load(32768, 16)):
+        assert plan("kvpr", MHA, H100, load).step_ms < plan("dense", MHA, H100, load).step_ms
+        ours = plan("kvpr", LLAMA, H100, load).step_ms
+        assert ours == pytest.approx(plan("dense", LLAMA, H100, load).step_ms, rel=0.01)
+
+
+amount = st.floats(1.0, 1e4)
+a_machine = st.builds(Machine, st.just("any"), *([amount] * 12), st.booleans())
+a_load = st.builds(Load, st.integers(64, 1 << 20), st.integers(1, 64), st.sampled_from([256, 2048]))
+RATES = ["weights_gbps", "attend_gbps", "score_gbps", "stock_gbps", "products_tflops", "link_gbps", "cpu_gbps"]
+a_shape = st.sampled_from(list(SHAPES.values()))
+
+
+@QUICK
+@given(a_shape, a_machine, a_load, st.sampled_from(methods()), st.sampled_from(RATES))
+def test_more_of_any_rate_is_never_slower(shape, machine, load, method, rate):
+    better = replace(machine, **{rate: 2 * getattr(machine, rate)})
+    # KVPR splits in whole tokens.
+    assert plan(method, shape, better, load).step_ms <= plan(method, shape, machine, load).step_ms * 1.001
+
+
+@QUICK
+@given(a_shape, a_machine, a_load, st.sampled_from(methods()))
+def test_more_context_is_never_faster_nor_smaller(shape, machine, load, method):
+    more = replace(load, context=2 * load.context)
+    before, after = (plan(method, shape, machine, one) for one in (load, more))
+    assert after.step_ms >= before.step_ms * 0.999
+    assert after.device_bytes >= before.device_bytes and after.host_bytes >= before.host_bytes
+    assert all(value >= 0 for value in after.parts.values())
+
+
+@QUICK
+@given(a_shape, a_machine, st.sampled_from(methods()))
+def test_the_largest_that_fits_fits_and_one_more_does_not(shape, machine, method):
+    load = Load(8192, 1)
+    batch = largest_batch(method, shape, machine, load)
+    assert batch == 0 or plan(method, shape, machine, replace(load, batch=batch)).fits
+    assert batch == 4096 or not plan(method, shape, machine, replace(load, batch=batch + 1)).fits
+    context = longest_context(method, shape, machine, load, most=1 << 18)
+    assert context == 1 << 18 or not plan(method, shape, machine, replace(load, context=context + 1)).fits
+
+
+def test_break_even_is_where_it_says():
+    load = Load(1, 8)
+    start = break_even("scout", LLAMA, H100, load)
+    for context, faster in ((start, True), (start // 2, False)):
+        at = replace(load, context=context)
+        ours, stock = (plan(name, LLAMA, H100, at).step_ms for name in ("scout", "stock"))
+        assert (ours < stock) == faster
+    assert break_even("dense", LLAMA, H100, load) is None
+
+
+def test_the_order_of_the_paper():
+    """Figure 8: scout over hgca over infinigen, all over what streams everything, at 32k."""
+    load = Load(32768, 16)
+    times = [plan(name, QWEN, MACHINES["a100-80"], load).step_ms for name in ("scout", "hgca", "infinigen", "dense")]
+    assert times == sorted(times)
+
+
+def test_configs_of_transformers():
+    sizes = {"hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers": 40, "num_attention_heads": 40}
+    config = AutoConfig.for_model("qwen3", **sizes, num_key_value_heads=8, head_dim=128, vocab_size=151936)
+    assert replace(ModelShape.of(config), name="qwen3-14b") == QWEN
+    gemma = AutoConfig.for_model("gemma2", num_hidden_layers=4)
+    shape = ModelShape.of(gemma, "gemma")
+    assert shape.windowed == 2 and shape.window == 4096 and shape.tied
+    short, long = (plan("stock", shape, H100, Load(n)).device_bytes for n in (8192, 16384))
+    assert long - short == 2 * 8192 * shape.kv_bytes
+    opt = ModelShape.of(AutoConfig.for_model("opt"), "opt")
+    assert opt.kv_heads == opt.heads
+    with pytest.raises(ConfigError, match="mixture of experts"):
+        ModelShape.of(AutoConfig.for_model("mixtral"))
+    with pytest.raises(ConfigError, match="num_attention_heads"):
+        ModelShape.of({"hidden_size": 8})
+
+
+def test_wrong_input_names_what_there_is(tmp_path):
+    with pytest.raises(ConfigError, match="scout.*dense"):
+        plan("scuot", LLAMA, H100, Load(1024))
+    with pytest.raises(ConfigError, match="link_gbps=0"):
+        replace(H100, link_gbps=0)
+    path = tmp_path / "machine.json"
+    H100.save(path, facts={"a": 1})
+    assert Machine.load(path) == H100
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match="--measure"):
+        Machine.load(path)
+
+
+def test_the_command(tmp_path):
+    from typer.testing import CliRunner
+
+    from scout_hf.cli import app
+
+    def call(*words):
+        return CliRunner().invoke(app, ["plan", *words], env={"COLUMNS": "160"})
+
+    done = call("--model", "qwen3-14b", "--gpu", "h200", "--link", "55", "--dram", "200", "--context", "131072")
+    assert done.exit_code == 0 and "CPU 200 GB/s" in done.output and "infinigen" in done.output
+    (tmp_path / "config.json").write_text(json.dumps(AutoConfig.for_model("llama").to_dict()))
+    assert call("--model", str(tmp_path)).exit_code == 0
+    for words, told in ((["--gpu", "h999"], "rtx-4090"), (["--model", "no-such"], "llama-3-8b"), (
+        ["--check", str(tmp_path / "config.json")], "--measure")):  # fmt: skip
+        wrong = call(*words)
+        assert wrong.exit_code == 2 and told in wrong.output
