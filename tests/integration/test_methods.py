@@ -28,6 +28,7 @@ from tests.integration.test_failures import (
     spoiled_scratch,
 )
 from tests.integration.test_generate import MODES
+from tests.patches.tiny import missing, tiny_model
 
 SPARSE = {
     "infinigen": {"method": "infinigen", "budget": 40, "block_size": 8, "window": 8},
@@ -204,3 +205,66 @@ def test_an_emulated_cpu_is_waited_for():
         assert_equal(run(model, prompt(), new=6), expected)
         # 16 tokens beside the window, 2 heads, keys and values of 8 floats, 4 layers.
         assert handle.stats().join_wait_ms > 0.2 * 16 * 2 * 2 * 8 * 4 * 4 / 2e3
+
+
+FAMILIES = {
+    "llama without GQA": ("llama", {"num_key_value_heads": 8}),
+    "llama": ("llama", {}),
+    "qwen3": ("qwen3", {}),
+    "opt": ("opt", {}),
+    "gpt2": ("gpt2", {}),
+    "gpt_neox": ("gpt_neox", {}),
+    "gemma3": ("gemma3", {}),
+    "gpt_oss": ("gpt_oss", {}),
+}
+
+
+@pytest.mark.parametrize("mode", ["greedy, long", "padded", "beam", "prompt lookup", "prefill in chunks, padded"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", EXACT_METHODS)
+def test_exact_methods_on_other_families(name, family, mode):
+    """Rotary and learnt positions, with GQA and without, fused projections, norms of keys, sliding layers, sinks."""
+    kind, changes = FAMILIES[family]
+    if reason := missing(kind):
+        pytest.skip(reason)
+    inputs, options = MODES[mode]
+    expected = run(tiny_model(kind, **changes), inputs, **options)
+    model = tiny_model(kind, **changes)
+    with scout_hf.patch(model, **EXACT_METHODS[name]) as handle:
+        assert_close(run(model, inputs, **options), expected, 5e-6)
+        stats = handle.stats()
+        assert stats.exact
+        if name == "kvpr":
+            computed = sum(handle._counters.sums["computed_anew"].values())
+            assert computed > 0 and not stats.notes
+
+
+@pytest.mark.parametrize("inputs", ["host", "device"])
+def test_kvpr_chooses_to_compute_where_the_link_is_slow(inputs):
+    """Without GQA and over a slow link most tokens are computed anew, none over a fast one with GQA."""
+
+    def computed(heads, gbps):
+        options = {"method": "kvpr", "block_size": 8, "method_options": {"inputs": inputs}, "link_gbps": gbps}
+        with scout_hf.patch(llama(num_key_value_heads=heads), **options) as handle:
+            run(handle.model, prompt(1, 120), new=4)
+            return sum(handle._counters.sums["computed_anew"].values()), handle.stats()
+
+    slow, stats = computed(8, 1e-4)
+    assert slow > 0 and not stats.notes
+    none, stats = computed(2, 1e-4)
+    if inputs == "host":
+        assert none == 0 and "no smaller" in stats.notes[0]
+    else:
+        assert none > 0  # what lies on the device needs no link
+
+
+def test_kvpr_notices_what_it_cannot_make(monkeypatch):
+    """Keys that are not what the inputs make: all KV comes over the link, and the note tells why."""
+    model = llama(num_key_value_heads=8)
+    expected = run(model, prompt(1, 90), new=6)
+    with scout_hf.patch(model, **EXACT_METHODS["kvpr"]) as handle:
+        make = handle._keys_values
+        monkeypatch.setattr(handle, "_keys_values", lambda *given: [part * 1.01 for part in make(*given)])
+        assert_close(run(model, prompt(1, 90), new=6), expected)
+        assert "do not make the keys" in handle.stats().notes[0]
+        assert not handle._counters.sums["computed_anew"]
