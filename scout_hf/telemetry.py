@@ -22,6 +22,8 @@ class Counters:
 
     def __init__(self):
         self._recalls: dict[tuple[int, torch.device, int], torch.Tensor] = {}
+        # Of how things are, not of what was done: they stay when tallies start anew.
+        self.notes: dict[str, str] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -29,7 +31,6 @@ class Counters:
         self.steps = self.approximate_steps = self.prefill_tokens = 0
         self.sums: dict[str, dict[int, float | torch.Tensor]] = defaultdict(lambda: defaultdict(float))
         self.history: dict[int, list[float]] | None = None
-        self.notes: dict[str, str] = {}
         for tally in self._recalls.values():
             tally.zero_()
 
