@@ -9,9 +9,13 @@ from typing import Any
 from scout_hf import ScoutConfig
 from scout_hf.eval import baselines  # noqa: F401 (registers the digests "random" and "recent")
 from scout_hf.eval.fidelity import oracle  # noqa: F401 (registers the digest "oracle")
+from scout_hf.methods import method_names
 from scout_hf.selection import digest_names
 
 FULL = "full"
+METHODS = tuple(name for name in method_names() if name != "scout")
+"""Modes that are a method of their own: they choose without digests of blocks, or not at all."""
+
 MODES: dict[str, dict[str, Any] | None] = {
     FULL: None,
     "real": {"split": "off"},
@@ -21,6 +25,7 @@ MODES: dict[str, dict[str, Any] | None] = {
     "predicted-auto": {"split": "cpu", "cpu_query": "auto"},
     "predicted-real-cpu": {"split": "cpu", "cpu_query": "real"},
     "predicted-no-recall": {"split": "cpu", "cpu_query": "predicted", "recall": None},
+    **{name: {"method": name} for name in METHODS},
 }
 """Settings of every way of attending, next to budget, block size and digest; None is the model's own attention."""
 
@@ -32,8 +37,12 @@ SAME_TIERS = {
     "predicted-auto": "real-two-tiers",
     "predicted-real-cpu": "real-two-tiers",
     "predicted-no-recall": "real-two-tiers",
+    **{name: name for name in METHODS},
 }
-"""Which mode shows what selection alone costs: the real query on as many tiers, since two attend to a little more."""
+"""Which mode shows what selection alone costs: the real query on as many tiers, since two attend to a little more.
+
+Of another method all its loss is that of its selection.
+"""
 
 CONTROLS = ("oracle", "random", "recent")
 """Digests that are no digests: the best blocks there are, and blocks chosen without a look."""
@@ -41,6 +50,7 @@ CONTROLS = ("oracle", "random", "recent")
 STRESSES = ("none", "scale", "offset", "rivals")
 """Outlier channels in the weights (``scale``, ``offset``); confusable text that grows with length (``rivals``)."""
 
+SPARSE = ("block_size", "budget", "digest")
 TEXT = "text"
 """The model, and the task, of perplexity on held-out text."""
 
@@ -58,7 +68,8 @@ class Cell:
     mode : str
         A key of ``MODES``.
     block_size, budget, digest
-        As in :class:`scout_hf.ScoutConfig`; None with full attention, which has none of them.
+        As in :class:`scout_hf.ScoutConfig`; None with full attention, which has none of them. Other methods have no
+        digest.
     stress : str
         One of ``STRESSES``.
     """
@@ -77,17 +88,23 @@ class Cell:
             raise ValueError(f"mode={self.mode!r}: there are {', '.join(MODES)}")
         if self.stress not in STRESSES:
             raise ValueError(f"stress={self.stress!r}: there are {', '.join(STRESSES)}")
-        sparse = (self.block_size, self.budget, self.digest)
-        if (self.mode == FULL) != (sparse == (None, None, None)) or (self.mode != FULL and None in sparse):
+        given = tuple(name for name in SPARSE if getattr(self, name) is not None)
+        if given != self.takes(self.mode):
             raise ValueError(
-                f"{self.as_dict()}: block_size, budget and digest belong to every mode but {FULL!r}, and all three"
+                f"{self.as_dict()}: block_size, budget and digest belong to every mode but {FULL!r}, and all three; "
+                f"other methods ({', '.join(METHODS)}) take no digest"
             )
+
+    @staticmethod
+    def takes(mode: str) -> tuple[str, ...]:
+        """Which of ``SPARSE`` a mode has."""
+        return () if mode == FULL else SPARSE[:2] if mode in METHODS else SPARSE
 
     def config(self, **more: Any) -> ScoutConfig | None:
         """The settings to patch with; None for the model's own attention."""
         if self.mode == FULL:
             return None
-        sizes = {"block_size": self.block_size, "budget": self.budget, "digest": self.digest}
+        sizes = {name: getattr(self, name) for name in self.takes(self.mode)}
         return ScoutConfig(**sizes, **MODES[self.mode], **more)
 
     def as_dict(self) -> dict[str, Any]:
@@ -97,7 +114,8 @@ class Cell:
     def __str__(self) -> str:
         words = [self.model, self.task, f"{self.tokens} tokens", self.mode]
         if self.mode != FULL:
-            words += [self.digest, f"block {self.block_size}", f"budget {budget_name(self.budget)}"]
+            words += [self.digest] * (self.digest is not None)
+            words += [f"block {self.block_size}", f"budget {budget_name(self.budget)}"]
         return " ".join(words if self.stress == "none" else [*words, f"stress {self.stress}"])
 
 
@@ -143,5 +161,8 @@ def keep(cells: Iterable[Cell], filters: dict[str, set[str]]) -> list[Cell]:
     return [
         cell
         for cell in cells
-        if all(str(getattr(cell, name)) in wanted or getattr(cell, name) is None for name, wanted in filters.items())
+        if all(
+            str(getattr(cell, name)) in wanted or (cell.mode == FULL and getattr(cell, name) is None)
+            for name, wanted in filters.items()
+        )
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from scout_hf.eval.fidelity.cells import FULL, TEXT, Cell, real_digests
+from scout_hf.eval.fidelity.cells import FULL, METHODS, TEXT, Cell, real_digests
 from scout_hf.eval.fidelity.measure import Effort
 from scout_hf.eval.pocket import TASKS
 
@@ -41,6 +41,7 @@ def _whole(models: Sequence[str]) -> Iterator[Cell]:
     swept = tuple(name for name in real_digests() if name not in ("auto", "minmax-int8"))
     for of in _subjects(models, TASKS):
         yield from (Cell(*of, TOKENS, mode, BLOCK, BUDGET, digest) for digest in real_digests() for mode in REST)
+        yield from (Cell(*of, TOKENS, mode, BLOCK, BUDGET) for mode in METHODS)
         yield from _controls(of)
         for budget in (0.03, 0.06, 0.125, 0.25, 0.5):
             yield from _around(of, budget=budget, digests=real_digests(), modes=PAPERS)

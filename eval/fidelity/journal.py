@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,17 @@ class Journal:
 
     def add(self, asked: dict[str, Any], result: dict[str, Any]) -> None:
         """Keep a result; it is on disk when this returns."""
-        entry = {"schema": SCHEMA, "commit": self.commit, "asked": asked, "result": result}
+        self.adopt([(asked, result)], self.commit)
+
+    def adopt(self, found: Iterable[tuple[dict[str, Any], dict[str, Any]]], commit: str | None) -> None:
+        """Keep results, each with what was asked, that were measured at some commit; all on disk at the end."""
+        entries = [{"schema": SCHEMA, "commit": commit, "asked": asked, "result": result} for asked, result in found]
         with self.path.open("a") as file:
-            file.write(json.dumps(entry, separators=(",", ":")) + "\n")
+            file.writelines(json.dumps(entry, separators=(",", ":")) + "\n" for entry in entries)
             file.flush()
             os.fsync(file.fileno())
-        self._remember(entry)
+        for entry in entries:
+            self._remember(entry)
 
     def _remember(self, entry: dict[str, Any]) -> None:
         key = _key(entry["asked"])

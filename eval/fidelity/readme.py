@@ -8,7 +8,7 @@ from typing import Any
 from scout_hf.eval.fidelity.cells import budget_name
 from scout_hf.eval.fidelity.summary import Row, rows
 from scout_hf.eval.fidelity.tables import percent, score
-from scout_hf.eval.fidelity.views import AXES, CENTRE, along, digests, full_at, points, rows_at
+from scout_hf.eval.fidelity.views import AXES, CENTRE, along, digests, full_at, methods_at, points, rows_at
 from scout_hf.eval.markdown import head, line
 
 COMMAND = "scout-hf fidelity"
@@ -22,6 +22,14 @@ QUERIES = {
     "predicted-real-cpu": 'predicted, `cpu_query="real"`',
     "predicted-no-recall": 'predicted, `cpu_query="predicted"`, `recall=None`',
 }
+HOW = {
+    "dense": "real, exact",
+    "kvpr": "real, exact",
+    "infinigen": "predicted, single tokens",
+    "hgca": "real, window and kept",
+}
+"""How other methods attend."""
+
 SWEPT = {"real": "one tier", "predicted-auto": "two tiers", "predicted": 'two tiers with `cpu_query="predicted"`'}
 
 
@@ -53,6 +61,16 @@ def _centre(table: Sequence[Row]) -> Iterator[str]:
             QUERIES[setting["mode"]],
             score(row, False),
             *("–" if loss is None else percent(loss) for loss in (row.lost_to_selection, row.lost_to_prediction)),
+            f"{row.attended_share:.0%}".replace("%", " %"),
+        )
+    for row in methods_at(table, CENTRE):
+        mode = row.setting["mode"]
+        yield line(
+            f'`method="{mode}"`',
+            HOW.get(mode, ""),
+            score(row, False),
+            "–" if row.lost_to_selection is None else percent(row.lost_to_selection),
+            "–",
             f"{row.attended_share:.0%}".replace("%", " %"),
         )
 

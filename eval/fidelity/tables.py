@@ -8,9 +8,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from scout_hf.eval.fidelity.cells import FULL, budget_name
+from scout_hf.eval.fidelity.cells import FULL, METHODS, budget_name
 from scout_hf.eval.fidelity.summary import Estimate, Row, rows
-from scout_hf.eval.fidelity.views import AXES, CENTRE, along, digests, full_at, points, rows_at, settings
+from scout_hf.eval.fidelity.views import AXES, CENTRE, along, digests, full_at, methods_at, points, rows_at, settings
 
 NAMES = {
     FULL: "full attention",
@@ -21,6 +21,7 @@ NAMES = {
     "predicted-auto": "pred., auto on CPU",
     "predicted-real-cpu": "pred., real on CPU",
     "predicted-no-recall": "pred., no recall",
+    **{name: f"method {name}" for name in METHODS},
 }
 """Which query chose and attended; ``predicted-auto`` is as shipped."""
 
@@ -50,7 +51,7 @@ def tables(record: dict[str, Any]) -> Iterator[Table]:
 
 
 def _detail(found: Sequence[Row], setting: dict[str, Any], text: bool) -> Table:
-    part, full = rows_at(found, setting), full_at(found, setting)
+    part, full = [*rows_at(found, setting), *methods_at(found, setting)], full_at(found, setting)
     table = _table(f"{_place(setting)}: {_what(part[0], text)}", "blocks by", "query", words=2)
     for name in (_score_name(text), "lost to\nselect.", "lost to\npredict.", "read", "tok/s"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from scout_hf.eval.fidelity.cells import FULL, MODES, STRESSES, budget_name
+from scout_hf.eval.fidelity.cells import FULL, METHODS, MODES, STRESSES, budget_name
 from scout_hf.eval.fidelity.grid import BLOCK, BUDGET, TOKEN_BUDGET, TOKENS
 from scout_hf.eval.fidelity.summary import Row, find
 
@@ -35,10 +35,16 @@ def full_at(table: Sequence[Row], setting: dict[str, Any]) -> Row | None:
 
 def rows_at(table: Sequence[Row], setting: dict[str, Any]) -> list[Row]:
     """Sparse rows of a setting by digest, the oracle first and blind controls last, then by mode."""
-    found = [row for row in table if row.setting["mode"] != FULL and setting.items() <= row.setting.items()]
+    found = [row for row in table if row.setting["digest"] is not None and setting.items() <= row.setting.items()]
     names = digests(found)
     modes = list(MODES)
     return sorted(found, key=lambda row: (names.index(row.setting["digest"]), modes.index(row.setting["mode"])))
+
+
+def methods_at(table: Sequence[Row], setting: dict[str, Any]) -> list[Row]:
+    """Rows of other methods at a setting, in the order of ``METHODS``."""
+    found = {row.setting["mode"]: row for row in table if setting.items() <= row.setting.items()}
+    return [found[mode] for mode in METHODS if mode in found]
 
 
 def digests(table: Sequence[Row]) -> list[str]:

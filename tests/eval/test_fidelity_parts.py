@@ -11,7 +11,7 @@ import scout_hf
 from scout_hf import ConfigError, ScoutConfig
 from scout_hf.eval.decode_path import answer, prefill, tokenize
 from scout_hf.eval.fidelity.asking import answers
-from scout_hf.eval.fidelity.cells import CONTROLS, MODES, Cell, keep, parse_filters, real_digests
+from scout_hf.eval.fidelity.cells import CONTROLS, METHODS, MODES, Cell, keep, parse_filters, real_digests
 from scout_hf.eval.fidelity.grid import BLOCK, BUDGET, MAIN, TOKENS, study
 from scout_hf.eval.fidelity.memo import AttentionMemo
 from scout_hf.eval.fidelity.oracle import OracleBlocks
@@ -25,9 +25,13 @@ from tests.patches.tiny import tiny_config
 SPARSE = {"block_size": 16, "budget": 0.25}
 
 
+def digest(mode):
+    return () if mode in METHODS else ("minmax",)
+
+
 class TestCells:
     def test_every_mode_makes_a_config_of_its_own(self):
-        made = [Cell("llama", "needle", 512, mode, 16, 0.25, "minmax").config() for mode in MODES if MODES[mode]]
+        made = [Cell("llama", "needle", 512, mode, 16, 0.25, *digest(mode)).config() for mode in MODES if MODES[mode]]
         assert len(set(made)) == len(MODES) - 1 and all(one.block_size == 16 for one in made)
         assert Cell("llama", "needle", 512).config() is None
 
@@ -42,6 +46,8 @@ class TestCells:
         [
             {"mode": "guess", "block_size": 16, "budget": 0.25, "digest": "minmax"},
             {"mode": "real", "block_size": 16, "budget": 0.25},
+            {"mode": "hgca", "block_size": 16, "budget": 0.25, "digest": "minmax"},
+            {"mode": "hgca", "block_size": 16},
             {"mode": "full", "budget": 0.25},
             {"stress": "much"},
         ],
@@ -58,6 +64,11 @@ class TestCells:
         # Full attention has no digest, so a filter of digests does not take away what others are compared with.
         assert any(cell.mode == "full" for cell in keep(cells, parse_filters(["digest=minmax"])))
 
+    def test_filters_of_methods(self):
+        cells = study(("llama",), quick=False)
+        assert not {cell.mode for cell in keep(cells, parse_filters(["digest=minmax"]))} & set(METHODS)
+        assert {cell.mode for cell in keep(cells, parse_filters(["mode=hgca,full"]))} == {"hgca", "full"}
+
     @pytest.mark.parametrize("text", ["digest", "digest=", "=minmax", "speed=high", "digest=maxmin", "budget=0.126"])
     def test_wrong_filters_say_what_there_is(self, text):
         with pytest.raises(ValueError, match=r"--only .*(fields are|nothing of that in this study).*"):
@@ -71,6 +82,9 @@ class TestCells:
         assert {cell.digest for cell in asked} == {None, *real_digests(), *CONTROLS}
         assert set(digest_names()) <= {cell.digest for cell in asked}
         assert {cell.mode for cell in asked} == set(MODES)
+        methods = [cell for cell in asked if cell.mode in METHODS]
+        assert len(methods) == len(METHODS) * len(TASKS) and {"dense", "hgca", "infinigen", "kvpr"} <= set(METHODS)
+        assert {(cell.tokens, cell.block_size, cell.budget) for cell in methods} == {(TOKENS, BLOCK, BUDGET)}
         assert {0.03, 0.06, 0.125, 0.25, 0.5, 512} <= {cell.budget for cell in asked}
         assert {cell.block_size for cell in asked} == {None, 16, 32, 64}
         assert {cell.tokens for cell in asked} == {1024, 2048, 4096, 8192}

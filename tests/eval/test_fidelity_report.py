@@ -31,7 +31,8 @@ def record(cell, **result):
 
 
 def cell(mode="full", task="needle", model="llama", tokens=TOKENS, digest="minmax", budget=BUDGET, stress="none"):
-    sparse = {} if mode == "full" else {"block_size": BLOCK, "budget": budget, "digest": digest}
+    sparse = {"block_size": BLOCK, "budget": budget, "digest": digest}
+    sparse = {name: sparse[name] for name in Cell.takes(mode)}
     return Cell(model, task, tokens, mode, **sparse, stress=stress)
 
 

@@ -15,11 +15,12 @@ import torch
 import scout_hf.eval.fidelity.measure as measuring
 import scout_hf.eval.fidelity.run as running
 from scout_hf.eval.fidelity.asking import answers
-from scout_hf.eval.fidelity.cells import Cell
+from scout_hf.eval.fidelity.cells import MODES, Cell
 from scout_hf.eval.fidelity.grid import weight
 from scout_hf.eval.fidelity.journal import Journal
 from scout_hf.eval.fidelity.measure import Effort, measure
-from scout_hf.eval.fidelity.run import asked_of, run
+from scout_hf.eval.fidelity.run import asked_of, run, versions
+from scout_hf.eval.fidelity.study import adopt
 from scout_hf.eval.fidelity.subjects import available
 
 EFFORT = Effort(questions=4, watched=2)
@@ -50,6 +51,48 @@ def weights():
 def whole(weights, tmp_path_factory):
     """The results of a run that nobody ended."""
     return run(CELLS, EFFORT, weights, Journal(tmp_path_factory.mktemp("whole") / "cells.jsonl"), jobs=1)
+
+
+class TestAdopted:
+    """A record without its journal, as a repository has it, is gone on with."""
+
+    def record(self, whole, weights):
+        machine = {"commit": "before", **versions()}
+        settings = {**dataclasses.asdict(EFFORT), "modes": MODES}
+        return {
+            "study": "fidelity",
+            "settings": settings,
+            "machine": machine,
+            "weights": weights,
+            "cells": whole,
+        }
+
+    def missing(self, tmp_path, record, weights, effort=EFFORT):
+        path = tmp_path / "fidelity.json"
+        path.write_text(json.dumps(record))
+        journal = Journal(tmp_path / "cells.jsonl", fresh=True, commit="after")
+        count = adopt(journal, path, effort, weights)
+        asked = [asked_of(cell, effort, weights["llama"]) for cell in CELLS]
+        assert count == sum(journal.get(one) is not None for one in asked) == sum(map(journal.foreign, asked))
+        return len(CELLS) - count
+
+    def test_only_new_cells_are_measured(self, whole, weights, tmp_path):
+        assert self.missing(tmp_path, self.record(whole, weights), weights) == 0
+        journal = Journal(tmp_path / "cells.jsonl")
+        assert adopt(journal, tmp_path / "fidelity.json", EFFORT, weights) == 0
+        method = Cell("llama", "needle", 512, "dense", 16, 0.25)
+        found = run([*CELLS, method], EFFORT, weights, journal, jobs=1)
+        assert found[:-1] == json.loads(json.dumps(whole)) and found[-1]["right"] == whole[0]["right"]
+
+    def test_what_was_measured_otherwise_is_not_taken(self, whole, weights, tmp_path):
+        others = {"machine": {**versions(), "torch": "1.0"}}, {"weights": {"llama": "0" * 12}}
+        for change in others:
+            assert self.missing(tmp_path, self.record(whole, weights) | change, weights) == len(CELLS)
+        record = self.record(whole, weights)
+        assert self.missing(tmp_path, record, weights, dataclasses.replace(EFFORT, questions=5)) == len(CELLS)
+        record["settings"]["modes"] = MODES | {"real": {"split": "cpu"}}
+        assert self.missing(tmp_path, record, weights) == 3
+        assert adopt(Journal(tmp_path / "none.jsonl"), tmp_path / "none.json", EFFORT, weights) == 0
 
 
 def timeless(results):
