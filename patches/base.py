@@ -88,12 +88,18 @@ class Family:
         position_ids: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The keys and values that `layer` would store if `hidden` were its input; arguments as for `query`.
+        """The keys and values that `layer` would hand to `cache.update` if `hidden` were its input.
+
+        Arguments are those of `query`. `hidden` may be any part of a sequence, with the positions of that part.
 
         Returns:
             (batch, kv_heads, length, head_dim) each, the model's dtype, on the layer's device.
+
+        Raises:
+            UnsupportedModelError: positions alone do not tell the angles (see `require_fixed_angles`).
         """
         attn = self.attention(layer)
+        self.require_fixed_angles(decoder, attn, position_embeddings)
         hidden = hidden.to(weight_device(attn, default=hidden.device))
         keys, values = self.project_keys_values(attn, self.norm(layer, hidden))
         return self.rotate(decoder, layer, attn, keys, position_ids, position_embeddings, hidden), values
@@ -129,6 +135,27 @@ class Family:
         # The model's function rotates a query and a key together. A key without heads costs nothing, and
         # unlike the query itself it may be passed to hub kernels that rotate in place.
         return rotary_function(attn)(q, q[:, :0], cos, sin)[0]
+
+    def require_fixed_angles(
+        self, decoder: nn.Module, attn: nn.Module, position_embeddings: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """Refuse to make keys whose angles change while the sequence grows, unless the angles are given.
+
+        Dynamic and LongRoPE embeddings take the length of a sequence from its last position. Stored keys keep the
+        angles of the pass that made them; a part of the sequence would get those of another length, and asking for
+        them would also leave the model's embedding in the state of that length.
+        """
+        kind = getattr(getattr(decoder, "rotary_emb", None), "rope_type", None)
+        if isinstance(kind, dict):
+            kind = kind[decoder.config.layer_types[attn.layer_idx]]
+        elif position_embeddings is not None:
+            return
+        if kind is not None and ("dynamic" in kind or kind == "longrope"):
+            raise UnsupportedModelError(
+                f"the keys of layer {attn.layer_idx} of {type(decoder).__name__} cannot be made from hidden states and "
+                f"positions: rope_type {kind!r} rotates by angles that depend on the length of the sequence too. Keep "
+                "the keys themselves, or use a rope_type with fixed angles, for example 'default', 'yarn' or 'llama3'."
+            )
 
     def position_embeddings(
         self,

@@ -68,6 +68,7 @@ class ProbeFamily(Family):
         position_ids: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
+        self.require_fixed_angles(decoder, self.attention(layer), position_embeddings)
         captured = self._attention_call(decoder, layer, hidden, position_ids, position_embeddings)
         return captured.keys, captured.values
 

@@ -37,8 +37,11 @@ class Unpredicted(Family):
             "available(layer) before, and use the true query where it is False."
         )
 
-    def keys_values(self, decoder, layer, hidden, position_ids=None, position_embeddings=None):
-        raise UnsupportedModelError(f"the keys of {type(layer).__name__} cannot be told from a hidden state alone")
+    def keys_values(self, decoder, layer, hidden, position_ids=None, position_embeddings=None) -> tuple[Tensor, Tensor]:
+        raise UnsupportedModelError(
+            f"the keys and values of {type(layer).__name__} cannot be made from a hidden state: ask available(layer) "
+            "before, and keep the true ones where it is False."
+        )
 
 
 register_family(Unpredicted())

@@ -197,6 +197,21 @@ def test_an_emulated_link_changes_time_alone(name):
     assert stats.join_wait_ms > 0.2 * stats.recalled_bytes / stats.steps / 2e3
 
 
+def test_kvpr_computes_nothing_anew_where_angles_depend_on_the_length():
+    """A sequence that outgrows the first length has keys of many lengths, and inputs do not tell which."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+
+    def grown():
+        return llama(rope_parameters=rope, max_position_embeddings=56)
+
+    expected = run(grown(), prompt(), new=70)
+    model = grown()
+    with scout_hf.patch(model, **ALL["kvpr"] | {"method_options": {"share": 1.0}}) as handle:
+        assert_close(run(model, prompt(), new=70), expected)
+        stats = handle.stats()
+    assert "rope_type 'dynamic'" in stats.notes[0]
+
+
 def test_an_emulated_cpu_is_waited_for():
     model = llama()
     with scout_hf.patch(model, **ALL["hgca"]):

@@ -1,10 +1,11 @@
-"""The true query of every layer, recorded inside a real forward pass of the model."""
+"""The true query, keys and values of every layer, recorded inside a real forward pass of the model."""
 
 from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ RECORDING = "recording_oracle"
 
 @dataclass
 class Seen:
-    """What one layer received, and what it handed to its attention function for these tokens."""
+    """What one layer received, and what it handed to its attention function or its cache for these tokens."""
 
     hidden: Tensor
     position_ids: Tensor | None
@@ -51,7 +52,15 @@ AttentionMaskInterface.register(RECORDING, eager_mask)
 def _recording(model, layers, seen):
     before = model.config._attn_implementation
     model.set_attn_implementation(RECORDING)
+    try:
+        with _noting_inputs(layers, seen):
+            yield
+    finally:
+        model.set_attn_implementation(before)
 
+
+@contextmanager
+def _noting_inputs(layers, seen):
     def note(layer, args, kwargs):
         seen.append(Seen(args[0].clone(), kwargs.get("position_ids"), kwargs.get("position_embeddings")))
 
@@ -61,7 +70,6 @@ def _recording(model, layers, seen):
     finally:
         for hook in hooks:
             hook.remove()
-        model.set_attn_implementation(before)
 
 
 @torch.no_grad()
@@ -71,11 +79,7 @@ def decode_step(model, family, length: int, prefix: int = 20, seed: int = 0) -> 
     Returns what happened in the step. `layers[i].query` is None for a layer without softmax attention.
     """
     layers = family.layers(family.decoder(model))
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, VOCAB, (2, prefix + length), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[1, :3] = 0
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    ids, mask, positions = _two_rows(prefix + length, seed)
     step = Step()
     # The model makes the cache: some hybrid models need a class of their own.
     cache = model(
@@ -100,6 +104,35 @@ def decode_step(model, family, length: int, prefix: int = 20, seed: int = 0) -> 
     return step
 
 
+@torch.no_grad()
+def prompt_pass(model, family, length: int = 20, seed: int = 0) -> Step:
+    """One pass of the stock model over two rows of `length` tokens, the second left-padded by 3.
+
+    `layers[i].keys` and `values` are what layer i handed to `cache.update`; None for one without softmax attention.
+    """
+    layers = family.layers(family.decoder(model))
+    ids, mask, positions = _two_rows(length, seed)
+    step = Step()
+    # The model makes the cache: some hybrid models need a class of their own.
+    cache_class = type(model(input_ids=ids[:, :1], use_cache=True).past_key_values)
+    update = cache_class.update
+
+    def noted(cache, key_states, value_states, layer_idx, *args, **kwargs):
+        step.layers[layer_idx].keys, step.layers[layer_idx].values = key_states.clone(), value_states.clone()
+        return update(cache, key_states, value_states, layer_idx, *args, **kwargs)
+
+    with _noting_inputs(layers, step.layers), patch.object(cache_class, "update", noted):
+        step.logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True).logits
+    return step
+
+
+def _two_rows(length, seed):
+    ids = torch.randint(3, VOCAB, (2, length), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
+
+
 def predict(family, model, step: Step, index: int, what: str = "query", **changes):
     """`family.query`, or another method, for layer `index`, called as from layer `index - 1` on its true input."""
     decoder = family.decoder(model)
@@ -118,3 +151,10 @@ def difference(a: Tensor, b: Tensor) -> float:
     if a.shape != b.shape or a.dtype != b.dtype:
         raise ValueError(f"shapes or dtypes differ: {tuple(a.shape)} {a.dtype}, {tuple(b.shape)} {b.dtype}")
     return (a.float() - b.float()).abs().max().item()
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference as a part of the largest of `b`, in float64."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        raise ValueError(f"shapes or dtypes differ: {tuple(a.shape)} {a.dtype}, {tuple(b.shape)} {b.dtype}")
+    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()

@@ -1,31 +1,13 @@
-"""Every handwritten family against the query, keys and values that the model itself computes."""
+"""Every handwritten family against the query that the model itself computes."""
 
 import pytest
 import torch
 from torch import nn
 
 from scout_hf.patches import ProbeFamily, family_of
+from tests.patches.families import NAMES, NO_NORM, NO_ROTARY, attending, case, changed, probe_of, rotated
 from tests.patches.oracle import decode_step, difference, predict
-from tests.patches.tiny import TINY, missing, tiny_gemma3_multimodal, tiny_model
-
-
-def case(name):
-    reason = missing(name)
-    return pytest.param(name, marks=pytest.mark.skipif(bool(reason), reason=reason))
-
-
-NAMES = [case(name) for name in TINY]
-NO_NORM = {"olmo2", "olmo3", "opt_post_norm"}
-NO_ROTARY = {"opt", "opt_post_norm", "gpt2"}
-
-
-def attending(step):
-    return [index for index, seen in enumerate(step.layers) if seen.query is not None]
-
-
-def changed(family, **methods):
-    """The family with some methods replaced, for negative controls."""
-    return type("Changed", (type(family),), methods)()
+from tests.patches.tiny import tiny_gemma3_multimodal, tiny_model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -46,52 +28,14 @@ def test_query_is_the_models_own(name, length, dtype):
         assert difference(predict(family, model, step, index), truth) <= 1e-6, index
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("length", [1, 5])
-@pytest.mark.parametrize("name", NAMES)
-def test_keys_and_values_are_the_models_own(name, length, dtype):
-    model = tiny_model(name, dtype=dtype)
-    family = family_of(model)
-    step = decode_step(model, family, length)
-    for index in attending(step):
-        seen = step.layers[index]
-        for way in ({}, {"position_embeddings": None}):
-            got = predict(family, model, step, index, "keys_values", **way)
-            for part, truth in zip(got, (seen.keys, seen.values)):
-                assert difference(part, truth) <= 1e-6, index
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_keys_of_a_wrong_family_are_seen(name):
-    model = tiny_model(name)
-    family = family_of(model)
-    step = decode_step(model, family, 2)
-    index = attending(step)[0] if name == "cohere2" else attending(step)[-1]
-    truth = step.layers[index]
-    if name not in NO_ROTARY:
-        no_rotary = changed(family, rotate=lambda self, decoder, layer, attn, q, *rest: q)
-        assert difference(predict(no_rotary, model, step, index, "keys_values")[0], truth.keys) > 1e-3
-    own = family.project_keys_values
-    swapped = changed(family, project_keys_values=lambda self, attn, x: own(attn, x)[::-1])
-    assert difference(predict(swapped, model, step, index, "keys_values")[1], truth.values) > 1e-3
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_probe_equals_handwritten(name):
     model = tiny_model(name)
-    step = decode_step(model, family_of(model), 2)
-    layers = family_of(model).layers(family_of(model).decoder(model))
-
-    class Probe(ProbeFamily):
-        def layers(self, decoder):
-            return layers
-
+    family = family_of(model)
+    step, probe = decode_step(model, family, 2), probe_of(family)
     for index in attending(step):
-        seen = step.layers[index]
-        assert difference(predict(Probe(), model, step, index), seen.query) <= 1e-6, index
-        keys, values = predict(Probe(), model, step, index, "keys_values")
-        assert difference(keys, seen.keys) <= 1e-6 and difference(values, seen.values) <= 1e-6, index
-        assert Probe().available(layers[index])
+        assert difference(predict(probe, model, step, index), step.layers[index].query) <= 1e-6, index
+        assert probe.available(family.layers(family.decoder(model))[index])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -111,7 +55,7 @@ def test_negative_controls_are_seen(name):
     model = tiny_model(name)
     family = family_of(model)
     step = decode_step(model, family, 2)
-    index = attending(step)[0] if name == "cohere2" else attending(step)[-1]
+    index = rotated(name, step)
     truth = step.layers[index].query
     if name not in NO_NORM:
         no_norm = changed(family, norm=lambda self, layer, hidden: hidden)

@@ -1,0 +1,39 @@
+"""What the tests of handwritten families share: their names, those that lack a part, and ways to break one."""
+
+from __future__ import annotations
+
+import pytest
+
+from scout_hf.patches import ProbeFamily
+from tests.patches.tiny import TINY, missing
+
+
+def case(name: str):
+    """`name` as a parameter, skipped where the installed transformers cannot make it."""
+    reason = missing(name)
+    return pytest.param(name, marks=pytest.mark.skipif(bool(reason), reason=reason))
+
+
+NAMES = [case(name) for name in TINY]
+NO_NORM = {"olmo2", "olmo3", "opt_post_norm"}
+NO_ROTARY = {"opt", "opt_post_norm", "gpt2"}
+
+
+def attending(step) -> list[int]:
+    """The layers with softmax attention."""
+    return [index for index, seen in enumerate(step.layers) if seen.keys is not None]
+
+
+def rotated(name: str, step) -> int:
+    """An attending layer that has a rotary embedding, the last where all have."""
+    return attending(step)[0] if name == "cohere2" else attending(step)[-1]
+
+
+def changed(family, **methods):
+    """The family with some methods replaced, for negative controls."""
+    return type("Changed", (type(family),), methods)()
+
+
+def probe_of(family):
+    """A probe that finds the layers where `family` does."""
+    return changed(ProbeFamily(), layers=lambda self, decoder: family.layers(decoder))
