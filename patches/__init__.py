@@ -1,4 +1,4 @@
-"""Model families: how to predict a layer's query, one short file per family.
+"""Model families: how to make a layer's query, keys and values from a hidden state, one short file per family.
 
 To add a family, write a file with a `Family` subclass that ends in `register_family(...)`, and import it
 below.

@@ -8,10 +8,10 @@ from scout_hf.patches import ProbeFamily
 from tests.patches.tiny import TINY, missing
 
 
-def case(name: str):
-    """`name` as a parameter, skipped where the installed transformers cannot make it."""
+def case(name: str, *others):
+    """`name`, and what goes with it, as parameters, skipped where the installed transformers cannot make it."""
     reason = missing(name)
-    return pytest.param(name, marks=pytest.mark.skipif(bool(reason), reason=reason))
+    return pytest.param(name, *others, marks=pytest.mark.skipif(bool(reason), reason=reason))
 
 
 NAMES = [case(name) for name in TINY]

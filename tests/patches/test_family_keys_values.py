@@ -138,7 +138,7 @@ WRAPPED += [("gpt_neox", "query_key_value"), ("opt", "k_proj"), ("olmo2", "k_pro
 
 
 @EITHER
-@pytest.mark.parametrize("name, projection", WRAPPED)
+@pytest.mark.parametrize("name, projection", [case(*one) for one in WRAPPED])
 def test_wrapped_projection_is_called(name, projection, probe):
     model, family = precise(name)
     before = prompt_pass(model, family)
@@ -218,9 +218,11 @@ def test_such_angles_of_a_part_would_be_others(name, rope):
     model, family = precise(name, **rope)
     step = prompt_pass(model, family)
     trusting = changed(family, require_fixed_angles=lambda self, *args: None)
-    part = slice(0, 10)
-    got = made(trusting, model, step, 2, part, position_embeddings=None)
-    assert errors(got, step.layers[2], part)[0] > 1e-3
+    found = []
+    for part in (slice(0, 18), slice(0, 10)):  # transformers 5.4 stretches for any length but never goes back
+        got = made(trusting, model, step, 2, part, position_embeddings=None)
+        found.append(errors(got, step.layers[2], part)[0])
+    assert max(found) > 1e-3
 
 
 def test_families_without_prediction_say_so():
