@@ -243,7 +243,10 @@ def test_exact_methods_on_other_families(name, family, mode):
     if reason := missing(kind):
         pytest.skip(reason)
     inputs, options = MODES[mode]
-    expected = run(tiny_model(kind, **changes), inputs, **options)
+    try:
+        expected = run(tiny_model(kind, **changes), inputs, **options)
+    except ValueError as error:
+        pytest.skip(f"stock cannot: {error}")  # sliding layers and drafts, before transformers 5.14
     model = tiny_model(kind, **changes)
     with scout_hf.patch(model, **EXACT_METHODS[name]) as handle:
         assert_close(run(model, inputs, **options), expected, 5e-6)
