@@ -88,7 +88,8 @@ class KVPR(Dense):
             self._coming = self._bring(step, self._split, self._pieces()[0])
 
     def prefilled(self, step, query: torch.Tensor) -> None:
-        if self._rates is None and self.inputs is not None and self.inputs.blocks and self._can_pay(step):
+        known = self.inputs is not None and self.inputs.blocks and self.kv.host.blocks
+        if self._rates is None and known and self._can_pay(step):
             self._rates = self._measure(step)
 
     def attend(self, step, query: torch.Tensor) -> Partial:
@@ -214,14 +215,16 @@ class KVPR(Dense):
 
     def _measure(self, step) -> Rates | None:
         """What the link and the layer take per token; None where inputs do not make the keys that are stored."""
-        tokens = min(TRIAL_TOKENS, self.inputs.blocks * self.config.block_size)
+        # Inputs that stay on the device may be ahead of what the host has.
+        known = min(self.inputs.blocks, self.kv.host.blocks) * self.config.block_size
+        tokens = min(TRIAL_TOKENS // self.config.block_size * self.config.block_size, known)
         self._written.finish()
         hidden, stored = self.inputs.read(tokens), self.kv.read(0, tokens)
         reason = None
         try:
             made = step.keys_values(self.layer_idx, hidden, self.inputs.positions(tokens))
             if made is None:
-                reason = "its weights are on no device"
+                reason = "its family makes no keys from inputs, or its weights are on no device now"
             elif not all(self._same(step, a, b, tokens) for a, b in zip(made, stored)):
                 reason = "its inputs do not make the keys and values that it stored"
         except ScoutError as error:
@@ -237,8 +240,7 @@ class KVPR(Dense):
             self._synchronise()
             seconds.append(time.perf_counter() - begin)
         begin = time.perf_counter()
-        blocks = -(-tokens // self.config.block_size)
-        host = self.kv.host
+        blocks, host = tokens // self.config.block_size, self.kv.host
         coming = bring_blocks(step, host, 0, blocks, slice(0, host.heads), self.kv.device, self.config.link_gbps)
         coming.wait()
         self._synchronise()

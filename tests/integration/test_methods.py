@@ -1,6 +1,8 @@
 """The methods beside scout: alone and in company, disturbed, interrupted, on two threads, sparse in every mode."""
 
+import ctypes
 import threading
+import time
 
 import pytest
 import torch
@@ -106,13 +108,31 @@ def test_not_one_logit_changes(monkeypatch, backend, disturb, name, inputs):
             assert_equal(run(model, inputs, new=18), expected)
 
 
+def late_by(monkeypatch, seconds):
+    """Every job of a pool or thread begins so much later."""
+    submit, native = workers.Workers.submit, pool.NativePool.submit
+
+    def later(self, job, *args):
+        return submit(self, lambda *args: (time.sleep(seconds), job(*args))[1], *args)
+
+    def native_later(self, entry, args, keep=(), **options):
+        word = ctypes.c_uint64(0)
+        flag = {"flag": ctypes.addressof(word), "value": 1}
+        ticket = native(self, entry, args, keep=(keep, word), **options, **flag)
+        threading.Timer(seconds, setattr, (word, "value", 1)).start()
+        return ticket
+
+    monkeypatch.setattr(workers.Workers, "submit", later)
+    monkeypatch.setattr(pool.NativePool, "submit", native_later)
+
+
 @pytest.mark.parametrize("name", ["dense", "infinigen"])
 def test_not_waiting_for_a_copy_is_seen(monkeypatch, name):
     model = llama()
     with scout_hf.patch(model, **ALL[name]):
         expected = run(model, prompt(), new=6)
         spoiled_staging(monkeypatch)
-        delayed_jobs(monkeypatch)
+        late_by(monkeypatch, 0.2)
         monkeypatch.setattr(bring.Coming, "wait", lambda self: (self._buffer[0], self._buffer[1]))
         assert not torch.equal(logits(run(model, prompt(), new=6)), logits(expected))
 
