@@ -33,7 +33,8 @@ class Machine:
     weights_gbps, attend_gbps, score_gbps : float
         GB/s at which the device reads weights in a step, KV in attention, and digests in scoring.
     stock_gbps : float
-        GB/s of KV of stock attention with its cache; on a CPU it copies keys for every query head.
+        GB/s of KV of stock attention with its cache; on a CPU, where it copies keys and values for every query head, of
+        a model with 4 query heads per KV head.
     products_tflops : float
         Of matrix products with many rows.
     layer_us, step_us : float
@@ -196,7 +197,7 @@ class Load:
     """What is asked: tokens of context, rows, and scout's settings.
 
     ``cpu_ratio`` is the CPU's share of the chosen blocks with recall (ScoutAttention reports 8 % at a threshold of
-    12 %); ``partial`` InfiniGen's share of channels.
+    12 %), ``recalled`` the share of them that is recalled per step; ``partial`` InfiniGen's share of channels.
     """
 
     context: int
@@ -204,6 +205,7 @@ class Load:
     budget: int = 2048
     block_size: int = 32
     cpu_ratio: float = 0.1
+    recalled: float = 0.02
     partial: float = 0.2
 
 
@@ -316,7 +318,10 @@ def _layer_ms(shape: ModelShape, machine: Machine, rows: int) -> float:
 
 def _stock(shape, machine, load):
     held = load.batch * load.context * shape.kv_bytes
-    return {"attention": held / machine.stock_gbps / 1e6}, shape.full * held, 0.0
+    group = shape.heads // shape.kv_heads
+    # On a CPU: the cache grows by a copy, grouped heads are written out and read once more.
+    traffic = (3 + 2 * group if group > 1 else 3) / 11 if not machine.gpu else 1.0
+    return {"attention": traffic * held / machine.stock_gbps / 1e6}, shape.full * held, 0.0
 
 
 def _link_ms(machine: Machine, nbytes: float) -> float:
@@ -381,6 +386,8 @@ def _scout(shape, machine, load):
         return parts, 0.0, shape.full * (held + codes)
     attention, selection = resident / machine.attend_gbps / 1e6, digests / machine.score_gbps / 1e6
     share = load.cpu_ratio * resident / machine.cpu_gbps / 1e6 + 2 * machine.link_us / 1e3
+    # A recall has a whole step, and all layers' share the link.
+    share = max(share, _link_ms(machine, load.recalled * resident))
     busy = attention + selection + _layer_ms(shape, machine, load.batch)
     parts = {"attention": attention, "selection": selection, "waiting": max(0.0, share - busy)}
     return parts, shape.full * (resident + digests), shape.full * held

@@ -73,7 +73,11 @@ def _methods(record: dict[str, Any], machine: Machine, facts: dict[str, Any]) ->
         sizes = llama.SHAPE | {"num_hidden_layers": settings["layers"], "vocab_size": 1024} | SHAPES[cell["shape"]]
         shape = ModelShape.of(sizes, "measured")
         ratio = cell.get("cpu_ratio") or 0.1
-        load = Load(cell["context"], cell["batch"], settings["budget"], settings["block_size"], cpu_ratio=ratio)
+        chosen = cell["batch"] * min(settings["budget"], cell["context"]) * shape.kv_bytes * shape.layers
+        recalled = cell.get("link_bytes", 0.0) / chosen
+        load = Load(
+            cell["context"], cell["batch"], settings["budget"], settings["block_size"], ratio, recalled=recalled
+        )
         where = machine if cell["way"] == "stock" else tiers
         predicted = plan(WAYS[cell["way"]], shape, where, load).step_ms
         yield Row(cell["way"], cell["context"], cell["batch"], cell["step_ms"], predicted)

@@ -89,6 +89,7 @@ def _native(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> fl
 def _scoring(name: str, query: torch.Tensor, keys: torch.Tensor) -> float:
     digest = make_digest(name)
     blocks = keys.unflatten(2, (-1, BLOCK))
+    digest.fit(blocks, None, None, 0.125)
     codes = digest.encode(blocks, None)
     backend = make_backend()
     if digest.native == "sign":
