@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
-from scout_hf.eval.bench import machine
+from scout_hf import ScoutConfig
+from scout_hf.eval.bench import device as devices
 from scout_hf.eval.fidelity.subjects import available
-from scout_hf.eval.methods import score, speed, ways
+from scout_hf.eval.methods import grid, record, score, speed, ways
 from scout_hf.eval.methods.emulate import emulation_of
+from scout_hf.eval.pocket import TASKS
 
 QUICK = {"contexts": (8192,), "batches": (1,), "layers": 2, "mha_contexts": (2048,), "equal_context": 8192}
 QUICK |= {"tasks": ("needle",), "budget_shares": (0.125,), "questions": 16, "seconds": 1.0}
-SPEED_WAYS = tuple(name for name in ways.names() if name != "scout, one tier")
-EXACT_WAYS = ("kvpr", "dense", "stock")
-MOST_ROWS = 16
-VERSIONS = ("torch", "transformers", "scout_hf", "cpu")
+MOST_STEPS = 60
+SHAPE, DEVICE = "gqa", "cpu"
+FACTS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 
 
 def run(
@@ -46,8 +44,13 @@ def run(
     drift: float = 0.1,
     seconds: float = 10.0,
     seed: int = 0,
+    shape: str = SHAPE,
+    device: str = DEVICE,
+    memory_gib: Sequence[float] = (),
+    kvpress_python: str | None = None,
     path: Path | None = None,
     fresh: bool = False,
+    command: str | None = None,
     tell: Callable[[str], Any] = lambda line: None,
 ) -> dict[str, Any]:
     """Measure what ``path`` does not have yet; returns the record, in a form that JSON takes.
@@ -75,109 +78,89 @@ def run(
         Share of the chosen blocks that changes per step where weights are random.
     seconds : float
         Of timed steps per cell, at least three.
+    shape : str
+        Of the model with random weights: one of ``speed.SHAPES``, ``llama-3-8b``, ``qwen3-14b``, or the folder of a
+        model, which is taken whole.
+    device : str
+        Of the model with random weights, or the given one; on ``cpu`` both tiers are in host memory.
+    memory_gib : sequence of float
+        For each, as many rows of every way as fit into so much memory of the device, beside the weights.
+    kvpress_python : str or None
+        An interpreter that has kvpress; None for this one.
     path : Path or None
         JSON to go on with, and to write after every cell; ``fresh`` forgets what it has.
+    command : str or None
+        What was typed, for the record.
     """
     chosen = tuple(chosen or ways.names())
     for name in chosen:
         ways.find(name)
-    if model not in (models := available()):
-        raise ValueError(f"no trained model {model!r} here; there are: {', '.join(models)}")
+    _check(shape, device, model, tasks, contexts, batches, memory_gib, block_size)
     emulation, why = emulation_of(emulate, link_gbps, cpu_gbps, block_size)
-    common = {"budget": budget, "block_size": block_size, "layers": layers, "drift": drift, "seed": seed}
-    cells = [
-        *_speed_cells("gqa", contexts, batches, [name for name in chosen if name in SPEED_WAYS]),
-        *_speed_cells("mha", mha_contexts, (1,), [name for name in chosen if name in EXACT_WAYS]),
-        *_equal_cells(equal_context, [name for name in chosen if name in SPEED_WAYS]),
-        *_score_cells(chosen, model, tasks, score_context, budget_shares),
-    ]
-    made: dict[str, LlamaForCausalLM] = {}
+    settings = {"budget": budget, "block_size": block_size, "layers": layers, "drift": drift, "seed": seed}
+    settings |= {"questions": questions, "emulation": vars(emulation), "emulated_as": why}
+    # Files that were begun before these could be chosen say nothing of them.
+    settings |= {"shape": shape} if shape != SHAPE else {}
+    settings |= {"device": device} if device != DEVICE else {}
+    known = record.begin(path, fresh, settings)
+    emulation = speed.Emulation(**known["settings"]["emulation"])
+    if command and command not in known["commands"]:
+        known["commands"].append(command)
+    place, made = devices.find(device), {}
 
-    def random_model(shape: str) -> LlamaForCausalLM:
-        if shape not in made:
+    def random_model(name: str) -> PreTrainedModel:
+        if name not in made:
             made.clear()  # one at a time
-            made[shape] = speed.make_model(shape, layers, seed)
-        return made[shape]
+            made[name] = speed.make_model(name, layers, seed, device)
+            config = made[name].config
+            facts = {field: getattr(config, field) for field in FACTS}
+            known.setdefault("models", {})[name] = facts | {"dtype": str(made[name].dtype).removeprefix("torch.")}
+        return made[name]
 
-    record = _begin(path, fresh, common | {"questions": questions, "emulation": vars(emulation), "emulated_as": why})
-    emulation = speed.Emulation(**record["settings"]["emulation"])
-    progress = tqdm(cells, disable=None, unit="cell")
-    for cell in progress:
-        if cell["part"] == "equal":
-            cell["batch"] = _rows_that_fit(record, cell)
-        if cell.get("batch") == 0 or _has(record, cell):
-            continue
-        tell(" ".join(str(value) for value in cell.values()))
-        if cell["part"] in ("speed", "equal"):
-            size = (cell["context"], cell["batch"], budget, block_size)
-            found = speed.measure(random_model(cell["shape"]), cell["way"], *size, emulation, drift, seconds, 60)
-        else:
+    def measure(cell: grid.Cell) -> dict[str, Any]:
+        if cell["part"] == grid.SCORE:
             size = (cell["context"], cell["budget"], block_size // 2)
             where = (cell["model"], cell["way"], cell["task"], *size, questions)
-            found = score.measure(*where, speed.Emulation())
-        record["cells"].append(cell | found | {"run": time.strftime("%Y-%m-%d %H:%M:%S")})
-        _write(record, path)
-    _write(record, path)
-    return record
+            return score.measure(*where, speed.Emulation(), kvpress_python)
+        if not cell["batch"]:
+            return {"oom": f"one row holds more than {cell['gib']:g} GiB on the device"}
+        size = (cell["context"], cell["batch"], budget, block_size)
+        model = random_model(cell["shape"])
+        return speed.measure(model, cell["way"], *size, emulation, drift, seconds, MOST_STEPS)
 
-
-def _speed_cells(shape: str, contexts: Sequence[int], batches: Sequence[int], chosen: Sequence[str]) -> Iterator[dict]:
-    for context in contexts:
-        for batch in batches:
-            for way in chosen:
-                yield {"part": "speed", "way": way, "shape": shape, "context": context, "batch": batch}
-
-
-def _equal_cells(context: int | None, chosen: Sequence[str]) -> Iterator[dict]:
-    for way in chosen if context else ():
-        yield {"part": "equal", "way": way, "shape": "gqa", "context": context}
-
-
-def _rows_that_fit(record: dict[str, Any], cell: dict[str, Any]) -> int:
-    """Rows of a way in the device memory of one stock row, by what it held before; 0 where that is not known."""
-    same = [one for one in record["cells"] if one["part"] == "speed" and "step_ms" in one]
-    same = [one for one in same if (one["shape"], one["context"]) == (cell["shape"], cell["context"])]
-    per_row = {one["way"]: one["device_bytes"] / one["batch"] for one in same}
-    if "stock" not in per_row or cell["way"] not in per_row:
-        return 0
-    return max(1, min(MOST_ROWS, int(1.01 * per_row["stock"] / per_row[cell["way"]])))
-
-
-def _has(record: dict[str, Any], cell: dict[str, Any]) -> bool:
-    return any(all(one.get(name) == value for name, value in cell.items()) for one in record["cells"])
-
-
-def _score_cells(chosen, model: str, tasks: Sequence[str], context: int, shares: Sequence[float]) -> Iterator[dict]:
-    for task in tasks:
-        for way in chosen:
-            budgets = [int(share * context) for share in shares] if ways.find(way).takes_budget else [context]
-            for budget in budgets:
-                where = {"part": "score", "way": way, "model": model, "task": task}
-                yield where | {"context": context, "budget": budget}
-
-
-def _begin(path: Path | None, fresh: bool, settings: dict[str, Any]) -> dict[str, Any]:
-    facts = machine.describe()
-    record = {"benchmark": "methods", "settings": settings | {"threads": torch.get_num_threads()}, "machine": facts}
-    record["cells"] = []
-    if path is None or fresh or not path.exists():
-        return record
-    before = json.loads(path.read_text())
-    theirs = {**before["settings"], **{name: before["machine"][name] for name in VERSIONS}}
-    ours = {**record["settings"], **{name: facts[name] for name in VERSIONS}}
-    # Emulated rates that were measured keep the value of the first run.
-    if theirs["emulated_as"] == ours["emulated_as"]:
-        ours["emulation"] = theirs["emulation"]
-    if differ := [f"{name}={theirs.get(name)!r}" for name in ours if theirs.get(name) != ours[name]]:
-        raise ValueError(
-            f"{path} holds figures with {', '.join(differ)}, which cannot stand beside what is asked for; give the "
-            "same settings to go on, --fresh to begin anew, or another --out"
+    wanted = list(
+        grid.cells(
+            chosen, shape, contexts, batches, mha_contexts, equal_context, memory_gib, model, tasks, score_context,
+            budget_shares,
         )
-    return record | {"settings": before["settings"], "cells": before["cells"]}
+    )  # fmt: skip
+    if others := sum(record.foreign(known, cell) for cell in wanted if record.has(known, cell)):
+        tell(f"{others} cells were measured with other code; --fresh measures everything again")
+    for cell in tqdm(wanted, disable=None, unit="cell"):
+        if cell["part"] == grid.EQUAL:
+            cell["batch"] = grid.rows_that_fit(known, cell)
+        if cell.get("batch", 1) is None or record.has(known, cell):
+            continue
+        tell(" ".join(str(value) for value in cell.values()))
+        found = devices.outcome(functools.partial(measure, cell), place)
+        devices.release(place)
+        if "failed" in found:
+            tell(f"failed: {found['failed']}")
+        record.add(known, cell, found, path)
+    record.write(known, path)
+    return known
 
 
-def _write(record: dict[str, Any], path: Path | None) -> None:
-    if path is not None:
-        scratch = path.with_suffix(".part")
-        scratch.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-        os.replace(scratch, path)
+def _check(shape, device, model, tasks, contexts, batches, memory_gib, block_size) -> None:
+    speed.check_shape(shape)
+    devices.find(device)
+    if model not in (models := available()):
+        raise ValueError(f"no trained model {model!r} here; there are: {', '.join(models)}")
+    if unknown := [task for task in tasks if task not in TASKS]:
+        raise ValueError(f"no task {unknown[0]!r}; there are: {', '.join(TASKS)}")
+    ScoutConfig(block_size=block_size)
+    least = speed.TURN_TOKENS + 4 * block_size
+    if short := [context for context in contexts if context < least]:
+        raise ValueError(f"--contexts {short[0]}: a turn and four blocks are the least, {least}; try 8192")
+    if wrong := [value for value in (*batches, *memory_gib) if value <= 0]:
+        raise ValueError(f"{wrong[0]} is neither rows nor GiB: give numbers above 0")

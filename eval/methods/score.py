@@ -12,8 +12,11 @@ from scout_hf.cache_names import CACHE
 from scout_hf.eval.decode_path import tokenize
 from scout_hf.eval.fidelity.asking import answers
 from scout_hf.eval.fidelity.subjects import load_subject, quizzes
-from scout_hf.eval.methods.speed import Emulation, told
-from scout_hf.eval.methods.ways import Missing, cache_maker, find
+from scout_hf.eval.methods import pressed
+from scout_hf.eval.methods.held import told
+from scout_hf.eval.methods.speed import Emulation
+from scout_hf.eval.methods.ways import KVPRESS, Missing, cache_maker, find
+from scout_hf.eval.pocket import WEIGHTS
 
 ROWS = 16
 
@@ -28,16 +31,31 @@ def measure(
     block_size: int,
     questions: int,
     emulation: Emulation,
+    kvpress_python: str | None = None,
 ) -> dict[str, Any]:
     """One cell: right answers of how many, and per step of up to 16 rows the time."""
     model, tokenizer = load_subject(model_name, "none")
     way = find(way_name)
+
+    def ids(text: str) -> list[int]:
+        return tokenize(tokenizer, text)[0].tolist()
+
+    if way_name == KVPRESS:
+        asked = quizzes(model_name, task, context, questions, 0, False)
+        texts = [
+            [[ids(getattr(fact, name)) for fact in quiz.facts] for quiz in asked] for name in ("question", "answer")
+        ]
+        documents = [quiz.ids[0].tolist() for quiz in asked]
+        try:
+            return pressed.measure(WEIGHTS / model_name, documents, *texts, budget / context, ROWS, kvpress_python)
+        except Missing as why:
+            return {"missing": str(why)}
     handle = None
     if way.patched:
         options = way.options | {"block_size": block_size} | (emulation.options() if way.emulated else {})
         handle = scout_hf.patch(model, budget=budget, **options)
     found: dict[str, Any] = {"right": 0, "questions": 0}
-    seconds = rows = 0.0
+    seconds = rows = cpu = 0.0
     prefill: list[float] = []
     try:
         new_cache = cache_maker(way, model, handle)
@@ -46,11 +64,13 @@ def measure(
             begin = time.perf_counter()
             model(quiz.ids, **{CACHE: cache}, logits_to_keep=1)
             prefill.append(time.perf_counter() - begin)
-            asked = [tokenize(tokenizer, fact.question)[0].tolist() for fact in quiz.facts]
-            expected = [tokenize(tokenizer, fact.answer)[0].tolist() for fact in quiz.facts]
+            asked, expected = ([ids(getattr(fact, name)) for fact in quiz.facts] for name in ("question", "answer"))
+            busy = time.process_time()
             given = answers(model, cache, asked, [0] * len(asked), max(map(len, expected)), ROWS)
             found["right"] += sum(ids[: len(want)] == want for ids, want in zip(given.ids, expected))
             found["questions"] += len(asked)
+            # With the copies of the cache, which its time leaves out.
+            cpu += time.process_time() - busy
             seconds, rows = seconds + given.seconds, rows + given.steps
     except Missing as why:
         return {"missing": str(why)}
@@ -58,4 +78,5 @@ def measure(
         if handle is not None:
             handle.remove()
     found |= {"prefill_s": sum(prefill) / len(prefill), "row_step_ms": 1e3 * seconds / rows}
+    found["cpu_row_ms"] = 1e3 * cpu / rows
     return found | told(handle, cache)

@@ -14,6 +14,9 @@ from scout_hf.eval.bench.drift import drifting
 from scout_hf.methods import method_names
 
 STOCK = ("stock", "stock offloaded", "stock quantized")
+KVPRESS = "kvpress"
+"""Cuts a prompt's KV down once and for all, in a process of its own; see :mod:`scout_hf.eval.methods.pressed`."""
+
 ABLATIONS = ("scout, neither", "scout, no recall")
 RANDOM = "random"
 """The settings of a way may differ where weights are random, and no score could tell."""
@@ -50,7 +53,7 @@ class Way:
 def names() -> tuple[str, ...]:
     """All ways, in the order of tables."""
     rest = [name for name in method_names() if name not in ("scout", "hgca", "infinigen", "kvpr", "dense")]
-    return (*STOCK, "scout, one tier", "scout", *ABLATIONS, "hgca", "infinigen", "kvpr", "dense", *rest)
+    return (*STOCK, KVPRESS, "scout, one tier", "scout", *ABLATIONS, "hgca", "infinigen", "kvpr", "dense", *rest)
 
 
 def find(name: str, weights: str = "trained") -> Way:
@@ -66,6 +69,8 @@ def find(name: str, weights: str = "trained") -> Way:
         raise ValueError(f"no way {name!r} to decode; there are: {', '.join(names())}")
     if name in STOCK:
         return Way(name, None, takes_budget=False)
+    if name == KVPRESS:
+        return Way(name, None)
     if name == "scout, one tier":
         return Way(name, {"split": "off"}, emulated=False)
     method = name.split(",")[0]
@@ -98,11 +103,17 @@ def cache_maker(way: Way, model: torch.nn.Module, handle: scout_hf.Handle | None
 
 def _quantized(model: torch.nn.Module) -> Callable[[], Cache]:
     from transformers import QuantizedCache
+    from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
-    for backend in ("quanto", "hqq"):
+    reason = "not installed: pip install hqq, or optimum-quanto"
+    for backend, there, axes in (
+        ("quanto", is_optimum_quanto_available(), {}),
+        ("hqq", is_hqq_available(), {"axis_key": 1, "axis_value": 1}),
+    ):
         try:
-            QuantizedCache(backend, model.config, nbits=4)
-        except (ImportError, ValueError):
-            continue
-        return lambda: QuantizedCache(backend, model.config, nbits=4)
-    raise Missing("neither optimum-quanto nor hqq is installed")
+            if there:
+                QuantizedCache(backend, model.config, nbits=4, **axes)
+                return lambda: QuantizedCache(backend, model.config, nbits=4, **axes)
+        except ImportError as error:  # it is there, but not for this transformers
+            reason = f"not installed: {backend}: {error}".splitlines()[0]
+    raise Missing(reason)
