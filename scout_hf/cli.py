@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,25 +126,37 @@ def cpu_decode(
 
 @bench.command("methods")
 def methods(
-    contexts: Annotated[list[int], typer.Option(min=256, help="Tokens in the cache; several times.")] = [  # noqa: B006
-        8192,
-        16384,
-        32768,
-    ],
-    batches: Annotated[list[int], typer.Option(min=1, help="Rows; several times.")] = [4],  # noqa: B006
-    way: Annotated[list[str] | None, typer.Option(help="Such as 'scout' or 'stock'; all by default.")] = None,
+    contexts: Annotated[
+        list[int] | None, typer.Option(help="Tokens in the cache; several times. 8k, 16k, 32k.")
+    ] = None,
+    batches: Annotated[list[int] | None, typer.Option(help="Rows; several times. 4.")] = None,
+    way: Annotated[
+        list[str] | None, typer.Option("--way", "--methods", help="Such as 'scout' or 'stock,dense'; several times.")
+    ] = None,
     budget: Annotated[int, typer.Option(help="Tokens attended per step and layer.")] = 2048,
     block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 32,
-    layers: Annotated[int, typer.Option(min=1, help="Of the model with random weights.")] = 4,
-    task: Annotated[list[str], typer.Option(help="Of the trained model; several times.")] = ["needle", "values"],  # noqa: B006
+    shape: Annotated[
+        str, typer.Option("--shape", "--local-model", help="gqa, mha, llama-3-8b, qwen3-14b, or a model's folder.")
+    ] = "gqa",
+    layers: Annotated[int | None, typer.Option(min=1, help="Of a model with random weights; 4.")] = None,
+    device: Annotated[
+        str, typer.Option(help="Of that model: cpu, where both tiers are in host memory, or cuda.")
+    ] = "cpu",
+    memory_gib: Annotated[
+        list[float] | None, typer.Option(help="Also as many rows as so much memory of the device takes; several times.")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Of the trained model; several times. needle, values.")] = None,
     model: Annotated[str, typer.Option(help="The trained model that is asked: llama or qwen3.")] = "llama",
-    questions: Annotated[int, typer.Option(min=1, help="Per task.")] = 32,
+    questions: Annotated[int | None, typer.Option(min=1, help="Per task; 32.")] = None,
     emulate: Annotated[
         str | None, typer.Option(help="'paper': link and CPU in the proportions of its machine.")
     ] = None,
     link_gbps: Annotated[float | None, typer.Option(help="Emulated link, GB/s of KV.")] = None,
     cpu_gbps: Annotated[float | None, typer.Option(help="Emulated CPU, GB/s of KV.")] = None,
     drift: Annotated[float, typer.Option(min=0, help="Share of the chosen blocks that changes per step.")] = 0.1,
+    kvpress_python: Annotated[
+        str | None, typer.Option(help="An interpreter that has kvpress, which wants another transformers.")
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="For the model, and as many for the CPU's share.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="A small grid: a look, in about a minute.")] = False,
     seed: Seed = 0,
@@ -152,55 +166,15 @@ def methods(
     """Every method, scout's ablations and stock caches: speed, memory, link, and answers from the same run."""
     with _benchmark(out, threads) as finish:
         from scout_hf.eval.methods.run import QUICK, run
+        from scout_hf.eval.methods.ways import parse
 
         given = {"contexts": contexts, "batches": batches, "layers": layers, "tasks": task, "questions": questions}
-        given |= QUICK if quick else {}
+        given |= {"memory_gib": memory_gib, "equal_context": max(contexts or [0])}
+        given = (QUICK if quick else {}) | {name: value for name, value in given.items() if value}
         given |= {"budget": budget, "block_size": block_size, "model": model, "emulate": emulate, "seed": seed}
-        given |= {"link_gbps": link_gbps, "cpu_gbps": cpu_gbps, "drift": drift, "fresh": fresh, "chosen": way}
+        given |= {"link_gbps": link_gbps, "cpu_gbps": cpu_gbps, "drift": drift, "fresh": fresh, "chosen": parse(way)}
+        given |= {"shape": shape, "device": device, "kvpress_python": kvpress_python, "command": _typed()}
         finish(run(**given, path=out / "methods.json" if out else None, tell=_tell))
-
-
-@app.command("plan")
-def plan_command(
-    model: Annotated[
-        str, typer.Option(help="A name such as llama-3-8b, or a config.json, or its folder.")
-    ] = "llama-3-8b",
-    gpu: Annotated[str, typer.Option(help="A name such as h100; --machine for others.")] = "h100",
-    context: Annotated[int, typer.Option(min=1, help="Tokens.")] = 65536,
-    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 8,
-    budget: Annotated[int, typer.Option(min=1, help="Tokens attended per step and layer.")] = 2048,
-    block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 32,
-    link: Annotated[float | None, typer.Option(help="Host to device, GB/s.")] = None,
-    dram: Annotated[float | None, typer.Option(help="GB/s of KV that the CPU attends.")] = None,
-    device_gib: Annotated[float | None, typer.Option(help="Memory of the GPU.")] = None,
-    host_gib: Annotated[float | None, typer.Option(help="Memory of the host.")] = None,
-    layer_us: Annotated[
-        float | None, typer.Option(help="Launches per layer, in microseconds; 20 in one graph.")
-    ] = None,
-    cpu_ratio: Annotated[float, typer.Option(min=0, max=1, help="CPU's share of scout's chosen blocks.")] = 0.1,
-    machine: Annotated[Path | None, typer.Option(help="Constants that --measure wrote.")] = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Read the constants off this machine.")] = False,
-    check: Annotated[Path | None, typer.Option(help="A benchmark's JSON to hold predictions against.")] = None,
-    out: Annotated[Path, typer.Option(help="Where --measure writes.")] = Path("machine.json"),
-    threads: Annotated[int | None, typer.Option(min=1, help="Of torch, for --measure.")] = None,
-) -> None:
-    """Will it fit, will it pay: memory, step time and break-even of every method, on machines one does not have."""
-    with _evaluation(threads):
-        from scout_hf.eval.plan import command
-
-        given = {
-            "link_gbps": link,
-            "cpu_gbps": dram,
-            "device_gib": device_gib,
-            "host_gib": host_gib,
-            "layer_us": layer_us,
-        }
-        if measure:
-            command.measure(out, _tell)
-        elif check:
-            command.check(check, machine)
-        else:
-            command.show(model, gpu, machine, given, (context, batch, budget, block_size, cpu_ratio))
 
 
 @app.command()
@@ -354,6 +328,11 @@ def _benchmark(out: Path | None, threads: int | None) -> Iterator[Callable[[dict
                 typer.echo(line)
 
         yield finish
+
+
+def _typed() -> str:
+    """The command as it was typed."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def _tell(line: str) -> None:

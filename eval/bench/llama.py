@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, Cache, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, Cache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -84,10 +86,26 @@ def weight_bytes(model: LlamaForCausalLM) -> int:
     return sum(weight.numel() * weight.element_size() for weight in model.parameters())
 
 
-def _without_weights(config: LlamaConfig, attention: str | None = None) -> LlamaForCausalLM:
+@contextmanager
+def folded(model: PreTrainedModel) -> Iterator[None]:
+    """The model attends by :func:`folded_sdpa` meanwhile."""
+    _register_folded()
+    before = model.config._attn_implementation
+    model.config._attn_implementation = FOLDED
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def _register_folded() -> None:
     if FOLDED not in AttentionInterface._global_mapping:
         AttentionInterface.register(FOLDED, folded_sdpa)
         AttentionMaskInterface.register(FOLDED, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def _without_weights(config: LlamaConfig, attention: str | None = None) -> LlamaForCausalLM:
+    _register_folded()
     config._attn_implementation = attention or "sdpa"
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(DTYPE)

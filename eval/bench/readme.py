@@ -75,7 +75,11 @@ COMMANDS = {
 def main(page: str, folder: str) -> None:
     """Bring a page up to date with the records in a folder."""
     for name, command in COMMANDS.items():
-        record = json.loads((Path(folder) / f"{name}.json").read_text())
+        path = Path(folder) / f"{name}.json"
+        if not path.is_file():
+            print(f"{name}: no {path}")
+            continue
+        record = json.loads(path.read_text())
         changed = update(Path(page), command, markdown(record))
         print(f"{name}: {page} {'changed' if changed else 'is up to date'}")
 

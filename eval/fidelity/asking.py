@@ -79,7 +79,7 @@ def answers(
             twin = copy.deepcopy(cache)
             twin.batch_select_indices(torch.tensor([owners[index] for index in chosen], device=model.device))
             begin = time.perf_counter()
-            given = _decode(model, twin, ids, length)
+            given = decode(model, twin, ids, length)
             found.seconds += time.perf_counter() - begin
             found.steps += len(chosen) * (ids.shape[1] + length - 1)
             for index, answer in zip(chosen, given.tolist()):
@@ -87,7 +87,8 @@ def answers(
     return found
 
 
-def _decode(model: PreTrainedModel, cache: Cache, ids: torch.Tensor, length: int) -> torch.Tensor:
+@torch.no_grad()
+def decode(model: PreTrainedModel, cache: Cache, ids: torch.Tensor, length: int) -> torch.Tensor:
     """Feed ``ids`` (rows, n) token by token and go on greedily; the new tokens, (rows, length)."""
     for place in range(ids.shape[1] - 1):
         model(ids[:, place : place + 1], **{CACHE: cache}, logits_to_keep=1)

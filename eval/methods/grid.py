@@ -8,7 +8,8 @@ from typing import Any
 from scout_hf.eval.methods import ways
 
 SPEED, EQUAL, SCORE = "speed", "equal", "score"
-SCORE_ONLY = (ways.KVPRESS, "scout, one tier")
+SCORE_ONLY = (ways.KVPRESS, "scout, one tier", *ways.PREDICTED.values())
+SPEED_ONLY = (ways.FOLDED,)
 EXACT_WAYS = ("kvpr", "dense", "stock")
 MOST_ROWS = 16
 GIB = 2**30
@@ -40,7 +41,7 @@ def cells(
             for way in fast:
                 yield {"part": EQUAL, "way": way, "shape": shape, "context": context, "gib": gib}
     for task in tasks:
-        for way in chosen:
+        for way in (name for name in chosen if name not in SPEED_ONLY):
             shares = [int(share * score_context) for share in budget_shares]
             for budget in shares if ways.find(way).takes_budget else [score_context]:
                 where = {"part": SCORE, "way": way, "model": model, "task": task}

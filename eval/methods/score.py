@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from transformers import Cache, PreTrainedModel, QuantizedCache
 
 import scout_hf
 from scout_hf.cache_names import CACHE
 from scout_hf.eval.decode_path import tokenize
-from scout_hf.eval.fidelity.asking import answers
+from scout_hf.eval.fidelity.asking import Answers, answers, decode
 from scout_hf.eval.fidelity.subjects import load_subject, quizzes
 from scout_hf.eval.methods import pressed
 from scout_hf.eval.methods.held import told
@@ -66,7 +68,11 @@ def measure(
             prefill.append(time.perf_counter() - begin)
             asked, expected = ([ids(getattr(fact, name)) for fact in quiz.facts] for name in ("question", "answer"))
             busy = time.process_time()
-            given = answers(model, cache, asked, [0] * len(asked), max(map(len, expected)), ROWS)
+            length = max(map(len, expected))
+            if isinstance(cache, QuantizedCache):
+                given = _read_by_row(model, new_cache, quiz.ids, asked, length)
+            else:
+                given = answers(model, cache, asked, [0] * len(asked), length, ROWS)
             found["right"] += sum(ids[: len(want)] == want for ids, want in zip(given.ids, expected))
             found["questions"] += len(asked)
             # With the copies of the cache, which its time leaves out.
@@ -80,3 +86,19 @@ def measure(
     found |= {"prefill_s": sum(prefill) / len(prefill), "row_step_ms": 1e3 * seconds / rows}
     found["cpu_row_ms"] = 1e3 * cpu / rows
     return found | told(handle, cache)
+
+
+def _read_by_row(
+    model: PreTrainedModel, new_cache: Callable[[], Cache], document: torch.Tensor, questions: Sequence, length: int
+) -> Answers:
+    """As :func:`answers`, for caches whose rows cannot be copied: every row reads the document."""
+    found = Answers([])
+    for first in range(0, len(questions), ROWS):
+        ids = torch.tensor(questions[first : first + ROWS])
+        cache = new_cache()
+        model(document.expand(len(ids), -1), **{CACHE: cache}, logits_to_keep=1)
+        begin = time.perf_counter()
+        found.ids += decode(model, cache, ids, length).tolist()
+        found.seconds += time.perf_counter() - begin
+        found.steps += len(ids) * (ids.shape[1] + length - 1)
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from scout_hf.eval.bench import device as devices
 from scout_hf.eval.bench import drift, gpu_models, llama
 from scout_hf.eval.methods.held import told
 from scout_hf.eval.methods.parts import taken_apart
-from scout_hf.eval.methods.ways import RANDOM, Missing, cache_maker, find
+from scout_hf.eval.methods.ways import FOLDED, RANDOM, Missing, cache_maker, find
 from scout_hf.patches import family_of
 
 SHAPES = {"gqa": {"num_key_value_heads": 8}, "mha": {"num_key_value_heads": 32}}
@@ -44,7 +45,7 @@ class Emulation:
 
 
 def make_model(shape: str, layers: int, seed: int, device: str = "cpu") -> PreTrainedModel:
-    """A model with random weights, of one of ``SHAPES`` or in the shape of a real one; or the one in a folder, whole."""
+    """A model with random weights, of one of ``SHAPES`` or in the shape of a real one; or the one in a folder."""
     place = devices.find(device)
     if shape in SHAPES:
         return llama.make_model(seed, num_hidden_layers=layers, vocab_size=1024, **SHAPES[shape]).to(place)
@@ -116,7 +117,8 @@ def measure(
         begin = time.perf_counter()
         fill(model, cache, batch, context)
         found = {"fill_s": round(time.perf_counter() - begin, 2)}
-        return found | _steps(model, cache, handle, batch, seconds, most_steps)
+        with llama.folded(model) if way_name == FOLDED else nullcontext():
+            return found | _steps(model, cache, handle, batch, seconds, most_steps)
     except Missing as why:
         return {"missing": str(why)}
     finally:

@@ -7,23 +7,24 @@ from typing import Any
 
 from scout_hf.eval.bench.formats import new_table, short, three
 from scout_hf.eval.markdown import head, line
-from scout_hf.eval.methods import view
+from scout_hf.eval.methods import paper, view
 
 COMMAND = "scout-hf bench methods"
-COLUMNS = ("step ms", "x stock", "device MiB", "host MiB", "link MB", "wait ms")
+COLUMNS = ("step ms", "x stock", "device MiB", "host MiB", "link MB", "wait ms", "CPU ms")
 
 
 def tables(record: dict[str, Any]):
     """For a terminal: one table per place, then the scores."""
     for place in view.places(record):
-        title = f"{view.SHAPE_NAMES[place.shape]}, {short(place.context)} tokens, batch {place.batch}"
+        title = f"{view.shape_name(record, place.shape)}, {short(place.context)} tokens, batch {place.batch}"
         table = new_table(title, "way", *COLUMNS)
         cells = view.at(record, place)
         for one in view.measured(cells):
             table.add_row(_name(one), *figures(one, cells))
         yield table
-        yield _without(cells)
-    yield "\n".join(equal_memory(record))
+        yield without(cells)
+    yield from equal_tables(record)
+    yield from paper.sentences(record)
     yield view.emulated(record)
     rows = list(view.scores(record))
     if rows:
@@ -34,6 +35,17 @@ def tables(record: dict[str, Any]):
             size = [three(one["row_step_ms"]), view.mib(one["device_bytes"])]
             table.add_row(_name(one), short(one["budget"]), *shares, *size)
         yield table
+        yield view.unasked(record)
+        yield view.whose_score(record)
+
+
+def equal_tables(record: dict[str, Any]):
+    """Throughput in equal memory, a table per context and memory."""
+    for (context, gib), cells in view.equal(record).items():
+        table = new_table(f"{_memory(context, gib)}, {short(context)} tokens", "way", "rows", "tokens/s", "step ms")
+        for one in cells:
+            table.add_row(_name(one), str(one["batch"]), three(one["tokens_per_s"]), three(one["step_ms"]))
+        yield table
 
 
 def row(record: dict[str, Any], one: dict[str, Any], cells: list[dict[str, Any]]) -> list[str]:
@@ -43,14 +55,15 @@ def row(record: dict[str, Any], one: dict[str, Any], cells: list[dict[str, Any]]
 
 def figures(one: dict[str, Any], cells: list[dict[str, Any]]) -> list[str]:
     """A cell's figures in the order of ``COLUMNS``."""
-    stock = [other["step_ms"] for other in view.measured(cells) if other["way"] == "stock"]
+    stock = view.best_stock(cells)
     return [
         three(one["step_ms"]),
-        f"{stock[0] / one['step_ms']:.2f}" if stock else "-",
+        f"{stock / one['step_ms']:.2f}" if stock else "-",
         view.mib(one["device_bytes"]),
         view.mib(one["host_bytes"]),
         three(one["link_bytes"] / 1e6) if "link_bytes" in one else "-",
         three(one["join_ms"]) if "join_ms" in one else "-",
+        three(one["cpu_ms"]) if "cpu_ms" in one else "-",
     ]
 
 
@@ -62,33 +75,48 @@ def lines(record: dict[str, Any]) -> Iterator[str]:
 
 
 def further(record: dict[str, Any]) -> Iterator[str]:
-    """Beside the main table: models without GQA, throughput by context, equal memory."""
-    for number, part in enumerate((_mha(record), _order(record), equal_memory(record))):
+    """Beside the main table: models without GQA, throughput by context, the paper's order, equal memory."""
+    parts = [list(part) for part in (_mha(record), _order(record), _sentences(record), equal_memory(record))]
+    for number, part in enumerate(part for part in parts if part):
         yield from [""] * bool(number)
         yield from part
 
 
+def _sentences(record: dict[str, Any]) -> Iterator[str]:
+    if told := " ".join(paper.sentences(record)):
+        yield told
+
+
 def _speed(record: dict[str, Any]) -> Iterator[str]:
-    place = widest(record, "gqa")
+    place = widest(record, view.main_shape(record))
     if place is None:
         return
     cells = view.at(record, place)
     settings, facts = record["settings"], record["machine"]
     versions = f"torch {facts['torch']}, transformers {facts['transformers']}"
-    model = f"{settings['layers']} layers of Llama 3.2 1B's shape with random weights, {view.SHAPE_NAMES[place.shape]}"
     yield (
         f"{facts['cpu']}, {versions}, {settings['threads']} thread(s) for the model and as many for the CPU's share. "
-        f"{model}, {short(place.context)} tokens, batch {place.batch}, budget {settings['budget']}; "
+        f"{model_of(record, place)}, {short(place.context)} tokens, batch {place.batch}, budget {settings['budget']}; "
         f"{settings['drift']:.0%} of scout's chosen blocks change per step, synthetically. {view.emulated(record)}. "
-        "Scores: right answers of the pocket model at 4k, budget 512, with nothing emulated."
+        "Right: answers of the pocket model at 4k, budget 512, with nothing emulated. "
+        f"x stock: by the faster of stock's two attentions. {view.whose_score(record)}".rstrip()
     )
     yield ""
     yield from head("way", "exact", "right", *COLUMNS)
     for one in view.measured(cells):
         yield line(*row(record, one, cells))
-    if without := _without(cells):
+    if told := " ".join(filter(None, (without(cells), view.unasked(record)))):
         yield ""
-        yield without
+        yield told
+
+
+def model_of(record: dict[str, Any], place: view.Place) -> str:
+    """The model of a place in words."""
+    name, layers = view.shape_name(record, place.shape), record["settings"]["layers"]
+    known = record.get("models", {}).get(place.shape, {"num_hidden_layers": layers})["num_hidden_layers"]
+    if place.shape in view.SHAPE_NAMES:
+        return f"{layers} layers of Llama 3.2 1B's shape with random weights, {name}"
+    return f"{name}, {known} layers"
 
 
 def _mha(record: dict[str, Any]) -> Iterator[str]:
@@ -106,33 +134,38 @@ def _mha(record: dict[str, Any]) -> Iterator[str]:
 
 
 def _order(record: dict[str, Any]) -> Iterator[str]:
-    names = ("scout", "scout, no recall", "scout, neither", "hgca", "infinigen", "dense")
+    names = ("scout", "scout, no recall", "scout, neither", "hgca", "infinigen", "dense", "stock", "stock folded")
     rows = {}
     for place in view.places(record):
-        if place.shape == "gqa":
-            rows[place] = {one["way"]: one["tokens_per_s"] for one in view.measured(view.at(record, place))}
+        found = {one["way"]: one["tokens_per_s"] for one in view.measured(view.at(record, place))}
+        if place.shape == view.main_shape(record) and any(name in found for name in names):
+            rows[place] = found
     if not rows:
         return
-    yield "Tokens per second on the same emulated machine:"
+    names = tuple(name for name in names if any(name in found for found in rows.values()))
+    yield f"Tokens per second at equal batch ({view.emulated(record).partition(' (')[0]}):"
     yield ""
-    yield from head("tokens", *names)
+    yield from head("tokens", "batch", *names)
     for place, found in rows.items():
-        yield line(short(place.context), *(three(found[name]) if name in found else "–" for name in names))
+        cells = (three(found[name]) if name in found else "–" for name in names)
+        yield line(short(place.context), str(place.batch), *cells)
 
 
 def equal_memory(record: dict[str, Any]) -> Iterator[str]:
-    """Throughput where every way has as many rows as fit into the device memory of one stock row."""
-    cells = [one for one in record["cells"] if one["part"] == "equal" and "step_ms" in one]
-    if not cells:
-        return
-    yield (
-        f"In the device memory that one request of {short(cells[0]['context'])} tokens takes with stock, as many rows "
-        "as fit (16 at most):"
-    )
-    yield ""
-    yield from head("way", "rows", "tokens/s")
-    for one in sorted(cells, key=lambda one: -one["tokens_per_s"]):
-        yield line(one["way"], str(one["batch"]), three(one["tokens_per_s"]))
+    """Throughput where every way has as many rows as fit into the same memory of the device."""
+    for number, ((context, gib), cells) in enumerate(view.equal(record).items()):
+        yield from [""] * bool(number)
+        yield f"{_memory(context, gib)}, as many rows of {short(context)} tokens as fit (16 at most):"
+        yield ""
+        yield from head("way", "rows", "tokens/s", "step ms")
+        for one in cells:
+            yield line(one["way"], str(one["batch"]), three(one["tokens_per_s"]), three(one["step_ms"]))
+
+
+def _memory(context: int, gib: float | None) -> str:
+    if gib is None:
+        return f"In the device memory that one request of {short(context)} tokens takes with stock"
+    return f"In {gib:g} GiB of the device, beside the weights"
 
 
 def widest(record: dict[str, Any], shape: str) -> view.Place | None:
@@ -141,7 +174,7 @@ def widest(record: dict[str, Any], shape: str) -> view.Place | None:
     return max(found, key=lambda place: (len(view.measured(view.at(record, place))), place.context), default=None)
 
 
-def _without(cells: list[dict[str, Any]]) -> str:
+def without(cells: list[dict[str, Any]]) -> str:
     """Which ways have no figure, and why."""
     told = [f"{one['way']}: {view.reason(one)}" for one in cells if one not in view.measured(cells)]
     return f"Not measured: {'; '.join(told)}." if told else ""

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from scout_hf.eval.methods import ways
 
-GIB = 2**30
+NONE = "–"
 SHAPE_NAMES = {"gqa": "32 query and 8 KV heads of 64", "mha": "32 query and 32 KV heads of 64"}
 COLOURS = {
     "stock": "#333333",
+    "stock folded": "#8c8c8c",
+    "stock quantized": "#bcbd22",
+    "kvpress": "#e377c2",
     "scout": "#1f77b4",
     "scout, one tier": "#17becf",
+    "scout, predicted": "#6baed6",
     "scout, no recall": "#6baed6",
     "scout, neither": "#9ecae1",
     "hgca": "#2ca02c",
@@ -20,6 +25,30 @@ COLOURS = {
     "kvpr": "#9467bd",
     "dense": "#d62728",
 }
+
+
+OTHER_COLOUR = "#8c564b"
+
+
+def colour(way: str) -> str:
+    """Of a way in plots."""
+    return COLOURS.get(way, OTHER_COLOUR)
+
+
+def main_shape(record: dict[str, Any]) -> str:
+    """The shape that most was measured with."""
+    return record["settings"].get("shape", "gqa")
+
+
+def shape_name(record: dict[str, Any], shape: str) -> str:
+    """In words."""
+    if shape in SHAPE_NAMES:
+        return SHAPE_NAMES[shape]
+    facts, name = record.get("models", {}).get(shape), Path(shape).name
+    if not facts:
+        return name
+    heads = f"{facts['num_attention_heads']} query and {facts['num_key_value_heads']} KV heads of {facts['head_dim']}"
+    return f"{name}, {heads}"
 
 
 class Place(NamedTuple):
@@ -49,7 +78,23 @@ def measured(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def reason(cell: dict[str, Any]) -> str:
     """Why a cell has no figure."""
+    if "failed" in cell:
+        return f"failed: {cell['failed']}"
     return cell["missing"] if "missing" in cell else f"out of memory: {cell['oom']}"
+
+
+def best_stock(cells: list[dict[str, Any]]) -> float | None:
+    """Milliseconds of stock, by whichever of its attention on a device is faster; None where it was not measured."""
+    times = [one["step_ms"] for one in measured(cells) if one["way"] in ("stock", ways.FOLDED)]
+    return min(times, default=None)
+
+
+def equal(record: dict[str, Any]) -> dict[tuple[int, float | None], list[dict[str, Any]]]:
+    """Cells of equal memory by context and GiB (None: what one stock row holds), the fastest first."""
+    groups: dict[tuple[int, float | None], list[dict[str, Any]]] = {}
+    for one in measured(_part(record, "equal")):
+        groups.setdefault((one["context"], one.get("gib")), []).append(one)
+    return {key: sorted(cells, key=lambda one: -one["tokens_per_s"]) for key, cells in groups.items()}
 
 
 def scores(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -66,11 +111,42 @@ def scores(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def score_of(record: dict[str, Any], way: str, share: float = 0.125) -> str:
-    """Right answers of a way at one share of the context, in per cent, or a dash."""
+    """Right answers of a way, as it is timed, at one share of the context, in per cent, or a dash."""
+    asked = {one["way"] for one in scores(record)}
+    way = ways.PREDICTED[way] if ways.PREDICTED.get(way) in asked else way
+    return score_at(record, way, share)
+
+
+def score_at(record: dict[str, Any], way: str, share: float = 0.125) -> str:
+    """The same of a way by its name."""
     for one in scores(record):
         if one["way"] == way and one["budget"] in (one["context"], int(share * one["context"])):
             return f"{one['right'] / one['questions']:.0%}".replace("%", " %")
-    return "–"
+    return NONE
+
+
+def unasked(record: dict[str, Any]) -> str:
+    """Which ways gave a trained model no answers, and why."""
+    told = {one["way"]: reason(one) for one in _part(record, "score") if one not in measured([one])}
+    return f"Not asked: {'; '.join(f'{way}: {why}' for way, why in told.items())}." if told else ""
+
+
+def whose_score(record: dict[str, Any]) -> str:
+    """What must be said of scout's scores beside its times; empty where nothing was timed or asked."""
+    asked = {one["way"] for one in scores(record)}
+    if not {"scout", *ways.PREDICTED.values()} & asked:
+        return ""
+    if ways.PREDICTED["scout"] not in asked:
+        return (
+            'Scout is timed as in the paper, `cpu_query="predicted"`; its answers are those of `cpu_query="auto"`, as '
+            "shipped."
+        )
+    shipped = score_at(record, "scout")
+    right = "" if shipped == NONE else f"{shipped} of its answers are right, and "
+    return (
+        'Scout is timed, and asked, as in the paper: `cpu_query="predicted"`. As shipped, `cpu_query="auto"`, '
+        f"{right}the CPU starts ahead only where the predicted query is seen to change little."
+    )
 
 
 def emulated(record: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,20 @@ import scout_hf
 from scout_hf.eval.bench.drift import drifting
 from scout_hf.methods import method_names
 
-STOCK = ("stock", "stock offloaded", "stock quantized")
+FOLDED = "stock folded"
+"""Stock with the GQA group folded into one query tensor: on a CPU stock attention is far from the speed of memory."""
+
+STOCK = ("stock", FOLDED, "stock offloaded", "stock quantized")
 KVPRESS = "kvpress"
-"""Cuts a prompt's KV down once and for all, in a process of its own; see :mod:`scout_hf.eval.methods.pressed`."""
+"""Its KeyDiffPress cuts a prompt's KV down for good, in a process of its own: :mod:`scout_hf.eval.methods.pressed`."""
 
 ABLATIONS = ("scout, neither", "scout, no recall")
+PREDICTED = {"scout": "scout, predicted", "scout, no recall": "scout, predicted, no recall"}
+"""What a trained model is asked with, for the score of what is timed on random weights: the paper's query for the CPU.
+
+As shipped, ``scout`` uses that query where it is seen to change little, which random weights do not tell.
+"""
+
 RANDOM = "random"
 """The settings of a way may differ where weights are random, and no score could tell."""
 
@@ -53,7 +62,37 @@ class Way:
 def names() -> tuple[str, ...]:
     """All ways, in the order of tables."""
     rest = [name for name in method_names() if name not in ("scout", "hgca", "infinigen", "kvpr", "dense")]
-    return (*STOCK, KVPRESS, "scout, one tier", "scout", *ABLATIONS, "hgca", "infinigen", "kvpr", "dense", *rest)
+    return (
+        *STOCK,
+        KVPRESS,
+        "scout, one tier",
+        "scout",
+        *ABLATIONS,
+        *PREDICTED.values(),
+        "hgca",
+        "infinigen",
+        "kvpr",
+        "dense",
+        *rest,
+    )
+
+
+def parse(given: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Names from options, each of which may be several with commas between; None for all.
+
+    A name may hold a comma itself: the longest that is known counts. ValueError for an unknown one.
+    """
+    found: list[str] = []
+    for text in given or ():
+        left = text.strip()
+        while left:
+            known = [name for name in names() if left == name or left.startswith(f"{name},")]
+            if not known:
+                find(left.split(",")[0].strip())
+            name = max(known, key=len)
+            found.append(name)
+            left = left[len(name) + 1 :].strip()
+    return tuple(dict.fromkeys(found)) or None
 
 
 def find(name: str, weights: str = "trained") -> Way:
@@ -77,11 +116,11 @@ def find(name: str, weights: str = "trained") -> Way:
     options: dict[str, Any] = {"method": method}
     if method == "scout":
         # The paper's rule: the CPU attends ahead with the predicted query.
-        ahead = {} if weights != RANDOM else {"cpu_query": "predicted", "digest": drifting("minmax")}
-        options |= {"split": "cpu"} | ahead
+        papers = {"cpu_query": "predicted"} if weights == RANDOM or name in PREDICTED.values() else {}
+        options |= {"split": "cpu"} | papers | ({"digest": drifting("minmax")} if weights == RANDOM else {})
         if name == "scout, neither":
             options |= {"layer_ahead": False, "recall": None}
-        elif name == "scout, no recall":
+        elif name.endswith("no recall"):
             options |= {"recall": None}
     elif method == "infinigen" and weights == RANDOM:
         options["method_options"] = {"alpha": None}

@@ -7,7 +7,7 @@ import html
 import io
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1080px; mar
 h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #e5e5e5; text-align: right }
-th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #999 }
+th:first-child, td:first-child, .words { text-align: left }
+td { white-space: nowrap } thead th { border-bottom: 2px solid #999 }
 tr.best td { font-weight: 600 } .note { color: #666; font-size: 13px } img { max-width: 100%; height: auto }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem } code { background: #f4f4f4; padding: 0 .2em }
 """
@@ -33,6 +34,22 @@ TITLES = {
     "cpu_kernel": "Attention over scattered blocks",
     "gpu_decode": "Decoding on a GPU",
     "gpu_kernel": "The kernel on a GPU",
+}
+LEGEND = (
+    "step ms: median time of a decode step of all rows; x stock: how much faster than stock, by its faster attention; "
+    "device and host MiB: KV, digests and buffers held; link MB: what crosses to the device per step; wait ms: waiting "
+    "for CPU or link; CPU ms: CPU time of all threads per step. Bold: the fastest step."
+)
+SHOWN = {
+    "cpu": "{}",
+    "isa": "{}",
+    "cpus": "{} CPUs",
+    "memory_gib": "{} GiB of memory",
+    "system": "{}",
+    "torch": "torch {}",
+    "transformers": "transformers {}",
+    "scout_hf": "scout_hf {}",
+    "commit": "commit {}",
 }
 COMMANDS = bench_readme.COMMANDS | {"fidelity": fidelity_readme.COMMAND}
 TEXTS = {name: bench_readme.markdown for name in bench_readme.COMMANDS} | {"fidelity": fidelity_readme.markdown}
@@ -72,32 +89,37 @@ def _page(records: dict[Path, dict[str, Any]]) -> Iterator[str]:
             for picture in sorted(path.parent.glob(f"{name}*.png")):
                 yield _image(picture.read_bytes(), picture.stem)
         if name in COMMANDS:
-            yield f"<p class=note>Made by <code>{html.escape(COMMANDS[name])}</code>; {_machine(record)}.</p>"
+            typed = " and ".join(f"<code>{html.escape(one)}</code>" for one in _commands(name, record))
+            yield f"<p class=note>Made by {typed}; {_machine(record)}.</p>"
 
 
 def _methods(record: dict[str, Any]) -> Iterator[str]:
-    place = tables.widest(record, "gqa")
+    place = tables.widest(record, view.main_shape(record))
     if place is not None:
-        cells = view.measured(view.at(record, place))
+        cells, settings = view.measured(view.at(record, place)), record["settings"]
         fastest = min((one for one in cells), key=lambda one: one["step_ms"])
         names = ("method", "exact", "answers right", *tables.COLUMNS)
         yield (
-            f"<p>One model ({view.SHAPE_NAMES[place.shape]}, {record['settings']['layers']} layers), "
-            f"{short(place.context)} tokens of context, batch {place.batch}, budget {record['settings']['budget']}. "
-            f"<b>{html.escape(view.emulated(record))}.</b> Scout's choice of blocks drifts synthetically, "
-            f"{record['settings']['drift']:.0%} per step. Answers: a trained pocket model at 4k tokens, budget 512.</p>"
+            f"<p>{_inline(tables.model_of(record, place))}, {short(place.context)} tokens, batch {place.batch}, "
+            f"budget {settings['budget']}. <b>{html.escape(_sentence(view.emulated(record)))}</b> "
+            f"Scout's choice of blocks drifts synthetically, {settings['drift']:.0%} per step. "
+            "Answers: a trained pocket model at 4k tokens, budget 512, with nothing emulated.</p>"
         )
         yield from _table(names, [tables.row(record, one, cells) for one in cells], best=cells.index(fastest))
-    for pair in (plots.ALL[:2], plots.ALL[2:4], plots.ALL[4:]):
-        yield "<div class=pair>" + "".join(_image(_drawn(record, draw), draw.__name__) for draw in pair) + "</div>"
+        told = (view.whose_score(record), tables.without(view.at(record, place)), view.unasked(record))
+        yield f"<p class=note>{LEGEND} {_inline(' '.join(filter(None, told)))}</p>"
+    drawn = [(draw.__name__, _drawn(record, draw)) for draw in plots.ALL]
+    yield f"<div class=pair>{''.join(_image(data, name) for name, data in drawn if data)}</div>"
     yield from _markdown("\n".join(tables.further(record)))
 
 
-def _drawn(record: dict[str, Any], draw) -> bytes:
+def _drawn(record: dict[str, Any], draw: Callable[..., bool]) -> bytes | None:
+    """A plot as PNG; None where there is nothing to draw."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.2, 4.2), layout="constrained", dpi=150)
-    draw(record, figure.subplots())
+    if not draw(record, figure.subplots()):
+        return None
     data = io.BytesIO()
     figure.savefig(data, format="png")
     return data.getvalue()
@@ -108,11 +130,22 @@ def _image(data: bytes, name: str) -> str:
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]], best: int | None = None) -> Iterator[str]:
-    yield "<table><thead><tr>" + "".join(f"<th>{_inline(name)}</th>" for name in names) + "</tr></thead><tbody>"
+    kinds = [" class=words" if _is_words(column) else "" for column in zip(*rows)]
+    heads = "".join(f"<th{kind}>{_inline(name)}</th>" for name, kind in zip(names, kinds))
+    yield f"<table><thead><tr>{heads}</tr></thead><tbody>"
     for index, row in enumerate(rows):
         kind = " class=best" if index == best else ""
-        yield f"<tr{kind}>" + "".join(f"<td>{_inline(cell)}</td>" for cell in row) + "</tr>"
+        yield f"<tr{kind}>" + "".join(f"<td{kind}>{_inline(cell)}</td>" for cell, kind in zip(row, kinds)) + "</tr>"
     yield "</tbody></table>"
+
+
+def _is_words(cells: Sequence[str]) -> bool:
+    """Whether a column holds no figures."""
+    return not any(cell[:1].isdigit() for cell in cells)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _markdown(text: str) -> Iterator[str]:
@@ -135,7 +168,12 @@ def _inline(text: str) -> str:
     return "".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts))
 
 
+def _commands(name: str, record: dict[str, Any]) -> list[str]:
+    """As they were typed, where the record says so."""
+    return record.get("commands") or [COMMANDS[name]]
+
+
 def _machine(record: dict[str, Any]) -> str:
     facts = record.get("machine") or {}
-    names = [name for name in ("cpu", "torch", "transformers") if facts.get(name)]
-    return html.escape(", ".join(f"{name} {facts[name]}".removeprefix("cpu ") for name in names) or "see the record")
+    told = [form.format(facts[name]) for name, form in SHOWN.items() if facts.get(name)]
+    return html.escape(", ".join(told) or "see the record")

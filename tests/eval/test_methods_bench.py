@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-import re
+import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
+from typer.testing import CliRunner
 
+from scout_hf.cli import app
+from scout_hf.eval.methods import grid, held, paper, parts, pressed, tables, view, ways
+from scout_hf.eval.methods import record as records
 from scout_hf.eval.methods import run as runs
-from scout_hf.eval.methods import tables, view, ways
 from scout_hf.eval.methods.emulate import emulation_of
-from scout_hf.eval.report.page import write
 from scout_hf.methods import method_names
 
 SMALL = {
     "contexts": (512,), "batches": (1,), "layers": 1, "mha_contexts": (256,), "equal_context": 512, "budget": 128,
     "tasks": ("needle",), "score_context": 512, "budget_shares": (0.25,), "questions": 4, "seconds": 0.02,
-    "link_gbps": 0.5, "cpu_gbps": 2.0,
+    "link_gbps": 0.5, "cpu_gbps": 2.0, "memory_gib": (0.0004, 0.002),
 }  # fmt: skip
 
 
@@ -38,15 +42,15 @@ def test_all_cells_have_a_figure_or_a_reason(record):
     cells = record["cells"]
     assert {one["way"] for one in cells} == set(ways.names())
     for one in cells:
-        assert ("step_ms" in one and one["step_ms"] > 0) or ("row_step_ms" in one) or one["missing"] or one["oom"]
+        assert ("step_ms" in one and one["step_ms"] > 0) or ("row_step_ms" in one) or one.get("missing") or one["oom"]
     reasons = {one["way"]: one["missing"] for one in cells if "missing" in one}
     assert reasons["stock offloaded"] == "needs a GPU"
     by_way = {one["way"]: one for one in view.measured(view.at(record, view.Place("gqa", 512, 1)))}
-    assert {way for way, one in by_way.items() if one["exact"]} == {"stock", "kvpr", "dense"}
+    assert {way for way, one in by_way.items() if one["exact"]} == {"stock", "stock folded", "kvpr", "dense"}
     assert by_way["dense"]["link_bytes"] > by_way["infinigen"]["link_bytes"] > 0 == by_way["hgca"]["link_bytes"]
     assert by_way["scout"]["device_bytes"] < by_way["stock"]["device_bytes"]
     assert "no smaller" in by_way["kvpr"]["notes"][0]
-    equal = [one for one in cells if one["part"] == "equal" and "step_ms" in one]
+    equal = [one for one in cells if one["part"] == "equal" and "step_ms" in one and "gib" not in one]
     cap = by_way["stock"]["device_bytes"]
     assert {one["way"] for one in equal} == set(by_way)
     assert all(one["device_bytes"] <= 1.3 * cap or one["batch"] == 1 for one in equal)
@@ -60,11 +64,16 @@ def test_a_run_that_was_ended_goes_on(record, path, monkeypatch):
     half = record | {"cells": record["cells"][::2]}
     path_of_half.write_text(json.dumps(half))
     told = []
-    again = runs.run(**SMALL, path=path_of_half, tell=told.append)
-    assert len(told) == len(record["cells"]) - len(half["cells"])
+    again = runs.run(**SMALL, path=path_of_half, tell=told.append, command="as typed")
+    # What was not installed is tried again.
+    missing = [one for one in half["cells"] if "missing" in one]
+    assert missing and len(told) == len(record["cells"]) - len(half["cells"]) + len(missing)
     assert {str(sorted(one)) for one in again["cells"]} == {str(sorted(one)) for one in record["cells"]}
-    monkeypatch.setattr(runs.speed, "measure", None)
-    runs.run(**SMALL, path=path_of_half)
+    assert again["commands"] == ["as typed"]
+    told.clear()
+    monkeypatch.setattr(runs.speed, "measure", lambda *_: pytest.fail("measured again"))
+    runs.run(**SMALL | {"chosen": ["scout", "stock", "dense"]}, path=path_of_half, tell=told.append)
+    assert not told
     with pytest.raises(ValueError, match="layers=1.*--fresh"):
         runs.run(**SMALL | {"layers": 2}, path=path_of_half)
 
@@ -93,13 +102,192 @@ def test_tables_name_every_way(record):
     assert "Not measured: stock offloaded: needs a GPU" in page and "Tokens per second" in page
 
 
-def test_one_page_without_references(record, path, tmp_path):
-    pytest.importorskip("matplotlib")
-    out = tmp_path / "page" / "report.html"
-    assert write([path.parent / "methods.json"], out) == [str(path)]
-    page = out.read_text()
-    assert not re.search(r'(src|href)="(?!data:)', page) and "http" not in page.replace("http-equiv", "")
-    assert page.count("<img") == 6 and "<td>infinigen</td>" in page and "link at 0.5 GB/s" in page
-    assert [each.name for each in out.parent.iterdir()] == ["report.html"]
-    with pytest.raises(ValueError, match="methods.json"):
-        write([tmp_path / "nothing"], out)
+# -- what may go wrong -------------------------------------------------------------------------------------------------
+
+ONE = SMALL | {"mha_contexts": (), "equal_context": None, "memory_gib": (), "tasks": (), "chosen": ["dense", "scout"]}
+
+
+def test_an_error_is_a_result_and_tried_again(tmp_path, monkeypatch):
+    measure, path, told = runs.speed.measure, tmp_path / "methods.json", []
+
+    def fail(model, way, *size):
+        if way == "dense":
+            raise RuntimeError("no luck\nat all")
+        if way == "scout":
+            raise MemoryError("too much")
+        return measure(model, way, *size)
+
+    monkeypatch.setattr(runs.speed, "measure", fail)
+    found = runs.run(**ONE, path=path, tell=told.append)["cells"]
+    by_way = {one["way"]: one for one in found}
+    assert by_way["dense"]["failed"] == "RuntimeError: no luck" and by_way["scout"]["oom"] == "MemoryError: too much"
+    assert view.reason(by_way["dense"]).startswith("failed") and view.reason(by_way["scout"]).startswith(
+        "out of memory"
+    )
+    assert "failed: RuntimeError: no luck" in told
+    monkeypatch.setattr(runs.speed, "measure", measure)
+    found = runs.run(**ONE, path=path)["cells"]
+    assert len(found) == 2 and "step_ms" in found[1] and found[1]["way"] == "dense" and "oom" in found[0]
+
+
+def test_other_code_is_told_and_other_files_are_refused(tmp_path):
+    path, told = tmp_path / "methods.json", []
+    runs.run(**ONE, path=path)
+    record = json.loads(path.read_text())
+    record["cells"][0]["commit"] = "another"
+    path.write_text(json.dumps(record))
+    runs.run(**ONE, path=path, tell=told.append)
+    assert told == ["1 cells were measured with other code; --fresh measures everything again"]
+    with pytest.raises(ValueError, match="shape=None.*--fresh"):
+        runs.run(**ONE | {"shape": "mha"}, path=path)
+    record["machine"]["torch"] = "1.0"
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="torch='1.0'"):
+        runs.run(**ONE, path=path)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="no record of scout-hf bench methods"):
+        records.load(path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"shape": "no-such"}, "gqa, mha, llama-3-8b"),
+        ({"device": "tpu"}, "--device tpu"),
+        ({"tasks": ("needel",)}, "needle"),
+        ({"contexts": (100,)}, "--contexts 100"),
+        ({"batches": (0,)}, "numbers above 0"),
+        ({"block_size": 31}, "block_size"),
+    ],
+)
+def test_wrong_settings_say_what_is_allowed(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        runs.run(**ONE | wrong)
+
+
+def test_names_from_options():
+    assert ways.parse(["stock,scout, no recall", "dense,stock"]) == ("stock", "scout, no recall", "dense")
+    assert ways.parse([]) is None
+    with pytest.raises(ValueError, match="no way 'scuot'.*hgca"):
+        ways.parse(["stock,scuot"])
+
+
+def test_the_command_writes_and_refuses(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(runs, "QUICK", ONE | {"chosen": None})
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    call = ["bench", "methods", "--quick", "--methods", "scout,dense", "--budget", "128", "--link-gbps", "0.5"]
+    result = CliRunner().invoke(app, [*call, "--cpu-gbps", "2", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert {one["way"] for one in records.load(tmp_path / "methods.json")["cells"]} == {"scout", "dense"}
+    assert "link at 0.5 GB/s" in result.stdout
+    result = CliRunner().invoke(app, ["bench", "methods", "--methods", "scuot"])
+    assert result.exit_code == 2 and "no way 'scuot'" in result.stderr
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_equal_memory(record):
+    equal = view.equal(record)
+    assert {gib for _, gib in equal} == {None, 0.0004, 0.002}
+    rows = {gib: {one["way"]: one["batch"] for one in cells} for (_, gib), cells in equal.items()}
+    assert rows[0.002]["hgca"] > rows[0.002]["stock"] >= 1 and rows[None]["stock"] == 1
+    none = [one for one in record["cells"] if one.get("gib") == 0.0004 and one["way"] == "stock"]
+    assert none[0]["batch"] == 0 and "more than 0.0004 GiB" in none[0]["oom"]
+    for (_, gib), cells in equal.items():
+        for one in cells:
+            assert gib is None or one["batch"] == grid.MOST_ROWS or one["device_bytes"] <= 1.2 * gib * grid.GIB
+
+
+def test_a_step_is_taken_apart(record):
+    cells = {one["way"]: one["shares"] for one in view.measured(view.at(record, view.Place("gqa", 512, 1)))}
+    for shares in cells.values():
+        assert set(shares) == set(parts.PARTS) and sum(shares.values()) == pytest.approx(1.0, abs=0.02)
+        assert all(share >= 0 for share in shares.values()) and shares["attention"] > 0
+    assert cells["scout"]["selection"] > 0 and cells["infinigen"]["selection"] > 0 == cells["dense"]["selection"]
+    assert cells["dense"]["wait"] > cells["hgca"]["wait"] and cells["stock"]["wait"] == 0
+
+
+def test_a_clock_counts_every_moment_once(monkeypatch):
+    now = iter(range(0, 100, 10))
+    monkeypatch.setattr(parts.time, "perf_counter", lambda: next(now))
+    clock = parts.Clock()
+    inner = clock.around("inner", lambda: None)
+    clock.around("outer", lambda: (inner(), inner()))()
+    assert clock.spent == {"inner": 20, "outer": 30}
+
+
+def test_bytes_of_tensors_that_are_made_of_others():
+    whole = torch.zeros(8, dtype=torch.bfloat16)
+    packed = SimpleNamespace()
+    assert held.tensor_bytes([whole, (whole, {"scale": whole}), packed, None]) == 48
+
+
+def test_kvpress_is_asked_in_another_process(tmp_path):
+    with pytest.raises(ways.Missing, match="not installed"):
+        pressed.measure(tmp_path, [[1, 2]], [[[3]]], [[[4]]], 0.5, 2, str(tmp_path / "no-such-python"))
+    fake = tmp_path / "python"
+    found = {"ids": [[4, 5], [4, 6]], "prefill_s": 1.0, "seconds": 2.0, "steps": 4, "kept": 1, "device_bytes": 8}
+    answer = json.dumps(found | {"versions": {"kvpress": "0"}})
+    fake.write_text(f"#!{sys.executable}\nimport sys\nopen(sys.argv[3], 'w').write({answer!r})\n")
+    fake.chmod(0o755)
+    got = pressed.measure(tmp_path, [[1, 2]], [[[3], [3]]], [[[4, 5], [4, 5]]], 0.5, 2, str(fake))
+    assert (got["right"], got["questions"], got["row_step_ms"], got["exact"]) == (1, 2, 500.0, False)
+    fake.write_text(f"#!{sys.executable}\nraise SystemExit('out of luck')\n")
+    with pytest.raises(RuntimeError, match="out of luck"):
+        pressed.measure(tmp_path, [[1, 2]], [[[3]]], [[[4]]], 0.5, 2, str(fake))
+
+
+def test_scores_are_those_of_what_is_timed():
+    def cell(way, right):
+        where = {"part": "score", "way": way, "task": "needle", "context": 4096, "budget": 512, "right": right}
+        return where | {
+            "questions": 10,
+            "row_step_ms": 1.0,
+            "prefill_s": 1.0,
+            "exact": False,
+            "device_bytes": 1,
+            "host_bytes": 1,
+        }
+
+    record = {"cells": [cell("scout", 9)]}
+    assert view.score_of(record, "scout") == "90 %" and '`cpu_query="auto"`, as' in view.whose_score(record)
+    record["cells"].append(cell("scout, predicted", 7))
+    assert view.score_of(record, "scout") == "70 %" and "90 % of its answers" in view.whose_score(record)
+    assert view.score_of(record, "hgca") == "–" and view.whose_score({"cells": []}) == ""
+
+
+def test_what_is_said_of_the_paper():
+    def record(**speed):
+        cells = [{"part": "speed", "way": way, "shape": "gqa", "context": 32768, "batch": 4} for way in speed]
+        speeds = [{"tokens_per_s": value, "step_ms": 4e3 / value} for value in speed.values()]
+        return {"settings": {}, "cells": [one | two for one, two in zip(cells, speeds)]}
+
+    told = list(paper.sentences(record(scout=8, hgca=4, infinigen=2, stock=1)))
+    assert (
+        len(told) == 1
+        and "scout 8.00, hgca 4.00, infinigen 2.00, stock 1.00" in told[0]
+        and ": the order of" in told[0]
+    )
+    assert "not the order (scout" in next(paper.sentences(record(scout=1, hgca=4, infinigen=2, stock=8)))
+    found = record(**{"scout": 6, "scout, no recall": 4, "scout, neither": 2})
+    assert "ahead makes it 2.00 times faster, recall 1.50" in next(paper.sentences(found))
+    assert not list(paper.sentences(record(scout=1)))
+
+
+def test_the_fastest_stock_counts(record):
+    cells = view.at(record, view.Place("gqa", 512, 1))
+    times = {one["way"]: one["step_ms"] for one in view.measured(cells)}
+    assert view.best_stock(cells) == min(times["stock"], times["stock folded"]) and view.best_stock([]) is None
+
+
+def test_a_model_of_ones_own(tmp_path):
+    from scout_hf.eval.pocket import WEIGHTS
+
+    folder = str(WEIGHTS / "qwen3")
+    found = runs.run(**ONE | {"shape": folder, "chosen": ["scout", "stock"]})
+    assert [one["shape"] for one in found["cells"]] == [folder] * 2 and all("step_ms" in one for one in found["cells"])
+    assert "qwen3, 4 query and 2 KV heads" in view.shape_name(found, folder)
+    text = "\n".join(tables.lines(found))
+    assert "qwen3, 4 query" in text and "random weights" not in text

@@ -1,0 +1,154 @@
+"""One page of what there is: everything or a part of it, self-contained, and nothing that was not measured."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from scout_hf.cli import app
+from scout_hf.eval.methods import plots, ways
+from scout_hf.eval.report import page
+
+pytest.importorskip("matplotlib")
+RESULTS = Path(__file__).parents[2] / "eval" / "results"
+CONTEXTS = (8192, 16384)
+
+
+def made_up():
+    """A record of the comparison with all of its parts."""
+    speeds = {"stock": 1, "stock folded": 2, "scout": 20, "scout, neither": 12, "scout, no recall": 16, "hgca": 15,
+              "infinigen": 4, "kvpr": 0.5, "dense": 0.5}  # fmt: skip
+    shares = {"attention": 0.3, "wait": 0.2, "selection": 0.1, "moving": 0.1, "rest": 0.3}
+    held = {"device_bytes": 1 << 24, "host_bytes": 1 << 28}
+    cells = []
+    for context in CONTEXTS:
+        for way, speed in speeds.items():
+            figures = {
+                "step_ms": 4e3 / speed,
+                "tokens_per_s": speed,
+                "cpu_ms": 50.0,
+                "exact": way in ("stock", "dense"),
+            }
+            found = {"way": way, "context": context, "batch": 4, "shape": "gqa", "shares": shares, **figures, **held}
+            found |= {} if way.startswith("stock") else {"link_bytes": 1e6, "join_ms": 1.0}
+            cells += [found | {"part": "speed"}, found | {"part": "equal"}, found | {"part": "equal", "gib": 0.5}]
+    missing = {"way": "stock offloaded", "shape": "gqa", "context": CONTEXTS[1], "batch": 4, "missing": "needs a <GPU>"}
+    cells.append(missing | {"part": "speed"})
+    for way in ways.names():
+        for budget in (256, 512) if ways.find(way).takes_budget else (4096,):
+            figures = {"right": 9, "questions": 10, "row_step_ms": 1.0, "prefill_s": 1.0, "exact": False}
+            where = {"part": "score", "way": way, "task": "needle", "context": 4096, "budget": budget}
+            cells.append(where | figures | held)
+    settings = {"budget": 2048, "layers": 4, "drift": 0.1, "threads": 1, "emulated_as": "as given"}
+    settings |= {"emulation": {"link_gbps": 0.25, "cpu_gbps": None}}
+    machine = {"cpu": "a CPU", "cpus": 2, "isa": "avx2", "memory_gib": 8.0, "torch": "2", "transformers": "5"}
+    record = {"benchmark": "methods", "settings": settings, "machine": machine, "cells": cells}
+    return record | {"commands": ["scout-hf bench methods --link-gbps 0.25 --out 'a <b>'"]}
+
+
+class Reader(HTMLParser):
+    """Tables as rows of cells, and the tags that are left open."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tables, self.open, self.cell = [], [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.cell = ""
+        if tag not in ("meta", "img", "html", "!doctype"):
+            self.open.append(tag)
+
+    def handle_data(self, data):
+        self.cell = None if self.cell is None else self.cell + data
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append(self.cell)
+            self.cell = None
+
+
+def write(folder, record, out):
+    folder.mkdir(exist_ok=True)
+    (folder / "methods.json").write_text(json.dumps(record))
+    page.write([folder], out)
+    return out.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    for path in RESULTS.glob("*.json"):
+        if path.stem != "methods":
+            shutil.copy(path, folder)
+    return write(folder, made_up(), folder / "report.html")
+
+
+def test_every_part_is_there(whole):
+    read = Reader(whole)
+    assert not read.open
+    main, names = read.tables[0], [row[0] for row in read.tables[0]]
+    assert main[0][:5] == ["method", "exact", "answers right", "step ms", "x stock"]
+    assert {"stock", "stock folded", "scout", "hgca", "infinigen", "kvpr", "dense"} <= set(names)
+    by_name = {row[0]: row for row in main}
+    assert by_name["scout"][2:5] == ["90 %", "200", "10.00"] and by_name["stock folded"][4] == "1.00"
+    assert all(len({len(row) for row in table}) == 1 for table in read.tables)
+    titles = re.findall("<h2>(.*?)</h2>", whole)
+    assert titles == [page.TITLES[name] for name in ("methods", "fidelity", "cpu_decode", "cpu_kernel")]
+    assert whole.count("<img") == len(plots.ALL)
+    assert "In 0.5 GiB of the device" in whole and "one request of 8k tokens takes with stock" in whole
+    assert "the paper's figure 8" in whole and "(figure 12)" in whole
+
+
+def test_nothing_is_fetched_and_nothing_is_markup_that_was_data(whole):
+    assert not re.search(r"""(src|href|url)\s*[=(]\s*["']?(?!["']?data:)""", whole)
+    assert "<script" not in whole and "<link" not in whole and "@import" not in whole
+    assert "a &lt;b&gt;" in whole and "a <b>" not in whole and "needs a &lt;GPU&gt;" in whole
+    # An arrow or a link of the README would show as it is typed.
+    assert "](http" not in whole
+
+
+def test_what_is_emulated_and_where_it_ran_are_told(whole):
+    assert "<b>Emulated: link at 0.25 GB/s (as given).</b>" in whole
+    assert "a CPU, avx2, 2 CPUs, 8.0 GiB of memory, torch 2, transformers 5" in whole
+    assert "--link-gbps 0.25" in whole and "drifts synthetically, 10% per step" in whole
+
+
+def test_a_part_of_it_is_a_page_too(tmp_path):
+    record = made_up()
+    few = record | {"cells": [one for one in record["cells"] if one["part"] == "score"]}
+    text = write(tmp_path / "few", few, tmp_path / "few.html")
+    assert text.count("<img") == 1 and not Reader(text).open
+    none = write(tmp_path / "none", record | {"cells": []}, tmp_path / "none.html")
+    assert "<img" not in none and page.TITLES["methods"] in none
+    one = [cell for cell in record["cells"] if (cell["part"], cell["way"]) == ("speed", "scout")]
+    text = write(tmp_path / "one", record | {"cells": one}, tmp_path / "one.html")
+    assert "scout" in text and Reader(text).tables[0][1][4] == "-"
+
+
+def test_records_without_shares_show_what_is_waited(tmp_path):
+    record = made_up()
+    for cell in record["cells"]:
+        cell.pop("shares", None)
+    assert write(tmp_path / "old", record, tmp_path / "old.html").count("<img") == len(plots.ALL)
+
+
+def test_command(tmp_path):
+    result = CliRunner().invoke(
+        app, ["report", str(RESULTS / "cpu_kernel.json"), "--out", str(tmp_path / "a" / "b.html")]
+    )
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.html"]
+    assert page.TITLES["cpu_kernel"] in (tmp_path / "a" / "b.html").read_text()
+    result = CliRunner().invoke(app, ["report", str(tmp_path / "nothing"), "--out", str(tmp_path / "c.html")])
+    assert result.exit_code == 2 and "scout-hf bench" in result.stderr and not (tmp_path / "c.html").exists()
