@@ -206,7 +206,7 @@ def test_a_step_is_taken_apart(record):
         assert set(shares) == set(parts.PARTS) and sum(shares.values()) == pytest.approx(1.0, abs=0.02)
         assert all(share >= 0 for share in shares.values()) and shares["attention"] > 0
     assert cells["scout"]["selection"] > 0 and cells["infinigen"]["selection"] > 0 == cells["dense"]["selection"]
-    assert cells["dense"]["wait"] > cells["hgca"]["wait"] and cells["stock"]["wait"] == 0
+    assert cells["dense"]["wait"] > 0 and cells["stock"]["wait"] == 0
 
 
 def test_a_clock_counts_every_moment_once(monkeypatch):
