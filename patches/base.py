@@ -182,7 +182,8 @@ class Family:
                 f"position_ids is {type(position_ids).__name__} and the decoder's rotary_emb is "
                 f"{type(rotary).__name__}. Pass the position_ids of the forward pass, (1 or batch, length)."
             )
-        return rotary(hidden, position_ids.to(hidden.device), *extra)
+        # Accelerate's hook answers on the embedding's device.
+        return tuple(part.to(hidden.device) for part in rotary(hidden, position_ids.to(hidden.device), *extra))
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:

@@ -145,13 +145,14 @@ class StepGraphs:
     Parameters
     ----------
     forward : callable
-        What the decoder did before.
+        What the decoder did before; accelerate may have wrapped it.
+    config : PreTrainedConfig
+        Of the decoder.
     """
 
-    def __init__(self, forward: Callable[..., Any]):
-        self._forward = forward
+    def __init__(self, forward: Callable[..., Any], config: Any):
+        self._forward, self._config = forward, config
         self._names = list(inspect.signature(forward).parameters)
-        self._config = getattr(getattr(forward, "__self__", None), "config", None)
         self._begin_anew()
 
     def _begin_anew(self) -> None:
@@ -218,6 +219,8 @@ class StepGraphs:
         if not usual or any(value is not None for name, value in given.items() if name not in known):
             return None
         devices = {method.kv.device for method in methods}
+        # Embeddings on another one would run once, when the step is captured, and not again.
+        devices |= {given[name].device for name in INPUTS if given.get(name) is not None}
         if given_cache(given) is not step.cache or len(devices) != 1 or not can_capture(*devices):
             return None
         layers = tuple(method.captures(step) for method in methods)

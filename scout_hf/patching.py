@@ -200,7 +200,7 @@ class Handle:
             self._hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         if self.config.hand_over == "graph":
             self._forward_before = self._decoder.__dict__.get("forward")
-            self._decoder.__dict__["forward"] = StepGraphs(self._decoder.forward)
+            self._decoder.__dict__["forward"] = StepGraphs(self._decoder.forward, self._decoder.config)
         self._prepare_before = self.model.__dict__.get(PREPARE)
         self.model.__dict__[PREPARE] = self._prepare_cache
         self.model.__dict__[HANDLE] = self

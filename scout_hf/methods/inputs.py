@@ -50,7 +50,7 @@ class LayerInputs:
         if position_ids is None:
             self._positions = None
         elif self._positions is not None:
-            self._positions.append(position_ids)
+            self._positions.append(position_ids.to(self.store.device))
 
     def write_back(self, host_length: int, links: Links | None = None) -> None:
         """Let as many whole blocks be on the host as there are of keys and values; beside, with ``links``."""

@@ -74,6 +74,8 @@ class KVPR(Dense):
         For whoever fills a cache outside a forward pass; ``position_ids`` is (1 or batch, tokens).
         """
         first = self.kv.length - hidden.shape[1] if first is None else first
+        # A layer may be entered from another device than its own.
+        hidden = hidden.to(self.kv.device)
         if self.inputs is None:
             on_host = self.settings["inputs"] == "host"
             self.inputs = LayerInputs(hidden, self.config.block_size, on_host)

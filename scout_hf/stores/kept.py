@@ -68,6 +68,8 @@ class KeptTokens:
     def crop(self, length: int) -> None:
         """Drop the tokens from ``length`` on."""
         self.exists = self.exists & (self.tokens < length)
+        # Entries that do not count are looked up all the same: they must name a token that there is.
+        self.tokens = self.tokens.masked_fill(~self.exists, 0)
         self._compact()
 
     def select_rows(self, rows: torch.Tensor) -> None:
