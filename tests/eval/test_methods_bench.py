@@ -16,12 +16,21 @@ from scout_hf.eval.methods import record as records
 from scout_hf.eval.methods import run as runs
 from scout_hf.eval.methods.emulate import emulation_of
 from scout_hf.methods import method_names
+from scout_hf.selection import digest
 
 SMALL = {
     "contexts": (512,), "batches": (1,), "layers": 1, "mha_contexts": (256,), "equal_context": 512, "budget": 128,
     "tasks": ("needle",), "score_context": 512, "budget_shares": (0.25,), "questions": 4, "seconds": 0.02,
     "link_gbps": 0.5, "cpu_gbps": 2.0, "memory_gib": (0.0004, 0.002),
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def apart():
+    """No digest left behind: other tests go through all there are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digest._DIGESTS, "_classes", dict(digest._DIGESTS._classes))
+        yield
 
 
 @pytest.fixture(scope="module")
