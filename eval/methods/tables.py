@@ -97,9 +97,10 @@ def _speed(record: dict[str, Any]) -> Iterator[str]:
     yield (
         f"{facts['cpu']}, {versions}, {settings['threads']} thread(s) for the model and as many for the CPU's share. "
         f"{model_of(record, place)}, {short(place.context)} tokens, batch {place.batch}, budget {settings['budget']}; "
-        f"{settings['drift']:.0%} of scout's chosen blocks change per step, synthetically. {view.emulated(record)}. "
+        f"{settings['drift']:.0%} of scout's chosen blocks change per step, synthetically. "
+        f"{view.emulated_sentence(record)} "
         "Right: answers of the pocket model at 4k, budget 512, with nothing emulated. "
-        f"x stock: by the faster of stock's two attentions. {view.whose_score(record)}".rstrip()
+        f"x stock: than stock by its faster attention. {view.whose_score(record)}".rstrip()
     )
     yield ""
     yield from head("way", "exact", "right", *COLUMNS)

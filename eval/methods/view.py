@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from scout_hf.eval.methods import ways
 
 NONE = "–"
+RATES = {"link_gbps": "link", "cpu_gbps": "CPU"}
 SHAPE_NAMES = {"gqa": "32 query and 8 KV heads of 64", "mha": "32 query and 32 KV heads of 64"}
 COLOURS = {
     "stock": "#333333",
@@ -152,8 +153,14 @@ def whose_score(record: dict[str, Any]) -> str:
 def emulated(record: dict[str, Any]) -> str:
     """What was emulated, in words."""
     rates = record["settings"]["emulation"]
-    told = [f"{name.split('_')[0]} at {rate:g} GB/s" for name, rate in rates.items() if rate is not None]
+    told = [f"{RATES[name]} at {rate:g} GB/s" for name, rate in rates.items() if rate is not None]
     return f"emulated: {', '.join(told)} ({record['settings']['emulated_as']})" if told else "nothing is emulated"
+
+
+def emulated_sentence(record: dict[str, Any]) -> str:
+    """The same as a sentence."""
+    text = emulated(record)
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def mib(count: float) -> str:

@@ -101,7 +101,7 @@ def _methods(record: dict[str, Any]) -> Iterator[str]:
         names = ("method", "exact", "answers right", *tables.COLUMNS)
         yield (
             f"<p>{_inline(tables.model_of(record, place))}, {short(place.context)} tokens, batch {place.batch}, "
-            f"budget {settings['budget']}. <b>{html.escape(_sentence(view.emulated(record)))}</b> "
+            f"budget {settings['budget']}. <b>{html.escape(view.emulated_sentence(record))}</b> "
             f"Scout's choice of blocks drifts synthetically, {settings['drift']:.0%} per step. "
             "Answers: a trained pocket model at 4k tokens, budget 512, with nothing emulated.</p>"
         )
@@ -142,10 +142,6 @@ def _table(names: Sequence[str], rows: Sequence[Sequence[str]], best: int | None
 def _is_words(cells: Sequence[str]) -> bool:
     """Whether a column holds no figures."""
     return not any(cell[:1].isdigit() for cell in cells)
-
-
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _markdown(text: str) -> Iterator[str]:
