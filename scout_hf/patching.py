@@ -150,20 +150,29 @@ class Handle:
             Chrome trace events, for https://ui.perfetto.dev or chrome://tracing; beside it a picture of the last step,
             the same name with ``.png``. Written when the block ends without an error, whole or not at all.
         steps : int
-            Decode steps to keep.
+            Decode steps to keep, the last ones, of the thread that decodes first in the block.
+
+        Returns
+        -------
+        context manager of Trace
+            ``path``, ``image``, and, once the block has ended, ``spans`` and ``events``.
 
         Raises
         ------
         ConfigError
-            For a wrong path or number at once; at the end if nothing was decoded, or without matplotlib.
+            For a wrong number, or a path that cannot be written, when the block is entered; when it ends, if nothing
+            was decoded, or without matplotlib, which only the picture takes.
         PatchError
             If the patch was removed, or a trace is being recorded already.
         """
+        self._check_traceable()
+        return record(self, path, steps)
+
+    def _check_traceable(self) -> None:
         if self.model.__dict__.get(HANDLE) is not self:
             raise PatchError("this patch was removed; patch the model again to trace it")
-        if self._tracer is not None:
+        if self._tracer is not None and self._tracer.open:
             raise PatchError("a trace of this model is being recorded already; end that `with` block first")
-        return record(self, path, steps)
 
     def remove(self) -> None:
         """Give the model back exactly as it was. Raises PatchError the second time."""
@@ -206,6 +215,8 @@ class Handle:
         self.model.__dict__[HANDLE] = self
 
     def _uninstall(self) -> None:
+        if self._tracer is not None:
+            self._tracer.close()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

@@ -20,20 +20,21 @@ from typing import Any
 import torch
 
 from scout_hf.errors import ConfigError
+from scout_hf.kernels.cpu.backend import CpuBackend
+from scout_hf.trace_device import DeviceClocks
 
-MAIN, GPU, POOL, COPIES, LINK, SLOW_CPU = (
-    "main thread", "GPU", "CPU pool", "copies", "link (emulated)", "CPU (emulated)",
-)  # fmt: skip
-LANES = (MAIN, GPU, POOL, COPIES, LINK, SLOW_CPU)
-WRAPPED = ("ahead", "attend", "settle")
+MAIN, POOL, COPIES, LINK, SLOW_CPU = "main thread", "CPU pool", "copies", "link (emulated)", "CPU (emulated)"
+SPANS = {"ahead": "ahead", "attend": "attend", "settle": "settle", "before_run": "ahead", "after_run": "settle"}
+"""Calls of a method that are told of, and as what; the last two stand for the others where a graph runs the step."""
 
 
 @dataclass(frozen=True)
 class Span:
     """Something that took from ``begin`` to ``end``, in ns of ``time.perf_counter_ns``.
 
-    ``kind`` is ``step``, ``layer``, ``ahead``, ``attend``, ``settle``, ``join``, ``attention`` (a job of the CPU) or
-    ``copy``; ``layer`` the layer that it is for, None for the step.
+    ``kind`` is ``step``, ``layer``, ``ahead``, ``attend``, ``settle``, ``join``, ``attention`` (a job of the CPU),
+    ``copy``, or ``device`` (a step on a GPU); ``layer`` the layer that it is for, None for a step; ``submitted`` when
+    the main thread asked for it, None for what it does itself.
     """
 
     lane: str
@@ -41,183 +42,196 @@ class Span:
     layer: int | None
     begin: int
     end: int
+    submitted: int | None = None
+
+
+class _Recorded:
+    """One step: what is known of it, and those that have not told yet when they ran."""
+
+    def __init__(self):
+        self.spans: list[Span] = []
+        self._unknown: list[tuple[Callable[[], tuple[int, int] | None], int | None, tuple]] = []
+
+    def later(self, times: Callable[[], tuple[int, int] | None], submitted: int | None, *what: Any) -> None:
+        """A span of lane, kind and layer ``what``, of which ``times`` tells begin and end, or None until it can."""
+        self._unknown.append((times, submitted, what))
+
+    def ask(self) -> None:
+        """Ask those that have not told."""
+        unknown, self._unknown = self._unknown, []
+        for times, submitted, what in unknown:
+            if (found := times()) is None:
+                self._unknown.append((times, submitted, what))
+            else:
+                self.spans.append(Span(*what, *found, submitted))
 
 
 class Tracer:
-    """Records the last ``steps`` decode steps of a patched model, in the thread that runs them.
+    """Records the last ``steps`` decode steps of a patched model, in the thread that runs the first one.
 
     Parameters
     ----------
     layers : sequence of Module
-        Of the decoder, for hooks that are there while the tracer is.
+        Of the decoder, for hooks that are there until ``close``. Without any, nothing is ever recorded.
     steps : int
     """
 
-    def __init__(self, layers: Any, steps: int):
-        self._steps: deque[list[Span]] = deque(maxlen=steps)
-        self._spans: list[Span] | None = None
-        self._pending: list[Callable[[], None]] = []
+    def __init__(self, layers: Any = (), steps: int = 1):
+        self._steps: deque[_Recorded] = deque(maxlen=steps)
+        self._now: _Recorded | None = None
         self._undo: list[Callable[[], None]] = []
         self._layer: int | None = None
-        self._thread, self._began, self._entered = 0, 0, {}
-        self._hooks = []
+        self._thread, self._entered = 0, {}
+        self._clocks, self._devices, self._hooks = DeviceClocks(), [], []
         for index, layer in enumerate(layers):
-            self._hooks.append(layer.register_forward_pre_hook(functools.partial(self._enter, index)))
+            self._devices.append(next((weight.device for weight in layer.parameters()), torch.device("cpu")))
+            # Before the hook that works ahead: that is a part of the layer it runs in.
+            enter = functools.partial(self._enter, index)
+            self._hooks.append(layer.register_forward_pre_hook(enter, prepend=True))
             self._hooks.append(layer.register_forward_hook(functools.partial(self._leave, index)))
 
+    def __reduce__(self):
+        return Tracer, ()  # a copy of the model is not traced
+
     @property
+    def open(self) -> bool:
+        """Whether steps are being recorded."""
+        return bool(self._hooks)
+
     def spans(self) -> list[Span]:
-        """All that is kept, in the order of steps."""
-        return [span for step in self._steps for span in step]
+        """All that is kept, in the order of steps; a job that has not ended is left out. Waits for GPUs."""
+        self._clocks.settle()
+        for step in self._steps:
+            step.ask()
+        return [span for step in self._steps for span in step.spans]
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
     def begin(self, step: Any) -> None:
         """A decode step begins; those of other threads than the first one are left alone."""
         self._thread = self._thread or threading.get_ident()
-        if threading.get_ident() != self._thread:
+        if threading.get_ident() != self._thread or not self.open:
             return
-        self.end()
-        self._spans, self._began = [], time.perf_counter_ns()
+        self._end()
+        for recorded in self._steps:
+            recorded.ask()  # the native pool forgets in time
         for layer in step.cache.scout_layers:
-            if layer.method is not None:
-                for name in WRAPPED:
-                    self._replace(layer.method, name, functools.partial(self._timed, layer.layer_idx, name))
-        self._replace(step.backend, "start", functools.partial(self._job, POOL, "attention"))
+            for name in SPANS:
+                if hasattr(layer.method, name):
+                    self._replace(layer.method, name, functools.partial(self._timed, layer.layer_idx, SPANS[name]))
+        for name in ("start", "start_at"):
+            self._replace(step.backend, name, functools.partial(self._job, POOL, "attention"))
         self._replace(step.backend, "copy", functools.partial(self._job, COPIES, "copy"))
-        self._replace(step.movers, "submit", self._submit)
+        self._replace(step.movers, "submit", self._moved)
         self._replace(step.links, "limit", functools.partial(self._limited, LINK, "copy"))
         self._replace(step.links, "limit_cpu", functools.partial(self._limited, SLOW_CPU, "attention"))
+        self._replace(step.links, "beside", self._beside)
         self._replace(step.counters, "timed", self._waited)
+        self._now, self._layer = _Recorded(), None
+        self._began, self._marked = time.perf_counter_ns(), self._clocks.mark(self._devices[0])
 
     def end(self) -> None:
         """The step is over, however it ended."""
-        if self._spans is None or threading.get_ident() != self._thread:
-            return
-        for undo in reversed(self._undo):
-            undo()
-        self._undo.clear()
-        spans, self._spans = self._spans, None
-        spans.insert(0, Span(MAIN, "step", None, self._began, time.perf_counter_ns()))
-        # What runs beside may end later than the step.
-        self._pending.append(functools.partial(self._steps.append, spans))
-
-    def settle(self) -> None:
-        """Ask the jobs of past steps when they ran."""
-        pending, self._pending = self._pending, []
-        for ask in pending:
-            ask()
+        if threading.get_ident() == self._thread:
+            self._end()
 
     def close(self) -> None:
-        """Take everything away again."""
-        self.end()
-        self.settle()
+        """Take everything away again; what was recorded stays."""
+        self._end()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
+    def _end(self) -> None:
+        now, self._now = self._now, None
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+        if now is not None:
+            self._on_device(now, self._devices[0], self._marked, "device", None)
+            now.spans.insert(0, Span(MAIN, "step", None, self._began, time.perf_counter_ns()))
+            self._steps.append(now)
+
     # -- what is hung in --------------------------------------------------------------------------------------------
 
+    def _recording(self) -> _Recorded | None:
+        """The step under way, in the thread that is traced; asked once, since another thread may end the block."""
+        return self._now if threading.get_ident() == self._thread else None
+
     def _replace(self, owner: Any, name: str, around: Callable) -> None:
-        """Let ``owner.name(...)`` be ``around(the one before, ...)`` until the step ends."""
+        """Let ``owner.name(...)`` be ``around(step, the one before, ...)`` until the step ends."""
         before, own = getattr(owner, name), name in owner.__dict__
 
         def replaced(*args, **kwargs):
-            if self._spans is None or threading.get_ident() != self._thread:
-                return before(*args, **kwargs)
-            return around(before, *args, **kwargs)
+            now = self._recording()
+            return before(*args, **kwargs) if now is None else around(now, before, *args, **kwargs)
 
         owner.__dict__[name] = replaced
         self._undo.append(lambda: owner.__dict__.__setitem__(name, before) if own else owner.__dict__.pop(name, None))
 
-    def _add(self, *span: Any) -> None:
-        if self._spans is not None:
-            self._spans.append(Span(*span))
+    def _enter(self, index: int, *_: Any) -> None:
+        if self._recording() is not None:
+            self._entered[index] = time.perf_counter_ns(), self._clocks.mark(self._devices[index])
 
-    def _timed(self, layer: int, name: str, before: Callable, *args):
-        outer, self._layer = self._layer, layer
-        query = next((arg for arg in args if isinstance(arg, torch.Tensor) and arg.is_cuda), None)
-        on_device = None if query is None else _DeviceTime(query.device)
-        begin = time.perf_counter_ns()
+    def _leave(self, index: int, *_: Any) -> None:
+        now = self._recording()
+        if now is not None and index in self._entered:
+            begin, mark = self._entered.pop(index)
+            self._on_device(now, self._devices[index], mark, "layer", index)
+            now.spans.append(Span(MAIN, "layer", index, begin, time.perf_counter_ns()))
+
+    def _timed(self, layer: int, kind: str, now: _Recorded, before: Callable, *args, **kwargs):
+        outer, self._layer, device = self._layer, layer, self._devices[layer]
+        begin, mark = time.perf_counter_ns(), self._clocks.mark(device)
         try:
-            return before(*args)
+            return before(*args, **kwargs)
         finally:
-            self._add(MAIN, name, layer, begin, time.perf_counter_ns())
-            if on_device is not None:
-                self._later(GPU, name, layer, on_device.end())
             self._layer = outer
+            self._on_device(now, device, mark, kind, layer)
+            now.spans.append(Span(MAIN, kind, layer, begin, time.perf_counter_ns()))
 
     @contextlib.contextmanager
-    def _waited(self, before: Callable, layer: int, name: str) -> Iterator[None]:
+    def _waited(self, now: _Recorded, before: Callable, layer: int, name: str) -> Iterator[None]:
         begin = time.perf_counter_ns()
         try:
             with before(layer, name):
                 yield
         finally:
-            self._add(MAIN, name, layer, begin, time.perf_counter_ns())
+            now.spans.append(Span(MAIN, name, layer, begin, time.perf_counter_ns()))
 
-    def _job(self, lane: str, kind: str, before: Callable, *args, **kwargs):
-        ticket = before(*args, **kwargs)
+    def _job(self, lane: str, kind: str, now: _Recorded, before: Callable, *args, **kwargs):
+        submitted, ticket = time.perf_counter_ns(), before(*args, **kwargs)
         if hasattr(ticket, "times"):
-            self._later(lane, kind, self._layer, ticket.times)
+            now.later(ticket.times, submitted, lane, kind, self._layer)
         return ticket
 
-    def _submit(self, before: Callable, job: Callable, *args):
-        ran: list[int] = []
+    def _moved(self, now: _Recorded, before: Callable, *args):
+        # What is given a backend attends with it, and does not copy.
+        attends = any(isinstance(arg, CpuBackend) for arg in args)
+        return self._job(*((POOL, "attention") if attends else (COPIES, "copy")), now, before, *args)
 
-        def timed(*args):
-            ran.append(time.perf_counter_ns())
-            try:
-                return job(*args)
-            finally:
-                ran.append(time.perf_counter_ns())
-
-        self._later(COPIES, "copy", self._layer, lambda: tuple(ran) if len(ran) == 2 else None)
-        return before(timed, *args)
-
-    def _limited(self, lane: str, kind: str, before: Callable, *args):
-        ticket = before(*args)
+    def _limited(self, lane: str, kind: str, now: _Recorded, before: Callable, *args):
+        submitted, ticket = time.perf_counter_ns(), before(*args)
         if hasattr(ticket, "due"):
-            self._later(lane, kind, self._layer, lambda: (int(ticket.begin * 1e9), int(ticket.due * 1e9)))
+            now.later(lambda: (int(ticket.begin * 1e9), int(ticket.due * 1e9)), submitted, lane, kind, self._layer)
         return ticket
 
-    def _later(self, lane: str, kind: str, layer: int | None, times: Callable[[], tuple[int, int] | None]) -> None:
-        spans = self._spans
+    @contextlib.contextmanager
+    def _beside(self, now: _Recorded, before: Callable, name: str, device: torch.device, *args, **kwargs):
+        layer = self._layer
+        with before(name, device, *args, **kwargs) as end:
+            mark = self._clocks.mark(device)
+            try:
+                yield end
+            finally:
+                self._on_device(now, device, mark, "copy", layer, name)
 
-        def ask() -> None:
-            if (found := times()) is not None:
-                spans.append(Span(lane, kind, layer, *found))
-
-        self._pending.append(ask)
-
-    def _enter(self, index: int, *_: Any) -> None:
-        self._entered[index] = time.perf_counter_ns()
-
-    def _leave(self, index: int, *_: Any) -> None:
-        if self._spans is not None and threading.get_ident() == self._thread:
-            self._add(MAIN, "layer", index, self._entered[index], time.perf_counter_ns())
-
-
-class _DeviceTime:
-    """From now to ``end`` on a GPU's current stream, told in the time of the host."""
-
-    def __init__(self, device: torch.device):
-        self._stream = torch.cuda.current_stream(device)
-        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._begin.record(self._stream)
-
-    def end(self) -> Callable[[], tuple[int, int]]:
-        self._end.record(self._stream)
-        return self._times
-
-    def _times(self) -> tuple[int, int]:
-        # One event now, when the stream is idle, ties the device's clock to the host's.
-        self._stream.synchronize()
-        now = torch.cuda.Event(enable_timing=True)
-        now.record(self._stream)
-        now.synchronize()
-        here = time.perf_counter_ns()
-        return tuple(here - int(event.elapsed_time(now) * 1e6) for event in (self._begin, self._end))
+    def _on_device(self, now: _Recorded, device: torch.device, mark: Any, kind: str, layer: int | None, stream=""):
+        """What the device's current stream was given since ``mark``."""
+        end = None if mark is None else self._clocks.mark(device)
+        if end is not None:
+            lane = " ".join(filter(None, (f"GPU {device.index or 0}", stream)))
+            now.later(self._clocks.between(device, mark, end), None, lane, kind, layer)
 
 
 class Trace:
@@ -235,26 +249,32 @@ class Trace:
         self.path, self.image = path, path.with_suffix(".png")
         self.spans: list[Span] = []
 
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """The spans as ``path`` has them, in Chrome's trace event format."""
+        from scout_hf.trace_files import trace_events
+
+        return trace_events(self.spans)
+
 
 @contextlib.contextmanager
 def record(handle: Any, path: str | os.PathLike, steps: int) -> Iterator[Trace]:
     """The body of ``Handle.trace``; see there."""
-    from scout_hf.trace_files import draw, write
+    from scout_hf.trace_files import check_path, write
+    from scout_hf.trace_picture import draw
 
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ConfigError(f"steps={steps!r} is not allowed: a number of decode steps from 1 up; try 2")
     trace = Trace(Path(path))
-    if trace.path.suffix != ".json" or not trace.path.parent.is_dir():
-        raise ConfigError(
-            f"path={str(path)!r} is not allowed: a file in a folder that exists, ending in .json; try 'step.json'"
-        )
+    check_path(trace.path, trace.image)
+    handle._check_traceable()
     tracer = handle._tracer = Tracer(handle._family.layers(handle._decoder), steps)
     try:
         yield trace
     finally:
         handle._tracer = None
         tracer.close()
-        trace.spans = tracer.spans
+    trace.spans = tracer.spans()
     if not trace.spans:
         raise ConfigError("nothing was decoded with a ScoutCache inside the block: no step to write; generate() in it")
     write(trace.spans, trace.path)

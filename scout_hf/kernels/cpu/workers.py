@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -14,8 +15,8 @@ import torch
 class Ticket:
     """A submitted job; ``wait`` joins it and gives its result or raises its error."""
 
-    def __init__(self, future: Future):
-        self._future = future
+    def __init__(self, future: Future, ran: list[int]):
+        self._future, self._ran = future, ran
 
     def wait(self) -> Any:
         """The job's result; blocks until it is there."""
@@ -28,6 +29,10 @@ class Ticket:
     def done(self) -> bool:
         """Whether the job has ended."""
         return self._future.done()
+
+    def times(self) -> tuple[int, int] | None:
+        """When the job began and ended, ns of ``time.perf_counter_ns``; None until it has."""
+        return tuple(self._ran) if len(self._ran) == 2 else None
 
 
 class Workers:
@@ -53,8 +58,9 @@ class Workers:
             given = (self.threads, torch.get_num_threads())
             self._pool = ThreadPoolExecutor(1, "scout-cpu", initializer=_take_threads, initargs=given)
             self._process = os.getpid()
+        ran: list[int] = []
         # Another thread may submit before this one returns: the ticket must be its own.
-        self._last = ticket = Ticket(self._pool.submit(_bare, job, args))
+        self._last = ticket = Ticket(self._pool.submit(_timed, ran, job, args), ran)
         return ticket
 
     def busy(self) -> bool:
@@ -83,6 +89,14 @@ def _take_threads(own: int | None, default: int) -> None:
         other = threading.Thread(target=torch.set_num_threads, args=(default,))
         other.start()
         other.join()
+
+
+def _timed(ran: list[int], job: Callable[..., Any], args: tuple) -> Any:
+    ran.append(time.perf_counter_ns())
+    try:
+        return _bare(job, args)
+    finally:
+        ran.append(time.perf_counter_ns())
 
 
 def _bare(job: Callable[..., Any], args: tuple) -> Any:

@@ -98,7 +98,7 @@ struct Times {
   std::atomic<int64_t> ticket{0}, began_ns{0}, ended_ns{0};
 };
 
-constexpr int64_t TIMED = 256;  // jobs that are remembered
+constexpr int64_t TIMED = 1024;  // jobs that are remembered: those of a step, and more
 
 }  // namespace
 

@@ -50,7 +50,7 @@ SCOUT_EXPORT int scout_pool_workers(scout_pool* pool);
 SCOUT_EXPORT int64_t scout_pool_cpu_ns(scout_pool* pool);
 
 // When a job began and ended, as ns of the steady clock, in times[0] and times[1]; 0 if it is not over, was dropped, or
-// is among those forgotten: the last 256 are remembered.
+// is among those forgotten: the last 1024 are remembered.
 SCOUT_EXPORT int scout_pool_times(scout_pool* pool, int64_t ticket, int64_t* times);
 
 // `count` copies of `bytes` bytes each, sources[i] to targets[i] (addresses that do not overlap).
