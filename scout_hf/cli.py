@@ -178,6 +178,34 @@ def methods(
 
 
 @app.command()
+def trace(
+    out: Annotated[Path, typer.Option(help="The timeline, ending in .json; a picture goes beside it.")] = Path(
+        "step.json"
+    ),
+    model: Annotated[str, typer.Option(help="A pocket model, llama or qwen3, or the folder of a model.")] = "llama",
+    context: Annotated[int, typer.Option(min=256, help="Tokens that are read before.")] = 4096,
+    method: Annotated[str, typer.Option(help="Such as 'scout' or 'dense'.")] = "scout",
+    split: Annotated[str | None, typer.Option(help="Of ScoutConfig; 'cpu' on a CPU, else 'auto'.")] = None,
+    cpu_query: Annotated[str | None, typer.Option(help="Of scout; 'predicted'.")] = None,
+    budget: Annotated[int | None, typer.Option(help="Tokens attended per layer; an eighth of the context.")] = None,
+    resident: Annotated[int | None, typer.Option(help="Tokens kept on the device; half of the budget.")] = None,
+    link_gbps: Annotated[float | None, typer.Option(help="Emulated link, GB/s of KV.")] = None,
+    cpu_gbps: Annotated[float | None, typer.Option(help="Emulated CPU, GB/s of KV.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps to keep, the last ones.")] = 2,
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")] = "cpu",
+    threads: Threads = 1,
+    seed: Seed = 0,
+) -> None:
+    """A timeline of decode steps for Perfetto and a picture: who does what, when, and who waits for whom."""
+    with _evaluation(threads):
+        from scout_hf.eval.timeline import run
+
+        options = {"split": split, "cpu_query": cpu_query, "budget": budget, "resident": resident}
+        options |= {"link_gbps": link_gbps, "cpu_gbps": cpu_gbps}
+        run(out, model, context, method, options, steps, device, seed)
+
+
+@app.command()
 def report(
     results: Annotated[list[Path], typer.Argument(metavar="[RESULTS]...", help="JSON files, or folders of them.")] = [  # noqa: B006
         Path("eval/results")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from types import SimpleNamespace
 
 import torch
@@ -117,6 +118,23 @@ class FakeDevices(TorchDispatchMode):
         return run(func, args, kwargs)
 
 
+class Event:
+    """Takes its time from a clock of the device's own."""
+
+    def __init__(self, enable_timing=False):
+        self.at = self.device = None
+
+    def record(self, stream):
+        self.at, self.device = 1000.0 + time.perf_counter(), stream.device
+
+    def query(self):
+        return self.at is not None
+
+    def elapsed_time(self, later):
+        assert later.device == self.device
+        return (later.at - self.at) * 1e3
+
+
 class Stream:
     def __init__(self, device):
         self.device = torch.device(device)
@@ -162,7 +180,8 @@ def install(monkeypatch, launched: list):
 
     for name, value in {
         "is_available": lambda: True, "current_device": lambda: current[-1].index, "device": on_device,
-        "stream": on_stream, "Stream": Stream, "current_stream": stream_of, "synchronize": lambda device=None: None,
+        "stream": on_stream, "Stream": Stream, "Event": Event, "current_stream": stream_of,
+        "synchronize": lambda device=None: None,
         "is_current_stream_capturing": lambda: False, "get_device_capability": lambda device=None: (9, 0),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)

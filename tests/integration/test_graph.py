@@ -284,3 +284,20 @@ def test_a_share_of_the_context_with_padding_far_away(monkeypatch):
     options = SPARSE | {"budget": 0.3}
     expected, _ = decode("join", left_padded(0, 13), options)
     assert_close(decode("flags", left_padded(0, 13), options)[0], expected, 2e-6)
+
+
+def test_steps_that_run_again_are_traced(graphs, tmp_path):
+    pytest.importorskip("matplotlib")
+    with scout_hf.patch(llama(), **SPARSE, hand_over="graph") as handle:
+        with handle.trace(tmp_path / "step.json", steps=100) as trace:
+            got = run(handle.model, prompt(1, 60), new=30)
+        expected = run(handle.model, prompt(1, 60), new=30)
+    assert_equal(got, expected)
+    assert replays(graphs) > 20
+    steps = [span for span in trace.spans if span.kind == "step"]
+    jobs = [span for span in trace.spans if span.kind == "attention"]
+    assert len(steps) == 29 and {span.layer for span in jobs} == {0, 1, 2, 3}
+    # No layer is entered any more, but what the host does for each of them is told of.
+    last = [span for span in trace.spans if steps[-1].begin <= span.begin <= steps[-1].end]
+    assert {span.kind for span in last} >= {"step", "ahead", "settle", "attention"}
+    assert not any({"before_run", "after_run"} & set(vars(layer.method)) for layer in got.past_key_values.layers)

@@ -220,6 +220,32 @@ def test_jobs_run_in_the_order_of_submission(pool):
     assert list(words.array) == [7] * 501
 
 
+def test_a_job_tells_when_it_ran(pool):
+    words = Words(1, 0, 0)
+    submitted = time.perf_counter_ns()
+    first = move(pool, words, 0, 1)
+    held = move(pool, words, 0, 1, flag=words.at(2), value=1)
+    first.wait()
+    begin, end = first.times()
+    assert submitted <= begin <= end <= time.perf_counter_ns() and held.times() is None
+    raised = time.perf_counter_ns()
+    words[2] = 1
+    held.wait()
+    # Waiting for a flag is no part of it.
+    assert raised <= held.times()[0]
+    for _ in range(1030):
+        move(pool, words, 0, 1).wait()
+    assert first.times() is None  # forgotten
+
+
+def test_a_job_that_never_ran_has_no_times(library, workers):
+    pool = NativePool(library)
+    words = Words(1, 0, 0)
+    ticket = move(pool, words, 0, 1, flag=words.at(2), value=1)
+    pool.close()
+    assert not ticket.drain() and ticket.times() is None
+
+
 def test_results_in_any_order_and_more_than_once(pool):
     words, calls = Words(5, 0), []
 

@@ -33,6 +33,18 @@ def test_a_result_comes_back_from_another_thread(workers):
     assert ticket.wait() == (total, thread) and ticket.done()
 
 
+def test_a_job_tells_when_it_ran(workers):
+    gate = threading.Event()
+    submitted, ticket = time.perf_counter_ns(), workers.submit(gate.wait, 30)
+    assert ticket.times() is None
+    gate.set()
+    ticket.wait()
+    begin, end = ticket.times()
+    assert submitted <= begin <= end <= time.perf_counter_ns()
+    failed = workers.submit(fail, ValueError())
+    assert not failed.drain() and len(failed.times()) == 2
+
+
 def test_submitting_does_not_wait(workers):
     gate = threading.Event()
     ticket = workers.submit(gate.wait, 30)
