@@ -115,14 +115,14 @@ def test_a_timeline_has_the_streams_of_both(kernels, tmp_path, name):
     options = {"budget": 24, "block_size": 8, "window": 8, "resident": 16, "recall": 1} | SETTINGS[name]
     model = spread(llama())
     with torch.no_grad(), FakeDevices(), scout_hf.patch(model, **options) as handle:
-        with handle.trace(tmp_path / "step.json", steps=12) as trace:
-            go(model, handle.new_cache(), left_padded(0, 0), 12, 20)
+        with handle.trace(tmp_path / "step.json", steps=6) as trace:
+            go(model, handle.new_cache(), left_padded(0, 0), 9, 20)
     for number in range(2):
         lane = [span for span in trace.spans if span.lane == f"GPU {number}"]
         assert {span.layer for span in lane if span.kind == "layer"} == {2 * number, 2 * number + 1}
         assert {"ahead", "attend", "settle"} <= {span.kind for span in lane}
         assert all(span.begin <= span.end for span in lane)
-    assert len([span for span in trace.spans if span.kind == "device"]) == 12
+    assert len([span for span in trace.spans if span.kind == "device"]) == 6
     shares = [span for span in trace.spans if (span.lane, span.kind) == ("CPU pool", "attention")]
     assert bool(shares) == (name != "dense") and all(span.layer is not None for span in shares)
     copies = {span.lane for span in trace.spans if span.kind == "copy"}

@@ -124,6 +124,10 @@ int wait_for(World& world, Random& random, int64_t ticket) {
     outcome = scout_pool_wait(world.pool, ticket, below(random, 3) ? below(random, 3000) : -1);
   } while (outcome == 0);
   require(scout_pool_done(world.pool, ticket) == outcome, "wait and done disagree");
+  int64_t times[2];
+  const bool known = scout_pool_times(world.pool, ticket, times);
+  require(known == (outcome == 1), "a job that ran has no times, or one that was dropped has some");
+  require(!known || (0 < times[0] && times[0] <= times[1]), "a job ended before it began");
   return outcome;
 }
 
