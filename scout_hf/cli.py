@@ -205,6 +205,49 @@ def trace(
         run(out, model, context, method, options, steps, device, seed)
 
 
+@app.command("plan")
+def plan_command(
+    model: Annotated[
+        str, typer.Option(help="A name such as llama-3-8b, or a config.json, or its folder.")
+    ] = "llama-3-8b",
+    gpu: Annotated[str, typer.Option(help="A name such as h100; --machine for others.")] = "h100",
+    context: Annotated[int, typer.Option(min=1, help="Tokens.")] = 65536,
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 8,
+    budget: Annotated[int, typer.Option(min=1, help="Tokens attended per step and layer.")] = 2048,
+    block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 32,
+    link: Annotated[float | None, typer.Option(help="Host to device, GB/s.")] = None,
+    dram: Annotated[float | None, typer.Option(help="GB/s of KV that the CPU attends.")] = None,
+    device_gib: Annotated[float | None, typer.Option(help="Memory of the GPU.")] = None,
+    host_gib: Annotated[float | None, typer.Option(help="Memory of the host.")] = None,
+    layer_us: Annotated[
+        float | None, typer.Option(help="Launches per layer, in microseconds; 20 in one graph.")
+    ] = None,
+    cpu_ratio: Annotated[float, typer.Option(min=0, max=1, help="CPU's share of scout's chosen blocks.")] = 0.1,
+    machine: Annotated[Path | None, typer.Option(help="Constants that --measure wrote.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Read the constants off this machine.")] = False,
+    check: Annotated[Path | None, typer.Option(help="A benchmark's JSON to hold predictions against.")] = None,
+    out: Annotated[Path, typer.Option(help="Where --measure writes.")] = Path("machine.json"),
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch, for --measure.")] = None,
+) -> None:
+    """Will it fit, will it pay: memory, step time and break-even of every method, on machines one does not have."""
+    with _evaluation(threads):
+        from scout_hf.eval.plan import command
+
+        given = {
+            "link_gbps": link,
+            "cpu_gbps": dram,
+            "device_gib": device_gib,
+            "host_gib": host_gib,
+            "layer_us": layer_us,
+        }
+        if measure:
+            command.measure(out, _tell)
+        elif check:
+            command.check(check, machine)
+        else:
+            command.show(model, gpu, machine, given, (context, batch, budget, block_size, cpu_ratio))
+
+
 @app.command()
 def report(
     results: Annotated[list[Path], typer.Argument(metavar="[RESULTS]...", help="JSON files, or folders of them.")] = [  # noqa: B006

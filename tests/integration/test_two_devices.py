@@ -1,144 +1,158 @@
-"""A model with layers on two GPUs (accelerate's device_map), here two fakes: every layer's part on its own device."""
+"""A model whose layers accelerate has spread over two GPUs, here two fakes: every layer's part on its own device."""
 
 from __future__ import annotations
+
+import contextlib
+import copy
 
 import pytest
 import torch
 from transformers import DynamicCache
 
 pytest.importorskip("triton")
+accelerate = pytest.importorskip("accelerate")
 
 import scout_hf  # noqa: E402
 from scout_hf.methods import two_tiers, two_tiers_triton  # noqa: E402
+from scout_hf.methods.two_tiers_triton import TritonScout  # noqa: E402
+from scout_hf.selection.table import DigestTable  # noqa: E402
+from scout_hf.step import Step  # noqa: E402
 from scout_hf.stores.staging import Staging  # noqa: E402
-from tests.fake_devices import FakeDevices, MixedDevices, OnDevice, install  # noqa: E402
-from tests.integration.common import left_padded, llama, prompt  # noqa: E402
+from tests.fake_cuda import Event, Stream, install, use_kernels, use_references  # noqa: E402
+from tests.fake_devices import FakeDevices, MixedDevices, OnDevice, unwrapped  # noqa: E402
+from tests.integration.common import EXACT, LOSSY, assert_close, left_padded, llama, prompt, run  # noqa: E402
 from tests.libraries import ISAS  # noqa: E402
 
-DEVICES = [torch.device("cuda:0"), torch.device("cuda:1")]
+FIRST, SECOND = torch.device("cuda:0"), torch.device("cuda:1")
+CPU = torch.device("cpu")
+INPUTS = {"rows": left_padded(0, 0), "padded": left_padded(0, 13)}
 
 
-def spread(model):
-    """Embeddings, head and the first two layers on one device, the others on the next; hidden states move between."""
-    inner = model.model
-    parts = {
-        0: [inner.embed_tokens, inner.norm, inner.rotary_emb, model.lm_head, *inner.layers[:2]],
-        1: inner.layers[2:],
-    }
-    for index, modules in parts.items():
-        for module in modules:
-            for child in module.modules():
-                for name, weight in [*child._parameters.items(), *child._buffers.items()]:
-                    if weight is not None:
-                        moved = OnDevice(weight.detach(), DEVICES[index])
-                        if name in child._parameters:
-                            moved = torch.nn.Parameter(moved, requires_grad=False)
-                            child._parameters[name] = moved
-                        else:
-                            child._buffers[name] = moved
-    for index, module in [*((i // 2, layer) for i, layer in enumerate(inner.layers)), (0, inner.norm)]:
-        module.register_forward_pre_hook(lambda module, args, kwargs, index=index: move((args, kwargs), DEVICES[index]),
-                                         with_kwargs=True)  # fmt: skip
-    return model
+def place(layer: int) -> torch.device:
+    """Two layers on the first device, the others on the second."""
+    return FIRST if layer < 2 else SECOND
 
 
-def move(given, device):
-    """What accelerate's hooks do before a layer."""
-    return torch.utils._pytree.tree_map(lambda each: each.to(device) if isinstance(each, OnDevice) else each, given)
+LAST = {"model.norm": "cuda:1", "lm_head": "cuda:1"}
+HALVES = {"model.embed_tokens": "cuda:0", "model.rotary_emb": "cuda:0"} | LAST
+HALVES |= {f"model.layers.{layer}": str(place(layer)) for layer in range(4)}
+"""As ``from_pretrained(device_map="auto")`` spreads a model: what comes last is where the last layers are."""
+
+
+def spread(model, places):
+    skipped = model._skip_keys_device_placement
+    return accelerate.dispatch_model(model, places, main_device="cuda:0", skip_keys=skipped)
+
+
+def there(tensor):
+    """Where generate() has inputs: on the model's first device."""
+    return OnDevice(tensor, FIRST)
 
 
 @pytest.fixture
-def kernels(monkeypatch):
-    launched = []
-    kernels = install(monkeypatch, launched)
-    monkeypatch.setattr("scout_hf.kernels.device._load", lambda: kernels)
-    kernels.launched = launched
-    return kernels
+def cuda(monkeypatch):
+    return install(monkeypatch)
 
 
-def there(tensor, device=DEVICES[0]):
-    return OnDevice(tensor, device)
+@pytest.fixture
+def kernels(monkeypatch, cuda):
+    return use_references(monkeypatch, cuda)
 
 
-def go(model, cache, inputs, steps, chunk):
-    """Logits of a prompt, of decode steps, and of a next turn; inputs and outputs on the first device."""
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    on = (lambda each: each) if cache is None or not isinstance(cache, scout_hf.ScoutCache) else there
-    found = []
+@contextlib.contextmanager
+def patched(places=HALVES, overrides=None, **options):
+    with torch.no_grad(), FakeDevices():
+        model = spread(llama(**overrides or {}), places)
+        with scout_hf.patch(model, **options) as handle:
+            yield handle
 
-    def forward(new):
+
+def go(model, cache, inputs, there=lambda tensor: tensor):
+    """Last logits of a prompt, of decode steps, of a longer turn, and after all that can be done to a cache."""
+    mask, found = inputs["attention_mask"], []
+
+    def forward(new, cache):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -new.shape[1] :]
+        given = {"input_ids": new, "attention_mask": mask, "position_ids": positions}
+        given = {name: there(part) for name, part in given.items()}
+        found.append(unwrapped(model(**given, past_key_values=cache, use_cache=True).logits)[:, -1])
+
+    def more(tokens, cache=cache):
         nonlocal mask
-        held = mask.shape[1] - new.shape[1]
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, held:]
-        given = {"attention_mask": on(mask), "position_ids": on(positions), "past_key_values": cache}
-        out = model(input_ids=on(new), **given, use_cache=True).logits
-        found.append((out.held if isinstance(out, OnDevice) else out)[:, -1])
-
-    forward(ids)
-    for step in range(steps + 1):
-        new = prompt(len(ids), chunk if step == steps else 1, seed=step)
+        new = prompt(len(mask), tokens, seed=mask.shape[1])
         mask = torch.cat([mask, torch.ones_like(new)], dim=1)
-        forward(new)
-    return torch.stack(found)
+        forward(new, cache)
+
+    forward(inputs["input_ids"], cache)
+    for tokens in (1,) * 10 + (20, 1):
+        more(tokens)
+    cache.crop(-27)
+    mask = mask[:, :-27]
+    for tokens in (1, 1):
+        more(tokens)
+    cache.reorder_cache(there(torch.tensor([1, 0])))
+    mask = mask[[1, 0]]
+    for tokens in (1, 9, 1):
+        more(tokens)
+    cache.batch_select_indices(there(torch.tensor([1])))
+    mask, twin = mask[1:], copy.deepcopy(cache)
+    before = mask
+    for each in (twin, cache):
+        mask = before
+        for tokens in (1, 1):
+            more(tokens, each)
+    return torch.cat(found)
 
 
+TIERS = {"block_size": 8, "window": 8, "resident": 16}
+TRITON = TIERS | {"gpu_kernels": "triton", "layer_ahead": False}
 SETTINGS = {
-    "kernels, join": {"gpu_kernels": "triton", "hand_over": "join"},
-    "kernels, selected ahead": {"gpu_kernels": "triton", "layer_ahead": True, "cpu_query": "real", "budget": 4096},
-    **({"kernels, flags": {"gpu_kernels": "triton", "hand_over": "flags"}} if ISAS else {}),
-    "torch": {"gpu_kernels": "torch"},
-    "dense": {"method": "dense"},
-    "infinigen": {"method": "infinigen"},
-    "hgca": {"method": "hgca", "method_options": {"threshold": 0}},
-    "kvpr": {"method": "kvpr", "method_options": {"share": 0.5}},
+    "kernels, join": TRITON | {"hand_over": "join"},
+    "kernels, selected ahead": TRITON | {"layer_ahead": True, "cpu_query": "real", "budget": 4096},
+    "kernels, share of the context": TRITON | {"budget": 0.999, "digest": "minmax", "recall": 1},
+    **({"kernels, flags": TRITON | {"hand_over": "flags"}} if ISAS else {}),
+    "torch": TIERS | {"gpu_kernels": "torch", "layer_ahead": False, "recall": 1},
+    "torch, selected ahead": TIERS | {"gpu_kernels": "torch", "layer_ahead": True, "cpu_query": "real"},
+    "dense": TIERS | {"method": "dense"},
+    "infinigen": TIERS | {"method": "infinigen"},
+    "hgca": TIERS | {"method": "hgca", "method_options": {"threshold": 0}},
+    "kvpr": TIERS | {"method": "kvpr", "method_options": {"share": 0.5}},
+    "kvpr, inputs on the device": TIERS | {"method": "kvpr", "method_options": {"share": 0.5, "inputs": "device"}},
 }
 
 
-@pytest.mark.parametrize("inputs", [left_padded(0, 0), left_padded(0, 13)], ids=["rows", "padded"])
-@pytest.mark.parametrize("name", SETTINGS)
-def test_layers_on_two_devices(kernels, name, inputs):
-    options = {"budget": None, "layer_ahead": False, "block_size": 8, "window": 8, "resident": 16} | SETTINGS[name]
+@pytest.fixture(scope="module")
+def expected():
+    """What the stock model does on one CPU."""
     with torch.no_grad():
-        stock = llama()
-        expected = go(stock, DynamicCache(config=stock.config), inputs, 12, 20)
-        model = spread(llama())
-        with FakeDevices(), scout_hf.patch(model, **options) as handle:
-            cache = handle.new_cache()
-            got = go(model, cache, inputs, 12, 20)
-            for layer in cache.layers:
-                check_places(layer.method, DEVICES[layer.layer_idx // 2])
-    assert (got - expected).abs().max() <= 3e-6
+        return {name: go(model, DynamicCache(config=model.config), inputs) for name, inputs in INPUTS.items()
+                for model in [llama()]}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["kernels, join", "kernels, flags", "torch", "dense"] if ISAS else ["torch", "dense"])
-def test_a_timeline_has_the_streams_of_both(kernels, tmp_path, name):
-    options = {"budget": 24, "block_size": 8, "window": 8, "resident": 16, "recall": 1} | SETTINGS[name]
-    model = spread(llama())
-    with torch.no_grad(), FakeDevices(), scout_hf.patch(model, **options) as handle:
-        with handle.trace(tmp_path / "step.json", steps=6) as trace:
-            go(model, handle.new_cache(), left_padded(0, 0), 9, 20)
-    for number in range(2):
-        lane = [span for span in trace.spans if span.lane == f"GPU {number}"]
-        assert {span.layer for span in lane if span.kind == "layer"} == {2 * number, 2 * number + 1}
-        assert {"ahead", "attend", "settle"} <= {span.kind for span in lane}
-        assert all(span.begin <= span.end for span in lane)
-    assert len([span for span in trace.spans if span.kind == "device"]) == 6
-    shares = [span for span in trace.spans if (span.lane, span.kind) == ("CPU pool", "attention")]
-    assert bool(shares) == (name != "dense") and all(span.layer is not None for span in shares)
-    copies = {span.lane for span in trace.spans if span.kind == "copy"}
-    wanted = {"kernels, join": "GPU 1 write-back", "kernels, flags": "GPU 1 recall"}
-    assert wanted.get(name, "copies") in copies
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_layers_on_two_devices(cuda, kernels, expected, name, inputs):
+    with patched(**{"budget": None} | SETTINGS[name]) as handle:
+        cache = handle.new_cache()
+        got = go(handle.model, cache, INPUTS[inputs], there)
+        for layer in cache.layers:
+            check_places(layer.method, place(layer.layer_idx))
+        assert all(stream.device == device for (device, _), stream in handle._links._streams.items())
+    assert (got - expected[inputs]).abs().max() <= 3e-6
+    assert name.startswith("kernels") == bool(cuda.launched)
+    if cuda.launched:
+        check_launches(cuda)
 
 
 def check_places(method, device):
-    """Everything that a method keeps on a device is on that one."""
+    """Everything that a method keeps on a device is on that one, and its work was on streams of that one."""
     seen, todo, found = set(), [method], set()
     while todo:
         thing = todo.pop()
         if id(thing) in seen or isinstance(thing, (str, int, float, type, Staging)):
             continue  # staging memory is the whole cache's
         seen.add(id(thing))
-        if isinstance(thing, torch.Tensor):
+        if isinstance(thing, (torch.Tensor, Stream, Event)):
             found.add(thing.device)
         elif isinstance(thing, dict):
             todo += thing.values()
@@ -146,30 +160,163 @@ def check_places(method, device):
             todo += thing
         elif type(thing).__module__.startswith("scout_hf") and hasattr(thing, "__dict__"):
             todo += vars(thing).values()
-    assert device in found and found <= {device, torch.device("cpu")}
+    assert device in found and found <= {device, CPU}
+    assert all(part.device == device for part in method.kv.tail())
+    if isinstance(method, TritonScout):
+        slots = method.resident
+        mine = [slots.keys, slots.values, slots.ids, slots.slot_of, method._pages, method._hand_over.mail.number]
+        if method.selector.blocks:
+            mine.append(method.selector.table.codes())
+        assert {part.device for part in mine} == {device}
+        assert method._written._event.device == method._recalled._event.device == device
 
 
-@pytest.mark.parametrize("kind", ["slots", "tail"])
-def test_memory_on_the_wrong_device_is_seen(kernels, monkeypatch, kind):
-    if kind == "slots":
-        real = two_tiers_triton.MappedSlots
-        monkeypatch.setattr(two_tiers_triton, "MappedSlots", lambda *sizes: real(*sizes[:-1], DEVICES[0]))
-    else:
-        real = two_tiers.TwoTierKV
-        monkeypatch.setattr(two_tiers, "TwoTierKV", lambda *sizes: real(*sizes[:5], DEVICES[0], *sizes[6:]))
-    model = spread(llama())
-    options = {"budget": None, "layer_ahead": False, "block_size": 8, "window": 8, "resident": 16}
-    with torch.no_grad(), FakeDevices(), scout_hf.patch(model, **options, gpu_kernels="triton") as handle:
+def check_launches(cuda):
+    """Either device has done as much; recalls went beside, all else did not."""
+    for device in (FIRST, SECOND):
+        mine = [launch for launch in cuda.launched if launch.device == device]
+        assert len(mine) == len(cuda.launched) / 2
+        beside = [launch for launch in mine if launch.stream is not cuda.main[device]]
+        assert {launch.name for launch in beside} == {"copy_blocks"}
+        assert {launch.stream.device for launch in mine} == {device}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("kind", ["triton", "torch"])
+def test_generate(kernels, kind, options):
+    stock = run(llama(), INPUTS["padded"], **options)
+    with patched(**EXACT | TIERS, gpu_kernels=kind) as handle:
+        got = run(handle.model, {name: there(part) for name, part in INPUTS["padded"].items()}, **options)
+    assert_close(plain(got), stock)
+
+
+def plain(output):
+    """What was generated, off the devices."""
+    for name in ("sequences", "logits"):
+        output[name] = unwrapped(output[name])
+    return output
+
+
+WAYS = ["join", "flags"] if ISAS else ["join"]
+SMALL = LOSSY | {"split": "auto", "digest": "minmax", "gpu_kernels": "triton"}
+SPARSE = {"recall": LOSSY, "seldom": LOSSY | {"recall": 0.4}, "auto": LOSSY | {"cpu_query": "auto", "recall": 3}}
+
+
+@pytest.mark.parametrize("way", ["torch", *WAYS])
+@pytest.mark.parametrize("case", SPARSE)
+def test_what_is_chosen_is_what_one_cpu_chooses(cuda, kernels, case, way):
+    """Selection, prediction from the device before, recall and trust do not depend on where layers are."""
+    how = {"gpu_kernels": "torch"} if way == "torch" else {"gpu_kernels": "triton", "hand_over": way}
+    options = SPARSE[case] | {"digest": "minmax"}
+    with scout_hf.patch(llama(), **options, gpu_kernels="torch") as handle:
+        one = run(handle.model, INPUTS["padded"], new=12)
+        expected = handle.stats()
+    with patched(**options | {"split": "auto"} | how) as handle:
+        got = run(handle.model, {name: there(part) for name, part in INPUTS["padded"].items()}, new=12)
+        stats = handle.stats()
+    assert_close(plain(got), one, 2e-5)
+    assert [layer.recalled_blocks for layer in stats.layers] == [layer.recalled_blocks for layer in expected.layers]
+    if case == "recall":
+        assert all(layer.recalled_blocks for layer in stats.layers)
+
+
+EMBEDDED_APART = {"model.embed_tokens": "cuda:0", "model.rotary_emb": "cuda:0", "model.layers": "cuda:1"} | LAST
+HEAD_APART = {"model": "cuda:0", "lm_head": "cuda:1"}
+
+
+@pytest.mark.parametrize("places", [HALVES, EMBEDDED_APART], ids=["layers apart", "embeddings apart"])
+def test_steps_over_two_devices_are_not_captured(kernels, monkeypatch, expected, places):
+    monkeypatch.setattr("scout_hf.graph.CudaGraph", None)
+    with patched(places, **TRITON, budget=None, hand_over="graph") as handle:
+        got = go(handle.model, handle.new_cache(), INPUTS["rows"], there)
+    assert (got - expected["rows"]).abs().max() <= 3e-6
+
+
+@pytest.mark.skipif(not ISAS, reason="without the native library nothing is captured")
+def test_steps_of_a_decoder_on_one_device_are(kernels, monkeypatch):
+    """Accelerate has wrapped the decoder's forward here; settings of its config still keep it from being captured."""
+    monkeypatch.setattr("scout_hf.graph.CudaGraph", None)
+    given = {name: there(part) for name, part in INPUTS["rows"].items()}
+    options = TRITON | {"budget": None, "hand_over": "graph"}
+    with patched(HEAD_APART, {"output_hidden_states": True}, **options) as handle:
+        run(handle.model, given)
+    with patched(HEAD_APART, **options) as handle, pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        run(handle.model, given)
+
+
+def test_the_monitor_looks_at_both_devices(kernels):
+    with patched(**SMALL, monitor=1.0) as handle:
+        run(handle.model, {name: there(part) for name, part in INPUTS["padded"].items()}, new=3)
+        for layer in handle.stats().layers:
+            assert layer.fidelity.samples > 0 == layer.fidelity.skipped
+
+
+def test_a_trace_has_both_devices(kernels, tmp_path):
+    pytest.importorskip("matplotlib")
+    with patched(**TRITON, budget=None) as handle:
+        with handle.trace(tmp_path / "step.json") as trace:
+            run(handle.model, {name: there(part) for name, part in INPUTS["rows"].items()}, new=4)
+    assert {span.layer for span in trace.spans if span.lane.startswith("GPU")} >= set(range(4))
+
+
+def launch_all(way):
+    with patched(**SMALL, hand_over=way) as handle:
+        given = {"input_ids": there(prompt(1, 47)), "attention_mask": there(torch.ones(1, 47, dtype=torch.int64))}
+        return run(handle.model, given, new=3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.parametrize("way", WAYS)
+def test_kernels_are_launched_where_their_tensors_are(monkeypatch, cuda, way):
+    """Triton launches on the current device, which neither accelerate nor transformers sets."""
+    use_kernels(monkeypatch, cuda)
+    got = launch_all(way)
+    with scout_hf.patch(llama(), **LOSSY, digest="minmax") as handle:
+        assert_close(plain(got), run(handle.model, prompt(1, 47), new=3), 2e-5)
+    names = {device: {launch.name for launch in cuda.launched if launch.device == device} for device in (FIRST, SECOND)}
+    usual = {"_attend", "_merge", "_choose", "_plan", "_copy", "_adopt", "_encode_bounds", "_score_minmax"}
+    assert names[FIRST] == names[SECOND] == usual | ({"_post", "_wait"} if way == "flags" else set())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+def test_a_launch_on_the_wrong_device_is_seen(monkeypatch, cuda):
+    use_kernels(monkeypatch, cuda)
+    monkeypatch.setattr("scout_hf.kernels.triton.attend.on_device_of", lambda tensor: contextlib.nullcontext())
+    with pytest.raises(MixedDevices, match="launched on cuda:0 for tensors on cuda:1"):
+        launch_all("join")
+
+
+def on_first(monkeypatch, owner, name, at):
+    """Whatever is made there is made on the first device."""
+    real = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args: real(*args[:at], FIRST, *args[at + 1 :]))
+
+
+PLANTED = {
+    "slots": lambda patch: on_first(patch, two_tiers_triton, "MappedSlots", 6),
+    "tail": lambda patch: on_first(patch, two_tiers, "TwoTierKV", 5),
+    "mask": lambda patch: on_first(patch, Step, "padding", 1),
+    "length": lambda patch: on_first(patch, Step, "length", 1),
+    "codes": lambda patch: on_first(patch, DigestTable, "grow", 3),
+    "streams": lambda patch: on_first(patch, torch.cuda, "Stream", 0),
+    "pages": lambda patch: patch.setattr(TritonScout, "__init__", then_pages_on_first(TritonScout.__init__)),
+    "pinned slabs": lambda patch: patch.setattr("scout_hf.stores.memory._pin", lambda address, size: None),
+    "mailboxes": lambda patch: patch.setattr("tests.fake_devices.Pinned.add", lambda tensor: tensor),
+}  # fmt: skip
+
+
+def then_pages_on_first(real):
+    def init(self, *args):
+        real(self, *args)
+        self._pages = self._pages.to(FIRST)
+
+    return init
+
+
+@pytest.mark.parametrize("what", PLANTED)
+def test_what_is_in_the_wrong_place_is_seen(monkeypatch, kernels, what):
+    """That the tests above can fail."""
+    PLANTED[what](monkeypatch)
+    with patched(**TRITON | {"budget": 0.999, "digest": "minmax", "recall": 1}) as handle:
         with pytest.raises(MixedDevices):
-            go(model, handle.new_cache(), left_padded(0, 0), 2, 20)
-
-
-def test_mixing_devices_is_seen():
-    with FakeDevices():
-        one, other = (there(torch.ones(3), device) for device in DEVICES)
-        assert (one + one).device == DEVICES[0] and torch.zeros(2, device="cuda:1").device == DEVICES[1]
-        with pytest.raises(MixedDevices):
-            one + other
-        with pytest.raises(MixedDevices):
-            one + torch.ones(3)
-        assert (one + other.to(DEVICES[0])).device == DEVICES[0]
+            go(handle.model, handle.new_cache(), INPUTS["padded"], there)
