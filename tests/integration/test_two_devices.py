@@ -251,12 +251,25 @@ def test_the_monitor_looks_at_both_devices(kernels):
             assert layer.fidelity.samples > 0 == layer.fidelity.skipped
 
 
-def test_a_trace_has_both_devices(kernels, tmp_path):
-    pytest.importorskip("matplotlib")
-    with patched(**TRITON, budget=None) as handle:
-        with handle.trace(tmp_path / "step.json") as trace:
-            run(handle.model, {name: there(part) for name, part in INPUTS["rows"].items()}, new=4)
-    assert {span.layer for span in trace.spans if span.lane.startswith("GPU")} >= set(range(4))
+TIMELINES = ["kernels, join", *(["kernels, flags"] if ISAS else []), "torch", "dense"]
+
+
+@pytest.mark.parametrize("name", TIMELINES)
+def test_a_timeline_has_the_streams_of_both(kernels, tmp_path, name):
+    with patched(**SETTINGS[name] | {"budget": 24, "layer_ahead": True, "recall": 1}) as handle:
+        with handle.trace(tmp_path / "step.json", steps=6) as trace:
+            run(handle.model, {key: there(part) for key, part in INPUTS["rows"].items()}, new=10)
+    for number in range(2):
+        lane = [span for span in trace.spans if span.lane == f"GPU {number}"]
+        assert {span.layer for span in lane if span.kind == "layer"} == {2 * number, 2 * number + 1}
+        assert {"ahead", "attend", "settle"} <= {span.kind for span in lane}
+        assert all(span.begin <= span.end for span in lane)
+    assert len([span for span in trace.spans if span.kind == "device"]) == 6
+    shares = [span for span in trace.spans if (span.lane, span.kind) == ("CPU pool", "attention")]
+    assert bool(shares) == (name != "dense") and all(span.layer is not None for span in shares)
+    copies = {span.lane for span in trace.spans if span.kind == "copy"}
+    wanted = {"kernels, join": "GPU 1 write-back", "kernels, flags": "GPU 1 recall"}
+    assert wanted.get(name, "copies") in copies
 
 
 def launch_all(way):

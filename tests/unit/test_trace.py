@@ -14,7 +14,7 @@ from scout_hf.eval.timeline import parts
 from scout_hf.trace import COPIES, LINK, MAIN, POOL, SLOW_CPU, Span, Trace, Tracer
 from scout_hf.trace_device import DeviceClocks
 from scout_hf.trace_files import check_path, lanes_of, trace_events, whole_file, write
-from tests.fake_devices import Event, Stream
+from tests.fake_cuda import Event, Stream
 
 US, MS = 1000, 1_000_000
 
