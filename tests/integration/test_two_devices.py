@@ -236,19 +236,11 @@ def test_steps_over_two_devices_are_not_captured(kernels, monkeypatch, expected,
 def test_steps_of_a_decoder_on_one_device_are(kernels, monkeypatch):
     """Accelerate has wrapped the decoder's forward here; settings of its config still keep it from being captured."""
     monkeypatch.setattr("scout_hf.graph.CudaGraph", None)
-    given = {name: there(part) for name, part in INPUTS["rows"].items()}
     options = TRITON | {"budget": None, "hand_over": "graph"}
     with patched(HEAD_APART, {"output_hidden_states": True}, **options) as handle:
-        run(handle.model, given)
+        go(handle.model, handle.new_cache(), INPUTS["rows"], there)
     with patched(HEAD_APART, **options) as handle, pytest.raises(TypeError, match="'NoneType' object is not callable"):
-        run(handle.model, given)
-
-
-def test_the_monitor_looks_at_both_devices(kernels):
-    with patched(**SMALL, monitor=1.0) as handle:
-        run(handle.model, {name: there(part) for name, part in INPUTS["padded"].items()}, new=3)
-        for layer in handle.stats().layers:
-            assert layer.fidelity.samples > 0 == layer.fidelity.skipped
+        go(handle.model, handle.new_cache(), INPUTS["rows"], there)
 
 
 TIMELINES = ["kernels, join", *(["kernels, flags"] if ISAS else []), "torch", "dense"]
