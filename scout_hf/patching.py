@@ -26,6 +26,7 @@ from scout_hf.monitor import Monitor
 from scout_hf.patches import family_of
 from scout_hf.profiling import profile_recall
 from scout_hf.recall import RecallIntervals
+from scout_hf.restart import PREPARE_INPUTS, RestartingInputs
 from scout_hf.selfcheck import check_unknown_family
 from scout_hf.step import Inputs, Step, active_step, set_active_step
 from scout_hf.stores.link import Links
@@ -110,6 +111,7 @@ class Handle:
         self._hooks: list[Any] = []
         self._implementations: list[tuple[Any, str | None]] = []
         self._prepare_before: Any = None
+        self._inputs_before: Any = None
         self._forward_before: Any = None
 
     # -- what a user calls --------------------------------------------------------------------------------------
@@ -212,6 +214,8 @@ class Handle:
             self._decoder.__dict__["forward"] = StepGraphs(self._decoder.forward, self._decoder.config)
         self._prepare_before = self.model.__dict__.get(PREPARE)
         self.model.__dict__[PREPARE] = self._prepare_cache
+        self._inputs_before = self.model.__dict__.get(PREPARE_INPUTS)
+        self.model.__dict__[PREPARE_INPUTS] = RestartingInputs(getattr(self.model, PREPARE_INPUTS))
         self.model.__dict__[HANDLE] = self
 
     def _uninstall(self) -> None:
@@ -230,9 +234,10 @@ class Handle:
             if self._forward_before is not None:
                 self._decoder.__dict__["forward"] = self._forward_before
         if self.model.__dict__.pop(HANDLE, None) is not None:
-            del self.model.__dict__[PREPARE]
-            if self._prepare_before is not None:
-                self.model.__dict__[PREPARE] = self._prepare_before
+            for name, before in ((PREPARE, self._prepare_before), (PREPARE_INPUTS, self._inputs_before)):
+                del self.model.__dict__[name]
+                if before is not None:
+                    self.model.__dict__[name] = before
         self._monitor.close()
         for device in {weight.device for weight in self._decoder.parameters() if weight.is_cuda}:
             torch.cuda.synchronize(device)  # jobs that a stream still waits for must not be dropped

@@ -28,9 +28,9 @@ class KVPR(Dense):
     Inputs are half as large as the KV of a model without GQA, and come first; while KV of the other tokens crosses, the
     device computes. ``l`` is chosen per layer and step so that both take equally long, from the rates of the link and
     the layer, measured when the prompt is in and on a CPU in every step. Where inputs are no smaller than KV (two or
-    more query heads per KV head) nothing can be gained: ``l`` is 0, which ``stats().notes`` tells, and the method is
-    ``dense``. It also is where a layer's keys are not what its inputs make (dynamic rotary embeddings, tokens from
-    outside a forward pass).
+    more query heads per KV head) nothing can be gained: ``l`` is 0, which ``stats().notes`` tells, no inputs are kept,
+    and the method is ``dense``. It also is where a layer's keys are not what its inputs make (dynamic rotary
+    embeddings, tokens from outside a forward pass).
 
     ``method_options``: ``inputs`` ("host"; "device" keeps them there, at the price of its memory, and needs no link
     for them), ``share`` (None; a float in [0, 1] fixes ``l`` as that share of the tokens on the host), ``heads`` as
@@ -44,6 +44,7 @@ class KVPR(Dense):
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
         super().__init__(config, layer_idx, keys)
         self.inputs: LayerInputs | None = None
+        self._against: str | None = None  # why no inputs are kept
         self._rates: Rates | None = None
         self._split = 0
         self._apart = 0.0  # seconds of this attention that were waited or computed anew
@@ -77,8 +78,10 @@ class KVPR(Dense):
         # A layer may be entered from another device than its own.
         hidden = hidden.to(self.kv.device)
         if self.inputs is None:
-            on_host = self.settings["inputs"] == "host"
-            self.inputs = LayerInputs(hidden, self.config.block_size, on_host)
+            self._against = self._against or self._cannot_pay(hidden)
+            if self._against is not None:
+                return
+            self.inputs = LayerInputs(hidden, self.config.block_size, self.settings["inputs"] == "host")
         self.inputs.append(hidden, position_ids, first)
         self.inputs.write_back(self.kv.host.length)
 
@@ -91,8 +94,12 @@ class KVPR(Dense):
 
     def prefilled(self, step, query: torch.Tensor) -> None:
         known = self.inputs is not None and self.inputs.blocks and self.kv.host.blocks
-        if self._rates is None and known and self._can_pay(step):
+        if self._rates is None and known:
             self._rates = self._measure(step)
+            if self._rates is None:
+                self.inputs = None
+        if self._against is not None:
+            step.counters.note("kvpr", self._against)
 
     def attend(self, step, query: torch.Tensor) -> Partial:
         self._apart = 0.0
@@ -198,22 +205,19 @@ class KVPR(Dense):
         split = best_split(self._rates, self.kv.host.length, known * self.config.block_size)
         return split // self.config.block_size
 
-    def _sizes(self) -> tuple[int, int]:
+    def _sizes(self, hidden_size: int, dtype: torch.dtype) -> tuple[int, int]:
         """Bytes of a row's token that cross the link: as inputs, and as keys and values."""
-        item = self.dtype.itemsize
-        inputs = self.inputs.hidden_size * self.inputs.dtype.itemsize if self.inputs.on_host else 0
-        return inputs, 2 * self.kv_heads * self.kv.host.head_dim * item
+        inputs = hidden_size * dtype.itemsize if self.settings["inputs"] == "host" else 0
+        return inputs, 2 * self.kv_heads * self.kv.host.head_dim * self.dtype.itemsize
 
-    def _can_pay(self, step) -> bool:
-        inputs, kv = self._sizes()
+    def _cannot_pay(self, hidden: torch.Tensor) -> str | None:
+        inputs, kv = self._sizes(hidden.shape[2], hidden.dtype)
         if inputs < kv or self.settings["share"] is not None:
-            return True
-        step.counters.note(
-            "kvpr",
+            return None
+        return (
             f"nothing is computed anew: the inputs of a token ({inputs} bytes) are no smaller than its keys and values "
-            f"({kv} bytes), as in every model with two or more query heads per KV head",
+            f"({kv} bytes), as in every model with two or more query heads per KV head"
         )
-        return False
 
     def _measure(self, step) -> Rates | None:
         """What the link and the layer take per token; None where inputs do not make the keys that are stored."""
@@ -232,7 +236,7 @@ class KVPR(Dense):
         except ScoutError as error:
             reason = str(error)
         if reason is not None:
-            step.counters.note("kvpr", f"nothing is computed anew in layer {self.layer_idx}: {reason}")
+            self._against = f"nothing is computed anew in layer {self.layer_idx}: {reason}"
             return None
         seconds = []
         for _ in range(2):
@@ -248,7 +252,7 @@ class KVPR(Dense):
         self._synchronise()
         per_byte = (time.perf_counter() - begin) / coming.nbytes
         coming.give_back()
-        inputs, kv = (size * self.batch for size in self._sizes())
+        inputs, kv = (size * self.batch for size in self._sizes(self.inputs.hidden_size, self.inputs.dtype))
         return Rates(input_s=inputs * per_byte, kv_s=kv * per_byte, compute_s=min(seconds) / tokens)
 
     def _same(self, step, made: torch.Tensor, stored: torch.Tensor, tokens: int) -> bool:

@@ -292,6 +292,9 @@ def test_kvpr_chooses_to_compute_where_the_link_is_slow(inputs):
     none, stats = computed(2, 1e-4)
     if inputs == "host":
         assert none == 0 and "no smaller" in stats.notes[0]
+        with scout_hf.patch(llama(num_key_value_heads=2), method="dense", block_size=8) as handle:
+            run(handle.model, prompt(1, 120), new=4)
+            assert handle.stats().kv_bytes == stats.kv_bytes  # no inputs are kept
     else:
         assert none > 0  # what lies on the device needs no link
 
@@ -300,9 +303,13 @@ def test_kvpr_notices_what_it_cannot_make(monkeypatch):
     """Keys that are not what the inputs make: all KV comes over the link, and the note tells why."""
     model = llama(num_key_value_heads=8)
     expected = run(model, prompt(1, 90), new=6)
+    with scout_hf.patch(model, **EXACT_METHODS["dense"]) as handle:
+        run(model, prompt(1, 90), new=6)
+        dense_bytes = handle.stats().kv_bytes
     with scout_hf.patch(model, **EXACT_METHODS["kvpr"]) as handle:
         make = handle._keys_values
         monkeypatch.setattr(handle, "_keys_values", lambda *given: [part * 1.01 for part in make(*given)])
         assert_close(run(model, prompt(1, 90), new=6), expected)
         assert "do not make the keys" in handle.stats().notes[0]
+        assert handle.stats().kv_bytes == dense_bytes
         assert not handle._counters.sums["computed_anew"]

@@ -93,9 +93,9 @@ class TestInThisProcess:
     def test_a_file_that_is_none_of_ours(self, tmp_path, monkeypatch, content):
         path = tmp_path / "_scout_cpu.so"
         if content == "another version":
+            reason = f"has interface {library.ABI}, this code needs 1000000"
             monkeypatch.setattr(library, "ABI", 10**6)
             path = LIBRARY.path
-            reason = "has interface 3, this code needs 1000000"
         elif content == "another library":
             import _ctypes
 
