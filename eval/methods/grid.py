@@ -9,7 +9,7 @@ from scout_hf.eval.methods import ways
 
 SPEED, EQUAL, SCORE = "speed", "equal", "score"
 SCORE_ONLY = (ways.KVPRESS, "scout, one tier", *ways.PREDICTED.values())
-SPEED_ONLY = (ways.FOLDED,)
+SPEED_ONLY = (ways.FOLDED, *ways.SAME_ANSWERS)
 EXACT_WAYS = ("kvpr", "dense", "stock")
 MOST_ROWS = 16
 GIB = 2**30

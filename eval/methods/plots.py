@@ -9,8 +9,9 @@ from scout_hf.eval.bench.formats import short, three
 from scout_hf.eval.methods import paper, view
 from scout_hf.eval.methods.parts import PARTS
 from scout_hf.eval.methods.tables import widest
+from scout_hf.eval.methods.ways import STOCK
 
-ORDER = ("scout", "hgca", "infinigen", "kvpr", "dense", "stock", "stock folded", "stock offloaded", "stock quantized")
+ORDER = ("scout", "hgca", "infinigen, kept", "infinigen", "kvpr", "dense", *STOCK)
 ABLATION_NAMES = ("neither", "+ one layer ahead", "+ recall")
 PART_COLOURS = dict(zip(PARTS, ("#1f77b4", "#d62728", "#ff7f0e", "#9467bd", "#d9d9d9")))
 NOT_SWEPT = ("scout, neither", "scout, no recall", "scout, predicted, no recall")

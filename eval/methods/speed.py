@@ -17,6 +17,7 @@ import scout_hf
 from scout_hf.cache_names import CACHE
 from scout_hf.eval.bench import device as devices
 from scout_hf.eval.bench import drift, gpu_models, llama
+from scout_hf.eval.methods.drifting_tokens import DriftingInfiniGen
 from scout_hf.eval.methods.held import told
 from scout_hf.eval.methods.parts import taken_apart
 from scout_hf.eval.methods.ways import FOLDED, RANDOM, Missing, cache_maker, find
@@ -106,6 +107,7 @@ def measure(
     if 3.2 * need + SPARE_BYTES > psutil.virtual_memory().available:
         return {"oom": f"{need / 2**30:.1f} GiB of KV, several times in memory"}
     drift.settings_for(drift.correlation_for(drift_share, min(0.5, budget / context)), "auto" if on_device else "torch")
+    DriftingInfiniGen.share = drift_share
     handle = None
     if way.patched:
         options = way.options | {"block_size": block_size} | (emulation.options() if way.emulated else {})

@@ -8,6 +8,7 @@ from typing import Any
 from scout_hf.eval.bench.formats import new_table, short, three
 from scout_hf.eval.markdown import head, line
 from scout_hf.eval.methods import paper, view
+from scout_hf.eval.methods.ways import FOLDED, KEPT
 
 COMMAND = "scout-hf bench methods"
 COLUMNS = ("step ms", "x stock", "device MiB", "host MiB", "link MB", "wait ms", "CPU ms")
@@ -97,7 +98,7 @@ def _speed(record: dict[str, Any]) -> Iterator[str]:
     yield (
         f"{facts['cpu']}, {versions}, {settings['threads']} thread(s) for the model and as many for the CPU's share. "
         f"{model_of(record, place)}, {short(place.context)} tokens, batch {place.batch}, budget {settings['budget']}; "
-        f"{settings['drift']:.0%} of scout's chosen blocks change per step, synthetically. "
+        f"{settings['drift']:.0%} of the chosen blocks (or tokens, of `{KEPT}`) change per step, synthetically. "
         f"{view.emulated_sentence(record)} "
         "Right: answers of the pocket model at 4k, budget 512, with nothing emulated. "
         f"x stock: than stock by its faster attention. {view.whose_score(record)}".rstrip()
@@ -135,7 +136,7 @@ def _mha(record: dict[str, Any]) -> Iterator[str]:
 
 
 def _order(record: dict[str, Any]) -> Iterator[str]:
-    names = ("scout", "scout, no recall", "scout, neither", "hgca", "infinigen", "dense", "stock", "stock folded")
+    names = ("scout", "scout, no recall", "scout, neither", "hgca", KEPT, "infinigen", "dense", "stock", FOLDED)
     rows = {}
     for place in view.places(record):
         found = {one["way"]: one["tokens_per_s"] for one in view.measured(view.at(record, place))}

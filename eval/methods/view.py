@@ -23,6 +23,7 @@ COLOURS = {
     "scout, neither": "#9ecae1",
     "hgca": "#2ca02c",
     "infinigen": "#ff7f0e",
+    "infinigen, kept": "#ffbb78",
     "kvpr": "#9467bd",
     "dense": "#d62728",
 }
@@ -114,7 +115,7 @@ def scores(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def score_of(record: dict[str, Any], way: str, share: float = 0.125) -> str:
     """Right answers of a way, as it is timed, at one share of the context, in per cent, or a dash."""
     asked = {one["way"] for one in scores(record)}
-    way = ways.PREDICTED[way] if ways.PREDICTED.get(way) in asked else way
+    way = ways.PREDICTED[way] if ways.PREDICTED.get(way) in asked else ways.SAME_ANSWERS.get(way, way)
     return score_at(record, way, share)
 
 

@@ -11,6 +11,7 @@ from transformers import Cache, DynamicCache
 
 import scout_hf
 from scout_hf.eval.bench.drift import drifting
+from scout_hf.eval.methods.drifting_tokens import NAME, drifting_infinigen
 from scout_hf.methods import method_names
 
 FOLDED = "stock folded"
@@ -20,12 +21,19 @@ STOCK = ("stock", FOLDED, "stock offloaded", "stock quantized")
 KVPRESS = "kvpress"
 """Its KeyDiffPress cuts a prompt's KV down for good, in a process of its own: :mod:`scout_hf.eval.methods.pressed`."""
 
+KEPT = "infinigen, kept"
+"""Of the budget only what is not on the device yet crosses. InfiniGen recalls all of it in every step; ScoutAttention's
+figures of it (381 tokens/s in figure 8) are more than its link could carry so."""
+
 ABLATIONS = ("scout, neither", "scout, no recall")
 PREDICTED = {"scout": "scout, predicted", "scout, no recall": "scout, predicted, no recall"}
 """What a trained model is asked with, for the score of what is timed on random weights: the paper's query for the CPU.
 
 As shipped, ``scout`` uses that query where it is seen to change little, which random weights do not tell.
 """
+
+SAME_ANSWERS = {KEPT: "infinigen"}
+"""Ways that attend to the same tokens as another one, and are not asked themselves."""
 
 RANDOM = "random"
 """The settings of a way may differ where weights are random, and no score could tell."""
@@ -61,7 +69,8 @@ class Way:
 
 def names() -> tuple[str, ...]:
     """All ways, in the order of tables."""
-    rest = [name for name in method_names() if name not in ("scout", "hgca", "infinigen", "kvpr", "dense")]
+    known = ("scout", "hgca", "infinigen", "kvpr", "dense", NAME)
+    rest = [name for name in method_names() if name not in known]
     return (
         *STOCK,
         KVPRESS,
@@ -71,6 +80,7 @@ def names() -> tuple[str, ...]:
         *PREDICTED.values(),
         "hgca",
         "infinigen",
+        KEPT,
         "kvpr",
         "dense",
         *rest,
@@ -122,8 +132,10 @@ def find(name: str, weights: str = "trained") -> Way:
             options |= {"layer_ahead": False, "recall": None}
         elif name.endswith("no recall"):
             options |= {"recall": None}
-    elif method == "infinigen" and weights == RANDOM:
-        options["method_options"] = {"alpha": None}
+    elif method == "infinigen":
+        options["method_options"] = ({"alpha": None} if weights == RANDOM else {}) | {"keep": name == KEPT}
+        if name == KEPT and weights == RANDOM:
+            options["method"] = drifting_infinigen()
     return Way(name, options, takes_budget=method not in ("kvpr", "dense"))
 
 

@@ -73,32 +73,35 @@ def bring_blocks(step, host: PagedKV, first: int, last: int, heads: slice, devic
     return _bring(step, host, (first, last, heads), shape, places, read, device, gbps)
 
 
-def bring_tokens(step, host: PagedKV, ids: torch.Tensor, device: torch.device, gbps=None) -> Coming:
+def bring_tokens(step, host: PagedKV, ids: torch.Tensor, device: torch.device, gbps=None, real=None) -> Coming:
     """Start copying single tokens to the device; ``ids`` is (batch, kv_heads, n) of int64 on the CPU.
 
-    Otherwise like :func:`bring_blocks`.
+    ``real`` (bool of that shape) picks some of them: keys and values are (picked, head_dim) then, in the order of
+    ``real.nonzero()``. Otherwise like :func:`bring_blocks`.
     """
     size, dim, heads = host.block_size, host.head_dim, host.heads
-    blocks, offsets = ids // size, ids % size
-    head = torch.arange(heads, device="cpu")[None, :, None]
+    offsets = (torch.arange(heads, device="cpu")[None, :, None] * (2 * size) + ids % size).flatten()
+    picked = slice(None) if real is None else real.flatten().nonzero()[:, 0]
+    offsets, shape = offsets[picked], ids.shape if real is None else (len(picked),)
+
+    def of_pages(what: torch.Tensor) -> torch.Tensor:
+        return what.gather(1, ids.flatten(1) // size).flatten()[picked]
 
     def places() -> tuple[torch.Tensor, int]:
         row = dim * host.dtype.itemsize
-        pages = host.table.addresses.gather(1, blocks.flatten(1)).view_as(ids)
-        keys = pages + (head * (2 * size) + offsets) * row
+        keys = of_pages(host.table.addresses) + offsets * row
         return torch.stack([keys, keys + size * row]), row
 
     def read(into: torch.Tensor) -> None:
-        pages = host.table.ids.gather(1, blocks.flatten(1)).view_as(ids)
-        for slab, here, local in host.table.pool.by_slab(pages.flatten()):
+        for slab, here, local in host.table.pool.by_slab(of_pages(host.table.ids)):
             if isinstance(local, slice):
                 local = torch.arange(local.start, local.stop, device="cpu")
             flat = slab.view(-1, dim)
-            rows = (local * heads + head.expand_as(ids).flatten()[here]) * (2 * size) + offsets.flatten()[here]
+            rows = local * (heads * 2 * size) + offsets[here]
             into[0].view(-1, dim)[here] = flat[rows]
             into[1].view(-1, dim)[here] = flat[rows + size]
 
-    return _bring(step, host, (), (2, *ids.shape, dim), places, read, device, gbps)
+    return _bring(step, host, (), (2, *shape, dim), places, read, device, gbps)
 
 
 def _bring(step, host: PagedKV, what: tuple, shape: tuple, places: Callable, read: Callable, device, gbps) -> Coming:

@@ -12,6 +12,7 @@ from scout_hf.methods.base import register_method
 from scout_hf.methods.bring import Coming, bring_tokens
 from scout_hf.methods.tiers import TieredMethod
 from scout_hf.selection.partial import PartialKeys
+from scout_hf.stores.held_tokens import HeldTokens
 
 
 @register_method
@@ -20,21 +21,26 @@ class InfiniGen(TieredMethod):
 
     A token counts as important where its approximate score is within ``alpha`` of the best one of its query head. Every
     KV head of a row recalls as many as its heads count on average, at most what the budget leaves beside the window;
-    each its own best ones. Nothing recalled stays on the device. With GQA a token is worth the weight that its
-    group's query heads give it together (the paper has one query head per KV head).
+    each its own best ones. With GQA a token is worth the weight that its group's query heads give it together (the
+    paper has one query head per KV head).
 
     ``method_options``: ``alpha`` (4.0; None to fill the budget always), ``ratio`` (0.2), the share of the channels that
-    scores are made from, 16 at least.
+    scores are made from, 16 at least, ``keep`` (False, as published; True lets what was recalled stay on the device
+    until other tokens take its place, so that only what is not there crosses, at the price of the budget's memory in
+    every layer).
     """
 
     name = "infinigen"
-    options = {"alpha": 4.0, "ratio": 0.2}
+    options = {"alpha": 4.0, "ratio": 0.2, "keep": False}
 
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
         super().__init__(config, layer_idx, keys)
         self.partial = PartialKeys(self.settings["ratio"])
         self._coming: Coming | None = None
         self._usable: torch.Tensor | None = None
+        self.held: HeldTokens | None = None
+        if self.settings["keep"]:
+            self.held = HeldTokens(self.batch, self.kv_heads, keys.shape[-1], self.dtype, keys.device)
         self._predicted: torch.Tensor | None = None
 
     @classmethod
@@ -48,6 +54,8 @@ class InfiniGen(TieredMethod):
             value = settings[name]
             if isinstance(value, bool) or not isinstance(value, (int, float, type(None))) or not fits(value):
                 raise ConfigError(f"{name}={value!r} is not allowed: {name} takes {allowed}; try {cls.options[name]}")
+        if not isinstance(keep := settings["keep"], bool):
+            raise ConfigError(f"keep={keep!r} is not allowed: True or False; try False, as published")
 
     @classmethod
     def is_exact(cls, config: ScoutConfig, device: torch.device) -> bool:
@@ -76,14 +84,13 @@ class InfiniGen(TieredMethod):
         if step.mask is not None:
             attended = self._exists(step, self.kv.host.length).sum() / self.batch
         if self.kv.host.blocks:
-            if self._coming is None:
+            if self._usable is None:
                 self._recall(step, query)
-            with step.counters.timed(self.layer_idx, "join"):
-                keys, values = self._coming.wait()
-            parts.append(attend(query, keys, values, *self.scoring, self._usable[:, :, None]))
-            attended = attended + self._usable.sum() / (self.batch * self.kv_heads)
-            step.counters.recalled(self.layer_idx, 0, self._coming.nbytes)
-            self._coming.give_back()
+            keys, values, usable = self._chosen(step)
+            parts.append(attend(query, keys, values, *self.scoring, usable[:, :, None]))
+            attended = attended + usable.sum() / (self.batch * self.kv_heads)
+            if self._coming is not None:
+                self._coming.give_back()
             self._coming = self._usable = None
         step.counters.attended(self.layer_idx, step.context(), attended)
         if self._predicted is not None:
@@ -99,14 +106,18 @@ class InfiniGen(TieredMethod):
     def crop(self, length: int) -> None:
         super().crop(length)
         self.partial.crop(self.kv.host.length)
+        if self.held is not None:
+            self.held.crop(self.kv.host.length)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         super().select_rows(rows)
         self.partial.select_rows(rows)
+        if self.held is not None:
+            self.held.select_rows(rows)
 
     def fork(self) -> InfiniGen:
         twin = super().fork()
-        twin.partial = self.partial.fork()
+        twin.partial, twin.held = self.partial.fork(), self.held and self.held.fork()
         return twin
 
     def drain(self) -> None:
@@ -114,9 +125,14 @@ class InfiniGen(TieredMethod):
         self._usable = self._predicted = None
         if coming is not None:
             coming.drop()
+            if self.held is not None:
+                self.held.forget()
 
     def tier_bytes(self) -> dict[str, int]:
-        return super().tier_bytes() | {"digests": self.partial.used_bytes}
+        held = super().tier_bytes() | {"digests": self.partial.used_bytes}
+        if self.held is not None:
+            held["device"] += self.held.used_bytes
+        return held
 
     # -- the parts of a step ------------------------------------------------------------------------------------
 
@@ -131,8 +147,26 @@ class InfiniGen(TieredMethod):
 
     def _recall(self, step, query: torch.Tensor) -> None:
         self._written.finish()
-        ids, self._usable = self._choose(step, query)
-        self._coming = bring_tokens(step, self.kv.host, ids.cpu(), self.kv.device, self.config.link_gbps)
+        ids, usable = self._choose(step, query)
+        coming = (ids,) if self.held is None else self.held.plan(ids, usable, self.kv.host.length)
+        if coming is not None:
+            ids, *real = (part.cpu() for part in coming)
+            where = (self.kv.device, self.config.link_gbps)
+            self._coming = bring_tokens(step, self.kv.host, ids, *where, *real)
+        self._usable = usable
+
+    def _chosen(self, step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys and values of what was chosen, on the device, and which of them count."""
+        came = ()
+        if self._coming is not None:
+            with step.counters.timed(self.layer_idx, "join"):
+                came = self._coming.wait()
+            step.counters.recalled(self.layer_idx, 0, self._coming.nbytes)
+        if self.held is None:
+            return *came, self._usable
+        if came:
+            self.held.put(*came)
+        return self.held.content()
 
     def _choose(self, step, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens per row and KV head, best first, (batch, kv_heads, n), and which of them count."""

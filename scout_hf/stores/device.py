@@ -50,6 +50,13 @@ class ResidentSlots:
         present.scatter_(2, torch.where(here == EMPTY, blocks, here), True)
         return present.gather(2, ids)
 
+    def among(self, wanted: torch.Tensor, usable: torch.Tensor, blocks: int) -> torch.Tensor:
+        """Which slots hold one of the ``wanted``, (batch, kv_heads, n), that are ``usable``; (batch, kv_heads, slots)."""
+        is_wanted = torch.zeros((*wanted.shape[:2], blocks + 1), dtype=torch.bool, device=wanted.device)
+        is_wanted.scatter_(2, torch.where(usable, wanted, blocks), True)
+        is_wanted[:, :, blocks] = False
+        return is_wanted.gather(2, torch.where(self.ids == EMPTY, blocks, self.ids))
+
     def load(self, ids: torch.Tensor, usable: torch.Tensor, host) -> int:
         """Fill the slots anew with blocks of ``host`` (a PagedKV) and return how many came.
 
@@ -90,11 +97,7 @@ class ResidentSlots:
         returned transfer has run. None when nothing is missing.
         """
         missing = usable & ~self.holds(wanted, blocks)
-        is_wanted = torch.zeros((*wanted.shape[:2], blocks + 1), dtype=torch.bool, device=wanted.device)
-        is_wanted.scatter_(2, torch.where(usable, wanted, blocks), True)
-        is_wanted[:, :, blocks] = False
-        here = torch.where(self.ids == EMPTY, blocks, self.ids)
-        leaving = ~is_wanted.gather(2, here)
+        leaving = ~self.among(wanted, usable, blocks)
         pairs = int(torch.minimum(missing.sum(2), leaving.sum(2)).max())
         if not pairs:
             return None
@@ -108,6 +111,14 @@ class ResidentSlots:
         self.filled = self.slots if bool((self.ids != EMPTY).any(0).any(0)[self.filled :].any()) else self.filled
         self.gaps = self.gaps or bool((self.ids[:, :, : self.filled] == EMPTY).any())
         return Recall(self, ids, slots, real)
+
+    def grow(self, slots: int) -> None:
+        """Have that many slots, the new ones empty."""
+        more = slots - self.slots
+        for name in ("keys", "values", "ids"):
+            held = getattr(self, name)
+            fresh = held.new_full((*held.shape[:2], more, *held.shape[3:]), EMPTY if name == "ids" else 0)
+            setattr(self, name, torch.cat([held, fresh], dim=2))
 
     def crop(self, blocks: int) -> None:
         """Forget residents from block ``blocks`` on."""
@@ -155,10 +166,20 @@ class Recall:
     def run(self, host) -> None:
         """Copy from ``host`` (a PagedKV). Nothing reads these slots before the transfer is joined."""
         keys, values = _fetch(host, self.ids)
+        self.put(keys[self.real], values[self.real])
+
+    def put(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Fill the slots of what is ``real`` with what came otherwise, (blocks, block_size, head_dim) each."""
         rows, heads, which = self.real.nonzero(as_tuple=True)
         slots = self.slots[rows, heads, which]
-        self.resident.keys[rows, heads, slots] = keys[rows, heads, which]
-        self.resident.values[rows, heads, slots] = values[rows, heads, which]
+        self.resident.keys[rows, heads, slots] = keys
+        self.resident.values[rows, heads, slots] = values
+
+    def forget(self) -> None:
+        """Nothing will come: the slots are empty."""
+        rows, heads, which = self.real.nonzero(as_tuple=True)
+        self.resident.ids[rows, heads, self.slots[rows, heads, which]] = EMPTY
+        self.resident.gaps = True
 
 
 def _fetch(host, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

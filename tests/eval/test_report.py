@@ -21,7 +21,7 @@ CONTEXTS = (8192, 16384)
 def made_up():
     """A record of the comparison with all of its parts."""
     speeds = {"stock": 1, "stock folded": 2, "scout": 20, "scout, neither": 12, "scout, no recall": 16, "hgca": 15,
-              "infinigen": 4, "kvpr": 0.5, "dense": 0.5}  # fmt: skip
+              "infinigen, kept": 8, "infinigen": 4, "kvpr": 0.5, "dense": 0.5}  # fmt: skip
     shares = {"attention": 0.3, "wait": 0.2, "selection": 0.1, "moving": 0.1, "rest": 0.3}
     held = {"device_bytes": 1 << 24, "host_bytes": 1 << 28}
     cells = []

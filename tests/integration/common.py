@@ -19,6 +19,7 @@ EXACT_METHODS = {
     "dense, head by head": _TIERED | {"method": "dense", "method_options": {"heads": 1}},
     "kvpr": _TIERED | {"method": "kvpr", "method_options": {"share": 0.5}},
     "infinigen": _TIERED | {"method": "infinigen", "budget": None},
+    "infinigen, kept": _TIERED | {"method": "infinigen", "budget": None, "method_options": {"keep": True}},
     "hgca": _TIERED | {"method": "hgca", "budget": None, "resident": 16, "method_options": {"threshold": 0}},
 }
 """Every other method, where it is exact; KVPR computes half of the host's tokens anew."""

@@ -35,6 +35,7 @@ from tests.patches.tiny import missing, tiny_model
 SPARSE = {
     "infinigen": {"method": "infinigen", "budget": 40, "block_size": 8, "window": 8},
     "infinigen, a share": {"method": "infinigen", "budget": 0.4, "block_size": 8, "method_options": {"alpha": None}},
+    "infinigen, kept": {"method": "infinigen", "budget": 0.4, "block_size": 8, "method_options": {"keep": True}},
     "hgca": {"method": "hgca", "budget": 32, "block_size": 8, "method_options": {"least": 2}},
     "hgca, a share": {"method": "hgca", "budget": 0.5, "block_size": 8, "resident": 8},
     "hgca, its threshold": {"method": "hgca", "budget": None, "resident": 16, "block_size": 8},
@@ -275,6 +276,22 @@ def test_exact_methods_on_other_families(name, family, mode):
         if name == "kvpr":
             computed = sum(handle._counters.sums["computed_anew"].values())
             assert computed > 0 and not stats.notes
+
+
+@pytest.mark.parametrize("changes", [{"num_return_sequences": 3, "do_sample": True}, {"num_beams": 3}, {}], ids=str)
+@pytest.mark.parametrize("settings", [{"budget": 40}, {"budget": 0.4}, {"budget": 0.4, "layer_ahead": False}], ids=str)
+def test_what_infinigen_keeps_on_the_device_need_not_come_again(settings, changes):
+    """The same tokens are attended to, and less crosses the link."""
+    model, inputs, found, moved = llama(), left_padded(0, 13, tokens=120), [], []
+    for keep in (False, True):
+        options = {"method_options": {"alpha": 2.0, "keep": keep}, "block_size": 8, "window": 8} | settings
+        with scout_hf.patch(model, method="infinigen", **options) as handle:
+            torch.manual_seed(0)
+            found.append(run(model, inputs, new=40, **changes))
+            stats = handle.stats()
+            moved.append((stats.recalled_bytes, stats.attended_tokens))
+    assert_close(found[1], found[0])
+    assert moved[1][0] < 0.8 * moved[0][0] and moved[1][1] == moved[0][1]
 
 
 @pytest.mark.parametrize("inputs", ["host", "device"])

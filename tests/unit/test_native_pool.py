@@ -303,6 +303,27 @@ def test_several_threads_submit_and_wait(pool):
     assert not wrong and not any(each.is_alive() for each in users)
 
 
+def test_tickets_that_change_while_they_are_looked_through(pool, monkeypatch):
+    """Another thread may submit at any moment: what cannot be let go of now is let go of later."""
+
+    class Changing(dict):
+        def __iter__(self):
+            raise RuntimeError("dictionary changed size during iteration")
+
+    words = Words(7, 0, 0)
+    move(pool, words, 0, 1).wait()
+    threads = pool._running
+    monkeypatch.setattr(threads, "tickets", Changing(threads.tickets))
+    ticket = move(pool, words, 1, 2)
+    ticket.wait()
+    assert words[2] == 7 and len(threads.tickets) == 1
+    monkeypatch.setattr(threads, "tickets", dict(threads.tickets.items()))
+    threads.release()
+    assert not threads.tickets
+    monkeypatch.setattr(threads, "tickets", Changing())
+    pool.close()
+
+
 def test_sleeping_workers_wake_up(pool):
     words = Words(0, 0)
     for turn in range(20):

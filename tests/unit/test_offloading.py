@@ -292,6 +292,7 @@ def test_what_a_method_cannot_do_is_refused_at_once(method, wrong):
         ("kvpr", {"inputs": "disk"}),
         ("infinigen", {"alpha": 0}),
         ("infinigen", {"ratio": 1.5}),
+        ("infinigen", {"keep": 1}),
         ("scout", {"alpha": 1.0}),
     ],
     ids=str,

@@ -37,6 +37,10 @@ SETTINGS = {
         **{"method": "infinigen", "window": 0, "budget": 4096, "layer_ahead": False},
         "method_options": {"alpha": 1e9},
     },
+    "infinigen, kept": {
+        **{"method": "infinigen", "window": 8, "budget": 4096},
+        "method_options": {"alpha": 1e9, "keep": True},
+    },
     "hgca": {"method": "hgca", "resident": 16, "method_options": {"threshold": 0}},
 }
 

@@ -270,7 +270,11 @@ class _Threads:
 
     def release(self) -> None:
         """Let go of the jobs that have ended."""
-        for ticket in tuple(self.tickets):
+        try:
+            tickets = tuple(self.tickets)
+        except RuntimeError:
+            return  # another thread put one in meanwhile; the next call lets go of what this one did not
+        for ticket in tickets:
             if ticket.number:  # 0: on its way in, or lost to an interrupt
                 if self.outcome(ticket.number) == 0:
                     break
@@ -281,8 +285,8 @@ class _Threads:
         """Run what can run, drop the rest, end the threads."""
         if self.process == os.getpid():
             self.library.scout_pool_stop(self.handle)
-            for ticket in tuple(self.tickets):
-                ticket.let_go()
+            while self.tickets:
+                self.tickets.popitem()[0].let_go()
         self.tickets.clear()
 
 
