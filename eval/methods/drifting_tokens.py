@@ -1,4 +1,4 @@
-"""InfiniGen on random weights with a choice of tokens that drifts as in a real text, which random weights do not give."""
+"""InfiniGen on random weights, its choice of tokens drifting as in a real text: random weights have no such drift."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ def sentences(record: dict[str, Any]) -> Iterator[str]:
         )
         if (stock := view.best_stock(view.at(record, place))) and stock < 1e3 * place.batch / speed[names[-1]]:
             yield (
-                f"Stock, {three(1e3 * place.batch / stock)}, holds all KV on the device at the same batch; in the paper "
-                "memory keeps its batch small, and it is last."
+                f"Stock, {three(1e3 * place.batch / stock)}, holds all KV on the device at the same batch; in the "
+                "paper memory keeps its batch small, and it is last."
             )
     if found := _longest(record, ABLATION):
         place, speed = found

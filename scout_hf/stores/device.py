@@ -51,7 +51,7 @@ class ResidentSlots:
         return present.gather(2, ids)
 
     def among(self, wanted: torch.Tensor, usable: torch.Tensor, blocks: int) -> torch.Tensor:
-        """Which slots hold one of the ``wanted``, (batch, kv_heads, n), that are ``usable``; (batch, kv_heads, slots)."""
+        """Slots that hold one of the ``wanted`` that are ``usable``, (batch, kv_heads, n); (batch, kv_heads, slots)."""
         is_wanted = torch.zeros((*wanted.shape[:2], blocks + 1), dtype=torch.bool, device=wanted.device)
         is_wanted.scatter_(2, torch.where(usable, wanted, blocks), True)
         is_wanted[:, :, blocks] = False

@@ -115,6 +115,7 @@ SETTINGS = {
     "torch, selected ahead": TIERS | {"gpu_kernels": "torch", "layer_ahead": True, "cpu_query": "real"},
     "dense": TIERS | {"method": "dense"},
     "infinigen": TIERS | {"method": "infinigen"},
+    "infinigen, kept": TIERS | {"method": "infinigen", "method_options": {"keep": True}},
     "hgca": TIERS | {"method": "hgca", "method_options": {"threshold": 0}},
     "kvpr": TIERS | {"method": "kvpr", "method_options": {"share": 0.5}},
     "kvpr, inputs on the device": TIERS | {"method": "kvpr", "method_options": {"share": 0.5, "inputs": "device"}},
