@@ -8,7 +8,7 @@ from typing import Any
 from scout_hf.eval.methods import ways
 
 SPEED, EQUAL, SCORE = "speed", "equal", "score"
-SCORE_ONLY = (ways.KVPRESS, "scout, one tier", *ways.PREDICTED.values())
+SCORE_ONLY = (ways.KVPRESS, "scout, one tier")
 SPEED_ONLY = (ways.FOLDED, *ways.SAME_ANSWERS)
 EXACT_WAYS = ("kvpr", "dense", "stock")
 MOST_ROWS = 16
@@ -51,7 +51,7 @@ def cells(
 def rows_that_fit(record: dict[str, Any], cell: Cell) -> int | None:
     """Rows of an ``equal`` cell: as many as fit into ``gib``, or into the device memory of one stock row.
 
-    By what a row of a ``speed`` cell held, beside the weights; None where there is none.
+    By what a row of a ``speed`` cell held, beside the weights, 0 where one is too much; None where there is none.
     """
     same = [one for one in record["cells"] if one["part"] == SPEED and "step_ms" in one]
     same = [one for one in same if (one["shape"], one["context"]) == (cell["shape"], cell["context"])]
@@ -60,7 +60,7 @@ def rows_that_fit(record: dict[str, Any], cell: Cell) -> int | None:
         return None
     if "gib" in cell:
         return min(MOST_ROWS, int(cell["gib"] * GIB / max(1.0, per_row[cell["way"]])))
-    return max(1, min(MOST_ROWS, int(1.01 * per_row["stock"] / max(1.0, per_row[cell["way"]]))))
+    return min(MOST_ROWS, int(per_row["stock"] / max(1.0, per_row[cell["way"]])))
 
 
 def _speed(shape: str, contexts: Sequence[int], batches: Sequence[int], chosen: Sequence[str]) -> Iterator[Cell]:

@@ -7,12 +7,12 @@ from typing import Any
 
 from scout_hf.eval.bench.formats import short, three
 from scout_hf.eval.methods import view
-from scout_hf.eval.methods.ways import KEPT
+from scout_hf.eval.methods.ways import ABLATIONS, KEPT, PREDICTED
 
-ORDER = ("scout", "hgca", KEPT)
+ORDER = (PREDICTED, "hgca", KEPT)
 """By decode throughput at every context, the highest first (figure 8)."""
 
-ABLATION = ("scout, neither", "scout, no recall", "scout")
+ABLATION = (*reversed(ABLATIONS), PREDICTED)
 GAINS = (1.39, 1.20)
 """What one layer ahead brings, and what recall brings on top (figure 12)."""
 
@@ -37,8 +37,9 @@ def sentences(record: dict[str, Any]) -> Iterator[str]:
         place, speed = found
         ahead, recall = (speed[after] / speed[before] for before, after in zip(ABLATION, ABLATION[1:]))
         yield (
-            f"Of scout's parts, at {short(place.context)} tokens, one layer ahead makes it {ahead:.2f} times faster, "
-            f"recall {recall:.2f} times more; on the paper's machine {GAINS[0]:.2f} and {GAINS[1]:.2f} (figure 12)."
+            f"Of scout's parts, at {short(place.context)} tokens, one layer ahead makes it {view.faster(ahead)}, "
+            f"recall another {view.faster(recall)}; on the paper's machine {GAINS[0]:.2f} and {GAINS[1]:.2f} times "
+            "(figure 12)."
         )
 
 

@@ -8,13 +8,13 @@ from typing import Any
 from scout_hf.eval.bench.formats import short, three
 from scout_hf.eval.methods import paper, view
 from scout_hf.eval.methods.parts import PARTS
-from scout_hf.eval.methods.tables import widest
-from scout_hf.eval.methods.ways import STOCK
+from scout_hf.eval.methods.tables import layers_of, widest
+from scout_hf.eval.methods.ways import ABLATIONS, PREDICTED, STOCK
 
-ORDER = ("scout", "hgca", "infinigen, kept", "infinigen", "kvpr", "dense", *STOCK)
+ORDER = ("scout", PREDICTED, "hgca", "infinigen, kept", "infinigen", "kvpr", "dense", *STOCK)
 ABLATION_NAMES = ("neither", "+ one layer ahead", "+ recall")
 PART_COLOURS = dict(zip(PARTS, ("#1f77b4", "#d62728", "#ff7f0e", "#9467bd", "#d9d9d9")))
-NOT_SWEPT = ("scout, neither", "scout, no recall", "scout, predicted, no recall")
+NOT_SWEPT = ABLATIONS
 
 
 def throughput(record: dict[str, Any], axes) -> bool:
@@ -34,6 +34,16 @@ def _lines(record: dict[str, Any], axes, value: Callable[[dict[str, Any]], float
     if place is None:
         return False
     alike = [one for one in view.places(record) if (one.shape, one.batch) == (place.shape, place.batch)]
+    if len({here.context for here in alike}) == 1:
+        cells = [one for one in view.measured(view.at(record, place)) if one["way"] in ORDER]
+        heights = [value(one) for one in cells]
+        drawn = axes.barh([one["way"] for one in cells], heights, color=[view.colour(one["way"]) for one in cells])
+        axes.bar_label(drawn, [f" {three(height)}" for height in heights], fontsize=8)
+        axes.invert_yaxis()
+        axes.margins(x=0.15)
+        axes.set(xlabel=axes.get_ylabel(), ylabel="")
+        axes.set_title(axes.get_title().replace("against context", f"at {short(place.context)}, batch {place.batch}"))
+        return True
     for way in ORDER:
         points = [
             (here.context, value(one))
@@ -75,7 +85,9 @@ def accuracy(record: dict[str, Any], axes) -> bool:
     budgets = sorted({one["budget"] for one in rows if one["budget"] != one["context"]})
     axes.set_xticks(budgets, [str(budget) for budget in budgets])
     axes.minorticks_off()
-    axes.set(xlabel=f"budget, tokens of {short(rows[0]['context'])}", ylabel="right, %", ylim=(-3, 104))
+    axes.set(
+        xlabel=f"budget in tokens, of a document of {short(rows[0]['context'])}", ylabel="right, %", ylim=(-3, 104)
+    )
     axes.set_title("answers of the trained model")
     axes.grid(alpha=0.3)
     return _beside(axes)
@@ -84,7 +96,7 @@ def accuracy(record: dict[str, Any], axes) -> bool:
 def shares(record: dict[str, Any], axes) -> bool:
     """What a step is made of; of older records only what it waits."""
     place = widest(record, view.main_shape(record))
-    cells = [one for one in view.measured(view.at(record, place)) if one["way"] != "stock"] if place else []
+    cells = view.measured(view.at(record, place)) if place else []
     if not cells:
         return False
     names = [one["way"] for one in cells]
@@ -107,7 +119,7 @@ def shares(record: dict[str, Any], axes) -> bool:
 
 def equal_memory(record: dict[str, Any], axes) -> bool:
     """Throughput of as many rows as fit into the same memory of the device, at the longest context."""
-    groups = {key: [one for one in cells if one["way"] in ORDER] for key, cells in view.equal(record).items()}
+    groups = {key: [one for one in cells if one["way"] in ORDER] for key, cells in view.equal(record).items() if cells}
     if not groups:
         return False
     context, gib = max(groups, key=lambda key: (key[1] is not None, key[0], key[1] or 0))
@@ -161,6 +173,7 @@ ALL = (throughput, accuracy, memory, equal_memory, shares, ablation)
 def plot(record: dict[str, Any], figure) -> None:
     """All of them on one figure."""
     figure.set_size_inches(14, 12)
+    figure.suptitle(f"{layers_of(record)} layers; {view.emulated(record).partition(' (')[0]}", fontsize=10)
     for draw, axes in zip(ALL, figure.subplots(3, 2).flat):
         if not draw(record, axes):
             axes.clear()

@@ -74,7 +74,5 @@ def measure(
         "row_step_ms": 1e3 * found["seconds"] / found["steps"],
         "exact": False,
         "attended_tokens": float(found["kept"]),
-        "device_bytes": found["device_bytes"],
-        "host_bytes": 0,
         "by": found["versions"],
     }

@@ -95,7 +95,11 @@ def run(
     chosen = tuple(chosen or ways.names())
     for name in chosen:
         ways.find(name)
-    _check(shape, device, model, tasks, contexts, batches, memory_gib, block_size)
+    _check(shape, device, model, tasks, contexts, batches, memory_gib)
+    ScoutConfig(budget=budget, block_size=block_size, link_gbps=link_gbps, cpu_gbps=cpu_gbps)
+    least = speed.TURN_TOKENS + 4 * block_size
+    if short := [context for context in contexts if context < least]:
+        raise ValueError(f"--contexts {short[0]}: a turn and four blocks are the least, {least}; try 8192")
     emulation, why = emulation_of(emulate, link_gbps, cpu_gbps, block_size)
     settings = {"budget": budget, "block_size": block_size, "layers": layers, "drift": drift, "seed": seed}
     settings |= {"questions": questions, "emulation": vars(emulation), "emulated_as": why}
@@ -123,7 +127,8 @@ def run(
             where = (cell["model"], cell["way"], cell["task"], *size, questions)
             return score.measure(*where, speed.Emulation(), kvpress_python)
         if not cell["batch"]:
-            return {"oom": f"one row holds more than {cell['gib']:g} GiB on the device"}
+            memory = f"{cell['gib']:g} GiB" if "gib" in cell else "a row of stock"
+            return {"oom": f"one row holds more than {memory} on the device"}
         size = (cell["context"], cell["batch"], budget, block_size)
         model = random_model(cell["shape"])
         return speed.measure(model, cell["way"], *size, emulation, drift, seconds, MOST_STEPS)
@@ -151,16 +156,12 @@ def run(
     return known
 
 
-def _check(shape, device, model, tasks, contexts, batches, memory_gib, block_size) -> None:
+def _check(shape, device, model, tasks, contexts, batches, memory_gib) -> None:
     speed.check_shape(shape)
     devices.find(device)
     if model not in (models := available()):
         raise ValueError(f"no trained model {model!r} here; there are: {', '.join(models)}")
     if unknown := [task for task in tasks if task not in TASKS]:
         raise ValueError(f"no task {unknown[0]!r}; there are: {', '.join(TASKS)}")
-    ScoutConfig(block_size=block_size)
-    least = speed.TURN_TOKENS + 4 * block_size
-    if short := [context for context in contexts if context < least]:
-        raise ValueError(f"--contexts {short[0]}: a turn and four blocks are the least, {least}; try 8192")
     if wrong := [value for value in (*batches, *memory_gib) if value <= 0]:
         raise ValueError(f"{wrong[0]} is neither rows nor GiB: give numbers above 0")

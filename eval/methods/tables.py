@@ -8,10 +8,10 @@ from typing import Any
 from scout_hf.eval.bench.formats import new_table, short, three
 from scout_hf.eval.markdown import head, line
 from scout_hf.eval.methods import paper, view
-from scout_hf.eval.methods.ways import FOLDED, KEPT
+from scout_hf.eval.methods.ways import ABLATIONS, FOLDED, KEPT, PREDICTED
 
 COMMAND = "scout-hf bench methods"
-COLUMNS = ("step ms", "x stock", "device MiB", "host MiB", "link MB", "wait ms", "CPU ms")
+COLUMNS = ("step ms", "quartiles", "x stock", "device MiB", "host MiB", "link MB", "wait ms", "CPU ms")
 
 
 def tables(record: dict[str, Any]):
@@ -30,14 +30,12 @@ def tables(record: dict[str, Any]):
     rows = list(view.scores(record))
     if rows:
         tasks = list(rows[0]["tasks"])
-        table = new_table("a trained model's answers", "way", "budget", *tasks, "ms per row", "device MiB")
+        table = new_table("a trained model's answers", "way", "budget", *tasks, "ms per row")
         for one in rows:
             shares = [f"{one['tasks'].get(task, 0):.0%}" for task in tasks]
-            size = [three(one["row_step_ms"]), view.mib(one["device_bytes"])]
-            table.add_row(_name(one), short(one["budget"]), *shares, *size)
+            table.add_row(_name(one), short(one["budget"]), *shares, three(one["row_step_ms"]))
         yield table
         yield view.unasked(record)
-        yield view.whose_score(record)
 
 
 def equal_tables(record: dict[str, Any]):
@@ -47,6 +45,7 @@ def equal_tables(record: dict[str, Any]):
         for one in cells:
             table.add_row(_name(one), str(one["batch"]), three(one["tokens_per_s"]), three(one["step_ms"]))
         yield table
+        yield without(view.equal_cells(record, context, gib))
 
 
 def row(record: dict[str, Any], one: dict[str, Any], cells: list[dict[str, Any]]) -> list[str]:
@@ -59,6 +58,7 @@ def figures(one: dict[str, Any], cells: list[dict[str, Any]]) -> list[str]:
     stock = view.best_stock(cells)
     return [
         three(one["step_ms"]),
+        f"{three(one['q1_ms'])}–{three(one['q3_ms'])}",
         f"{stock / one['step_ms']:.2f}" if stock else "-",
         view.mib(one["device_bytes"]),
         view.mib(one["host_bytes"]),
@@ -101,7 +101,8 @@ def _speed(record: dict[str, Any]) -> Iterator[str]:
         f"{settings['drift']:.0%} of the chosen blocks (or tokens, of `{KEPT}`) change per step, synthetically. "
         f"{view.emulated_sentence(record)} "
         "Right: answers of the pocket model at 4k, budget 512, with nothing emulated. "
-        f"x stock: than stock by its faster attention. {view.whose_score(record)}".rstrip()
+        "Step ms is the mean, with recalls, and x stock by it, than stock by its faster attention. "
+        f"{view.predicted(record)}".rstrip()
     )
     yield ""
     yield from head("way", "exact", "right", *COLUMNS)
@@ -110,6 +111,12 @@ def _speed(record: dict[str, Any]) -> Iterator[str]:
     if told := " ".join(filter(None, (without(cells), view.unasked(record)))):
         yield ""
         yield told
+
+
+def layers_of(record: dict[str, Any]) -> int:
+    """Of the model that most was measured with."""
+    known = record.get("models", {}).get(view.main_shape(record), {})
+    return known.get("num_hidden_layers", record["settings"]["layers"])
 
 
 def model_of(record: dict[str, Any], place: view.Place) -> str:
@@ -127,16 +134,15 @@ def _mha(record: dict[str, Any]) -> Iterator[str]:
         return
     by_way = {one["way"]: one for one in view.measured(view.at(record, place))}
     if "kvpr" in by_way and "dense" in by_way:
-        ratio = by_way["dense"]["step_ms"] / by_way["kvpr"]["step_ms"]
+        ours, dense = (by_way[way]["step_ms"] for way in ("kvpr", "dense"))
         yield (
             f"Without GQA ({view.SHAPE_NAMES['mha']}, {short(place.context)} tokens, batch {place.batch}) `kvpr` "
-            f"takes {by_way['kvpr']['step_ms']:.0f} ms a step and `dense` {by_way['dense']['step_ms']:.0f}: "
-            f"{ratio:.2f} times faster."
+            f"takes {ours:.0f} ms a step and `dense` {dense:.0f}: {view.faster(dense / ours)}."
         )
 
 
 def _order(record: dict[str, Any]) -> Iterator[str]:
-    names = ("scout", "scout, no recall", "scout, neither", "hgca", KEPT, "infinigen", "dense", "stock", FOLDED)
+    names = ("scout", PREDICTED, *ABLATIONS, "hgca", KEPT, "infinigen", "dense", "stock", FOLDED)
     rows = {}
     for place in view.places(record):
         found = {one["way"]: one["tokens_per_s"] for one in view.measured(view.at(record, place))}
@@ -157,11 +163,17 @@ def equal_memory(record: dict[str, Any]) -> Iterator[str]:
     """Throughput where every way has as many rows as fit into the same memory of the device."""
     for number, ((context, gib), cells) in enumerate(view.equal(record).items()):
         yield from [""] * bool(number)
-        yield f"{_memory(context, gib)}, as many rows of {short(context)} tokens as fit (16 at most):"
+        yield (
+            f"{_memory(context, gib)}, as many rows of {short(context)} tokens as fit (16 at most). Buffers that "
+            f"layers use in turn count whole: of {layers_of(record)} layers they are a larger part than of more."
+        )
         yield ""
         yield from head("way", "rows", "tokens/s", "step ms")
         for one in cells:
             yield line(one["way"], str(one["batch"]), three(one["tokens_per_s"]), three(one["step_ms"]))
+        if told := without(view.equal_cells(record, context, gib)):
+            yield ""
+            yield told
 
 
 def _memory(context: int, gib: float | None) -> str:

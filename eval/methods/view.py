@@ -19,8 +19,8 @@ COLOURS = {
     "scout": "#1f77b4",
     "scout, one tier": "#17becf",
     "scout, predicted": "#6baed6",
-    "scout, no recall": "#6baed6",
-    "scout, neither": "#9ecae1",
+    "scout, predicted, no recall": "#9ecae1",
+    "scout, neither": "#c6dbef",
     "hgca": "#2ca02c",
     "infinigen": "#ff7f0e",
     "infinigen, kept": "#ffbb78",
@@ -70,7 +70,7 @@ def places(record: dict[str, Any]) -> list[Place]:
 def at(record: dict[str, Any], place: Place) -> list[dict[str, Any]]:
     """The cells of a place, in the order of ways."""
     cells = [one for one in _part(record, "speed") if (one["shape"], one["context"], one["batch"]) == place]
-    return sorted(cells, key=lambda one: ways.names().index(one["way"]))
+    return sorted(cells, key=lambda one: ways.rank(one["way"]))
 
 
 def measured(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -94,9 +94,14 @@ def best_stock(cells: list[dict[str, Any]]) -> float | None:
 def equal(record: dict[str, Any]) -> dict[tuple[int, float | None], list[dict[str, Any]]]:
     """Cells of equal memory by context and GiB (None: what one stock row holds), the fastest first."""
     groups: dict[tuple[int, float | None], list[dict[str, Any]]] = {}
-    for one in measured(_part(record, "equal")):
+    for one in _part(record, "equal"):
         groups.setdefault((one["context"], one.get("gib")), []).append(one)
-    return {key: sorted(cells, key=lambda one: -one["tokens_per_s"]) for key, cells in groups.items()}
+    return {key: sorted(measured(cells), key=lambda one: -one["tokens_per_s"]) for key, cells in groups.items()}
+
+
+def equal_cells(record: dict[str, Any], context: int, gib: float | None) -> list[dict[str, Any]]:
+    """All cells of one context and memory, with a figure or without."""
+    return [one for one in _part(record, "equal") if (one["context"], one.get("gib")) == (context, gib)]
 
 
 def scores(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -104,23 +109,17 @@ def scores(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for one in measured(_part(record, "score")):
         groups.setdefault((one["way"], one["budget"]), []).append(one)
-    for (way, budget), cells in sorted(groups.items(), key=lambda item: (ways.names().index(item[0][0]), item[0][1])):
+    for (way, budget), cells in sorted(groups.items(), key=lambda item: (ways.rank(item[0][0]), item[0][1])):
         right, asked = (sum(one[name] for one in cells) for name in ("right", "questions"))
         mean = {name: sum(one[name] for one in cells) / len(cells) for name in ("row_step_ms", "prefill_s")}
-        held = {name: cells[0][name] for name in ("exact", "device_bytes", "host_bytes", "context")}
+        held = {name: cells[0][name] for name in ("exact", "context")}
         tasks = {one["task"]: one["right"] / one["questions"] for one in cells}
         yield {"way": way, "budget": budget, "right": right, "questions": asked, "tasks": tasks} | mean | held
 
 
 def score_of(record: dict[str, Any], way: str, share: float = 0.125) -> str:
-    """Right answers of a way, as it is timed, at one share of the context, in per cent, or a dash."""
-    asked = {one["way"] for one in scores(record)}
-    way = ways.PREDICTED[way] if ways.PREDICTED.get(way) in asked else ways.SAME_ANSWERS.get(way, way)
-    return score_at(record, way, share)
-
-
-def score_at(record: dict[str, Any], way: str, share: float = 0.125) -> str:
-    """The same of a way by its name."""
+    """Right answers of a way at one share of the context, in per cent, or a dash."""
+    way = ways.SAME_ANSWERS.get(way, way)
     for one in scores(record):
         if one["way"] == way and one["budget"] in (one["context"], int(share * one["context"])):
             return f"{one['right'] / one['questions']:.0%}".replace("%", " %")
@@ -133,22 +132,20 @@ def unasked(record: dict[str, Any]) -> str:
     return f"Not asked: {'; '.join(f'{way}: {why}' for way, why in told.items())}." if told else ""
 
 
-def whose_score(record: dict[str, Any]) -> str:
-    """What must be said of scout's scores beside its times; empty where nothing was timed or asked."""
-    asked = {one["way"] for one in scores(record)}
-    if not {"scout", *ways.PREDICTED.values()} & asked:
+def predicted(record: dict[str, Any]) -> str:
+    """What tells scout as shipped and the paper's rule apart; empty where only one was timed."""
+    if not {"scout", ways.PREDICTED} <= {one["way"] for one in measured(_part(record, "speed"))}:
         return ""
-    if ways.PREDICTED["scout"] not in asked:
-        return (
-            'Scout is timed as in the paper, `cpu_query="predicted"`; its answers are those of `cpu_query="auto"`, as '
-            "shipped."
-        )
-    shipped = score_at(record, "scout")
-    right = "" if shipped == NONE else f"{shipped} of its answers are right, and "
     return (
-        'Scout is timed, and asked, as in the paper: `cpu_query="predicted"`. As shipped, `cpu_query="auto"`, '
-        f"{right}the CPU starts ahead only where the predicted query is seen to change little."
+        f"`{ways.PREDICTED}`, and what lacks a part of it, is the paper's rule: the CPU always attends ahead with the "
+        "predicted query. `scout`, as shipped, does so where that query is seen to change little, which with random "
+        "weights is hardly anywhere."
     )
+
+
+def faster(ratio: float) -> str:
+    """How much, in words."""
+    return f"{ratio:.2f} times faster" if ratio >= 1 else f"{1 / ratio:.2f} times slower"
 
 
 def emulated(record: dict[str, Any]) -> str:

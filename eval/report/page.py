@@ -23,7 +23,7 @@ table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #e5e5e5; text-align: right }
 th:first-child, td:first-child, .words { text-align: left }
 td { white-space: nowrap } thead th { border-bottom: 2px solid #999 }
-tr.best td { font-weight: 600 } .note { color: #666; font-size: 13px } img { max-width: 100%; height: auto }
+.note { color: #666; font-size: 13px } img { max-width: 100%; height: auto }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem } code { background: #f4f4f4; padding: 0 .2em }
 """
 FILES = ("methods", "fidelity", "cpu_decode", "cpu_kernel", "gpu_decode", "gpu_kernel")
@@ -36,9 +36,10 @@ TITLES = {
     "gpu_kernel": "The kernel on a GPU",
 }
 LEGEND = (
-    "step ms: median time of a decode step of all rows; x stock: how much faster than stock, by its faster attention; "
+    "step ms: mean time of a decode step of all rows, with its quartiles; x stock: how much faster than stock, by its "
+    "faster attention; "
     "device and host MiB: KV, digests and buffers held; link MB: what crosses to the device per step; wait ms: waiting "
-    "for CPU or link; CPU ms: CPU time of all threads per step. Bold: the fastest step."
+    "for CPU or link; CPU ms: CPU time of all threads per step."
 )
 SHOWN = {
     "cpu": "{}",
@@ -97,7 +98,6 @@ def _methods(record: dict[str, Any]) -> Iterator[str]:
     place = tables.widest(record, view.main_shape(record))
     if place is not None:
         cells, settings = view.measured(view.at(record, place)), record["settings"]
-        fastest = min((one for one in cells), key=lambda one: one["step_ms"])
         names = ("method", "exact", "answers right", *tables.COLUMNS)
         yield (
             f"<p>{_inline(tables.model_of(record, place))}, {short(place.context)} tokens, batch {place.batch}, "
@@ -105,8 +105,8 @@ def _methods(record: dict[str, Any]) -> Iterator[str]:
             f"Scout's choice of blocks drifts synthetically, {settings['drift']:.0%} per step. "
             "Answers: a trained pocket model at 4k tokens, budget 512, with nothing emulated.</p>"
         )
-        yield from _table(names, [tables.row(record, one, cells) for one in cells], best=cells.index(fastest))
-        told = (view.whose_score(record), tables.without(view.at(record, place)), view.unasked(record))
+        yield from _table(names, [tables.row(record, one, cells) for one in cells])
+        told = (view.predicted(record), tables.without(view.at(record, place)), view.unasked(record))
         yield f"<p class=note>{LEGEND} {_inline(' '.join(filter(None, told)))}</p>"
     drawn = [(draw.__name__, _drawn(record, draw)) for draw in plots.ALL]
     yield f"<div class=pair>{''.join(_image(data, name) for name, data in drawn if data)}</div>"
@@ -129,13 +129,12 @@ def _image(data: bytes, name: str) -> str:
     return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
 
 
-def _table(names: Sequence[str], rows: Sequence[Sequence[str]], best: int | None = None) -> Iterator[str]:
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     kinds = [" class=words" if _is_words(column) else "" for column in zip(*rows)]
     heads = "".join(f"<th{kind}>{_inline(name)}</th>" for name, kind in zip(names, kinds))
     yield f"<table><thead><tr>{heads}</tr></thead><tbody>"
-    for index, row in enumerate(rows):
-        kind = " class=best" if index == best else ""
-        yield f"<tr{kind}>" + "".join(f"<td{kind}>{_inline(cell)}</td>" for cell, kind in zip(row, kinds)) + "</tr>"
+    for row in rows:
+        yield "<tr>" + "".join(f"<td{kind}>{_inline(cell)}</td>" for cell, kind in zip(row, kinds)) + "</tr>"
     yield "</tbody></table>"
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import scout_hf
 from scout_hf.cli import app
 from scout_hf.eval.methods import drifting_tokens, grid, held, paper, parts, pressed, tables, view, ways
 from scout_hf.eval.methods import record as records
@@ -63,8 +64,13 @@ def test_all_cells_have_a_figure_or_a_reason(record):
     assert "no smaller" in by_way["kvpr"]["notes"][0]
     equal = [one for one in cells if one["part"] == "equal" and "step_ms" in one and "gib" not in one]
     cap = by_way["stock"]["device_bytes"]
-    assert {one["way"] for one in equal} == set(by_way)
-    assert all(one["device_bytes"] <= 1.3 * cap or one["batch"] == 1 for one in equal)
+    too_much = {one["way"] for one in cells if one["part"] == "equal" and "gib" not in one and "oom" in one}
+    assert {one["way"] for one in equal} | too_much == set(by_way) and {"stock", "scout"} <= set(by_way) - too_much
+    assert all(one["device_bytes"] <= 1.3 * cap for one in equal)
+    for one in cells:
+        if one["part"] in ("speed", "equal") and "step_ms" in one:
+            assert one["tokens_per_s"] == pytest.approx(1e3 * one["batch"] / one["step_ms"])
+            assert one["q1_ms"] <= one["median_ms"] <= one["q3_ms"]
     scores = {one["way"]: one for one in view.scores(record)}
     assert scores["dense"]["right"] == scores["stock"]["right"] == 4
 
@@ -90,7 +96,12 @@ def test_a_run_that_was_ended_goes_on(record, path, monkeypatch):
 
 
 def test_wrong_input_says_what_there_is():
-    with pytest.raises(ValueError, match="scout, no recall"):
+    for wrong, message in ({"budget": 0}, "budget=0"), ({"link_gbps": 0.0}, "link_gbps=0.0"):
+        with pytest.raises(scout_hf.ConfigError, match=message):
+            runs.run(**SMALL | wrong)
+    with pytest.raises(ValueError, match="sets both rates"):
+        runs.run(**SMALL | {"emulate": "paper"})
+    with pytest.raises(ValueError, match="scout, predicted, no recall"):
         runs.run(**SMALL | {"chosen": ["scuot"]})
     with pytest.raises(ValueError, match="llama"):
         runs.run(**SMALL | {"model": "no-such"})
@@ -177,7 +188,7 @@ def test_wrong_settings_say_what_is_allowed(wrong, message):
 
 
 def test_names_from_options():
-    assert ways.parse(["stock,scout, no recall", "dense,stock"]) == ("stock", "scout, no recall", "dense")
+    assert ways.parse(["stock,scout, neither", "dense,stock"]) == ("stock", "scout, neither", "dense")
     assert ways.parse([]) is None
     with pytest.raises(ValueError, match="no way 'scuot'.*hgca"):
         ways.parse(["stock,scuot"])
@@ -251,22 +262,20 @@ def test_kvpress_is_asked_in_another_process(tmp_path):
 
 
 def test_scores_are_those_of_what_is_timed():
-    def cell(way, right):
+    def score(way, right):
         where = {"part": "score", "way": way, "task": "needle", "context": 4096, "budget": 512, "right": right}
-        return where | {
-            "questions": 10,
-            "row_step_ms": 1.0,
-            "prefill_s": 1.0,
-            "exact": False,
-            "device_bytes": 1,
-            "host_bytes": 1,
-        }
+        return where | {"questions": 10, "row_step_ms": 1.0, "prefill_s": 1.0, "exact": False}
 
-    record = {"cells": [cell("scout", 9)]}
-    assert view.score_of(record, "scout") == "90 %" and '`cpu_query="auto"`, as' in view.whose_score(record)
-    record["cells"].append(cell("scout, predicted", 7))
-    assert view.score_of(record, "scout") == "70 %" and "90 % of its answers" in view.whose_score(record)
-    assert view.score_of(record, "hgca") == "–" and view.whose_score({"cells": []}) == ""
+    record = {"cells": [score("scout", 9), score("scout, predicted", 7), score("infinigen", 8)]}
+    found = [view.score_of(record, way) for way in ("scout", "scout, predicted", "infinigen, kept", "hgca")]
+    assert found == ["90 %", "70 %", "80 %", "–"]
+    assert not view.predicted(record)
+    speeds = [{"part": "speed", "way": way, "step_ms": 1.0} for way in ("scout", "scout, predicted")]
+    assert "the paper's rule" in view.predicted({"cells": speeds})
+
+
+def test_slower_is_said():
+    assert view.faster(2.0) == "2.00 times faster" and view.faster(0.5) == "2.00 times slower"
 
 
 def test_what_is_said_of_the_paper():
@@ -275,13 +284,16 @@ def test_what_is_said_of_the_paper():
         speeds = [{"tokens_per_s": value, "step_ms": 4e3 / value} for value in speed.values()]
         return {"settings": {}, "cells": [one | two for one, two in zip(cells, speeds)]}
 
-    told = list(paper.sentences(record(scout=8, hgca=4, **{"infinigen, kept": 2}, stock=1)))
+    scout = "scout, predicted"
+    told = list(paper.sentences(record(**{scout: 8}, hgca=4, **{"infinigen, kept": 2}, stock=1)))
     assert len(told) == 1
-    assert "scout 8.00; hgca 4.00; infinigen, kept 2.00: the order of" in told[0]
-    told = list(paper.sentences(record(scout=1, hgca=4, **{"infinigen, kept": 2}, stock=8)))
+    assert "scout, predicted 8.00; hgca 4.00; infinigen, kept 2.00: the order of" in told[0]
+    told = list(paper.sentences(record(**{scout: 1}, hgca=4, **{"infinigen, kept": 2}, stock=8)))
     assert "not the order (scout" in told[0] and "Stock, 8.00, holds all KV" in told[1]
-    found = record(**{"scout": 6, "scout, no recall": 4, "scout, neither": 2})
-    assert "ahead makes it 2.00 times faster, recall 1.50" in next(paper.sentences(found))
+    found = record(**{scout: 6, f"{scout}, no recall": 4, "scout, neither": 2})
+    assert "ahead makes it 2.00 times faster, recall another 1.50" in next(paper.sentences(found))
+    found = record(**{scout: 3, f"{scout}, no recall": 4, "scout, neither": 2})
+    assert "recall another 1.33 times slower" in next(paper.sentences(found))
     assert not list(paper.sentences(record(scout=1)))
 
 

@@ -20,7 +20,8 @@ CONTEXTS = (8192, 16384)
 
 def made_up():
     """A record of the comparison with all of its parts."""
-    speeds = {"stock": 1, "stock folded": 2, "scout": 20, "scout, neither": 12, "scout, no recall": 16, "hgca": 15,
+    speeds = {"stock": 1, "stock folded": 2, "scout": 18, "scout, predicted": 20,
+              "scout, predicted, no recall": 16, "scout, neither": 12, "hgca": 15,
               "infinigen, kept": 8, "infinigen": 4, "kvpr": 0.5, "dense": 0.5}  # fmt: skip
     shares = {"attention": 0.3, "wait": 0.2, "selection": 0.1, "moving": 0.1, "rest": 0.3}
     held = {"device_bytes": 1 << 24, "host_bytes": 1 << 28}
@@ -29,6 +30,8 @@ def made_up():
         for way, speed in speeds.items():
             figures = {
                 "step_ms": 4e3 / speed,
+                "q1_ms": 3e3 / speed,
+                "q3_ms": 5e3 / speed,
                 "tokens_per_s": speed,
                 "cpu_ms": 50.0,
                 "exact": way in ("stock", "dense"),
@@ -98,10 +101,11 @@ def test_every_part_is_there(whole):
     read = Reader(whole)
     assert not read.open
     main, names = read.tables[0], [row[0] for row in read.tables[0]]
-    assert main[0][:5] == ["method", "exact", "answers right", "step ms", "x stock"]
+    assert main[0][:6] == ["method", "exact", "answers right", "step ms", "quartiles", "x stock"]
     assert {"stock", "stock folded", "scout", "hgca", "infinigen", "kvpr", "dense"} <= set(names)
     by_name = {row[0]: row for row in main}
-    assert by_name["scout"][2:5] == ["90 %", "200", "10.00"] and by_name["stock folded"][4] == "1.00"
+    assert by_name["scout, predicted"][2:6] == ["90 %", "200", "150–250", "10.00"]
+    assert by_name["stock folded"][5] == "1.00"
     assert all(len({len(row) for row in table}) == 1 for table in read.tables)
     titles = re.findall("<h2>(.*?)</h2>", whole)
     assert titles == [page.TITLES[name] for name in ("methods", "fidelity", "cpu_decode", "cpu_kernel")]
@@ -133,7 +137,7 @@ def test_a_part_of_it_is_a_page_too(tmp_path):
     assert "<img" not in none and page.TITLES["methods"] in none
     one = [cell for cell in record["cells"] if (cell["part"], cell["way"]) == ("speed", "scout")]
     text = write(tmp_path / "one", record | {"cells": one}, tmp_path / "one.html")
-    assert "scout" in text and Reader(text).tables[0][1][4] == "-"
+    assert "scout" in text and Reader(text).tables[0][1][5] == "-"
 
 
 def test_records_without_shares_show_what_is_waited(tmp_path):
