@@ -11,6 +11,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import scout_hf
+from scout_hf.eval.bench import device as devices
 from scout_hf.eval.bench.formats import new_table, three
 from scout_hf.eval.decode_path import tokenize
 from scout_hf.eval.pocket import POCKET_MODELS, load_pocket, make_document
@@ -18,6 +19,10 @@ from scout_hf.eval.pocket.evaluate import usual_facts
 from scout_hf.trace import Span, Trace
 
 MOVERS = ("attention", "copy")
+EXPLAINED = (
+    "Times and jobs are per step. Hidden: the share of the jobs' time in which the model did not wait for them; a "
+    "layer ahead: the share of the jobs that were started before their own layer began."
+)
 
 
 def run(
@@ -51,11 +56,17 @@ def run(
     Raises
     ------
     FileNotFoundError
-        If the model is none of these.
+        If the model is none of these, or cannot be loaded.
+    ValueError
+        For a device that there is not, or a context that the model does not take.
     """
     console = console or Console()
+    place = devices.find(device)
     net, ids = _subject(model, context, seed)
-    net, ids = net.to(device), ids.to(device)
+    longest = getattr(net.config.get_text_config(decoder=True), "max_position_embeddings", None) or context + steps
+    if context + steps > longest:
+        raise ValueError(f"--context {context}: {model} takes {longest} tokens at most, decoded ones included")
+    net, ids = net.to(place), ids.to(place)
     budget = options.get("budget") or max(context // 8, 64)
     usual = {"budget": budget, "resident": max(budget // 2, 32), "split": "cpu" if net.device.type == "cpu" else "auto"}
     usual |= {"cpu_query": "predicted"} if method == "scout" else {}
@@ -65,6 +76,8 @@ def run(
     with scout_hf.patch(net, method=method, **given) as handle, handle.trace(out, steps) as trace:
         net.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **length)
     console.print(_table(trace.spans, f"{method}, {type(net).__name__}, {context} tokens on {device}"))
+    beside = any(span.kind in MOVERS for span in trace.spans)
+    console.print(EXPLAINED if beside else "One tier: nothing runs beside the model.", highlight=False)
     console.print(f"{trace.path} for https://ui.perfetto.dev or chrome://tracing, {trace.image} to look at")
     return trace
 
@@ -117,7 +130,10 @@ def _subject(model: str, context: int, seed: int) -> tuple[PreTrainedModel, torc
         return net, tokenize(tokenizer, make_document(context, usual_facts(context), seed).text)
     if not Path(model).is_dir():
         raise FileNotFoundError(f"no model {model!r}: it is one of {', '.join(POCKET_MODELS)}, or a model's folder")
-    net = AutoModelForCausalLM.from_pretrained(model, dtype="auto", local_files_only=True).eval()
+    try:
+        net = AutoModelForCausalLM.from_pretrained(model, dtype="auto", local_files_only=True).eval()
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"--model {model} cannot be loaded: {error}") from error
     words = net.config.get_text_config(decoder=True).vocab_size
     return net, torch.randint(words, (1, context), generator=torch.Generator().manual_seed(seed))
 

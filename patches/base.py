@@ -152,7 +152,7 @@ class Family:
             return
         if kind is not None and ("dynamic" in kind or kind == "longrope"):
             raise UnsupportedModelError(
-                f"the keys of layer {attn.layer_idx} of {type(decoder).__name__} cannot be made from hidden states and "
+                f"keys of {type(decoder).__name__} cannot be made from hidden states and "
                 f"positions: rope_type {kind!r} rotates by angles that depend on the length of the sequence too. Keep "
                 "the keys themselves, or use a rope_type with fixed angles, for example 'default', 'yarn' or 'llama3'."
             )

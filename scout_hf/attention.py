@@ -17,7 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from scout_hf.cache import ScoutLayer
-from scout_hf.errors import UnsupportedInputError, UnsupportedModelError
+from scout_hf.errors import ScoutError, UnsupportedInputError, UnsupportedModelError
 from scout_hf.fusion import Partial, fuse
 from scout_hf.methods.base import Scoring
 from scout_hf.modes import keeps_tensors
@@ -82,7 +82,7 @@ def scout_attention(previous, module, query, key, value, attention_mask, **kwarg
     with torch.autocast(query.device.type, enabled=False) if mixed else contextlib.nullcontext():
         real = query if query.dtype == method.dtype else query.to(method.dtype)
         if step.queries == 1:
-            out = _finish(method.attend(step, real), query, kwargs.get("s_aux"))
+            out = _finish(_checked(method, method.attend(step, real), real), query, kwargs.get("s_aux"))
         elif method.length > step.queries:
             new = (part.to(method.dtype) for part in (key, value))
             out = _finish(method.attend_many(step, real, *new), query, kwargs.get("s_aux"))
@@ -108,6 +108,17 @@ def scout_mask(previous, *args, **kwargs):
     if step.cache.has_stock_full_layers:
         return ALL_MASK_ATTENTION_FUNCTIONS[previous](*args, **kwargs)
     return kwargs.get("attention_mask")
+
+
+def _checked(method, result: Partial, query: torch.Tensor) -> Partial:
+    """What a method's ``attend`` gave; its author is told if it is nothing to go on with."""
+    if not isinstance(result, Partial) or not result.out.shape[:3] == result.lse.shape == query.shape[:3]:
+        shapes = "" if not isinstance(result, Partial) else f" of {tuple(result.out.shape)}, {tuple(result.lse.shape)}"
+        raise ScoutError(
+            f"attend() of method {method.name!r} returned a {type(result).__name__}{shapes}; it must return a Partial: "
+            f"out {tuple(query.shape)} and lse {tuple(query.shape[:3])}, as scout_hf.kernels.attend.attend gives it"
+        )
+    return result
 
 
 def _finish(result: Partial, query: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:

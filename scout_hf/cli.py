@@ -164,7 +164,7 @@ def methods(
     out: Annotated[Path | None, typer.Option(help="Folder for JSON and plots; a run that was ended goes on.")] = None,
 ) -> None:
     """Every method, scout's ablations and stock caches: speed, memory, link, and answers from the same run."""
-    with _benchmark(out, threads) as finish:
+    with _benchmark(out, threads, goes_on=True) as finish:
         from scout_hf.eval.methods.run import QUICK, run
         from scout_hf.eval.methods.ways import parse
 
@@ -208,9 +208,16 @@ def trace(
 @app.command("plan")
 def plan_command(
     model: Annotated[
-        str, typer.Option(help="A name such as llama-3-8b, or a config.json, or its folder.")
+        str,
+        typer.Option(
+            help="llama-2-7b, llama-3.2-1b, llama-3-8b, llama-3-70b, qwen3-8b, qwen3-14b, qwen3-32b; or a config.json, "
+            "or its folder."
+        ),
     ] = "llama-3-8b",
-    gpu: Annotated[str, typer.Option(help="A name such as h100; --machine for others.")] = "h100",
+    gpu: Annotated[
+        str,
+        typer.Option(help="h200, h100, a100-80, a100-40, l40s, rtx-5090, rtx-4090, rtx-3090; --machine for others."),
+    ] = "h100",
     context: Annotated[int, typer.Option(min=1, help="Tokens.")] = 65536,
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 8,
     budget: Annotated[int, typer.Option(min=1, help="Tokens attended per step and layer.")] = 2048,
@@ -318,7 +325,7 @@ def gpu_decode(
     ] = None,
 ) -> None:
     """Decode steps of random models shaped like real ones: stock caches beside Scout's hand-overs."""
-    with _benchmark(out, threads) as finish:
+    with _benchmark(out, threads, goes_on=True) as finish:
         from scout_hf.eval.bench.gpu_decode import parse_caps, run
 
         given = {"models": model, "contexts": context, "batches": batch, "arms": arm}
@@ -386,8 +393,11 @@ def version() -> None:
 
 
 @contextmanager
-def _benchmark(out: Path | None, threads: int | None) -> Iterator[Callable[[dict], None]]:
-    """Gives what to call with the record of a benchmark; the rest as in ``_evaluation``."""
+def _benchmark(out: Path | None, threads: int | None, goes_on: bool = False) -> Iterator[Callable[[dict], None]]:
+    """Gives what to call with the record of a benchmark; the rest as in ``_evaluation``.
+
+    ``goes_on``: what was measured is in ``out``, and the same command goes on from there.
+    """
     with _evaluation(threads):
         if out:
             out.mkdir(parents=True, exist_ok=True)
@@ -398,7 +408,12 @@ def _benchmark(out: Path | None, threads: int | None) -> Iterator[Callable[[dict
             for line in report.save(record, out) if out else ():
                 typer.echo(line)
 
-        yield finish
+        try:
+            yield finish
+        except KeyboardInterrupt as error:
+            kept = f"; {out} has what was measured, and the same command goes on" if out and goes_on else ""
+            typer.echo(f"stopped{kept}", err=True)
+            raise typer.Exit(130) from error
 
 
 def _typed() -> str:

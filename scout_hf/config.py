@@ -145,10 +145,13 @@ class ScoutConfig:
         options = self.method_options
         if options is not None and not (isinstance(options, dict) and all(isinstance(name, str) for name in options)):
             self._refuse("method_options", "None, or a dict of the method's own settings by name", "None")
-        for name, hint in (("link_gbps", "25.0, a PCIe 4.0 x16 link"), ("cpu_gbps", "100.0, 36 cores")):
+        for name, hint in (("link_gbps", "25.0, as a PCIe 4.0 x16 link"), ("cpu_gbps", "100.0, as 36 cores")):
             gbps = getattr(self, name)
-            if gbps is not None and (isinstance(gbps, bool) or not isinstance(gbps, (int, float)) or not gbps > 0):
+            number = isinstance(gbps, (int, float)) and not isinstance(gbps, bool)
+            if gbps is not None and not (number and 0 < gbps < float("inf")):
                 self._refuse(name, "None, or a positive number of GB/s", hint)
+            if gbps is not None and self.split == "off":
+                self._refuse(name, "None with split='off': one tier has no link and no CPU beside it", "split='cpu'")
         if self.resident is not None and (not _is_int(self.resident) or self.resident < self.block_size):
             self._refuse("resident", f"None, or at least one block of tokens ({self.block_size})", "None, the budget")
         if self.threads is not None and (not _is_int(self.threads) or self.threads < 1):

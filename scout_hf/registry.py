@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Generic, TypeVar
 
 from scout_hf.errors import ConfigError
@@ -30,6 +31,10 @@ class Registry(Generic[T]):
             raise ConfigError(
                 f"{given!r} is no {self.setting}: register a subclass of {base.__name__} that sets a name"
             )
+        if lacking := sorted(getattr(given, "__abstractmethods__", ())):
+            raise ConfigError(
+                f"{self.setting} {given.name!r} lacks {', '.join(lacking)}; define it in {given.__name__}"
+            )
         if self._classes.get(given.name, given) is not given:
             raise ConfigError(f"a {self.setting} named {given.name!r} is registered already; choose another name")
         self._classes[given.name] = given
@@ -43,5 +48,7 @@ class Registry(Generic[T]):
         """The class of that name, or ConfigError with the names there are."""
         if name not in self._classes:
             known = ", ".join(map(repr, self.names()))
-            raise ConfigError(f"{self.setting}={name!r} is not known; available are {known}")
+            near = difflib.get_close_matches(name, self._classes, 1, 0.0) if isinstance(name, str) else ()
+            hint = f"; try {near[0]!r}" if near else ""
+            raise ConfigError(f"{self.setting}={name!r} is not known; available are {known}{hint}")
         return self._classes[name]

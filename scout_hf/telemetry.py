@@ -23,7 +23,7 @@ class Counters:
     def __init__(self):
         self._recalls: dict[tuple[int, torch.device, int], torch.Tensor] = {}
         # Of how things are, not of what was done: they stay when tallies start anew.
-        self.notes: dict[str, str] = {}
+        self.notes: dict[tuple[str, int | None], str] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -38,9 +38,17 @@ class Counters:
         """Add to one sum of one layer."""
         self.sums[name][layer] = self.sums[name][layer] + amount
 
-    def note(self, about: str, text: str) -> None:
-        """Something that whoever reads the statistics should know; one line per subject, the newest."""
-        self.notes[about] = text
+    def note(self, about: str, text: str, layer: int | None = None) -> None:
+        """Something that whoever reads the statistics should know: the newest per subject and layer."""
+        self.notes[about, layer] = text
+
+    def all_notes(self) -> Iterator[str]:
+        """One line for what is said of several layers."""
+        layers: dict[tuple[str, str], list[int]] = {}
+        for (about, layer), text in self.notes.items():
+            layers.setdefault((about, text), []).extend([] if layer is None else [layer])
+        for (about, text), where in layers.items():
+            yield f"{about}: {text}" + (f" (layers {_runs(where)})" if where else "")
 
     def attended(self, layer: int, context: float | torch.Tensor, tokens: float | torch.Tensor) -> None:
         """One decode step of one layer attended ``tokens`` of ``context``, means over rows and KV heads."""
@@ -235,8 +243,11 @@ class Stats:
             head.add_row("on huge pages", _bytes(self.huge_page_bytes))
         if self.cpu_ratio is not None:
             head.add_row("CPU share of selection", f"{self.cpu_ratio:.1%}")
-            head.add_row("wait for the CPU", f"{self.join_wait_ms:.2f} ms per step")
-            head.add_row("recalled", f"{self.recalled_blocks} blocks, {_bytes(self.recalled_bytes)}")
+        if self._waits:
+            head.add_row("wait for CPU and link", f"{self.join_wait_ms:.2f} ms per step")
+        if self.recalled_bytes:
+            blocks = f"{self.recalled_blocks} blocks, " if self.recalled_blocks else ""
+            head.add_row("brought to the device", f"{blocks}{_bytes(self.recalled_bytes)} in {self.steps} steps")
         if self.cosine is not None:
             head.add_row("predicted to real query", f"cosine {self.cosine:.3f}")
         if self.fidelity is not None:
@@ -244,10 +255,14 @@ class Stats:
         for note in self.notes:
             head.add_row("note", note)
         yield head
-        if self.cpu_ratio is not None:
+        if self._waits:
             yield self._layer_table(Table)
         if self.fidelity is not None:
             yield self._fidelity_table(Table)
+
+    @property
+    def _waits(self) -> bool:
+        return self.cpu_ratio is not None or self.join_wait_ms > 0
 
     def _add_fidelity(self, head):
         found = self.fidelity
@@ -276,18 +291,22 @@ class Stats:
         return table
 
     def _layer_table(self, Table):
+        columns = {
+            "layer": lambda layer: str(layer.layer),
+            "attended": lambda layer: f"{layer.attended_tokens:.0f}",
+            "CPU share": lambda layer: None if layer.cpu_ratio is None else f"{layer.cpu_ratio:.1%}",
+            "cosine": lambda layer: None if layer.cosine is None else f"{layer.cosine:.3f}",
+            "wait ms": lambda layer: f"{layer.join_wait_ms:.2f}",
+            "brought": lambda layer: _bytes(layer.recalled_bytes) if layer.recalled_bytes else None,
+        }
+        cells = {name: [say(layer) for layer in self.layers] for name, say in columns.items()}
+        # What a method has none of needs no column.
+        cells = {name: told for name, told in cells.items() if any(told)}
         table = Table(title="per layer", title_justify="left")
-        for name in ("layer", "attended", "CPU share", "cosine", "wait ms", "recalled"):
+        for name in cells:
             table.add_column(name, justify="right")
-        for layer in self.layers:
-            table.add_row(
-                str(layer.layer),
-                f"{layer.attended_tokens:.0f}",
-                "-" if layer.cpu_ratio is None else f"{layer.cpu_ratio:.1%}",
-                "-" if layer.cosine is None else f"{layer.cosine:.3f}",
-                f"{layer.join_wait_ms:.2f}",
-                str(layer.recalled_blocks),
-            )
+        for row in zip(*cells.values()):
+            table.add_row(*(text or "-" for text in row))
         return table
 
 
@@ -353,8 +372,19 @@ def summarise(
         huge_page_bytes=huge_page_bytes,
         layers=layers,
         fidelity=fidelity(),
-        notes=tuple(f"{about}: {text}" for about, text in counters.notes.items()),
+        notes=tuple(counters.all_notes()),
     )
+
+
+def _runs(numbers: list[int]) -> str:
+    """Numbers in order, neighbours as spans: 0 to 2, 5."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _percent(share: float) -> str:

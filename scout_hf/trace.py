@@ -265,6 +265,8 @@ def record(handle: Any, path: str | os.PathLike, steps: int) -> Iterator[Trace]:
 
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ConfigError(f"steps={steps!r} is not allowed: a number of decode steps from 1 up; try 2")
+    if not isinstance(path, (str, os.PathLike)):
+        raise ConfigError(f"path={path!r} is not allowed: a file's name, ending in .json; try 'step.json'")
     trace = Trace(Path(path))
     check_path(trace.path, trace.image)
     handle._check_traceable()
@@ -278,4 +280,7 @@ def record(handle: Any, path: str | os.PathLike, steps: int) -> Iterator[Trace]:
     if not trace.spans:
         raise ConfigError("nothing was decoded with a ScoutCache inside the block: no step to write; generate() in it")
     write(trace.spans, trace.path)
-    draw(trace.spans, trace.image)
+    config, shape = handle.config, type(handle.model).__name__
+    rates = {"link": config.link_gbps, "CPU": config.cpu_gbps}
+    told = [f"{name} emulated at {rate:g} GB/s" for name, rate in rates.items() if rate is not None]
+    draw(trace.spans, trace.image, ", ".join([shape, config.method, *told]))

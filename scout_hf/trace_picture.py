@@ -36,8 +36,8 @@ CHARACTER = 0.07
 """Inches, of the small print."""
 
 
-def draw(spans: list[Span], path: Path) -> None:
-    """Draw the last step.
+def draw(spans: list[Span], path: Path, about: str = "") -> None:
+    """Draw the last step; ``about`` says in the title of what.
 
     Raises
     ------
@@ -64,7 +64,8 @@ def draw(spans: list[Span], path: Path) -> None:
 
     for span in sorted(shown, key=lambda span: list(HEIGHTS).index(span.kind)):
         row, high, colour = lanes.index(span.lane), HEIGHTS[span.kind], COLOURS[span.kind]
-        edge = "#999999" if span.kind == "layer" else colour  # as wide as a line at least
+        # As wide as a line at least; one emulated job begins where another ends.
+        edge = {"layer": "#999999"}.get(span.kind, "white" if span.lane in (LINK, SLOW_CPU) else colour)
         at = (span.begin - last.begin) / 1e6, (span.end - span.begin) / 1e6
         axes.broken_barh([at], (row - high / 2, high), color=colour, edgecolor=edge, lw=0.7)
         if span.lane in (POOL, COPIES) and span.submitted is not None:
@@ -78,9 +79,8 @@ def draw(spans: list[Span], path: Path) -> None:
     kinds = [kind for kind in COLOURS if any(span.kind == kind for span in shown)]
     handles = [Patch(color=COLOURS[kind], label=MEANINGS[kind]) for kind in kinds]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
-    title = (
-        f"a decode step of {length:.2f} ms; jobs bear the layer that they are for, lines show where they were started"
-    )
+    title = f"{about + ': ' if about else ''}a decode step of {length:.2f} ms"
+    title += "; jobs bear the layer that they are for, lines show where they were started"
     axes.set_title(title, fontsize=10, loc="left")
     with whole_file(path) as scratch:
         figure.savefig(scratch, format="png")

@@ -12,7 +12,8 @@ def new_table(title: str, *columns: str, words: int = 1) -> Table:
     """An empty table for a terminal; the first ``words`` columns hold words, the others numbers."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index < words else "right", no_wrap=True)
+        # Headings of several words go over several lines where the terminal is narrow; figures stay whole.
+        table.add_column(name, justify="left" if index < words else "right", no_wrap=index < words)
     return table
 
 

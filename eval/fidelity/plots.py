@@ -12,7 +12,8 @@ from scout_hf.eval.fidelity.tables import NAMES
 from scout_hf.eval.fidelity.views import AXES, CENTRE, along, digests, full_at, points, rows_at
 
 NO_PLOTS = "no plots: they take matplotlib, which pip install 'scout_hf[bench]' brings"
-QUERIES = {"real": "real query", "predicted-auto": "predicted query, two tiers"}
+QUERIES = {"real": "one tier", "predicted-auto": 'two tiers, cpu_query="auto"'}
+LABELS = {"oracle": "the best blocks"}
 BY_LAYER = {"real-two-tiers": "-", "predicted-auto": "--"}
 INSIDE = {
     "cosine": "cosine of predicted to real query",
@@ -60,7 +61,16 @@ def _by_query(figure, table: Sequence[Row], axes: Sequence[str], label: str, fac
         for digest, colour in _coloured(digests(table)):
             of = {name: row for name, row in along(table, axis, digest, mode).items() if name in names}
             if len(of) > 1:
-                _line(panel, [names.index(name) for name in of], of.values(), factor, label=digest, color=colour)
+                _line(
+                    panel,
+                    [names.index(name) for name in of],
+                    of.values(),
+                    factor,
+                    label=LABELS.get(digest, digest),
+                    color=colour,
+                    # Where it takes what another digest gives, both are seen.
+                    linestyle="--" if digest == "auto" else "-",
+                )
         full = [full_at(table, setting) for _, setting in points(table, axis)]
         if all(full):
             _line(panel, range(len(names)), full, factor, label="full attention", color="black", linestyle="--")

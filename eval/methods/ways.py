@@ -122,7 +122,7 @@ def find(name: str, weights: str = "trained") -> Way:
         ``random``: scout's choice of blocks drifts synthetically, as in a real text, and InfiniGen fills its budget.
     """
     if name not in names():
-        raise ValueError(f"no way {name!r} to decode; there are: {', '.join(names())}")
+        raise ValueError(f"no way {name!r} to decode; there are: {', '.join(map(repr, names()))}")
     if name in STOCK:
         return Way(name, None, takes_budget=False)
     if name == KVPRESS:

@@ -6,15 +6,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from scout_hf.eval.methods.ways import PREDICTED
 from scout_hf.planner import Load, Machine, ModelShape, plan
 
-WAYS = {"stock": "stock", "scout": "scout", "hgca": "hgca", "infinigen": "infinigen", "kvpr": "kvpr", "dense": "dense"}
+WAYS = {name: name for name in ("stock", "hgca", "infinigen", "kvpr", "dense")} | {PREDICTED: "scout"}
 
 
 class Row(NamedTuple):
     """One step, measured and predicted."""
 
     what: str
+    model: str
     context: int
     batch: int
     measured_ms: float
@@ -49,7 +51,7 @@ def _cpu_decode(record: dict[str, Any], machine: Machine, facts: dict[str, Any])
         load = Load(max(8, row["context"]), 1, record["settings"]["budget"], record["settings"]["block_size"])
         for way in ("stock", "scout"):
             predicted = plan(way, shape, machine, load).step_ms
-            yield Row(way, row["context"], 1, row["modes"][way]["median_ms"], predicted)
+            yield Row(way, "", row["context"], 1, row["modes"][way]["median_ms"], predicted)
 
 
 def _methods(record: dict[str, Any], machine: Machine, facts: dict[str, Any]) -> Iterator[Row]:
@@ -80,4 +82,4 @@ def _methods(record: dict[str, Any], machine: Machine, facts: dict[str, Any]) ->
         )
         where = machine if cell["way"] == "stock" else tiers
         predicted = plan(WAYS[cell["way"]], shape, where, load).step_ms
-        yield Row(cell["way"], cell["context"], cell["batch"], cell["step_ms"], predicted)
+        yield Row(cell["way"], cell["shape"], cell["context"], cell["batch"], cell["step_ms"], predicted)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from scout_hf.eval.bench import readme as bench_readme
 from scout_hf.eval.bench.formats import short
 from scout_hf.eval.fidelity import readme as fidelity_readme
 from scout_hf.eval.methods import plots, tables, view
+from scout_hf.eval.reading import read_json
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1140px; margin: 2rem auto; padding: 0 1rem }
@@ -65,7 +65,12 @@ def write(given: Sequence[Path], out: Path) -> list[str]:
         If there is none among them.
     """
     paths = [path for one in given for path in ([one] if one.is_file() else [one / f"{name}.json" for name in FILES])]
-    records = {path: json.loads(path.read_text()) for path in paths if path.exists()}
+    if missing := [path for path in given if not path.exists()]:
+        raise ValueError(f"{missing[0]} is not there; give JSON files of `scout-hf bench` or `fidelity`, or folders")
+    records = {path: read_json(path) for path in paths if path.exists()}
+    for path, record in records.items():
+        if _name(record) not in TEXTS:
+            raise ValueError(f"{path} is no result of `scout-hf bench` or `scout-hf fidelity`: leave it out")
     if not records:
         names = ", ".join(f"{name}.json" for name in FILES)
         raise ValueError(f"no results in {', '.join(map(str, given))}; looked for {names}: run `scout-hf bench` first")
@@ -81,7 +86,7 @@ def _page(records: dict[Path, dict[str, Any]]) -> Iterator[str]:
     yield "<h1>scout_hf: what was measured</h1>"
     yield f"<p class=note>Made on {time.strftime('%Y-%m-%d')} from {', '.join(path.name for path in records)}.</p>"
     for path, record in records.items():
-        name = record.get("benchmark") or path.stem
+        name = _name(record)
         yield f"<h2>{html.escape(TITLES.get(name, name))}</h2>"
         if name == "methods":
             yield from _methods(record)
@@ -92,6 +97,11 @@ def _page(records: dict[Path, dict[str, Any]]) -> Iterator[str]:
         if name in COMMANDS:
             typed = " and ".join(f"<code>{html.escape(one)}</code>" for one in _commands(name, record))
             yield f"<p class=note>Made by {typed}; {_machine(record)}.</p>"
+
+
+def _name(record: dict[str, Any]) -> str:
+    """Which benchmark a record is of; the study of fidelity does not say."""
+    return record.get("benchmark") or ("fidelity" if "study" in record else "")
 
 
 def _methods(record: dict[str, Any]) -> Iterator[str]:

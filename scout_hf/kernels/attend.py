@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from scout_hf.errors import UnsupportedInputError
 from scout_hf.fusion import Partial, empty_like
 
 # Numbers of float32: 256 MiB.
@@ -47,11 +48,21 @@ def attend(
     """
     if not keys.shape[2]:
         return empty_like(query)
+    if allowed is not None:
+        _check_mask(allowed, (keys.shape[0], keys.shape[1], query.shape[2], keys.shape[2]))
     if query.device.type == "cpu" and softcap is None:
         return _flash_on_cpu(query, keys, values, scale, allowed, causal)
     if _flash_serves(query, keys, softcap, allowed):
         return _flash_on_gpu(query, keys, values, scale, causal)
     return _by_products(query, keys, values, scale, softcap, allowed, causal)
+
+
+def _check_mask(allowed: torch.Tensor, most: tuple[int, ...]) -> None:
+    if allowed.dim() != 4 or any(size not in (1, full) for size, full in zip(allowed.shape, most)):
+        raise UnsupportedInputError(
+            f"allowed has shape {tuple(allowed.shape)}, which does not broadcast to (batch, kv_heads, queries, tokens) "
+            f"= {most}; all query heads of a KV head share a mask: try (batch, 1, 1, tokens)"
+        )
 
 
 def fold_group(query: torch.Tensor, kv_heads: int) -> torch.Tensor:

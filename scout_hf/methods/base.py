@@ -43,6 +43,13 @@ class Method(ABC):
         Where the layer's KV is; anything with ``append, read, crop, select_rows, fork, length``.
     scoring : Scoring or None
         Learnt from the layer's own attention call; None until the first one.
+
+    Notes
+    -----
+    What a method finds in a ``step``: ``mask``, None where no token is padding, else ``padding(device)`` says which
+    tokens are real, (batch, tokens) of bool; ``context()``, the mean of real tokens; ``backend``, which attends to host
+    blocks; ``counters``, for ``stats()``: ``attended(layer, context, tokens)`` in every decode step,
+    ``recalled(layer, blocks, nbytes)``, ``timed(layer, "join")`` around waiting, ``note(about, text)``.
     """
 
     name: str = ""
@@ -211,6 +218,12 @@ def find_method(name: str) -> type[Method]:
     return _METHODS.find(name)
 
 
+def _complete(made: Method) -> Method:
+    if made.kv is None:
+        raise ConfigError(f"method {made.name!r} has no self.kv after __init__; set a store, such as stores.PagedKV")
+    return made
+
+
 def make_method(config: ScoutConfig, layer_idx: int, keys: torch.Tensor) -> Method:
     """The configured method for one layer, sized by its first keys (batch, kv_heads, tokens, head_dim)."""
-    return find_method(config.method).create(config, layer_idx, keys)
+    return _complete(find_method(config.method).create(config, layer_idx, keys))

@@ -52,7 +52,7 @@ class HGCA(TieredMethod):
         for name, allowed, most in (("alpha", "a share in [0, 1]", 1.0), ("threshold", "a number from 0 up", None)):
             value = settings[name]
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or value < 0 or (most is not None and value > most):
+            if not number or not value >= 0 or (most is not None and value > most):
                 raise ConfigError(f"{name}={value!r} is not allowed: {name} takes {allowed}; try {cls.options[name]}")
         least = settings["least"]
         if isinstance(least, bool) or not isinstance(least, int) or least < 0:

@@ -99,7 +99,7 @@ class KVPR(Dense):
             if self._rates is None:
                 self.inputs = None
         if self._against is not None:
-            step.counters.note("kvpr", self._against)
+            step.counters.note("kvpr", self._against, self.layer_idx)
 
     def attend(self, step, query: torch.Tensor) -> Partial:
         self._apart = 0.0
@@ -236,7 +236,7 @@ class KVPR(Dense):
         except ScoutError as error:
             reason = str(error)
         if reason is not None:
-            self._against = f"nothing is computed anew in layer {self.layer_idx}: {reason}"
+            self._against = f"nothing is computed anew: {reason}"
             return None
         seconds = []
         for _ in range(2):

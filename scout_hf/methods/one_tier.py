@@ -40,6 +40,10 @@ class OneTierScout(Method):
         if step.queries > 1:
             self.selector.extend_from(self.kv, self.kv.length // self.config.block_size, step.mask)
 
+    def prefilled(self, step, query: torch.Tensor) -> None:
+        if self.config.link_gbps or self.config.cpu_gbps:
+            step.counters.note("scout", "one tier: link_gbps and cpu_gbps emulate nothing; try split='cpu'")
+
     def crop(self, length: int) -> None:
         super().crop(length)
         self.selector.crop(length // self.config.block_size)

@@ -12,6 +12,8 @@ from scout_hf.methods.base import Method
 from scout_hf.stores import TwoTierKV
 from scout_hf.stores.link import Mark
 
+SCOUTS_OWN = ("host_dtype", "monitor", "digest", "recall", "cpu_query", "hand_over")
+
 
 class TieredMethod(Method):
     """Host pages and a device tail; full blocks older than ``window_blocks`` go to the host once.
@@ -29,9 +31,11 @@ class TieredMethod(Method):
     @classmethod
     def check(cls, config: ScoutConfig) -> None:
         super().check(config)
-        for name in ("host_dtype", "monitor"):
-            if value := getattr(config, name):
-                raise ConfigError(f"{name}={value!r} is not possible with method={cls.name!r}: only scout knows it")
+        for name in SCOUTS_OWN:
+            if (value := getattr(config, name)) != getattr(ScoutConfig, name):
+                raise ConfigError(
+                    f"{name}={value!r} is not possible with method={cls.name!r}: only scout knows it; leave it out"
+                )
         if config.split == "off":
             raise ConfigError(
                 f"split='off' is not possible with method={cls.name!r}, which keeps two tiers; try 'auto'"

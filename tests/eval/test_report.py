@@ -154,5 +154,12 @@ def test_command(tmp_path):
     assert result.exit_code == 0, result.output
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.html"]
     assert page.TITLES["cpu_kernel"] in (tmp_path / "a" / "b.html").read_text()
+    trace, half = tmp_path / "step.json", tmp_path / "half.json"
+    trace.write_text('{"traceEvents": []}')
+    half.write_text('{"benchmark": ')
+    for path, told in ((trace, "no result of"), (half, "half.json is no whole JSON"), (tmp_path / "no", "not there")):
+        result = CliRunner().invoke(app, ["report", str(path), "--out", str(tmp_path / "c.html")])
+        assert result.exit_code == 2 and told in result.stderr and not (tmp_path / "c.html").exists()
+    (tmp_path / "nothing").mkdir()
     result = CliRunner().invoke(app, ["report", str(tmp_path / "nothing"), "--out", str(tmp_path / "c.html")])
     assert result.exit_code == 2 and "scout-hf bench" in result.stderr and not (tmp_path / "c.html").exists()

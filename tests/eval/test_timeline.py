@@ -62,6 +62,10 @@ def test_a_model_from_a_folder(invoke):
         (["--model", "no-such"], "llama, qwen3, or a model's folder"),
         (["--method", "scuot"], "scuot"),
         (["--budget", "3"], "budget=3"),
+        (["--device", "gpu"], "--device gpu"),
+        (["--model", "."], "cannot be loaded"),
+        (["--context", "200000"], "--context 200000"),
+        (["--split", "off", "--link-gbps", "1"], "link_gbps=1.0"),
     ],
 )
 def test_wrong_settings_end_in_a_message(invoke, options, message, tmp_path):

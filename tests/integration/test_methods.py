@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import scout_hf
+from scout_hf.fusion import Partial
 from scout_hf.kernels.cpu import pool, workers
-from scout_hf.methods import bring
+from scout_hf.methods import base, bring
+from scout_hf.methods.one_tier import OneTierScout
 from scout_hf.stores.staging import Staging
 from tests.integration.common import (
     EXACT_METHODS,
@@ -327,6 +329,49 @@ def test_kvpr_notices_what_it_cannot_make(monkeypatch):
         make = handle._keys_values
         monkeypatch.setattr(handle, "_keys_values", lambda *given: [part * 1.01 for part in make(*given)])
         assert_close(run(model, prompt(1, 90), new=6), expected)
-        assert "do not make the keys" in handle.stats().notes[0]
+        (note,) = handle.stats().notes
+        assert "do not make the keys" in note and note.endswith("(layers 0 to 3)")
         assert handle.stats().kv_bytes == dense_bytes
         assert not handle._counters.sums["computed_anew"]
+
+
+class Careless(OneTierScout):
+    name = "careless"
+    gives = None
+    keeps = True
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        if not self.keeps:
+            self.kv = None
+
+    def attend(self, step, query):
+        return self.gives(query)
+
+
+@pytest.mark.parametrize(
+    ("gives", "told"),
+    [
+        (lambda query: None, "returned a NoneType; it must return a Partial"),
+        (lambda query: query, "returned a Tensor"),
+        (lambda query: Partial(query[:, :1], query[:, :1, :, 0]), r"Partial of \(1, 1, 1, 8\)"),
+    ],
+    ids=["None", "a tensor", "few heads"],
+)
+def test_the_author_of_a_method_is_told_what_is_wrong(monkeypatch, gives, told):
+    monkeypatch.setattr(base._METHODS, "_classes", dict(base._METHODS._classes) | {"careless": Careless})
+    monkeypatch.setattr(Careless, "gives", staticmethod(gives))
+    model = llama()
+    with scout_hf.patch(model, method="careless"), pytest.raises(scout_hf.ScoutError, match=told):
+        run(model, prompt(), new=3)
+    monkeypatch.setattr(Careless, "keeps", False)
+    with scout_hf.patch(model, method="careless"), pytest.raises(scout_hf.ConfigError, match="no self.kv"):
+        run(model, prompt(), new=3)
+
+
+def test_rates_that_emulate_nothing_are_told():
+    with pytest.raises(scout_hf.ConfigError, match="split='cpu'"):
+        scout_hf.ScoutConfig(split="off", link_gbps=1.0)
+    with scout_hf.patch(llama(), cpu_gbps=1.0) as handle:
+        run(handle.model, prompt(), new=3)
+        assert "emulate nothing" in handle.stats().notes[0]

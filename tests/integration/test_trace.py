@@ -163,7 +163,11 @@ def test_wrong_use_is_refused_at_once(tmp_path):
     handle = scout_hf.patch(model, **LOSSY)
     (tmp_path / "folder.json").mkdir()
     paths = (tmp_path / "step.txt", tmp_path / "no" / "step.json", tmp_path / "folder.json")
-    for path, steps in (*((path, 2) for path in paths), (tmp_path / "s.json", 0), (tmp_path / "s.json", True)):
+    for path, steps in (
+        *((path, 2) for path in (*paths, None, 3)),
+        (tmp_path / "s.json", 0),
+        (tmp_path / "s.json", True),
+    ):
         with pytest.raises(ConfigError, match="not allowed"), handle.trace(path, steps):
             raise AssertionError("never entered")
     with handle.trace(tmp_path / "step.json"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention, softmax
 
+from scout_hf.errors import UnsupportedInputError
 from scout_hf.kernels.attend import attend, fold_group, unfold_group
 from tests.unit.naive import attention
 
@@ -197,3 +198,11 @@ def test_folding_a_group_and_back():
 
     back = unfold_group(Partial(folded, folded[..., 0]), query)
     assert torch.equal(back.out, query) and torch.equal(back.lse, query[..., 0])
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 1, 9), (2, 1, 9), (2, 1, 1, 8), (1, 3, 1, 9), (2, 1, 5, 9)], ids=str)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_mask_of_another_shape_is_told_the_right_one(shape, softcap):
+    query, keys = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 9, 8)
+    with pytest.raises(UnsupportedInputError, match=r"\(batch, kv_heads, queries, tokens\) = \(2, 2, 1, 9\)"):
+        attend(query, keys, keys, 1.0, softcap, torch.ones(shape, dtype=torch.bool))

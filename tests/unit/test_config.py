@@ -18,7 +18,7 @@ PROFILE = RecallIntervals((3, 0), 0.12, "llama")
 REFUSED = {
     "method": [None, 3, b"scout", ("scout",)],
     "method_options": [3, "alpha", ("alpha", 1), {1: 2}],
-    "link_gbps": [0, -1.0, True, "25", NAN],
+    "link_gbps": [0, -1.0, True, "25", NAN, float("inf")],
     "cpu_gbps": [0, -1.0, True, "25", NAN],
     "block_size": [7, 0, -32, 33, 512, 32.0, "32", True, None, NAN],
     "budget": [0, -1, 1, 31, 0.0, -0.5, 1.5, True, False, "2048", NAN, math.inf, (2048,), [0.5]],

@@ -277,7 +277,8 @@ def test_kept_tokens_are_a_set_per_head(data):
 @pytest.mark.parametrize("method", ["dense", "kvpr", "infinigen", "hgca"])
 @pytest.mark.parametrize("wrong", [{"split": "off"}, {"host_dtype": "int8"}, {"monitor": True},
                          {"method_options": {"no_such": 1}}, {"method_options": 3}, {"link_gbps": 0},
-                         {"link_gbps": True}], ids=str)  # fmt: skip
+                         {"link_gbps": True}, {"digest": "sign"}, {"recall": 1}, {"cpu_query": "real"},
+                         {"hand_over": "join"}], ids=str)  # fmt: skip
 def test_what_a_method_cannot_do_is_refused_at_once(method, wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong)).split("_")[0]):
         ScoutCache(stock_model().config, method=method, **wrong)
@@ -293,6 +294,8 @@ def test_what_a_method_cannot_do_is_refused_at_once(method, wrong):
         ("infinigen", {"alpha": 0}),
         ("infinigen", {"ratio": 1.5}),
         ("infinigen", {"keep": 1}),
+        ("hgca", {"alpha": float("nan")}),
+        ("hgca", {"threshold": float("nan")}),
         ("scout", {"alpha": 1.0}),
     ],
     ids=str,

@@ -47,9 +47,12 @@ def test_what_is_held_where():
     # Residents of the budget, and digests: two vectors per block of 32 tokens.
     assert scout.device_bytes == LLAMA.weights + 8 * 2048 * 131072 + full / 32 and scout.host_bytes == full
     assert dense.device_bytes == LLAMA.weights + 2 * full / 32
-    inputs = 8 * 65536 * 4096 * 2 * 32
-    assert kvpr.host_bytes == full + inputs
-    assert "nothing" in kvpr.note and kvpr.parts["computed anew"] == 0
+    assert kvpr.host_bytes == full
+    assert "no smaller" in kvpr.note and kvpr.parts["computed anew"] == 0
+    kvpr, dense = (plan(name, MHA, H100, load) for name in ("kvpr", "dense"))
+    assert kvpr.host_bytes == dense.host_bytes + 8 * 65536 * 4096 * 2 * 32 and kvpr.parts["computed anew"] > 0
+    kvpr = plan("kvpr", MHA, replace(H100, link_gbps=1e5), load)
+    assert "link is faster" in kvpr.note and kvpr.parts["computed anew"] == 0
 
 
 def test_kvpr_pays_without_gqa_alone():
@@ -142,6 +145,45 @@ def test_wrong_input_names_what_there_is(tmp_path):
         Machine.load(path)
 
 
+def test_help_names_what_there_is():
+    import inspect
+
+    from scout_hf import cli
+
+    text = inspect.getsource(cli.plan_command)
+    assert all(name in text for name in (*SHAPES, *MACHINES))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0"),
+        ({"num_key_value_heads": 7}, "32 query heads for 7"),
+        ({"hidden_size": "4096"}, "hidden_size='4096'"),
+        ({"intermediate_size": None}, "no intermediate_size or ffn_dim"),
+        ({"kv_lora_rank": 512}, "latent attention"),
+        ({"num_hidden_layers": True}, "num_hidden_layers=True"),
+    ],
+    ids=str,
+)
+def test_configs_that_no_plan_is_made_of(changes, told):
+    config = AutoConfig.for_model("llama").to_dict() | changes
+    with pytest.raises(ConfigError, match=told):
+        ModelShape.of(config)
+
+
+def test_no_times_for_what_does_not_fit():
+    from rich.console import Console
+
+    from scout_hf.eval.plan.show import plan_tables
+
+    console = Console(width=160, record=True)
+    for part in plan_tables(LLAMA, H100, Load(131072, 32)):
+        console.print(part)
+    rows = {line.split()[0]: line.split() for line in console.export_text().splitlines() if line.split()}
+    assert rows["stock"][3:7] == ["no", "-", "-", "-"] and float(rows["scout"][4]) > 0
+
+
 def test_the_command(tmp_path):
     from typer.testing import CliRunner
 
@@ -154,7 +196,20 @@ def test_the_command(tmp_path):
     assert done.exit_code == 0 and "CPU 200 GB/s" in done.output and "infinigen" in done.output
     (tmp_path / "config.json").write_text(json.dumps(AutoConfig.for_model("llama").to_dict()))
     assert call("--model", str(tmp_path)).exit_code == 0
-    for words, told in ((["--gpu", "h999"], "rtx-4090"), (["--model", "no-such"], "llama-3-8b"), (
-        ["--check", str(tmp_path / "config.json")], "--measure")):  # fmt: skip
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "half.json").write_text('{"a": ')
+    for words, told in (
+        (["--gpu", "h999"], "rtx-4090"),
+        (["--model", "no-such"], "llama-3-8b"),
+        (["--model", str(tmp_path / "list.json")], "list.json"),
+        (["--model", str(tmp_path / "half.json")], "half.json"),
+        (["--check", str(tmp_path / "config.json")], "--measure"),
+        (["--check", str(tmp_path / "none.json")], "none.json"),
+        (["--machine", str(tmp_path / "none.json")], "none.json"),
+        (["--link", "0"], "--link"),
+        (["--dram", "inf"], "--dram"),
+        (["--block-size", "7"], "block_size=7"),
+        (["--budget", "1"], "budget=1"),
+    ):
         wrong = call(*words)
         assert wrong.exit_code == 2 and told in wrong.output

@@ -67,3 +67,18 @@ def test_methods_have_theirs():
         register_method(Method)
     with pytest.raises(ConfigError, match="method='scoutt' is not known.*'scout'"):
         find_method("scoutt")
+
+
+class Bare(Method):
+    name = "bare"
+
+
+def test_a_method_that_lacks_a_part_is_refused_when_it_is_registered():
+    with pytest.raises(ConfigError, match="'bare' lacks attend, tier_bytes; define it in Bare"):
+        register_method(Bare)
+    assert "bare" not in method_names()
+
+
+def test_an_unknown_name_is_told_the_nearest():
+    with pytest.raises(ConfigError, match="try 'scout'"):
+        find_method("scuot")

@@ -147,7 +147,32 @@ def test_print_two_tiers():
     assert max(map(len, lines)) <= 96 and "\x1b" not in text
     rows = [line.split("│")[1:-1] for line in lines if "│" in line]
     by_layer = [[cell.strip() for cell in row] for row in rows if len(row) == 6]
-    assert by_layer == [["0", "41", "-", "-", "0.00", "0"], ["1", "17", "12.5%", "1.000", "2.00", "4"]]
+    assert by_layer == [["0", "41", "-", "-", "0.00", "-"], ["1", "17", "12.5%", "1.000", "2.00", "3.9 KiB"]]
+
+
+def test_what_crosses_the_link_is_shown_without_a_share_of_the_cpu():
+    counters = Counters()
+    counters.steps = 2
+    for layer in (0, 1):
+        counters.attended(layer, 100, 100)
+        counters.recalled(layer, 0, 2048)
+        counters.add("join_ms", layer, 3.0)
+    text = table_of(counters, exact=True, host=1)
+    assert "wait for CPU and link" in text and "3.00 ms per step" in text and "4.0 KiB in 2 steps" in text
+    assert "wait ms" in text and "brought" in text and "CPU share" not in text and "cosine" not in text
+
+
+def test_notes_of_several_layers_are_one():
+    counters = Counters()
+    for layer in (5, 0, 2, 1):
+        counters.note("kvpr", "nothing", layer)
+    counters.note("kvpr", "something else", 5)
+    counters.note("scout", "one tier")
+    assert summarise(counters, "kvpr", True, {}).notes == (
+        "kvpr: something else (layers 5)",
+        "kvpr: nothing (layers 0 to 2)",
+        "scout: one tier",
+    )
 
 
 def test_print_one_tier_leaves_out_what_does_not_exist():
@@ -156,7 +181,7 @@ def test_print_one_tier_leaves_out_what_does_not_exist():
     counters.attended(0, 100, 25)
     text = table_of(counters, exact=True)
     assert "(exact)" in text and "25 of 100 (25.0%)" in text
-    for part in ("CPU", "recalled", "cosine", "per layer"):
+    for part in ("CPU", "brought", "cosine", "per layer"):
         assert part not in text
     assert "KV held" in text and "-" in text
 

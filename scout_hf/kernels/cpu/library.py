@@ -218,7 +218,10 @@ def load_library() -> Library | None:
     one means to do without.
     """
     path = find_library()
-    reason = "it was installed without a C++ compiler, or for another platform"
+    reason = (
+        f"it was installed without a C++ compiler, or for another platform, or {Path(__file__).parents[2]} is a source "
+        "folder in front of the installed package"
+    )
     if path is not None:
         try:
             library = Library(path)

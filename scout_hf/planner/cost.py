@@ -1,195 +1,21 @@
-"""Will it fit, will it pay: memory and step time of every method from a small cost model, for any machine.
+"""Will it fit, will it pay: memory and step time of every method from a small cost model.
 
 A step is layers one after the other. What a method does beside the device (the CPU's share, the link) overlaps with as
 much of the device's work as its structure allows: Scout and whatever crosses the link begin one layer ahead, HGCA's
-CPU in the same layer. Rates are constants of a machine, from data sheets or measured (``scout-hf plan --measure``).
+CPU in the same layer.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 from scout_hf.errors import ConfigError
 from scout_hf.methods.split import Rates, best_split, layer_seconds
+from scout_hf.planner.machine import Machine
+from scout_hf.planner.shape import ModelShape
 
 GIB = 2**30
-# What kernels reach of a data sheet's bandwidth and arithmetic.
-REACHED = {"weights": 0.85, "attention": 0.8, "scoring": 0.7, "products": 0.6}
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Constants of a machine.
-
-    Attributes
-    ----------
-    name : str
-    device_gib, host_gib : float
-        Memory beside the model, and of the host; equal memory counts once on a machine without a GPU.
-    weights_gbps, attend_gbps, score_gbps : float
-        GB/s at which the device reads weights in a step, KV in attention, and digests in scoring.
-    stock_gbps : float
-        GB/s of KV of stock attention with its cache; on a CPU, where it copies keys and values for every query head, of
-        a model with 4 query heads per KV head.
-    products_tflops : float
-        Of matrix products with many rows.
-    layer_us, step_us : float
-        What a layer and a step cost besides: launches, Python, norms.
-    link_gbps, link_us : float
-        Host to device, and what a transfer takes to begin.
-    cpu_gbps : float
-        GB/s of KV that the host attends.
-    gpu : bool
-        Without one there is one tier, and nothing crosses a link.
-    """
-
-    name: str
-    device_gib: float
-    host_gib: float
-    weights_gbps: float
-    attend_gbps: float
-    score_gbps: float
-    stock_gbps: float
-    products_tflops: float
-    layer_us: float
-    step_us: float
-    link_gbps: float
-    link_us: float
-    cpu_gbps: float
-    gpu: bool = True
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type in ("float", float) and not (isinstance(value, (int, float)) and value > 0):
-                raise ConfigError(f"{field.name}={value!r} is not allowed: a positive number; see Machine")
-
-    def save(self, path: Path, **facts: Any) -> None:
-        """Write as JSON, with more facts beside the constants."""
-        path.write_text(json.dumps({"machine": asdict(self), **facts}, indent=1) + "\n")
-
-    @classmethod
-    def load(cls, path: Path) -> Machine:
-        """Read what ``save`` wrote; ConfigError if it is something else."""
-        try:
-            return cls(**json.loads(path.read_text())["machine"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{path} holds no machine: make one with `scout-hf plan --measure`") from error
-
-
-def _gpu(name: str, memory: float, bandwidth: float, tflops: float, link: float) -> Machine:
-    return Machine(
-        name, memory, 512, bandwidth * REACHED["weights"], bandwidth * REACHED["attention"],
-        bandwidth * REACHED["scoring"], bandwidth * REACHED["attention"], tflops * REACHED["products"], 300, 1000, link,
-        10, 100,
-    )  # fmt: skip
-
-
-MACHINES = {
-    machine.name: machine
-    for machine in (
-        _gpu("h200", 141, 4800, 989, 50), _gpu("h100", 80, 3350, 989, 50), _gpu("a100-80", 80, 2039, 312, 24),
-        _gpu("a100-40", 40, 1555, 312, 24), _gpu("l40s", 48, 864, 362, 24), _gpu("rtx-5090", 32, 1792, 210, 50),
-        _gpu("rtx-4090", 24, 1008, 165, 24), _gpu("rtx-3090", 24, 936, 71, 24),
-    )
-}  # fmt: skip
-"""By name: data-sheet memory, bandwidth and dense bf16 arithmetic times what kernels reach of them; PCIe as it goes in
-practice; 100 GB/s of attention on the CPU and 0.3 ms of launches per layer, the figures of ScoutAttention and of plain
-transformers. Better measured."""
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Sizes of a decoder; ``windowed`` layers keep a window of tokens whatever the context."""
-
-    name: str
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    tied: bool = False
-    item: int = 2
-    windowed: int = 0
-    window: int = 0
-
-    @property
-    def kv_bytes(self) -> int:
-        """Of one token in one layer."""
-        return 2 * self.kv_heads * self.head_dim * self.item
-
-    @property
-    def layer_weights(self) -> int:
-        """Bytes of one layer: attention and a gated MLP."""
-        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
-        return self.item * (attention + 3 * self.hidden * self.intermediate)
-
-    @property
-    def head_weights(self) -> int:
-        """Bytes of the output head."""
-        return self.item * self.vocabulary * self.hidden
-
-    @property
-    def weights(self) -> int:
-        """Bytes of the whole model."""
-        return self.layers * self.layer_weights + self.head_weights * (1 if self.tied else 2)
-
-    @property
-    def full(self) -> int:
-        """Layers that attend to the whole context."""
-        return self.layers - self.windowed
-
-    @classmethod
-    def of(cls, config: Any, name: str = "") -> ModelShape:
-        """From a config of transformers, or the dict of its JSON.
-
-        Raises
-        ------
-        ConfigError
-            For a config that lacks sizes, or a mixture of experts, whose weights per step depend on the routing.
-        """
-        given = config if isinstance(config, dict) else config.get_text_config(decoder=True).to_dict()
-        given = given.get("text_config", given)
-        if any(given.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
-            raise ConfigError(f"{name or 'this config'} is a mixture of experts, which the planner does not know")
-        try:
-            heads, hidden = given["num_attention_heads"], given["hidden_size"]
-            types = given.get("layer_types") or []
-            return cls(
-                name or given.get("model_type", "model"),
-                given["num_hidden_layers"],
-                hidden,
-                given.get("intermediate_size") or given.get("ffn_dim") or 4 * hidden,
-                heads,
-                given.get("num_key_value_heads") or heads,
-                given.get("head_dim") or hidden // heads,
-                given["vocab_size"],
-                bool(given.get("tie_word_embeddings", False)),
-                windowed=sum(kind == "sliding_attention" for kind in types),
-                window=given.get("sliding_window") or 0,
-            )
-        except KeyError as error:
-            raise ConfigError(f"{name or 'this config'} has no {error}; give the config.json of a decoder") from error
-
-
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        ModelShape("llama-2-7b", 32, 4096, 11008, 32, 32, 128, 32000),
-        ModelShape("llama-3.2-1b", 16, 2048, 8192, 32, 8, 64, 128256, tied=True),
-        ModelShape("llama-3-8b", 32, 4096, 14336, 32, 8, 128, 128256),
-        ModelShape("llama-3-70b", 80, 8192, 28672, 64, 8, 128, 128256),
-        ModelShape("qwen3-8b", 36, 4096, 12288, 32, 8, 128, 151936),
-        ModelShape("qwen3-14b", 40, 5120, 17408, 40, 8, 128, 151936),
-        ModelShape("qwen3-32b", 64, 5120, 25600, 64, 8, 128, 151936),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -349,8 +175,11 @@ def _kvpr(shape, machine, load):
     split = best_split(rates, tokens, tokens)
     anew = 1e3 * split * rates.compute_s
     waiting = max(0.0, 1e3 * layer_seconds(rates, tokens, split) - 1e3 * rates.other_s - anew)
-    note = f"{split} tokens computed anew" if split else "nothing computed anew: inputs are no smaller than KV"
     parts = {"attention": attention, "computed anew": anew, "waiting": waiting}
+    if inputs >= held:
+        # None are kept then.
+        return parts, 2 * held, shape.full * held, "nothing computed anew: inputs are no smaller than KV"
+    note = f"{split} tokens computed anew" if split else "nothing computed anew: the link is faster than that"
     return parts, 2 * held, shape.full * (held + inputs), note
 
 

@@ -1,0 +1,111 @@
+"""Sizes of a decoder, of known ones and from a config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from scout_hf.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder; ``windowed`` layers keep a window of tokens whatever the context."""
+
+    name: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool = False
+    item: int = 2
+    windowed: int = 0
+    window: int = 0
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of one token in one layer."""
+        return 2 * self.kv_heads * self.head_dim * self.item
+
+    @property
+    def layer_weights(self) -> int:
+        """Bytes of one layer: attention and a gated MLP."""
+        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        return self.item * (attention + 3 * self.hidden * self.intermediate)
+
+    @property
+    def head_weights(self) -> int:
+        """Bytes of the output head."""
+        return self.item * self.vocabulary * self.hidden
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the whole model."""
+        return self.layers * self.layer_weights + self.head_weights * (1 if self.tied else 2)
+
+    @property
+    def full(self) -> int:
+        """Layers that attend to the whole context."""
+        return self.layers - self.windowed
+
+    @classmethod
+    def of(cls, config: Any, name: str = "") -> ModelShape:
+        """From a config of transformers, or the dict of its JSON.
+
+        Raises
+        ------
+        ConfigError
+            For a config that lacks sizes or has impossible ones, for latent attention, which ``patch`` refuses, and for
+            a mixture of experts, whose weights per step depend on the routing.
+        """
+        given = config if isinstance(config, dict) else config.get_text_config(decoder=True).to_dict()
+        given = given.get("text_config", given)
+        name = name or given.get("model_type", "this config")
+        if any(given.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
+            raise ConfigError(f"{name} is a mixture of experts, which the planner does not know")
+        if given.get("kv_lora_rank"):
+            raise ConfigError(f"{name} has latent attention (kv_lora_rank), which scout_hf.patch() refuses")
+
+        def size(*keys: str, default: int | None = None) -> int:
+            key = next((key for key in keys if given.get(key) is not None), None)
+            if key is None and default is None:
+                raise ConfigError(f"{name} has no {' or '.join(keys)}; give the config.json of a decoder")
+            value = default if key is None else given[key]
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} has {key}={value!r}; a whole number from 1 up is allowed")
+            return value
+
+        heads, hidden, types = size("num_attention_heads"), size("hidden_size"), given.get("layer_types") or []
+        kv_heads = size("num_key_value_heads", default=heads)
+        if heads % kv_heads:
+            raise ConfigError(f"{name} has {heads} query heads for {kv_heads} KV heads: not the same number for each")
+        return cls(
+            name,
+            size("num_hidden_layers"),
+            hidden,
+            size("intermediate_size", "ffn_dim"),
+            heads,
+            kv_heads,
+            size("head_dim", default=max(1, hidden // heads)),
+            size("vocab_size"),
+            bool(given.get("tie_word_embeddings", False)),
+            windowed=sum(kind == "sliding_attention" for kind in types),
+            window=given.get("sliding_window") or 0,
+        )
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        ModelShape("llama-2-7b", 32, 4096, 11008, 32, 32, 128, 32000),
+        ModelShape("llama-3.2-1b", 16, 2048, 8192, 32, 8, 64, 128256, tied=True),
+        ModelShape("llama-3-8b", 32, 4096, 14336, 32, 8, 128, 128256),
+        ModelShape("llama-3-70b", 80, 8192, 28672, 64, 8, 128, 128256),
+        ModelShape("qwen3-8b", 36, 4096, 12288, 32, 8, 128, 151936),
+        ModelShape("qwen3-14b", 40, 5120, 17408, 40, 8, 128, 151936),
+        ModelShape("qwen3-32b", 64, 5120, 25600, 64, 8, 128, 151936),
+    )
+}
