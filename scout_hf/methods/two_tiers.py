@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from scout_hf.config import ScoutConfig
@@ -265,8 +266,16 @@ class TwoTierScout(Method):
         if rule is None or self._share_blocks is None:
             return False
         if isinstance(rule, float):
-            return self._share_blocks >= rule * self._selected_blocks()
+            return self._share_blocks >= self._threshold(step, rule) * self._selected_blocks()
         return self._interval_is_over(rule)
+
+    def _threshold(self, step, beta: float) -> float:
+        """The CPU's share from which on to recall: lower and higher than ``beta`` by turns, layer by layer.
+
+        Layers that drift alike would all recall in the same steps, and wait for a link that is idle in the others.
+        """
+        # Rounded as on a device, where a captured step compares in float32.
+        return float(np.float32(beta * (0.75 if (step.tokens + self.layer_idx) % 2 else 1.25)))
 
     def _interval_is_over(self, rule: int | RecallIntervals) -> bool:
         interval = rule.intervals[self.layer_idx] if isinstance(rule, RecallIntervals) else rule

@@ -264,7 +264,7 @@ class TritonScout(TwoTierScout):
         self._recalled = Mark()
         self._hand_over.expect(step, self._job(step, exists))
         self._steps_since_recall += 1
-        share = self._share_for_recall()
+        share = self._share_for_recall(step)
         return 2.0 if share is None else share  # no share is that large
 
     def after_run(self, step) -> None:
@@ -336,7 +336,7 @@ class TritonScout(TwoTierScout):
         rule, slots = self.config.recall, self.resident
         if step.clock is None:
             self._steps_since_recall += 1
-            share = self._share_for_recall()
+            share = self._share_for_recall(step)
         elif rule is not None:
             share = step.clock.shares[self.layer_idx : self.layer_idx + 1]
         if rule is None or not self._started or (step.clock is None and share is None):
@@ -358,11 +358,13 @@ class TritonScout(TwoTierScout):
         slots = self.resident
         return step.counters.recall_tally(self.layer_idx, slots.ids.device, 2 * slots.keys[0, 0, 0].nbytes)
 
-    def _share_for_recall(self) -> float | None:
+    def _share_for_recall(self, step) -> float | None:
         """The CPU's share from which on the layer recalls in this step; None if it does not at all."""
         rule = self.config.recall
-        if rule is None or isinstance(rule, float):
-            return rule
+        if isinstance(rule, float):
+            return self._threshold(step, rule)
+        if rule is None:
+            return None
         return 0.0 if self._interval_is_over(rule) else None
 
     def _join_recall(self) -> None:
