@@ -33,6 +33,9 @@ class RestartingInputs:
         inputs = self._prepare(*args, **kwargs)
         cache = given_cache(kwargs)
         if isinstance(cache, ScoutCache) and given_cache(inputs) is None:
+            if kwargs.get("next_sequence_length") is not None:
+                # Older releases go on with the newest token alone, as if the cache were still there.
+                inputs = self._prepare(*args, **kwargs | {"next_sequence_length": None})
             cache.reset()
             inputs[CACHE] = cache
         return inputs

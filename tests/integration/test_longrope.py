@@ -1,6 +1,7 @@
 """Models whose angles change at a length, all positions at once: they begin anew there, in the same cache."""
 
 import copy
+import functools
 import inspect
 
 import pytest
@@ -41,18 +42,39 @@ def phi3():
     return tiny_model("phi3", **LONG)
 
 
+def crosses(length, new):
+    return length <= EDGE < length + new - 1
+
+
+@functools.cache
+def stock_begins_anew():
+    """Older releases leave the cache out, and go on with one token all the same."""
+    model, ids = phi3(), prompt(1, EDGE)
+    found = run(model, ids, new=3)
+    whole = model(found.sequences[:, :-1], use_cache=False).logits[:, EDGE - 1 :]
+    return bool((torch.stack(found.logits, 1)[:, 1:] - whole[:, 1:]).abs().max() < 1e-4)
+
+
+def expected_of(model, inputs, new, **options):
+    """What stock does, or where it does wrong, what it would do without a cache."""
+    length = (inputs if isinstance(inputs, torch.Tensor) else inputs["input_ids"]).shape[1]
+    if crosses(length, new) and not stock_begins_anew():
+        options["use_cache"] = False
+    return run(model, inputs, new=new, **options)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_equal_to_stock_and_served_by_us(way, length):
     model, ids = phi3(), prompt(2, length)
-    expected = run(model, ids, new=16)
+    expected = expected_of(model, ids, 16)
     with scout_hf.patch(model, **WAYS[way]) as handle:
         got = run(model, ids, new=16)
         assert_close(got, expected, 5e-6)
         assert isinstance(got.past_key_values, ScoutCache)
         assert got.past_key_values.get_seq_length() == length + 15
         # The pass that begins anew is one of many tokens.
-        assert handle.stats().steps == 15 - (length <= EDGE < length + 15)
+        assert handle.stats().steps == 15 - crosses(length, 16)
 
 
 def test_the_angles_do_change():
@@ -77,7 +99,9 @@ def test_modes_over_the_edge(way, mode):
     model = phi3()
     padding = mode.get("padding", (0,))
     inputs, mode = left_padded(*padding, tokens=EDGE - 6), {k: v for k, v in mode.items() if k != "padding"}
-    expected = run(model, inputs, new=16, **mode)
+    if "prompt_lookup_num_tokens" in mode and not stock_begins_anew():
+        pytest.skip("this release drafts for a cache that it left out")
+    expected = expected_of(model, inputs, 16, **mode)
     with scout_hf.patch(model, **WAYS[way]):
         got = run(model, inputs, new=16, **mode)
         assert torch.equal(got.sequences, expected.sequences)
@@ -99,11 +123,11 @@ def test_what_the_patch_leaves():
     model = phi3()
     name = "prepare_inputs_for_generation"
     before = inspect.signature(getattr(model, name))
-    expected = run(model, prompt(1, EDGE - 3), new=8)
+    expected = expected_of(model, prompt(1, EDGE - 3), 8)
     with scout_hf.patch(model):
         assert inspect.signature(getattr(model, name)) == before
         twin = copy.deepcopy(model)
         assert_close(run(twin, prompt(1, EDGE - 3), new=8), expected)
         assert isinstance(run(twin, prompt(1, EDGE - 3), new=8).past_key_values, ScoutCache)
     assert name not in model.__dict__
-    assert_equal(run(model, prompt(1, EDGE - 3), new=8), expected)
+    assert_equal(expected_of(model, prompt(1, EDGE - 3), 8), expected)
