@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import CacheStateError, ConfigError
@@ -82,6 +82,12 @@ class ScoutCache(Cache):
         """Whether a layer left to transformers needs a full mask: neither sliding nor linear."""
         others = [layer for layer in self.layers if not isinstance(layer, ScoutLayer)]
         return any(isinstance(layer, CacheLayerMixin) and not layer.is_sliding for layer in others)
+
+    def keep_windows_whole(self) -> None:
+        """Let sliding layers keep all tokens, as generate() has it for drafts where such layers cannot be cropped."""
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                self.layers[index] = DynamicLayer()
 
     def tier_bytes(self) -> dict[str, int]:
         """Bytes held, by tier: ``host``, ``device``, ``digests``; ``stock`` for layers left to transformers."""

@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 import torch
+from transformers.generation.configuration_utils import GenerationMode
 
 from scout_hf.attention import implementation_over, implementation_under
 from scout_hf.cache import ScoutCache, check_names
@@ -248,8 +249,11 @@ class Handle:
         given = given_cache(model_kwargs) is not None
         if not given and _takes_dynamic_cache(self.model, generation_config):
             cache = model_kwargs[CACHE] = self.new_cache()
-            if getattr(generation_config, "is_assistant", False) and hasattr(cache, "activate_past_recording"):
+            rolls_back = hasattr(cache, "activate_past_recording")
+            if getattr(generation_config, "is_assistant", False) and rolls_back:
                 cache.activate_past_recording()
+            if not rolls_back and GenerationMode.ASSISTED_GENERATION in (*args, *kwargs.values()):
+                cache.keep_windows_whole()
             return None
         if self._prepare_before is not None:
             return self._prepare_before(generation_config, model_kwargs, *args, **kwargs)
