@@ -63,8 +63,8 @@ class ScoutConfig:
     recall : float, int, RecallIntervals or None, default 0.12
         Two tiers: when wanted blocks are copied to the GPU. A float in (0, 1] recalls a layer once the CPU's share of
         its selected tokens reaches about that (layers take turns, so that their transfers do not meet); an int
-        recalls every so many steps; ``RecallIntervals`` (from
-        ``handle.profile_recall``) gives each layer its own interval; ``None`` never recalls.
+        recalls every so many steps; ``RecallIntervals`` (from ``handle.profile_recall``) gives each layer its own
+        interval; ``None`` never recalls.
     resident : int or None, default None
         Two tiers: tokens per layer and KV head kept on the GPU. ``None``: the budget, or 2048 where that is ``None``.
     threads : int or None, default None

@@ -245,19 +245,20 @@ class Handle:
         self._backend.close()
         self._movers.close()
 
-    def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
+    def _prepare_cache(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
         given = given_cache(model_kwargs) is not None
         if not given and _takes_dynamic_cache(self.model, generation_config):
             cache = model_kwargs[CACHE] = self.new_cache()
             rolls_back = hasattr(cache, "activate_past_recording")
             if getattr(generation_config, "is_assistant", False) and rolls_back:
                 cache.activate_past_recording()
-            if not rolls_back and GenerationMode.ASSISTED_GENERATION in (*args, *kwargs.values()):
+            if generation_mode == GenerationMode.ASSISTED_GENERATION and not rolls_back:
                 cache.keep_windows_whole()
             return None
         if self._prepare_before is not None:
-            return self._prepare_before(generation_config, model_kwargs, *args, **kwargs)
-        return getattr(type(self.model), PREPARE)(self.model, generation_config, model_kwargs, *args, **kwargs)
+            return self._prepare_before(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        stock = getattr(type(self.model), PREPARE)
+        return stock(self.model, generation_config, model_kwargs, generation_mode, *args, **kwargs)
 
     # -- hooks --------------------------------------------------------------------------------------------------
 

@@ -20,19 +20,10 @@ from tests.integration.common import (
     prompt,
     run,
 )
-from tests.patches.tiny import tiny_model
+from tests.patches.tiny import longrope, tiny_model
 
 EDGE = 40
-LONG = {
-    "rope_parameters": {
-        "rope_type": "longrope",
-        "rope_theta": 1e4,
-        "short_factor": [1.0] * 4,
-        "long_factor": [1.5, 2.0, 4.0, 8.0],
-        "original_max_position_embeddings": EDGE,
-    },
-    "original_max_position_embeddings": EDGE,
-}
+LONG = longrope(EDGE)
 WAYS = {"one tier": ONE_TIER, "two tiers": TWO_TIERS, **EXACT_METHODS}
 # Before, on and beyond the edge; and prompts that decoding carries over it.
 LENGTHS = (EDGE - 20, EDGE - 5, EDGE - 1, EDGE, EDGE + 1, EDGE + 30)

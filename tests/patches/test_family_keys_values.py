@@ -9,7 +9,7 @@ from scout_hf.patches import ProbeFamily, family_of
 from scout_hf.patches.unpredicted import Unpredicted
 from tests.patches.families import NAMES, NO_ROTARY, attending, case, changed, probe_of, rotated
 from tests.patches.oracle import decode_step, difference, predict, prompt_pass, relative
-from tests.patches.tiny import TINY, tiny_gemma3_multimodal, tiny_model
+from tests.patches.tiny import TINY, longrope, tiny_gemma3_multimodal, tiny_model
 
 # Parts of the largest key or value; only the order of sums in a matrix product may differ.
 ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-6}
@@ -184,16 +184,7 @@ def test_missing_positions_are_named():
 
 
 DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}, "max_position_embeddings": 16}
-LONG = {
-    "rope_parameters": {
-        "rope_type": "longrope",
-        "rope_theta": 1e4,
-        "short_factor": [1.0] * 4,
-        "long_factor": [1.5, 2.0, 4.0, 8.0],
-        "original_max_position_embeddings": 16,
-    },
-    "original_max_position_embeddings": 16,
-}
+LONG = longrope(16)
 GROWING = pytest.mark.parametrize("name, rope", [("llama", DYNAMIC), ("phi3", LONG)], ids=["dynamic", "longrope"])
 
 

@@ -135,6 +135,13 @@ def missing(name: str) -> str:
     return ""
 
 
+def longrope(edge: int) -> dict:
+    """Settings of a tiny phi3 whose angles change beyond that many tokens."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": edge}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [1.5, 2.0, 4.0, 8.0]}
+    return {"rope_parameters": rope, "original_max_position_embeddings": edge}
+
+
 def tiny_config(name: str, **overrides) -> PreTrainedConfig:
     """The config of `tiny_model(name, **overrides)`."""
     tiny = TINY[name]
