@@ -22,7 +22,7 @@ def plan_tables(shape: ModelShape, machine: Machine, load: Load):
         f"{shape.name} on {machine.name} ({beside}; {memory}), {short(load.context)} tokens, batch {load.batch}; "
         "no times for what does not fit"
     )
-    names = ("device GiB", "host GiB", "fits", "step ms", "tokens/s", "waiting", "beats stock from", "most rows")
+    names = ("device GiB", "host GiB", "fits", "step ms", "tok/s", "wait", "beats stock from", "most rows")
     table = new_table(title, "method", *names, "most tokens")
     known = methods() if machine.gpu else ("stock", "scout")
     for method in known:
