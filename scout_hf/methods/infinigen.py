@@ -12,7 +12,7 @@ from scout_hf.methods.base import register_method
 from scout_hf.methods.bring import Coming, bring_tokens
 from scout_hf.methods.tiers import TieredMethod
 from scout_hf.selection.partial import PartialKeys
-from scout_hf.stores.held_tokens import HeldTokens
+from scout_hf.stores.held_tokens import HeldTokens, PassingTokens
 
 
 @register_method
@@ -37,10 +37,8 @@ class InfiniGen(TieredMethod):
         super().__init__(config, layer_idx, keys)
         self.partial = PartialKeys(self.settings["ratio"])
         self._coming: Coming | None = None
-        self._usable: torch.Tensor | None = None
-        self.held: HeldTokens | None = None
-        if self.settings["keep"]:
-            self.held = HeldTokens(self.batch, self.kv_heads, keys.shape[-1], self.dtype, keys.device)
+        sizes = (self.batch, self.kv_heads, keys.shape[-1], self.dtype, keys.device)
+        self.tokens = HeldTokens(*sizes) if self.settings["keep"] else PassingTokens()
         self._predicted: torch.Tensor | None = None
 
     @classmethod
@@ -84,14 +82,15 @@ class InfiniGen(TieredMethod):
         if step.mask is not None:
             attended = self._exists(step, self.kv.host.length).sum() / self.batch
         if self.kv.host.blocks:
-            if self._usable is None:
+            if not self.tokens.planned:
                 self._recall(step, query)
-            keys, values, usable = self._chosen(step)
+            self._arrive(step)
+            keys, values, usable = self.tokens.content()
             parts.append(attend(query, keys, values, *self.scoring, usable[:, :, None]))
             attended = attended + usable.sum() / (self.batch * self.kv_heads)
             if self._coming is not None:
                 self._coming.give_back()
-            self._coming = self._usable = None
+                self._coming = None
         step.counters.attended(self.layer_idx, step.context(), attended)
         if self._predicted is not None:
             step.counters.predicted(self.layer_idx, self._predicted, query)
@@ -106,32 +105,28 @@ class InfiniGen(TieredMethod):
     def crop(self, length: int) -> None:
         super().crop(length)
         self.partial.crop(self.kv.host.length)
-        if self.held is not None:
-            self.held.crop(self.kv.host.length)
+        self.tokens.crop(self.kv.host.length)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         super().select_rows(rows)
         self.partial.select_rows(rows)
-        if self.held is not None:
-            self.held.select_rows(rows)
+        self.tokens.select_rows(rows)
 
     def fork(self) -> InfiniGen:
         twin = super().fork()
-        twin.partial, twin.held = self.partial.fork(), self.held and self.held.fork()
+        twin.partial, twin.tokens = self.partial.fork(), self.tokens.fork()
         return twin
 
     def drain(self) -> None:
         coming, self._coming = self._coming, None
-        self._usable = self._predicted = None
+        self._predicted = None
         if coming is not None:
             coming.drop()
-            if self.held is not None:
-                self.held.forget()
+        self.tokens.forget()
 
     def tier_bytes(self) -> dict[str, int]:
         held = super().tier_bytes() | {"digests": self.partial.used_bytes}
-        if self.held is not None:
-            held["device"] += self.held.used_bytes
+        held["device"] += self.tokens.used_bytes
         return held
 
     # -- the parts of a step ------------------------------------------------------------------------------------
@@ -147,26 +142,18 @@ class InfiniGen(TieredMethod):
 
     def _recall(self, step, query: torch.Tensor) -> None:
         self._written.finish()
-        ids, usable = self._choose(step, query)
-        coming = (ids,) if self.held is None else self.held.plan(ids, usable, self.kv.host.length)
-        if coming is not None:
-            ids, *real = (part.cpu() for part in coming)
-            where = (self.kv.device, self.config.link_gbps)
-            self._coming = bring_tokens(step, self.kv.host, ids, *where, *real)
-        self._usable = usable
+        missing = self.tokens.plan(*self._choose(step, query), self.kv.host.length)
+        if missing is not None:
+            ids, real = missing
+            real = None if real is None else real.cpu()
+            self._coming = bring_tokens(step, self.kv.host, ids.cpu(), self.kv.device, self.config.link_gbps, real)
 
-    def _chosen(self, step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys and values of what was chosen, on the device, and which of them count."""
-        came = ()
+    def _arrive(self, step) -> None:
         if self._coming is not None:
             with step.counters.timed(self.layer_idx, "join"):
                 came = self._coming.wait()
             step.counters.recalled(self.layer_idx, 0, self._coming.nbytes)
-        if self.held is None:
-            return *came, self._usable
-        if came:
-            self.held.put(*came)
-        return self.held.content()
+            self.tokens.put(*came)
 
     def _choose(self, step, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens per row and KV head, best first, (batch, kv_heads, n), and which of them count."""

@@ -1,4 +1,4 @@
-"""Single tokens that came from the host and stay on the device until others take their places."""
+"""Single tokens that came from the host: used once, or kept on the device until others take their places."""
 
 from __future__ import annotations
 
@@ -7,6 +7,52 @@ import torch
 from scout_hf.stores.device import Recall, ResidentSlots
 
 ROOM = 1.125
+
+
+class PassingTokens:
+    """Tokens that come for one attention and are gone; the same calls as those of :class:`HeldTokens`."""
+
+    used_bytes = 0
+
+    def __init__(self):
+        self.forget()
+
+    @property
+    def planned(self) -> bool:
+        """Whether something was chosen that has not been asked for yet."""
+        return self._usable is not None
+
+    def plan(self, ids: torch.Tensor, usable: torch.Tensor, tokens: int) -> tuple[torch.Tensor, None]:
+        """All of them must come."""
+        self._usable = usable
+        return ids, None
+
+    def put(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """They are here, (batch, kv_heads, n, head_dim) each."""
+        self._here = keys, values
+
+    def content(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys and values as they came, and which of them count; once."""
+        found = *self._here, self._usable
+        self.forget()
+        return found
+
+    def forget(self) -> None:
+        """Nothing was chosen."""
+        self._usable: torch.Tensor | None = None
+        self._here: tuple[torch.Tensor, ...] = ()
+
+    def crop(self, length: int) -> None:
+        """Nothing stays."""
+        self.forget()
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Nothing stays."""
+        self.forget()
+
+    def fork(self) -> PassingTokens:
+        """Another one."""
+        return PassingTokens()
 
 
 class HeldTokens:
@@ -31,6 +77,11 @@ class HeldTokens:
     def used_bytes(self) -> int:
         """Bytes of the slots, used or not."""
         return self._slots.used_bytes
+
+    @property
+    def planned(self) -> bool:
+        """Whether something was chosen that has not been asked for yet."""
+        return self._chosen is not None
 
     def plan(self, ids: torch.Tensor, usable: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Hold these tokens from now on, and say which must come; None for none.
@@ -58,8 +109,9 @@ class HeldTokens:
 
     def put(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """What ``plan`` asked for is here, (tokens, head_dim) each, in the order of ``real.nonzero()``."""
-        recall, self._recall = self._recall, None
-        recall.put(keys[:, None], values[:, None])
+        # Planned until all of it is in its place: an interrupt must find it to forget.
+        self._recall.put(keys[:, None], values[:, None])
+        self._recall = None
 
     def forget(self) -> None:
         """What ``plan`` asked for will not come."""
@@ -68,8 +120,9 @@ class HeldTokens:
             recall.forget()
 
     def content(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys and values (batch, kv_heads, slots, head_dim), and which of the slots were chosen."""
-        return *self._slots.content(), self._chosen[:, :, : self._slots.filled]
+        """Keys and values (batch, kv_heads, slots, head_dim), and which of the slots were chosen; once."""
+        chosen, self._chosen = self._chosen, None
+        return *self._slots.content(), chosen[:, :, : self._slots.filled]
 
     def crop(self, length: int) -> None:
         """Let go of the tokens from ``length`` on."""
