@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from scout_hf.files import write_text
+
 
 def begin_mark(command: str) -> str:
     """The line before what a command makes."""
@@ -32,7 +34,8 @@ def update(path: Path, command: str, made: str) -> bool:
         raise ValueError(f"{path} has no place for the tables; put these two lines where they belong:\n{marks}")
     new = f"{parts[0]}\n{made}\n{parts[2]}"
     if new != old:
-        path.write_text(new, encoding="utf-8")
+        # The file that was read, where the page is a link.
+        write_text(path.resolve(), new)
     return new != old
 
 

@@ -9,6 +9,10 @@ class ConfigError(ScoutError, ValueError):
     """A setting has a value that is not allowed."""
 
 
+class MissingFileError(ConfigError, FileNotFoundError):
+    """A file that a setting names is not there."""
+
+
 class UnsupportedModelError(ScoutError, TypeError):
     """The model's attention cannot be served; the message says why and what works."""
 

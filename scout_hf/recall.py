@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from scout_hf.errors import ConfigError
+from scout_hf.files import write_text
 
 FORMAT = "scout_hf.recall/1"
 
@@ -47,10 +48,7 @@ class RecallIntervals:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the profile as JSON; a reader never sees half a file."""
-        target = Path(path)
-        scratch = target.with_name(target.name + ".part")
-        scratch.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
-        os.replace(scratch, target)
+        write_text(path, json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> RecallIntervals:

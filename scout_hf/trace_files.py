@@ -1,17 +1,14 @@
-"""A recorded timeline as Chrome trace events, which Perfetto opens, and files that are whole or not there."""
+"""A recorded timeline as Chrome trace events, which Perfetto opens, as a file of JSON."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import tempfile
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from scout_hf.errors import ConfigError
+from scout_hf.files import write_text
 from scout_hf.trace import COPIES, LINK, MAIN, POOL, SLOW_CPU, Span
 
 _ORDER = (MAIN, "GPU", POOL, COPIES, LINK, SLOW_CPU)
@@ -50,8 +47,7 @@ def trace_events(spans: list[Span]) -> list[dict[str, Any]]:
 
 def write(spans: list[Span], path: Path) -> None:
     """Write the events of these spans as JSON."""
-    with whole_file(path) as scratch:
-        scratch.write_text(json.dumps({"traceEvents": trace_events(spans), "displayTimeUnit": "ms"}) + "\n")
+    write_text(path, json.dumps({"traceEvents": trace_events(spans), "displayTimeUnit": "ms"}) + "\n")
 
 
 def check_path(path: Path, *others: Path) -> None:
@@ -67,14 +63,3 @@ def check_path(path: Path, *others: Path) -> None:
         raise ConfigError(
             f"path={str(path)!r} is not allowed: its folder cannot be written to ({error}); try another folder"
         ) from error
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Where to write what becomes ``path`` at the end of the block; an error leaves nothing behind."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
-    try:
-        yield scratch
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)

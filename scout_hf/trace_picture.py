@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from scout_hf.errors import ConfigError
+from scout_hf.files import whole_file
 from scout_hf.trace import COPIES, LINK, MAIN, POOL, SLOW_CPU, Span
-from scout_hf.trace_files import lanes_of, whole_file
+from scout_hf.trace_files import lanes_of
 
 COLOURS = {
     "layer": "#e8e8e8",
@@ -82,8 +83,8 @@ def draw(spans: list[Span], path: Path, about: str = "") -> None:
     title = f"{about + ': ' if about else ''}a decode step of {length:.2f} ms"
     title += "; jobs bear the layer that they are for, lines show where they were started"
     axes.set_title(title, fontsize=10, loc="left")
-    with whole_file(path) as scratch:
-        figure.savefig(scratch, format="png")
+    with whole_file(path, binary=True) as file:
+        figure.savefig(file, format="png")
 
 
 def _label(axes: Any, spans: Iterable[Span], step: Span, row: int, ms_per_inch: float) -> None:

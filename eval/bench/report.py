@@ -12,6 +12,7 @@ from rich.console import Console
 from scout_hf.eval.bench import cpu_report, gpu_report
 from scout_hf.eval.methods import plots as method_plots
 from scout_hf.eval.methods import tables as method_tables
+from scout_hf.files import whole_file, write_text
 
 NO_PLOT = "no plot: it takes matplotlib, which pip install 'scout_hf[bench]' brings"
 MACHINE = "{cpu} ({isa}), {threads} of {cpus} CPUs, torch {torch}, transformers {transformers}, scout_hf {scout_hf}"
@@ -45,7 +46,7 @@ def save(record: dict[str, Any], folder: Path) -> list[str]:
     path = folder / f"{name}.json"
     # Lists of numbers on one line.
     text = re.sub(r"\[[-+\d.e,\s]*\]", lambda found: re.sub(r"\s+", " ", found[0]), json.dumps(record, indent=1))
-    path.write_text(text + "\n")
+    write_text(path, text + "\n")
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -53,7 +54,8 @@ def save(record: dict[str, Any], folder: Path) -> list[str]:
     figure = Figure(figsize=(12, 4.6), layout="constrained", dpi=150)
     PLOTS[name](record, figure)
     figure.supxlabel(_machine(record), fontsize=7, color="#666666")
-    figure.savefig(folder / f"{name}.png")
+    with whole_file(folder / f"{name}.png", binary=True) as file:
+        figure.savefig(file, format="png")
     return [f"wrote {path}", f"wrote {folder / f'{name}.png'}"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from scout_hf.eval.bench import device as devices
 from scout_hf.eval.bench import machine
+from scout_hf.files import write_text
 
 SIZES = {"arms": "batch", "largest": "cap_gib"}
 
@@ -87,9 +87,7 @@ class Record:
         self.record[part] = [one for one in self.record[part] if one not in before]
         self.record[part].append(where | found | {"run": self.run})
         if self.path:
-            scratch = self.path.with_suffix(".part")
-            scratch.write_text(json.dumps(self.record, allow_nan=False))
-            os.replace(scratch, self.path)
+            write_text(self.path, json.dumps(self.record, allow_nan=False))
 
     def _at(self, part: str, *where: Any) -> list[dict[str, Any]]:
         names = ("model", "context", SIZES[part], "arm")

@@ -10,6 +10,7 @@ from scout_hf.eval.fidelity.cells import CONTROLS
 from scout_hf.eval.fidelity.summary import Row, find, rows
 from scout_hf.eval.fidelity.tables import NAMES
 from scout_hf.eval.fidelity.views import AXES, CENTRE, along, digests, full_at, points, rows_at
+from scout_hf.files import whole_file
 
 NO_PLOTS = "no plots: they take matplotlib, which pip install 'scout_hf[bench]' brings"
 QUERIES = {"real": "one tier", "predicted-auto": 'two tiers, cpu_query="auto"'}
@@ -37,7 +38,8 @@ def save_plots(record: dict[str, Any], folder: Path) -> list[str]:
         figure = Figure(**SIZE)
         if draw(figure, asked, text):
             path = folder / f"fidelity_{name}.png"
-            figure.savefig(path)
+            with whole_file(path, binary=True) as file:
+                figure.savefig(file, format="png")
             lines.append(f"wrote {path}")
     return lines
 

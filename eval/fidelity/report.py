@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from scout_hf.eval.fidelity.tables import NOTE, tables
+from scout_hf.files import write_text
 
 
 def save(record: dict[str, Any], path: Path) -> None:
@@ -16,7 +17,7 @@ def save(record: dict[str, Any], path: Path) -> None:
     head = {name: value for name, value in record.items() if name != "cells"}
     lines = ",\n".join("  " + json.dumps(_rounded(cell), separators=(",", ":")) for cell in record["cells"])
     text = json.dumps(head, indent=1)[:-2] + f',\n "cells": [\n{lines}\n ]\n}}\n'
-    path.write_text(text)
+    write_text(path, text)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from scout_hf.eval.harness import HarnessError
 from scout_hf.eval.harness.command import option
+from scout_hf.files import write_text
 
 REPORT = "beside_stock.json"
 SIDES = ("stock", "scout")
@@ -89,7 +90,7 @@ def run_both(args: argparse.Namespace, execute: Callable[[argparse.Namespace], N
     if place:
         place.mkdir(parents=True, exist_ok=True)
         path = place / REPORT
-        path.write_text(json.dumps(as_record(rows, results), indent=1, default=str) + "\n")
+        write_text(path, json.dumps(as_record(rows, results), indent=1, default=str) + "\n")
         print(f"wrote {path}")
 
 

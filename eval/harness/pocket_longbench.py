@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from scout_hf.eval.pocket import Document, Fact, make_document
+from scout_hf.files import write_text
 
 FACTS = 8
 LONGBENCH_E = ("hotpotqa", "trec", "passage_count", "lcc")
@@ -42,7 +43,7 @@ def make_longbench(folder: Path, rows: int = 20, tokens: int = 1024, seed: int =
     paths = [folder / f"{name}.jsonl" for name in names]
     for path, name in zip(paths, names):
         lines = [_row(name, number, rows, tokens, seed) for number in range(rows)]
-        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return paths
 
 

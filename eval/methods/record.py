@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from scout_hf.eval.bench import machine
 from scout_hf.eval.methods.grid import Cell
+from scout_hf.files import write_text
 
 VERSIONS = ("torch", "transformers", "scout_hf", "cpu")
 AGAIN = ("missing", "failed")
@@ -87,6 +87,4 @@ def write(record: dict[str, Any], path: Path | None) -> None:
     """Everything; the old file stays whole until the new one is."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(".part")
-        scratch.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-        os.replace(scratch, path)
+        write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")

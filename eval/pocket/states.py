@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from transformers import PreTrainedModel
+
+from scout_hf.files import whole_file
 
 
 def state_file(folder: Path, number: int) -> Path:
@@ -17,7 +19,8 @@ def state_file(folder: Path, number: int) -> Path:
 def save_state(model: PreTrainedModel, path: Path, minutes: float) -> None:
     """Keep the weights of `model` and the `minutes` that they took."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(model.state_dict(), path, {"minutes": str(minutes)})
+    with whole_file(path, binary=True) as file:
+        file.write(save(model.state_dict(), {"minutes": str(minutes)}))
 
 
 def load_state(model: PreTrainedModel, path: Path) -> float:

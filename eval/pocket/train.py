@@ -13,6 +13,8 @@ import transformers
 import typer
 from tqdm import tqdm
 
+from scout_hf.files import write_text
+
 from .architecture import ARCHITECTURES, MAX_POSITIONS, build_model
 from .evaluate import accuracy
 from .lessons import TEXT_WEIGHT, make_batch
@@ -182,7 +184,7 @@ def write_record(out: Path, model, tokenizer, arch: str, seed: int, minutes: flo
             for task in TASKS
         },
     }
-    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_text(out / "training.json", json.dumps(record, indent=1) + "\n")
     print(json.dumps(record["exact_match"]))
 
 

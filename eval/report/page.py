@@ -15,6 +15,7 @@ from scout_hf.eval.bench.formats import short
 from scout_hf.eval.fidelity import readme as fidelity_readme
 from scout_hf.eval.methods import plots, tables, view
 from scout_hf.eval.reading import read_json
+from scout_hf.files import write_text
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1140px; margin: 2rem auto; padding: 0 1rem }
@@ -75,9 +76,7 @@ def write(given: Sequence[Path], out: Path) -> list[str]:
         names = ", ".join(f"{name}.json" for name in FILES)
         raise ValueError(f"no results in {', '.join(map(str, given))}; looked for {names}: run `scout-hf bench` first")
     out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_name(out.name + ".part")
-    scratch.write_text("\n".join(_page(records)), encoding="utf-8")
-    scratch.replace(out)
+    write_text(out, "\n".join(_page(records)))
     return [str(path) for path in records]
 
 

@@ -19,6 +19,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from scout_hf.eval.pocket.architecture import start_for_text
 from scout_hf.eval.pocket.muon import Muon
 from scout_hf.eval.pocket.states import load_state, save_state, state_file
+from scout_hf.files import write_text
 
 from . import corpus
 from .tokenizer import VOCABULARY, build_tokenizer
@@ -215,7 +216,7 @@ def main(
             model.float(), held_out, CONTEXTS_TESTED, WINDOWS_TESTED
         ),
     }
-    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_text(out / "training.json", json.dumps(record, indent=1) + "\n")
     print(json.dumps(record["held_out_perplexity_by_context"]))
 
 

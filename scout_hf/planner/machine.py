@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scout_hf.errors import ConfigError
+from scout_hf.files import write_text
 
 # What kernels reach of a data sheet's bandwidth and arithmetic.
 REACHED = {"weights": 0.85, "attention": 0.8, "scoring": 0.7, "products": 0.6}
@@ -66,7 +67,7 @@ class Machine:
 
     def save(self, path: Path, **facts: Any) -> None:
         """Write as JSON, with more facts beside the constants."""
-        path.write_text(json.dumps({"machine": asdict(self), **facts}, indent=1) + "\n")
+        write_text(path, json.dumps({"machine": asdict(self), **facts}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Machine:

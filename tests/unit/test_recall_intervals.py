@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -31,20 +30,12 @@ def test_a_profile_is_frozen_and_usable_as_a_key():
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, moment):
     target = tmp_path / "profile.json"
     PROFILE.save(target)
-    if moment == "while writing":
-        write = Path.write_text
-
-        def half(path, text, *args, **kwargs):
-            write(path, text[: len(text) // 2])
-            raise OSError("disk full")
-
-        monkeypatch.setattr(Path, "write_text", half)
-    else:
-        monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    name = {"while writing": "os.fsync", "before the swap": "os.replace"}[moment]
+    monkeypatch.setattr(name, lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         RecallIntervals((9, 9, 9), 0.5, "llama").save(target)
     monkeypatch.undo()
-    assert RecallIntervals.load(target) == PROFILE
+    assert RecallIntervals.load(target) == PROFILE and [one.name for one in tmp_path.iterdir()] == [target.name]
     RecallIntervals((9, 9, 9), 0.5, "llama").save(target)
     assert RecallIntervals.load(target).intervals == (9, 9, 9)
 

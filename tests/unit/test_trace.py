@@ -13,7 +13,7 @@ from scout_hf.errors import ConfigError
 from scout_hf.eval.timeline import parts
 from scout_hf.trace import COPIES, LINK, MAIN, POOL, SLOW_CPU, Span, Trace, Tracer
 from scout_hf.trace_device import DeviceClocks
-from scout_hf.trace_files import check_path, lanes_of, trace_events, whole_file, write
+from scout_hf.trace_files import check_path, lanes_of, trace_events, write
 from tests.fake_cuda import Event, Stream
 
 US, MS = 1000, 1_000_000
@@ -58,10 +58,9 @@ def test_a_file_is_whole_or_what_it_was(tmp_path, monkeypatch):
     path = tmp_path / "step.json"
     write(a_step(), path)
     before = path.read_text()
+    monkeypatch.setattr("os.fsync", lambda number: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
-        with whole_file(path) as scratch:
-            scratch.write_text('{"traceEvents": [')
-            raise OSError("full")
+        write(a_step(layers=5), path)
     assert path.read_text() == before and list(tmp_path.iterdir()) == [path]
 
 
@@ -101,7 +100,7 @@ def test_waits_lie_on_top(tmp_path, monkeypatch):
     from scout_hf.trace_picture import COLOURS, draw
 
     seen = []
-    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **_: (path.touch(), seen.append(self)))
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, file, **_: seen.append(self))
     draw(a_step(), tmp_path / "step.png")
     painted = [to_hex(bar.get_facecolor()[0]) for bar in seen[0].axes[0].collections]
     order = [max(i for i, colour in enumerate(painted) if colour == COLOURS[kind]) for kind in ("layer", "attend")]

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import triton
 
+from scout_hf.files import write_text
 from scout_hf.kernels.triton.prefetch import BULK, LINES, OFF
 
 FORMAT = "scout_hf.tiles/1"
@@ -136,9 +137,7 @@ def _save() -> None:
     target = _file()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = target.with_name(f"{target.name}.{os.getpid()}.part")
         tiles = {key: asdict(tile) for key, tile in _table().items()}
-        scratch.write_text(json.dumps({"format": FORMAT, "tiles": tiles}, indent=1) + "\n")
-        os.replace(scratch, target)
+        write_text(target, json.dumps({"format": FORMAT, "tiles": tiles}, indent=1) + "\n")
     except OSError:
         pass  # a home that cannot be written to: measured again by the next process

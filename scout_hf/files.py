@@ -1,0 +1,168 @@
+"""Files that are whole or not there, and JSON that is bounded and checked before anybody uses it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from scout_hf.errors import ConfigError, MissingFileError
+
+LARGEST_BYTES = 256 << 20
+DEEPEST = 40
+LARGEST_NUMBER = 1e18
+# A string up to its end or the end of the text, so that brackets inside of strings do not count.
+_TOKENS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike, binary: bool = False) -> Iterator[IO[Any]]:
+    """An open file whose content becomes ``path`` at the end of the block; an error or interrupt leaves nothing.
+
+    It is a new file of a name nobody can know before, in the same folder, so that a link planted there is not followed,
+    and a reader sees the old file or the new one. What ``path`` was keeps its permissions; a new file gets the usual.
+
+    Parameters
+    ----------
+    path : path-like
+        If it is a symbolic link, the link is replaced, not what it points to.
+    binary : bool
+        For bytes; else text, in UTF-8.
+
+    Raises
+    ------
+    OSError
+        If its folder is missing or cannot be written to.
+    """
+    path = Path(path)
+    # Names have a longest length, which the whole of a long one would exceed.
+    scratch = path.with_name(f".{path.name[:40]}.{secrets.token_hex(16)}.part")
+    try:
+        with _create(scratch, path, binary) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+        _sync_folder(path.parent)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Make a file of this text, all of it or nothing; see :func:`whole_file`."""
+    with whole_file(path) as file:
+        file.write(text)
+
+
+def _create(scratch: Path, path: Path, binary: bool) -> IO[Any]:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        number = os.open(scratch, flags, 0o666)
+    except OSError as error:
+        # The name of the scratch file would tell nobody anything.
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    try:
+        before = path.lstat() if os.path.lexists(path) else None
+        if before and stat.S_ISREG(before.st_mode) and hasattr(os, "fchmod"):
+            os.fchmod(number, stat.S_IMODE(before.st_mode) & 0o777)
+        return os.fdopen(number, "wb") if binary else os.fdopen(number, "w", encoding="utf-8", newline="\n")
+    except BaseException:
+        os.close(number)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """So that the new name is on disk too; some systems do not open folders."""
+    with contextlib.suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def read_json(
+    path: str | os.PathLike,
+    rule: Callable[[Any], object],
+    remedy: str,
+    largest_bytes: int = LARGEST_BYTES,
+    infinite: bool = False,
+) -> Any:
+    """What a file of JSON holds, if it keeps the rule.
+
+    Parameters
+    ----------
+    path : path-like
+        An ordinary file.
+    rule : callable
+        Raises ValueError that says what is wrong; see :mod:`scout_hf.rules`.
+    remedy : str
+        What to do about a wrong file; a part of the message.
+    largest_bytes : int
+        Of the file.
+    infinite : bool
+        Whether numbers may be infinite, not a number or beyond ``LARGEST_NUMBER``, as in other people's files.
+
+    Raises
+    ------
+    MissingFileError
+        If there is no such file.
+    ConfigError
+        If it cannot be read, is too large or too deep, is no JSON, or breaks the rule. Both name the file.
+    """
+    name = os.fspath(path)
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("it is no ordinary file")
+        with open(path, "rb") as file:
+            held = file.read(largest_bytes + 1)
+        if len(held) > largest_bytes:
+            raise ValueError(f"it is larger than {largest_bytes} bytes")
+        found = parse_json(held, infinite)
+        rule(found)
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{name} is not there; {remedy}") from error
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be read: {error.strerror or error}; {remedy}") from error
+    except ValueError as error:
+        raise ConfigError(f"{name} cannot be used: {error}; {remedy}") from error
+    return found
+
+
+def parse_json(held: bytes | str, infinite: bool = False) -> Any:
+    """The value in this text; ValueError for what is no JSON, is nested too deep, or has numbers without an end."""
+    try:
+        text = held if isinstance(held, str) else held.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is no text in UTF-8 ({error.reason} at byte {error.start})") from error
+    depth = deepest = 0
+    for token in _TOKENS.finditer(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
+        deepest = max(deepest, depth)
+    if deepest > DEEPEST:
+        raise ValueError(f"it is nested {deepest} deep, {DEEPEST} at most is allowed")
+    try:
+        hooks = {} if infinite else {"parse_constant": _refuse, "parse_float": _finite, "parse_int": _finite_int}
+        return json.loads(text, **hooks)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is no whole JSON ({error})") from error
+
+
+def _refuse(name: str) -> float:
+    raise ValueError(f"the number {name:.40} is not allowed")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    return value if abs(value) <= LARGEST_NUMBER else _refuse(digits)
+
+
+def _finite_int(digits: str) -> int:
+    # Before it is a number: thousands of digits take long.
+    return int(digits) if len(digits) < 20 else int(_refuse(digits))
