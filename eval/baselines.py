@@ -27,7 +27,7 @@ class RandomBlocks(Blind):
 
     def score(self, query: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         """Uniform noise, (batch, kv_heads, blocks)."""
-        return torch.rand(codes.shape[:3], device=codes.device)
+        return torch.rand(codes.shape[:3], dtype=torch.float32, device=codes.device)
 
 
 @register_digest

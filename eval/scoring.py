@@ -163,7 +163,7 @@ def score_pairs(
             chosen = branches[begin : begin + batch_size]
             # The pages of a ScoutCache are shared with its forks; the last chunk takes the cache itself.
             fork = copy.deepcopy(cache) if begin + batch_size < len(branches) else cache
-            rows = torch.tensor([branch.row for branch in chosen], device=ids.device)
+            rows = torch.tensor([branch.row for branch in chosen], dtype=torch.int64, device=ids.device)
             if rows.tolist() != list(range(len(contexts))):
                 fork.reorder_cache(rows)
             _decode(forward, fork, ids[rows, -1:], None if mask is None else mask[rows], chosen, scores, tick)
@@ -197,10 +197,12 @@ def _batches(contexts: list[Tokens], batch_size: int) -> Iterator[list[Tokens]]:
 def _pad_left(rows: Sequence[Tokens], device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Ids and mask, (rows, longest); no mask where nothing is padding. Which token pads does not matter: 0."""
     longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=device)
+    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], dtype=torch.int64, device=device)
     if min(map(len, rows)) == longest:
         return ids, None
-    return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, torch.tensor(
+        [[0] * (longest - len(row)) + [1] * len(row) for row in rows], dtype=torch.int64, device=device
+    )
 
 
 class _Forward:
@@ -239,7 +241,7 @@ def _decode(
         going = sum(length >= at for length in lengths)
         if going <= len(step) // 2:
             # Rows that are done leave together once they are the half.
-            cache.reorder_cache(torch.arange(going, device=step.device))
+            cache.reorder_cache(torch.arange(going, dtype=torch.int64, device=step.device))
             step, total, greedy = step[:going], total[:going], greedy[:going]
             mask = None if mask is None else mask[:going]
         logits = forward(step, cache, mask)
@@ -251,7 +253,7 @@ def _decode(
                     said = bool(greedy[row]) and int(best[row]) == token
                     scores[number] = Score(float(total[row] + chances[row, token]), said)
         following = [branch.inputs[at] if at < len(branch.inputs) else 0 for branch in branches[: len(step)]]
-        step = torch.tensor(following, device=step.device)[:, None]
+        step = torch.tensor(following, dtype=torch.int64, device=step.device)[:, None]
         total, greedy = total + chances.gather(1, step)[:, 0], greedy & (best == step[:, 0])
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)

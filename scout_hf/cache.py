@@ -273,7 +273,8 @@ class ScoutLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times."""
         if self.method:
-            self.method.select_rows(torch.arange(self.method.batch).repeat_interleave(repeats))
+            rows = torch.arange(self.method.batch, dtype=torch.int64, device="cpu")
+            self.method.select_rows(rows.repeat_interleave(repeats))
 
     @keeps_tensors
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -317,4 +318,4 @@ def check_names(config: ScoutConfig, text_config: Any, layers: int) -> None:
 
 def _is_identity(rows: torch.Tensor, batch: int) -> bool:
     same = rows.device.type == "cpu" and len(rows) == batch
-    return same and bool((rows == torch.arange(batch)).all())
+    return same and bool((rows == torch.arange(batch, dtype=torch.int64, device="cpu")).all())

@@ -74,7 +74,7 @@ class Clock:
         self.length.fill_(tokens)
         self.blocks.fill_(blocks)
         if shares != self._shares:
-            here = torch.tensor(shares, device="cpu", pin_memory=self.shares.is_cuda)
+            here = torch.tensor(shares, dtype=torch.float32, device="cpu", pin_memory=self.shares.is_cuda)
             self.shares.copy_(here, non_blocking=True)
             self._shares = shares
 
@@ -182,7 +182,7 @@ class StepGraphs:
         if step.mask is None and given.get("position_ids") is None:
             # As models do themselves, but from a number of the host.
             inputs = next(given[name] for name in INPUTS if given.get(name) is not None)
-            given["position_ids"] = torch.full((1, 1), step.tokens - 1, device=inputs.device)
+            given["position_ids"] = torch.full((1, 1), step.tokens - 1, dtype=torch.int64, device=inputs.device)
         key = None if self._failed else self._key(step, given)
         if key is None:
             return self._forward(*args, **kwargs)

@@ -120,7 +120,7 @@ def lost(parts: Partial, tail: Partial, attended: torch.Tensor, out: torch.Tenso
     # By the sum of the group's masses, in logarithms: most masses are too small for the numbers.
     best = (parts.lse - total).logsumexp(1).argsort(descending=True, stable=True)
     chosen = attended.sum()
-    hits = (attended[best] & (torch.arange(count, device=best.device) < chosen)).sum()
+    hits = (attended[best] & (torch.arange(count, dtype=torch.int64, device=best.device) < chosen)).sum()
     some, any_chosen = torch.isfinite(total).all(), chosen > 0
     one, none = mass.new_ones(()), mass.new_zeros(())
     found = [
@@ -131,6 +131,6 @@ def lost(parts: Partial, tail: Partial, attended: torch.Tensor, out: torch.Tenso
         one if predicted else none,
         error(out, same) if predicted else none,
         any_chosen.to(mass.dtype),
-        torch.where(any_chosen, hits / chosen, none),
+        torch.where(any_chosen, hits.to(mass.dtype) / chosen, none),
     ]
     return torch.where(some, torch.stack([part.to(mass.dtype) for part in found]), none)

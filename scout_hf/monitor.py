@@ -236,7 +236,7 @@ def _marks(attended: list[Any] | None, heads: list[int], rows: int, blocks: int,
         if used is not None:
             used = used[:, heads].to(device)
             if used.dim() == 2:  # how many of a packed list
-                used = torch.arange(ids.shape[2], device=device) < used.unsqueeze(2)
+                used = torch.arange(ids.shape[2], dtype=torch.int64, device=device) < used.unsqueeze(2)
             ids = ids.masked_fill(~used, blocks)
         # What is not a whole block, and empty slots, go to a place behind.
         marks.scatter_(2, ids.masked_fill((ids < 0) | (ids > blocks), blocks), True)

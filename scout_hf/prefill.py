@@ -63,13 +63,13 @@ def prefill(
 def left_padding(mask: torch.Tensor) -> torch.Tensor | None:
     """Padding tokens in front of each row, (batch,), or None where padding is anywhere else."""
     starts = (~mask).sum(-1)
-    expected = torch.arange(mask.shape[1], device=mask.device) >= starts[:, None]
+    expected = torch.arange(mask.shape[1], dtype=torch.int64, device=mask.device) >= starts[:, None]
     return starts if bool((mask == expected).all()) else None
 
 
 def _masked(stock, takes_bool_mask, module, query, keys, values, mask, kwargs) -> torch.Tensor:
     tokens = query.shape[2]
-    order = torch.arange(tokens, device=query.device)
+    order = torch.arange(tokens, dtype=torch.int64, device=query.device)
     parts = []
     for first in range(0, tokens, QUERY_CHUNK):
         last = min(first + QUERY_CHUNK, tokens)

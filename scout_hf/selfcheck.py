@@ -24,7 +24,8 @@ def check_unknown_family(model: Any, family: Any, handle: Any) -> None:
     """
     if not isinstance(family, ProbeFamily):
         return
-    ids = torch.arange(1, TOKENS + 1, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
+    ids = torch.arange(1, TOKENS + 1, dtype=torch.int64, device=model.device).unsqueeze(0)
+    ids = ids % model.config.get_text_config().vocab_size
     name = type(model).__name__
     was_training = model.training
     model.eval()

@@ -75,9 +75,11 @@ def answers(
     for alike in same.values():
         for first in range(0, len(alike), rows):
             chosen = alike[first : first + rows]
-            ids = torch.tensor([questions[index] for index in chosen], device=model.device)
+            ids = torch.tensor([questions[index] for index in chosen], dtype=torch.int64, device=model.device)
             twin = copy.deepcopy(cache)
-            twin.batch_select_indices(torch.tensor([owners[index] for index in chosen], device=model.device))
+            twin.batch_select_indices(
+                torch.tensor([owners[index] for index in chosen], dtype=torch.int64, device=model.device)
+            )
             begin = time.perf_counter()
             given = decode(model, twin, ids, length)
             found.seconds += time.perf_counter() - begin

@@ -26,10 +26,12 @@ class DriftingInfiniGen(InfiniGen):
     def _choose(self, step, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ids, usable = super()._choose(step, query)
         if self._shuffled is None:
-            self._shuffled = torch.rand((*ids.shape[:2], self.kv.host.length), device=ids.device).argsort(-1)
+            self._shuffled = torch.rand(
+                (*ids.shape[:2], self.kv.host.length), dtype=torch.float32, device=ids.device
+            ).argsort(-1)
         held, count = self._shuffled.shape[2], ids.shape[2]
         self._first += round(self.share * count)
-        window = (self._first + torch.arange(min(count, held), device=ids.device)) % held
+        window = (self._first + torch.arange(min(count, held), dtype=torch.int64, device=ids.device)) % held
         return self._shuffled[:, :, window], usable[:, :, : len(window)]
 
 

@@ -40,7 +40,7 @@ def held_out_ids(tokens: int, seed: int) -> torch.Tensor:
     for text in corpus.held_out_files(seed):
         ids += tokenizer(text).input_ids + [tokenizer.eos_token_id]
         if len(ids) >= tokens:
-            return torch.tensor([ids[:tokens]])
+            return torch.tensor([ids[:tokens]], dtype=torch.int64, device="cpu")
     raise ValueError(f"tokens={tokens}: the held-out files of this Python have {len(ids)} in all")
 
 

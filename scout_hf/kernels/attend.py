@@ -88,7 +88,7 @@ def _flash_on_cpu(query, keys, values, scale, allowed, causal) -> Partial:
     if allowed is not None:
         if allowed.shape[1] != 1 and groups > 1:
             allowed = allowed.repeat_interleave(groups, dim=1)
-        bias = torch.zeros((), dtype=query.dtype).masked_fill(~allowed, -torch.inf)
+        bias = torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~allowed, -torch.inf)
         bias = bias.expand(given.shape[0], -1, -1, -1)
     out, lse = _cpu_flash(given, keys, values, 0.0, causal, attn_mask=bias, scale=scale)
     if bias is not None:
@@ -123,7 +123,7 @@ def _by_products(query, keys, values, scale, softcap, allowed, causal) -> Partia
         if allowed is not None and allowed.shape[-2] > 1:
             part = allowed[..., first : first + step, :]
         if causal:
-            order = torch.arange(tokens, device=query.device)
+            order = torch.arange(tokens, dtype=torch.int64, device=query.device)
             seen = order[None, :] <= order[first : first + step, None]
             part = seen[None, None] if part is None else part & seen
         parts.append(_products(query[:, :, first : first + step], keys, values, scale, softcap, part))

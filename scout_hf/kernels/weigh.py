@@ -66,12 +66,12 @@ def mean_weights(
     tokens, wide = keys.shape[2], torch.promote_types(query.dtype, torch.float32)
     total = torch.zeros((batch, keys.shape[1], heads // keys.shape[1], tokens), dtype=wide, device=query.device)
     step = max(1, MOST_SCORES // max(1, batch * heads * tokens))
-    order = torch.arange(tokens, device=query.device)
+    order = torch.arange(tokens, dtype=torch.int64, device=query.device)
     for first in range(0, queries, step):
         seen, last, visible = allowed, min(first + step, queries), tokens
         if causal:
             visible = tokens - queries + last
-            place = torch.arange(tokens - queries + first, visible, device=query.device)
+            place = torch.arange(tokens - queries + first, visible, dtype=torch.int64, device=query.device)
             before = (order[None, :visible] <= place[:, None])[None, None]
             seen = before if allowed is None else before & allowed[..., :visible]
         weights = _scores(query[:, :, first:last], keys[:, :, :visible], scale, softcap, seen).softmax(-1)

@@ -136,7 +136,7 @@ class Method(ABC):
         if new is None or bool(new.all()):
             parts.append(attend(query, keys, values, *self.scoring, causal=True))
         else:
-            order = torch.arange(queries, device=query.device)
+            order = torch.arange(queries, dtype=torch.int64, device=query.device)
             allowed = new & (order[:, None] >= order[None, :])
             parts.append(attend(query, keys, values, *self.scoring, allowed))
         step.counters.exact(self.layer_idx, self.kv.length)

@@ -63,7 +63,8 @@ def bring_blocks(step, host: PagedKV, first: int, last: int, heads: slice, devic
     def places() -> tuple[torch.Tensor, int]:
         tile = size * dim * host.dtype.itemsize
         pages = host.table.addresses[:, None, first:last]
-        keys = pages + torch.arange(heads.start, heads.stop, device="cpu")[None, :, None] * (2 * tile)
+        numbers = torch.arange(heads.start, heads.stop, dtype=torch.int64, device="cpu")
+        keys = pages + numbers[None, :, None] * (2 * tile)
         return torch.stack([keys, keys + tile]), tile
 
     def read(into: torch.Tensor) -> None:
@@ -80,7 +81,7 @@ def bring_tokens(step, host: PagedKV, ids: torch.Tensor, device: torch.device, g
     ``real.nonzero()``. Otherwise like :func:`bring_blocks`.
     """
     size, dim, heads = host.block_size, host.head_dim, host.heads
-    offsets = (torch.arange(heads, device="cpu")[None, :, None] * (2 * size) + ids % size).flatten()
+    offsets = (torch.arange(heads, dtype=torch.int64, device="cpu")[None, :, None] * (2 * size) + ids % size).flatten()
     picked = slice(None) if real is None else real.flatten().nonzero()[:, 0]
     offsets, shape = offsets[picked], ids.shape if real is None else (len(picked),)
 
@@ -95,7 +96,7 @@ def bring_tokens(step, host: PagedKV, ids: torch.Tensor, device: torch.device, g
     def read(into: torch.Tensor) -> None:
         for slab, here, local in host.table.pool.by_slab(of_pages(host.table.ids)):
             if isinstance(local, slice):
-                local = torch.arange(local.start, local.stop, device="cpu")
+                local = torch.arange(local.start, local.stop, dtype=torch.int64, device="cpu")
             flat = slab.view(-1, dim)
             rows = local * (heads * 2 * size) + offsets[here]
             into[0].view(-1, dim)[here] = flat[rows]
@@ -111,7 +112,7 @@ def _bring(step, host: PagedKV, what: tuple, shape: tuple, places: Callable, rea
 
     def copy(into: torch.Tensor) -> Any:
         sources, nbytes = places()
-        targets = torch.arange(sources.numel(), device="cpu") * nbytes + into.data_ptr()
+        targets = torch.arange(sources.numel(), dtype=torch.int64, device="cpu") * nbytes + into.data_ptr()
         return step.backend.copy(sources.flatten(), targets, nbytes, keep=(into, host.memory()))
 
     try:
@@ -131,7 +132,7 @@ def _carry(buffer: torch.Tensor, read: Callable, copy: Callable | None, links: L
     if buffer.device.type == "cpu":
         read(buffer)
         return Mark()
-    pinned = torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True)
+    pinned = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu", pin_memory=True)
     ticket = None if copy is None else copy(pinned)
     if ticket is None:
         read(pinned)

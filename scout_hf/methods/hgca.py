@@ -82,7 +82,7 @@ class HGCA(TieredMethod):
         exists = self._exists(step, self.kv.host.length)
         here, weights = attend_weighing(query, keys, values, *self.scoring, exists)
         self._weigh(weights)
-        parts, window = [here], keys.shape[2] if exists is None else exists.sum() / self.batch
+        parts, window = [here], keys.shape[2] if exists is None else exists.sum(dtype=torch.float32) / self.batch
         if held:
             with step.counters.timed(self.layer_idx, "join"):
                 share = self._ticket.wait().partial
@@ -174,7 +174,7 @@ class HGCA(TieredMethod):
         exists, weighed = None, self._weights.shape[2]
         if step is not None and step.mask is not None:
             exists = step.padding(torch.device("cpu"))[:, None, None, first : first + moved]
-            weighed = step.padding(torch.device("cpu"))[:, first:].sum(-1).clamp(min=1)[:, None, None]
+            weighed = step.padding(torch.device("cpu"))[:, first:].sum(-1).clamp(min=1).to(weights.dtype)[:, None, None]
         self._keep(step, first, *(part.cpu() for part in full), weights, exists, weighed)
         self._past = torch.cat([self._past, weights], dim=2)
         self._weights = self._weights[:, :, moved:]
@@ -187,7 +187,7 @@ class HGCA(TieredMethod):
         usable = (weights >= threshold / weighed) | (rank < self.settings["least"])
         if exists is not None:
             usable = usable & exists[:, 0]
-        tokens = torch.arange(first, first + weights.shape[2], device="cpu")
+        tokens = torch.arange(first, first + weights.shape[2], dtype=torch.int64, device="cpu")
         self.kept.add(keys, values, tokens, weights, usable)
         if (most := self._most(step)) is not None:
             self.kept.limit(most)
@@ -198,6 +198,7 @@ class HGCA(TieredMethod):
         if self.config.is_dense(self.layer_idx):
             return None
         if isinstance(budget, float):
-            context = self.kv.length if step is None or step.mask is None else step.row_tokens().cpu()
+            context = self.kv.length if step is None or step.mask is None else step.row_tokens().cpu().float()
             budget = budget * context
-        return (torch.as_tensor(budget).expand(self.batch) - beside).clamp(min=1).to(torch.int64)
+        total = torch.as_tensor(budget, dtype=torch.float32, device="cpu").expand(self.batch)
+        return (total - beside).clamp(min=1).to(torch.int64)

@@ -80,14 +80,14 @@ class InfiniGen(TieredMethod):
     def attend(self, step, query: torch.Tensor) -> Partial:
         parts, attended = [self._attend_tail(step, query)], self.kv.length - self.kv.host.length
         if step.mask is not None:
-            attended = self._exists(step, self.kv.host.length).sum() / self.batch
+            attended = self._exists(step, self.kv.host.length).sum(dtype=torch.float32) / self.batch
         if self.kv.host.blocks:
             if not self.tokens.planned:
                 self._recall(step, query)
             self._arrive(step)
             keys, values, usable = self.tokens.content()
             parts.append(attend(query, keys, values, *self.scoring, usable[:, :, None]))
-            attended = attended + usable.sum() / (self.batch * self.kv_heads)
+            attended = attended + usable.sum(dtype=torch.float32) / (self.batch * self.kv_heads)
             if self._coming is not None:
                 self._coming.give_back()
                 self._coming = None
@@ -160,7 +160,7 @@ class InfiniGen(TieredMethod):
         held, shape = self.kv.host.length, (self.batch, self.kv_heads)
         exists = self._exists(step, 0, held)
         if not self._wants_partial():
-            ids = torch.arange(held, device=self.kv.device).expand(*shape, -1)
+            ids = torch.arange(held, dtype=torch.int64, device=self.kv.device).expand(*shape, -1)
             return ids, torch.ones_like(ids, dtype=torch.bool) if exists is None else exists[:, 0].expand_as(ids)
         self._catch_up()
         scores = self.partial.scores(query) * self.scoring.scale
@@ -183,19 +183,19 @@ class InfiniGen(TieredMethod):
             count = torch.minimum(near, count)
         worth, most = weights.logsumexp(2), max(1, int(count.max()))
         best = worth.topk(min(most, held), dim=-1)
-        order = torch.arange(best.indices.shape[-1], device=worth.device)
+        order = torch.arange(best.indices.shape[-1], dtype=torch.int64, device=worth.device)
         return best.indices, (order < count[:, None, None]) & (best.values > -torch.inf)
 
     def _most(self, step, exists: torch.Tensor | None) -> torch.Tensor:
         """Tokens that the budget leaves for the host, by row."""
         budget, device, beside = self.config.budget, self.kv.device, self.window_blocks * self.config.block_size
         if isinstance(budget, float):
-            context = torch.full((self.batch,), step.tokens, device=device)
+            context = torch.full((self.batch,), step.tokens, dtype=torch.int64, device=device)
             if exists is not None:
                 context = step.padding(device).sum(-1)
-            total = (budget * context).to(torch.int64)
+            total = (budget * context.float()).to(torch.int64)
         else:
-            total = torch.full((self.batch,), budget, device=device)
+            total = torch.full((self.batch,), budget, dtype=torch.int64, device=device)
         return (total - beside).clamp(min=1)
 
     def _catch_up(self) -> None:

@@ -188,7 +188,7 @@ class TwoTierScout(Method):
             ids = self.resident.ids[:, :, : self.resident.filled]
             allowed = (ids >= 0).unsqueeze(-1).expand(*ids.shape, size)
             if step.mask is not None:
-                rows = torch.arange(len(ids), device=ids.device)[:, None, None]
+                rows = torch.arange(len(ids), dtype=torch.int64, device=ids.device)[:, None, None]
                 allowed = allowed & step.token_mask(size, ids.device)[rows, ids.clamp(min=0)]
             allowed = allowed.flatten(2).unsqueeze(2)
         return self._attend_tokens(query, keys, values, allowed)
@@ -199,7 +199,7 @@ class TwoTierScout(Method):
         return self._attend_tokens(query, keys, values, allowed)
 
     def _attend_tokens(self, query, keys, values, allowed) -> Partial:
-        tokens = keys.shape[2] if allowed is None else allowed.sum() / (allowed.shape[0] * allowed.shape[1])
+        tokens = keys.shape[2] if allowed is None else allowed.sum(dtype=torch.float32) / allowed.shape[:2].numel()
         self._attended = self._attended + tokens
         return attend(query, keys, values, *self.scoring, allowed)
 

@@ -215,13 +215,13 @@ class TritonScout(TwoTierScout):
             tail = self.kv.length - self.kv.host.length
             if slots is None or slots.filled is not None:
                 return tail + (0 if slots is None else slots.filled * size)
-            return tail + (slots.ids >= 0).sum() * size / slots.ids[:, :, 0].numel()
+            return tail + (slots.ids >= 0).sum(dtype=torch.float32) * size / slots.ids[:, :, 0].numel()
         real = step.block_tokens(size, self.kv.device)
-        tail = real[:, self.kv.host.blocks :].sum() / self.batch
+        tail = real[:, self.kv.host.blocks :].sum(dtype=torch.float32) / self.batch
         if slots is None:
             return tail
         held = real[:, None].expand(-1, self.kv_heads, -1).gather(2, slots.ids.clamp(min=0).long())
-        return tail + held.masked_fill(slots.ids < 0, 0).sum() / slots.ids[:, :, 0].numel()
+        return tail + held.masked_fill(slots.ids < 0, 0).sum(dtype=torch.float32) / slots.ids[:, :, 0].numel()
 
     def _merge(self, here: tuple[torch.Tensor, torch.Tensor], share: Partial | None) -> Partial:
         return Partial(*self._kernels.merge(*here, *(share or ())))
@@ -233,7 +233,7 @@ class TritonScout(TwoTierScout):
         if ids.is_cuda:
             torch.cuda.current_stream(ids.device).synchronize()
         self._written.finish()
-        used = torch.arange(mail.room) < mail.missing_counts[..., None]
+        used = torch.arange(mail.room, dtype=torch.int64, device="cpu") < mail.missing_counts[..., None]
         missing = torch.where(used, mail.missing, 0).long()
         return [Pick(ids.clamp(min=0).long(), ids >= 0), Pick(missing.to(ids.device), used.to(ids.device))]
 

@@ -74,7 +74,7 @@ def repeat_real(keys: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
     For codes that have no way to say that a token does not exist.
     """
     first = exists.to(torch.uint8).argmax(-1, keepdim=True)
-    place = torch.where(exists, torch.arange(exists.shape[-1], device=exists.device), first)
+    place = torch.where(exists, torch.arange(exists.shape[-1], dtype=torch.int64, device=exists.device), first)
     return keys.gather(3, place[:, None, :, :, None].expand_as(keys))
 
 

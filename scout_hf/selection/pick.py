@@ -29,7 +29,7 @@ class Pick(NamedTuple):
 def everything(batch: int, heads: int, blocks: int, exists: torch.Tensor | None, device) -> Pick:
     """All blocks, for every row and head, those that are padding last; ``exists`` as in :func:`choose`."""
     if exists is None:
-        return Pick(torch.arange(blocks, device=device).expand(batch, heads, blocks), None)
+        return Pick(torch.arange(blocks, dtype=torch.int64, device=device).expand(batch, heads, blocks), None)
     order = exists.to(torch.int8).argsort(dim=1, descending=True, stable=True)
     usable = exists.gather(1, order)
     return Pick(*(part[:, None].expand(batch, heads, blocks) for part in (order, usable)))
@@ -63,7 +63,7 @@ def choose(scores: torch.Tensor, count: int | torch.Tensor, sinks: int, exists: 
     if exists is not None:
         usable = best.values > -torch.inf
     if not isinstance(count, int):
-        within = torch.arange(most, device=scores.device) < count.to(scores.device)[:, None, None]
+        within = torch.arange(most, dtype=torch.int64, device=scores.device) < count.to(scores.device)[:, None, None]
         usable = within.expand_as(best.indices) if usable is None else usable & within
     return Pick(best.indices, usable)
 

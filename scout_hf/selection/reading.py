@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 # Keys are read and coded in parts, or a long prompt would need room for a copy of a whole layer.
 PART_TOKENS, SAMPLE_TOKENS = 4096, 8192
-FIRST = torch.tensor([0], device="cpu")
+FIRST = torch.tensor([0], dtype=torch.int64, device="cpu")
 Blocks = tuple[torch.Tensor, torch.Tensor | None]
 """Keys (batch, kv_heads, n, block_size, head_dim) and which tokens are real, (batch, n, block_size) of bool or None."""
 
@@ -26,7 +26,7 @@ def read_parts(store, first: int, last: int, exists: torch.Tensor | None) -> Ite
     """Blocks ``first:last`` of a PagedKV, copied; ``exists`` is (batch, tokens) of bool or None."""
     step = max(1, PART_TOKENS // store.block_size)
     for start in range(first, last, step):
-        ids = torch.arange(start, min(last, start + step), device="cpu")
+        ids = torch.arange(start, min(last, start + step), dtype=torch.int64, device="cpu")
         yield _read(store, ids.expand(store.batch, -1), exists)
 
 
@@ -34,19 +34,21 @@ def read_sample(store, last: int, exists: torch.Tensor | None) -> Blocks:
     """Of the first ``last`` blocks those with real tokens, or some that lie evenly among them; each row its own."""
     most = max(1, SAMPLE_TOKENS // store.block_size)
     if exists is None:
-        return _read(store, _evenly(torch.arange(last, device="cpu"), most).expand(store.batch, -1), None)
+        every = torch.arange(last, dtype=torch.int64, device="cpu")
+        return _read(store, _evenly(every, most).expand(store.batch, -1), None)
     real = exists[:, : last * store.block_size].unflatten(1, (-1, store.block_size)).any(-1).cpu()
     # A row of nothing but padding shows a block of it.
     rows = [_evenly(row.nonzero()[:, 0] if row.any() else FIRST, most) for row in real]
     ids = pad_sequence(rows, batch_first=True)
     keys, marks = _read(store, ids, exists)
-    held = torch.tensor([len(row) for row in rows], device="cpu")[:, None] > torch.arange(ids.shape[1], device="cpu")
+    held = torch.tensor([len(row) for row in rows], dtype=torch.int64, device="cpu")[:, None]
+    held = held > torch.arange(ids.shape[1], dtype=torch.int64, device="cpu")
     return keys, marks & held[:, :, None].to(marks.device)
 
 
 def _evenly(numbers: torch.Tensor, most: int) -> torch.Tensor:
     count = min(len(numbers), most)
-    return numbers[torch.arange(count, device="cpu") * (len(numbers) - 1) // max(1, count - 1)]
+    return numbers[torch.arange(count, dtype=torch.int64, device="cpu") * (len(numbers) - 1) // max(1, count - 1)]
 
 
 def _read(store, ids: torch.Tensor, exists: torch.Tensor | None) -> Blocks:

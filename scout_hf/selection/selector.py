@@ -148,7 +148,8 @@ class Selector:
             if chosen is not None:
                 return chosen
         picked = self.pick(step, query, blocks, store.heads)
-        last = torch.arange(blocks, store.blocks, device=picked.ids.device).expand(*picked.ids.shape[:2], -1)
+        last = torch.arange(blocks, store.blocks, dtype=torch.int64, device=picked.ids.device)
+        last = last.expand(*picked.ids.shape[:2], -1)
         if picked.usable is None:
             return BlockLists(torch.cat([picked.ids, last], dim=2).cpu(), None)
         usable = torch.cat([picked.usable, torch.ones_like(last, dtype=torch.bool)], dim=2)

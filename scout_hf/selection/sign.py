@@ -121,7 +121,7 @@ def moments(keys: torch.Tensor, exists: torch.Tensor | None) -> tuple[torch.Tens
     """
     found = []
     for row, tokens in enumerate(keys.flatten(2, 3)):
-        real = torch.arange(tokens.shape[1], device=keys.device)
+        real = torch.arange(tokens.shape[1], dtype=torch.int64, device=keys.device)
         if exists is not None and bool(exists[row].any()):
             real = real[exists[row].flatten()]
         # A prompt may have a token that is not finite; it must not make all codes useless.

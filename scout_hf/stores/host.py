@@ -151,7 +151,7 @@ class PagedKV:
             return pages.gather(self.library, self.native(), blocks, keys, values)
         batch, heads, count = blocks.shape
         numbers = self.table.ids.gather(1, blocks.reshape(batch, -1)).view(batch, heads, count)
-        tiles = (numbers * heads + torch.arange(heads, device="cpu")[None, :, None]).mul_(2).view(-1)
+        tiles = (numbers * heads + torch.arange(heads, dtype=torch.int64, device="cpu")[None, :, None]).mul_(2).view(-1)
         pool, size = self.table.pool, self.block_size * self.head_dim
         tiles = tiles.to(pool.device)
         if len(pool.slabs) == 1:
@@ -178,7 +178,8 @@ class PagedKV:
         shape = (self.batch, self.heads, last - first, self.block_size, self.head_dim)
         keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         if last > first:
-            self.gather(torch.arange(first, last, device="cpu").expand(self.batch, self.heads, -1), keys, values)
+            blocks = torch.arange(first, last, dtype=torch.int64, device="cpu")
+            self.gather(blocks.expand(self.batch, self.heads, -1), keys, values)
         cut = slice(start - first * self.block_size, stop - first * self.block_size)
         return keys.flatten(2, 3)[:, :, cut], values.flatten(2, 3)[:, :, cut]
 

@@ -74,7 +74,7 @@ class KeptTokens:
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Make row ``i`` what row ``rows[i]`` was."""
-        rows = (rows.cpu()[:, None] * self.heads + torch.arange(self.heads, device="cpu")).flatten()
+        rows = (rows.cpu()[:, None] * self.heads + torch.arange(self.heads, dtype=torch.int64, device="cpu")).flatten()
         self.kv.select_rows(rows)
         self.tokens, self.weights, self.exists = self.tokens[rows], self.weights[rows], self.exists[rows]
         self.total = int(self.exists.sum())

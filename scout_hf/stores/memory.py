@@ -60,7 +60,7 @@ def _pin(address: int, bytes_needed: int) -> None:
     if status:
         # The runtime remembers an error until the next call that looks; that shall not be somebody else's.
         with contextlib.suppress(RuntimeError, AssertionError):
-            torch.zeros(1, device="cuda")
+            torch.zeros(1, dtype=torch.float32, device="cuda")
         raise PinnedMemoryError(
             f"the driver does not pin {bytes_needed / 2**30:.1f} GiB of host memory (CUDA error {status}); allowed is "
             'what `ulimit -l` and free memory leave: raise the limit, use host_dtype="int8", or shorten the context'

@@ -75,7 +75,8 @@ class PackedKV(PagedKV):
         if whole:
             # Block by block of all heads: the way without a compiler need not be fast.
             pages = self.table.ids.gather(1, blocks.clamp(max=whole - 1).reshape(batch, -1)).reshape(-1)
-            which = torch.arange(heads, device="cpu").view(1, heads, 1).expand(batch, heads, count).reshape(-1)
+            which = torch.arange(heads, dtype=torch.int64, device="cpu").view(1, heads, 1)
+            which = which.expand(batch, heads, count).reshape(-1)
             pool = self.table.pool
             for slab, start in zip(pool.slabs, pool.starts):
                 here = ((pages >= start) & (pages < start + len(slab))).nonzero().squeeze(1)
@@ -95,7 +96,7 @@ class PackedKV(PagedKV):
         if rest and kept is not None and kept_at // self.block_size == block and length <= kept_at:
             self.tail = kept.clone()
         elif rest and block < self.table.blocks:
-            ids = torch.full((self.batch, self.heads, 1), block, device="cpu")
+            ids = torch.full((self.batch, self.heads, 1), block, dtype=torch.int64, device="cpu")
             keys, values = (self.tail.new_empty((*ids.shape, self.block_size, self.head_dim)) for _ in range(2))
             self.gather(ids, keys, values)
             self.tail = torch.stack([keys.squeeze(2), values.squeeze(2)], dim=2)
@@ -189,4 +190,4 @@ def _quantise(numbers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     inverse = torch.where(scales > 0, 1 / scales.float(), 0.0)
     scaled = numbers.float() * inverse
     # Away from zero at a half, as the native code does.
-    return (scaled + torch.where(scaled < 0, -0.5, 0.5)).trunc().to(torch.int8)
+    return (scaled + torch.full_like(scaled, 0.5).copysign(scaled)).trunc().to(torch.int8)

@@ -57,9 +57,9 @@ class PagePool:
         """Where these pages are in memory: int64, in the shape of ``ids``."""
         if len(self.slabs) == 1:
             return ids * self.page_bytes + self.slabs[0].data_ptr()
-        starts = torch.tensor(self.starts, device="cpu")
+        starts = torch.tensor(self.starts, dtype=torch.int64, device="cpu")
         which = torch.bucketize(ids, starts, right=True) - 1
-        places = torch.tensor([slab.data_ptr() for slab in self.slabs], device="cpu")
+        places = torch.tensor([slab.data_ptr() for slab in self.slabs], dtype=torch.int64, device="cpu")
         return (ids - starts[which]) * self.page_bytes + places[which]
 
     def allocate(self, count: int) -> torch.Tensor:
@@ -152,7 +152,7 @@ class PagePool:
             self._free.extend(range(self._fresh, self.pages))
             self._fresh = self.pages
             self._add_slab(count)
-        ids = torch.arange(self._fresh, self._fresh + count, device="cpu")
+        ids = torch.arange(self._fresh, self._fresh + count, dtype=torch.int64, device="cpu")
         self._fresh += count
         return ids
 

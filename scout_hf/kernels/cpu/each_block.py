@@ -56,7 +56,8 @@ def attend_each_native(
     """
     addresses, query = blocks.addresses(row, head), query.contiguous()
     group, dim = query.shape
-    out, lse = torch.empty((len(addresses), group, dim)), torch.empty((len(addresses), group))
+    out = torch.empty((len(addresses), group, dim), dtype=torch.float32, device="cpu")
+    lse = torch.empty((len(addresses), group), dtype=torch.float32, device="cpu")
     # Every block is a row of a batch with one KV head, and all rows have the same query.
     store = pages.store_args(1, dim, blocks.block_size, blocks.dtype, blocks.packed)
     store.pages, store.pages_stride, store.batch = addresses.data_ptr(), 1, len(addresses)

@@ -57,7 +57,7 @@ class IpexBackend(CpuBackend):
         # Every KV head is a sequence of its own, with one KV head: heads may have different blocks.
         heads, size = slab.shape[1], slab.shape[3]
         keys, values = slab.flatten(0, 1).unsqueeze(2).unbind(1)
-        table = pages * heads + torch.arange(heads)[:, None]
+        table = pages * heads + torch.arange(heads, dtype=torch.int64, device="cpu")[:, None]
         if (filled[..., 1:] > filled[..., :-1]).any():
             # Full blocks, then the partly filled one, then those of other slabs: the kernel stops after the last token.
             filled, order = filled.sort(dim=-1, descending=True, stable=True)
@@ -65,7 +65,7 @@ class IpexBackend(CpuBackend):
         tokens = filled.sum(-1).flatten()
         longest = int(tokens.max())
         grouped = fold_group(query, heads).flatten(0, 1).contiguous()
-        out, unused = torch.empty_like(grouped), torch.empty(0, dtype=torch.int32)
+        out, unused = torch.empty_like(grouped), torch.empty(0, dtype=torch.int32, device="cpu")
         table, lengths = table.flatten(0, 1).int().contiguous(), tokens.int()
         # A window of all tokens changes nothing but keeps the kernel for beams away, which takes four sequences that
         # begin with one block for beams of one length. A soft cap forbids a window; no cap is -1 (0 is a wrong answer).
@@ -105,17 +105,20 @@ def _lse(made: list[torch.Tensor], tokens: torch.Tensor, shape: tuple[int, int, 
             "Try cpu_backend='auto'"
         )
     top, total = (part[..., :-1] for part in made[:2])
-    used = torch.arange(shape[2]) * PARTITION < tokens[:, None, None]
+    used = torch.arange(shape[2], dtype=torch.int64, device="cpu") * PARTITION < tokens[:, None, None]
     return torch.where(used, top + total.log(), -torch.inf).logsumexp(-1)
 
 
 def _entries(store, lists: BlockLists | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Page of every list entry and how many of its tokens count, (batch, kv_heads, n) each; 0 for unused entries."""
     heads, blocks, size = store.heads, store.blocks, store.block_size
-    ids = torch.arange(blocks).expand(store.batch, heads, -1) if lists is None else lists.ids.long()
-    filled = torch.full(ids.shape, size)
+    if lists is None:
+        ids = torch.arange(blocks, dtype=torch.int64, device="cpu").expand(store.batch, heads, -1)
+    else:
+        ids = lists.ids.long()
+    filled = torch.full(ids.shape, size, dtype=torch.int64, device="cpu")
     if lists is not None and lists.counts is not None:
-        unused = torch.arange(ids.shape[2]) >= lists.counts[..., None]
+        unused = torch.arange(ids.shape[2], dtype=torch.int64, device="cpu") >= lists.counts[..., None]
         ids, filled = ids.masked_fill(unused, 0), filled.masked_fill_(unused, 0)
     unfilled = blocks * size - store.length
     if unfilled:

@@ -27,7 +27,7 @@ class TorchBackend(CpuBackend):
 
     def attend_blocks(self, query, store, lists: BlockLists | None, scale, softcap=None, exists=None) -> Attended:
         if lists is None:
-            lists = BlockLists(torch.arange(store.blocks).expand(store.batch, store.heads, -1), None)
+            lists = BlockLists(_numbers(store.blocks).expand(store.batch, store.heads, -1), None)
         ids, parts, tokens = _used(lists), [], 0
         count, size = ids.shape[2], store.block_size
         # Lists that end alike and have no holes need no mask: what is not filled is cut off.
@@ -63,19 +63,24 @@ def _used(lists: BlockLists) -> torch.Tensor:
     ids = lists.ids.long()
     if lists.counts is None:
         return ids
-    return ids.masked_fill(torch.arange(ids.shape[2]) >= lists.counts.unsqueeze(-1), 0)
+    return ids.masked_fill(_numbers(ids.shape[2]) >= lists.counts.unsqueeze(-1), 0)
 
 
 def _allowed(ids, first, counts, store, exists) -> torch.Tensor:
     """Which tokens of the blocks ``ids``, the entries of each list from ``first`` on, may be attended."""
-    places = ids.unsqueeze(-1) * store.block_size + torch.arange(store.block_size)
+    places = ids.unsqueeze(-1) * store.block_size + _numbers(store.block_size)
     allowed = places < store.length
     if counts is not None:
-        allowed &= ((first + torch.arange(ids.shape[2])) < counts.unsqueeze(-1)).unsqueeze(-1)
+        allowed &= ((first + _numbers(ids.shape[2])) < counts.unsqueeze(-1)).unsqueeze(-1)
     if exists is not None:
-        rows = torch.arange(len(ids))[:, None, None, None]
+        rows = _numbers(len(ids))[:, None, None, None]
         allowed &= exists[rows, places.clamp(max=exists.shape[1] - 1)]
     return allowed.flatten(2)
+
+
+def _numbers(count: int) -> torch.Tensor:
+    """0 to ``count - 1``, on the CPU, where lists are."""
+    return torch.arange(count, dtype=torch.int64, device="cpu")
 
 
 class _Scratch(threading.local):
