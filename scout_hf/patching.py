@@ -7,6 +7,7 @@ import functools
 import inspect
 import os
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from scout_hf.recall import RecallIntervals
 from scout_hf.restart import PREPARE_INPUTS, RestartingInputs
 from scout_hf.selfcheck import check_unknown_family
 from scout_hf.step import Inputs, Step, active_step, set_active_step
+from scout_hf.stock_passes import explain, reason_of_pass, reason_to_generate_with_stock
 from scout_hf.stores.link import Links
 from scout_hf.telemetry import Counters, Stats, summarise
 from scout_hf.trace import Trace, Tracer, record
@@ -114,6 +116,7 @@ class Handle:
         self._prepare_before: Any = None
         self._inputs_before: Any = None
         self._forward_before: Any = None
+        self._warned_of_stock = False
 
     # -- what a user calls --------------------------------------------------------------------------------------
 
@@ -246,8 +249,8 @@ class Handle:
         self._movers.close()
 
     def _prepare_cache(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
-        given = given_cache(model_kwargs) is not None
-        if not given and _takes_dynamic_cache(self.model, generation_config):
+        reason = reason_to_generate_with_stock(self.model, generation_config, model_kwargs)
+        if reason is None and given_cache(model_kwargs) is None:
             cache = model_kwargs[CACHE] = self.new_cache()
             rolls_back = hasattr(cache, "activate_past_recording")
             if getattr(generation_config, "is_assistant", False) and rolls_back:
@@ -255,10 +258,21 @@ class Handle:
             if generation_mode == GenerationMode.ASSISTED_GENERATION and not rolls_back:
                 cache.keep_windows_whole()
             return None
-        if self._prepare_before is not None:
-            return self._prepare_before(generation_config, model_kwargs, generation_mode, *args, **kwargs)
-        stock = getattr(type(self.model), PREPARE)
-        return stock(self.model, generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        prepare = self._prepare_before or functools.partial(getattr(type(self.model), PREPARE), self.model)
+        result = prepare(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        if reason is not None:
+            explain(given_cache(model_kwargs), reason)
+            self._warn_of_stock(reason)
+        return result
+
+    def _warn_of_stock(self, reason: str) -> None:
+        if not self._warned_of_stock:
+            self._warned_of_stock = True
+            warnings.warn(
+                f"the patched {type(self.model).__name__} runs stock attention here: {reason}. It is right, and "
+                "nothing of scout_hf is used; handle.stats() counts such passes, and this is said once",
+                stacklevel=3,
+            )
 
     # -- hooks --------------------------------------------------------------------------------------------------
 
@@ -281,6 +295,10 @@ class Handle:
         if UNREAD and isinstance(given.get(UNREAD), ScoutCache):
             raise UnsupportedInputError(f"{UNREAD}=ScoutCache(...): this release of transformers calls it {CACHE}")
         if not isinstance(cache, ScoutCache):
+            if module is self._decoder:
+                self._counters.fell_back(reason := reason_of_pass(given))
+                if cache is not None:
+                    self._warn_of_stock(reason)
             return
         inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         if inputs is None:
@@ -381,12 +399,6 @@ def _calling_frame() -> Any:
     while frame is not None and frame.f_code.co_name not in ("inner", "_call_impl"):
         frame = frame.f_back
     return frame
-
-
-def _takes_dynamic_cache(model: torch.nn.Module, generation_config: Any) -> bool:
-    """Whether generate() would make a DynamicCache for this call and nothing in it needs attention weights."""
-    plain = generation_config.cache_implementation in (None, "dynamic") and generation_config.use_cache is not False
-    return plain and not generation_config.output_attentions and model._supports_default_dynamic_cache()
 
 
 def _named(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict:

@@ -31,6 +31,7 @@ class Counters:
         self.steps = self.approximate_steps = self.prefill_tokens = 0
         self.sums: dict[str, dict[int, float | torch.Tensor]] = defaultdict(lambda: defaultdict(float))
         self.history: dict[int, list[float]] | None = None
+        self.stock_passes: dict[str, int] = {}
         for tally in self._recalls.values():
             tally.zero_()
 
@@ -41,6 +42,10 @@ class Counters:
     def note(self, about: str, text: str, layer: int | None = None) -> None:
         """Something that whoever reads the statistics should know: the newest per subject and layer."""
         self.notes[about, layer] = text
+
+    def fell_back(self, reason: str) -> None:
+        """A forward pass ran stock attention."""
+        self.stock_passes[reason] = self.stock_passes.get(reason, 0) + 1
 
     def all_notes(self) -> Iterator[str]:
         """One line for what is said of several layers."""
@@ -197,6 +202,8 @@ class Stats:
         has its own.
     notes : tuple of str
         What the method has to say, such as why it does not do what it is for.
+    stock_passes : dict
+        Forward passes that ran stock attention instead, by the reason; none of the other numbers counts them.
     """
 
     method: str
@@ -215,6 +222,7 @@ class Stats:
     layers: tuple[LayerStats, ...] = field(repr=False)
     fidelity: Fidelity | None = None
     notes: tuple[str, ...] = ()
+    stock_passes: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -252,6 +260,8 @@ class Stats:
             head.add_row("predicted to real query", f"cosine {self.cosine:.3f}")
         if self.fidelity is not None:
             self._add_fidelity(head)
+        for reason, passes in self.stock_passes.items():
+            head.add_row("stock attention", f"{passes} pass{'es' if passes > 1 else ''}: {reason}")
         for note in self.notes:
             head.add_row("note", note)
         yield head
@@ -373,6 +383,7 @@ def summarise(
         layers=layers,
         fidelity=fidelity(),
         notes=tuple(counters.all_notes()),
+        stock_passes=dict(counters.stock_passes),
     )
 
 

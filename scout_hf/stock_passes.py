@@ -1,0 +1,46 @@
+"""Why a forward pass of a patched model runs stock attention: what ``stats()`` counts and one warning says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from scout_hf.cache import ScoutCache
+from scout_hf.cache_names import given_cache
+
+_REASON = "_scout_stock_reason"
+
+
+def reason_to_generate_with_stock(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> str | None:
+    """Why this ``generate()`` gets no ScoutCache of its own, or None where it does, or where one was given."""
+    given = given_cache(model_kwargs)
+    if given is not None:
+        return None if isinstance(given, ScoutCache) else _given(given)
+    if generation_config.use_cache is False:
+        return "use_cache=False"
+    if generation_config.cache_implementation not in (None, "dynamic"):
+        return f"cache_implementation={generation_config.cache_implementation!r}"
+    if generation_config.output_attentions:
+        return "output_attentions=True"
+    return None if model._supports_default_dynamic_cache() else f"{type(model).__name__} takes no DynamicCache"
+
+
+def explain(cache: Any, reason: str) -> None:
+    """Let passes with this cache be counted under ``reason``."""
+    if cache is not None:
+        setattr(cache, _REASON, reason)
+
+
+def reason_of_pass(given: dict[str, Any]) -> str:
+    """What a forward pass without a ScoutCache is counted under, by the named arguments of its call."""
+    cache = given_cache(given)
+    if (reason := getattr(cache, _REASON, None)) is not None:
+        return reason
+    if cache is not None:
+        return _given(cache)
+    if given.get("output_attentions"):
+        return "output_attentions=True"
+    return "use_cache=False" if given.get("use_cache") is False else "no cache was given"
+
+
+def _given(cache: Any) -> str:
+    return f"a {type(cache).__name__} was given"

@@ -1,0 +1,81 @@
+"""Passes of a patched model that run stock attention: counted, with the reason, and warned of once."""
+
+import warnings
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import scout_hf
+from scout_hf.cache_names import CACHE
+from tests.integration.common import ONE_TIER, llama, prompt, run
+
+
+@pytest.fixture
+def model():
+    return llama(num_hidden_layers=2)
+
+
+def dynamic(model):
+    return {CACHE: DynamicCache(config=model.config)}
+
+
+# What is asked of generate(), and what the statistics say of its passes.
+CALLS = {
+    "cache given": (dynamic, "a DynamicCache was given"),
+    "static": (lambda model: {"cache_implementation": "static"}, "cache_implementation='static'"),
+    "no cache": (lambda model: {"use_cache": False}, "use_cache=False"),
+    "weights wanted": (lambda model: {"output_attentions": True}, "output_attentions=True"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_generate_that_falls_back_is_counted_and_warned_of_once(model, call):
+    make, reason = CALLS[call]
+    model.set_attn_implementation("eager")
+    with scout_hf.patch(model, **ONE_TIER) as handle:
+        with pytest.warns(UserWarning, match="stock attention") as warned:
+            run(model, prompt(), new=5, **make(model))
+        assert reason in str(warned[0].message) and "stats()" in str(warned[0].message)
+        assert handle.stats().stock_passes == {reason: 5}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            run(model, prompt(), new=5, **make(model))
+        assert handle.stats().stock_passes == {reason: 10}
+        assert handle.stats().steps == 0
+        assert "10 passes" in str(handle.stats()) and reason.split("=")[0] in str(handle.stats())
+        handle.reset_stats()
+        assert handle.stats().stock_passes == {}
+
+
+def test_passes_that_are_served_are_none_of_them(model):
+    with scout_hf.patch(model, **ONE_TIER) as handle, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(model, prompt())
+        run(model, prompt(), cache_implementation="dynamic")
+        assert handle.stats().stock_passes == {}
+        assert "stock" not in str(handle.stats())
+
+
+def test_one_warning_for_each_handle(model):
+    for _ in range(2):
+        with scout_hf.patch(model, **ONE_TIER):
+            with pytest.warns(UserWarning, match="stock attention"):
+                run(model, prompt(), use_cache=False)
+
+
+def test_forward_without_a_cache_is_counted_without_a_warning(model):
+    """Scoring and training are meant to run stock attention."""
+    with scout_hf.patch(model, **ONE_TIER) as handle, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        model(prompt(2, 20))
+        model(prompt(2, 20), use_cache=False)
+        model.model(prompt(2, 20))
+        assert handle.stats().stock_passes == {"no cache was given": 2, "use_cache=False": 1}
+
+
+def test_forward_with_another_cache(model):
+    with scout_hf.patch(model, **ONE_TIER) as handle, torch.no_grad():
+        with pytest.warns(UserWarning, match="a DynamicCache was given"):
+            model(prompt(2, 20), **{CACHE: DynamicCache(config=model.config)})
+        assert handle.stats().stock_passes == {"a DynamicCache was given": 1}
