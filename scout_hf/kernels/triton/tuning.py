@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,8 +13,10 @@ from pathlib import Path
 import torch
 import triton
 
-from scout_hf.files import write_text
+from scout_hf.errors import ConfigError, MissingFileError
+from scout_hf.files import read_json, write_text
 from scout_hf.kernels.triton.prefetch import BULK, LINES, OFF
+from scout_hf.rules import count, fields, one_of, table
 
 FORMAT = "scout_hf.tiles/1"
 
@@ -40,6 +43,17 @@ class Tile:
     prefetch: int = OFF
     ahead: int = 4
 
+
+LARGEST_FILE = 1 << 20
+SIZES = {
+    "tokens": one_of(16, 32, 64, 128, 256),
+    "warps": one_of(1, 2, 4, 8, 16),
+    "stages": count(1, 8),
+    "prefetch": one_of(OFF, LINES, BULK),
+    "ahead": count(1, 64),
+}
+RULE = fields({"format": one_of(FORMAT), "tiles": table(fields(SIZES, closed=True))}, closed=True)
+"""What a file of tiles must be: a tile of other sizes would end in the middle of a kernel's launch."""
 
 # The first that fits serves where nothing was measured.
 DEFAULTS = (Tile(), Tile(32, 4, 2), Tile(16, 4, 2))
@@ -112,19 +126,31 @@ def _key(device: torch.device, dtype: torch.dtype, dim: int, group: int, block: 
     return f"{chip}, triton {triton.__version__}, {dtype}, head {dim}, group {group}, block {block}"
 
 
-def _file() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "scout_hf" / "tiles.json"
+def _file() -> Path | None:
+    """Where the tiles are kept; None where there is no place of the user's own."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if given.is_absolute():
+        return given / "scout_hf" / "tiles.json"
+    try:
+        return Path.home() / ".cache" / "scout_hf" / "tiles.json"
+    except RuntimeError:
+        return None  # a container's user without a home and without a line in the list of users
 
 
 @functools.lru_cache
 def _table() -> dict[str, Tile]:
     """What was measured, in this process and before: read from the file once, then added to."""
-    try:
-        data = json.loads(_file().read_text())
-        return {key: Tile(**sizes) for key, sizes in data["tiles"].items()} if data["format"] == FORMAT else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    path = _file()
+    if path is None:
         return {}
+    try:
+        data = read_json(path, RULE, "`scout-hf bench gpu-kernel` makes it anew", LARGEST_FILE)
+    except MissingFileError:
+        return {}
+    except ConfigError as error:
+        warnings.warn(f"ignored: {error}", stacklevel=2)
+        return {}
+    return {key: Tile(**sizes) for key, sizes in data["tiles"].items()}
 
 
 def forget() -> None:
@@ -135,6 +161,8 @@ def forget() -> None:
 
 def _save() -> None:
     target = _file()
+    if target is None:
+        return
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         tiles = {key: asdict(tile) for key, tile in _table().items()}
