@@ -1,6 +1,8 @@
 # make demo            set up and run the main job
 # make test            set up and pass the tests
-# make test-versions   the tests on the oldest and an older transformers, each in an environment of its own
+# make test-full       the same with every cell of the thinned grids
+# make test-versions   what depends on transformers, on the oldest and an older one, each in an environment of its own
+# make lint            ruff: rules and format
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +17,12 @@ export TOKENIZERS_PARALLELISM ?= false
 
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(JOBS)
 
-.PHONY: demo test test-versions lint clean
+# What a release of transformers can change, and, of the integration tests, what it cannot.
+VERSIONED = tests/patches tests/integration tests/unit/test_cache.py tests/eval/test_examples.py
+SAME_EVERYWHERE = native_safety recall trust monitor trace two_devices on_device graph host_dtype sparse devices \
+	without_library methods
+
+.PHONY: demo test test-full test-versions lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/scout-hf demo
@@ -23,10 +30,13 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(call PYTEST,$(VENV))
 
+test-full: $(VENV)/.installed-test
+	$(call PYTEST,$(VENV)) --full
+
 test-versions: $(VERSIONS:%=test-transformers-%)
 
 test-transformers-%: $(VENV)-%/.installed-test
-	$(call PYTEST,$(VENV)-$*) --ignore tests/packaging --ignore tests/triton
+	$(call PYTEST,$(VENV)-$*) $(VERSIONED) $(SAME_EVERYWHERE:%=--ignore tests/integration/test_%.py)
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/pip install -q ruff

@@ -3,6 +3,9 @@
 ``SCOUT_TEST_TRITON`` runs all that is on two tiers through ``TritonScout``: ``reference`` with the kernels' torch
 references, ``kernels`` with the kernels themselves, which takes hours in the interpreter. ``SCOUT_TEST_HAND_OVER`` sets
 the way of handing over. For looking: tests that plant an error inside the other variant fail then.
+
+A grid marked ``thin(n)`` runs on every n-th diagonal: each value of each axis meets every n-th value of each other one,
+and all values where a third axis is at least n long. ``--full`` runs every cell.
 """
 
 import os
@@ -12,6 +15,33 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run every cell of the grids that are thinned by default")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--full"):
+        return
+    left_out = [item for item in items if not _is_kept(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if _is_kept(item)]
+
+
+def _is_kept(item) -> bool:
+    mark = item.get_closest_marker("thin")
+    if mark is None:
+        return True
+    places = dict(item.callspec.indices)
+    for axis in item.iter_markers("parametrize"):
+        names = axis.args[0]
+        names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+        for other in names[1:]:  # several names on one axis have one place
+            places.pop(other)
+    return sum(places.values()) % mark.args[0] == 0
+
 
 WANTED = os.environ.get("SCOUT_TEST_TRITON")
 

@@ -295,6 +295,7 @@ DISTURBED = pytest.mark.parametrize(("backend", "disturb"), DISTURBANCES)
 @pytest.mark.parametrize("inputs", [prompt(), left_padded(0, 13)], ids=["one row", "padded"])
 @pytest.mark.parametrize("options", [LOSSY, LOSSY | {"split": "off"}], ids=["two tiers", "one tier"])
 @DISTURBED
+@pytest.mark.thin(2)
 def test_not_one_logit_changes(monkeypatch, backend, disturb, options, inputs):
     model = llama()
     with scout_hf.patch(model, **options, **backend) as handle:

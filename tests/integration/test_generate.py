@@ -79,6 +79,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.thin(2)
 def test_mode(stock, patched, mode):
     inputs, options = MODES[mode]
     found = []
@@ -94,6 +95,7 @@ def test_mode(stock, patched, mode):
 
 
 @pytest.mark.parametrize("which", ["target", "assistant", "both"])
+@pytest.mark.thin(3)
 def test_assisted_decoding(settings, which):
     """The assistant is a near copy, so that some drafts are taken and some are not."""
     target, assistant = llama(), llama()
@@ -205,6 +207,7 @@ def turns(model, first, following, **options):
 
 
 @pytest.mark.parametrize("padding", [(0,), (0, 5, 21)], ids=["one row", "padded"])
+@pytest.mark.thin(2)
 def test_multi_turn(stock, patched, padding):
     following = [prompt(len(padding), tokens, seed=tokens) for tokens in (1, 23, 8)]
     expected, got = (turns(model, left_padded(*padding), following) for model in (stock, patched))
@@ -229,6 +232,7 @@ def test_multi_turn_with_holes(stock, patched):
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda cache: cache.fork() if hasattr(cache, "fork") else
                                      copy.deepcopy(cache)], ids=["deepcopy", "fork"])  # fmt: skip
+@pytest.mark.thin(2)
 def test_prefix_used_twice(stock, patched, copy_of):
     """Copies continue one prefix differently, by turns, and the prefix itself stays usable."""
     prefix = prompt(1, 45)

@@ -74,6 +74,7 @@ def decode(way, inputs, options, new=60, model=None):
     ],
     ids=str,
 )
+@pytest.mark.thin(2)
 def test_captured_steps_do_what_plain_ones_do(graphs, inputs, options):
     options = SPARSE | options
     # "auto" compares queries, which no captured step does: it takes the real one.

@@ -56,6 +56,7 @@ def check(got, expected):
 @TIERS
 @WITHOUT
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.thin(2)
 def test_mode(settings, alone, mode):
     model, (inputs, options) = llama(), MODES[mode]
     torch.manual_seed(0)

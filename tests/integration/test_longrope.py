@@ -56,6 +56,7 @@ def expected_of(model, inputs, new, **options):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.thin(3)
 def test_equal_to_stock_and_served_by_us(way, length):
     model, ids = phi3(), prompt(2, length)
     expected = expected_of(model, ids, 16)

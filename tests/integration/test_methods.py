@@ -47,6 +47,7 @@ ALL = EXACT_METHODS | SPARSE
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.thin(3)
 def test_every_mode_runs_sparsely(name, mode):
     inputs, options = MODES[mode]
     model = llama()
@@ -102,6 +103,7 @@ DISTURBED = [
 @pytest.mark.parametrize("inputs", [prompt(), left_padded(0, 13)], ids=["one row", "padded"])
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize(("backend", "disturb"), DISTURBED)
+@pytest.mark.thin(3)
 def test_not_one_logit_changes(monkeypatch, backend, disturb, name, inputs):
     model = llama()
     with scout_hf.patch(model, **ALL[name], **backend):
@@ -142,6 +144,7 @@ def test_not_waiting_for_a_copy_is_seen(monkeypatch, name):
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("after", [0, 1, 10])
+@pytest.mark.thin(3)
 def test_going_on_with_the_cache_of_a_forward_that_raised(monkeypatch, name, after):
     model = llama()
     with scout_hf.patch(model, **ALL[name]) as handle:
@@ -260,6 +263,7 @@ FAMILIES = {
 @pytest.mark.parametrize("mode", ["greedy, long", "padded", "beam", "prompt lookup", "prefill in chunks, padded"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", EXACT_METHODS)
+@pytest.mark.thin(5)
 def test_exact_methods_on_other_families(name, family, mode):
     """Rotary and learnt positions, with GQA and without, fused projections, norms of keys, sliding layers, sinks."""
     kind, changes = FAMILIES[family]

@@ -54,6 +54,7 @@ def spiky(family="llama", **overrides):
 @pytest.mark.parametrize("backend", WAYS)
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("host_dtype", [None, "int8"])
+@pytest.mark.thin(2)
 def test_not_one_logit_changes(split, backend, monitor, pairs, host_dtype):
     model, options = spiky(), SPLITS[split] | {"cpu_backend": backend, "host_dtype": host_dtype}
     with scout_hf.patch(model, **options) as handle:
@@ -189,6 +190,7 @@ TRUTHS = {
 @pytest.mark.parametrize("backend", WAYS)
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("case", TRUTHS)
+@pytest.mark.thin(2)
 def test_what_is_told_is_true(monkeypatch, case, inputs, backend):
     reference, model = Reference(monkeypatch), spiky()
     with scout_hf.patch(model, **TRUTHS[case], cpu_backend=backend, monitor=1.0) as handle:

@@ -87,6 +87,7 @@ def methods(output):
 
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("case", [name for name in TWO_TIER_CASES if name != "fewer residents than budget"])
+@pytest.mark.thin(2)
 def test_what_is_attended_is_what_the_rules_say(case, inputs):
     """With fewer slots than chosen blocks, the first ones get them here, the best ones in :class:`TwoTierScout`."""
     check(INPUTS[inputs], TWO_TIER_CASES[case], "cpu", torch.float32)
@@ -96,6 +97,7 @@ def test_what_is_attended_is_what_the_rules_say(case, inputs):
 @pytest.mark.parametrize(
     "options", [{}, {"cpu_query": "real"}, {"recall": 3}, {"recall": 0.3}, {"recall": None}], ids=str
 )
+@pytest.mark.thin(2)
 def test_both_variants_decode_alike(inputs, options, monkeypatch, way):
     options = LOSSY | {"digest": "minmax", "resident": None} | options
     with scout_hf.patch(llama(), **options) as handle:

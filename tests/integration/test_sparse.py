@@ -75,6 +75,7 @@ def check(inputs, case, split, dtype=torch.float64):
 
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.thin(2)
 def test_one_tier(case, inputs):
     check(INPUTS[inputs], CASES[case], "off")
 
@@ -91,6 +92,7 @@ def test_two_tiers_in_native_code(case):
 
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("case", TWO_TIER_CASES)
+@pytest.mark.thin(2)
 def test_two_tiers_attend_to_the_union(case, inputs):
     """Residents, and what the real query selects: without recall the residents are those of the prompt."""
     check(INPUTS[inputs], TWO_TIER_CASES[case], "cpu")

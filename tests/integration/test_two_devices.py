@@ -132,6 +132,7 @@ def expected():
 
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.thin(2)
 def test_layers_on_two_devices(cuda, kernels, expected, name, inputs):
     with patched(**{"budget": None} | SETTINGS[name]) as handle:
         cache = handle.new_cache()

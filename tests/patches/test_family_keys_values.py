@@ -69,6 +69,7 @@ def test_they_are_what_reaches_the_cache(name, probe):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("length", [1, 5])
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.thin(2)
 def test_new_tokens_of_a_step(name, length, dtype):
     """In the dtypes that models have, behind a prompt that is cached."""
     model = tiny_model(name, dtype=dtype)

@@ -13,6 +13,7 @@ from tests.patches.tiny import tiny_gemma3_multimodal, tiny_model
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("length", [1, 5])
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.thin(2)
 def test_query_is_the_models_own(name, length, dtype):
     model = tiny_model(name, dtype=dtype)
     family = family_of(model)
