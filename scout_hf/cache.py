@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from scout_hf.cache_reading import ReadableLayer, copy_as_dynamic, describe, iterate
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import CacheStateError, ConfigError
 from scout_hf.kernels.cpu import find_backend
@@ -78,6 +80,12 @@ class ScoutCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, ScoutLayer)]
 
     @property
+    def is_initialized(self) -> bool:
+        """Whether it holds tokens; models that take images ask it whether their prompt is still to come."""
+        layers = self.scout_layers
+        return any(layer.is_initialized for layer in layers) if layers else super().is_initialized
+
+    @property
     def has_stock_full_layers(self) -> bool:
         """Whether a layer left to transformers needs a full mask: neither sliding nor linear."""
         others = [layer for layer in self.layers if not isinstance(layer, ScoutLayer)]
@@ -88,6 +96,47 @@ class ScoutCache(Cache):
         for index, layer in enumerate(self.layers):
             if isinstance(layer, DynamicSlidingWindowLayer):
                 self.layers[index] = DynamicLayer()
+
+    def __iter__(self) -> Iterator[tuple]:
+        """Layer by layer what DynamicCache gives: keys, values, and a sliding window or None.
+
+        ``DynamicCache(cache)`` takes its data from here.
+        """
+        self._end_interrupted_pass()
+        return iterate(self)
+
+    @keeps_tensors
+    def to_dynamic(self) -> DynamicCache:
+        """A DynamicCache of the same tokens: for a model that is not patched, to change tensors, or to save them.
+
+        Returns
+        -------
+        DynamicCache
+            Keys and values of its own, on the device of their layer; neither cache sees what happens to the other.
+            What ``host_dtype="int8"`` has rounded stays rounded. Sliding windows and linear states come along.
+
+        Raises
+        ------
+        CacheStateError
+            If a failed pass left this cache unusable.
+
+        Notes
+        -----
+        Not while another thread runs a pass with this cache: what is read may be half of before, half of after.
+
+        Examples
+        --------
+        >>> cache = handle.new_cache()
+        >>> model.generate(**inputs, **{CACHE: cache})
+        >>> stock = cache.to_dynamic()
+        """
+        self._end_interrupted_pass()
+        self.mark()
+        return copy_as_dynamic(self)
+
+    def __repr__(self) -> str:
+        settings = {"method": self.scout_config.method, "budget": self.scout_config.budget}
+        return describe(self, self.scout_layers, settings, self.tier_bytes())
 
     def tier_bytes(self) -> dict[str, int]:
         """Bytes held, by tier: ``host``, ``device``, ``digests``; ``stock`` for layers left to transformers."""
@@ -189,7 +238,7 @@ class ScoutCache(Cache):
                 layer.crop(mark - layer.get_seq_length())
 
 
-class ScoutLayer(CacheLayerMixin):
+class ScoutLayer(ReadableLayer):
     """One full-attention layer: translates the cache contract of transformers into calls on a method."""
 
     is_compileable = False
@@ -199,7 +248,6 @@ class ScoutLayer(CacheLayerMixin):
 
     def __init__(self, config: ScoutConfig, layer_idx: int):
         super().__init__()
-        self.is_initialized = False
         self.config, self.layer_idx = config, layer_idx
         self.method: Method | None = None
         self.incoming: torch.Tensor | None = None
@@ -210,8 +258,9 @@ class ScoutLayer(CacheLayerMixin):
                 f"layer {self.layer_idx} has keys {tuple(key_states.shape)} and values {tuple(value_states.shape)}; "
                 "scout_hf needs equal sizes (latent attention is not supported)"
             )
+        # Stock layers have both from their first tokens on.
+        self.dtype, self.device = key_states.dtype, key_states.device
         self.method = make_method(self.config, self.layer_idx, key_states)
-        self.is_initialized = True
 
     @keeps_tensors
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
@@ -219,7 +268,7 @@ class ScoutLayer(CacheLayerMixin):
 
         Returns the same two tensors inside a patched forward pass, the whole keys and values anywhere else.
         """
-        if not self.is_initialized:
+        if self.method is None:
             self.lazy_initialization(key_states, value_states)
         elif key_states.shape[0] != self.method.batch:
             raise CacheStateError(
@@ -235,6 +284,16 @@ class ScoutLayer(CacheLayerMixin):
         self.method.append(key_states.detach(), value_states.detach())
         self.method.flush()
         return (key_states, value_states) if was_empty else self.method.read_all()
+
+    @keeps_tensors
+    def read(self) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        step = active_step()
+        if step is not None and not step.is_running() and self in step.cache.layers:
+            step.abort()
+        if self.method is None:
+            return None, None
+        keys, values = self.method.read_all()
+        return keys.contiguous(), values.contiguous()
 
     def get_seq_length(self) -> int:
         """Tokens per row, in all tiers together."""
@@ -286,7 +345,7 @@ class ScoutLayer(CacheLayerMixin):
         """Forget all tokens."""
         if self.method:
             self.method.drain()
-        self.method, self.incoming, self.is_initialized = None, None, False
+        self.method = self.incoming = None
 
     def offload(self) -> None:
         """Nothing to do: the method decides where KV lives."""
@@ -295,10 +354,9 @@ class ScoutLayer(CacheLayerMixin):
 
     @keeps_tensors
     def __deepcopy__(self, memo: dict) -> ScoutLayer:
-        twin = ScoutLayer(self.config, self.layer_idx)
+        twin = object.__new__(type(self))
         memo[id(self)] = twin
-        if self.method:
-            twin.method, twin.is_initialized = self.method.fork(), True
+        twin.__dict__.update(self.__dict__, incoming=None, method=self.method and self.method.fork())
         return twin
 
 

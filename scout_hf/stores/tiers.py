@@ -110,13 +110,16 @@ class TwoTierKV:
         return mark
 
     def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of tokens ``start:stop`` on the device, (batch, kv_heads, stop - start, head_dim) each."""
+        """Keys and values of tokens ``start:stop`` on the device, (batch, kv_heads, stop - start, head_dim) each.
+
+        Newly made: the tail's buffer moves on.
+        """
         border = self.host.length
         keys, values = self.tail()
         tail = (keys[:, :, max(start - border, 0) : max(stop - border, 0)],
                 values[:, :, max(start - border, 0) : max(stop - border, 0)])  # fmt: skip
         if start >= border:
-            return tail
+            return tail[0].clone(), tail[1].clone()
         held = [part.to(self.device) for part in self.host.read(start, min(stop, border))]
         if stop <= border:
             return held[0], held[1]

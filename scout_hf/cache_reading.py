@@ -1,0 +1,107 @@
+"""How a ScoutCache reads to whoever expects a DynamicCache: tensors per layer, iteration, a stock copy, its repr."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+from scout_hf.errors import CacheStateError
+
+
+class ReadableLayer(CacheLayerMixin):
+    """A stock layer's ``keys``, ``values`` and ``is_initialized``, over what a subclass gives with ``read``."""
+
+    layer_idx: int | None = None
+    method: Any = None
+
+    @abstractmethod
+    def read(self) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        """Keys and values of all tokens, (batch, kv_heads, length, head_dim) each, newly made; None before the first.
+
+        Not while another thread runs a pass with this cache: it may be half of before, half of after.
+        """
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """Keys of all tokens, (batch, kv_heads, length, head_dim); None before the first.
+
+        A copy, gathered from all tiers at every access: slow. ``read`` gives keys and values for the price of one.
+        """
+        return self.read()[0]
+
+    @keys.setter
+    def keys(self, value: torch.Tensor | None) -> None:
+        self._refuse("keys", value)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """Values of all tokens; see ``keys``."""
+        return self.read()[1]
+
+    @values.setter
+    def values(self, value: torch.Tensor | None) -> None:
+        self._refuse("values", value)
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether it holds tokens."""
+        return self.get_seq_length() > 0
+
+    @is_initialized.setter
+    def is_initialized(self, value: bool) -> None:
+        self._refuse("is_initialized", value)
+
+    def _refuse(self, name: str, value: Any) -> None:
+        # The __init__ of transformers sets all three to what an empty layer reads as.
+        if self.method is None and (value is None or value is False):
+            return
+        raise CacheStateError(
+            f"{name} of layer {self.layer_idx} cannot be set: a ScoutCache keeps KV in pages and in several tiers. "
+            "Add tokens with cache.update(), take some away with cache.crop(), or change the tensors of "
+            "cache.to_dynamic()"
+        )
+
+    def to_dynamic(self) -> DynamicLayer:
+        """A stock layer of the same tokens; neither sees what happens to the other."""
+        twin, (keys, values) = DynamicLayer(), self.read()
+        if keys is not None:
+            twin.lazy_initialization(keys, values)
+            twin.keys, twin.values = keys, values
+        return twin
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.layer_idx}, {self.get_seq_length()} tokens)"
+
+
+def iterate(cache: Cache) -> Iterator[tuple]:
+    """What the installed release's DynamicCache gives layer by layer; each is gathered when its turn comes."""
+    for layer in cache.layers:
+        stock = layer.to_dynamic() if isinstance(layer, ReadableLayer) else layer
+        yield from DynamicCache.__iter__(Cache(layers=[stock]))
+
+
+def copy_as_dynamic(cache: Cache) -> DynamicCache:
+    """A DynamicCache of the same tokens; layers left to transformers are copied as they are."""
+    layers = [
+        layer.to_dynamic() if isinstance(layer, ReadableLayer) else copy.deepcopy(layer) for layer in cache.layers
+    ]
+    twin = object.__new__(DynamicCache)
+    Cache.__init__(twin, layers=layers)
+    return twin
+
+
+def describe(cache: Cache, ours: list[ReadableLayer], settings: dict[str, Any], held: dict[str, int]) -> str:
+    """One line: settings, tokens, rows, layers (``ours`` of all), bytes by tier."""
+    attention = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
+    tokens = max((layer.get_seq_length() for layer in attention), default=0)
+    parts = [*(f"{name}={value!r}" for name, value in settings.items()), f"{tokens} tokens"]
+    rows = next((layer.method.batch for layer in ours if layer.method is not None), None)
+    if rows is not None:
+        parts.append(f"{rows} {'row' if rows == 1 else 'rows'}")
+    of = "" if len(ours) == len(cache.layers) else f" of {len(cache.layers)}"
+    return f"{type(cache).__name__}({', '.join(parts)}, {len(ours)}{of} layers, bytes {held})"
