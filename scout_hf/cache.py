@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from scout_hf.cache_reading import ReadableLayer, copy_as_dynamic, describe, iterate
+from scout_hf.cache_reading import ReadableLayer, copy_as_dynamic, describe, iterate, refuse_saving
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import CacheStateError, ConfigError
 from scout_hf.kernels.cpu import find_backend
@@ -193,6 +193,13 @@ class ScoutCache(Cache):
         step = active_step()
         if step is not None and step.cache is self and not step.is_running():
             step.abort()
+
+    __reduce_ex__ = refuse_saving
+
+    def __copy__(self) -> ScoutCache:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
 
     @keeps_tensors
     def __deepcopy__(self, memo: dict) -> ScoutCache:

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from scout_hf.errors import CacheStateError
+from scout_hf.errors import CacheStateError, SavingError
+
+
+def refuse_saving(held: Any, protocol: int) -> None:
+    """The ``__reduce_ex__`` of what lives in pages, which are this process's own."""
+    raise SavingError(
+        f"a {type(held).__name__} cannot be pickled, saved or sent to another process. Save cache.to_dynamic(), a "
+        "DynamicCache that goes on with the unpatched model, or stay in this process and go on from cache.fork(). A "
+        "file that was being written for it is not usable"
+    )
 
 
 class ReadableLayer(CacheLayerMixin):
@@ -73,6 +82,12 @@ class ReadableLayer(CacheLayerMixin):
             twin.lazy_initialization(keys, values)
             twin.keys, twin.values = keys, values
         return twin
+
+    __reduce_ex__ = refuse_saving
+
+    def __copy__(self) -> ReadableLayer:
+        # A shallow copy of a stock layer goes on by itself as well: its tensors are replaced, never written to.
+        return copy.deepcopy(self)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.layer_idx}, {self.get_seq_length()} tokens)"

@@ -25,6 +25,10 @@ class CacheStateError(ScoutError, RuntimeError):
     """The cache is not in a state in which the operation makes sense."""
 
 
+class SavingError(ScoutError, TypeError):
+    """What cannot be pickled was about to be, for a file or another process."""
+
+
 class PatchError(ScoutError, RuntimeError):
     """The model cannot be patched or unpatched in its present state."""
 

@@ -7,7 +7,8 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -223,6 +224,10 @@ class Stats:
     fidelity: Fidelity | None = None
     notes: tuple[str, ...] = ()
     stock_passes: dict[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values, those of the layers and of the monitor too; ``json.dumps`` takes it."""
+        return asdict(self)
 
     def __str__(self) -> str:
         from rich.console import Console
