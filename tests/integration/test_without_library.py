@@ -74,6 +74,43 @@ def test_an_instruction_set_by_name(processes):
     )
 
 
+LOAD_ALL = """
+import sys, warnings
+from pathlib import Path
+from scout_hf.kernels.cpu import library
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    library.find_library = lambda: path
+    library.load_library.cache_clear()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        print(path.name, library.load_library() is None, len(told), told and told[0].message)
+"""
+
+
+@pytest.mark.skipif(not ISAS, reason="no native library")
+def test_a_library_that_was_cut_off(tmp_path):
+    """The loader maps such a file and the process dies of SIGBUS, so each is tried in another process."""
+    whole = LIBRARY.path.read_bytes()
+    cuts = [0, 1, 20, 63, 64, 200, 4096, len(whole) // 2, len(whole) - 4096, len(whole) - 1]
+    for cut in cuts:
+        (tmp_path / f"{cut:08d}").write_bytes(whole[:cut])
+    (tmp_path / "garbage").write_bytes(bytes(range(256)) * 64)
+    (tmp_path / "headers of something larger").write_bytes(whole[:56] + b"\xff" * 4096)
+    (tmp_path / "whole").write_bytes(whole)
+    variables = {name: value for name, value in os.environ.items() if name not in (PATH_VARIABLE, ISA_VARIABLE)}
+    command = [sys.executable, "-c", LOAD_ALL, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done
+    *broken, last = done.stdout.splitlines()
+    assert last == "whole False 0 []"
+    assert len(broken) == len(cuts) + 2
+    for line in broken:
+        name = line.split(" True 1 ")[0]
+        assert "runs without its native CPU library: it cannot be loaded" in line and str(tmp_path / name) in line, line
+        if name.isdigit() and int(name) >= 20:
+            assert f"{name} has {int(name)} bytes where its headers promise" in line and "--force-reinstall" in line
+
+
 class TestInThisProcess:
     """The same and more, without the price of a new process."""
 

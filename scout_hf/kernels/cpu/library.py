@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from scout_hf.errors import ConfigError
+from scout_hf.kernels.cpu.shared_object import check_whole
 
 ABI = 4
 ISA_VARIABLE = "SCOUT_HF_ISA"
@@ -175,11 +176,12 @@ class Library:
     Raises
     ------
     OSError
-        If it cannot be loaded or is of another version than this code.
+        If it is not whole, cannot be loaded or is of another version than this code.
     """
 
     def __init__(self, path: Path):
         self.path = path
+        check_whole(path)
         self.handle = ctypes.CDLL(str(path))
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(self.handle, name)
