@@ -22,6 +22,7 @@ from . import (  # isort: skip  # noqa: F401
     phi,
     phi3,
     qwen3,
+    qwen_vl,
     smollm3,
     unpredicted,
 )

@@ -90,7 +90,8 @@ class Family:
     ) -> tuple[Tensor, Tensor]:
         """The keys and values that `layer` would hand to `cache.update` if `hidden` were its input.
 
-        Arguments are those of `query`. `hidden` may be any part of a sequence, with the positions of that part.
+        Arguments are those of `query`; positions of several axes are (axes, 1 or batch, length). `hidden` may be any
+        part of a sequence, with the positions of that part.
 
         Returns:
             (batch, kv_heads, length, head_dim) each, the model's dtype, on the layer's device.

@@ -17,8 +17,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from scout_hf.cache import ScoutLayer
-from scout_hf.errors import ScoutError, UnsupportedInputError, UnsupportedModelError
+from scout_hf.errors import ScoutError, UnsupportedModelError
 from scout_hf.fusion import Partial, fuse
+from scout_hf.masks import allowed_by, for_prompt, is_special, refuse_unless_padding
 from scout_hf.methods.base import Scoring
 from scout_hf.modes import keeps_tensors
 from scout_hf.prefill import prefill
@@ -73,10 +74,19 @@ def scout_attention(previous, module, query, key, value, attention_mask, **kwarg
     method = layer.method
     scale = kwargs.get("scaling")
     method.scoring = Scoring(query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("softcap"))
+    special = is_special(step, attention_mask)
     if step.queries > 1 and method.length == step.queries:
         mask = None if step.mask is None else step.padding(query.device)
         stock = _stock_for_prompts(previous, module, kwargs)
-        out = prefill(_stock(stock, module), stock, module, query, key, value, mask, **kwargs)
+        attention = _stock(stock, module)
+        if special:
+            out = attention(module, query, key, value, for_prompt(attention_mask, stock, query), **kwargs)[0]
+        else:
+            out = prefill(attention, stock, module, query, key, value, mask, **kwargs)
+    elif special and step.queries == 1:
+        refuse_unless_padding(step, attention_mask)
+    elif step.queries > 1:
+        step.allowed = allowed_by(step, attention_mask) if special else None
     # Entering autocast's switch costs more than a small attention: only where it is on.
     mixed = torch.is_autocast_enabled(query.device.type)
     with torch.autocast(query.device.type, enabled=False) if mixed else contextlib.nullcontext():
@@ -96,18 +106,17 @@ def scout_attention(previous, module, query, key, value, attention_mask, **kwarg
 
 @torch.compiler.disable
 def scout_mask(previous, *args, **kwargs):
-    """Mask function as transformers calls it: scout layers take padding from the step, all others their own mask."""
+    """Mask function as transformers calls it: scout layers take a causal one from the step, all others as it is."""
     step = active_step()
     if step is None or kwargs.get("local_size") is not None:
         return ALL_MASK_ATTENTION_FUNCTIONS[previous](*args, **kwargs)
-    if kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
-        raise UnsupportedInputError(
-            "this forward pass wants a mask that is not plain causal (image tokens, packed sequences, block ids), "
-            "which a ScoutCache cannot serve; call the model without a ScoutCache, or unpatch it"
-        )
-    if step.cache.has_stock_full_layers:
-        return ALL_MASK_ATTENTION_FUNCTIONS[previous](*args, **kwargs)
-    return kwargs.get("attention_mask")
+    plain = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
+    if plain and not step.cache.has_stock_full_layers:
+        return kwargs.get("attention_mask")
+    mask = ALL_MASK_ATTENTION_FUNCTIONS[previous](*args, **kwargs)
+    if plain:
+        step.plain_masks.append(mask)
+    return mask
 
 
 def _checked(method, result: Partial, query: torch.Tensor) -> Partial:

@@ -30,7 +30,7 @@ from scout_hf.profiling import profile_recall
 from scout_hf.recall import RecallIntervals
 from scout_hf.restart import PREPARE_INPUTS, RestartingInputs
 from scout_hf.selfcheck import check_unknown_family
-from scout_hf.step import Inputs, Step, active_step, set_active_step
+from scout_hf.step import Inputs, Step, active_step, grid_positions, set_active_step
 from scout_hf.stock_passes import explain, reason_of_pass, reason_to_generate_with_stock
 from scout_hf.stores.link import Links
 from scout_hf.telemetry import Counters, Stats, summarise
@@ -284,6 +284,8 @@ class Handle:
         if step is not None:
             if step.cache is cache and step.root is not module:
                 step.depth += 1
+                if module is self._decoder and step.inputs is not None:
+                    step.positions = grid_positions(given.get("position_ids"))
                 return
             if step.is_running():
                 raise UnsupportedInputError(
@@ -322,6 +324,7 @@ class Handle:
             monitor=self._monitor if cache.scout_config.monitor else None,
             inputs={} if find_method(cache.scout_config.method).takes_inputs else None,
             keys_values=self._keys_values,
+            positions=grid_positions(given.get("position_ids")) if module is self._decoder else None,
             frame=_calling_frame(),
         )
         if step.queries == 1:
@@ -367,7 +370,8 @@ class Handle:
             return
         if step.inputs is not None:
             hidden = args[0] if args else kwargs["hidden_states"]
-            step.inputs[index] = Inputs(hidden, kwargs.get("position_ids"))
+            positions = kwargs.get("position_ids") if step.positions is None else step.positions
+            step.inputs[index] = Inputs(hidden, positions)
         if step.queries != 1:
             return
         following = (index + 1) % min(len(layers), len(step.cache.layers))
@@ -387,6 +391,8 @@ class Handle:
         layer = self._family.layers(self._decoder)[index]
         if not self._family.available(layer):
             return None
+        if position_ids is not None and position_ids.dim() == 3:
+            position_ids = position_ids.movedim(-1, 0)
         return self._family.keys_values(self._decoder, layer, hidden, position_ids)
 
     def _is_exact(self, config: ScoutConfig) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ def check_unknown_family(model: Any, family: Any, handle: Any) -> None:
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _without_grids(model):
             cache = handle.new_cache(budget=None, layer_ahead=False)
             first = model(input_ids=ids[:, :-1], **{CACHE: cache}, use_cache=True).logits[:, -1]
             second = model(input_ids=ids[:, -1:], **{CACHE: cache}, use_cache=True).logits[:, -1]
@@ -53,3 +55,16 @@ def check_unknown_family(model: Any, family: Any, handle: Any) -> None:
             f"{name} is of an unknown family and its patched logits differ by {error:.2g} (allowed {allowed:.2g}): its "
             "attention does something that scout_hf cannot follow; use it unpatched"
         )
+
+
+@contextlib.contextmanager
+def _without_grids(model: Any) -> Iterator[None]:
+    """Models that count positions by image keep the shift of their last prompt; the trial has none and leaves it."""
+    kept = [(module, module.rope_deltas) for module in model.modules() if "rope_deltas" in module.__dict__]
+    try:
+        for module, _ in kept:
+            module.rope_deltas = None
+        yield
+    finally:
+        for module, shift in kept:
+            module.rope_deltas = shift

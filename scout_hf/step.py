@@ -29,10 +29,21 @@ def set_active_step(step: Step | None) -> None:
 
 
 class Inputs(NamedTuple):
-    """What enters a layer: hidden states (batch, queries, hidden_size), and their positions, (1 or batch, queries)."""
+    """What enters a layer: hidden states (batch, queries, hidden_size), and their positions, (1 or batch, queries).
+
+    Positions of several axes, as images have them, are (1 or batch, queries, axes).
+    """
 
     hidden: torch.Tensor
     position_ids: torch.Tensor | None
+
+
+def grid_positions(position_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """Positions by axis, as a decoder gets them, put token by token; None where they have one axis.
+
+    The decoders of transformers take (3, batch, queries), or (4, batch, queries) with those of a text first, for masks.
+    """
+    return None if position_ids is None or position_ids.dim() != 3 else position_ids[-3:].movedim(0, -1)
 
 
 @dataclass
@@ -60,9 +71,15 @@ class Step:
         What looks at sampled layers of a decode step, and ``watched``, the KV heads whose turn it is, by layer.
     inputs : dict of Inputs by layer, or None
         Of the layers that have begun; None where the method takes none.
+    positions : Tensor (1 or batch, queries, axes), or None
+        Where tokens of images are, for a method that takes inputs.
     keys_values : callable
         ``(layer, hidden, position_ids)`` to the keys and values that the layer makes of such inputs, (batch, kv_heads,
         tokens, head_dim) each; None while its weights are not on a device.
+    plain_masks : list
+        Masks over queries and keys that were made in this pass and are causal and padding alone.
+    allowed : Tensor (1 or batch, 1, 1 or queries, tokens) of bool, or None
+        In a pass of several tokens over a past, for the layer at hand: what each query sees, where that is not causal.
     shared : dict
         What layers of this pass tell each other, by method.
     depth : int
@@ -87,7 +104,10 @@ class Step:
     monitor: Any = None
     watched: dict[int, tuple[int, ...]] | None = None
     inputs: dict[int, Inputs] | None = None
+    positions: torch.Tensor | None = None
     keys_values: Callable[..., tuple[torch.Tensor, torch.Tensor] | None] | None = None
+    plain_masks: list[Any] = field(default_factory=list)
+    allowed: torch.Tensor | None = None
     shared: dict[str, Any] = field(default_factory=dict)
     depth: int = 1
     frame: Any = None

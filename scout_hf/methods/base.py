@@ -121,7 +121,7 @@ class Method(ABC):
     # -- what all methods share ---------------------------------------------------------------------------------
 
     def attend_many(self, step, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Partial:
-        """Exact attention of several new tokens over all that is cached and, causally, over themselves.
+        """Exact attention of several new tokens over all that is cached and over themselves, causally if not told else.
 
         ``query`` is (batch, query_heads, queries, head_dim); ``keys`` and ``values`` are the new tokens', already
         appended. Chunked prefill, next turns and the verification of drafted tokens come here.
@@ -131,9 +131,12 @@ class Method(ABC):
         for start, old_keys, old_values in self.past_chunks(step, past):
             stop = start + old_keys.shape[2]
             allowed = None if step.mask is None else step.padding(query.device)[:, None, None, start:stop]
+            allowed = allowed if step.allowed is None else step.allowed[..., start:stop]
             parts.append(attend(query, old_keys, old_values, *self.scoring, allowed))
         new = None if step.mask is None else step.padding(query.device)[:, None, None, past:]
-        if new is None or bool(new.all()):
+        if step.allowed is not None:
+            parts.append(attend(query, keys, values, *self.scoring, step.allowed[..., past:]))
+        elif new is None or bool(new.all()):
             parts.append(attend(query, keys, values, *self.scoring, causal=True))
         else:
             order = torch.arange(queries, dtype=torch.int64, device=query.device)

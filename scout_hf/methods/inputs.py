@@ -69,12 +69,12 @@ class LayerInputs:
         return torch.cat([half[:, 0] for half in halves], dim=-1)
 
     def positions(self, tokens: int) -> torch.Tensor | None:
-        """Positions of the first ``tokens``, (1 or batch, tokens); None in a model that needs none."""
+        """Positions of the first ``tokens``, (1 or batch, tokens), by axis at the end; None in a model without."""
         if self._positions is None:
             return None
         if self._positions[0].shape[1] < tokens:
             rows = max(len(part) for part in self._positions)
-            self._positions = [torch.cat([part.expand(rows, -1) for part in self._positions], dim=1)]
+            self._positions = [torch.cat([part.expand(rows, *part.shape[1:]) for part in self._positions], dim=1)]
         return self._positions[0][:, :tokens]
 
     def tier_bytes(self) -> dict[str, int]:

@@ -1,0 +1,124 @@
+"""Models that see: prompts with images, whose tokens may see each other both ways, then decode steps from a ScoutCache.
+
+The prompt goes through the attention and the masks that the model has by itself; what follows is causal.
+"""
+
+from functools import cache
+
+import pytest
+import torch
+
+import scout_hf
+from tests.integration.common import (
+    EXACT_METHODS,
+    LOSSY,
+    ONE_TIER,
+    TWO_TIERS,
+    assert_close,
+    both_tiers_hold_tokens,
+    logits,
+    run,
+)
+from tests.patches.tiny_vision import SEEING, missing, prompt_with_images, tiny_seeing
+
+PROMPTS = {
+    "padded": {"rows": 2, "padding": (0, 5)},
+    "two images": {"images": 2},
+    "text": {"images": 0},
+}
+TIERS = {"one tier": ONE_TIER, "two tiers": TWO_TIERS}
+
+
+def family(name: str):
+    skip = pytest.mark.skipif(bool(missing(name)), reason=missing(name) or "there")
+    return pytest.param(name, marks=skip)
+
+
+def families(*names: str):
+    return pytest.mark.parametrize("name", [family(name) for name in names or SEEING])
+
+
+@cache
+def model_of(name: str):
+    return tiny_seeing(name)
+
+
+@cache
+def stock_of(name: str, prompt: str):
+    """What the model answers unpatched."""
+    return run(model_of(name), prompt_with_images(name, **PROMPTS[prompt]), 6)
+
+
+@pytest.mark.parametrize("tiers", TIERS)
+@families()
+def test_prompts_with_and_without_images_equal_stock(name, tiers):
+    for prompt, sizes in PROMPTS.items():
+        expected = stock_of(name, prompt)
+        with scout_hf.patch(model_of(name), **TIERS[tiers]) as handle:
+            assert_close(run(model_of(name), prompt_with_images(name, **sizes), 6), expected)
+            assert handle.stats().steps == 5
+            assert tiers == "one tier" or both_tiers_hold_tokens(handle)
+
+
+@families()
+def test_a_sparse_budget_runs_with_predicted_queries(name):
+    with scout_hf.patch(model_of(name), **LOSSY) as handle:
+        sparse = run(model_of(name), prompt_with_images(name, **PROMPTS["padded"]), 6)
+        assert handle.stats().steps == 5
+    assert torch.isfinite(logits(sparse)).all()
+    assert (logits(sparse)[0] - logits(stock_of(name, "padded"))[0]).abs().max() <= 3e-6, "the prompt is exact"
+
+
+@families("gemma3", "paligemma", "qwen2_5_vl", "idefics3")
+def test_beams(name):
+    inputs, options = prompt_with_images(name, rows=2, padding=(4, 0)), {"num_beams": 3}
+    expected = run(model_of(name), inputs, 6, **options)
+    with scout_hf.patch(model_of(name), **TWO_TIERS):
+        found = run(model_of(name), inputs, 6, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(found.sequences_scores, expected.sequences_scores, atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize("method", EXACT_METHODS)
+@families("gemma3", "qwen2_5_vl")
+def test_every_method(name, method):
+    with scout_hf.patch(model_of(name), **EXACT_METHODS[method]) as handle:
+        found = run(model_of(name), prompt_with_images(name, **PROMPTS["two images"]), 6)
+        assert handle.stats().steps == 5
+    assert_close(found, stock_of(name, "two images"), 1e-5)
+
+
+@families("gemma3")
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_tokens_of_an_image_see_each_other(name, implementation):
+    model = tiny_seeing(name)
+    model.set_attn_implementation(implementation)
+    inputs = prompt_with_images(name)
+    expected = run(model, inputs, 4)
+    blind = run(model, inputs | {"token_type_ids": torch.zeros_like(inputs["token_type_ids"])}, 4)
+    assert (logits(blind) - logits(expected)).abs().max() > 0.01
+    with scout_hf.patch(model, **ONE_TIER):
+        assert_close(run(model, inputs, 4), expected)
+
+
+@pytest.mark.parametrize("tiers", TIERS)
+@families("gemma3", "paligemma", "qwen2_5_vl", "llava")
+def test_prompts_in_chunks(name, tiers):
+    """Chunks end within images: their tokens see each other across the passes as far as stock has it."""
+    inputs, options = prompt_with_images(name, images=0), {"prefill_chunk_size": 14}
+    if SEEING[name].types == "token_type_ids":
+        inputs["token_type_ids"][:, 10:20] = 1
+    expected = run(model_of(name), inputs, 5, **options)
+    with scout_hf.patch(model_of(name), **TIERS[tiers]):
+        assert_close(run(model_of(name), inputs, 5, **options), expected)
+
+
+@families("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+def test_keys_of_images_are_made_anew_at_their_places(name, monkeypatch):
+    """KVPR tries its arithmetic on the first block, text; the image, whose positions have three axes, comes later."""
+    monkeypatch.setattr("scout_hf.methods.kvpr.TRIAL_TOKENS", 8)
+    options = EXACT_METHODS["kvpr"] | {"method_options": {"share": 1.0}}
+    expected = stock_of(name, "padded")
+    with scout_hf.patch(model_of(name), **options) as handle:
+        assert_close(run(model_of(name), prompt_with_images(name, **PROMPTS["padded"]), 6), expected)
+        assert not handle.stats().notes
