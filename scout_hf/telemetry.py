@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from scout_hf.stats_tables import percent, tables
+
 SAMPLE_EVERY = 8
 
 
@@ -152,7 +154,7 @@ class Fidelity:
     cost_ms: float
 
     def __str__(self) -> str:
-        text = f"captured attention mass {self.mass:.3f}, output error {_percent(self.output_error)}"
+        text = f"captured attention mass {self.mass:.3f}, output error {percent(self.output_error)}"
         return f"{text}, {self.samples} samples"
 
 
@@ -234,95 +236,12 @@ class Stats:
 
         sink = io.StringIO()
         console = Console(file=sink, width=80, color_system=None)
-        for part in self._tables():
+        for part in tables(self):
             console.print(part)
         return sink.getvalue().rstrip()
 
     def __rich_console__(self, console, options):
-        yield from self._tables()
-
-    def _tables(self):
-        from rich.table import Table
-
-        kind = "exact" if self.exact else "approximate"
-        head = Table(title=f"scout_hf: {self.method} ({kind})", show_header=False, title_justify="left")
-        share = self.attended_tokens / self.context_tokens if self.context_tokens else 1.0
-        head.add_row("decode steps", f"{self.steps}")
-        head.add_row("prefilled tokens", f"{self.prefill_tokens}")
-        attended = f"{self.attended_tokens:.0f} of {self.context_tokens:.0f} ({share:.1%})"
-        head.add_row("attended per step", attended if self.steps else "nothing decoded")
-        head.add_row("KV held", ", ".join(f"{tier} {_bytes(n)}" for tier, n in self.kv_bytes.items()) or "-")
-        if self.huge_page_bytes:
-            head.add_row("on huge pages", _bytes(self.huge_page_bytes))
-        if self.cpu_ratio is not None:
-            head.add_row("CPU share of selection", f"{self.cpu_ratio:.1%}")
-        if self._waits:
-            head.add_row("wait for CPU and link", f"{self.join_wait_ms:.2f} ms per step")
-        if self.recalled_bytes:
-            blocks = f"{self.recalled_blocks} blocks, " if self.recalled_blocks else ""
-            head.add_row("brought to the device", f"{blocks}{_bytes(self.recalled_bytes)} in {self.steps} steps")
-        if self.cosine is not None:
-            head.add_row("predicted to real query", f"cosine {self.cosine:.3f}")
-        if self.fidelity is not None:
-            self._add_fidelity(head)
-        for reason, passes in self.stock_passes.items():
-            head.add_row("stock attention", f"{passes} pass{'es' if passes > 1 else ''}: {reason}")
-        for note in self.notes:
-            head.add_row("note", note)
-        yield head
-        if self._waits:
-            yield self._layer_table(Table)
-        if self.fidelity is not None:
-            yield self._fidelity_table(Table)
-
-    @property
-    def _waits(self) -> bool:
-        return self.cpu_ratio is not None or self.join_wait_ms > 0
-
-    def _add_fidelity(self, head):
-        found = self.fidelity
-        head.add_row("captured", f"attention mass {found.mass:.3f}, output error {_percent(found.output_error)}")
-        if found.prediction_error is not None:
-            parts = (found.selection_error, found.prediction_error)
-            head.add_row("error by its cause", "selection {}, predicted query {}".format(*map(_percent, parts)))
-        skipped = f", {found.skipped} skipped" if found.skipped else ""
-        head.add_row("looked at", f"{found.samples} samples{skipped}; {found.cost_ms:.2f} ms of CPU per step")
-
-    def _fidelity_table(self, Table):
-        table = Table(title="what was lost", title_justify="left")
-        for name in ("layer", "mass", "error", "selection", "prediction", "recall", "samples"):
-            table.add_column(name, justify="right")
-        for layer in self.layers:
-            if (found := layer.fidelity) is not None:
-                table.add_row(
-                    str(layer.layer),
-                    f"{found.mass:.3f}",
-                    _percent(found.output_error),
-                    _percent(found.selection_error),
-                    "-" if found.prediction_error is None else _percent(found.prediction_error),
-                    "-" if found.block_recall is None else f"{found.block_recall:.3f}",
-                    str(found.samples),
-                )
-        return table
-
-    def _layer_table(self, Table):
-        columns = {
-            "layer": lambda layer: str(layer.layer),
-            "attended": lambda layer: f"{layer.attended_tokens:.0f}",
-            "CPU share": lambda layer: None if layer.cpu_ratio is None else f"{layer.cpu_ratio:.1%}",
-            "cosine": lambda layer: None if layer.cosine is None else f"{layer.cosine:.3f}",
-            "wait ms": lambda layer: f"{layer.join_wait_ms:.2f}",
-            "brought": lambda layer: _bytes(layer.recalled_bytes) if layer.recalled_bytes else None,
-        }
-        cells = {name: [say(layer) for layer in self.layers] for name, say in columns.items()}
-        # What a method has none of needs no column.
-        cells = {name: told for name, told in cells.items() if any(told)}
-        table = Table(title="per layer", title_justify="left")
-        for name in cells:
-            table.add_column(name, justify="right")
-        for row in zip(*cells.values()):
-            table.add_row(*(text or "-" for text in row))
-        return table
+        yield from tables(self)
 
 
 def summarise(
@@ -401,16 +320,3 @@ def _runs(numbers: list[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def _percent(share: float) -> str:
-    """Two digits of a small share, so that rounding is told from loss."""
-    return f"{share:.1%}" if share >= 0.001 or share == 0 else f"{share:.0e}"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from scout_hf import Stats
-from scout_hf.telemetry import SAMPLE_EVERY, Counters, _bytes, summarise
+from scout_hf.stats_tables import in_bytes
+from scout_hf.telemetry import SAMPLE_EVERY, Counters, summarise
 
 
 def two_layers():
@@ -212,4 +213,4 @@ def test_rich_prints_the_same_tables():
     ],
 )
 def test_bytes(count, text):
-    assert _bytes(count) == text
+    assert in_bytes(count) == text
