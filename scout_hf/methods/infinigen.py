@@ -36,6 +36,7 @@ class InfiniGen(TieredMethod):
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
         super().__init__(config, layer_idx, keys)
         self.partial = PartialKeys(self.settings["ratio"])
+        self._guessed_from = 0  # tokens whose keys stood in for queries that nobody had seen yet
         self._coming: Coming | None = None
         sizes = (self.batch, self.kv_heads, keys.shape[-1], self.dtype, keys.device)
         self.tokens = HeldTokens(*sizes) if self.settings["keep"] else PassingTokens()
@@ -70,12 +71,14 @@ class InfiniGen(TieredMethod):
         self._recall(step, self._predicted)
 
     def observe(self, step, query: torch.Tensor) -> None:
-        if not self.partial.known and self._wants_partial():
+        if (not self.partial.known or self._guessed_from) and self._wants_partial():
             folded = fold_group(query, self.kv_heads)
             if step.mask is not None:
                 new = step.padding(query.device)[:, None, -step.queries :, None]
                 folded = fold_group(query * new, self.kv_heads)
-            self.partial.learn(folded)
+            partial = PartialKeys(self.settings["ratio"])
+            partial.learn(folded)
+            self.partial, self._guessed_from = partial, 0
 
     def attend(self, step, query: torch.Tensor) -> Partial:
         parts, attended = [self._attend_tail(step, query)], self.kv.length - self.kv.host.length
@@ -97,8 +100,22 @@ class InfiniGen(TieredMethod):
             self._predicted = None
         return fuse(parts)
 
+    def prefilled(self, step, query: torch.Tensor) -> None:
+        if self._wants_partial():
+            self._catch_up()
+
     def end_step(self) -> None:
         self.drain()
+
+    def flush(self) -> None:
+        super().flush()
+        if self._wants_partial():
+            if self._guessed_from and self.kv.host.length >= 2 * self._guessed_from:
+                self.partial = PartialKeys(self.settings["ratio"])
+            known = self.partial.known
+            self._catch_up()
+            if self.partial.known and not known:
+                self._guessed_from = self.partial.length
 
     # -- structure ----------------------------------------------------------------------------------------------
 
@@ -202,6 +219,7 @@ class InfiniGen(TieredMethod):
         """Partial keys of tokens that came in outside a forward pass, or before any query was seen."""
         held = self.kv.host.length
         if self.partial.length < held:
+            self._written.finish()
             keys = self.kv.read(self.partial.length, held)[0]
             if not self.partial.known:
                 self.partial.learn(keys)

@@ -40,6 +40,9 @@ class OneTierScout(Method):
         if step.queries > 1:
             self.selector.extend_from(self.kv, self.kv.length // self.config.block_size, step.mask)
 
+    def flush(self) -> None:
+        self.selector.extend_early(self.kv, self.kv.length // self.config.block_size)
+
     def prefilled(self, step, query: torch.Tensor) -> None:
         if self.config.link_gbps or self.config.cpu_gbps:
             step.counters.note("scout", "one tier: link_gbps and cpu_gbps emulate nothing; try split='cpu'")

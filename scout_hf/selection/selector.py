@@ -38,7 +38,8 @@ class Selector:
         self.digest, self.table = make_digest(digest_for(config, keys)), DigestTable()
         served = keys.dtype in KERNEL_DTYPES and keys.shape[-1] <= MOST_CHANNELS
         self._kernels = find_kernels(config.gpu_kernels, keys.device) if served else None
-        self._fitted_blocks = 0
+        self._fitted_blocks, self._fitted_blindly = 0, False
+        self._early: int | None = None  # the first block digested before a pass said what is padding
         self._query_power: torch.Tensor | None = None
         self._scale = keys.shape[-1] ** -0.5
 
@@ -103,6 +104,7 @@ class Selector:
         anew.digest.fit(*sample, self._query_power, self._scale)
         anew._append(parts)
         self.digest, self.table, self._fitted_blocks = anew.digest, anew.table, anew.blocks
+        self._fitted_blindly = self._query_power is None
 
     def _fit_is_due(self, new: int) -> bool:
         if not self.digest.needs_fit or not self.blocks:
@@ -115,6 +117,28 @@ class Selector:
 
         ``exists`` is (batch, tokens) of bool or None.
         """
+        if self._early is not None:
+            self._review_early(exists)
+        self._extend_from(store, last, exists)
+
+    def extend_early(self, store, last: int) -> None:
+        """The same outside a forward pass, where nobody says yet what is padding and no query was seen.
+
+        The first ``extend_from`` after it, in a pass, makes anew what it would have made otherwise.
+        """
+        if not self.dense:
+            first = 0 if self._fit_is_due(last - self.blocks) else self.blocks
+            self._early = first if self._early is None else min(first, self._early)
+            self._extend_from(store, last, None)
+
+    def _review_early(self, exists: torch.Tensor | None) -> None:
+        first, self._early = self._early, None
+        made = slice(first * self.config.block_size, self.blocks * self.config.block_size)
+        blind = not first and self._fitted_blindly and self._query_power is not None
+        if blind or (exists is not None and not bool(exists[:, made].all())):
+            self.crop(first)
+
+    def _extend_from(self, store, last: int, exists: torch.Tensor | None) -> None:
         first, size = self.blocks, self.config.block_size
         if self.dense or first >= last:
             return
