@@ -1,7 +1,7 @@
 """The functions registered with transformers: attention over a ScoutCache, and its mask. Everything else falls through.
 
 The implementation that a model had before is part of the registered name (``scout_over_sdpa``), so that models sharing
-a config object, copies, and forward passes without a ScoutCache find their own attention without any state.
+a config object and forward passes without a ScoutCache find their own attention without any state.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from scout_hf.attention_name import AttentionName
 from scout_hf.cache import ScoutLayer
 from scout_hf.errors import ScoutError, UnsupportedModelError
 from scout_hf.fusion import Partial, fuse
@@ -25,32 +26,15 @@ from scout_hf.modes import keeps_tensors
 from scout_hf.prefill import prefill
 from scout_hf.step import active_step
 
-PREFIX = "scout_over_"
-
 # Arguments that change which keys are seen, or how; none comes from a plain causal attention layer.
 UNSERVED = ("sliding_window", "position_bias", "indices", "block_indices", "sinks")
 
 
-def implementation_over(previous: str | None) -> str:
-    """The implementation name that falls back to ``previous``; registered at first use.
-
-    Patching a second model that shares the config adds a second prefix, so that each removal takes one away, in any
-    order.
-    """
-    previous = previous or "eager"
-    name, stock = PREFIX + previous, previous.replace(PREFIX, "")
-    if name not in AttentionInterface._global_mapping:
-        AttentionInterface.register(name, functools.partial(scout_attention, stock))
-        AttentionMaskInterface.register(name, functools.partial(scout_mask, stock))
-    return name
-
-
-def implementation_under(current: str | None, original: str | None) -> str | None:
-    """What remains of ``current`` when one patch is removed; ``original`` where somebody has replaced it since."""
-    if current is None or not current.startswith(PREFIX):
-        return original
-    below = current.removeprefix(PREFIX)
-    return below if below.startswith(PREFIX) or original is not None else original
+def register_over(name: AttentionName) -> None:
+    """Let transformers find scout_hf's functions under ``name``, over the implementation that it reads as."""
+    if name.key not in AttentionInterface._global_mapping:
+        AttentionInterface.register(name.key, functools.partial(scout_attention, str(name)))
+        AttentionMaskInterface.register(name.key, functools.partial(scout_mask, str(name)))
 
 
 @keeps_tensors

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers.generation.configuration_utils import GenerationMode
 
-from scout_hf.attention import implementation_over, implementation_under
+from scout_hf.attention import register_over
+from scout_hf.attention_name import AttentionName, name_over, name_under
 from scout_hf.cache import ScoutCache, check_names
 from scout_hf.cache_names import CACHE, UNREAD, given_cache
 from scout_hf.config import ScoutConfig
@@ -112,7 +113,7 @@ class Handle:
         self._huge_page_bytes = 0
         self._tracer: Tracer | None = None
         self._hooks: list[Any] = []
-        self._implementations: list[tuple[Any, str | None]] = []
+        self._configs: list[Any] = []
         self._prepare_before: Any = None
         self._inputs_before: Any = None
         self._forward_before: Any = None
@@ -202,10 +203,9 @@ class Handle:
     def _install(self) -> None:
         layers = self._family.layers(self._decoder)
         inside = [module.config for layer in layers for module in layer.modules() if "config" in module.__dict__]
-        configs = [self._decoder.config, *inside]
-        for config in {id(config): config for config in configs}.values():
-            self._implementations.append((config, config._attn_implementation_internal))
-            config._attn_implementation_internal = implementation_over(config._attn_implementation_internal)
+        for config in {id(config): config for config in (self._decoder.config, *inside)}.values():
+            self._put_name_on(config)
+            self._configs.append(config)
         # The outer model opens the pass too: multi-modal models make their masks before the decoder is called.
         for module in {id(m): m for m in (self.model, self._decoder)}.values():
             self._hooks.append(module.register_forward_pre_hook(self._open, with_kwargs=True))
@@ -228,11 +228,9 @@ class Handle:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for config, implementation in self._implementations:
-            config._attn_implementation_internal = implementation_under(
-                config._attn_implementation_internal, implementation
-            )
-        self._implementations.clear()
+        for config in self._configs:
+            config._attn_implementation_internal = name_under(config._attn_implementation_internal)
+        self._configs.clear()
         if isinstance(self._decoder.__dict__.get("forward"), StepGraphs):
             del self._decoder.__dict__["forward"]
             if self._forward_before is not None:
@@ -247,6 +245,11 @@ class Handle:
             torch.cuda.synchronize(device)  # jobs that a stream still waits for must not be dropped
         self._backend.close()
         self._movers.close()
+
+    def _put_name_on(self, config: Any) -> None:
+        name = name_over(config._attn_implementation_internal)
+        register_over(name)
+        config._attn_implementation_internal = name
 
     def _prepare_cache(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
         reason = reason_to_generate_with_stock(self.model, generation_config, model_kwargs)
@@ -306,6 +309,10 @@ class Handle:
         if inputs is None:
             return
         _refuse_unservable(module, given, inputs)
+        for config in self._configs:
+            # Copies of the model, and what somebody has set since, have plain names.
+            if type(config._attn_implementation_internal) is not AttentionName:
+                self._put_name_on(config)
         rows, queries = inputs.shape[:2]
         tokens = cache.get_seq_length() + queries
         mask, mask_here = cache.padding.of(given.get("attention_mask"), rows, tokens)
