@@ -33,5 +33,9 @@ class PatchError(ScoutError, RuntimeError):
     """The model cannot be patched or unpatched in its present state."""
 
 
-class PinnedMemoryError(ScoutError, MemoryError):
+class HostMemoryError(ScoutError, MemoryError):
+    """The system does not give as much host memory as the cache needs."""
+
+
+class PinnedMemoryError(HostMemoryError):
     """The driver does not pin as much host memory as the cache needs."""

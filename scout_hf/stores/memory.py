@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import mmap
 import re
 import weakref
 from pathlib import Path
 
+import psutil
 import torch
 
-from scout_hf.errors import PinnedMemoryError
+from scout_hf.errors import HostMemoryError, PinnedMemoryError
 
 HUGE_BYTES = 2 << 20
+# By address; looked at when there is no memory for one more.
+_slabs: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
 
 
 def allocate_slab(
@@ -26,15 +30,47 @@ def allocate_slab(
 
     Raises
     ------
+    HostMemoryError
+        If the system does not give that much memory of the host.
     PinnedMemoryError
         If the driver does not pin that much.
     """
-    tensor = None
-    if device.type == "cpu":
-        bytes_needed = dtype.itemsize * torch.Size(shape).numel()
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
+    bytes_needed = dtype.itemsize * math.prod(shape)
+    try:
         if bytes_needed >= 2 * HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-            tensor = _map_huge(bytes_needed, pinned).view(dtype).view(shape)
-    return torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned) if tensor is None else tensor
+            slab = _map_huge(bytes_needed, pinned).view(dtype).view(shape)
+        else:
+            slab = torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
+    except PinnedMemoryError:
+        raise
+    except (OSError, MemoryError, OverflowError, RuntimeError) as error:
+        # Torch says it with a RuntimeError, which may also be of something else.
+        if isinstance(error, RuntimeError) and not re.search("memory|overflow", str(error)):
+            raise
+        raise HostMemoryError(_no_memory(bytes_needed, error)) from error
+    if bytes_needed:
+        _slabs[slab.data_ptr()] = slab
+    return slab
+
+
+def held_bytes() -> int:
+    """Bytes of all slabs in host memory that are alive, used or not, of every cache in this process."""
+    return sum(slab.nbytes for slab in list(_slabs.values()))
+
+
+def _no_memory(bytes_needed: int, error: Exception) -> str:
+    memory = psutil.virtual_memory()
+    return (
+        f"no host memory for {_gib(bytes_needed)} more ({error}): scout_hf holds {_gib(held_bytes())} in slabs, "
+        f"{_gib(memory.available)} of this machine's {_gib(memory.total)} are free, and limits such as `ulimit -v` may "
+        'leave less; let go of caches that are no longer needed, use host_dtype="int8", a shorter context or fewer rows'
+    )
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.3g} GiB"
 
 
 def _map_huge(bytes_needed: int, pinned: bool = False) -> torch.Tensor:

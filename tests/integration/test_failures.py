@@ -14,6 +14,7 @@ from scout_hf.kernels.cpu.pool import NativePool
 from scout_hf.kernels.cpu.torch_backend import TorchBackend, _Scratch
 from scout_hf.kernels.cpu.workers import Workers
 from scout_hf.methods import two_tiers
+from scout_hf.stores import memory
 from scout_hf.stores.pages import PagePool
 from tests.integration.common import (
     LOSSY,
@@ -355,3 +356,28 @@ def test_not_waiting_for_a_job_is_seen(monkeypatch):
         monkeypatch.setattr("scout_hf.kernels.cpu.pool.Ticket.wait", lambda ticket: ticket._result and ticket._result())
         got = run(model, prompt(), new=3)
     assert not torch.equal(logits(got), logits(expected))
+
+
+@pytest.mark.parametrize("settings", [ONE_TIER, TWO_TIERS, INT8 | {"budget": None, "block_size": 8}])
+def test_a_turn_for_which_there_is_no_memory_can_be_taken_again(monkeypatch, settings):
+    model, first, longer = llama(), prompt(tokens=40), prompt(tokens=640)
+    longer[:, :40] = first
+    with scout_hf.patch(model, **settings) as handle:
+        cache, other = handle.new_cache(), handle.new_cache()
+        for each in (cache, other):
+            run(model, first, new=1, past_key_values=each)
+        length = cache.get_seq_length()
+        with monkeypatch.context() as patched:
+            patched.setattr(memory, "torch", SimpleNamespace(empty=no_memory))
+            patched.setattr(memory.mmap, "mmap", no_memory)
+            with pytest.raises(
+                scout_hf.errors.HostMemoryError, match="no host memory for .* scout_hf holds .* try|use"
+            ):
+                run(model, longer, new=4, past_key_values=cache)
+        assert cache.get_seq_length() == length
+        assert_equal(run(model, longer, past_key_values=cache), run(model, longer, past_key_values=other))
+
+
+def no_memory(*given, **options):
+    """What mmap raises."""
+    raise OSError(12, "Cannot allocate memory")

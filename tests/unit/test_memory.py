@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from scout_hf.errors import PinnedMemoryError
+from scout_hf.errors import HostMemoryError, PinnedMemoryError, ScoutError
 from scout_hf.stores import memory
-from scout_hf.stores.memory import HUGE_BYTES, allocate_slab, huge_page_bytes
+from scout_hf.stores.memory import HUGE_BYTES, allocate_slab, held_bytes, huge_page_bytes
 from scout_hf.stores.pages import PagePool
 
 CPU = torch.device("cpu")
@@ -131,6 +131,48 @@ class TestCounting:
 
     def test_without_slabs_or_without_the_file_there_are_none(self, tmp_path, slabs):
         assert huge_page_bytes([], tmp_path / "none") == huge_page_bytes(slabs, tmp_path / "none") == 0
+
+
+class TestNoMemory:
+    """More than any machine has: the system refuses for good."""
+
+    PETABYTES = 1 << 52
+
+    @pytest.fixture(params=["huge pages", "torch"])
+    def route(self, request, monkeypatch):
+        if request.param == "torch":
+            monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+        elif not hasattr(mmap, "MADV_HUGEPAGE"):
+            pytest.skip("a system without huge pages")
+
+    @pytest.mark.parametrize("size", [PETABYTES, 1 << 62])
+    def test_it_says_what_was_wanted_what_is_held_and_what_to_try(self, route, size):
+        gc.collect()
+        before = held_bytes()
+        slab = allocate_slab((3, 1 << 20), torch.float32, CPU)
+        assert held_bytes() - before == slab.nbytes
+        with pytest.raises(HostMemoryError) as caught:
+            allocate_slab((size,), torch.uint8, CPU)
+        told, held = str(caught.value), f"holds {held_bytes() / 2**30:.3g} GiB in slabs"
+        assert told.startswith(f"no host memory for {size / 2**30:.3g} GiB more (") and held in told
+        for part in ("of this machine's", "are free", 'host_dtype="int8"', "shorter context", "fewer rows", "caches"):
+            assert part in told
+        assert isinstance(caught.value, (ScoutError, MemoryError)) and caught.value.__cause__ is not None
+        del slab
+        gc.collect()
+        assert held_bytes() == before
+
+    def test_other_errors_of_torch_stay_what_they_are(self):
+        with pytest.raises(RuntimeError, match="negative dimension"):
+            allocate_slab((-1,), torch.uint8, CPU)
+
+    def test_a_pool_that_cannot_grow_stays_as_it_was(self, route):
+        pool = PagePool((1 << 20,), torch.uint8, CPU)
+        pool.allocate(60)
+        with pytest.raises(HostMemoryError):
+            pool.allocate(self.PETABYTES >> 20)
+        assert (pool.pages, len(pool.slabs), pool.used_pages) == (67, 1, 60)
+        assert len(pool.allocate(7)) == 7 and len(pool.slabs) == 1
 
 
 class TestPinned:
