@@ -66,6 +66,8 @@ class ScoutCache(Cache):
             if type(layer) is DynamicLayer:
                 layers[index] = ScoutLayer(self.scout_config, index)
         super().__init__(layers=layers)
+        # A weak reference to the AliveCaches that count it.
+        self.seen_by: Any = None
         self.broken, self.padding, self.staging = False, Padding(), Staging()
         if not self.scout_layers:
             warnings.warn(
@@ -207,6 +209,8 @@ class ScoutCache(Cache):
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        if self.seen_by is not None and (others := self.seen_by()) is not None:
+            others.add(twin)
         return twin
 
     def drain(self) -> None:

@@ -140,7 +140,9 @@ class Handle:
 
     def new_cache(self, **options: Any) -> ScoutCache:
         """An empty cache for this model, with single settings replaced by keyword."""
-        return ScoutCache(self.model.config, self.config, **options)
+        cache = ScoutCache(self.model.config, self.config, **options)
+        self._counters.alive.add(cache)
+        return cache
 
     def profile_recall(self, prompts: Any, steps: int = 48, threshold: float | None = None) -> RecallIntervals:
         """Measure recall intervals per layer on prompts; see :func:`scout_hf.profiling.profile_recall`."""
@@ -252,6 +254,7 @@ class Handle:
         config._attn_implementation_internal = name
 
     def _prepare_cache(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
+        self._counters.pace.new_call()
         reason = reason_to_generate_with_stock(self.model, generation_config, model_kwargs)
         if reason is None and given_cache(model_kwargs) is None:
             cache = model_kwargs[CACHE] = self.new_cache()
@@ -341,6 +344,8 @@ class Handle:
             self._counters.approximate_steps += not self._is_exact(cache.scout_config)
         else:
             self._counters.prefill_tokens += step.queries
+        self._counters.alive.add(cache)
+        self._counters.pace.begin(step, inputs)
         set_active_step(step)
 
     @keeps_tensors
@@ -359,6 +364,7 @@ class Handle:
         else:
             set_active_step(None)
             step.cache.end_step()
+            self._counters.pace.end()
         if unread and output is not None:
             raise PatchError(
                 f"layers {unread} stored keys but did not attend through scout_hf: the attention implementation was "

@@ -18,11 +18,13 @@ def tables(stats: Stats) -> Iterator[Table]:
     kind = "exact" if stats.exact else "approximate"
     head = Table(title=f"scout_hf: {stats.method} ({kind})", show_header=False, title_justify="left")
     share = stats.attended_tokens / stats.context_tokens if stats.context_tokens else 1.0
-    head.add_row("decode steps", f"{stats.steps}")
-    head.add_row("prefilled tokens", f"{stats.prefill_tokens}")
+    head.add_row("decode steps", f"{stats.steps}{_speed(stats.decode_tokens_per_second)}")
+    head.add_row("prefilled tokens", f"{stats.prefill_tokens}{_speed(stats.prefill_tokens_per_second)}")
     attended = f"{stats.attended_tokens:.0f} of {stats.context_tokens:.0f} ({share:.1%})"
     head.add_row("attended per step", attended if stats.steps else "nothing decoded")
-    head.add_row("KV held", ", ".join(f"{tier} {in_bytes(n)}" for tier, n in stats.kv_bytes.items()) or "-")
+    head.add_row("KV of the newest cache", _by_tier(stats.kv_bytes) or "-")
+    number = f"{stats.alive_caches} {'cache' if stats.alive_caches == 1 else 'caches'}"
+    head.add_row("KV held now", f"{_by_tier(stats.alive_bytes)} ({number})" if stats.alive_caches else "nothing")
     if stats.huge_page_bytes:
         head.add_row("on huge pages", in_bytes(stats.huge_page_bytes))
     if stats.cpu_ratio is not None:
@@ -45,6 +47,16 @@ def tables(stats: Stats) -> Iterator[Table]:
         yield _layer_table(stats, Table)
     if stats.fidelity is not None:
         yield _fidelity_table(stats, Table)
+
+
+def _speed(tokens_per_second: float | None) -> str:
+    return (
+        "" if tokens_per_second is None else f", {tokens_per_second:,.{1 if tokens_per_second < 100 else 0}f} tokens/s"
+    )
+
+
+def _by_tier(held: dict[str, int]) -> str:
+    return ", ".join(f"{tier} {in_bytes(count)}" for tier, count in held.items())
 
 
 def _waits(stats) -> bool:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from scout_hf.alive import AliveCaches
+from scout_hf.pace import Pace
 from scout_hf.stats_tables import percent, tables
 
 SAMPLE_EVERY = 8
@@ -27,6 +29,7 @@ class Counters:
         self._recalls: dict[tuple[int, torch.device, int], torch.Tensor] = {}
         # Of how things are, not of what was done: they stay when tallies start anew.
         self.notes: dict[tuple[str, int | None], str] = {}
+        self.alive, self.pace = AliveCaches(), Pace()
         self.reset()
 
     def reset(self) -> None:
@@ -35,6 +38,7 @@ class Counters:
         self.sums: dict[str, dict[int, float | torch.Tensor]] = defaultdict(lambda: defaultdict(float))
         self.history: dict[int, list[float]] | None = None
         self.stock_passes: dict[str, int] = {}
+        self.pace.reset()
         for tally in self._recalls.values():
             tally.zero_()
 
@@ -196,7 +200,8 @@ class Stats:
     recalled_blocks, recalled_bytes : int
         Copied to the device in decode steps, in all: recalled blocks, or what else the method brings there.
     kv_bytes : dict
-        Bytes of the newest cache by tier: ``host``, ``device``, ``digests``, ``stock`` (layers left to transformers).
+        Bytes of the newest cache by tier: ``host``, ``device``, ``digests``, ``stock`` (layers left to transformers);
+        measured after a prompt and every 16 decode steps, and told also when it is gone.
     huge_page_bytes : int
         Of its host memory, what lies on huge pages, which scattered blocks are read faster from; read after a prompt.
     layers : tuple of LayerStats
@@ -207,6 +212,14 @@ class Stats:
         What the method has to say, such as why it does not do what it is for.
     stock_passes : dict
         Forward passes that ran stock attention instead, by the reason; none of the other numbers counts them.
+    alive_bytes, alive_caches : dict, int
+        Bytes by tier of all caches of this patch that hold tokens and that somebody still has, forks included, and how
+        many these are. Pages that forks share count once; as it is when asked, ``reset_stats`` or not.
+    prefill_tokens_per_second, decode_tokens_per_second : float or None
+        Of passes with several tokens per row (prompts, next turns, drafts to verify) and of decode steps; all rows
+        together, padding included. A pass takes until the next one of the same ``generate()`` begins, so that sampling
+        and all else in between is in it; the last one of a call takes until its own end, and on a device, which would
+        have to be waited for, is left out. The first pass, which warms up, is in it.
     """
 
     method: str
@@ -226,6 +239,10 @@ class Stats:
     fidelity: Fidelity | None = None
     notes: tuple[str, ...] = ()
     stock_passes: dict[str, int] = field(default_factory=dict)
+    alive_bytes: dict[str, int] = field(default_factory=dict)
+    alive_caches: int = 0
+    prefill_tokens_per_second: float | None = None
+    decode_tokens_per_second: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values, those of the layers and of the monitor too; ``json.dumps`` takes it."""
@@ -249,6 +266,7 @@ def summarise(
 ) -> Stats:
     """Turn running sums into :class:`Stats`."""
     counters.collect()
+    alive_caches, alive_bytes = counters.alive.held()
     sums = {name: {layer: float(n) for layer, n in per.items()} for name, per in list(counters.sums.items())}
 
     def total(name: str) -> float:
@@ -308,6 +326,10 @@ def summarise(
         fidelity=fidelity(),
         notes=tuple(counters.all_notes()),
         stock_passes=dict(counters.stock_passes),
+        alive_bytes=alive_bytes,
+        alive_caches=alive_caches,
+        prefill_tokens_per_second=counters.pace.tokens_per_second("prefill"),
+        decode_tokens_per_second=counters.pace.tokens_per_second("decode"),
     )
 
 

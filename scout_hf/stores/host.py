@@ -7,6 +7,7 @@ import torch
 from scout_hf.errors import CacheStateError
 from scout_hf.kernels.cpu import pages
 from scout_hf.kernels.cpu.library import StoreArgs
+from scout_hf.stores.counted import counts
 from scout_hf.stores.link import Links, Mark
 from scout_hf.stores.pages import PagePool, PageTable
 
@@ -58,8 +59,9 @@ class PagedKV:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the pages in use, those shared with forks counted once."""
-        return self.table.pool.used_pages * self.table.pool.page_bytes
+        """Bytes of the pages in use, those shared with forks counted once; 0 the second time in ``each_pool_once``."""
+        pool = self.table.pool
+        return pool.used_pages * pool.page_bytes if counts(pool) else 0
 
     def memory(self) -> tuple[torch.Tensor, ...]:
         """All that ``native()`` points to."""

@@ -1,0 +1,85 @@
+"""How fast passes follow each other, by the clock on the wall: no call here waits for a device."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import torch
+
+
+class Pace:
+    """Tokens and seconds of passes with several tokens per row ("prefill") and of decode steps ("decode").
+
+    A pass takes until the next one of the same ``generate()`` begins, which waits for the tokens of the one before:
+    sampling and all else in between is in it. The last of a call has none after it and takes until its own end; on a
+    device, where work outlasts the call that started it, it is left out.
+    """
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        """Start from nothing."""
+        self._sums = {"prefill": [0, 0.0], "decode": [0, 0.0]}
+        self._last: dict[int, _Pass] = {}
+
+    def new_call(self) -> None:
+        """The calling thread begins a ``generate()``: what comes next has nothing to do with what was before."""
+        last = self._last.pop(threading.get_ident(), None)
+        if last is not None:
+            _add(self._sums, last, last.end)
+
+    def begin(self, step: Any, inputs: torch.Tensor) -> None:
+        """A pass begins; ``inputs`` is (rows, queries, ...)."""
+        this, thread = _Pass(step, inputs), threading.get_ident()
+        last = self._last.get(thread)
+        if last is not None:
+            _add(self._sums, last, this.begun if last.leads_to(this) else last.end)
+        self._last[thread] = this
+
+    def end(self) -> None:
+        """The calling thread's pass got through; one that does not is not counted."""
+        last = self._last.get(threading.get_ident())
+        if last is not None:
+            last.done, last.end = True, time.perf_counter() if last.waits else None
+
+    def tokens_per_second(self, kind: str) -> float | None:
+        """Of all rows together, padding included; None where nothing was measured."""
+        sums = {name: list(both) for name, both in self._sums.items()}
+        for last in list(self._last.values()):
+            _add(sums, last, last.end)
+        tokens, seconds = sums[kind]
+        return tokens / seconds if seconds else None
+
+    def __reduce__(self):
+        return Pace, ()
+
+
+class _Pass:
+    __slots__ = ("begun", "cache", "done", "end", "queries", "rows", "tokens", "waits")
+
+    def __init__(self, step: Any, inputs: torch.Tensor):
+        # Not the cache itself, which must not live on for this.
+        self.cache, self.tokens, self.queries, self.rows = id(step.cache), step.tokens, step.queries, len(inputs)
+        self.waits = _waits(inputs)
+        self.done, self.end = False, None
+        self.begun = time.perf_counter()
+
+    def leads_to(self, other: _Pass) -> bool:
+        """Whether ``other`` goes on where this one ended; a prompt after a decoded token may be hours later."""
+        goes_on = other.cache == self.cache and other.tokens == self.tokens + other.queries
+        return goes_on and (other.queries == 1 or self.queries > 1)
+
+
+def _waits(inputs: torch.Tensor) -> bool:
+    """Whether a pass ends when its work does."""
+    return inputs.device.type == "cpu"
+
+
+def _add(sums: dict[str, list], last: _Pass, end: float | None) -> None:
+    if last.done and end is not None:
+        both = sums["decode" if last.queries == 1 else "prefill"]
+        both[0] += last.rows * last.queries
+        both[1] += end - last.begun
