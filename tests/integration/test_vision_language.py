@@ -7,8 +7,10 @@ from functools import cache
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import scout_hf
+from scout_hf.cache_names import CACHE
 from tests.integration.common import (
     EXACT_METHODS,
     LOSSY,
@@ -102,7 +104,7 @@ def test_tokens_of_an_image_see_each_other(name, implementation):
 
 
 @pytest.mark.parametrize("tiers", TIERS)
-@families("gemma3", "paligemma", "qwen2_5_vl", "llava")
+@families("gemma3", "paligemma", "idefics3")
 def test_prompts_in_chunks(name, tiers):
     """Chunks end within images: their tokens see each other across the passes as far as stock has it."""
     inputs, options = prompt_with_images(name, images=0), {"prefill_chunk_size": 14}
@@ -111,6 +113,28 @@ def test_prompts_in_chunks(name, tiers):
     expected = run(model_of(name), inputs, 5, **options)
     with scout_hf.patch(model_of(name), **TIERS[tiers]):
         assert_close(run(model_of(name), inputs, 5, **options), expected)
+
+
+def two_turns(name: str, kv_cache):
+    """A prompt with an image, an answer, and one more of each on top of the same cache."""
+    first = prompt_with_images(name)
+    said = run(model_of(name), first, 4, **{CACHE: kv_cache}).sequences
+    second = prompt_with_images(name, seed=3)
+    if types := SEEING[name].types:
+        answer = torch.ones_like(said[:, first["input_ids"].shape[1] :]) * (name == "paligemma2")
+        second[types] = torch.cat([first[types], answer, second[types]], dim=1)
+    second["input_ids"] = torch.cat([said, second["input_ids"]], dim=1)
+    second["attention_mask"] = torch.ones_like(second["input_ids"])
+    return run(model_of(name), second, 4, **{CACHE: kv_cache})
+
+
+@pytest.mark.parametrize("tiers", TIERS)
+@families("gemma3", "paligemma2", "idefics3", "llava")
+def test_a_next_turn_with_another_image(name, tiers):
+    expected = two_turns(name, DynamicCache(config=model_of(name).config.get_text_config()))
+    with scout_hf.patch(model_of(name), **TIERS[tiers]) as handle:
+        assert_close(two_turns(name, handle.new_cache()), expected)
+        assert handle.stats().steps == 6
 
 
 @families("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
