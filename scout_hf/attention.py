@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -71,6 +72,8 @@ def scout_attention(previous, module, query, key, value, attention_mask, **kwarg
         refuse_unless_padding(step, attention_mask)
     elif step.queries > 1:
         step.allowed = allowed_by(step, attention_mask) if special else None
+    if kwargs.get("dropout") and method.length > step.queries:
+        _tell_of_dropout(step, kwargs["dropout"])
     # Entering autocast's switch costs more than a small attention: only where it is on.
     mixed = torch.is_autocast_enabled(query.device.type)
     with torch.autocast(query.device.type, enabled=False) if mixed else contextlib.nullcontext():
@@ -101,6 +104,17 @@ def scout_mask(previous, *args, **kwargs):
     if plain:
         step.plain_masks.append(mask)
     return mask
+
+
+def _tell_of_dropout(step, share: float) -> None:
+    """Once per handle, whose tallies the notes are."""
+    if ("dropout", None) not in step.counters.notes:
+        told = (
+            f"the model is in training mode with an attention dropout of {share}, which a pass over what a ScoutCache "
+            "holds leaves out; call model.eval(), or use a DynamicCache for stock attention with dropout"
+        )
+        step.counters.note("dropout", told)
+        warnings.warn(f"scout_hf: {told}", RuntimeWarning, stacklevel=2)
 
 
 def _checked(method, result: Partial, query: torch.Tensor) -> Partial:

@@ -35,6 +35,9 @@ class ScoutCache(Cache):
     Sliding-window, chunked and linear layers keep their stock cache layers. In the forward pass of a patched model
     only the new tokens' keys and values are handed on; anywhere else ``update`` behaves like that of DynamicCache.
 
+    In training mode attention dropout applies to a whole prompt only; decode steps and later turns leave it out, and a
+    warning says so once.
+
     Parameters
     ----------
     config : PreTrainedConfig

@@ -1,5 +1,7 @@
 """Other ways in: pipelines, embeddings, positional arguments, low precision; and what is refused, in words."""
 
+import warnings
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -185,3 +187,35 @@ def test_generate_with_attention_weights_is_stock():
             assert all(torch.equal(x, y) for x, y in zip(a, b))
         assert isinstance(run(model, prompt()).past_key_values, ScoutCache)
     assert expected.attentions[0][0].shape[-1] == 50
+
+
+@TIERS
+def test_training_mode_with_attention_dropout_is_told_once(settings):
+    """Gradients off, as in evaluation during training: the prompt has stock's dropout, what comes after has none."""
+    model = llama(attention_dropout=0.5)
+    ids, token = prompt(), prompt(tokens=1, seed=2)
+    with scout_hf.patch(model, **settings) as handle, torch.no_grad():
+        found = []
+        for training in (False, True):
+            cache = handle.new_cache()
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always", RuntimeWarning)
+                model.eval()(ids, past_key_values=cache)
+                model.train(training)
+                found.append([model(token, past_key_values=cache).logits for _ in range(3)])
+                model(prompt(tokens=9), past_key_values=cache)
+            told = [str(one.message) for one in told if issubclass(one.category, RuntimeWarning)]
+            assert len(told) == training
+        assert "training mode with an attention dropout of 0.5" in told[0] and "model.eval()" in told[0]
+        assert all(torch.equal(a, b) for a, b in zip(*found))
+        assert [note for note in handle.stats().notes if "dropout" in note]
+        prompts = {float(model(ids, past_key_values=handle.new_cache()).logits.sum()) for _ in range(3)}
+        assert len(prompts) == 3
+
+
+@TIERS
+def test_training_mode_without_dropout_is_nothing_to_tell(settings):
+    model = llama().train()
+    with scout_hf.patch(model, **settings), warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        run(model, prompt(), new=3)
