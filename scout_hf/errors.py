@@ -33,6 +33,10 @@ class PatchError(ScoutError, RuntimeError):
     """The model cannot be patched or unpatched in its present state."""
 
 
+class NativeInputError(ScoutError, TypeError):
+    """A tensor that native code would read or write by its address is not what that code takes it for."""
+
+
 class HostMemoryError(ScoutError, MemoryError):
     """The system does not give as much host memory as the cache needs."""
 

@@ -61,3 +61,12 @@ def test_the_check_finds_what_it_is_for():
         "torch.where(a, b, 0.0)",
     ]
     assert [found_in(source, follows_defaults) for source in bad + good] == [[1]] * 4 + [[]] * 4
+
+
+@pytest.mark.parametrize("path", (ROOT / "scout_hf/kernels/cpu").glob("*.py"), ids=lambda path: path.name)
+def test_addresses_are_given_to_native_code_in_one_place(path):
+    """Which looks at the tensor first."""
+    calls = found_in(
+        path.read_text(), lambda call: isinstance(call.func, ast.Attribute) and call.func.attr == "data_ptr"
+    )
+    assert len(calls) == (path.name == "addresses.py")

@@ -6,6 +6,7 @@ import torch
 
 from scout_hf.errors import CacheStateError
 from scout_hf.kernels.cpu import pages
+from scout_hf.kernels.cpu.addresses import address
 from scout_hf.kernels.cpu.library import StoreArgs
 from scout_hf.stores.counted import counts
 from scout_hf.stores.link import Links, Mark
@@ -76,7 +77,7 @@ class PagedKV:
         places = self.table.places
         if places is not self._described:
             self._described = places
-            self._args.pages = places[1].data_ptr()
+            self._args.pages = address(places[1], torch.int64)
             self._args.batch, self._args.pages_stride = places.shape[1:]
         self._args.length = self.length
         return self._args
@@ -90,7 +91,7 @@ class PagedKV:
                 f"got keys {tuple(keys.shape)} and values {tuple(values.shape)}; this store takes {self.batch} rows "
                 f"of {self.heads} KV heads with {self.head_dim} channels, as many values as keys"
             )
-        if keys.dtype != self.dtype or values.dtype != self.dtype or keys.device != self.device:
+        if keys.dtype != self.dtype or values.dtype != self.dtype or not keys.device == values.device == self.device:
             keys, values = (part.to(self.device, self.dtype) for part in (keys, values))
         self._make_room(tokens)
         if self.library is not None:

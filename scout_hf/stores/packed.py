@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from scout_hf.errors import UnsupportedModelError
+from scout_hf.kernels.cpu.addresses import address
 from scout_hf.kernels.cpu.library import StoreArgs
 from scout_hf.stores.host import PagedKV
 from scout_hf.stores.pages import PagePool
@@ -45,7 +46,7 @@ class PackedKV(PagedKV):
     def native(self) -> StoreArgs | None:
         args = super().native()
         if args is not None:
-            args.tail = self.tail.data_ptr()
+            args.tail = address(self.tail, self.dtype)
         return args
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:

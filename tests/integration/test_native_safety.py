@@ -6,8 +6,14 @@ import pytest
 import torch
 
 import scout_hf
+from scout_hf.errors import NativeInputError
+from scout_hf.kernels.cpu import BlockLists, pages
+from scout_hf.kernels.cpu.each_block import attend_each_native
+from scout_hf.kernels.cpu.native_backend import NativeBackend
 from scout_hf.stores import PackedKV, PagedKV
+from scout_hf.stores.snapshot import WholeBlocks
 from tests.integration.common import assert_equal, left_padded, llama, prompt, run
+from tests.libraries import ISAS
 
 SPARSE = {"budget": 24, "block_size": 8, "window": 8, "layer_ahead": False}
 
@@ -75,3 +81,106 @@ def test_an_append_that_fails_leaves_int8_as_it_was(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         store.append(keys[:, :, 13:], keys[:, :, 13:])
     assert all(torch.equal(a, b) for a, b in zip(store.read(8, 13), before))
+
+
+TOKENS, BLOCKS = 40, 5
+
+
+class Native:
+    """Every way into the library, with all that it reads right until a test changes one thing."""
+
+    def __init__(self):
+        self.store = PagedKV(1, 2, 16, 8, torch.float32, "cpu")
+        self.given = {
+            "keys": torch.zeros(1, 2, TOKENS, 16),
+            "values": torch.zeros(1, 2, TOKENS, 16),
+            "query": torch.zeros(1, 4, 1, 16),
+            "exists": torch.ones(1, TOKENS, dtype=torch.bool),
+            "ids": torch.zeros(1, 2, 3, dtype=torch.int64),
+            "into": torch.zeros(1, 2, 3, 8, 16),
+            "out": torch.zeros(1, 4, 1, 16),
+            "lse": torch.zeros(1, 4, 1),
+            "codes": torch.zeros(1, 2, BLOCKS, 32),
+            "digests": torch.zeros(1, 2, BLOCKS, 32),
+            "word": torch.ones(2, dtype=torch.int64),
+            "sources": torch.zeros(0, dtype=torch.int64),
+            "targets": torch.zeros(0, dtype=torch.int64),
+            "marks": torch.ones(BLOCKS, 8, dtype=torch.bool),
+        }
+        self.store.append(self.given["keys"], self.given["values"])
+        self.backend = NativeBackend()
+
+    def append(self, keys, values):
+        self.store._make_room(TOKENS)
+        pages.append(self.store.library, self.store.native(), keys, values)
+
+    def gather(self, ids, into):
+        self.store.gather(ids, into, torch.zeros(1, 2, 3, 8, 16))
+
+    def minmax(self, codes, exists):
+        pages.minmax(self.store.library, self.store.native(), 0, BLOCKS, exists, codes)
+
+    def attend(self, query, exists):
+        self.backend.attend_blocks(query, self.store, None, 1.0, None, exists)
+
+    def attend_at(self, query, out, lse, word):
+        lists = BlockLists(torch.zeros(1, 2, 1, dtype=torch.int32), torch.ones(1, 2, dtype=torch.int32))
+        self.backend.start_at((word[:1], 1, word[1:]), (out, lse), query, self.store, lists, 1.0).wait()
+
+    def select(self, query, digests, exists):
+        self.backend.select("minmax", query, digests, 2, 1, 0, 8, exists)
+
+    def copy(self, sources, targets):
+        self.backend.copy(sources, targets, 8, ()).wait()
+
+    def attend_each(self, query, marks):
+        attend_each_native(query[0, :2, 0], WholeBlocks(self.store), 0, 0, 1.0, None, marks, None)
+
+
+def halved(tensor):
+    return tensor.to(torch.int32) if tensor.dtype == torch.int64 else tensor.to(torch.float16)
+
+
+def doubled(tensor):
+    return tensor.to(torch.float64)
+
+
+def elsewhere(tensor):
+    return tensor.to("meta")
+
+
+def turned(tensor):
+    """The same numbers in the opposite order of memory."""
+    return tensor.permute(*reversed(range(tensor.dim()))).contiguous().permute(*reversed(range(tensor.dim())))
+
+
+WRONG = [
+    ("append", "keys", (halved, doubled, elsewhere)),
+    ("append", "values", (halved, doubled, elsewhere)),
+    ("gather", "ids", (halved, doubled, elsewhere)),
+    ("gather", "into", (halved, doubled, elsewhere, turned)),
+    ("minmax", "codes", (halved, doubled, elsewhere, turned)),
+    ("minmax", "exists", (halved, elsewhere)),
+    ("attend", "exists", (halved,)),
+    ("attend_at", "out", (halved, doubled, elsewhere, turned)),
+    ("attend_at", "lse", (halved, doubled, elsewhere)),
+    ("attend_at", "word", (halved, elsewhere)),
+    ("select", "exists", (halved,)),
+    ("copy", "sources", (halved, elsewhere)),
+    ("copy", "targets", (halved, elsewhere)),
+    ("attend_each", "query", (doubled, elsewhere)),
+    ("attend_each", "marks", (halved, elsewhere, turned)),
+]
+
+
+@pytest.mark.skipif(not ISAS, reason="no native library")
+@pytest.mark.parametrize("way, name, change", [(way, name, one) for way, name, all_of in WRONG for one in all_of])
+def test_what_is_not_what_the_library_reads_is_refused(way, name, change):
+    native = Native()
+    call = getattr(native, way)
+    given = {each: native.given[each] for each in call.__code__.co_varnames[1 : call.__code__.co_argcount]}
+    call(**given)
+    if way == "copy":
+        given = {each: torch.zeros(2, dtype=torch.int64) for each in given}
+    with pytest.raises(NativeInputError, match="was about to read .* it takes .* in host memory"):
+        call(**given | {name: change(given[name])})

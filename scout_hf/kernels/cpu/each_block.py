@@ -12,6 +12,7 @@ import torch
 from scout_hf.fusion import Partial
 from scout_hf.kernels.attend import attend
 from scout_hf.kernels.cpu import pages
+from scout_hf.kernels.cpu.addresses import address
 from scout_hf.kernels.cpu.library import DTYPES, AttendArgs, check
 from scout_hf.kernels.cpu.pool import NativePool, quick
 
@@ -60,22 +61,22 @@ def attend_each_native(
     lse = torch.empty((len(addresses), group), dtype=torch.float32, device="cpu")
     # Every block is a row of a batch with one KV head, and all rows have the same query.
     store = pages.store_args(1, dim, blocks.block_size, blocks.dtype, blocks.packed)
-    store.pages, store.pages_stride, store.batch = addresses.data_ptr(), 1, len(addresses)
+    store.pages, store.pages_stride, store.batch = address(addresses, torch.int64), 1, len(addresses)
     store.length = blocks.block_size
     args = AttendArgs(
         store=store,
-        query=query.data_ptr(),
+        query=address(query, *DTYPES),
         query_row=0,
         query_head=query.stride(0),
-        out=out.data_ptr(),
-        lse=lse.data_ptr(),
+        out=address(out, torch.float32),
+        lse=address(lse, torch.float32),
         query_heads=group,
         query_dtype=DTYPES[query.dtype],
         scale=scale,
         softcap=softcap or 0.0,
     )
     if exists is not None:
-        args.exists, args.exists_stride = exists.data_ptr(), exists.stride(0)
+        args.exists, args.exists_stride = address(exists, torch.bool), exists.stride(0)
     if pool is None:
         check(blocks.library.attend(byref(args), torch.get_num_threads()), "blocks to attend")
     else:

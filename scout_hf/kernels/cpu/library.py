@@ -25,6 +25,7 @@ INT8 = 3
 SCORERS = {"minmax": 0, "sign": 1, "dots": 2, "dots4": 3}
 MAX_HEAD_DIM, MAX_BLOCK, MAX_PARTS = 512, 256, 1024
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+PLAIN = {number: dtype for dtype, number in DTYPES.items()}
 STATUS = {-1: "sizes or types that the library does not know", -2: "no memory", -3: "a block that is not there"}
 
 

@@ -6,8 +6,9 @@ from ctypes import byref
 
 import torch
 
-from scout_hf.errors import CacheStateError
+from scout_hf.errors import CacheStateError, NativeInputError
 from scout_hf.fusion import Partial
+from scout_hf.kernels.cpu.addresses import address
 from scout_hf.kernels.cpu.backend import Attended, BlockLists, CpuBackend
 from scout_hf.kernels.cpu.library import (
     DTYPES,
@@ -63,8 +64,8 @@ class NativeBackend(CpuBackend):
     def start_at(self, words, into, query, store, lists: BlockLists, scale, softcap=None, exists=None):
         flag, number, done = words
         args, partial, keep = self._describe(query, store, lists, scale, softcap, exists, Partial(*into))
-        args.done, args.number = done.data_ptr(), number
-        at = {"flag": flag.data_ptr(), "value": number}
+        args.done, args.number = address(done, torch.int64), number
+        at = {"flag": address(flag, torch.int64), "value": number}
         return self._post(args, partial, (keep, words, store.memory()), **at)
 
     def _post(self, args: AttendArgs, partial: Partial, keep, **at: int):
@@ -82,16 +83,17 @@ class NativeBackend(CpuBackend):
             return None
         if exists is not None and (exists.shape[0] != batch or exists.shape[1] < candidates * block_size):
             return None
-        wanted = None if isinstance(count, int) else count.to(torch.int32)
+        wanted = None if isinstance(count, int) else count.to("cpu", torch.int32).contiguous()
         most = min(count if wanted is None else int(wanted.max()), candidates)
         ids = torch.empty((batch, heads, most + newest), dtype=torch.int32, device="cpu")
         counts = torch.empty((batch, heads), dtype=torch.int32, device="cpu")
-        choice = {"blocks": ids.data_ptr(), "counts": counts.data_ptr(), "blocks_stride": most + newest}
+        choice = {"blocks": address(ids, torch.int32), "counts": address(counts, torch.int32)}
+        choice["blocks_stride"] = most + newest
         choice |= {"count": most, "sinks": sinks, "newest": newest}
         if wanted is not None:
-            choice["want"] = wanted.data_ptr()
+            choice["want"] = address(wanted, torch.int32)
         if exists is not None:
-            choice |= {"exists": exists.data_ptr(), "exists_stride": exists.stride(0)}
+            choice |= {"exists": address(exists, torch.bool, strided=True), "exists_stride": exists.stride(0)}
         self._select(query, codes, **known, **choice)
         return BlockLists(ids, counts)
 
@@ -101,7 +103,8 @@ class NativeBackend(CpuBackend):
             return None
         counts = torch.empty(codes.shape[:2], dtype=torch.int32, device="cpu")
         scores = torch.empty(codes.shape[:3], dtype=torch.float32, device="cpu")
-        self._select(query, codes, **known, counts=counts.data_ptr(), scores=scores.data_ptr())
+        found = {"counts": address(counts, torch.int32), "scores": address(scores, torch.float32)}
+        self._select(query, codes, **known, **found)
         return scores
 
     def _knows(self, scorer, query, codes, block_size, exists) -> dict[str, int] | None:
@@ -128,10 +131,10 @@ class NativeBackend(CpuBackend):
         batch, heads, candidates, code = codes.shape
         query = query if query.stride(3) == 1 else query.contiguous()
         args = SelectArgs(
-            query=query.data_ptr(),
+            query=address(query, *DTYPES, strided=True),
             query_row=query.stride(0),
             query_head=query.stride(1),
-            codes=codes.data_ptr(),
+            codes=address(codes, *DTYPES, torch.int8, torch.uint8, strided=True),
             codes_row=codes.stride(0),
             codes_head=codes.stride(1),
             batch=batch,
@@ -148,7 +151,10 @@ class NativeBackend(CpuBackend):
     def copy(self, sources, targets, copy_bytes, keep):
         if self._library is None:
             return None
-        args = CopyArgs(sources.data_ptr(), targets.data_ptr(), len(sources), copy_bytes)
+        if sources.shape != targets.shape:
+            raise NativeInputError(f"got {len(sources)} addresses to copy from and {len(targets)} to copy to")
+        places = (address(part, torch.int64) for part in (sources, targets))
+        args = CopyArgs(*places, len(sources), copy_bytes)
         return self._pool.submit(self._copy, args, keep=(sources, targets, keep))
 
     def busy(self) -> bool:
@@ -181,18 +187,18 @@ class NativeBackend(CpuBackend):
         )
         args = AttendArgs(
             store=native,
-            query=query.data_ptr(),
+            query=address(query, *DTYPES, strided=True),
             query_row=query.stride(0),
             query_head=query.stride(1),
-            out=out.data_ptr(),
-            lse=lse.data_ptr(),
+            out=address(out, torch.float32),
+            lse=address(lse, torch.float32),
             query_heads=query.shape[1],
             query_dtype=DTYPES[query.dtype],
             scale=scale,
             softcap=softcap or 0.0,
         )
         if exists is not None:
-            args.exists, args.exists_stride = exists.data_ptr(), exists.stride(0)
+            args.exists, args.exists_stride = address(exists, torch.bool, strided=True), exists.stride(0)
         if lists is not None:
             ids, counts = lists.ids.to(torch.int32).contiguous(), lists.counts
             if ids.shape[:2] != (batch, store.heads) or (counts is not None and counts.shape != ids.shape[:2]):
@@ -200,12 +206,12 @@ class NativeBackend(CpuBackend):
             args.blocks_stride = args.count = ids.shape[2]
             if counts is not None:
                 counts = counts.to("cpu", torch.int32).contiguous()
-                args.counts = counts.data_ptr()
+                args.counts = address(counts, torch.int32)
             if not ids.numel():
                 # The address of nothing is 0, which would mean every block.
                 ids = ids.new_zeros(1)
             lists = BlockLists(ids, counts)
-            args.blocks = ids.data_ptr()
+            args.blocks = address(ids, torch.int32)
         return args, Partial(out, lse), (query, lists, exists)
 
 

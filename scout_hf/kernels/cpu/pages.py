@@ -6,9 +6,11 @@ from ctypes import byref
 
 import torch
 
+from scout_hf.kernels.cpu.addresses import address
 from scout_hf.kernels.cpu.library import (
     DTYPES,
     INT8,
+    PLAIN,
     AppendArgs,
     GatherArgs,
     Library,
@@ -44,8 +46,8 @@ def append(library: Library, store: StoreArgs, keys: torch.Tensor, values: torch
     keys, values = (part if part.stride(3) == 1 else part.contiguous() for part in (keys, values))
     args = AppendArgs(
         store=store,
-        keys=keys.data_ptr(),
-        values=values.data_ptr(),
+        keys=address(keys, PLAIN[store.plain_dtype], strided=True),
+        values=address(values, PLAIN[store.plain_dtype], strided=True),
         key_strides=keys.stride()[:3],
         value_strides=values.stride()[:3],
         tokens=keys.shape[2],
@@ -58,10 +60,10 @@ def gather(library: Library, store: StoreArgs, blocks: torch.Tensor, keys: torch
     blocks = blocks.contiguous()
     args = GatherArgs(
         store=store,
-        blocks=blocks.data_ptr(),
+        blocks=address(blocks, torch.int64),
         count=blocks.shape[2],
-        keys=keys.data_ptr(),
-        values=values.data_ptr(),
+        keys=address(keys, PLAIN[store.plain_dtype]),
+        values=address(values, PLAIN[store.plain_dtype]),
     )
     check(library.gather(byref(args), torch.get_num_threads()), "blocks to gather")
 
@@ -76,9 +78,9 @@ def minmax(
     """
     args = MinMaxArgs(
         store=store,
-        exists=None if exists is None else exists.data_ptr(),
+        exists=None if exists is None else address(exists, torch.bool, strided=True),
         exists_stride=0 if exists is None else exists.stride(0),
-        codes=codes.data_ptr(),
+        codes=address(codes, PLAIN[store.plain_dtype], strided=True),
         codes_row=codes.stride(0),
         codes_head=codes.stride(1),
         first=first,
