@@ -90,3 +90,6 @@ _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
 REFUSED: dict[str, str] = {
     model_type: f"{reason} {_ELSEWHERE}" for reason, model_types in _GROUPS for model_type in model_types
 }
+
+# Model types whose generate() runs that of a model inside, and the name of that model.
+GENERATES_INSIDE = {"blip-2": "language_model", "instructblip": "language_model", "instructblipvideo": "language_model"}

@@ -8,7 +8,7 @@ from scout_hf.errors import ConfigError, UnsupportedModelError
 
 from .base import Family
 from .probe import ProbeFamily
-from .refused import REFUSED
+from .refused import GENERATES_INSIDE, REFUSED
 
 _FAMILIES: dict[str, Family] = {}
 
@@ -40,6 +40,11 @@ def register_family(family: Family, *, replace: bool = False) -> None:
 def family_of(model: nn.Module) -> Family:
     """The family that serves `model`, or `UnsupportedModelError` with the reason and what works instead."""
     model = _causal_lm(model)
+    if inner := GENERATES_INSIDE.get(model.config.model_type):
+        raise UnsupportedModelError(
+            f"{_name(model)}: its generate() runs that of its language model, which is the one to patch: "
+            f"scout_hf.patch(model.{inner})"
+        )
     model_type = model.config.get_text_config(decoder=True).model_type
     family = _FAMILIES.get(model_type)
     if family is None and model_type in REFUSED:

@@ -7,10 +7,11 @@ from functools import cache
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
 import scout_hf
 from scout_hf.cache_names import CACHE
+from scout_hf.errors import UnsupportedModelError
 from tests.integration.common import (
     EXACT_METHODS,
     LOSSY,
@@ -21,7 +22,8 @@ from tests.integration.common import (
     logits,
     run,
 )
-from tests.patches.tiny_vision import SEEING, missing, prompt_with_images, tiny_seeing
+from tests.patches.tiny import tiny_config
+from tests.patches.tiny_vision import IMAGE, SEEING, VIDEO, missing, prompt_with_images, tiny_seeing
 
 PROMPTS = {
     "padded": {"rows": 2, "padding": (0, 5)},
@@ -146,3 +148,46 @@ def test_keys_of_images_are_made_anew_at_their_places(name, monkeypatch):
     with scout_hf.patch(model_of(name), **options) as handle:
         assert_close(run(model_of(name), prompt_with_images(name, **PROMPTS["padded"]), 6), expected)
         assert not handle.stats().notes
+
+
+@pytest.mark.parametrize("tiers", TIERS)
+@families("qwen2_5_vl")
+def test_a_video(name, tiers):
+    inputs = prompt_with_images(name)
+    inputs["input_ids"][inputs["input_ids"] == IMAGE] = VIDEO
+    inputs["mm_token_type_ids"] *= 2
+    inputs["pixel_values_videos"] = inputs.pop("pixel_values")
+    inputs["video_grid_thw"] = inputs.pop("image_grid_thw")
+    expected = run(model_of(name), inputs, 6)
+    with scout_hf.patch(model_of(name), **TIERS[tiers]):
+        assert_close(run(model_of(name), inputs, 6), expected)
+
+
+@families("glm4v")
+def test_an_unknown_family_is_tried_after_an_image_prompt_and_its_positions_are_kept(name):
+    run(model_of(name), prompt_with_images(name), 2)
+    shift = model_of(name).model.rope_deltas
+    assert shift.any()
+    with scout_hf.patch(model_of(name), **ONE_TIER):
+        assert model_of(name).model.rope_deltas is shift
+
+
+def test_a_model_that_generates_by_one_inside_names_it():
+    text = tiny_config("opt").to_dict() | {"model_type": "opt"}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        "blip-2",
+        text_config=text,
+        vision_config=vision | {"image_size": 28, "patch_size": 14},
+        qformer_config=vision | {"encoder_hidden_size": 32, "vocab_size": 128},
+        num_query_tokens=4,
+        image_token_index=IMAGE,
+    )
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    inputs = prompt_with_images("llava")
+    expected = run(model, inputs, 6)
+    with pytest.raises(UnsupportedModelError, match=r"patch\(model.language_model\)"):
+        scout_hf.patch(model)
+    with scout_hf.patch(model.language_model, **ONE_TIER) as handle:
+        assert_close(run(model, inputs, 6), expected)
+        assert handle.stats().steps == 5

@@ -49,12 +49,12 @@ def _by_row(images: int, rows: int) -> dict[str, torch.Tensor]:
     return {"pixel_values": _pixels(images, 3, 28, 28).view(rows, images // rows, 3, 28, 28)}
 
 
-def _grid(height: int, width: int, numbers: int) -> Callable[[int, int], dict[str, torch.Tensor]]:
+def _grid(height: int, width: int, *numbers: int) -> Callable[[int, int], dict[str, torch.Tensor]]:
     """Patches of all images in one list, so many numbers each, and how many in each direction."""
 
     def make(images: int, rows: int) -> dict[str, torch.Tensor]:
         grid = torch.tensor([[1, height, width]] * images)
-        return {"pixel_values": _pixels(images * height * width, numbers), "image_grid_thw": grid}
+        return {"pixel_values": _pixels(images * height * width, *numbers), "image_grid_thw": grid}
 
     return make
 
@@ -83,6 +83,9 @@ _CLIP = _VISION | {"model_type": "clip_vision_model"}
 _SIGLIP = _VISION | {"model_type": "siglip_vision_model", "vision_use_head": False}
 _COHERE2 = _text("cohere2", sliding_window=16, num_hidden_layers=4, layer_types=SLIDING_THEN_FULL)
 _QWEN_VISION = {"depth": 2, "num_heads": 2, "patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2}
+_PROJECTED = _QWEN_VISION | {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 32}
+_GLM = _BY_ID | {"video_token_id": VIDEO, "image_start_token_id": START, "image_end_token_id": END}
+_GLM |= {"video_start_token_id": 124, "video_end_token_id": 125}
 
 SEEING: dict[str, Seeing] = {
     "gemma3": Seeing(
@@ -132,9 +135,7 @@ SEEING: dict[str, Seeing] = {
     "qwen2_5_vl": Seeing(
         6,
         _text("qwen2_5_vl_text", rope_parameters=_MROPE, use_sliding_window=False),
-        _QWEN_VISION
-        | {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 32, "window_size": 16}
-        | {"fullatt_block_indexes": [1]},
+        _PROJECTED | {"window_size": 16} | {"fullatt_block_indexes": [1]},
         _GRID,
         _grid(4, 6, 96),
         types="mm_token_type_ids",
@@ -142,9 +143,7 @@ SEEING: dict[str, Seeing] = {
     "qwen3_vl": Seeing(
         6,
         _text("qwen3_vl_text", rope_parameters=_MROPE | {"mrope_interleaved": True}, head_dim=8),
-        _QWEN_VISION
-        | {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 32, "num_position_embeddings": 16}
-        | {"deepstack_visual_indexes": [0, 1]},
+        _PROJECTED | {"num_position_embeddings": 16} | {"deepstack_visual_indexes": [0, 1]},
         _GRID,
         _grid(4, 6, 96),
         types="mm_token_type_ids",
@@ -159,9 +158,24 @@ SEEING: dict[str, Seeing] = {
             num_experts_per_tok=2,
             moe_intermediate_size=32,
         ),
-        _QWEN_VISION
-        | {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 32, "num_position_embeddings": 16}
-        | {"deepstack_visual_indexes": [0]},
+        _PROJECTED | {"num_position_embeddings": 16} | {"deepstack_visual_indexes": [0]},
+        _GRID,
+        _grid(4, 6, 96),
+        types="mm_token_type_ids",
+    ),
+    "qwen3_5": Seeing(
+        6,
+        _text(
+            "qwen3_5_text",
+            rope_parameters=_MROPE | {"mrope_interleaved": True, "partial_rotary_factor": 1.0},
+            head_dim=8,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            layer_types=["linear_attention", "full_attention", "full_attention"],
+        ),
+        _PROJECTED | {"num_position_embeddings": 16},
         _GRID,
         _grid(4, 6, 96),
         types="mm_token_type_ids",
@@ -169,12 +183,86 @@ SEEING: dict[str, Seeing] = {
     "glm4v": Seeing(
         6,
         _text("glm4v_text", rope_parameters=_MROPE),
-        _QWEN_VISION | {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 32, "image_size": 28},
-        _BY_ID
-        | {"video_token_id": VIDEO, "image_start_token_id": START, "image_end_token_id": END}
-        | {"video_start_token_id": 124, "video_end_token_id": 125},
+        _PROJECTED | {"image_size": 28},
+        _GLM,
         _grid(4, 6, 96),
         types="mm_token_type_ids",
+    ),
+    "glm4v_moe": Seeing(
+        6,
+        _text(
+            "glm4v_moe_text",
+            rope_parameters=_MROPE | {"partial_rotary_factor": 1.0},
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+        ),
+        _PROJECTED | {"image_size": 28},
+        _GLM,
+        _grid(4, 6, 96),
+        types="mm_token_type_ids",
+    ),
+    "glm46v": Seeing(
+        6,
+        _text("glm4v_text", rope_parameters=_MROPE),
+        _PROJECTED | {"image_size": 28, "model_type": "glm4v_vision"},
+        _GLM,
+        _grid(4, 6, 96),
+        types="mm_token_type_ids",
+    ),
+    "glm_ocr": Seeing(
+        6,
+        _text("glm_ocr_text", rope_parameters=_MROPE, head_dim=8),
+        _PROJECTED | {"image_size": 28},
+        _GLM,
+        _grid(4, 6, 96),
+        types="mm_token_type_ids",
+    ),
+    "paddleocr_vl": Seeing(
+        6,
+        _text("paddleocr_vl_text", rope_parameters=_MROPE, head_dim=8),
+        _VISION | {"patch_size": 4, "spatial_merge_size": 2},
+        _GRID,
+        _grid(4, 6, 3, 4, 4),
+        types="mm_token_type_ids",
+    ),
+    "exaone4_5": Seeing(
+        6,
+        _text("exaone4", sliding_window=16, num_hidden_layers=4, layer_types=SLIDING_THEN_FULL, head_dim=8),
+        _PROJECTED | {"window_size": 16, "fullatt_block_indexes": [1], "num_key_value_heads": 1},
+        _BY_ID | {"video_token_id": VIDEO},
+        _grid(4, 6, 96),
+    ),
+    "aria": Seeing(
+        3,
+        _text("aria_text", moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
+        _VISION | {"model_type": "idefics3_vision"},
+        _BY_INDEX | {"projector_patch_to_query_dict": {4: 3}},
+    ),
+    "got_ocr2": Seeing(
+        1,
+        _QWEN2,
+        _VISION
+        | {"num_hidden_layers": 1, "image_size": 64, "patch_size": 16, "window_size": 2, "global_attn_indexes": [0]}
+        | {"mlp_dim": 32, "output_channels": 16},
+        _BY_INDEX | {"image_seq_length": 1},
+        lambda images, rows: _square(images, rows, 64),
+    ),
+    "lighton_ocr": Seeing(
+        1,
+        _text("qwen3", head_dim=8),
+        _VISION | {"model_type": "pixtral"},
+        _BY_ID | {"spatial_merge_size": 2},
+        _sized,
+    ),
+    "qianfan_ocr": Seeing(1, _text("qwen3", head_dim=8), _VISION, _BY_ID),
+    "deepseek_vl": Seeing(4, _LLAMA, _SIGLIP, _BY_ID),
+    "video_llava": Seeing(
+        4,
+        _LLAMA,
+        _CLIP,
+        _BY_INDEX | {"video_token_index": VIDEO},
+        lambda images, rows: {"pixel_values_images": _pixels(images, 3, 28, 28)},
     ),
     "mistral3": Seeing(
         1,
