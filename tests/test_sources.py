@@ -63,7 +63,7 @@ def test_the_check_finds_what_it_is_for():
     assert [found_in(source, follows_defaults) for source in bad + good] == [[1]] * 4 + [[]] * 4
 
 
-@pytest.mark.parametrize("path", (ROOT / "scout_hf/kernels/cpu").glob("*.py"), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "scout_hf/kernels/cpu").glob("*.py")), ids=lambda path: path.name)
 def test_addresses_are_given_to_native_code_in_one_place(path):
     """Which looks at the tensor first."""
     calls = found_in(
