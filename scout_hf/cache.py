@@ -23,6 +23,7 @@ from scout_hf.selection import check_digest
 from scout_hf.step import active_step
 from scout_hf.stores.memory import huge_page_bytes
 from scout_hf.stores.staging import Staging
+from scout_hf.whole import LINEAR, Whole
 
 
 class ScoutCache(Cache):
@@ -63,15 +64,16 @@ class ScoutCache(Cache):
             )
         text = config.get_text_config(decoder=True)
         layers = DynamicCache(config=text).layers
+        self.whole = Whole()
         check_names(self.scout_config, text, len(layers))
         for index, layer in enumerate(layers):
             # By exact type: sliding and quantized layers are subclasses that stay as they are.
             if type(layer) is DynamicLayer:
-                layers[index] = ScoutLayer(self.scout_config, index)
+                layers[index] = ScoutLayer(self.scout_config, index, self.whole)
         super().__init__(layers=layers)
         # A weak reference to the AliveCaches that count it.
         self.seen_by: Any = None
-        self.broken, self.padding, self.staging = False, Padding(), Staging()
+        self.padding, self.staging = Padding(), Staging()
         if not self.scout_layers:
             warnings.warn(
                 f"every layer of this {text.model_type} model has a sliding window or no attention at all: there is "
@@ -107,7 +109,7 @@ class ScoutCache(Cache):
 
         ``DynamicCache(cache)`` takes its data from here.
         """
-        self._end_interrupted_pass()
+        self.whole.ready()
         return iterate(self)
 
     @keeps_tensors
@@ -135,8 +137,7 @@ class ScoutCache(Cache):
         >>> model.generate(**inputs, **{CACHE: cache})
         >>> stock = cache.to_dynamic()
         """
-        self._end_interrupted_pass()
-        self.mark()
+        self.whole.ready()
         return copy_as_dynamic(self)
 
     def __repr__(self) -> str:
@@ -168,36 +169,47 @@ class ScoutCache(Cache):
         return copy.deepcopy(self)
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Forget all tokens; also the way on after a change that was left half way."""
+        self.whole.torn = "reset()"
+        self.whole.leave_pass()
         super().reset()
         self.padding.forget()
         self.staging.forget()
-        self.broken = False
+        self.whole.torn = None
+
+    def crop(self, tokens_to_remove: int | torch.Tensor) -> None:
+        """Remove as many tokens as a number <= 0 says, in all layers; see ``ScoutLayer.crop``."""
+        self.whole.ready()
+        tokens_to_remove = int(tokens_to_remove)
+        with self.whole.changing("crop()"):
+            super().crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Make row ``i`` what row ``beam_idx[i]`` was, in all layers."""
-        self.padding.forget()
-        super().reorder_cache(beam_idx)
+        self._change_rows("reorder_cache", beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times, in all layers."""
-        self.padding.forget()
-        super().batch_repeat_interleave(repeats)
+        self._change_rows("batch_repeat_interleave", int(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows ``indices``, in all layers."""
-        self.padding.forget()
-        super().batch_select_indices(indices)
+        self._change_rows("batch_select_indices", indices)
+
+    def _change_rows(self, operation: str, rows: torch.Tensor | int) -> None:
+        self.whole.ready()
+        known = [layer.method.batch for layer in self.scout_layers if layer.method]
+        if known and isinstance(rows, torch.Tensor):
+            # Wrong numbers are told of here, before a layer has changed.
+            rows = torch.arange(known[0], dtype=torch.int64, device="cpu")[rows.cpu()]
+        with self.whole.changing(f"{operation}()"):
+            self.padding.forget()
+            getattr(super(), operation)(rows)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens per row of a layer; ends a pass that an interrupt left half way."""
-        self._end_interrupted_pass()
+        self.whole.end_interrupted_pass()
         return super().get_seq_length(layer_idx)
-
-    def _end_interrupted_pass(self) -> None:
-        step = active_step()
-        if step is not None and step.cache is self and not step.is_running():
-            step.abort()
 
     __reduce_ex__ = refuse_saving
 
@@ -208,7 +220,7 @@ class ScoutCache(Cache):
 
     @keeps_tensors
     def __deepcopy__(self, memo: dict) -> ScoutCache:
-        self._end_interrupted_pass()
+        self.whole.ready()
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -231,25 +243,32 @@ class ScoutCache(Cache):
 
     def mark(self) -> list[Any]:
         """The state of every layer, to go back to with ``rollback``; costs no copy of keys and values."""
-        if self.broken:
+        self.whole.ready()
+        if self.whole.open_pass is not None:
             raise CacheStateError(
-                "a forward pass with this cache failed half way, and its linear-attention layers cannot go back; "
-                "start with a new ScoutCache"
+                "this cache is in a forward pass of another thread; a cache serves one pass at a time: give each "
+                "thread a fork, made between passes"
             )
         # Stock attention layers replace their tensors at every update, so their attributes are a snapshot.
-        return [
-            layer.get_seq_length() if isinstance(layer, ScoutLayer) else dict(layer.__dict__) for layer in self.layers
-        ]
+        return [layer.mark() if isinstance(layer, ScoutLayer) else dict(layer.__dict__) for layer in self.layers]
 
     def rollback(self, marks: list[Any]) -> None:
         """Make every layer what it was at ``mark``, after a forward pass that raised."""
+        self.whole.torn, torn = "a forward pass", None
+        self.whole.leave_pass()
         self.drain()
+        for device in {getattr(layer.method.kv, "device", None) for layer in self.scout_layers if layer.method}:
+            if device is not None and device.type == "cuda":
+                torch.cuda.synchronize(device)  # copies whose mark was lost end before their pages are others'
+        self.staging.forget()
+        self.padding.forget()
         for layer, mark in zip(self.layers, marks):
-            if not isinstance(layer, ScoutLayer):
+            if isinstance(layer, ScoutLayer):
+                layer.rollback(mark)
+            else:
                 layer.__dict__.update(mark)
-                self.broken = self.broken or not isinstance(layer, CacheLayerMixin)
-            elif layer.get_seq_length() > mark:
-                layer.crop(mark - layer.get_seq_length())
+                torn = torn if isinstance(layer, CacheLayerMixin) else LINEAR
+        self.whole.torn = torn
 
 
 class ScoutLayer(ReadableLayer):
@@ -260,8 +279,9 @@ class ScoutLayer(ReadableLayer):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, config: ScoutConfig, layer_idx: int):
+    def __init__(self, config: ScoutConfig, layer_idx: int, whole: Whole | None = None):
         super().__init__()
+        self.whole = whole or Whole()
         self.config, self.layer_idx = config, layer_idx
         self.method: Method | None = None
         self.incoming: torch.Tensor | None = None
@@ -282,6 +302,7 @@ class ScoutLayer(ReadableLayer):
 
         Returns the same two tensors inside a patched forward pass, the whole keys and values anywhere else.
         """
+        self.whole.check()
         if self.method is None:
             self.lazy_initialization(key_states, value_states)
         elif key_states.shape[0] != self.method.batch:
@@ -294,16 +315,31 @@ class ScoutLayer(ReadableLayer):
             self.incoming = key_states
             self.method.append(key_states, value_states, step)
             return key_states, value_states
+        return self._update_outside(key_states, value_states)
+
+    def _update_outside(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         was_empty = self.method.length == 0
-        self.method.append(key_states.detach(), value_states.detach())
-        self.method.flush()
-        return (key_states, value_states) if was_empty else self.method.read_all()
+        # Other layers may have these tokens already, so that going back would not make the cache whole.
+        with self.whole.changing("update()"):
+            self.method.append(keys.detach(), values.detach())
+            self.method.flush()
+            return (keys, values) if was_empty else self.method.read_all()
+
+    def mark(self) -> Any:
+        """The present state, to go back to; None for one without tokens."""
+        return self.method.mark() if self.method and self.method.length else None
+
+    def rollback(self, mark: Any) -> None:
+        """Be what it was at the mark, wherever a pass was interrupted."""
+        self.incoming = None
+        if mark is None:
+            self.reset()
+        else:
+            self.method.rollback(mark)
 
     @keeps_tensors
     def read(self) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-        step = active_step()
-        if step is not None and not step.is_running() and self in step.cache.layers:
-            step.abort()
+        self.whole.ready()
         if self.method is None:
             return None, None
         keys, values = self.method.read_all()
@@ -370,7 +406,8 @@ class ScoutLayer(ReadableLayer):
     def __deepcopy__(self, memo: dict) -> ScoutLayer:
         twin = object.__new__(type(self))
         memo[id(self)] = twin
-        twin.__dict__.update(self.__dict__, incoming=None, method=self.method and self.method.fork())
+        own = {"incoming": None, "method": self.method and self.method.fork()}
+        twin.__dict__.update(self.__dict__, whole=copy.deepcopy(self.whole, memo), **own)
         return twin
 
 

@@ -31,7 +31,7 @@ from scout_hf.profiling import profile_recall
 from scout_hf.recall import RecallIntervals
 from scout_hf.restart import PREPARE_INPUTS, RestartingInputs
 from scout_hf.selfcheck import check_unknown_family
-from scout_hf.step import Inputs, Step, active_step, grid_positions, set_active_step
+from scout_hf.step import Inputs, Step, active_step, grid_positions
 from scout_hf.stock_passes import explain, reason_of_pass, reason_to_generate_with_stock
 from scout_hf.stores.link import Links
 from scout_hf.telemetry import Counters, Stats, summarise
@@ -317,7 +317,7 @@ class Handle:
             if type(config._attn_implementation_internal) is not AttentionName:
                 self._put_name_on(config)
         rows, queries = inputs.shape[:2]
-        tokens = cache.get_seq_length() + queries
+        marks, tokens = cache.mark(), cache.get_seq_length() + queries
         mask, mask_here = cache.padding.of(given.get("attention_mask"), rows, tokens)
         step = Step(
             cache=cache,
@@ -330,7 +330,7 @@ class Handle:
             links=self._links,
             counters=self._counters,
             root=module,
-            marks=cache.mark(),
+            marks=marks,
             monitor=self._monitor if cache.scout_config.monitor else None,
             inputs={} if find_method(cache.scout_config.method).takes_inputs else None,
             keys_values=self._keys_values,
@@ -346,7 +346,7 @@ class Handle:
             self._counters.prefill_tokens += step.queries
         self._counters.alive.add(cache)
         self._counters.pace.begin(step, inputs)
-        set_active_step(step)
+        cache.whole.enter_pass(step)
 
     @keeps_tensors
     def _close(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -362,7 +362,6 @@ class Handle:
         if output is None or unread:
             step.abort()
         else:
-            set_active_step(None)
             step.cache.end_step()
             self._counters.pace.end()
         if unread and output is not None:
@@ -374,6 +373,8 @@ class Handle:
             self._kv_bytes = step.cache.tier_bytes()
         if step.queries == step.tokens > 1:
             self._huge_page_bytes = step.cache.huge_page_bytes()
+        # Last: whoever gets an error instead of the output has a cache without these tokens.
+        step.cache.whole.leave_pass()
 
     @keeps_tensors
     def _before_layer(self, index: int, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:

@@ -115,15 +115,18 @@ class Step:
     _masks: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     def is_running(self) -> bool:
-        """Whether the calling thread is inside this pass; False for one that an interrupt left behind."""
-        frame = sys._getframe(1)
+        """Whether some thread is inside this pass, the calling one first; False for one left by an interrupt."""
+        if self.frame is None:
+            return False
+        return self._is_under(sys._getframe(1)) or any(map(self._is_under, sys._current_frames().values()))
+
+    def _is_under(self, frame: Any) -> bool:
         while frame is not None and frame is not self.frame:
             frame = frame.f_back
-        return frame is not None and self.frame is not None
+        return frame is not None
 
     def abort(self) -> None:
         """End a pass that did not get through; the cache is as it was before."""
-        set_active_step(None)
         self.cache.rollback(self.marks)
 
     def padding(self, device: torch.device) -> torch.Tensor:

@@ -179,6 +179,20 @@ class Method(ABC):
         self.drain()
         self.kv.crop(length)
 
+    def mark(self) -> Any:
+        """The present state, to go back to when a pass fails; holds no copy of keys and values."""
+        return self.length
+
+    def rollback(self, mark: Any) -> None:
+        """Be what it was at the mark, wherever the pass after it was interrupted.
+
+        Any line of ``append``, ``ahead``, ``attend``, ``observe``, ``settle`` and ``prefilled`` may be the last one
+        that ran: what is made from keys and values is either right after this, or made anew when it is next needed.
+        """
+        self.drain()
+        if self.length > mark:
+            self.crop(mark)
+
     def select_rows(self, rows: torch.Tensor) -> None:
         """Make row ``i`` what row ``rows[i]`` was."""
         self.drain()

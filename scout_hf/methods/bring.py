@@ -12,7 +12,7 @@ from scout_hf.stores.link import Links, Mark
 
 
 class Coming:
-    """Keys and values that are under way: ``wait`` for them, then ``give_back``; or ``drop`` them.
+    """Keys and values that are under way: ``wait`` for them, or ``drain`` them; then ``give_back``, once.
 
     Attributes
     ----------
@@ -37,10 +37,9 @@ class Coming:
         """The device has been given all work on it."""
         self._staging.give_back(self._buffer)
 
-    def drop(self) -> None:
-        """Nobody will use it; returns when nothing writes to it any more."""
+    def drain(self) -> None:
+        """Nobody will use it; returns when nothing writes to it any more, and ``give_back`` is next."""
         self._ticket.drain()
-        self.give_back()
 
 
 def bring_blocks(step, host: PagedKV, first: int, last: int, heads: slice, device: torch.device, gbps=None) -> Coming:
@@ -122,7 +121,7 @@ def _bring(step, host: PagedKV, what: tuple, shape: tuple, places: Callable, rea
                 _carry, buffer, read, copy if native else None, step.links, step.links.mark(device)
             )
     except BaseException:
-        staging.give_back(buffer)
+        staging.lose(buffer)
         raise
     return Coming(what, buffer, step.links.limit(ticket, buffer.nbytes, gbps), staging)
 

@@ -28,7 +28,8 @@ class Dense(TieredMethod):
 
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
         super().__init__(config, layer_idx, keys)
-        self._coming: Coming | None = None
+        # Under way, in the order of use.
+        self._coming: list[Coming] = []
 
     @classmethod
     def check(cls, config: ScoutConfig) -> None:
@@ -51,7 +52,7 @@ class Dense(TieredMethod):
 
     def ahead(self, step, query: torch.Tensor | None) -> None:
         self._drop_coming()
-        self._coming = self._bring(step, self._first_block(step), self._pieces()[0])
+        self._coming.append(self._bring(step, self._first_block(step), self._pieces()[0]))
 
     def attend(self, step, query: torch.Tensor) -> Partial:
         parts = [self._attend_tail(step, query)]
@@ -64,7 +65,7 @@ class Dense(TieredMethod):
 
     def fork(self) -> Dense:
         twin = super().fork()
-        twin._coming = None
+        twin._coming = []
         return twin
 
     def drain(self) -> None:
@@ -89,25 +90,20 @@ class Dense(TieredMethod):
     def _attend_host(self, step, query: torch.Tensor, first: int) -> Partial:
         """Attention over the host's blocks from ``first`` on, piece by piece, the next one under way."""
         pieces, group, size = self._pieces(), query.shape[1] // self.kv_heads, self.config.block_size
-        here, self._coming = self._coming, None
-        if here is not None and here.what != (first, self.kv.host.blocks, pieces[0]):
-            here.drop()  # begun before tokens came in another way
-            here = None
-        here = here or self._bring(step, first, pieces[0])
+        if self._coming and self._coming[0].what != (first, self.kv.host.blocks, pieces[0]):
+            self._drop_coming()  # begun before tokens came in another way
+        if not self._coming:
+            self._coming.append(self._bring(step, first, pieces[0]))
         exists, parts = self._exists(step, first * size, self.kv.host.length), []
         for number, heads in enumerate(pieces):
-            following = pieces[number + 1] if number + 1 < len(pieces) else None
-            try:
-                coming = self._bring(step, first, following) if following else None
-                keys, values = self._wait(step, here)
-            except BaseException:
-                self._coming = here  # a drain must find it
-                raise
+            if number + 1 < len(pieces):
+                self._coming.append(self._bring(step, first, pieces[number + 1]))
+            here = self._coming[0]
+            keys, values = self._wait(step, here)
             chosen = query[:, heads.start * group : heads.stop * group]
             parts.append(attend(chosen, keys, values, *self.scoring, exists))
             step.counters.recalled(self.layer_idx, self._blocks_of(heads, first), here.nbytes)
-            here.give_back()
-            here = coming
+            self._coming.pop(0).give_back()
         return parts[0] if len(parts) == 1 else Partial(*(torch.cat(each, dim=1) for each in zip(*parts)))
 
     def _wait(self, step, coming: Coming) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,6 +114,6 @@ class Dense(TieredMethod):
         return (self.kv.host.blocks - first) * self.batch * (heads.stop - heads.start)
 
     def _drop_coming(self) -> None:
-        coming, self._coming = self._coming, None
-        if coming is not None:
-            coming.drop()
+        while self._coming:
+            self._coming[0].drain()
+            self._coming.pop(0).give_back()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from scout_hf.config import ScoutConfig
@@ -115,6 +117,15 @@ class HGCA(TieredMethod):
         else:
             self._weights = self._weights[:, :, : length - held]
 
+    def mark(self) -> Any:
+        # All of these are made anew where they change.
+        return super().mark(), self.kept, self.kept.mark(), self._past, self._weights
+
+    def rollback(self, mark: Any) -> None:
+        kv, self.kept, kept, self._past, self._weights = mark
+        super().rollback(kv)
+        self.kept.rollback(kept)
+
     def select_rows(self, rows: torch.Tensor) -> None:
         super().select_rows(rows)
         self.kept.select_rows(rows)
@@ -126,9 +137,9 @@ class HGCA(TieredMethod):
         return twin
 
     def drain(self) -> None:
-        ticket, self._ticket = self._ticket, None
-        if ticket is not None:
-            ticket.drain()
+        if self._ticket is not None:
+            self._ticket.drain()
+            self._ticket = None
 
     def tier_bytes(self) -> dict[str, int]:
         held = super().tier_bytes()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from scout_hf.config import ScoutConfig
@@ -91,9 +93,7 @@ class InfiniGen(TieredMethod):
             keys, values, usable = self.tokens.content()
             parts.append(attend(query, keys, values, *self.scoring, usable[:, :, None]))
             attended = attended + usable.sum(dtype=torch.float32) / (self.batch * self.kv_heads)
-            if self._coming is not None:
-                self._coming.give_back()
-                self._coming = None
+            self._give_back()
         step.counters.attended(self.layer_idx, step.context(), attended)
         if self._predicted is not None:
             step.counters.predicted(self.layer_idx, self._predicted, query)
@@ -121,6 +121,17 @@ class InfiniGen(TieredMethod):
 
     def crop(self, length: int) -> None:
         super().crop(length)
+        self._fit_to_host()
+
+    def mark(self) -> Any:
+        return super().mark(), self.partial, self._guessed_from
+
+    def rollback(self, mark: Any) -> None:
+        kv, self.partial, self._guessed_from = mark
+        super().rollback(kv)
+        self._fit_to_host()
+
+    def _fit_to_host(self) -> None:
         self.partial.crop(self.kv.host.length)
         self.tokens.crop(self.kv.host.length)
 
@@ -135,10 +146,10 @@ class InfiniGen(TieredMethod):
         return twin
 
     def drain(self) -> None:
-        coming, self._coming = self._coming, None
         self._predicted = None
-        if coming is not None:
-            coming.drop()
+        if self._coming is not None:
+            self._coming.drain()
+            self._give_back()
         self.tokens.forget()
 
     def tier_bytes(self) -> dict[str, int]:
@@ -164,6 +175,11 @@ class InfiniGen(TieredMethod):
             ids, real = missing
             real = None if real is None else real.cpu()
             self._coming = bring_tokens(step, self.kv.host, ids.cpu(), self.kv.device, self.config.link_gbps, real)
+
+    def _give_back(self) -> None:
+        coming, self._coming = self._coming, None
+        if coming is not None:
+            coming.give_back()
 
     def _arrive(self, step) -> None:
         if self._coming is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from scout_hf.stores import PagedKV, TwoTierKV
@@ -34,7 +36,8 @@ class LayerInputs:
         kind = TwoTierKV if on_host else PagedKV
         self.store = kind(batch, 1, half, block_size, hidden.dtype, device)
         self.written = Mark()
-        self._positions: list[torch.Tensor] | None = []
+        # Each with its first token; None in a model that needs none.
+        self._positions: list[tuple[int, torch.Tensor]] | None = []
 
     @property
     def blocks(self) -> int:
@@ -46,11 +49,14 @@ class LayerInputs:
         if first != self.store.length:
             return
         halves = hidden.to(self.dtype).unflatten(2, (2, -1))
-        self.store.append(halves[:, None, :, 0], halves[:, None, :, 1])
         if position_ids is None:
             self._positions = None
         elif self._positions is not None:
-            self._positions.append(position_ids.to(self.store.device))
+            # Those of an append that failed.
+            while self._positions and self._positions[-1][0] >= first:
+                self._positions.pop()
+            self._positions.append((first, position_ids.to(self.store.device)))
+        self.store.append(halves[:, None, :, 0], halves[:, None, :, 1])
 
     def write_back(self, host_length: int, links: Links | None = None) -> None:
         """Let as many whole blocks be on the host as there are of keys and values; beside, with ``links``."""
@@ -72,10 +78,12 @@ class LayerInputs:
         """Positions of the first ``tokens``, (1 or batch, tokens), by axis at the end; None in a model without."""
         if self._positions is None:
             return None
-        if self._positions[0].shape[1] < tokens:
-            rows = max(len(part) for part in self._positions)
-            self._positions = [torch.cat([part.expand(rows, *part.shape[1:]) for part in self._positions], dim=1)]
-        return self._positions[0][:, :tokens]
+        if self._positions[0][1].shape[1] < tokens:
+            rows = max(len(part) for _, part in self._positions)
+            self._positions = [
+                (0, torch.cat([part.expand(rows, *part.shape[1:]) for _, part in self._positions], dim=1))
+            ]
+        return self._positions[0][1][:, :tokens]
 
     def tier_bytes(self) -> dict[str, int]:
         """Bytes held, by tier."""
@@ -88,15 +96,31 @@ class LayerInputs:
         length = min(length, self.store.length)
         self.written.finish()
         self.store.crop(length)
+        self._cut_positions()
+
+    def mark(self) -> Any:
+        """The present state, to go back to; holds no copy of anything."""
+        return self.store.mark() if self.on_host else self.store.length
+
+    def rollback(self, mark: Any) -> None:
+        """Be what it was at the mark, wherever an append or a write-back after it was interrupted."""
+        self.written.finish()
+        if self.on_host:
+            self.store.rollback(mark)
+        else:
+            self.store.crop(mark)
+        self._cut_positions()
+
+    def _cut_positions(self) -> None:
         if self._positions:
-            self._positions = [self.positions(length)]
+            self._positions = [(0, self.positions(self.store.length))]
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Make row ``i`` what row ``rows[i]`` was."""
         self.store.select_rows(rows)
         if self._positions:
             all_of_it = self.positions(self.store.length)
-            self._positions = [all_of_it if len(all_of_it) == 1 else all_of_it[rows.to(all_of_it.device)]]
+            self._positions = [(0, all_of_it if len(all_of_it) == 1 else all_of_it[rows.to(all_of_it.device)])]
 
     def fork(self) -> LayerInputs:
         """An independent copy that shares pages."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
@@ -90,7 +91,7 @@ class KVPR(Dense):
         self._split = self._best_split(step)
         self._bring_inputs(step)
         if self._split < self.kv.host.blocks:
-            self._coming = self._bring(step, self._split, self._pieces()[0])
+            self._coming.append(self._bring(step, self._split, self._pieces()[0]))
 
     def prefilled(self, step, query: torch.Tensor) -> None:
         known = self.inputs is not None and self.inputs.blocks and self.kv.host.blocks
@@ -119,6 +120,15 @@ class KVPR(Dense):
         super().crop(length)
         if self.inputs is not None:
             self.inputs.crop(length)
+
+    def mark(self) -> Any:
+        return super().mark(), self.inputs, self.inputs and self.inputs.mark()
+
+    def rollback(self, mark: Any) -> None:
+        kv, self.inputs, inputs = mark
+        super().rollback(kv)
+        if self.inputs is not None:
+            self.inputs.rollback(inputs)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         super().select_rows(rows)
@@ -169,8 +179,8 @@ class KVPR(Dense):
         result = attend(query, keys.to(self.dtype), values.to(self.dtype), *self.scoring, self._exists(step, 0, tokens))
         if self.inputs.on_host:
             step.counters.recalled(self.layer_idx, 0, self._inputs_coming.nbytes)
-            self._inputs_coming.give_back()
-            self._inputs_coming = None
+            coming, self._inputs_coming = self._inputs_coming, None
+            coming.give_back()
         step.counters.add("computed_anew", self.layer_idx, tokens)
         return result
 
@@ -188,9 +198,11 @@ class KVPR(Dense):
 
     def _drop_coming(self) -> None:
         super()._drop_coming()
-        coming, self._inputs_coming = self._inputs_coming, None
+        coming = self._inputs_coming
         if coming is not None:
-            coming.drop()
+            coming.drain()
+            self._inputs_coming = None
+            coming.give_back()
         self._split = 0
 
     # -- how much to compute ------------------------------------------------------------------------------------

@@ -47,6 +47,9 @@ class OneTierScout(Method):
         if self.config.link_gbps or self.config.cpu_gbps:
             step.counters.note("scout", "one tier: link_gbps and cpu_gbps emulate nothing; try split='cpu'")
 
+    def rollback(self, mark: int) -> None:
+        self.crop(mark)
+
     def crop(self, length: int) -> None:
         super().crop(length)
         self.selector.crop(length // self.config.block_size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from scout_hf.config import ScoutConfig
@@ -55,6 +57,14 @@ class TieredMethod(Method):
     def crop(self, length: int) -> None:
         self._written.finish()
         super().crop(length)
+
+    def mark(self) -> Any:
+        return self.kv.mark()
+
+    def rollback(self, mark: Any) -> None:
+        self.drain()
+        self._written.finish()
+        self.kv.rollback(mark)
 
     def past_chunks(self, step, past: int):
         self._written.finish()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -103,9 +107,28 @@ class TwoTierScout(Method):
 
     def crop(self, length: int) -> None:
         super().crop(length)
+        self._fit_to_host()
+
+    def mark(self) -> Any:
+        return self.kv.mark()
+
+    def rollback(self, mark: Any) -> None:
+        self.drain()
+        self.kv.rollback(mark)
+        self._fit_to_host()
+
+    def _fit_to_host(self) -> None:
         self.selector.crop(self.kv.host.blocks)
-        if self.resident is not None:
-            self.resident.crop(self.kv.host.blocks)
+        with self._changing_residents() as resident:
+            if resident is not None:
+                resident.crop(self.kv.host.blocks)
+
+    @contextlib.contextmanager
+    def _changing_residents(self) -> Iterator[Any]:
+        """The residents, gone if the block fails: some slot may name what it does not hold, and all are chosen anew."""
+        resident, self.resident = self.resident, None
+        yield resident
+        self.resident = resident
 
     def select_rows(self, rows: torch.Tensor) -> None:
         super().select_rows(rows)
@@ -122,9 +145,10 @@ class TwoTierScout(Method):
 
     def drain(self) -> None:
         self._drop_job()
-        ticket, self._recall = self._recall, None
-        if ticket is not None and not ticket.drain():
-            self.resident = None
+        if self._recall is not None:
+            if not self._recall.drain():
+                self.resident = None
+            self._recall = None
 
     def slabs(self) -> list[torch.Tensor]:
         return self.kv.host.table.pool.slabs
@@ -230,7 +254,8 @@ class TwoTierScout(Method):
         self._store(step)
 
     def _adopt(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.resident.adopt(first, keys, values)
+        with self._changing_residents() as resident:
+            resident.adopt(first, keys, values)
 
     def _past_keys(self, tokens: int) -> torch.Tensor:
         return self.kv.host.read(0, tokens)[0]
@@ -239,13 +264,15 @@ class TwoTierScout(Method):
         self.kv.write_back(self._window_blocks)
 
     def _choose_residents(self, step, query: torch.Tensor) -> None:
-        host = self.kv.host
-        if self.resident is None:
+        host, resident = self.kv.host, self.resident
+        self.resident = None
+        if resident is None:
             batch, _, _, dim = query.shape
             like = (host.dtype, query.device)
-            self.resident = ResidentSlots(batch, self.kv_heads, self._slots(), self.config.block_size, dim, *like)
+            resident = ResidentSlots(batch, self.kv_heads, self._slots(), self.config.block_size, dim, *like)
         pick = self.selector.pick(step, query, host.blocks, self.kv_heads)
-        self.resident.load(pick.ids, pick.usable_or_all(), host)
+        resident.load(pick.ids, pick.usable_or_all(), host)
+        self.resident = resident
         self._steps_since_recall = 0
 
     def _slots(self) -> int:
@@ -287,25 +314,23 @@ class TwoTierScout(Method):
         return self._pick.ids.numel() if self._pick.usable is None else int(self._pick.usable.sum())
 
     def _start_recall(self, step) -> None:
-        plan = self.resident.plan_recall(self._pick.ids, self._pick.usable_or_all(), self.kv.host.blocks)
-        if plan is not None:
-            places = plan.addresses(self.kv.host)
-            held = (self.resident.keys, self.resident.values, self.kv.host.memory())
-            self._recall = places and step.backend.copy(*places, keep=held)
-            if self._recall is None:
-                self._recall = step.movers.submit(plan.run, self.kv.host)
-            self._recall = step.links.limit(self._recall, plan.moved_bytes, self.config.link_gbps)
-            step.counters.recalled(self.layer_idx, plan.blocks, plan.moved_bytes)
+        with self._changing_residents() as resident:
+            plan = resident.plan_recall(self._pick.ids, self._pick.usable_or_all(), self.kv.host.blocks)
+            if plan is not None:
+                places = plan.addresses(self.kv.host)
+                held = (resident.keys, resident.values, self.kv.host.memory())
+                self._recall = places and step.backend.copy(*places, keep=held)
+                if self._recall is None:
+                    self._recall = step.movers.submit(plan.run, self.kv.host)
+                self._recall = step.links.limit(self._recall, plan.moved_bytes, self.config.link_gbps)
+                step.counters.recalled(self.layer_idx, plan.blocks, plan.moved_bytes)
 
     def _join_recall(self) -> None:
         if self._recall is not None:
-            ticket, self._recall = self._recall, None
-            try:
-                ticket.wait()
-            except BaseException:
-                # Some slots hold neither the old block nor the new one.
-                self.resident = None
-                raise
+            with self._changing_residents():
+                self._recall.wait()
+                # Only now: after an interrupt, a rollback must find the job to wait for it.
+                self._recall = None
 
     # -- bookkeeping --------------------------------------------------------------------------------------------
 

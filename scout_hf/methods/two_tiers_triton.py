@@ -8,6 +8,7 @@ their own.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -48,6 +49,10 @@ class TritonScout(TwoTierScout):
         return config.host_dtype is None and keys.dtype in KERNEL_DTYPES and keys.shape[-1] <= MOST_CHANNELS
 
     # -- structure ----------------------------------------------------------------------------------------------
+
+    def rollback(self, mark: Any) -> None:
+        super().rollback(mark)
+        self._map_pages(0)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         super().select_rows(rows)
@@ -287,10 +292,10 @@ class TritonScout(TwoTierScout):
     # -- write-back and recall ----------------------------------------------------------------------------------
 
     def _adopt(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        slots = self.resident
-        slots.make_room(first + 1)
-        slots.adopted(first)
-        self._kernels.adopt_block(first, keys, values, slots.ids, slots.slot_of, slots.keys, slots.values)
+        with self._changing_residents() as slots:
+            slots.make_room(first + 1)
+            slots.adopted(first)
+            self._kernels.adopt_block(first, keys, values, slots.ids, slots.slot_of, slots.keys, slots.values)
 
     def _past_keys(self, tokens: int) -> torch.Tensor:
         self._written.finish()
@@ -298,7 +303,8 @@ class TritonScout(TwoTierScout):
 
     def _store(self, step) -> None:
         first = self.kv.host.blocks
-        self._written = self.kv.write_back(self._window_blocks, None if step is None else step.links)
+        links = None if step is None else step.links
+        self._written = self.kv.write_back(self._window_blocks, links, in_place=True)
         self._map_pages(first)
 
     def _map_pages(self, first: int) -> None:
@@ -318,11 +324,11 @@ class TritonScout(TwoTierScout):
         if self.resident is None:
             sizes = (self._slots(), self.config.block_size, query.shape[3])
             self.resident = MappedSlots(rows, self.kv_heads, *sizes, host.dtype, query.device)
-        slots = self.resident
-        slots.clear(host.blocks)
-        self._select(step, query)
-        self._written.before(query.device)
         try:
+            slots = self.resident
+            slots.clear(host.blocks)
+            self._select(step, query)
+            self._written.before(query.device)
             moves = self._kernels.plan_recall(slots.ids, slots.slot_of, self._pick)
             self._kernels.copy_blocks(self._pages, moves, slots.keys, slots.values)
         except BaseException:
@@ -341,18 +347,16 @@ class TritonScout(TwoTierScout):
             share = step.clock.shares[self.layer_idx : self.layer_idx + 1]
         if rule is None or not self._started or (step.clock is None and share is None):
             return
-        moves = self._kernels.plan_recall(slots.ids, slots.slot_of, self._pick, share, self._recall_tally(step))
-        # What was written before a captured step is waited for before it.
-        after = self._written if step.clock is None else None
-        try:
+        tally = self._recall_tally(step)
+        with self._changing_residents():
+            moves = self._kernels.plan_recall(slots.ids, slots.slot_of, self._pick, share, tally)
+            # What was written before a captured step is waited for before it.
+            after = self._written if step.clock is None else None
             with step.links.beside("recall", slots.ids.device, *moves, after=after) as mark:
                 self._kernels.copy_blocks(self._pages, moves, slots.keys, slots.values)
-        except BaseException:
-            self.resident = None  # its maps tell of data that may not have come
-            raise
-        if step.clock is None:
-            self._recalled = mark  # a captured step ends with its copies
-        slots.recalled(self.kv.host.blocks)
+            if step.clock is None:
+                self._recalled = mark  # a captured step ends with its copies
+            slots.recalled(self.kv.host.blocks)
 
     def _recall_tally(self, step) -> torch.Tensor:
         slots = self.resident

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 
@@ -12,7 +13,7 @@ from scout_hf.config import ScoutConfig
 from scout_hf.kernels.cpu import BlockLists, pages
 from scout_hf.kernels.device import KERNEL_DTYPES, MOST_CHANNELS, find_kernels
 from scout_hf.selection.auto import digest_for
-from scout_hf.selection.digest import make_digest
+from scout_hf.selection.digest import Digest, make_digest
 from scout_hf.selection.pick import Pick, choose, everything, pack_lists
 from scout_hf.selection.reading import Blocks, in_parts, read_parts, read_sample
 from scout_hf.selection.table import DigestTable
@@ -20,6 +21,20 @@ from scout_hf.selection.table import DigestTable
 # Constants of a digest are taken from the first keys, and again while the context is short and has grown much.
 ENOUGH_TOKENS, GROWN = 4096, 8
 POWER_QUERIES = 512
+
+
+class Coded(NamedTuple):
+    """Codes and what they were made with; one object, since either is void without the other.
+
+    digest, table : Digest, DigestTable
+    fitted_blocks, fitted_blindly : int, bool
+        Blocks that the digest has its constants from, and whether no query had been seen then.
+    """
+
+    digest: Digest
+    table: DigestTable
+    fitted_blocks: int = 0
+    fitted_blindly: bool = False
 
 
 class Selector:
@@ -35,13 +50,22 @@ class Selector:
 
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
         self.config, self.dense = config, config.is_dense(layer_idx)
-        self.digest, self.table = make_digest(digest_for(config, keys)), DigestTable()
+        self._coded = Coded(make_digest(digest_for(config, keys)), DigestTable())
         served = keys.dtype in KERNEL_DTYPES and keys.shape[-1] <= MOST_CHANNELS
         self._kernels = find_kernels(config.gpu_kernels, keys.device) if served else None
-        self._fitted_blocks, self._fitted_blindly = 0, False
         self._early: int | None = None  # the first block digested before a pass said what is padding
         self._query_power: torch.Tensor | None = None
         self._scale = keys.shape[-1] ** -0.5
+
+    @property
+    def digest(self) -> Digest:
+        """What codes blocks."""
+        return self._coded.digest
+
+    @property
+    def table(self) -> DigestTable:
+        """The codes."""
+        return self._coded.table
 
     @property
     def blocks(self) -> int:
@@ -100,17 +124,16 @@ class Selector:
     def _take_anew(self, sample: Blocks, parts: Iterable[Blocks]) -> None:
         """Constants from a sample, and codes of everything with them; if that fails, nothing has changed."""
         anew = copy.copy(self)
-        anew.digest, anew.table = copy.copy(self.digest), DigestTable()
+        anew._coded = Coded(copy.copy(self.digest), DigestTable())
         anew.digest.fit(*sample, self._query_power, self._scale)
         anew._append(parts)
-        self.digest, self.table, self._fitted_blocks = anew.digest, anew.table, anew.blocks
-        self._fitted_blindly = self._query_power is None
+        self._coded = Coded(anew.digest, anew.table, anew.blocks, self._query_power is None)
 
     def _fit_is_due(self, new: int) -> bool:
         if not self.digest.needs_fit or not self.blocks:
             return self.digest.needs_fit
-        enough = self._fitted_blocks * self.config.block_size >= ENOUGH_TOKENS
-        return not enough and self.blocks + new >= GROWN * self._fitted_blocks
+        fitted = self._coded.fitted_blocks
+        return fitted * self.config.block_size < ENOUGH_TOKENS and self.blocks + new >= GROWN * fitted
 
     def extend_from(self, store, last: int, exists: torch.Tensor | None) -> None:
         """Digest the whole blocks of a PagedKV up to block ``last`` that have no digest yet.
@@ -132,11 +155,12 @@ class Selector:
             self._extend_from(store, last, None)
 
     def _review_early(self, exists: torch.Tensor | None) -> None:
-        first, self._early = self._early, None
+        first = self._early
         made = slice(first * self.config.block_size, self.blocks * self.config.block_size)
-        blind = not first and self._fitted_blindly and self._query_power is not None
+        blind = not first and self._coded.fitted_blindly and self._query_power is not None
         if blind or (exists is not None and not bool(exists[:, made].all())):
             self.crop(first)
+        self._early = None
 
     def _extend_from(self, store, last: int, exists: torch.Tensor | None) -> None:
         first, size = self.blocks, self.config.block_size
@@ -146,12 +170,9 @@ class Selector:
         covers = exists is None or exists.is_cpu and exists.stride(1) == 1 and exists.shape[0] == store.batch
         if native is not None and covers and (exists is None or exists.shape[1] >= last * size):
             shape = torch.Size((store.batch, store.heads, last - first, 2 * store.head_dim))
-            codes = self.table.grow(shape, store.dtype, store.device)
-            try:
-                pages.minmax(store.library, native, first, last, exists, codes)
-            except BaseException:
-                self.table.crop(first)
-                raise
+            codes = self.table.make_room(shape, store.dtype, store.device)
+            pages.minmax(store.library, native, first, last, exists, codes)
+            self.table.grew(last - first)
             return
 
         if self._fit_is_due(last - first):
@@ -257,5 +278,6 @@ class Selector:
     def fork(self) -> Selector:
         """An independent copy."""
         twin = object.__new__(Selector)
-        twin.__dict__.update(self.__dict__, table=self.table.fork(), digest=copy.copy(self.digest))
+        coded = self._coded._replace(digest=copy.copy(self.digest), table=self.table.fork())
+        twin.__dict__.update(self.__dict__, _coded=coded)
         return twin

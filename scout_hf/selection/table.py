@@ -36,11 +36,15 @@ class DigestTable:
 
     def append(self, codes: torch.Tensor) -> None:
         """Add the codes of further blocks, (batch, kv_heads, n, code)."""
-        first = self.blocks
-        self.grow(codes.shape, codes.dtype, codes.device)[:, :, first:] = codes
+        self.make_room(codes.shape, codes.dtype, codes.device)[:, :, self.blocks :] = codes
+        self.grew(codes.shape[2])
 
-    def grow(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Make room for further codes of that shape, (batch, kv_heads, n, code); all codes, the new ones undefined."""
+    def grew(self, blocks: int) -> None:
+        """So many further codes have been put where there was room."""
+        self.blocks += blocks
+
+    def make_room(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """All codes with room behind them for further ones of that shape, (batch, kv_heads, n, code)."""
         total = self.blocks + shape[2]
         if self._codes is None or total > self._codes.shape[2]:
             room = total + max(SLACK_BLOCKS, total // 8)
@@ -48,8 +52,7 @@ class DigestTable:
             if self.blocks:
                 grown[:, :, : self.blocks] = self.codes()
             self._codes = grown
-        self.blocks = total
-        return self.codes()
+        return self.codes(total)
 
     def crop(self, blocks: int) -> None:
         """Keep the codes of the first ``blocks`` blocks."""

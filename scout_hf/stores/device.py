@@ -62,14 +62,15 @@ class ResidentSlots:
 
         ``ids`` is (batch, kv_heads, n), best first; what does not fit is left out. ``usable`` marks the real ones.
         """
-        self.filled = min(ids.shape[2], self.slots)
-        chosen, usable = ids[:, :, : self.filled], usable[:, :, : self.filled]
-        self.ids[:, :, : self.filled] = torch.where(usable, chosen, EMPTY)
-        self.ids[:, :, self.filled :] = EMPTY
-        self.gaps = not bool(usable.all())
+        count = min(ids.shape[2], self.slots)
+        chosen, usable = ids[:, :, :count], usable[:, :, :count]
         keys, values = _fetch(host, torch.where(usable, chosen, 0))
-        self.keys[:, :, : self.filled] = keys
-        self.values[:, :, : self.filled] = values
+        # No slot names what it does not hold yet.
+        self.ids.fill_(EMPTY)
+        self.keys[:, :, :count] = keys
+        self.values[:, :, :count] = values
+        self.filled, self.gaps = count, not bool(usable.all())
+        self.ids[:, :, :count] = torch.where(usable, chosen, EMPTY)
         return int(usable.sum())
 
     def adopt(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -114,18 +115,18 @@ class ResidentSlots:
 
     def grow(self, slots: int) -> None:
         """Have that many slots, the new ones empty."""
-        more = slots - self.slots
-        for name in ("keys", "values", "ids"):
-            held = getattr(self, name)
-            fresh = held.new_full((*held.shape[:2], more, *held.shape[3:]), EMPTY if name == "ids" else 0)
-            setattr(self, name, torch.cat([held, fresh], dim=2))
+        more, grown = slots - self.slots, []
+        for held, empty in ((self.keys, 0), (self.values, 0), (self.ids, EMPTY)):
+            fresh = held.new_full((*held.shape[:2], more, *held.shape[3:]), empty)
+            grown.append(torch.cat([held, fresh], dim=2))
+        self.keys, self.values, self.ids = grown
 
     def crop(self, blocks: int) -> None:
         """Forget residents from block ``blocks`` on."""
         gone = self.ids >= blocks
         if bool(gone.any()):
-            self.ids.masked_fill_(gone, EMPTY)
             self.gaps = True
+            self.ids.masked_fill_(gone, EMPTY)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Make row ``i`` what row ``rows[i]`` was."""
@@ -178,8 +179,8 @@ class Recall:
     def forget(self) -> None:
         """Nothing will come: the slots are empty."""
         rows, heads, which = self.real.nonzero(as_tuple=True)
-        self.resident.ids[rows, heads, self.slots[rows, heads, which]] = EMPTY
         self.resident.gaps = True
+        self.resident.ids[rows, heads, self.slots[rows, heads, which]] = EMPTY
 
 
 def _fetch(host, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -69,7 +69,8 @@ class HeldTokens:
     """
 
     def __init__(self, batch: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
-        self._slots = ResidentSlots(batch, heads, 0, 1, head_dim, dtype, device)
+        self._sizes = (batch, heads, 0, 1, head_dim, dtype, device)
+        self._slots = ResidentSlots(*self._sizes)
         self._recall: Recall | None = None
         self._chosen: torch.Tensor | None = None
 
@@ -101,11 +102,18 @@ class HeldTokens:
             Tokens, and which of them are missing.
         """
         self.forget()
-        if ids.shape[2] > self._slots.slots:
-            self._slots.grow(int(ids.shape[2] * ROOM))
-        self._recall = self._slots.plan_recall(ids, usable, tokens)
-        self._chosen = self._slots.among(ids, usable, tokens)
+        slots = self._take_slots()
+        if ids.shape[2] > slots.slots:
+            slots.grow(int(ids.shape[2] * ROOM))
+        self._recall = slots.plan_recall(ids, usable, tokens)
+        self._chosen = slots.among(ids, usable, tokens)
+        self._slots = slots
         return None if self._recall is None else (self._recall.ids, self._recall.real)
+
+    def _take_slots(self) -> ResidentSlots:
+        """The slots, to be put back when they are changed: until then there are none, and all must come anew."""
+        slots, self._slots = self._slots, ResidentSlots(*self._sizes)
+        return slots
 
     def put(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """What ``plan`` asked for is here, (tokens, head_dim) each, in the order of ``real.nonzero()``."""
@@ -115,9 +123,10 @@ class HeldTokens:
 
     def forget(self) -> None:
         """What ``plan`` asked for will not come."""
-        recall, self._recall, self._chosen = self._recall, None, None
-        if recall is not None:
-            recall.forget()
+        self._chosen = None
+        if self._recall is not None:
+            self._recall.forget()
+            self._recall = None
 
     def content(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys and values (batch, kv_heads, slots, head_dim), and which of the slots were chosen; once."""
@@ -127,12 +136,17 @@ class HeldTokens:
     def crop(self, length: int) -> None:
         """Let go of the tokens from ``length`` on."""
         self.forget()
-        self._slots.crop(length)
+        slots = self._take_slots()
+        slots.crop(length)
+        self._slots = slots
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Make row ``i`` what row ``rows[i]`` was."""
         self.forget()
-        self._slots.select_rows(rows)
+        slots, (_, *sizes) = self._take_slots(), self._sizes
+        slots.select_rows(rows)
+        self._sizes = (len(slots.ids), *sizes)
+        self._slots = slots
 
     def fork(self) -> HeldTokens:
         """An independent copy."""

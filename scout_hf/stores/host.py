@@ -76,9 +76,9 @@ class PagedKV:
             self._args = pages.store_args(self.heads, self.head_dim, self.block_size, self.dtype, self.packed)
         places = self.table.places
         if places is not self._described:
-            self._described = places
             self._args.pages = address(places[1], torch.int64)
             self._args.batch, self._args.pages_stride = places.shape[1:]
+            self._described = places
         self._args.length = self.length
         return self._args
 
@@ -135,6 +135,8 @@ class PagedKV:
         return done
 
     def _make_room(self, tokens: int) -> None:
+        # Pages that an append took which then failed: the last page must be the one that is written to.
+        self.table.truncate(self.blocks)
         if self.length % self.block_size:
             self.table.own_last()
         if (fresh := -(-(self.length + tokens) // self.block_size) - self.table.blocks) > 0:
@@ -189,8 +191,8 @@ class PagedKV:
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens."""
         if length < self.length:
-            self.table.truncate(-(-length // self.block_size))
             self.length = length
+            self.table.truncate(self.blocks)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Make row ``i`` what row ``rows[i]`` was (beam search, repeats); pages are shared until written to."""

@@ -72,6 +72,15 @@ class KeptTokens:
         self.tokens = self.tokens.masked_fill(~self.exists, 0)
         self._compact()
 
+    def mark(self) -> tuple:
+        """The present state, to go back to; holds no copy of anything."""
+        return self.kv, self.kv.length, self.tokens, self.weights, self.exists, self.total
+
+    def rollback(self, mark: tuple) -> None:
+        """Be what it was at the mark, wherever an addition after it was interrupted."""
+        self.kv, length, self.tokens, self.weights, self.exists, self.total = mark
+        self.kv.crop(length)
+
     def select_rows(self, rows: torch.Tensor) -> None:
         """Make row ``i`` what row ``rows[i]`` was."""
         rows = (rows.cpu()[:, None] * self.heads + torch.arange(self.heads, dtype=torch.int64, device="cpu")).flatten()
@@ -92,11 +101,12 @@ class KeptTokens:
         if length <= 2 * left + self.kv.block_size:
             return
         order = self.exists.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :left]
-        parts = self.kv.read(0, length)
-        self.kv.crop(0)
-        where = order[:, None, :, None].expand(-1, 1, -1, self.kv.head_dim)
+        # Another store: a mark may want the present one back.
+        kv = make_store(self.kv.batch, 1, self.kv.head_dim, self.kv.block_size, self.kv.dtype, "cpu")
+        where = order[:, None, :, None].expand(-1, 1, -1, kv.head_dim)
         if left:
-            self.kv.append(*(part.gather(2, where) for part in parts))
+            kv.append(*(part.gather(2, where) for part in self.kv.read(0, length)))
+        self.kv = kv
         self.tokens, self.weights, self.exists = (
             part.gather(1, order) for part in (self.tokens, self.weights, self.exists)
         )

@@ -55,16 +55,17 @@ class PackedKV(PagedKV):
             return
         # A block gets full and the tail starts anew: an append that fails, or is taken back, needs it as it was.
         before, kept = self.length, self.tail
-        self.tail = kept.clone()
+        self._kept = (before, kept)
         try:
+            self.tail = kept.clone()
             super().append(keys, values)
         except BaseException:
             if self.length == before:
                 self.tail = kept
             raise
-        self._kept = (before, kept)
 
     def _make_room(self, tokens: int) -> None:
+        self.table.truncate(self.length // self.block_size)
         if (fresh := (self.length + tokens) // self.block_size - self.table.blocks) > 0:
             self.table.extend(fresh)
 
@@ -72,7 +73,7 @@ class PackedKV(PagedKV):
         if self.library is not None:
             return super().gather(blocks, keys, values)
         batch, heads, count = blocks.shape
-        whole = self.table.blocks
+        whole = self.length // self.block_size
         if whole:
             # Block by block of all heads: the way without a compiler need not be fast.
             pages = self.table.ids.gather(1, blocks.clamp(max=whole - 1).reshape(batch, -1)).reshape(-1)
@@ -94,25 +95,26 @@ class PackedKV(PagedKV):
             return
         block, rest = divmod(length, self.block_size)
         kept_at, kept = self._kept
+        tail = self.tail
         if rest and kept is not None and kept_at // self.block_size == block and length <= kept_at:
-            self.tail = kept.clone()
-        elif rest and block < self.table.blocks:
+            tail = kept.clone()
+        elif rest and block < self.length // self.block_size:
             ids = torch.full((self.batch, self.heads, 1), block, dtype=torch.int64, device="cpu")
-            keys, values = (self.tail.new_empty((*ids.shape, self.block_size, self.head_dim)) for _ in range(2))
+            keys, values = (tail.new_empty((*ids.shape, self.block_size, self.head_dim)) for _ in range(2))
             self.gather(ids, keys, values)
-            self.tail = torch.stack([keys.squeeze(2), values.squeeze(2)], dim=2)
-        self._kept = (0, None)
+            tail = torch.stack([keys.squeeze(2), values.squeeze(2)], dim=2)
+        self.tail, self._kept, self.length = tail, (0, None), length
         self.table.truncate(block)
-        self.length = length
 
     def select_rows(self, rows: torch.Tensor) -> None:
+        tail = self.tail[rows.to(self.tail.device)]
         super().select_rows(rows)
-        self.tail = self.tail[rows.to(self.tail.device)]
-        self._kept = (0, None)
+        self.tail, self._kept = tail, (0, None)
 
     def fork(self) -> PackedKV:
+        tail = self.tail.clone()
         twin = super().fork()
-        twin.tail = self.tail.clone()
+        twin.tail = tail
         return twin
 
     def _write(self, keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -26,20 +26,35 @@ class PagePool:
     pinned : bool
         Whether a GPU reads and writes the slabs by itself.
 
-    Safe to use from several threads: caches forked from one prefix share a pool.
+    Safe to use from several threads: caches forked from one prefix share a pool. An error at any point costs some pages
+    at worst: none is ever given back twice, or while somebody holds it.
     """
 
     def __init__(self, page_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pinned: bool = False):
         self.page_shape, self.pinned = tuple(page_shape), pinned
         self.dtype, self.device = dtype, torch.device(device)
-        self.slabs: list[torch.Tensor] = []
-        self.starts: list[int] = []
-        self.pages = 0
+        # Slabs, the number of each one's first page, and pages in all: one object, for they change together.
+        self._layout: tuple[tuple[torch.Tensor, ...], tuple[int, ...], int] = ((), (), 0)
         self._fresh = 0
         self._free: list[int] = []
         self._references = torch.zeros(0, dtype=torch.int32, device="cpu")
         self._lock = threading.Lock()
         self._abandoned: deque[tuple[torch.Tensor, int]] = deque()
+
+    @property
+    def slabs(self) -> tuple[torch.Tensor, ...]:
+        """Where the pages are."""
+        return self._layout[0]
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The number of each slab's first page."""
+        return self._layout[1]
+
+    @property
+    def pages(self) -> int:
+        """Pages of all slabs, used or not."""
+        return self._layout[2]
 
     @property
     def page_bytes(self) -> int:
@@ -149,19 +164,23 @@ class PagePool:
 
     def _run(self, count: int) -> torch.Tensor:
         if self._fresh + count > self.pages:
-            self._free.extend(range(self._fresh, self.pages))
-            self._fresh = self.pages
+            rest = range(self._fresh, self.pages)
             self._add_slab(count)
+            self._fresh = rest.stop
+            self._free.extend(rest)
         ids = torch.arange(self._fresh, self._fresh + count, dtype=torch.int64, device="cpu")
         self._fresh += count
         return ids
 
     def _add_slab(self, count: int) -> None:
-        size = max(MIN_SLAB_PAGES, count + count // 8, self.pages // 2)
-        self.slabs.append(allocate_slab((size, *self.page_shape), self.dtype, self.device, self.pinned))
-        self.starts.append(self.pages)
-        self.pages += size
-        self._references = torch.cat([self._references, torch.zeros(size, dtype=torch.int32, device="cpu")])
+        slabs, starts, pages = self._layout
+        size = max(MIN_SLAB_PAGES, count + count // 8, pages // 2)
+        slab = allocate_slab((size, *self.page_shape), self.dtype, self.device, self.pinned)
+        references = torch.zeros(pages + size, dtype=torch.int32, device="cpu")
+        references[:pages] = self._references[:pages]
+        # Counters of pages that are not there do no harm.
+        self._references = references
+        self._layout = ((*slabs, slab), (*starts, pages), pages + size)
 
     def _recycle(self, ids: torch.Tensor) -> None:
         self._free.extend(ids.tolist())
@@ -214,38 +233,42 @@ class PageTable:
     def extend(self, blocks: int) -> torch.Tensor:
         """Append ``blocks`` fresh pages to every row and return them, (batch, blocks)."""
         new = self.pool.allocate(self.batch * blocks).view(self.batch, blocks)
-        first, self.blocks = self.blocks, self.blocks + blocks
-        if self.blocks > self.places.shape[2]:
+        addresses, places = self.pool.addresses(new), self.places
+        first, last = self.blocks, self.blocks + blocks
+        if last > places.shape[2]:
             # A new array, not a resized one: a job in flight may still read the old one.
-            grown = self.places.new_empty((2, self.batch, self.blocks + max(8, self.blocks // 2)))
-            grown[:, :, :first] = self.places[:, :, :first]
-            self.places = grown
-        self.places[0, :, first : self.blocks] = new
-        self.places[1, :, first : self.blocks] = self.pool.addresses(new)
+            places = places.new_empty((2, self.batch, last + max(8, last // 2)))
+            places[:, :, :first] = self.places[:, :, :first]
+        places[0, :, first:last] = new
+        places[1, :, first:last] = addresses
+        self.places = places
+        self.blocks = last
         self._last_is_ours = True
         return new
 
     def truncate(self, blocks: int) -> None:
         """Keep the first ``blocks`` pages of every row."""
         if blocks < self.blocks:
-            self.pool.release(self.ids[:, blocks:])
-            self.blocks = blocks
+            gone = self.ids[:, blocks:]
             self._last_is_ours = False
+            self.blocks = blocks
+            self.pool.release(gone)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Make row ``i`` what row ``rows[i]`` was; moves page numbers, not data."""
-        chosen = self.places[:, rows]
+        chosen, before = self.places[:, rows], self.ids
         self.pool.retain(chosen[0, :, : self.blocks])
-        self.pool.release(self.ids)
-        self.places = chosen
         self._last_is_ours = False
+        self.places = chosen
+        self.pool.release(before)
 
     def fork(self) -> PageTable:
         """A second table over the same pages; either copies a page before writing to it."""
         twin = PageTable(self.pool, self.batch)
-        twin.places, twin.blocks = self.places.clone(), self.blocks
-        self.pool.retain(twin.ids)
+        twin.places = self.places.clone()
         twin._last_is_ours = self._last_is_ours = False
+        self.pool.retain(self.ids)
+        twin.blocks = self.blocks
         return twin
 
     def own_last(self) -> None:
@@ -258,16 +281,15 @@ class PageTable:
             old = last[shared]
             new = self.pool.allocate(len(old))
             self.pool.copy_pages(old, new)
-            self.ids[shared, -1] = new
-            self.addresses[shared, -1] = self.pool.addresses(new)
+            # Number and address by one operation: a page of others must not be written to under the number of ours.
+            self.places[:, shared, self.blocks - 1] = torch.stack([new, self.pool.addresses(new)])
             self.pool.release(old)
         self._last_is_ours = True
 
     def release(self) -> None:
         """Give all pages back."""
         if self.blocks:
-            self.pool.release(self.ids)
-            self.blocks = 0
+            self.truncate(0)
 
     def __del__(self):
         if self.__dict__.get("blocks"):

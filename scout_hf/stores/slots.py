@@ -79,16 +79,16 @@ class MappedSlots:
     def crop(self, blocks: int) -> None:
         """Forget residents from block ``blocks`` on."""
         if blocks < self._blocks:
-            self._blocks = blocks
+            self.filled = None
             self.ids.masked_fill_(self.ids >= blocks, EMPTY)
             self.slot_of[:, :, blocks:] = EMPTY
-            self.filled = None
+            self._blocks = blocks
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Make row ``i`` what row ``rows[i]`` was."""
         rows = rows.to(self.ids.device)
-        for name in ("keys", "values", "ids", "slot_of"):
-            setattr(self, name, getattr(self, name)[rows])
+        parts = (self.keys, self.values, self.ids, self.slot_of)
+        self.keys, self.values, self.ids, self.slot_of = (part[rows] for part in parts)
 
     def fork(self) -> MappedSlots:
         """An independent copy."""

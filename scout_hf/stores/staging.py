@@ -43,6 +43,10 @@ class Staging:
         if buffer is not None:
             self._free.append(buffer)
 
+    def lose(self, taken: torch.Tensor) -> None:
+        """Whoever took it cannot say whether something still writes to it: nobody gets it any more."""
+        self._out.pop(taken.data_ptr(), None)
+
     def forget(self) -> None:
         """Let go of all buffers; those that are out go when their users do."""
         self._free.clear()

@@ -232,7 +232,7 @@ def test_reading_under_inference_mode():
 
 def test_a_cache_that_cannot_go_back_is_not_copied():
     cache, _ = random_cache(ONE_TIER)
-    cache.broken = True
+    cache.whole.torn = "crop()"
     with pytest.raises(scout_hf.CacheStateError, match="new ScoutCache"):
         cache.to_dynamic()
 

@@ -56,8 +56,8 @@ def test_frozen_weights_with_learnt_inputs_are_refused():
 def test_reset_makes_a_broken_cache_whole():
     model = tiny_model("llama")
     cache = scout_hf.ScoutCache(model.config)
-    cache.broken = True
+    cache.whole.torn = "crop()"
     with pytest.raises(scout_hf.CacheStateError, match="new ScoutCache"):
         cache.mark()
     cache.reset()
-    assert cache.mark() == [0] * model.config.num_hidden_layers
+    assert cache.mark() == [None] * model.config.num_hidden_layers

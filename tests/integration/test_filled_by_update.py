@@ -60,7 +60,7 @@ def passes(model, cache, inputs, *lengths):
 def made(monkeypatch):
     """Digests and partial keys made, in blocks and tokens, all layers together."""
     counts = {"blocks": 0, "tokens": 0}
-    grow, extend = DigestTable.grow, PartialKeys.extend
+    grow, extend = DigestTable.make_room, PartialKeys.extend
 
     def counting_grow(self, shape, *args):
         counts["blocks"] += shape[2]
@@ -70,7 +70,7 @@ def made(monkeypatch):
         counts["tokens"] += keys.shape[2]
         return extend(self, keys)
 
-    monkeypatch.setattr(DigestTable, "grow", counting_grow)
+    monkeypatch.setattr(DigestTable, "make_room", counting_grow)
     monkeypatch.setattr(PartialKeys, "extend", counting_extend)
     return counts
 

@@ -120,7 +120,8 @@ def test_blocks_and_tokens_come_as_they_are(backend, slabs, dtype, monkeypatch):
     for got, expected in zip(coming.wait(), (keys, values)):
         assert torch.equal(got, expected.gather(2, ids.unsqueeze(-1).expand(-1, -1, -1, 16)))
     assert coming.nbytes == 2 * 2 * 3 * 21 * 16 * dtype.itemsize
-    coming.drop()
+    coming.drain()
+    coming.give_back()
 
 
 def test_a_transfer_without_a_library(monkeypatch):

@@ -233,7 +233,7 @@ def test_constants_are_taken_anew_while_a_context_grows(monkeypatch, name, padde
     mask = torch.ones(2, 1024, dtype=torch.bool)
     mask[1, :19] = False
     selector, store, keys = filled_selector(name, 1024, 100, mask=mask if padded else None)
-    assert 8 * selector._fitted_blocks > selector.blocks == 128 and selector._fitted_blocks >= 64
+    assert 8 * selector._coded.fitted_blocks > selector.blocks == 128 and selector._coded.fitted_blocks >= 64
     exists = mask.view(2, -1, 8) if padded else None
     expected = selector.digest.encode(keys.view(2, 2, -1, 8, 16), exists)
     assert torch.equal(selector.table.codes(), expected)

@@ -265,7 +265,7 @@ def test_a_digest_without_a_native_way_goes_through_torch():
     """``native = None``, as digests of one's own have."""
     store, query = make_store(200, 0), torch.randn(BATCH, HEADS, 1, DIM, generator=torch.Generator().manual_seed(0))
     selector = Selector(ScoutConfig(digest="minmax", block_size=SIZE, budget=56), 0, KEYS)
-    selector.digest = type("Own", (MinMax,), {"native": None})()
+    selector._coded = selector._coded._replace(digest=type("Own", (MinMax,), {"native": None})())
     unused = SimpleNamespace(select=None, score=None)
     selector.extend_from(store, 25, None)
     lists = selector.lists(make_step(200, None, unused), query, store, 21)

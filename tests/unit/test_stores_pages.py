@@ -56,7 +56,7 @@ def test_slabs_never_move_and_fresh_pages_are_one_run_in_one_slab():
     assert len(places) > 3 and len(kept) == 151 == pool.used_pages
     assert all(bool((content_of(pool, page) == value).all()) for page, value in kept.items())
     assert sum(len(slab) for slab in pool.slabs) == pool.pages
-    assert pool.starts == [sum(len(s) for s in pool.slabs[:i]) for i in range(len(pool.slabs))]
+    assert list(pool.starts) == [sum(len(s) for s in pool.slabs[:i]) for i in range(len(pool.slabs))]
 
 
 def test_what_a_slab_has_left_is_not_lost_when_the_next_one_comes():

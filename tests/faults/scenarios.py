@@ -1,0 +1,266 @@
+"""Caches in all settings, what is done to them, and how to tell whether a cache goes on as one that nothing befell."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import scout_hf
+from scout_hf import CacheStateError, ScoutCache
+from tests.unit.worlds import CROP_TAKES_LENGTH, VOCAB, stock_model
+
+BLOCK = 8
+SHORT, LONG, TURN, STEPS = 21, 45, 13, 5
+TOLERANCE = 1e-5
+SMALL = {"block_size": BLOCK, "threads": 1}
+TWO = {"split": "cpu", "window": 8, "resident": 16, "recall": 1}
+METHODS = {"block_size": BLOCK, "window": 8}
+SETTINGS: dict[str, dict] = {
+    "one tier": {"split": "off", "layer_ahead": False},
+    "one tier, budget": {"split": "off", "budget": 24, "window": 8, "digest": "minmax"},
+    "one tier, int8": {"split": "off", "layer_ahead": False, "host_dtype": "int8"},
+    "two tiers": {**TWO, "layer_ahead": False},
+    "two tiers, ahead": {**TWO, "layer_ahead": True, "cpu_query": "real", "recall": 0.1},
+    "two tiers, torch": {**TWO, "layer_ahead": True, "cpu_query": "real", "cpu_backend": "torch"},
+    "two tiers, int8": {**TWO, "layer_ahead": False, "host_dtype": "int8"},
+    "two tiers, sign codes": {**TWO, "layer_ahead": False, "budget": 4096, "digest": "sign"},
+    "dense": {"method": "dense"},
+    "dense, head by head": {"method": "dense", "method_options": {"heads": 1}},
+    "kvpr": {"method": "kvpr", "method_options": {"share": 0.5}},
+    "infinigen": {"method": "infinigen", "layer_ahead": True},
+    "infinigen, kept": {
+        "method": "infinigen", "budget": 4096, "method_options": {"alpha": 1e9, "keep": True}},
+    "hgca": {"method": "hgca", "resident": 16, "method_options": {"threshold": 0}},
+    "hgca, lossy": {"method": "hgca", "resident": 16, "budget": 32, "method_options": {"least": 2}},
+}  # fmt: skip
+"""Two tiers pick everything: what each of them holds is attended, so that one wrong block shows in the logits."""
+
+
+@functools.cache
+def model(cpu_backend: str):
+    """A patched copy of a tiny model."""
+    patched = copy.deepcopy(stock_model())
+    scout_hf.patch(patched, cpu_backend=cpu_backend, threads=1)
+    return patched
+
+
+def tokens(rows: int) -> torch.Tensor:
+    """Ids (rows, 128); rows differ in what a prompt is made from, and go on alike."""
+    ids = torch.randint(1, VOCAB, (rows, 128), generator=torch.Generator().manual_seed(0))
+    ids[:, SHORT:] = ids[:1, SHORT:]
+    return ids
+
+
+@dataclass
+class World:
+    """One cache, a fork of it, and the model that runs both.
+
+    Parameters
+    ----------
+    settings : str
+        One of ``SETTINGS``.
+    rows, length : int
+        Of the prompt that the cache holds.
+    padding : int
+        Left padding of the first row.
+    """
+
+    settings: str
+    rows: int = 1
+    length: int = LONG
+    padding: int = 0
+    cache: Any = None
+    twin: Any = None
+    lossy: float = field(init=False)
+
+    def __post_init__(self):
+        options = {"block_size": BLOCK, "window": 8, "budget": None} | SETTINGS[self.settings]
+        self.options = options
+        self.lossy = 2e-2 if options.get("host_dtype") else TOLERANCE
+        self.model = model(options.get("cpu_backend", "auto"))
+        self.ids = tokens(self.rows)
+        self.cache = self.new()
+        if self.length:
+            self.run(self.cache, self.length - 3)
+            for _ in range(3):
+                self.run(self.cache, self.cache.get_seq_length() + 1)
+            self.twin = self.cache.fork()
+            # Work that was begun for the next step and dropped by the fork begins anew.
+            self.run(self.cache, self.length + 1)
+
+    def new(self) -> ScoutCache:
+        return ScoutCache(self.model.config, **self.options)
+
+    def run(self, cache: ScoutCache, until: int, ids: torch.Tensor | None = None) -> torch.Tensor:
+        """One pass up to a length; the last token's logits."""
+        ids = self.ids if ids is None else ids
+        mask = torch.ones(len(ids), until, dtype=torch.int64)
+        mask[0, : self.padding] = 0
+        with torch.no_grad():
+            new = ids[:, cache.get_seq_length() : until]
+            return self.model(new, past_key_values=cache, attention_mask=mask).logits[:, -1]
+
+    def rows_of(self, cache: ScoutCache) -> torch.Tensor:
+        """Ids for as many rows as the cache has now."""
+        method = cache.layers[0].method
+        return self.ids[:1].expand(self.rows if method is None else method.batch, -1)
+
+    def go_on(self, cache: ScoutCache, turn: int, steps: int = STEPS) -> tuple[tuple, torch.Tensor]:
+        """What the cache looks like, and the logits of a turn up to that length and of steps behind it."""
+        ids = self.ids if cache.get_seq_length() < SHORT else self.rows_of(cache)
+        found = (cache.get_seq_length(), len(ids))
+        logits = [self.run(cache, turn, ids)] if found[0] < turn else []
+        for _ in range(steps):
+            logits.append(self.run(cache, cache.get_seq_length() + 1, ids))
+        return found, torch.stack(logits)
+
+
+def crop(cache: ScoutCache, length: int) -> None:
+    cache.crop(length if CROP_TAKES_LENGTH else length - cache.get_seq_length())
+
+
+@dataclass
+class Scenario:
+    """An operation on a world, and what a cache may be when the operation failed.
+
+    ``stages`` lead from the prepared cache to states that are allowed; ``turn`` is the length up to which it goes on in
+    one pass.
+    """
+
+    name: str
+    world: dict
+    operation: Callable[[World], Any]
+    turn: int = LONG + 2
+    stages: tuple[Callable[[World], Any], ...] = ()
+
+
+def _nothing(world: World) -> None: ...
+
+
+def _pass(until: int) -> Callable[[World], Any]:
+    return lambda world: world.run(world.cache, until)
+
+
+def _failed_pass(until: int) -> Callable[[World], Any]:
+    """A pass that a user's hook ends: what is looked at is the way back."""
+
+    def operation(world: World) -> None:
+        def fail(*_):
+            raise ZeroDivisionError
+
+        hook = world.model.model.layers[1].mlp.register_forward_pre_hook(fail)
+        try:
+            world.run(world.cache, until)
+        except ZeroDivisionError:
+            pass
+        finally:
+            hook.remove()
+        world.cache.get_seq_length()
+
+    return operation
+
+
+def _chunks(world: World) -> None:
+    for until in (SHORT, LONG):
+        world.run(world.cache, until)
+
+
+def _outside(world: World) -> None:
+    with torch.no_grad():
+        stock_model()(world.ids[:, world.cache.get_seq_length() : LONG + TURN], past_key_values=world.cache)
+
+
+def _fork(world: World) -> None:
+    world.cache.fork()
+
+
+def _reset(world: World) -> None:
+    world.cache.reset()
+
+
+PADDED = {"rows": 2, "padding": 5}
+ALL = [
+    Scenario("prefill", {"length": 0}, _pass(LONG), LONG),
+    Scenario("decode", {}, _pass(LONG + 2)),
+    Scenario("decode a full block", {"length": 46}, _pass(48), 48),
+    Scenario("next turn", {}, _pass(LONG + TURN), LONG + TURN),
+    Scenario("chunks", {"length": 0}, _chunks, LONG, (_pass(SHORT),)),
+    Scenario("padded turn", PADDED, _pass(LONG + TURN), LONG + TURN),
+    Scenario("crop", {}, lambda world: crop(world.cache, 27), LONG + 2, (lambda world: crop(world.cache, 27),)),
+    Scenario("crop little", {}, lambda w: crop(w.cache, LONG - 1), LONG + 2, (lambda w: crop(w.cache, LONG - 1),)),
+    Scenario("fork", {}, _fork),
+    *(
+        Scenario(name, {"rows": rows}, operation, LONG + 2, (operation,))
+        for name, rows, operation in (
+            ("reorder", 2, lambda world: world.cache.reorder_cache(torch.tensor([1, 1]))),
+            ("repeat", 1, lambda world: world.cache.batch_repeat_interleave(2)),
+            ("select", 2, lambda world: world.cache.batch_select_indices(torch.tensor([1]))),
+        )
+    ),
+    Scenario("outside", {}, _outside, LONG + TURN),
+    Scenario("way back", {}, _failed_pass(LONG + TURN), LONG + TURN),
+    Scenario("reset", {}, _reset, LONG, (_reset,)),
+]
+SCENARIOS = {scenario.name: scenario for scenario in ALL}
+
+
+@dataclass
+class Expected:
+    """Logits of a cache that nothing befell: from each allowed state, of the fork, and of a new cache."""
+
+    states: dict[tuple, torch.Tensor]
+    twin: torch.Tensor | None
+    fresh: torch.Tensor
+
+
+def fresh(world: World, cache: ScoutCache) -> torch.Tensor:
+    return world.go_on(cache, LONG, 2)[1]
+
+
+def expect_state(world: World, scenario: Scenario, stage: Callable) -> tuple[tuple, torch.Tensor]:
+    stage(world)
+    return world.go_on(world.cache, scenario.turn)
+
+
+def verify(world: World, scenario: Scenario, expected: Expected) -> str:
+    """``continued`` or ``refused``; AssertionError where a cache is wrong."""
+    outcome = "continued"
+    try:
+        found, logits = world.go_on(world.cache, scenario.turn)
+    except CacheStateError:
+        outcome = "refused"
+        for use in (world.cache.fork, lambda: crop(world.cache, 3), lambda: world.run(world.cache, 60)):
+            assert _is_refused(use), "the cache refused to go on, and was used all the same"
+        world.cache.reset()
+        close(fresh(world, world.cache), expected.fresh, world.lossy, "after reset()")
+    else:
+        fitting = [each for key, each in expected.states.items() if key[:2] == found]
+        assert fitting, f"the cache has (tokens, rows) {found}, allowed are {[key[:2] for key in expected.states]}"
+        errors = [float((logits - each).abs().max()) for each in fitting]
+        assert min(errors) <= world.lossy, f"goes on wrong by {errors} of {float(fitting[0].abs().max()):.2g}"
+    if world.twin is not None:
+        close(world.go_on(world.twin, world.length + 2)[1], expected.twin, TOLERANCE, "the fork")
+    close(fresh(world, world.new()), expected.fresh, world.lossy, "a new cache")
+    world.cache = world.twin = None
+    gc.collect()
+    close(fresh(world, world.new()), expected.fresh, world.lossy, "a new cache, pages used again")
+    return outcome
+
+
+def close(got: torch.Tensor, wanted: torch.Tensor, tolerance: float, what: str) -> None:
+    error = float((got - wanted).abs().max())
+    assert error <= tolerance, f"{what} is wrong by {error:.2g}"
+
+
+def _is_refused(use: Callable[[], Any]) -> bool:
+    try:
+        use()
+    except CacheStateError:
+        return True
+    return False

@@ -1,0 +1,266 @@
+"""An error in the middle of a change: forks are untouched, and the cache goes on as before or refuses to go on."""
+
+import pytest
+import torch
+
+import scout_hf
+from scout_hf.cache import ScoutLayer
+from scout_hf.stores.device import ResidentSlots
+from scout_hf.stores.host import PagedKV
+from scout_hf.stores.pages import PagePool, PageTable
+from tests.integration.common import ONE_TIER, TOLERANCE, TWO_TIERS, llama, prompt
+from tests.integration.test_failures import raise_once
+from tests.unit.worlds import CROP_TAKES_LENGTH
+
+ERRORS = pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+TIERS = pytest.mark.parametrize("tiers", [ONE_TIER, TWO_TIERS], ids=["one tier", "two tiers"])
+IDS = prompt(2, 80)
+
+
+def planted(error):
+    def fail(*args, **kwargs):
+        raise error("planted")
+
+    return fail
+
+
+@pytest.fixture
+def world(tiers):
+    """A patched model, a cache of 45 tokens, and what it says from there on."""
+    model = llama()
+    with scout_hf.patch(model, **tiers) as handle, torch.no_grad():
+        expected = [go_on(model, handle.new_cache(), rows) for rows in (IDS, IDS[[1, 1]])]
+        cache = handle.new_cache()
+        model(IDS[:, :45], past_key_values=cache)
+        yield model, cache, expected
+
+
+def go_on(model, cache, ids=IDS) -> torch.Tensor:
+    """Logits of tokens 45 to 60, the first ones as a turn."""
+    with torch.no_grad():
+        if cache.get_seq_length() < 45:
+            model(ids[:, cache.get_seq_length() : 45], past_key_values=cache)
+        found = [model(ids[:, 45:52], past_key_values=cache).logits]
+        found += [model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(52, 60)]
+    return torch.cat(found, dim=1)
+
+
+def crop(cache, length):
+    cache.crop(length if CROP_TAKES_LENGTH else length - cache.get_seq_length())
+
+
+def assert_refuses(model, cache):
+    for use in (
+        lambda: go_on(model, cache),
+        lambda: cache.fork(),
+        lambda: crop(cache, 3),
+        lambda: cache.batch_repeat_interleave(2),
+        lambda: cache.layers[0].keys,
+        lambda: list(cache),
+        lambda: cache.to_dynamic(),
+        lambda: cache.update(torch.zeros(2, 2, 1, 8), torch.zeros(2, 2, 1, 8), 0),
+    ):
+        with pytest.raises(scout_hf.CacheStateError, match=r"reset\(\).*new ScoutCache.*fork"):
+            use()
+
+
+# -- small inputs, one by one -----------------------------------------------------------------------------------------
+
+
+@ERRORS
+@pytest.mark.parametrize("after", ["allocate", "addresses"])
+def test_a_table_that_grows_has_addresses_for_all_its_pages(monkeypatch, error, after):
+    """Block count, page numbers and addresses change together: nothing is written where no page is."""
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 1, 2, 40, 16)
+    store = PagedKV(1, 2, 16, 8, torch.float32, "cpu")
+    store.append(keys[:, :, :20], values[:, :, :20])
+    with monkeypatch.context() as broken, pytest.raises(error):
+        real = getattr(PagePool, after)
+        broken.setattr(PagePool, after, lambda *args: [real(*args), planted(error)()])
+        store.append(keys[:, :, 20:], values[:, :, 20:])
+    assert store.length == 20
+    store.append(keys[:, :, 20:], values[:, :, 20:])
+    for held, given in zip(store.read(0, 40), (keys, values)):
+        assert torch.equal(held, given)
+
+
+@ERRORS
+def test_pages_are_described_to_native_code_anew_after_an_error(monkeypatch, error):
+    store = PagedKV(1, 2, 16, 8, torch.float32, "cpu")
+    if store.library is None:
+        pytest.skip("no native library")
+    keys, values = torch.randn(2, 1, 2, 200, 16)
+    store.append(keys[:, :, :20], values[:, :, :20])
+    twin = store.fork()  # describes its pages anew
+    with monkeypatch.context() as broken, pytest.raises(error):
+        broken.setattr("scout_hf.stores.host.address", planted(error))
+        twin.native()
+    for held, given in zip(twin.read(0, 20), (keys, values)):
+        assert torch.equal(held, given[:, :, :20])
+
+
+@ERRORS
+@pytest.mark.parametrize("change", [lambda t: t.truncate(1), lambda t: t.select_rows(torch.tensor([0]))])
+def test_pages_of_a_fork_are_never_given_back_twice(monkeypatch, error, change):
+    pool = PagePool((4,), torch.float32, torch.device("cpu"))
+    mine = PageTable(pool, 1)
+    pages = mine.extend(3).flatten().tolist()
+    other = mine.fork()
+    with monkeypatch.context() as broken, pytest.raises(error):
+        real = PagePool._recycle
+        broken.setattr(PagePool, "_recycle", lambda *args: [real(*args), planted(error)()])
+        change(mine)
+    del mine
+    assert not set(pool.allocate(20).tolist()) & set(pages) and other.ids.flatten().tolist() == pages
+
+
+@ERRORS
+def test_a_page_of_its_own_is_never_written_to_at_the_place_of_a_shared_one(monkeypatch, error):
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 1, 2, 30, 16)
+    mine = PagedKV(1, 2, 16, 8, torch.float32, "cpu")
+    mine.append(keys[:, :, :20], values[:, :, :20])
+    other = mine.fork()
+    with monkeypatch.context() as broken, pytest.raises(error):
+        broken.setattr(PagePool, "addresses", planted(error))
+        mine.append(keys[:, :, 20:21], values[:, :, 20:21])
+    mine.append(-keys[:, :, 20:], -values[:, :, 20:])
+    other.append(keys[:, :, 20:], values[:, :, 20:])
+    assert torch.equal(other.read(0, 30)[0], keys) and torch.equal(mine.read(20, 30)[0], -keys[:, :, 20:])
+
+
+def test_slots_name_nothing_that_they_do_not_hold(monkeypatch):
+    torch.manual_seed(0)
+    host = PagedKV(1, 2, 16, 8, torch.float32, "cpu")
+    host.append(*torch.randn(2, 1, 2, 64, 16))
+    slots = ResidentSlots(1, 2, 3, 8, 16, torch.float32, "cpu")
+    ids = torch.arange(8).expand(1, 2, 8)
+    slots.load(ids, torch.ones_like(ids, dtype=torch.bool), host)
+    before = [part.clone() for part in slots.content()]
+    with monkeypatch.context() as broken, pytest.raises(MemoryError):
+        broken.setattr(PagedKV, "gather", planted(MemoryError))
+        slots.load(ids.flip(2), torch.ones_like(ids, dtype=torch.bool), host)
+    named = slots.ids[:, :, : slots.filled] >= 0
+    assert torch.equal(slots.ids[:, :, : slots.filled][named], ids[:, :, :3][named])
+    assert all(torch.equal(now, then) for now, then in zip(slots.content(), before))
+
+
+# -- in a model -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tiers", [TWO_TIERS], ids=["two tiers"])
+def test_a_turn_that_finds_no_memory_for_residents(monkeypatch, world):
+    """Was off by a third of the logits, and said that it was exact."""
+    model, cache, (expected, _) = world
+    with monkeypatch.context() as broken, pytest.raises(MemoryError), torch.no_grad():
+        broken.setattr("scout_hf.stores.device._fetch", planted(MemoryError))
+        model(IDS[:, 45:60], past_key_values=cache)
+    assert cache.get_seq_length() == 45
+    assert (go_on(model, cache) - expected).abs().max() <= TOLERANCE
+
+
+@ERRORS
+@TIERS
+def test_a_crop_that_fails_in_a_table_leaves_forks_alone(monkeypatch, world, error):
+    model, cache, (expected, _) = world
+    twin = cache.fork()
+    with monkeypatch.context() as broken, pytest.raises(error):
+        real = PagePool._recycle
+        broken.setattr(PagePool, "_recycle", lambda *args: [real(*args), planted(error)()])
+        crop(cache, 9)
+    assert_refuses(model, cache)
+    del cache
+    others = [scout_hf.ScoutCache(model.config, twin.scout_config) for _ in range(2)]
+    for other in others:
+        go_on(model, other, IDS.flip(1))
+    assert (go_on(model, twin) - expected).abs().max() <= TOLERANCE
+
+
+OPERATIONS = {
+    "crop": lambda cache: crop(cache, 21),
+    "select_rows, reorder": lambda cache: cache.reorder_cache(torch.tensor([1, 1])),
+    "select_rows, repeat": lambda cache: cache.batch_repeat_interleave(2),
+    "select_rows, select": lambda cache: cache.batch_select_indices(torch.tensor([True, False])),
+}
+
+
+@ERRORS
+@TIERS
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_that_ends_between_two_layers_is_told_of_at_every_use(monkeypatch, world, name, error):
+    model, cache, (expected, _) = world
+    twin, method = cache.fork(), cache.layers[2].method
+    with monkeypatch.context() as broken, pytest.raises(error):
+        broken.setattr(method, name.split(",")[0], planted(error), raising=True)
+        OPERATIONS[name](cache)
+    assert_refuses(model, cache)
+    assert (go_on(model, twin) - expected).abs().max() <= TOLERANCE
+    cache.reset()
+    assert (go_on(model, cache) - expected).abs().max() <= TOLERANCE
+
+
+@TIERS
+@pytest.mark.parametrize("rows", [[0, 2], [-3, 0]], ids=str)
+def test_wrong_numbers_change_nothing(world, rows):
+    model, cache, (expected, _) = world
+    for operation in (cache.reorder_cache, cache.batch_select_indices):
+        with pytest.raises(IndexError):
+            operation(torch.tensor(rows))
+    assert (go_on(model, cache) - expected).abs().max() <= TOLERANCE
+
+
+@TIERS
+def test_rows_can_be_chosen_after_a_pass_that_failed(monkeypatch, world):
+    model, cache, (_, expected) = world
+    raise_once(monkeypatch, model.model.layers[2].mlp, 0)
+    with pytest.raises(Exception, match="planted"):
+        go_on(model, cache)
+    cache.reorder_cache(torch.tensor([1, 1]))
+    assert (go_on(model, cache, IDS[[1, 1]]) - expected).abs().max() <= TOLERANCE
+
+
+@TIERS
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda cache: crop(cache, 44),
+        lambda cache: cache.batch_repeat_interleave(1),
+        lambda cache: cache.layers[1].keys,
+        lambda cache: cache.fork(),
+    ],
+)
+def test_whatever_is_done_first_takes_an_interrupted_pass_back(world, use):
+    model, cache, _ = world
+    hook = model.model.layers[2].mlp.register_forward_pre_hook(planted(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        model(IDS[:, 45:60], past_key_values=cache)
+    hook.remove()
+    use(cache)
+    assert {layer.method.length for layer in cache.layers} <= {44, 45}
+
+
+@TIERS
+def test_a_way_back_that_fails_is_told_of(monkeypatch, world):
+    model, cache, (expected, _) = world
+    twin = cache.fork()
+    with monkeypatch.context() as broken, pytest.raises(Exception, match="planted"), torch.no_grad():
+        raise_once(broken, model.model.layers[2].mlp, 0)
+        real, calls = ScoutLayer.rollback, []
+        rollback = lambda layer, mark: planted(MemoryError)() if calls else calls.append(real(layer, mark))  # noqa: E731
+        broken.setattr(ScoutLayer, "rollback", rollback)
+        with pytest.warns(UserWarning, match="always_call"):
+            model(IDS[:, 45:60], past_key_values=cache)
+    assert_refuses(model, cache)
+    assert (go_on(model, twin) - expected).abs().max() <= TOLERANCE
+
+
+@TIERS
+def test_an_update_that_fails_half_way(monkeypatch, world):
+    """A model that is not patched brings layer after layer: what other layers have cannot be taken back."""
+    model, cache, _ = world
+    keys = torch.zeros(2, 2, 9, 8)
+    with monkeypatch.context() as broken, pytest.raises(MemoryError):
+        broken.setattr(PagedKV, "append", planted(MemoryError))
+        cache.update(keys, keys, 1)
+    assert_refuses(model, cache)
