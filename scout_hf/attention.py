@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from scout_hf.attention_name import AttentionName
 from scout_hf.cache import ScoutLayer
-from scout_hf.errors import ScoutError, UnsupportedModelError
+from scout_hf.errors import ScoutError, UnsupportedInputError, UnsupportedModelError
 from scout_hf.fusion import Partial, fuse
 from scout_hf.masks import allowed_by, for_prompt, is_special, refuse_unless_padding
 from scout_hf.methods.base import Scoring
@@ -55,6 +55,11 @@ def scout_attention(previous, module, query, key, value, attention_mask, **kwarg
         raise UnsupportedModelError(
             f"{type(module).__name__} attends with {', '.join(unknown)} on layer {module.layer_idx}, whose cache layer "
             "is a plain full-attention one; scout_hf cannot follow that: unpatch the model"
+        )
+    if query.shape[2] != step.queries:
+        raise UnsupportedInputError(
+            f"{type(module).__name__} got {query.shape[2]} tokens in a pass that began with {step.queries}: the model "
+            "puts tokens of its own between, which a ScoutCache cannot follow; use a DynamicCache for this call"
         )
     method = layer.method
     scale = kwargs.get("scaling")

@@ -100,3 +100,17 @@ def test_a_bias_on_the_scores_is_refused_where_it_cannot_be_obeyed(hooks):
             with pytest.raises(UnsupportedModelError, match="adds numbers to the scores"):
                 model()(prompt(1, length), **{CACHE: cache})
             assert cache.get_seq_length() == 20
+
+
+@pytest.mark.parametrize("tokens", [20, 1])
+def test_tokens_that_a_model_puts_in_by_itself_are_refused(tokens):
+    """As GIT puts its images in front of the text: masks and lengths of the call are not those of the layers."""
+    twice = model().model.embed_tokens.register_forward_hook(lambda *call: call[-1].repeat(1, 2, 1))
+    try:
+        with scout_hf.patch(model(), **ONE_TIER) as handle, torch.no_grad():
+            cache = handle.new_cache()
+            with pytest.raises(UnsupportedInputError, match=f"{2 * tokens} tokens in a pass that began with {tokens}"):
+                model()(prompt(1, tokens), **{CACHE: cache})
+            assert cache.get_seq_length() == 0
+    finally:
+        twice.remove()
