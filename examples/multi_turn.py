@@ -5,6 +5,7 @@ import sys
 import torch
 
 import scout_hf
+from scout_hf import CACHE  # "cache", or "past_key_values" before transformers 5.24
 from scout_hf.eval.pocket import load_pocket, make_document
 
 model, tokenizer = load_pocket()
@@ -18,17 +19,17 @@ def turn(ids, question, cache):
     out = model.generate(
         asked,
         attention_mask=torch.ones_like(asked),
-        past_key_values=cache,
         max_new_tokens=3,
         do_sample=False,
         return_dict_in_generate=True,
+        **{CACHE: cache},
     )
-    return out.sequences, out.past_key_values, tokenizer.decode(out.sequences[0, asked.shape[1] :])
+    return out.sequences, out[CACHE], tokenizer.decode(out.sequences[0, asked.shape[1] :])
 
 
 start = tokenizer(document.text, return_tensors="pt").input_ids
 with torch.no_grad():
-    prefix = model(start, past_key_values=handle.new_cache(), logits_to_keep=1).past_key_values
+    prefix = model(start, logits_to_keep=1, **{CACHE: handle.new_cache()})[CACHE]
 
 # Every fork shares the pages of the prefix and copies only what it writes to.
 alone = [turn(start, fact.question, prefix.fork())[2] for fact in document.facts[:4]]

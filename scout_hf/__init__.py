@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scout_hf.cache import ScoutCache
+    from scout_hf.cache_names import CACHE
     from scout_hf.config import ScoutConfig
     from scout_hf.errors import (
         CacheStateError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CACHE",
     "CacheStateError",
     "ConfigError",
     "Handle",
@@ -49,6 +51,7 @@ __all__ = [
 # Imported at first use: torch and transformers take seconds, which `scout-hf --help` need not wait for.
 _ROOMS = {"cache": "ScoutCache", "config": "ScoutConfig", "recall": "RecallIntervals", "telemetry": "Stats"}
 _HOME = {name: room for room, name in _ROOMS.items()} | dict.fromkeys(("Handle", "patch", "unpatch"), "patching")
+_HOME["CACHE"] = "cache_names"
 
 
 def __getattr__(name: str) -> Any:

@@ -27,9 +27,10 @@ from scout_hf.whole import LINEAR, Whole
 
 
 class ScoutCache(Cache):
-    """KV cache for a patched model's ``generate(past_key_values=...)``; full-attention layers follow the method.
+    """KV cache for a patched model's ``generate(cache=...)``; full-attention layers follow the method.
 
-    Since transformers 5.24 the argument is called ``cache``; the old name still works.
+    Before transformers 5.24 the argument is called ``past_key_values``; ``scout_hf.CACHE`` is its name in the release
+    that is installed: ``generate(ids, **{scout_hf.CACHE: cache})``.
 
     A model that is not patched attends to all of it: right, and no faster.
 
@@ -134,7 +135,7 @@ class ScoutCache(Cache):
         Examples
         --------
         >>> cache = handle.new_cache()
-        >>> model.generate(**inputs, **{CACHE: cache})
+        >>> model.generate(**inputs, **{scout_hf.CACHE: cache})
         >>> stock = cache.to_dynamic()
         """
         self.whole.ready()

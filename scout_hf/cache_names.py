@@ -8,8 +8,8 @@ from typing import Any
 from transformers import GenerationMixin
 
 NEW, OLD = "cache", "past_key_values"
-# The name that generate() and the models of the installed release use themselves; in outputs, `output[CACHE]`.
 CACHE = NEW if NEW in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else OLD
+"""The name that the installed release uses itself: ``model(ids, **{CACHE: cache})``, ``output[CACHE]``."""
 # A name that models of an older release would take without a look at it.
 UNREAD = NEW if CACHE == OLD else None
 

@@ -286,7 +286,7 @@ class StepGraphs:
             layer.method.after_run(step)
         kind, kept = capture.output
         # The next run overwrites the tensors, not what the caller keeps of them.
-        return kind(**{name: value.clone() for name, value in kept.items()}, past_key_values=step.cache)
+        return kind(**{name: value.clone() for name, value in kept.items()}, **{CACHE: step.cache})
 
     def _abandon(self, step: Step, capture: Capture) -> None:
         """The step that the CPU expects will not run: nothing may wait for it."""

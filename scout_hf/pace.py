@@ -33,8 +33,8 @@ class Pace:
 
     def begin(self, step: Any, inputs: torch.Tensor) -> None:
         """A pass begins; ``inputs`` is (rows, queries, ...)."""
-        this, thread = _Pass(step, inputs), threading.get_ident()
-        last = self._last.get(thread)
+        thread = threading.get_ident()
+        last, this = self._last.get(thread), _Pass(step, inputs)
         if last is not None:
             _add(self._sums, last, this.begun if last.leads_to(this) else last.end)
         self._last[thread] = this
@@ -62,7 +62,7 @@ class _Pass:
 
     def __init__(self, step: Any, inputs: torch.Tensor):
         # Not the cache itself, which must not live on for this.
-        self.cache, self.tokens, self.queries, self.rows = id(step.cache), step.tokens, step.queries, len(inputs)
+        self.cache, self.tokens, self.queries, self.rows = id(step.cache), step.tokens, step.queries, inputs.shape[0]
         self.waits = _waits(inputs)
         self.done, self.end = False, None
         self.begun = time.perf_counter()
@@ -75,7 +75,7 @@ class _Pass:
 
 def _waits(inputs: torch.Tensor) -> bool:
     """Whether a pass ends when its work does."""
-    return inputs.device.type == "cpu"
+    return inputs.is_cpu
 
 
 def _add(sums: dict[str, list], last: _Pass, end: float | None) -> None:

@@ -18,7 +18,8 @@ def test_there_are_examples_and_none_shadows_a_module():
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(path, tmp_path):
     settings = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(path)]
+    command = [sys.executable, "-W", "error::FutureWarning", str(path)]
     done = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "ok"
+    assert "deprecated" not in done.stderr, done.stderr

@@ -57,3 +57,11 @@ def test_a_name_that_would_be_overlooked_is_refused(patched):
     with pytest.raises(scout_hf.UnsupportedInputError, match="calls it past_key_values"):
         model(IDS, **{NEW: handle.new_cache()})
     assert model(IDS, **{OLD: handle.new_cache()}).logits.isfinite().all()
+
+
+def test_the_name_is_public(patched, recwarn):
+    model, handle, expected = patched
+    out = model(IDS, **{scout_hf.CACHE: handle.new_cache()})
+    assert torch.equal(model.generate(IDS, max_new_tokens=1)[:, -1:], out.logits[:, -1:].argmax(-1))
+    assert isinstance(out[scout_hf.CACHE], scout_hf.ScoutCache) and (out.logits - expected).abs().max() <= TOLERANCE
+    assert not [warning for warning in recwarn if issubclass(warning.category, FutureWarning)]
