@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 import warnings
-from collections.abc import Callable
 
 import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, causal_mask_function
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from scout_hf.attention_name import AttentionName
 from scout_hf.cache import ScoutLayer
@@ -24,6 +21,7 @@ from scout_hf.fusion import Partial, fuse
 from scout_hf.masks import allowed_by, for_prompt, is_special, refuse_unless_padding
 from scout_hf.methods.base import Scoring
 from scout_hf.modes import keeps_tensors
+from scout_hf.plain_attention import attention_function, prompt_function, prompt_mask_function
 from scout_hf.prefill import prefill
 from scout_hf.step import active_step
 
@@ -33,9 +31,14 @@ UNSERVED = ("sliding_window", "position_bias", "indices", "block_indices", "sink
 
 def register_over(name: AttentionName) -> None:
     """Let transformers find scout_hf's functions under ``name``, over the implementation that it reads as."""
-    if name.key not in AttentionInterface._global_mapping:
+    if not is_registered(name):
         AttentionInterface.register(name.key, functools.partial(scout_attention, str(name)))
         AttentionMaskInterface.register(name.key, functools.partial(scout_mask, str(name)))
+
+
+def is_registered(name: AttentionName) -> bool:
+    """Whether transformers finds scout_hf's attention under ``name``; who loads kernels may register others there."""
+    return getattr(AttentionInterface._global_mapping.get(name.key), "func", None) is scout_attention
 
 
 @keeps_tensors
@@ -44,7 +47,7 @@ def scout_attention(previous, module, query, key, value, attention_mask, **kwarg
     step = active_step()
     layer = _layer_of(step, module)
     if layer is None:
-        return _stock(previous, module)(module, query, key, value, attention_mask, **kwargs)
+        return attention_function(previous, module)(module, query, key, value, attention_mask, **kwargs)
     if layer.incoming is not key:
         raise UnsupportedModelError(
             f"{type(module).__name__} changes keys between cache.update() and attention, which scout_hf cannot follow; "
@@ -67,8 +70,8 @@ def scout_attention(previous, module, query, key, value, attention_mask, **kwarg
     special = is_special(step, attention_mask)
     if step.queries > 1 and method.length == step.queries:
         mask = None if step.mask is None else step.padding(query.device)
-        stock = _stock_for_prompts(previous, module, kwargs)
-        attention = _stock(stock, module)
+        alone = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
+        stock, attention = prompt_function(previous, module, special=alone)
         if special:
             out = attention(module, query, key, value, for_prompt(attention_mask, stock, query), **kwargs)[0]
         else:
@@ -100,15 +103,22 @@ def scout_attention(previous, module, query, key, value, attention_mask, **kwarg
 def scout_mask(previous, *args, **kwargs):
     """Mask function as transformers calls it: scout layers take a causal one from the step, all others as it is."""
     step = active_step()
+    # Who registers attention without masks gets none.
+    stock = ALL_MASK_ATTENTION_FUNCTIONS.get(previous, _no_mask)
     if step is None or kwargs.get("local_size") is not None:
-        return ALL_MASK_ATTENTION_FUNCTIONS[previous](*args, **kwargs)
+        return stock(*args, **kwargs)
     plain = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
     if plain and not step.cache.has_stock_full_layers:
         return kwargs.get("attention_mask")
-    mask = ALL_MASK_ATTENTION_FUNCTIONS[previous](*args, **kwargs)
-    if plain:
-        step.plain_masks.append(mask)
+    if not plain:
+        return prompt_mask_function(previous)(*args, **kwargs)
+    mask = stock(*args, **kwargs)
+    step.plain_masks.append(mask)
     return mask
+
+
+def _no_mask(*args, **kwargs) -> None:
+    return None
 
 
 def _tell_of_dropout(step, share: float) -> None:
@@ -148,18 +158,3 @@ def _layer_of(step, module) -> ScoutLayer | None:
         return None
     layer = step.cache.layers[index]
     return layer if isinstance(layer, ScoutLayer) else None
-
-
-def _stock_for_prompts(previous: str, module: torch.nn.Module, kwargs: dict) -> str:
-    """The implementation that a whole prompt goes through: the previous one where its masks are known."""
-    if previous in ("eager", "sdpa") or "flash" in previous:
-        return previous
-    # A custom implementation takes masks of its own; only eager attention knows soft caps and sinks as well.
-    special = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
-    return "eager" if special else "sdpa"
-
-
-def _stock(name: str, module: torch.nn.Module) -> Callable[..., tuple]:
-    if name == "eager":
-        return sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS[name]

@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from transformers.generation.configuration_utils import GenerationMode
 
-from scout_hf.attention import register_over
-from scout_hf.attention_name import AttentionName, name_over, name_under
 from scout_hf.cache import ScoutCache, check_names
 from scout_hf.cache_names import CACHE, UNREAD, given_cache
 from scout_hf.config import ScoutConfig
-from scout_hf.errors import PatchError, UnsupportedInputError
+from scout_hf.errors import ConfigError, PatchError, UnsupportedInputError
 from scout_hf.graph import StepGraphs
 from scout_hf.kernels.cpu import make_backend
 from scout_hf.kernels.cpu.workers import Workers
@@ -26,6 +24,7 @@ from scout_hf.kernels.device import find_kernels
 from scout_hf.methods.base import find_method
 from scout_hf.modes import keeps_tensors
 from scout_hf.monitor import Monitor
+from scout_hf.naming import AttentionNames
 from scout_hf.patches import family_of
 from scout_hf.profiling import profile_recall
 from scout_hf.recall import RecallIntervals
@@ -40,9 +39,12 @@ from scout_hf.trace import Trace, Tracer, record
 HANDLE = "_scout_handle"
 PREPARE = "_prepare_cache_for_generation"
 BYTES_EVERY = 16
+ATTENTIONS = ("auto", "sdpa")
 
 
-def patch(model: torch.nn.Module, config: ScoutConfig | None = None, **options: Any) -> Handle:
+def patch(
+    model: torch.nn.Module, config: ScoutConfig | None = None, *, attention: str = "auto", **options: Any
+) -> Handle:
     """Let ``model.generate()`` keep and attend its KV cache the way ``config`` says.
 
     Parameters
@@ -51,6 +53,10 @@ def patch(model: torch.nn.Module, config: ScoutConfig | None = None, **options: 
         A causal language model; changed in place, undone by ``handle.remove()``.
     config : ScoutConfig, optional
         Settings; single fields may be given by keyword instead: ``patch(model, budget=2048)``.
+    attention : {"auto", "sdpa"}, default "auto"
+        What the model's attention is taken for. ``auto``: as it is where that is known to be plain, softmax over what a
+        causal mask leaves; functions that users registered or replaced are refused. ``sdpa``: as plain, whatever it is;
+        a prompt goes through transformers' sdpa then (eager, for soft caps and sinks) if the function is not known.
 
     Returns
     -------
@@ -68,6 +74,8 @@ def patch(model: torch.nn.Module, config: ScoutConfig | None = None, **options: 
 
     In all three cases the model stays as it was.
     """
+    if attention not in ATTENTIONS:
+        raise ConfigError(f"attention={attention!r} is not allowed: attention takes 'auto' or 'sdpa'; try 'auto'")
     config = ScoutConfig.from_options(config, **options)
     model = getattr(model, "get_base_model", lambda: model)()
     family = family_of(model)
@@ -79,10 +87,10 @@ def patch(model: torch.nn.Module, config: ScoutConfig | None = None, **options: 
     text = model.config.get_text_config(decoder=True)
     check_names(config, text, len(family.layers(family.decoder(model))))
     find_kernels(config.gpu_kernels, model.device)
-    handle = Handle(model, config, family)
+    handle = Handle(model, config, family, attention == "sdpa")
     try:
         handle._install()
-        check_unknown_family(model, family, handle)
+        check_unknown_family(model, family, handle, handle._names.foreign)
     except BaseException:
         handle._uninstall()
         raise
@@ -101,7 +109,7 @@ def unpatch(model: torch.nn.Module) -> None:
 class Handle:
     """What ``patch`` returns: statistics, profiling and removal. Copies of the model carry copies of it."""
 
-    def __init__(self, model: torch.nn.Module, config: ScoutConfig, family: Any):
+    def __init__(self, model: torch.nn.Module, config: ScoutConfig, family: Any, any_attention: bool = False):
         self.model, self.config, self._family = model, config, family
         self._decoder = family.decoder(model)
         self._backend = make_backend(config.cpu_backend, config.threads)
@@ -113,7 +121,7 @@ class Handle:
         self._huge_page_bytes = 0
         self._tracer: Tracer | None = None
         self._hooks: list[Any] = []
-        self._configs: list[Any] = []
+        self._names = AttentionNames(self._decoder, family.layers(self._decoder), any_attention)
         self._prepare_before: Any = None
         self._inputs_before: Any = None
         self._forward_before: Any = None
@@ -204,10 +212,7 @@ class Handle:
 
     def _install(self) -> None:
         layers = self._family.layers(self._decoder)
-        inside = [module.config for layer in layers for module in layer.modules() if "config" in module.__dict__]
-        for config in {id(config): config for config in (self._decoder.config, *inside)}.values():
-            self._put_name_on(config)
-            self._configs.append(config)
+        self._names.put_on()
         # The outer model opens the pass too: multi-modal models make their masks before the decoder is called.
         for module in {id(m): m for m in (self.model, self._decoder)}.values():
             self._hooks.append(module.register_forward_pre_hook(self._open, with_kwargs=True))
@@ -230,9 +235,7 @@ class Handle:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for config in self._configs:
-            config._attn_implementation_internal = name_under(config._attn_implementation_internal)
-        self._configs.clear()
+        self._names.take_off()
         if isinstance(self._decoder.__dict__.get("forward"), StepGraphs):
             del self._decoder.__dict__["forward"]
             if self._forward_before is not None:
@@ -247,11 +250,6 @@ class Handle:
             torch.cuda.synchronize(device)  # jobs that a stream still waits for must not be dropped
         self._backend.close()
         self._movers.close()
-
-    def _put_name_on(self, config: Any) -> None:
-        name = name_over(config._attn_implementation_internal)
-        register_over(name)
-        config._attn_implementation_internal = name
 
     def _prepare_cache(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
         self._counters.pace.new_call()
@@ -312,10 +310,7 @@ class Handle:
         if inputs is None:
             return
         _refuse_unservable(module, given, inputs)
-        for config in self._configs:
-            # Copies of the model, and what somebody has set since, have plain names.
-            if type(config._attn_implementation_internal) is not AttentionName:
-                self._put_name_on(config)
+        self._names.renew()
         rows, queries = inputs.shape[:2]
         marks, tokens = cache.mark(), cache.get_seq_length() + queries
         mask, mask_here = cache.padding.of(given.get("attention_mask"), rows, tokens)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 QUERY_CHUNK = 256
 
@@ -46,7 +46,7 @@ def prefill(
     if name == "eager":
         return _masked(stock, False, module, query, keys, values, mask, kwargs)
     if starts is None:
-        return _masked(ALL_ATTENTION_FUNCTIONS["sdpa"], True, module, query, keys, values, mask, kwargs)
+        return _masked(sdpa_attention_forward, True, module, query, keys, values, mask, kwargs)
     out = None
     for start in starts[starts < mask.shape[1]].unique().tolist():
         rows = (starts == start).nonzero().squeeze(1)

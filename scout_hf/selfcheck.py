@@ -16,15 +16,17 @@ TOKENS = 6
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def check_unknown_family(model: Any, family: Any, handle: Any) -> None:
+def check_unknown_family(model: Any, family: Any, handle: Any, foreign: bool) -> None:
     """Compare patched with stock logits on a short prompt and one decode step; known families pass unseen.
+
+    Not where code that is not of transformers attends (``foreign``), whatever the family is called.
 
     Raises
     ------
     UnsupportedModelError
         If the model cannot run with a ScoutCache, or answers differently.
     """
-    if not isinstance(family, ProbeFamily):
+    if not isinstance(family, ProbeFamily) and not foreign:
         return
     ids = torch.arange(1, TOKENS + 1, dtype=torch.int64, device=model.device).unsqueeze(0)
     ids = ids % model.config.get_text_config().vocab_size

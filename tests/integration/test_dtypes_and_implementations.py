@@ -24,7 +24,7 @@ def test_a_custom_implementation_with_sinks():
             module.config._attn_implementation_internal = "custom_for_this_test"
     with torch.no_grad():
         stock = model(IDS).logits
-        with scout_hf.patch(model, budget=None) as handle:
+        with scout_hf.patch(model, budget=None, attention="sdpa") as handle:
             ours = model(IDS, past_key_values=handle.new_cache()).logits
     torch.testing.assert_close(ours, stock, atol=3e-6, rtol=0)
 

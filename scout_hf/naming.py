@@ -1,0 +1,96 @@
+"""The names that let transformers find scout_hf's attention, on all configs of one decoder; put on and taken off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from scout_hf.attention import is_registered, register_over
+from scout_hf.attention_name import AttentionName, name_over, name_under
+from scout_hf.errors import PatchError, UnsupportedModelError
+from scout_hf.plain_attention import is_of_transformers, seen, why_not_plain
+
+
+class AttentionNames:
+    """Names over the implementations of a decoder's configs, as long as what is below them is plain attention.
+
+    Parameters
+    ----------
+    decoder : Module
+    layers : iterable of Module
+    any_attention : bool
+        Take any attention for plain.
+    """
+
+    def __init__(self, decoder: torch.nn.Module, layers: Iterable[torch.nn.Module], any_attention: bool):
+        inside = [module for layer in layers for module in layer.modules() if "config" in module.__dict__]
+        configs = [decoder.config, *(module.config for module in inside)]
+        self._configs = list({id(config): config for config in configs}.values())
+        # One of each kind attends as all of them do.
+        attending = [module for module in inside if hasattr(module, "layer_idx")]
+        self._kinds = list({(type(m), id(m.config)): m for m in attending}.values())
+        self._any, self._on, self._seen = any_attention, [], None
+
+    @property
+    def foreign(self) -> bool:
+        """Whether code that is not of transformers attends, and nobody has said that it is plain."""
+        return not self._any and not all(is_of_transformers(module) for module in self._kinds)
+
+    def put_on(self) -> None:
+        """Raises UnsupportedModelError, before anything is changed, if attention is not known to be plain."""
+        if (found := self._not_plain()) is not None:
+            raise UnsupportedModelError(found)
+        for config in self._configs:
+            self._put_on(config)
+            self._on.append(config)
+
+    def renew(self) -> None:
+        """Put names on where somebody has set others; raises PatchError if what is attended with is not plain now.
+
+        Copies of a model have plain names at first.
+        """
+        if (found := self._not_plain()) is not None:
+            raise PatchError(f"the attention implementation was changed after patch(): {found}")
+        for config in self._configs:
+            name = config._attn_implementation_internal
+            if type(name) is not AttentionName:
+                self._put_on(config)
+            elif not is_registered(name):
+                register_over(name)
+
+    def take_off(self) -> None:
+        """Leave what was there before, or what somebody has set since."""
+        for config in self._on:
+            config._attn_implementation_internal = name_under(config._attn_implementation_internal)
+        self._on.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Functions of users may have no name to be pickled by.
+        return self.__dict__ | {"_seen": None}
+
+    def _put_on(self, config: Any) -> None:
+        name = name_over(config._attn_implementation_internal)
+        register_over(name)
+        config._attn_implementation_internal = name
+
+    def _not_plain(self) -> str | None:
+        if self._any:
+            return None
+        now = [seen(_name(module), module) for module in self._kinds]
+        if now == self._seen:
+            return None
+        for module in self._kinds:
+            if (reason := why_not_plain(_name(module), module)) is not None:
+                return (
+                    f"{type(module).__name__} is not known to attend plainly: {reason}. Prompts would follow its rule "
+                    "and decode steps would not; use transformers' own, as by model.set_attn_implementation('sdpa'), "
+                    "or patch(model, attention='sdpa') if it is plain softmax attention all the same"
+                )
+        self._seen = now
+        return None
+
+
+def _name(module: torch.nn.Module) -> str:
+    return str(module.config._attn_implementation_internal or "eager")
