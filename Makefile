@@ -33,6 +33,10 @@ test: $(VENV)/.installed-test
 test-full: $(VENV)/.installed-test
 	$(call PYTEST,$(VENV)) --full
 
+test-upstream: $(VENV)/.installed-test
+	$(VENV)/bin/pip install -q -e ".[upstream]"
+	$(VENV)/bin/python -m tests.upstream.run $(if $(ALL),--all) $(if $(SOURCE),--source $(SOURCE)) || [ $$? = 77 ]
+
 test-versions: $(VERSIONS:%=test-transformers-%)
 
 test-transformers-%: $(VENV)-%/.installed-test

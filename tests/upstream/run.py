@@ -1,0 +1,135 @@
+"""Run transformers' own generation tests on patched models: what passes unpatched must pass patched.
+
+    python -m tests.upstream.run                              three families, pressed
+    python -m tests.upstream.run --all                        ten families, pressed and as they are
+    python -m tests.upstream.run --source ~/transformers llama opt
+
+Pressed: with longer prompts, so that there is KV on both tiers, and without the attention weights that many tests ask
+for, which only stock attention gives; tests that compile are left out. Every family runs unpatched, then with
+split="off" and split="cpu".
+
+The tests are those of a checkout (``--source``, or ``TRANSFORMERS_TESTS``), else of a tag cloned into a temporary
+folder, by default the installed release's. Exit code 0: holds; 1: does not; 77: the tests can't be had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests.upstream.outcomes import STOCK, Comparison, compare, exceptions_for, generating, read
+from tests.upstream.source import NoTestsError, lay_out
+
+HERE = Path(__file__).parent
+SOME = ["llama", "gemma3", "gpt_neox"]
+ALL = ["llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3", "mixtral", "gpt_neox", "opt", "granite"]
+SPLITS = ["off", "cpu"]
+AS_THEY_ARE, PRESSED = "generate", "generate and not torch_compile_test"
+CANNOT = 77
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _options(arguments)
+    began = time.time()
+    with tempfile.TemporaryDirectory(prefix="upstream-tests-") as folder:
+        work = Path(folder, "work")
+        work.mkdir()
+        try:
+            source = lay_out(work, options.source, options.tag)
+        except NoTestsError as error:
+            print(f"transformers' tests can't be had ({error}); give a checkout with --source, nothing was run")
+            return CANNOT
+        listed = json.loads((HERE / "exceptions.json").read_text(encoding="utf-8"))
+        pairs = [(model, pressed) for pressed in options.pressed for model in options.models]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            chains = pool.map(lambda pair: _chain(work, source, *pair, options, listed), pairs)
+            held = [_show(*pair, chain) for pair, chain in zip(pairs, chains)]
+    print(f"{'holds' if all(held) else 'does NOT hold'}; {time.time() - began:.0f} s")
+    return 0 if all(held) else 1
+
+
+def _chain(work: Path, source: Path, model: str, pressed: bool, options, listed) -> dict[str, Comparison]:
+    """One family: on stock, then what can change on every split."""
+    results = options.results or work / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    before = _arm(work, source, results, model, pressed, None, None)
+    tests = generating(before)
+    compared = {}
+    for split in SPLITS:
+        after = _arm(work, source, results, model, pressed, split, tests)
+        compared[split] = compare(before, after, exceptions_for(listed, split))
+    return compared
+
+
+def _arm(work: Path, source: Path, results: Path, model: str, pressed: bool, split, only) -> dict:
+    name = f"{model}-{_manner(pressed)}-{split or STOCK}"
+    path = results / f"{name}.jsonl"
+    path.unlink(missing_ok=True)
+    arm = {"split": split, "pressed": pressed, "source": str(source), "results": str(path), "only": only}
+    settings = results / f"{name}.json"
+    settings.write_text(json.dumps(arm), encoding="utf-8")
+    env = {**os.environ, "SCOUT_ARM": str(settings), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1])])
+    command = [sys.executable, "-m", "pytest", f"tests/models/{model}/test_modeling_{model}.py", "--rootdir", "."]
+    command += "-p scout_upstream_arm --noconftest -p no:cacheprovider -p no:xdist -o addopts=".split()
+    command += ["-q", "--tb=short", "--timeout=300", "-m", PRESSED if pressed else AS_THEY_ARE]
+    with open(results / f"{name}.log", "w", encoding="utf-8") as log:
+        subprocess.run(command, cwd=work, env=env, stdout=log, stderr=subprocess.STDOUT, check=False)
+    outcomes = read(path)
+    if split is None and not generating(outcomes):
+        raise SystemExit(f"no test of {model} passes unpatched:\n{(results / f'{name}.log').read_text()[-3000:]}")
+    return outcomes
+
+
+def _show(model: str, pressed: bool, compared: dict[str, Comparison]) -> bool:
+    for split, found in compared.items():
+        print(
+            f"{model:8} {_manner(pressed):11} {split:3}: {found.passed_stock} pass unpatched, "
+            f"{found.generating} of them generate; patched {found.passed} pass, {len(found.listed)} listed, "
+            f"{len(found.unexpected)} fail; {found.steps} decode steps",
+            flush=True,
+        )
+        for test, reason in found.listed.items():
+            print(f"    listed  {test.split('::')[-1]}: {reason}")
+        for test, message in found.unexpected.items():
+            print(f"    FAILS   {test}\n{_indented(message)}")
+        for pattern in found.unused:
+            print(f"    listed, but passes: {pattern}")
+        if found.generating and not found.steps:
+            print("    no decode step was served by scout_hf")
+    return all(found.holds for found in compared.values())
+
+
+def _manner(pressed: bool) -> str:
+    return "pressed" if pressed else "as-they-are"
+
+
+def _indented(message: str) -> str:
+    return "\n".join(f"            {line}" for line in message.splitlines()[-12:])
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", help=f"families, as folders of tests/models (default: {' '.join(SOME)})")
+    parser.add_argument("--all", action="store_true", help=f"{' '.join(ALL)}, pressed and as they are")
+    parser.add_argument("--source", type=Path, default=os.environ.get("TRANSFORMERS_TESTS"), help="a checkout")
+    parser.add_argument("--tag", help="the tag to clone (default: that of the installed release)")
+    parser.add_argument("--jobs", type=int, default=2, help="families at a time")
+    parser.add_argument("--results", type=Path, help="a folder to keep logs and outcomes in")
+    options = parser.parse_args(arguments)
+    options.models = options.models or (ALL if options.all else SOME)
+    options.pressed = [True, False] if options.all else [True]
+    options.source = Path(options.source) if options.source else None
+    options.results = options.results.resolve() if options.results else None
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
