@@ -114,3 +114,21 @@ def test_tokens_that_a_model_puts_in_by_itself_are_refused(tokens):
             assert cache.get_seq_length() == 0
     finally:
         twice.remove()
+
+
+@pytest.mark.parametrize("tiers", EVERY_TIER)
+def test_positions_that_begin_anew_hide_nothing_once_there_is_a_cache(tiers):
+    """Stock looks for packed sequences only in calls without a cache."""
+    model().set_attn_implementation("sdpa")
+    ids = prompt(1, 41)
+    positions = torch.cat([torch.arange(25), torch.arange(16)])[None]
+
+    def logits(cache):
+        parts = (slice(0, 40), slice(40, 41))
+        calls = [{"input_ids": ids[:, part], "position_ids": positions[:, part], CACHE: cache} for part in parts]
+        with torch.no_grad():
+            return torch.cat([model()(**call).logits for call in calls], dim=1)
+
+    expected = logits(DynamicCache(config=model().config))
+    with scout_hf.patch(model(), **EVERY_TIER[tiers]) as handle:
+        torch.testing.assert_close(logits(handle.new_cache()), expected, atol=1e-5, rtol=0)
