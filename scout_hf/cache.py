@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -193,9 +193,9 @@ class ScoutCache(Cache):
         """Repeat every row ``repeats`` times, in all layers."""
         self._change_rows("batch_repeat_interleave", int(repeats))
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def batch_select_indices(self, indices: torch.Tensor | Sequence[int]) -> None:
         """Keep the rows ``indices``, in all layers."""
-        self._change_rows("batch_select_indices", indices)
+        self._change_rows("batch_select_indices", torch.as_tensor(indices, device="cpu"))
 
     def _change_rows(self, operation: str, rows: torch.Tensor | int) -> None:
         self.whole.ready()
@@ -387,9 +387,10 @@ class ScoutLayer(ReadableLayer):
             self.method.select_rows(rows.repeat_interleave(repeats))
 
     @keeps_tensors
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def batch_select_indices(self, indices: torch.Tensor | Sequence[int]) -> None:
         """Keep the rows ``indices``, numbers or a bool per row."""
         if self.method:
+            indices = torch.as_tensor(indices, device="cpu")
             self.method.select_rows(indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices)
 
     def reset(self) -> None:

@@ -14,6 +14,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from transformers import DynamicCache
 
 import scout_hf
 from tests.unit.naive import poison
@@ -246,6 +247,18 @@ def test_crop_takes_a_tensor_of_one_number(name, host_dtype):
     for amount, left in ((-3, 47), (40, 40)):
         cache.crop(torch.tensor(amount))
         assert cache.get_seq_length() == left and type(cache.get_seq_length()) is int
+
+
+@pytest.mark.parametrize("rows", [(2, 0), [1, -1], [True, False, True], torch.tensor([False, True, True])], ids=str)
+@pytest.mark.parametrize("name", ("one tier", "two tiers"))
+def test_rows_are_chosen_by_whatever_dynamic_cache_takes(name, rows):
+    ids = torch.arange(3 * 40).view(3, 40) % VOCAB
+    stock, scout = DynamicCache(config=stock_model().config), new_cache(name)
+    for cache in (stock, scout):
+        forward(stock_model(), cache, ids, torch.ones_like(ids, dtype=torch.bool))
+        cache.batch_select_indices(rows)
+    for kept, expected in zip(scout.layers, stock.layers):
+        assert torch.equal(kept.keys, expected.keys) and torch.equal(kept.values, expected.values)
 
 
 def test_an_unpatched_model_is_right_with_a_scout_cache():
