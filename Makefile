@@ -1,6 +1,7 @@
 # make demo            set up and run the main job
 # make test            set up and pass the tests
 # make test-full       the same with every cell of the thinned grids
+# make test-faults     an error at every line that changes a cache: minutes, on as many cores as JOBS says
 # make test-versions   what depends on transformers, on the oldest and an older one, each in an environment of its own
 # make lint            ruff: rules and format
 
@@ -22,7 +23,7 @@ VERSIONED = tests/patches tests/integration tests/unit/test_cache.py tests/eval/
 SAME_EVERYWHERE = native_safety recall trust monitor trace two_devices on_device graph host_dtype sparse devices \
 	without_library methods
 
-.PHONY: demo test test-full test-versions lint clean
+.PHONY: demo test test-full test-faults test-versions lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/scout-hf demo
@@ -36,6 +37,9 @@ test-full: $(VENV)/.installed-test
 test-upstream: $(VENV)/.installed-test
 	$(VENV)/bin/pip install -q -e ".[upstream]"
 	$(VENV)/bin/python -m tests.upstream.run $(if $(ALL),--all) $(if $(SOURCE),--source $(SOURCE)) || [ $$? = 77 ]
+
+test-faults: $(VENV)/.installed-test
+	SCOUT_TEST_JOBS=$(JOBS) $(VENV)/bin/python -m pytest -m slow -n 0 tests/faults
 
 test-versions: $(VERSIONS:%=test-transformers-%)
 

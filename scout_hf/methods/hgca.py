@@ -72,9 +72,10 @@ class HGCA(TieredMethod):
         marks, held = self.kept.exists, self.kept.total / (self.batch * self.kv_heads)
         if held:
             if step.mask is not None:
-                # Tokens from outside a forward pass were kept before anybody said which are padding.
+                # What was kept may be padding in this step.
                 padding = step.padding(torch.device("cpu")).repeat_interleave(self.kv_heads, dim=0)
                 marks = marks & padding.gather(1, self.kept.tokens)
+                held = int(marks.sum()) / (self.batch * self.kv_heads)
             # One row of one head each, as the kept tokens lie.
             grouped = query.detach().cpu().reshape(self.batch * self.kv_heads, -1, 1, query.shape[3])
             ticket = step.backend.start(grouped, self.kept.kv, None, *self.scoring, marks)
@@ -85,7 +86,7 @@ class HGCA(TieredMethod):
         here, weights = attend_weighing(query, keys, values, *self.scoring, exists)
         self._weigh(weights)
         parts, window = [here], keys.shape[2] if exists is None else exists.sum(dtype=torch.float32) / self.batch
-        if held:
+        if self._ticket is not None:
             with step.counters.timed(self.layer_idx, "join"):
                 share = self._ticket.wait().partial
             self._ticket = None
@@ -195,12 +196,13 @@ class HGCA(TieredMethod):
         """Keep what is heavy enough of the tokens from ``first`` on; all on the CPU."""
         rank = weights.argsort(dim=-1, descending=True, stable=True).argsort(-1)
         threshold = 0.0 if self.config.names_dense(self.layer_idx) else self.settings["threshold"]
-        usable = (weights >= threshold / weighed) | (rank < self.settings["least"])
-        if exists is not None:
+        usable, most = (weights >= threshold / weighed) | (rank < self.settings["least"]), self._most(step)
+        if exists is not None and (threshold or most is not None):
+            # Where everything is kept, a later mask may uncover what this one hides.
             usable = usable & exists[:, 0]
         tokens = torch.arange(first, first + weights.shape[2], dtype=torch.int64, device="cpu")
         self.kept.add(keys, values, tokens, weights, usable)
-        if (most := self._most(step)) is not None:
+        if most is not None:
             self.kept.limit(most)
 
     def _most(self, step) -> torch.Tensor | None:

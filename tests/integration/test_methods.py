@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import scout_hf
 from scout_hf.fusion import Partial
@@ -15,6 +16,9 @@ from scout_hf.methods.one_tier import OneTierScout
 from scout_hf.stores.staging import Staging
 from tests.integration.common import (
     EXACT_METHODS,
+    ONE_TIER,
+    TOLERANCE,
+    TWO_TIERS,
     assert_close,
     assert_equal,
     left_padded,
@@ -379,3 +383,32 @@ def test_rates_that_emulate_nothing_are_told():
     with scout_hf.patch(llama(), cpu_gbps=1.0) as handle:
         run(handle.model, prompt(), new=3)
         assert "emulate nothing" in handle.stats().notes[0]
+
+
+UNCOVERING = {"one tier": ONE_TIER, "two tiers": TWO_TIERS, **EXACT_METHODS}
+
+
+@pytest.mark.parametrize("hidden", [slice(0, 20), slice(10, 30)], ids=["left padding", "in the middle"])
+@pytest.mark.parametrize("method", UNCOVERING)
+def test_a_later_mask_uncovers_what_the_prompts_mask_hid(method, hidden):
+    """What is exact keeps every token, also those that nobody was to see when they came."""
+    model, ids = llama(), prompt(2, 60)
+    mask, places = torch.ones_like(ids), torch.arange(60).expand(2, -1)
+    mask[0, hidden] = 0
+
+    def steps(cache):
+        with torch.no_grad():
+            first = {"attention_mask": mask[:, :50], "position_ids": places[:, :50]}
+            model(ids[:, :50], past_key_values=cache, **first)
+            found = []
+            for at in range(50, 60):
+                shown = mask[:, : at + 1] if at < 53 else torch.ones_like(mask[:, : at + 1])
+                step = {"attention_mask": shown, "position_ids": places[:, at : at + 1]}
+                found.append(model(ids[:, at : at + 1], past_key_values=cache, **step).logits)
+        return torch.cat(found, dim=1)
+
+    expected = steps(DynamicCache(config=model.config))
+    with scout_hf.patch(model, **UNCOVERING[method]) as handle:
+        got = steps(handle.new_cache())
+        assert handle.stats().exact
+    assert (got - expected).abs().max() <= TOLERANCE
