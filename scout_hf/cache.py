@@ -150,7 +150,8 @@ class ScoutCache(Cache):
         total: dict[str, int] = {}
         for layer in self.layers:
             if isinstance(layer, ScoutLayer):
-                held = layer.method.tier_bytes() if layer.method else {}
+                method = layer.method  # read once: another thread may be using the cache
+                held = method.tier_bytes() if method else {}
             else:
                 tensors = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
                 held = {"stock": sum(t.numel() * t.element_size() for t in tensors)}
@@ -348,7 +349,8 @@ class ScoutLayer(ReadableLayer):
 
     def get_seq_length(self) -> int:
         """Tokens per row, in all tiers together."""
-        return self.method.length if self.method else 0
+        method = self.method
+        return method.length if method else 0
 
     def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
         """Length and offset of the keys that a mask must cover; a tensor of positions counts by its length."""

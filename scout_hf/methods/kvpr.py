@@ -141,8 +141,8 @@ class KVPR(Dense):
         return twin
 
     def tier_bytes(self) -> dict[str, int]:
-        held = super().tier_bytes()
-        for tier, nbytes in (self.inputs.tier_bytes() if self.inputs else {}).items():
+        held, inputs = super().tier_bytes(), self.inputs
+        for tier, nbytes in (inputs.tier_bytes() if inputs else {}).items():
             held[tier] += nbytes
         return held
 

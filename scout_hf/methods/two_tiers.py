@@ -154,7 +154,8 @@ class TwoTierScout(Method):
         return self.kv.host.table.pool.slabs
 
     def tier_bytes(self) -> dict[str, int]:
-        device = self.kv.device_bytes + (self.resident.used_bytes if self.resident else 0)
+        resident = self.resident  # read once: another thread may be decoding
+        device = self.kv.device_bytes + (resident.used_bytes if resident else 0)
         return {"host": self.kv.host.used_bytes, "device": device, "digests": self.selector.table.used_bytes}
 
     # -- the parts of a step ------------------------------------------------------------------------------------

@@ -284,3 +284,24 @@ def test_real_time():
         prefill, decode = speeds(handle)
         assert 2 * 50 / prefill + 2 * 9 / decode <= took
         json.dumps(handle.stats().to_dict())
+
+
+@pytest.mark.parametrize(
+    ("settings", "owner", "name"),
+    [
+        (TWO_TIERS, lambda layer: layer.method, "resident"),
+        (EXACT_METHODS["kvpr"], lambda layer: layer.method, "inputs"),
+        (ONE_TIER, lambda layer: layer, "method"),
+    ],
+    ids=["residents", "inputs", "reset"],
+)
+def test_asked_while_another_thread_lets_go(settings, owner, name, monkeypatch):
+    """Whatever the generating thread drops after it was looked at once, stats() of another thread adds up."""
+    with scout_hf.patch(llama(), **settings) as handle:
+        cache = run(handle.model, prompt())[CACHE]
+        held = owner(cache.layers[1])
+        seen = iter([held.__dict__.pop(name)])
+        once = property(lambda self: next(seen, None) if self is held else self.__dict__[name])
+        monkeypatch.setattr(type(held), name, once, raising=False)
+        assert cache.tier_bytes()
+        assert next(seen, None) is None  # it was looked at
