@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from scout_hf.awaited import Awaited
 from scout_hf.cache_reading import ReadableLayer, copy_as_dynamic, describe, iterate, refuse_saving
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import CacheStateError, ConfigError
@@ -74,6 +75,7 @@ class ScoutCache(Cache):
         super().__init__(layers=layers)
         # A weak reference to the AliveCaches that count it.
         self.seen_by: Any = None
+        self.awaited: Awaited | None = None
         self.padding, self.staging = Padding(), Staging()
         if not self.scout_layers:
             warnings.warn(
@@ -287,6 +289,7 @@ class ScoutLayer(ReadableLayer):
         self.config, self.layer_idx = config, layer_idx
         self.method: Method | None = None
         self.incoming: torch.Tensor | None = None
+        self.awaited: Awaited | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         if key_states.shape != value_states.shape:
@@ -320,6 +323,8 @@ class ScoutLayer(ReadableLayer):
         return self._update_outside(key_states, value_states)
 
     def _update_outside(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.awaited is not None:
+            self.awaited.filled_outside()
         was_empty = self.method.length == 0
         # Other layers may have these tokens already, so that going back would not make the cache whole.
         with self.whole.changing("update()"):

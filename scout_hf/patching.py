@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import os
 import sys
 import warnings
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from transformers.generation.configuration_utils import GenerationMode
 
+from scout_hf.awaited import await_hooks, hooks_reached
 from scout_hf.cache import ScoutCache, check_names
 from scout_hf.cache_names import CACHE, UNREAD, given_cache
 from scout_hf.config import ScoutConfig
@@ -25,16 +25,18 @@ from scout_hf.methods.base import find_method
 from scout_hf.modes import keeps_tensors
 from scout_hf.monitor import Monitor
 from scout_hf.naming import AttentionNames
+from scout_hf.pass_inputs import named_arguments, refuse_unservable
 from scout_hf.patches import family_of
 from scout_hf.profiling import profile_recall
 from scout_hf.recall import RecallIntervals
 from scout_hf.restart import PREPARE_INPUTS, RestartingInputs
 from scout_hf.selfcheck import check_unknown_family
 from scout_hf.step import Inputs, Step, active_step, grid_positions
-from scout_hf.stock_passes import explain, reason_of_pass, reason_to_generate_with_stock
+from scout_hf.stock_passes import MEANT, explain, reason_of_pass, reason_to_generate_with_stock
 from scout_hf.stores.link import Links
 from scout_hf.telemetry import Counters, Stats, summarise
 from scout_hf.trace import Trace, Tracer, record
+from scout_hf.unwrap import unwrapped
 
 HANDLE = "_scout_handle"
 PREPARE = "_prepare_cache_for_generation"
@@ -50,7 +52,8 @@ def patch(
     Parameters
     ----------
     model : PreTrainedModel
-        A causal language model; changed in place, undone by ``handle.remove()``.
+        A causal language model, also inside torch.compile, PEFT or DistributedDataParallel; changed in place, undone by
+        ``handle.remove()``.
     config : ScoutConfig, optional
         Settings; single fields may be given by keyword instead: ``patch(model, budget=2048)``.
     attention : {"auto", "sdpa"}, default "auto"
@@ -77,12 +80,12 @@ def patch(
     if attention not in ATTENTIONS:
         raise ConfigError(f"attention={attention!r} is not allowed: attention takes 'auto' or 'sdpa'; try 'auto'")
     config = ScoutConfig.from_options(config, **options)
-    model = getattr(model, "get_base_model", lambda: model)()
+    model = unwrapped(model)
     family = family_of(model)
-    if HANDLE in model.__dict__:
+    if HANDLE in model.__dict__ or _has_hooks_of_ours(family.decoder(model)):
         raise PatchError(
-            "this model is patched already; call scout_hf.unpatch(model) first, or pass a ScoutCache with other "
-            f"settings as {CACHE}"
+            "this model is patched already (or another one with the same decoder); call scout_hf.unpatch(model) first, "
+            f"or pass a ScoutCache with other settings as {CACHE}"
         )
     text = model.config.get_text_config(decoder=True)
     check_names(config, text, len(family.layers(family.decoder(model))))
@@ -99,7 +102,7 @@ def patch(
 
 def unpatch(model: torch.nn.Module) -> None:
     """Undo ``patch(model)``. Raises PatchError if the model is not patched."""
-    model = getattr(model, "get_base_model", lambda: model)()
+    model = unwrapped(model)
     handle = model.__dict__.get(HANDLE)
     if handle is None:
         raise PatchError("this model is not patched: nothing to undo")
@@ -256,6 +259,7 @@ class Handle:
         reason = reason_to_generate_with_stock(self.model, generation_config, model_kwargs)
         if reason is None and given_cache(model_kwargs) is None:
             cache = model_kwargs[CACHE] = self.new_cache()
+            await_hooks(cache, type(self.model).__name__)
             rolls_back = hasattr(cache, "activate_past_recording")
             if getattr(generation_config, "is_assistant", False) and rolls_back:
                 cache.activate_past_recording()
@@ -282,7 +286,7 @@ class Handle:
 
     @keeps_tensors
     def _open(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        given = _named(module, args, kwargs)
+        given = named_arguments(module, args, kwargs)
         cache = given_cache(given)
         step = active_step()
         if step is not None:
@@ -303,13 +307,14 @@ class Handle:
         if not isinstance(cache, ScoutCache):
             if module is self._decoder:
                 self._counters.fell_back(reason := reason_of_pass(given))
-                if cache is not None:
+                if reason not in MEANT:
                     self._warn_of_stock(reason)
             return
         inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         if inputs is None:
             return
-        _refuse_unservable(module, given, inputs)
+        refuse_unservable(module, given, inputs)
+        hooks_reached(cache)
         self._names.renew()
         rows, queries = inputs.shape[:2]
         marks, tokens = cache.mark(), cache.get_seq_length() + queries
@@ -408,39 +413,13 @@ class Handle:
         return find_method(config.method).is_exact(config, self.model.device)
 
 
+def _has_hooks_of_ours(decoder: torch.nn.Module) -> bool:
+    return any(isinstance(getattr(hook, "__self__", None), Handle) for hook in decoder._forward_pre_hooks.values())
+
+
 def _calling_frame() -> Any:
     """The frame of the module call whose pre-hook asks; None under torch.compile, which has none."""
     frame = sys._getframe(1)
     while frame is not None and frame.f_code.co_name not in ("inner", "_call_impl"):
         frame = frame.f_back
     return frame
-
-
-def _named(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict:
-    if not args:
-        return kwargs
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    return {**dict(zip(names, args)), **kwargs}
-
-
-def _refuse_unservable(module: torch.nn.Module, given: dict, inputs: torch.Tensor) -> None:
-    mask = given.get("attention_mask")
-    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
-        kind = f"{mask.dim()}-D" if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise UnsupportedInputError(
-            f"attention_mask is {kind}; a ScoutCache takes a 2-D padding mask (batch, tokens), since a custom pattern "
-            "cannot be kept block-sparse; use a DynamicCache for this call"
-        )
-    if given.get("output_attentions"):
-        raise UnsupportedInputError(
-            "output_attentions=True cannot be served from a ScoutCache: no attention weights exist; use a DynamicCache "
-            "for this call"
-        )
-    if torch.is_grad_enabled() and (inputs.requires_grad or _learns(module)):
-        raise UnsupportedInputError(
-            "a ScoutCache holds no gradients; wrap the call in torch.no_grad(), or train without a cache"
-        )
-
-
-def _learns(module: torch.nn.Module) -> bool:
-    return module.training or any(weight.requires_grad for weight in module.parameters())

@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from scout_hf.cache import ScoutCache
-from scout_hf.cache_names import given_cache
+from scout_hf.cache_names import NEW, given_cache
 
 _REASON = "_scout_stock_reason"
+_BATCHING = "PagedAttentionCache"
+_NONE, _UNUSED = "no cache was given", "use_cache=False"
+MEANT = (_NONE, _UNUSED)
+"""Reasons of passes that whoever calls the model without a cache wants; nothing to warn of."""
 
 
 def reason_to_generate_with_stock(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> str | None:
@@ -16,7 +20,7 @@ def reason_to_generate_with_stock(model: Any, generation_config: Any, model_kwar
     if given is not None:
         return None if isinstance(given, ScoutCache) else _given(given)
     if generation_config.use_cache is False:
-        return "use_cache=False"
+        return _UNUSED
     if generation_config.cache_implementation not in (None, "dynamic"):
         return f"cache_implementation={generation_config.cache_implementation!r}"
     if generation_config.output_attentions:
@@ -32,15 +36,18 @@ def explain(cache: Any, reason: str) -> None:
 
 def reason_of_pass(given: dict[str, Any]) -> str:
     """What a forward pass without a ScoutCache is counted under, by the named arguments of its call."""
-    cache = given_cache(given)
+    # Its name for continuous batching, in all releases.
+    cache = given_cache(given) if given.get(NEW) is None else given[NEW]
     if (reason := getattr(cache, _REASON, None)) is not None:
         return reason
     if cache is not None:
         return _given(cache)
     if given.get("output_attentions"):
         return "output_attentions=True"
-    return "use_cache=False" if given.get("use_cache") is False else "no cache was given"
+    return _UNUSED if given.get("use_cache") is False else _NONE
 
 
 def _given(cache: Any) -> str:
+    if type(cache).__name__ == _BATCHING:
+        return "continuous batching keeps a cache of its own"
     return f"a {type(cache).__name__} was given"

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 import scout_hf
 from scout_hf.cache_names import CACHE
@@ -79,3 +79,36 @@ def test_forward_with_another_cache(model):
         with pytest.warns(UserWarning, match="a DynamicCache was given"):
             model(prompt(2, 20), **{CACHE: DynamicCache(config=model.config)})
         assert handle.stats().stock_passes == {"a DynamicCache was given": 1}
+
+
+BATCH = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+
+
+def batch(model, inputs):
+    """Tokens of ``generate_batch``, and the names of the implementation before and after."""
+    before = model.config._attn_implementation
+    results = model.generate_batch(inputs=inputs, generation_config=BATCH, progress_bar=False)
+    return [result.generated_tokens for result in results.values()], before, model.config._attn_implementation
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_continuous_batching_is_stock_and_leaves_the_patch_as_it_was(implementation):
+    """It asks for the implementation's name, sets another one for a while, and gives the first back."""
+    inputs = [prompt(tokens=30)[0].tolist(), prompt(tokens=12, seed=2)[0].tolist()]
+    stock, model = llama(num_hidden_layers=2), llama(num_hidden_layers=2)
+    for each in (stock, model):
+        each.set_attn_implementation(implementation)
+    alone = run(stock, prompt())
+    expected = batch(stock, inputs)
+    with scout_hf.patch(model, **ONE_TIER) as handle:
+        run(model, prompt())
+        with pytest.warns(UserWarning, match="stock attention.*continuous batching"):
+            assert batch(model, inputs) == expected
+        (reason,) = handle.stats().stock_passes
+        assert "continuous batching" in reason
+        output = run(model, prompt())
+        assert isinstance(output[CACHE], scout_hf.ScoutCache)
+        assert torch.equal(output.sequences, alone.sequences)
+        assert batch(model, inputs)[0] == expected[0]
+    assert type(model.config._attn_implementation) is str
+    assert model.config._attn_implementation == stock.config._attn_implementation

@@ -1,0 +1,41 @@
+"""The arguments of a forward pass by their names, and which of them a ScoutCache cannot serve."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+
+from scout_hf.errors import UnsupportedInputError
+
+
+def named_arguments(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict:
+    """Positional arguments of the module's ``forward`` among those by keyword."""
+    if not args:
+        return kwargs
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return {**dict(zip(names, args)), **kwargs}
+
+
+def refuse_unservable(module: torch.nn.Module, given: dict, inputs: torch.Tensor) -> None:
+    """Raise UnsupportedInputError for a mask, an output or gradients that no ScoutCache gives."""
+    mask = given.get("attention_mask")
+    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
+        kind = f"{mask.dim()}-D" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise UnsupportedInputError(
+            f"attention_mask is {kind}; a ScoutCache takes a 2-D padding mask (batch, tokens), since a custom pattern "
+            "cannot be kept block-sparse; use a DynamicCache for this call"
+        )
+    if given.get("output_attentions"):
+        raise UnsupportedInputError(
+            "output_attentions=True cannot be served from a ScoutCache: no attention weights exist; use a DynamicCache "
+            "for this call"
+        )
+    if torch.is_grad_enabled() and (inputs.requires_grad or _learns(module)):
+        raise UnsupportedInputError(
+            "a ScoutCache holds no gradients; wrap the call in torch.no_grad(), or train without a cache"
+        )
+
+
+def _learns(module: torch.nn.Module) -> bool:
+    return module.training or any(weight.requires_grad for weight in module.parameters())
