@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from scout_hf.files import write_text
+
+BAR = "\\|"
+_BREAK = re.compile(r"\s*[\r\n]+\s*")
+_BETWEEN = re.compile(r"(?<!\\)\|")
 
 
 def begin_mark(command: str) -> str:
@@ -32,7 +37,8 @@ def update(path: Path, command: str, made: str) -> bool:
     if parts is None:
         marks = f"{begin_mark(command)}\n{end_mark(command)}"
         raise ValueError(f"{path} has no place for the tables; put these two lines where they belong:\n{marks}")
-    new = f"{parts[0]}\n{made}\n{parts[2]}"
+    # Tables and words alone: what comes out of a record makes no markup and no mark, whatever it says.
+    new = f"{parts[0]}\n{made.replace('<', '&lt;')}\n{parts[2]}"
     if new != old:
         # The file that was read, where the page is a link.
         write_text(path.resolve(), new)
@@ -46,5 +52,10 @@ def head(*names: str) -> Iterator[str]:
 
 
 def line(*cells: str) -> str:
-    """A row of a table."""
-    return f"| {' | '.join(cells)} |"
+    """A row of a table; a bar or the end of a line inside of a cell does not end it."""
+    return f"| {' | '.join(_BREAK.sub(' ', cell).replace('|', BAR) for cell in cells)} |"
+
+
+def cells_of(row: str) -> list[str]:
+    """The cells that :func:`line` was given."""
+    return [cell.strip().replace(BAR, "|") for cell in _BETWEEN.split(row.strip().removeprefix("|"))][:-1]

@@ -78,7 +78,7 @@ def fidelity(
         reports.show(record)
         if readme:
             _tell(f"{readme} {'changed' if update(readme, COMMAND, markdown(record)) else 'is up to date'}")
-    raise typer.Exit(1 if record["failed"] else 0)
+    raise typer.Exit(1 if record.get("failed") else 0)
 
 
 @bench.command("cpu-kernel")

@@ -5,12 +5,36 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
 
 from scout_hf.errors import ConfigError
-from scout_hf.files import write_text
+from scout_hf.files import read_json, write_text
+from scout_hf.rules import count, fields, items, number, one_of, text
 
 FORMAT = "scout_hf.recall/1"
+LARGEST_FILE = 1 << 20
+_REMEDY = "handle.profile_recall(prompts).save(path)"
+
+
+def _budget(value: Any) -> None:
+    """None, tokens, or a share."""
+    if value is not None:
+        number(1e-6, 1.0)(value) if isinstance(value, float) else count(1)(value)
+
+
+_FIELDS = {
+    "intervals": items(count(0, 2**31 - 1), fewest=1, most=4096),
+    "threshold": number(1e-6, 1.0),
+    "model_type": text(200),
+    "budget": _budget,
+    "block_size": count(1, 1 << 16),
+}
+_NEEDED = ("intervals", "threshold", "model_type")
+_RULE = fields(
+    {"format": one_of(FORMAT)} | {name: _FIELDS[name] for name in _NEEDED},
+    {name: rule for name, rule in _FIELDS.items() if name not in _NEEDED},
+    closed=True,
+)
 
 
 @dataclass(frozen=True)
@@ -37,14 +61,13 @@ class RecallIntervals:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "intervals", tuple(self.intervals))
-        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in self.intervals)
-        if not self.intervals or not whole:
-            raise ConfigError(
-                f"intervals={self.intervals!r} is not allowed: one whole number of steps per layer, 0 for never"
-            )
-        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
-        if not number or not 0.0 < self.threshold <= 1.0:
-            raise ConfigError(f"threshold={self.threshold!r} is not allowed: a number in (0, 1]")
+        for name, rule in _FIELDS.items():
+            value = getattr(self, name)
+            try:
+                rule(list(value) if name == "intervals" else value)
+            except ValueError as error:
+                what = "one whole number of steps per layer, 0 for never; " if name == "intervals" else ""
+                raise ConfigError(f"{name}={value!r:.80} is not allowed: {what}{error}") from error
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the profile as JSON; a reader never sees half a file."""
@@ -57,18 +80,11 @@ class RecallIntervals:
         Raises
         ------
         ConfigError
-            If the file is not such a profile.
+            If the file is not such a profile, or (also a FileNotFoundError) is not there.
         """
-        try:
-            data = json.loads(Path(path).read_text())
-            if data.pop("format") != FORMAT:
-                raise ValueError("another format")
-            return cls(**data)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(
-                f"{os.fspath(path)} is no recall profile of this version ({FORMAT}): {error}; make one with "
-                "handle.profile_recall(prompts).save(path)"
-            ) from error
+        data = read_json(path, _RULE, f"make a profile ({FORMAT}) with {_REMEDY}", LARGEST_FILE)
+        del data["format"]
+        return cls(**data)
 
     def check(self, model_type: str, layers: int) -> None:
         """Raise ConfigError unless the profile belongs to a model of this type and depth."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ Rule = Callable[[Any], None]
 
 LARGEST = 1e18
 LONGEST_TEXT = 1 << 16
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def number(low: float = -LARGEST, high: float = LARGEST, whole: bool = False) -> Rule:
@@ -30,7 +32,7 @@ def count(low: int = 0, high: int = 1 << 50) -> Rule:
 
 
 def text(longest: int = LONGEST_TEXT) -> Rule:
-    """A string of no more than so many characters, all of which can be written to a file."""
+    """A string of no more than so many characters, which a file and a terminal take as they are."""
 
     def rule(value: Any) -> None:
         if not isinstance(value, str) or len(value) > longest:
@@ -39,6 +41,8 @@ def text(longest: int = LONGEST_TEXT) -> Rule:
             value.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the string {value!r:.60} has half a character ({error.reason})") from error
+        if _CONTROL.search(value):
+            raise ValueError(f"the string {value!r:.60} has characters that control a terminal")
 
     return rule
 
@@ -51,6 +55,14 @@ def flag(value: Any) -> None:
 
 def anything(value: Any) -> None:
     """No rule."""
+
+
+def simple(value: Any) -> None:
+    """Null, true, false, a number or a string."""
+    if isinstance(value, str):
+        text()(value)
+    elif value is not None and not isinstance(value, bool):
+        number()(value)
 
 
 def one_of(*allowed: Any) -> Rule:
@@ -112,16 +124,6 @@ def fields(needed: Mapping[str, Rule], others: Mapping[str, Rule] | None = None,
         for name, of in known.items():
             if name in value:
                 _within(f".{name}", of, value[name])
-
-    return rule
-
-
-def both(*rules: Rule) -> Rule:
-    """What keeps all of these."""
-
-    def rule(value: Any) -> None:
-        for one in rules:
-            one(value)
 
     return rule
 

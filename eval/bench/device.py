@@ -119,7 +119,9 @@ def release(device: torch.device) -> None:
 
 def first_line(error: BaseException) -> str:
     """Its kind and the first line of its message."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    line = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    # It goes into a record, and from there to terminals and pages.
+    return "".join(letter if letter.isprintable() else " " for letter in line)
 
 
 def burst(calls: Sequence[Callable[[], Any]], device: torch.device) -> Burst:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from scout_hf.eval.markdown import head, line, update
 from scout_hf.eval.methods import tables as methods
+from scout_hf.eval.records import read_record
 
 MODES = {
     "stock": "stock `sdpa`",
@@ -79,7 +79,7 @@ def main(page: str, folder: str) -> None:
         if not path.is_file():
             print(f"{name}: no {path}")
             continue
-        record = json.loads(path.read_text())
+        record = read_record(path, name)
         changed = update(Path(page), command, markdown(record))
         print(f"{name}: {page} {'changed' if changed else 'is up to date'}")
 

@@ -12,7 +12,8 @@ import torch
 
 from scout_hf.eval.bench import device as devices
 from scout_hf.eval.bench import machine
-from scout_hf.files import write_text
+from scout_hf.eval.bench.rules import GPU_DECODE
+from scout_hf.files import read_json, write_text
 
 SIZES = {"arms": "batch", "largest": "cap_gib"}
 
@@ -42,7 +43,7 @@ class Record:
     def __post_init__(self) -> None:
         self.record: dict[str, Any] = {"benchmark": "gpu_decode", "models": {}, "arms": [], "largest": []}
         if self.path and self.path.exists() and not self.fresh:
-            self.record |= json.loads(self.path.read_text())
+            self.record |= read_json(self.path, GPU_DECODE, "give another --out, or --fresh to write over it")
             others = self.record["settings"]
             if differ := [name for name, value in self.settings.items() if others.get(name) != value]:
                 theirs = ", ".join(f"{name}={others.get(name)!r}" for name in differ)

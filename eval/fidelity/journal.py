@@ -8,7 +8,30 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from scout_hf.errors import ConfigError
+from scout_hf.files import LARGEST_BYTES, parse_json
+from scout_hf.rules import count, fields, items, maybe, number, table, text
+
 SCHEMA = 1
+
+
+def _answers(value: Any) -> None:
+    text(1 << 20)(value)
+    if not value or set(value) - set("01"):
+        raise ValueError(f"0 or 1 for each question is wanted, not {value!r:.60}")
+
+
+_LAYERS = items(maybe(number(-1e6, 1e6)))
+_BY_LAYER = ("mass", "output_error", "selection_error", "prediction_error", "block_recall", "cosine")
+RESULT = fields(
+    {},
+    # Nats per token: what is beyond has no perplexity.
+    {"right": _answers, "nll": items(number(0, 500), fewest=1), "cpu_ratio_by_step": table(items(number(0, 1e6)))}
+    | {"attended_share": number(0, 1e6), "tokens_per_second": number(0)}
+    | {name: _LAYERS for name in _BY_LAYER},
+)
+"""What a result may hold."""
+_ENTRY = fields({"commit": maybe(text(200)), "asked": fields({}), "result": RESULT})
 
 
 class Journal:
@@ -51,8 +74,12 @@ class Journal:
     def adopt(self, found: Iterable[tuple[dict[str, Any], dict[str, Any]]], commit: str | None) -> None:
         """Keep results, each with what was asked, that were measured at some commit; all on disk at the end."""
         entries = [{"schema": SCHEMA, "commit": commit, "asked": asked, "result": result} for asked, result in found]
+        # What cannot be read again would spoil the file: ValueError before a byte of it is written.
+        for entry in entries:
+            _ENTRY(entry)
+        lines = [json.dumps(entry, separators=(",", ":"), allow_nan=False) for entry in entries]
         with self.path.open("a") as file:
-            file.writelines(json.dumps(entry, separators=(",", ":")) + "\n" for entry in entries)
+            file.writelines(line + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
         for entry in entries:
@@ -63,18 +90,22 @@ class Journal:
         self._found[key], self._commits[key] = entry["result"], entry["commit"]
 
     def _read(self) -> None:
-        text = self.path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.splitlines(), 1):
+        if self.path.stat().st_size > LARGEST_BYTES:
+            raise ConfigError(f"{self.path} is larger than {LARGEST_BYTES} bytes; move the file away, or use --fresh")
+        held = self.path.read_bytes()
+        whole = held[: held.rfind(b"\n") + 1]
+        for place, line in enumerate(whole.splitlines(), 1):
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
+                fields({"schema": count()})(entry)
                 if entry["schema"] == SCHEMA:
+                    _ENTRY(entry)
                     self._remember(entry)
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{self.path}, line {number} is no result of a study; move the file away, or use --fresh"
+            except ValueError as error:
+                raise ConfigError(
+                    f"{self.path}, line {place} is no result of a study: {error}; move the file away, or use --fresh"
                 ) from error
-        if whole != text:
+        if whole != held:
             with self.path.open("r+b") as file:
                 file.truncate(len(whole))
 

@@ -8,8 +8,45 @@ from typing import Any
 
 from rich.console import Console
 
+from scout_hf.eval.fidelity.cells import MODES, STRESSES, TEXT
+from scout_hf.eval.fidelity.journal import RESULT
 from scout_hf.eval.fidelity.tables import NOTE, tables
-from scout_hf.files import write_text
+from scout_hf.files import read_json, write_text
+from scout_hf.rules import anything, count, fields, items, maybe, number, one_of, simple, table, text
+
+_CELL = fields(
+    {
+        "model": text(200),
+        "task": text(200),
+        "tokens": count(1),
+        "mode": one_of(*MODES),
+        "block_size": maybe(count(1)),
+        "budget": maybe(number(0, 1e12)),
+        "digest": maybe(text(200)),
+        "stress": one_of(*STRESSES),
+        "attended_share": anything,
+        "tokens_per_second": anything,
+    }
+)
+
+
+def _cell(value: Any) -> None:
+    _CELL(value)
+    RESULT(value)
+    fields({"nll" if value["task"] == TEXT else "right": anything})(value)
+
+
+RULE = fields(
+    {
+        "study": one_of("fidelity"),
+        "settings": fields({}, {"modes": fields({})}),
+        "machine": table(simple),
+        "weights": table(text(200)),
+        "cells": items(_cell),
+    },
+    {"failed": count()},
+)
+"""What a study must hold for its tables and plots."""
 
 
 def save(record: dict[str, Any], path: Path) -> None:
@@ -21,14 +58,8 @@ def save(record: dict[str, Any], path: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A record that was saved; ValueError for anything else."""
-    try:
-        record = json.loads(path.read_text())
-        if record["study"] != "fidelity":
-            raise KeyError("study")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no study of fidelity; give a fidelity.json of scout-hf fidelity") from error
-    return record
+    """A record that was saved; ConfigError for anything else."""
+    return read_json(path, RULE, "give a fidelity.json of scout-hf fidelity")
 
 
 def show(record: dict[str, Any], console: Console | None = None) -> None:

@@ -86,11 +86,14 @@ def run(
         done = 0
         bar.set_description(f"0/{len(missing)} cells")
         for cell, result in _measured(missing, effort, jobs):
+            if not isinstance(result, Exception):
+                try:
+                    journal.add(asked[cell], result)
+                except ValueError as error:  # a figure that is no number
+                    result = error
             if isinstance(result, Exception):
                 with bar.external_write_mode():
                     tell(f"failed: {cell}: {result!r}")
-            else:
-                journal.add(asked[cell], result)
             done += 1
             bar.set_description(f"{done}/{len(missing)} cells", refresh=False)
             bar.update(weight(cell))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from scout_hf.eval.harness import HarnessError
+from scout_hf.files import parse_json
 
 READ = "scout_hf.eval.harness.longbench.read_local"
 COLUMNS = ("input", "context", "answers", "length", "dataset", "language", "all_classes", "_id")
@@ -114,7 +115,7 @@ def read_local(longbench_file: str, metric: str, **_: Any) -> dict[str, Any]:
 
 
 def _row(line: bytes, metric: str) -> dict[str, Any]:
-    row = json.loads(line.decode("utf-8-sig"))
+    row = parse_json(line, infinite=True)
     if not isinstance(row, dict):
         raise ValueError(f"a JSON object with {', '.join(COLUMNS)} is wanted, this is a {type(row).__name__}")
     # As some copies of the data have it already.

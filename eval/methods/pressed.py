@@ -14,7 +14,13 @@ import torch
 
 from scout_hf.eval.methods import kvpress_apart
 from scout_hf.eval.methods.ways import Missing
+from scout_hf.files import read_json
+from scout_hf.rules import count, fields, items, number, table, text
 
+_ANSWER = fields(
+    {"ids": items(items(count())), "prefill_s": number(0), "seconds": number(0), "steps": count(1), "kept": count()}
+    | {"versions": table(text(200))}
+)
 REMEDY = "pip install kvpress, here or in an environment of its own that --kvpress-python names"
 
 
@@ -62,7 +68,7 @@ def measure(
             raise Missing(f"not installed: --kvpress-python {python}: {error.strerror}") from error
         if done.returncode:
             raise RuntimeError(f"kvpress failed: {(done.stderr.splitlines() or ['without a word'])[-1]}")
-        found = json.loads(answered.read_text())
+        found = read_json(answered, _answer, "is --kvpress-python an interpreter of this machine?")
     if "absent" in found:
         raise Missing(f"not installed: {REMEDY}")
     wanted = [answer for row in expected for answer in row]
@@ -76,3 +82,8 @@ def measure(
         "attended_tokens": float(found["kept"]),
         "by": found["versions"],
     }
+
+
+def _answer(value: Any) -> None:
+    if not isinstance(value, dict) or "absent" not in value:
+        _ANSWER(value)

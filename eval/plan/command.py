@@ -11,13 +11,15 @@ from typing import Any
 from rich.console import Console
 
 from scout_hf import ScoutConfig
-from scout_hf.errors import ConfigError
+from scout_hf.errors import ConfigError, MissingFileError
 from scout_hf.eval.bench.machine import describe
 from scout_hf.eval.plan import check as checks
 from scout_hf.eval.plan import measure as measures
 from scout_hf.eval.plan.show import check_tables, plan_tables
-from scout_hf.eval.reading import read_json
+from scout_hf.eval.records import read_record
+from scout_hf.files import read_json
 from scout_hf.planner import MACHINES, SHAPES, Load, Machine, ModelShape
+from scout_hf.rules import fields, items, text
 
 FLAGS = {
     "link_gbps": "--link",
@@ -40,12 +42,16 @@ def measure(out: Path, tell: Callable[[str], Any]) -> None:
 
 def check(record: Path, machine: Path | None) -> None:
     """Print predictions beside what was measured."""
-    measured = read_json(record)
+    if not record.is_file():
+        raise MissingFileError(
+            f"--check {record} is not there; give the JSON of `scout-hf bench methods` or cpu-decode"
+        )
     if machine is None:
         raise ConfigError(f"--check takes the constants of the machine that was measured: {NEEDED}")
-    found, facts = Machine.load(machine), read_json(machine).get("facts")
-    if not facts:
-        raise ConfigError(f"{machine} has no measured facts: {NEEDED}")
+    found, facts = Machine.load_with_facts(machine)
+    if absent := [name for name in ("minmax_gbps", "two_tier_layer_us") if not facts.get(name, 0) > 0]:
+        raise ConfigError(f"{machine} has no measured {' and '.join(absent)}: {NEEDED}")
+    measured = read_record(record, "methods", "cpu_decode")
     _print(check_tables(checks.check(measured, found, facts)))
 
 
@@ -73,7 +79,12 @@ def _shape(model: str) -> ModelShape:
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise ConfigError(f"--model {model} is neither known nor a config.json; known are {', '.join(SHAPES)}")
-    return ModelShape.of(read_json(path), path.parent.name)
+    # Of transformers, which writes infinities too.
+    return ModelShape.of(read_json(path, _config, "give the config.json of a decoder", infinite=True), path.parent.name)
+
+
+def _config(value: Any) -> None:
+    fields({}, {"text_config": fields({}), "layer_types": items(text(200), most=1 << 14)})(value)
 
 
 def _print(parts) -> None:

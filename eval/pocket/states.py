@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from transformers import PreTrainedModel
 
+from scout_hf.errors import ConfigError
 from scout_hf.files import whole_file
+from scout_hf.rules import number
 
 
 def state_file(folder: Path, number: int) -> Path:
@@ -25,6 +27,11 @@ def save_state(model: PreTrainedModel, path: Path, minutes: float) -> None:
 
 def load_state(model: PreTrainedModel, path: Path) -> float:
     """Take back the weights that `save_state` kept; returns the minutes that they took."""
-    model.load_state_dict(load_file(path))
-    with safe_open(path, "pt") as file:
-        return float((file.metadata() or {}).get("minutes", 0.0))
+    try:
+        with safe_open(path, "pt") as file:
+            minutes = float((file.metadata() or {}).get("minutes", 0.0))
+        number(0, 1e9)(minutes)
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{path} holds no state of this training: {error}; delete it to train it anew") from error
+    return minutes

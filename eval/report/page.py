@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import base64
-import html
+import functools
 import io
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jinja2
+
+from scout_hf.errors import ConfigError
 from scout_hf.eval.bench import readme as bench_readme
 from scout_hf.eval.bench.formats import short
 from scout_hf.eval.fidelity import readme as fidelity_readme
+from scout_hf.eval.markdown import cells_of
 from scout_hf.eval.methods import plots, tables, view
-from scout_hf.eval.reading import read_json
+from scout_hf.eval.records import kind_of, read_record, shown
 from scout_hf.files import write_text
 
 STYLE = """
@@ -27,6 +31,31 @@ td { white-space: nowrap } thead th { border-bottom: 2px solid #999 }
 .note { color: #666; font-size: 13px } img { max-width: 100%; height: auto }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem } code { background: #f4f4f4; padding: 0 .2em }
 """
+TEMPLATE = """\
+{% macro spans(text) %}{% for kind, part in text | spans -%}
+{% if kind == "code" %}<code>{{ part }}</code>{% elif kind == "bold" %}<b>{{ part }}</b>{% else %}{{ part }}{% endif %}
+{%- endfor %}{% endmacro -%}
+<!doctype html><html lang=en><meta charset=utf-8><title>scout_hf</title><style>{{ style }}</style>
+<h1>scout_hf: what was measured</h1>
+<p class=note>Made on {{ day }} from {{ names | join(", ") }}.</p>
+{% for section in sections %}<h2>{{ section.title }}</h2>
+{% for part in section.parts %}
+{%- if part.rows %}<table><thead><tr>
+{%- for name in part.names -%}
+<th{% if part.words[loop.index0] %} class=words{% endif %}>{{ spans(name) }}</th>
+{%- endfor -%}
+</tr></thead><tbody>
+{% for row in part.rows %}<tr>
+{%- for cell in row %}<td{% if part.words[loop.index0] %} class=words{% endif %}>{{ spans(cell) }}</td>{% endfor -%}
+</tr>
+{% endfor %}</tbody></table>
+{% elif part.images %}<div class=pair>
+{%- for name, data in part.images %}<img alt="{{ name }}" src="data:image/png;base64,{{ data }}">{% endfor -%}
+</div>
+{% elif part.text %}<p{% if part.note %} class=note{% endif %}>{{ spans(part.text) }}</p>
+{% endif %}{% endfor %}{% endfor %}"""
+"""Nothing but this makes markup, and everything that it is given is escaped."""
+
 FILES = ("methods", "fidelity", "cpu_decode", "cpu_kernel", "gpu_decode", "gpu_kernel")
 TITLES = {
     "methods": "Every method, side by side",
@@ -57,68 +86,99 @@ COMMANDS = bench_readme.COMMANDS | {"fidelity": fidelity_readme.COMMAND}
 TEXTS = {name: bench_readme.markdown for name in bench_readme.COMMANDS} | {"fidelity": fidelity_readme.markdown}
 
 
+class Part(NamedTuple):
+    """A table, pictures or a paragraph; in words ``code`` stands in backticks, and what is bold is a ``Bold``."""
+
+    text: str | tuple[str, ...] = ""
+    note: bool = False
+    names: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    words: Sequence[bool] = ()
+    images: Sequence[tuple[str, str]] = ()
+
+
+class Section(NamedTuple):
+    """What is said of one record."""
+
+    title: str
+    parts: Sequence[Part]
+
+
+class Bold(str):
+    """A part of a paragraph."""
+
+
 def write(given: Sequence[Path], out: Path) -> list[str]:
     """Make the page of these records, files or folders of them; which were used.
 
     Raises
     ------
-    ValueError
-        If there is none among them.
+    ConfigError
+        If there is none among them, or one is not as it was written.
     """
     paths = [path for one in given for path in ([one] if one.is_file() else [one / f"{name}.json" for name in FILES])]
     if missing := [path for path in given if not path.exists()]:
-        raise ValueError(f"{missing[0]} is not there; give JSON files of `scout-hf bench` or `fidelity`, or folders")
-    records = {path: read_json(path) for path in paths if path.exists()}
-    for path, record in records.items():
-        if _name(record) not in TEXTS:
-            raise ValueError(f"{path} is no result of `scout-hf bench` or `scout-hf fidelity`: leave it out")
+        raise ConfigError(f"{missing[0]} is not there; give JSON files of `scout-hf bench` or `fidelity`, or folders")
+    records = {path: read_record(path) for path in paths if path.exists()}
     if not records:
         names = ", ".join(f"{name}.json" for name in FILES)
-        raise ValueError(f"no results in {', '.join(map(str, given))}; looked for {names}: run `scout-hf bench` first")
+        raise ConfigError(f"no results in {', '.join(map(str, given))}; looked for {names}: run `scout-hf bench` first")
+    page = render(records)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, "\n".join(_page(records)))
+    write_text(out, page)
     return [str(path) for path in records]
 
 
-def _page(records: dict[Path, dict[str, Any]]) -> Iterator[str]:
-    yield f"<!doctype html><html lang=en><meta charset=utf-8><title>scout_hf</title><style>{STYLE}</style>"
-    yield "<h1>scout_hf: what was measured</h1>"
-    yield f"<p class=note>Made on {time.strftime('%Y-%m-%d')} from {', '.join(path.name for path in records)}.</p>"
+def render(records: dict[Path, dict[str, Any]]) -> str:
+    """The page; ConfigError for a record that does not hang together."""
+    sections = []
     for path, record in records.items():
-        name = _name(record)
-        yield f"<h2>{html.escape(TITLES.get(name, name))}</h2>"
-        if name == "methods":
-            yield from _methods(record)
-        else:
-            yield from _markdown(TEXTS[name](record)) if name in TEXTS else ()
-            for picture in sorted(path.parent.glob(f"{name}*.png")):
-                yield _image(picture.read_bytes(), picture.stem)
-        if name in COMMANDS:
-            typed = " and ".join(f"<code>{html.escape(one)}</code>" for one in _commands(name, record))
-            yield f"<p class=note>Made by {typed}; {_machine(record)}.</p>"
+        with shown(path):
+            kind = kind_of(record)
+            sections.append(Section(TITLES.get(kind, kind), list(_parts(path, kind, record))))
+    known = {"style": STYLE, "day": time.strftime("%Y-%m-%d"), "names": [path.name for path in records]}
+    return _template().render(sections=sections, **known)
 
 
-def _name(record: dict[str, Any]) -> str:
-    """Which benchmark a record is of; the study of fidelity does not say."""
-    return record.get("benchmark") or ("fidelity" if "study" in record else "")
+@functools.lru_cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters["spans"] = _spans
+    return environment.from_string(TEMPLATE)
 
 
-def _methods(record: dict[str, Any]) -> Iterator[str]:
+def _parts(path: Path, kind: str, record: dict[str, Any]) -> Iterator[Part]:
+    if kind == "methods":
+        yield from _methods(record)
+    else:
+        yield from _markdown(TEXTS[kind](record)) if kind in TEXTS else ()
+        if pictures := sorted(path.parent.glob(f"{kind}*.png")):
+            yield from (_images([(picture.stem, picture.read_bytes())]) for picture in pictures)
+    if kind in COMMANDS:
+        typed = " and ".join(f"`{one}`" for one in _commands(kind, record))
+        yield Part(f"Made by {typed}; {_machine(record)}.", note=True)
+
+
+def _methods(record: dict[str, Any]) -> Iterator[Part]:
     place = tables.widest(record, view.main_shape(record))
     if place is not None:
         cells, settings = view.measured(view.at(record, place)), record["settings"]
         names = ("method", "exact", "answers right", *tables.COLUMNS)
-        yield (
-            f"<p>{_inline(tables.model_of(record, place))}, {short(place.context)} tokens, batch {place.batch}, "
-            f"budget {settings['budget']}. <b>{html.escape(view.emulated_sentence(record))}</b> "
-            f"Scout's choice of blocks drifts synthetically, {settings['drift']:.0%} per step. "
-            "Answers: a trained pocket model at 4k tokens, budget 512, with nothing emulated.</p>"
+        yield Part(
+            (
+                f"{tables.model_of(record, place)}, {short(place.context)} tokens, batch {place.batch}, "
+                f"budget {settings['budget']}. ",
+                Bold(view.emulated_sentence(record)),
+                f" Scout's choice of blocks drifts synthetically, {settings['drift']:.0%} per step. "
+                "Answers: a trained pocket model at 4k tokens, budget 512, with nothing emulated.",
+            )
         )
-        yield from _table(names, [tables.row(record, one, cells) for one in cells])
+        yield _table(names, [tables.row(record, one, cells) for one in cells])
         told = (view.predicted(record), tables.without(view.at(record, place)), view.unasked(record))
-        yield f"<p class=note>{LEGEND} {_inline(' '.join(filter(None, told)))}</p>"
+        yield Part(f"{LEGEND} {' '.join(filter(None, told))}", note=True)
     drawn = [(draw.__name__, _drawn(record, draw)) for draw in plots.ALL]
-    yield f"<div class=pair>{''.join(_image(data, name) for name, data in drawn if data)}</div>"
+    if drawn := [(name, data) for name, data in drawn if data]:
+        yield _images(drawn)
     yield from _markdown("\n".join(tables.further(record)))
 
 
@@ -134,17 +194,12 @@ def _drawn(record: dict[str, Any], draw: Callable[..., bool]) -> bytes | None:
     return data.getvalue()
 
 
-def _image(data: bytes, name: str) -> str:
-    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+def _images(pictures: Sequence[tuple[str, bytes]]) -> Part:
+    return Part(images=[(name, base64.b64encode(data).decode()) for name, data in pictures])
 
 
-def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    kinds = [" class=words" if _is_words(column) else "" for column in zip(*rows)]
-    heads = "".join(f"<th{kind}>{_inline(name)}</th>" for name, kind in zip(names, kinds))
-    yield f"<table><thead><tr>{heads}</tr></thead><tbody>"
-    for row in rows:
-        yield "<tr>" + "".join(f"<td{kind}>{_inline(cell)}</td>" for cell, kind in zip(row, kinds)) + "</tr>"
-    yield "</tbody></table>"
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Part:
+    return Part(names=names, rows=rows, words=[_is_words(column) for column in zip(*rows)])
 
 
 def _is_words(cells: Sequence[str]) -> bool:
@@ -152,7 +207,7 @@ def _is_words(cells: Sequence[str]) -> bool:
     return not any(cell[:1].isdigit() for cell in cells)
 
 
-def _markdown(text: str) -> Iterator[str]:
+def _markdown(text: str) -> Iterator[Part]:
     """The tables and paragraphs that the project's own generators make; nothing else of Markdown."""
     block: list[str] = []
     for row in [*text.splitlines(), ""]:
@@ -160,24 +215,28 @@ def _markdown(text: str) -> Iterator[str]:
             block.append(row)
             continue
         if block and block[0].startswith("|"):
-            cells = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in block]
-            yield from _table(cells[0], cells[2:])
+            cells = [cells_of(line) for line in block]
+            yield _table(cells[0], cells[2:])
         elif block:
-            yield f"<p>{_inline(' '.join(block))}</p>"
+            yield Part(" ".join(block))
         block = []
 
 
-def _inline(text: str) -> str:
-    parts = html.escape(text, quote=False).split("`")
-    return "".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts))
+def _spans(text: str | tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """A paragraph in parts: bold, code where backticks are, and plain."""
+    for one in (text,) if isinstance(text, str) else text:
+        if isinstance(one, Bold):
+            yield "bold", str(one)
+        else:
+            yield from (("code" if place % 2 else "", part) for place, part in enumerate(one.split("`")) if part)
 
 
-def _commands(name: str, record: dict[str, Any]) -> list[str]:
+def _commands(kind: str, record: dict[str, Any]) -> list[str]:
     """As they were typed, where the record says so."""
-    return record.get("commands") or [COMMANDS[name]]
+    return record.get("commands") or [COMMANDS[kind]]
 
 
 def _machine(record: dict[str, Any]) -> str:
     facts = record.get("machine") or {}
     told = [form.format(facts[name]) for name, form in SHOWN.items() if facts.get(name)]
-    return html.escape(", ".join(told) or "see the record")
+    return ", ".join(told) or "see the record"

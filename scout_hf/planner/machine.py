@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from scout_hf import rules
 from scout_hf.errors import ConfigError
-from scout_hf.files import write_text
+from scout_hf.files import read_json, write_text
+from scout_hf.rules import flag, number, table, text
 
+LARGEST = 1e12
+"""Of any constant."""
+LARGEST_FILE = 1 << 20
 # What kernels reach of a data sheet's bandwidth and arithmetic.
 REACHED = {"weights": 0.85, "attention": 0.8, "scoring": 0.7, "products": 0.6}
 
@@ -59,7 +63,8 @@ class Machine:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type in ("float", float) and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+            known = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if field.type in ("float", float) and not (known and 0 < value <= LARGEST):
                 raise ConfigError(
                     f"{field.name}={value!r} is not allowed: a number above 0; try that of a machine there is, such as "
                     f"h100 or what `scout-hf plan --measure` finds"
@@ -72,10 +77,16 @@ class Machine:
     @classmethod
     def load(cls, path: Path) -> Machine:
         """Read what ``save`` wrote; ConfigError if it is something else, or not there."""
-        try:
-            return cls(**json.loads(path.read_text())["machine"])
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{path} holds no machine ({error}): make one with `scout-hf plan --measure`") from error
+        return cls.load_with_facts(path)[0]
+
+    @classmethod
+    def load_with_facts(cls, path: Path) -> tuple[Machine, dict[str, float]]:
+        """The same, and the facts that it was saved with, none or more."""
+        held = {field.name: number(1e-12, LARGEST) for field in fields(cls)} | {"name": text(200), "gpu": flag}
+        gpu = {"gpu": held.pop("gpu")}
+        rule = rules.fields({"machine": rules.fields(held, gpu, closed=True)}, {"facts": table(number())})
+        data = read_json(path, rule, "make a machine with `scout-hf plan --measure`", LARGEST_FILE)
+        return cls(**data["machine"]), data.get("facts", {})
 
 
 def _gpu(name: str, memory: float, bandwidth: float, tflops: float, link: float) -> Machine:

@@ -203,7 +203,7 @@ class TestShown:
     def test_something_else_is_refused(self, tmp_path, text):
         path = tmp_path / "fidelity.json"
         path.write_text(text)
-        with pytest.raises(ValueError, match="is no study"):
+        with pytest.raises(ValueError, match="give a fidelity.json"):
             report.load(path)
 
 

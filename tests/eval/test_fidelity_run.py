@@ -255,7 +255,18 @@ class TestJournal:
         assert Journal(path, fresh=True).get({"cell": 1}) is None and not path.exists()
 
     @pytest.mark.parametrize(
-        "text", ["nonsense\n", '{"schema": 1}\n', "[]\n", '{"schema":1,"asked":{},"result":\n{}\n']
+        "text",
+        [
+            "nonsense\n",
+            '{"schema": 1}\n',
+            "[]\n",
+            '{"schema":1,"asked":{},"result":\n{}\n',
+            '{"schema":1,"commit":null,"asked":{},"result":{"right":"012"}}\n',
+            '{"schema":1,"commit":null,"asked":{},"result":{"nll":[NaN]}}\n',
+            '{"schema":1,"commit":null,"asked":{},"result":{"mass":7}}\n',
+            '{"schema":1,"commit":7,"asked":{},"result":{}}\n',
+            "[" * 200_000 + "\n",
+        ],
     )
     def test_a_foreign_file_is_left_alone(self, tmp_path, text):
         path = tmp_path / "cells.jsonl"
@@ -263,6 +274,13 @@ class TestJournal:
         with pytest.raises(ValueError, match=r"cells.jsonl, line \d is no result.*--fresh"):
             Journal(path)
         assert path.read_text() == text
+
+
+def test_a_figure_that_is_no_number_fails_its_cell_and_leaves_the_journal_readable(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr("scout_hf.eval.fidelity.run.measure", lambda cell, effort: {"nll": [float("nan")]})
+    path, told = tmp_path / "cells.jsonl", []
+    assert run(CELLS[:1], EFFORT, weights, Journal(path), 1, told.append) == [] and "failed" in told[0]
+    assert Journal(path).get({}) is None
 
 
 def test_one_bad_cell_does_not_end_a_study(whole, weights, tmp_path):

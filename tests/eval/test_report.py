@@ -1,5 +1,6 @@
 """One page of what there is: everything or a part of it, self-contained, and nothing that was not measured."""
 
+import html
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from scout_hf import ConfigError
 from scout_hf.cli import app
 from scout_hf.eval.methods import plots, ways
 from scout_hf.eval.report import page
@@ -111,7 +113,7 @@ def test_every_part_is_there(whole):
     assert titles == [page.TITLES[name] for name in ("methods", "fidelity", "cpu_decode", "cpu_kernel")]
     assert whole.count("<img") == len(plots.ALL)
     assert "In 0.5 GiB of the device" in whole and "one request of 8k tokens takes with stock" in whole
-    assert "the paper's figure 8" in whole and "(figure 12)" in whole
+    assert "the paper's figure 8" in html.unescape(whole) and "(figure 12)" in whole
 
 
 def test_nothing_is_fetched_and_nothing_is_markup_that_was_data(whole):
@@ -157,9 +159,140 @@ def test_command(tmp_path):
     trace, half = tmp_path / "step.json", tmp_path / "half.json"
     trace.write_text('{"traceEvents": []}')
     half.write_text('{"benchmark": ')
-    for path, told in ((trace, "no result of"), (half, "half.json is no whole JSON"), (tmp_path / "no", "not there")):
+    for path, told in (
+        (trace, "no result of"),
+        (half, "half.json cannot be used"),
+        (tmp_path / "no", "not there"),
+    ):
         result = CliRunner().invoke(app, ["report", str(path), "--out", str(tmp_path / "c.html")])
         assert result.exit_code == 2 and told in result.stderr and not (tmp_path / "c.html").exists()
     (tmp_path / "nothing").mkdir()
     result = CliRunner().invoke(app, ["report", str(tmp_path / "nothing"), "--out", str(tmp_path / "c.html")])
     assert result.exit_code == 2 and "scout-hf bench" in result.stderr and not (tmp_path / "c.html").exists()
+
+
+# -- what a record says is never markup -----------------------------------------------------------------------------
+
+PAYLOAD = """x"'><script>alert(1)</script><img src=http://h onerror=alert(1)>`|</td>\n\n| {{ 7*7 }} | <!-- -->"""
+
+
+def leaves(value, way=()):
+    """The way to every string and number."""
+    if isinstance(value, (dict, list)):
+        for name, one in value.items() if isinstance(value, dict) else enumerate(value[:3]):
+            yield from leaves(one, (*way, name))
+    else:
+        yield way
+
+
+def changed(record, way, value):
+    copy = json.loads(json.dumps(record))
+    at = copy
+    for name in way[:-1]:
+        at = at[name]
+    at[way[-1]] = value
+    return copy
+
+
+class Tags(HTMLParser):
+    """Every tag with its attributes."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.seen = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.seen.add((tag, *(name for name, _ in attributes)))
+
+
+PLAIN = "title style h1 h2 table thead tbody tr th td b p code".split()
+KNOWN = {("html", "lang"), ("meta", "charset"), ("img", "alt", "src"), *((tag,) for tag in PLAIN)}
+KNOWN |= {(tag, "class") for tag in ("p", "div", "td", "th")}
+
+
+def records():
+    yield "methods", {**made_up(), "cells": made_up()["cells"][:3] + made_up()["cells"][-3:]}
+    for name in ("cpu_kernel", "cpu_decode"):
+        yield name, json.loads((RESULTS / f"{name}.json").read_text())
+    fidelity = json.loads((RESULTS / "fidelity.json").read_text())
+    yield "fidelity", fidelity | {"cells": fidelity["cells"][:4]}
+
+
+@pytest.mark.parametrize("kind", ["methods", "cpu_kernel", "cpu_decode", "fidelity"])
+def test_a_payload_in_any_field_is_text_or_refused(kind, monkeypatch):
+    record, path = dict(records())[kind], RESULTS / f"{kind}.json"
+    monkeypatch.setattr(page, "_drawn", lambda *_: None)
+    monkeypatch.setattr(page, "_images", lambda *_: page.Part())
+    shown = 0
+    for way in leaves(record):
+        if way[0] in ("benchmark", "study") or "ms" in way:
+            continue
+        try:
+            text = page.render({path: changed(record, way, PAYLOAD)})
+        except ConfigError:
+            continue
+        assert "<script" not in text and "<!-- " not in text and "49" not in re.findall(r"\| (..) \|", text), way
+        assert Tags(text).seen <= KNOWN and not Reader(text).open, way
+        shown += "&lt;script&gt;" in text
+    assert shown >= {"fidelity": 1}.get(kind, 3)
+
+
+def test_names_of_files_and_pictures_are_text_too(tmp_path):
+    bad = 'cpu_kernel"><script>alert(1)<|script>'
+    (tmp_path / f"{bad}.png").write_bytes(b"")
+    shutil.copy(RESULTS / "cpu_kernel.json", tmp_path / f"{bad}.json")
+    page.write([tmp_path / f"{bad}.json"], tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "<script" not in text and text.count("cpu_kernel&#34;&gt;&lt;script&gt;") == 2
+
+
+def test_all_fields_at_once(tmp_path):
+    record = made_up()
+    for one in record["cells"]:
+        one["way"] = PAYLOAD if one["way"] == "hgca" else one["way"]
+        if "missing" in one:
+            one["missing"] = PAYLOAD
+    record["settings"] |= {"emulated_as": PAYLOAD, "shape": "gqa"}
+    record["machine"] = dict.fromkeys(page.SHOWN, PAYLOAD)
+    record["commands"] = [PAYLOAD]
+    text = write(tmp_path / "bad", record, tmp_path / "bad.html")
+    assert "<script" not in text and text.count("&lt;script&gt;") > 4 and Tags(text).seen <= KNOWN
+
+
+def test_the_template_is_the_only_place_that_makes_markup():
+    source = Path(page.__file__).read_text()
+    assert "autoescape=True" in source and source.count("from_string") == 1
+    assert not re.search(r"Markup|\|\s*safe\b|autoescape\s+false|autoescape=False", source)
+
+
+# -- what a record must hold ----------------------------------------------------------------------------------------
+
+WRONG = {
+    "nothing": None,
+    "text": "many",
+    "huge": 1e300,
+    "below zero": -(10**12),
+    "deep": json.loads("[" * 30 + "]" * 30),
+    "object": {"a": {}},
+    "control": "\x1b[2J",
+}
+
+
+@pytest.mark.parametrize("kind", ["methods", "cpu_kernel", "cpu_decode", "fidelity"])
+def test_a_record_that_was_changed_is_shown_or_refused_by_name(kind, tmp_path, monkeypatch):
+    record, path = dict(records())[kind], tmp_path / "changed.json"
+    monkeypatch.setattr(page, "_drawn", lambda *_: None)
+    refused = 0
+    for way in leaves(record):
+        # One row is as good as the next, and single times are not shown.
+        if "ms" in way or any(isinstance(name, int) and name for name in way):
+            continue
+        for value in WRONG.values():
+            path.write_text(json.dumps(changed(record, way, value)))
+            try:
+                page.write([path], tmp_path / "page.html")
+            except ConfigError as error:
+                refused += 1
+                assert "changed.json" in str(error) and len(str(error)) < 600
+    assert refused > 20

@@ -140,9 +140,17 @@ def test_wrong_input_names_what_there_is(tmp_path):
     path = tmp_path / "machine.json"
     H100.save(path, facts={"a": 1})
     assert Machine.load(path) == H100
-    path.write_text("{}")
-    with pytest.raises(ConfigError, match="--measure"):
-        Machine.load(path)
+    whole = json.loads(path.read_text())
+    wrong = [{}, [], {"machine": []}, {"machine": whole["machine"] | {"colour": 1}}, whole | {"facts": {"a": "fast"}}]
+    wrong += [
+        {"machine": whole["machine"] | {"link_gbps": value}} for value in ("50", True, None, 0, -1, 1e300, float("nan"))
+    ]
+    for held in [json.dumps(one) for one in wrong] + ["", "[" * 200_000]:
+        path.write_text(held)
+        with pytest.raises(ConfigError, match="machine.json cannot be used.*--measure"):
+            Machine.load(path)
+    with pytest.raises(ConfigError, match="none.json is not there.*--measure"):
+        Machine.load(tmp_path / "none.json")
 
 
 def test_help_names_what_there_is():

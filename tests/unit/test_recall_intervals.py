@@ -61,6 +61,15 @@ WRONG_FILES = {
     "none at all": changed(intervals=[]),
     "threshold as text": changed(threshold="high"),
     "threshold out of range": changed(threshold=7.0),
+    "threshold is no number": changed(threshold=float("nan")),
+    "absurd": changed(intervals=[10**30]),
+    "a million layers": changed(intervals=[1] * 10**6),
+    "a model type that is a number": changed(model_type=7),
+    "budget as text": changed(budget="all"),
+    "budget below zero": changed(budget=-5),
+    "blocks of no tokens": changed(block_size=0),
+    "nested far": "[" * 200_000,
+    "nested in a field": changed(colour="x").replace('"x"', '{"a":' * 900 + "1" + "}" * 900),
 }
 
 
