@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-NAME = "sdpa"
+from torch.nn import functional
 
 
 class AttentionMemo:
@@ -32,29 +30,33 @@ class AttentionMemo:
 
     @contextmanager
     def active(self) -> Iterator[AttentionMemo]:
-        """Within this, models with ``sdpa`` attention read through the memo."""
-        stock = ALL_ATTENTION_FUNCTIONS[NAME]
+        """Within this, models with ``sdpa`` attention, patched or not, read through the memo.
 
-        def attention(module, query, key, value, attention_mask, **kwargs):
+        It is below that implementation, in torch's function: transformers' own table stays as it is, which ``patch``
+        holds to be plain by what is in it.
+        """
+        stock = functional.scaled_dot_product_attention
+
+        def attention(query, key, value, attn_mask=None, dropout_p=0.0, *rest, **kwargs):
             # Steps are never the same twice, and a masked or trained pass is not what this is for.
-            if query.shape[2] < 2 or attention_mask is not None or query.requires_grad:
-                return stock(module, query, key, value, attention_mask, **kwargs)
-            name = _name((query, key, value), kwargs.get("scaling"))
+            if query.dim() != 4 or query.shape[2] < 2 or attn_mask is not None or dropout_p or query.requires_grad:
+                return stock(query, key, value, attn_mask, dropout_p, *rest, **kwargs)
+            name = _name((query, key, value), (rest, sorted(kwargs.items())))
             out = self._held.get(name)
             if out is None:
-                out = stock(module, query, key, value, None, **kwargs)[0]
+                out = stock(query, key, value, attn_mask, dropout_p, *rest, **kwargs)
                 self._keep(name, out)
                 self.misses += 1
             else:
                 self._held.move_to_end(name)
                 self.hits += 1
-            return out.clone(), None
+            return out.clone()
 
-        ALL_ATTENTION_FUNCTIONS[NAME] = attention
+        functional.scaled_dot_product_attention = attention
         try:
             yield self
         finally:
-            ALL_ATTENTION_FUNCTIONS[NAME] = stock
+            functional.scaled_dot_product_attention = stock
 
     def _keep(self, name: bytes, out: torch.Tensor) -> None:
         self._held[name] = out.clone()
@@ -63,8 +65,8 @@ class AttentionMemo:
             self.used -= self._held.popitem(last=False)[1].nbytes
 
 
-def _name(tensors: tuple[torch.Tensor, ...], scale: float | None) -> bytes:
-    mark = hashlib.sha1(repr((scale, [(part.shape, part.dtype) for part in tensors])).encode())
+def _name(tensors: tuple[torch.Tensor, ...], settings: object) -> bytes:
+    mark = hashlib.sha1(repr((settings, [(part.shape, part.dtype) for part in tensors])).encode())
     for part in tensors:
         mark.update(part.contiguous().view(torch.uint8).numpy())
     return mark.digest()

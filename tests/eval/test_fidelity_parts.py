@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import scout_hf
 from scout_hf import ConfigError, ScoutConfig
@@ -193,14 +192,14 @@ class TestMemo:
         assert not memo.misses
 
     def test_room_is_kept_and_nothing_is_left_behind(self):
-        before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        before = torch.nn.functional.scaled_dot_product_attention
         memo = AttentionMemo(room=5 * 90 * 64 * 4)
         with pytest.raises(RuntimeError, match="stop"), memo.active(), torch.no_grad():
             for seed in range(3):
                 llama()(prompt(tokens=90, seed=seed))
                 assert memo.used <= memo.room
             raise RuntimeError("stop")
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+        assert torch.nn.functional.scaled_dot_product_attention is before
         assert memo.misses == 12 and memo.used > 0
 
 
