@@ -6,6 +6,7 @@ below.
 
 from .base import Family
 from .probe import ProbeFamily
+from .quiet import call
 from .registry import family_of, register_family
 
 # Importing a family's file registers it.
@@ -27,4 +28,4 @@ from . import (  # isort: skip  # noqa: F401
     unpredicted,
 )
 
-__all__ = ["Family", "ProbeFamily", "family_of", "register_family"]
+__all__ = ["Family", "ProbeFamily", "call", "family_of", "register_family"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from scout_hf.errors import UnsupportedInputError, UnsupportedModelError
+
+from .quiet import call
 
 
 class Family:
@@ -107,19 +108,20 @@ class Family:
 
     def norm(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """The layer's normalisation before attention: (batch, length, hidden_size) in and out."""
-        return layer.input_layernorm(hidden)
+        return call(layer, "input_layernorm", hidden)
 
     def project(self, attn: nn.Module, x: Tensor) -> Tensor:
         """Project and normalise: (batch, length, hidden_size) to (batch, query_heads, length, head_dim).
 
-        Call the submodules (`attn.q_proj(x)`), never `F.linear` on their weights: LoRA, quantised linears and
-        accelerate's hooks live in the call.
+        Say `call(attn, "q_proj", x)`: neither `attn.q_proj(x)`, which would run hooks on what is only predicted, nor
+        `F.linear` on its weight, which would miss LoRA and quantised linears.
         """
-        return split_heads(attn.q_proj(x), attn.head_dim)
+        return split_heads(call(attn, "q_proj", x), attn.head_dim)
 
     def project_keys_values(self, attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """Project, and normalise keys: (batch, length, hidden_size) to twice (batch, kv_heads, length, head_dim)."""
-        return split_heads(attn.k_proj(x), attn.head_dim), split_heads(attn.v_proj(x), attn.head_dim)
+        keys, values = (call(attn, name, x) for name in ("k_proj", "v_proj"))
+        return split_heads(keys, attn.head_dim), split_heads(values, attn.head_dim)
 
     def rotate(
         self,
@@ -183,8 +185,8 @@ class Family:
                 f"position_ids is {type(position_ids).__name__} and the decoder's rotary_emb is "
                 f"{type(rotary).__name__}. Pass the position_ids of the forward pass, (1 or batch, length)."
             )
-        # Accelerate's hook answers on the embedding's device.
-        return tuple(part.to(hidden.device) for part in rotary(hidden, position_ids.to(hidden.device), *extra))
+        turned = call(decoder, "rotary_emb", hidden, position_ids.to(hidden.device), *extra)
+        return tuple(part.to(hidden.device) for part in turned)
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -194,8 +196,18 @@ def split_heads(x: Tensor, head_dim: int) -> Tensor:
 
 def weight_device(module: nn.Module, default: torch.device) -> torch.device:
     """The device of the module's first weight; `default` if it has none."""
-    weight = next(chain(module.parameters(), module.buffers()), None)
+    weight = _first(module, "_parameters")
+    weight = _first(module, "_buffers") if weight is None else weight
     return default if weight is None else weight.device
+
+
+def _first(module: nn.Module, kind: str) -> Tensor | None:
+    """The first of `module.parameters()` or `buffers()`, whose generators cost more than a small projection."""
+    for tensor in module.__dict__[kind].values():
+        if tensor is not None:
+            return tensor
+    found = (_first(child, kind) for child in module._modules.values() if child is not None)
+    return next((tensor for tensor in found if tensor is not None), None)
 
 
 def rotary_function(attn: nn.Module) -> Callable:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .base import Family
+from .quiet import call
 from .registry import register_family
 
 
@@ -14,14 +15,16 @@ class Cohere(Family):
     model_types = ("cohere",)
 
     def project(self, attn: nn.Module, x: Tensor) -> Tensor:
-        q = attn.q_proj(x).view(*x.shape[:-1], -1, attn.head_dim)
+        q = call(attn, "q_proj", x).view(*x.shape[:-1], -1, attn.head_dim)
         if attn.use_qk_norm:
-            q = attn.q_norm(q)
+            q = call(attn, "q_norm", q)
         return q.transpose(1, 2)
 
     def project_keys_values(self, attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = super().project_keys_values(attn, x)
-        return (attn.k_norm(keys.transpose(1, 2)).transpose(1, 2) if attn.use_qk_norm else keys), values
+        if attn.use_qk_norm:
+            keys = call(attn, "k_norm", keys.transpose(1, 2)).transpose(1, 2)
+        return keys, values
 
 
 class Cohere2(Family):

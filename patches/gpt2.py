@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from .base import Family, split_heads
+from .quiet import call
 from .registry import register_family
 
 
@@ -22,13 +23,13 @@ class GPT2(Family):
         return layer.attn
 
     def norm(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        return layer.ln_1(hidden)
+        return call(layer, "ln_1", hidden)
 
     def project(self, attn: nn.Module, x: Tensor) -> Tensor:
-        return split_heads(attn.c_attn(x)[..., : attn.split_size], attn.head_dim)
+        return split_heads(call(attn, "c_attn", x)[..., : attn.split_size], attn.head_dim)
 
     def project_keys_values(self, attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = attn.c_attn(x)[..., attn.split_size :].chunk(2, dim=-1)
+        keys, values = call(attn, "c_attn", x)[..., attn.split_size :].chunk(2, dim=-1)
         return split_heads(keys, attn.head_dim), split_heads(values, attn.head_dim)
 
     def rotate(self, decoder, layer, attn, q, position_ids, position_embeddings, hidden) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .base import Family, split_heads
+from .quiet import call
 from .registry import register_family
 
 
@@ -17,10 +18,10 @@ class GPTNeoX(Family):
         return layer.attention
 
     def project(self, attn: nn.Module, x: Tensor) -> Tensor:
-        return split_heads(attn.query_key_value(x), 3 * attn.head_size)[..., : attn.head_size]
+        return split_heads(call(attn, "query_key_value", x), 3 * attn.head_size)[..., : attn.head_size]
 
     def project_keys_values(self, attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-        _, keys, values = split_heads(attn.query_key_value(x), 3 * attn.head_size).chunk(3, dim=-1)
+        _, keys, values = split_heads(call(attn, "query_key_value", x), 3 * attn.head_size).chunk(3, dim=-1)
         return keys, values
 
 

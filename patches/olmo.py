@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .base import Family, split_heads
+from .quiet import call
 from .registry import register_family
 
 
@@ -17,11 +18,11 @@ class Olmo2(Family):
         return hidden
 
     def project(self, attn: nn.Module, x: Tensor) -> Tensor:
-        return split_heads(attn.q_norm(attn.q_proj(x)), attn.head_dim)
+        return split_heads(call(attn, "q_norm", call(attn, "q_proj", x)), attn.head_dim)
 
     def project_keys_values(self, attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-        keys = split_heads(attn.k_norm(attn.k_proj(x)), attn.head_dim)
-        return keys, split_heads(attn.v_proj(x), attn.head_dim)
+        keys = split_heads(call(attn, "k_norm", call(attn, "k_proj", x)), attn.head_dim)
+        return keys, split_heads(call(attn, "v_proj", x), attn.head_dim)
 
 
 register_family(Olmo2())

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Family, rotary_function, split_heads
+from .quiet import call
 from .registry import register_family
 
 
@@ -15,12 +16,12 @@ class Phi(Family):
     model_types = ("phi", "stablelm")
 
     def project(self, attn: nn.Module, x: Tensor) -> Tensor:
-        q = split_heads(attn.q_proj(x), attn.head_dim)
-        return attn.q_layernorm(q) if attn.qk_layernorm else q
+        q = split_heads(call(attn, "q_proj", x), attn.head_dim)
+        return call(attn, "q_layernorm", q) if attn.qk_layernorm else q
 
     def project_keys_values(self, attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = super().project_keys_values(attn, x)
-        return (attn.k_layernorm(keys) if attn.qk_layernorm else keys), values
+        return (call(attn, "k_layernorm", keys) if attn.qk_layernorm else keys), values
 
     def rotate(self, decoder, layer, attn, q, position_ids, position_embeddings, hidden) -> Tensor:
         cos, sin = self.position_embeddings(decoder, attn, hidden, position_ids, position_embeddings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .base import Family, split_heads
+from .quiet import call
 from .registry import register_family
 
 
@@ -15,10 +16,12 @@ class Phi3(Family):
 
     def project(self, attn: nn.Module, x: Tensor) -> Tensor:
         width = attn.config.num_attention_heads * attn.head_dim
-        return split_heads(attn.qkv_proj(x)[..., :width], attn.head_dim)
+        return split_heads(call(attn, "qkv_proj", x)[..., :width], attn.head_dim)
 
     def project_keys_values(self, attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = attn.qkv_proj(x)[..., attn.config.num_attention_heads * attn.head_dim :].chunk(2, dim=-1)
+        keys, values = call(attn, "qkv_proj", x)[..., attn.config.num_attention_heads * attn.head_dim :].chunk(
+            2, dim=-1
+        )
         return split_heads(keys, attn.head_dim), split_heads(values, attn.head_dim)
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
-from types import MethodType
 
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from transformers import AttentionInterface, PreTrainedConfig
 
 from scout_hf.cache_names import CACHE
 from scout_hf.errors import UnsupportedModelError
 
 from .base import Family, weight_device
+from .quiet import check, compiled_from, is_bare, stand_in
 
 CAPTURE = "scout_probe"
 
@@ -40,8 +40,7 @@ class ProbeFamily(Family):
     values are all computed though only some are asked for, hence the price. The model is left untouched at every
     moment, so other threads may use it meanwhile.
 
-    Hooks on the layer and on its attention module do not run; hooks on the modules within (norms,
-    projections) do.
+    No hook runs, neither on the layer nor on a module within.
     """
 
     def attention(self, layer: nn.Module) -> nn.Module:
@@ -85,7 +84,7 @@ class ProbeFamily(Family):
             "position_embeddings": self._angles(decoder, attn, hidden, position_ids, position_embeddings),
         }
         try:
-            private_view(layer).forward(hidden, **inputs)
+            private_view(layer, decoder)(hidden, **inputs)
         except Captured as captured:
             return captured
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -107,16 +106,6 @@ class ProbeFamily(Family):
 
 _WHAT_TO_DO = "Turn prediction off, or write a Family for this model and pass it to scout_hf.patches.register_family."
 
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-)
-
 
 def own_config(module: nn.Module) -> PreTrainedConfig | None:
     """The config that the module itself holds, if any."""
@@ -124,24 +113,37 @@ def own_config(module: nn.Module) -> PreTrainedConfig | None:
     return config if isinstance(config, PreTrainedConfig) else None
 
 
-def private_view(module: nn.Module) -> nn.Module:
-    """A stand-in for `module` with the same weights whose attention calls end in `Captured`.
+def private_view(layer: nn.Module, decoder: nn.Module) -> nn.Module:
+    """A stand-in for `layer` with the same weights and no hooks, whose attention calls end in `Captured`.
 
     Writing the implementation's name into the model's own config would be simpler, but every thread that uses
-    the model at that moment would be captured too. So the modules that read a config, and their parents, are
-    stood in for; all others, and every parameter and buffer, are the model's own. Nothing is kept between
-    calls: adapters may be put on or taken off at any time.
+    the model at that moment would be captured too. So the modules that read a config or have something to pass by, and
+    their parents, are stood in for; all others, and every parameter and buffer, are the model's own. Nothing is kept
+    between calls: adapters may be put on or taken off at any time.
+
+    A module that `check` refuses says so when it is called: most of a layer comes after the attention call.
     """
-    view = _view(module, configs={})
-    return view if view is not module else _stand_in(module, dict(module._modules))
+    view = _view(layer, decoder, {}, not torch_module._has_any_global_hook())
+    return view if view is not layer else stand_in(layer, dict(layer._modules), None)
 
 
-def _view(module: nn.Module, configs: dict[int, PreTrainedConfig]) -> nn.Module:
-    children = {name: child if child is None else _view(child, configs) for name, child in module._modules.items()}
+def _view(module: nn.Module, decoder: nn.Module, configs: dict[int, PreTrainedConfig], quiet: bool) -> nn.Module:
+    while (inner := compiled_from(module)) is not None:
+        module = inner
+    children = {
+        name: child if child is None else _view(child, decoder, configs, quiet)
+        for name, child in module._modules.items()
+    }
+    try:
+        check(module, decoder)
+        run = None
+    except UnsupportedModelError as error:
+        run = _refusal(error)
     config = own_config(module)
-    if config is None and all(child is module._modules[name] for name, child in children.items()):
+    same = all(child is module._modules[name] for name, child in children.items())
+    if config is None and same and run is None and quiet and is_bare(module):
         return module
-    view = _stand_in(module, children)
+    view = stand_in(module, children, run)
     if config is not None:
         if id(config) not in configs:
             configs[id(config)] = copy.copy(config)
@@ -151,15 +153,8 @@ def _view(module: nn.Module, configs: dict[int, PreTrainedConfig]) -> nn.Module:
     return view
 
 
-def _stand_in(module: nn.Module, children: dict[str, nn.Module | None]) -> nn.Module:
-    view = object.__new__(type(module))
-    view.__dict__.update(module.__dict__)
-    view.__dict__["_modules"] = children
-    view.__dict__.update((hooks, OrderedDict()) for hooks in _HOOKS)
-    view.__dict__["_compiled_call_impl"] = None
-    # A `forward` stored on the instance is bound to the original. accelerate's only moves tensors: do
-    # without.
-    forward = view.__dict__.pop("forward", None)
-    if isinstance(forward, MethodType) and forward.__self__ is module:
-        view.__dict__["forward"] = MethodType(forward.__func__, view)
-    return view
+def _refusal(error: UnsupportedModelError):
+    def run(module: nn.Module, *args, **kwargs):
+        raise error
+
+    return run

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .base import Family, split_heads
+from .quiet import call
 from .registry import register_family
 
 
@@ -14,11 +15,11 @@ class Qwen3(Family):
     model_types = ("qwen3", "qwen3_moe")
 
     def project(self, attn: nn.Module, x: Tensor) -> Tensor:
-        return attn.q_norm(split_heads(attn.q_proj(x), attn.head_dim))
+        return call(attn, "q_norm", split_heads(call(attn, "q_proj", x), attn.head_dim))
 
     def project_keys_values(self, attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = super().project_keys_values(attn, x)
-        return attn.k_norm(keys), values
+        return call(attn, "k_norm", keys), values
 
 
 class Apertus(Qwen3):
@@ -27,7 +28,7 @@ class Apertus(Qwen3):
     model_types = ("apertus",)
 
     def norm(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        return layer.attention_layernorm(hidden)
+        return call(layer, "attention_layernorm", hidden)
 
 
 class Qwen3Next(Qwen3):
@@ -39,8 +40,8 @@ class Qwen3Next(Qwen3):
     model_types = ("qwen3_next",)
 
     def project(self, attn: nn.Module, x: Tensor) -> Tensor:
-        query_and_gate = attn.q_proj(x).view(*x.shape[:-1], -1, 2 * attn.head_dim)
-        return attn.q_norm(query_and_gate[..., : attn.head_dim]).transpose(1, 2)
+        query_and_gate = call(attn, "q_proj", x).view(*x.shape[:-1], -1, 2 * attn.head_dim)
+        return call(attn, "q_norm", query_and_gate[..., : attn.head_dim]).transpose(1, 2)
 
 
 register_family(Qwen3())

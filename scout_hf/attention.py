@@ -67,6 +67,7 @@ def scout_attention(previous, module, query, key, value, attention_mask, **kwarg
     method = layer.method
     scale = kwargs.get("scaling")
     method.scoring = Scoring(query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("softcap"))
+    method.query_shape = query.shape[1], query.shape[3]
     special = is_special(step, attention_mask)
     if step.queries > 1 and method.length == step.queries:
         mask = None if step.mask is None else step.padding(query.device)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers.generation.configuration_utils import GenerationMode
 
+from scout_hf.ahead import Parts
 from scout_hf.awaited import await_hooks, hooks_reached
 from scout_hf.cache import ScoutCache, check_names
 from scout_hf.cache_names import CACHE, UNREAD, given_cache
@@ -90,10 +91,11 @@ def patch(
     text = model.config.get_text_config(decoder=True)
     check_names(config, text, len(family.layers(family.decoder(model))))
     find_kernels(config.gpu_kernels, model.device)
-    handle = Handle(model, config, family, attention == "sdpa")
+    handle_of = functools.partial(Handle, config=config, family=family, any_attention=attention == "sdpa")
+    handle = handle_of(model)
     try:
+        check_unknown_family(model, family, handle_of, handle._names.foreign)
         handle._install()
-        check_unknown_family(model, family, handle, handle._names.foreign)
     except BaseException:
         handle._uninstall()
         raise
@@ -115,6 +117,7 @@ class Handle:
     def __init__(self, model: torch.nn.Module, config: ScoutConfig, family: Any, any_attention: bool = False):
         self.model, self.config, self._family = model, config, family
         self._decoder = family.decoder(model)
+        self._parts = Parts(family, self._decoder)
         self._backend = make_backend(config.cpu_backend, config.threads)
         # For transfers that the backend cannot make itself, apart from the jobs that attend.
         self._movers, self._links = Workers(), Links()
@@ -333,7 +336,7 @@ class Handle:
             marks=marks,
             monitor=self._monitor if cache.scout_config.monitor else None,
             inputs={} if find_method(cache.scout_config.method).takes_inputs else None,
-            keys_values=self._keys_values,
+            keys_values=self._parts.keys_values,
             positions=grid_positions(given.get("position_ids")) if module is self._decoder else None,
             frame=_calling_frame(),
         )
@@ -394,20 +397,11 @@ class Handle:
             return
         if not method.needs_query:
             method.ahead(step, None)
-        elif following and self._family.available(layers[following]):
+        elif following:
             hidden = args[0] if args else kwargs["hidden_states"]
-            rotary = kwargs.get("position_embeddings")
-            query = self._family.query(self._decoder, layers[following], hidden, kwargs.get("position_ids"), rotary)
-            method.ahead(step, query)
-
-    def _keys_values(self, index: int, hidden: torch.Tensor, position_ids: torch.Tensor | None):
-        """What layer ``index`` makes of the inputs it had; None while its weights are elsewhere."""
-        layer = self._family.layers(self._decoder)[index]
-        if not self._family.available(layer):
-            return None
-        if position_ids is not None and position_ids.dim() == 3:
-            position_ids = position_ids.movedim(-1, 0)
-        return self._family.keys_values(self._decoder, layer, hidden, position_ids)
+            query = self._parts.query(step, following, hidden, kwargs, method)
+            if query is not None:
+                method.ahead(step, query)
 
     def _is_exact(self, config: ScoutConfig) -> bool:
         return find_method(config.method).is_exact(config, self.model.device)

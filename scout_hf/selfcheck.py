@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import functools
+from collections import OrderedDict
+from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
+from torch import nn
 
 from scout_hf.cache_names import CACHE
 from scout_hf.errors import ScoutError, UnsupportedModelError
 from scout_hf.patches import ProbeFamily
+from scout_hf.patches.quiet import compiled_from
 
 TOKENS = 6
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+HISTORY = 2**16
+"""Elements of the largest buffer that a layer would write to; packed weights are larger, and are not written to."""
+
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
 
 
-def check_unknown_family(model: Any, family: Any, handle: Any, foreign: bool) -> None:
+def check_unknown_family(model: Any, family: Any, handle_of: Callable[[Any], Any], foreign: bool) -> None:
     """Compare patched with stock logits on a short prompt and one decode step; known families pass unseen.
 
-    Not where code that is not of transformers attends (``foreign``), whatever the family is called.
+    Not where code that is not of transformers attends (``foreign``), whatever the family is called. What runs is a twin
+    of the model without its hooks, patched for the moment by ``handle_of(twin)``: nobody who watches or steers the
+    model sees the trial.
 
     Raises
     ------
@@ -28,27 +46,13 @@ def check_unknown_family(model: Any, family: Any, handle: Any, foreign: bool) ->
     """
     if not isinstance(family, ProbeFamily) and not foreign:
         return
-    ids = torch.arange(1, TOKENS + 1, dtype=torch.int64, device=model.device).unsqueeze(0)
-    ids = ids % model.config.get_text_config().vocab_size
-    name = type(model).__name__
-    was_training = model.training
-    model.eval()
+    name, model = type(model).__name__, twin(model).eval()
+    handle = handle_of(model)
     try:
-        with torch.no_grad(), _without_grids(model):
-            cache = handle.new_cache(budget=None, layer_ahead=False)
-            first = model(input_ids=ids[:, :-1], **{CACHE: cache}, use_cache=True).logits[:, -1]
-            second = model(input_ids=ids[:, -1:], **{CACHE: cache}, use_cache=True).logits[:, -1]
-            stock = model(input_ids=ids, use_cache=False).logits
-    except ScoutError as error:
-        raise UnsupportedModelError(f"{name} is of an unknown family and cannot be served: {error}") from error
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"{name} is of an unknown family and its trial run failed ({type(error).__name__}: {error}); add "
-            "it with scout_hf.patches.register_family, or use it unpatched"
-        ) from error
+        handle._install()
+        first, second, stock = _trial(model, name, handle)
     finally:
-        model.train(was_training)
-        handle.reset_stats()
+        handle._uninstall()
     expected = torch.stack([stock[:, -2], stock[:, -1]]).float()
     error = (torch.stack([first, second]).float() - expected).abs().max().item()
     allowed = TOLERANCE.get(stock.dtype, 1e-1) * max(1.0, expected.abs().max().item())
@@ -59,14 +63,51 @@ def check_unknown_family(model: Any, family: Any, handle: Any, foreign: bool) ->
         )
 
 
-@contextlib.contextmanager
-def _without_grids(model: Any) -> Iterator[None]:
-    """Models that count positions by image keep the shift of their last prompt; the trial has none and leaves it."""
-    kept = [(module, module.rope_deltas) for module in model.modules() if "rope_deltas" in module.__dict__]
+def _trial(model: Any, name: str, handle: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ids = torch.arange(1, TOKENS + 1, dtype=torch.int64, device=model.device).unsqueeze(0)
+    ids = ids % model.config.get_text_config().vocab_size
     try:
-        for module, _ in kept:
-            module.rope_deltas = None
-        yield
-    finally:
-        for module, shift in kept:
-            module.rope_deltas = shift
+        with torch.no_grad():
+            cache = handle.new_cache(budget=None, layer_ahead=False)
+            first = model(input_ids=ids[:, :-1], **{CACHE: cache}, use_cache=True).logits[:, -1]
+            second = model(input_ids=ids[:, -1:], **{CACHE: cache}, use_cache=True).logits[:, -1]
+            return first, second, model(input_ids=ids, use_cache=False).logits
+    except ScoutError as error:
+        raise UnsupportedModelError(f"{name} is of an unknown family and cannot be served: {error}") from error
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{name} is of an unknown family and its trial run failed ({type(error).__name__}: {error}); add "
+            "it with scout_hf.patches.register_family, or use it unpatched"
+        ) from error
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """The same weights in modules of their own, without hooks and with copies of what a pass could write to."""
+    while (inner := compiled_from(module)) is not None:
+        module = inner
+    view = object.__new__(type(module))
+    own = view.__dict__
+    own.update(module.__dict__)
+    own.update((hooks, OrderedDict()) for hooks in _HOOKS)
+    own["_compiled_call_impl"] = None
+    if "rope_deltas" in own:
+        own["rope_deltas"] = None  # the shift of the last prompt's images; the trial has none
+    own["_modules"] = {name: child if child is None else twin(child) for name, child in module._modules.items()}
+    own["_buffers"] = {name: _own(buffer) for name, buffer in module._buffers.items()}
+    for name in ("forward", "_old_forward"):
+        if name in own:
+            own[name] = _bound_to(view, module, own[name])
+    return view
+
+
+def _own(buffer: torch.Tensor | None) -> torch.Tensor | None:
+    return buffer if buffer is None or buffer.numel() > HISTORY else buffer.clone()
+
+
+def _bound_to(view: nn.Module, module: nn.Module, function: Any) -> Any:
+    """A function that somebody, such as accelerate, stored on the module, for the twin."""
+    if isinstance(function, MethodType) and function.__self__ is module:
+        return MethodType(function.__func__, view)
+    if isinstance(function, functools.partial) and function.args[:1] == (module,):
+        return functools.partial(function.func, view, *function.args[1:], **function.keywords)
+    return function

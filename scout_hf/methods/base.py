@@ -43,6 +43,8 @@ class Method(ABC):
         Where the layer's KV is; anything with ``append, read, crop, select_rows, fork, length``.
     scoring : Scoring or None
         Learnt from the layer's own attention call; None until the first one.
+    query_shape : tuple of int or None
+        Query heads and head dimension, learnt there as well.
 
     Notes
     -----
@@ -66,6 +68,7 @@ class Method(ABC):
         self.kv_heads, self.dtype = keys.shape[1], keys.dtype
         self.kv: Any = None
         self.scoring: Scoring | None = None
+        self.query_shape: tuple[int, int] | None = None
 
     @classmethod
     def create(cls, config: ScoutConfig, layer_idx: int, keys: torch.Tensor) -> Method:

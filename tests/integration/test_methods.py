@@ -334,8 +334,8 @@ def test_kvpr_notices_what_it_cannot_make(monkeypatch):
         run(model, prompt(1, 90), new=6)
         dense_bytes = handle.stats().kv_bytes
     with scout_hf.patch(model, **EXACT_METHODS["kvpr"]) as handle:
-        make = handle._keys_values
-        monkeypatch.setattr(handle, "_keys_values", lambda *given: [part * 1.01 for part in make(*given)])
+        make = handle._parts.keys_values
+        monkeypatch.setattr(handle._parts, "keys_values", lambda *given: [part * 1.01 for part in make(*given)])
         assert_close(run(model, prompt(1, 90), new=6), expected)
         (note,) = handle.stats().notes
         assert "do not make the keys" in note and note.endswith("(layers 0 to 3)")

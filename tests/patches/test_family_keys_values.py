@@ -7,7 +7,7 @@ from torch import nn
 from scout_hf.errors import UnsupportedModelError
 from scout_hf.patches import ProbeFamily, family_of
 from scout_hf.patches.unpredicted import Unpredicted
-from tests.patches.families import NAMES, NO_ROTARY, attending, case, changed, probe_of, rotated
+from tests.patches.families import NAMES, NO_ROTARY, attending, case, changed, known, probe_of, rotated
 from tests.patches.oracle import decode_step, difference, predict, prompt_pass, relative
 from tests.patches.tiny import TINY, longrope, tiny_gemma3_multimodal, tiny_model
 
@@ -122,6 +122,7 @@ def test_gemma3_multimodal_uses_its_text_decoder():
         assert max(errors(made(family, model, step, index, PART), step.layers[index], PART)) <= 1e-12
 
 
+@known
 class Bent(nn.Module):
     """Stands in a projection's place and answers something else, as LoRA and quantised linears do."""
 

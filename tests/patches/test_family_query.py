@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from scout_hf.patches import ProbeFamily, family_of
-from tests.patches.families import NAMES, NO_NORM, NO_ROTARY, attending, case, changed, probe_of, rotated
+from tests.patches.families import NAMES, NO_NORM, NO_ROTARY, attending, case, changed, known, probe_of, rotated
 from tests.patches.oracle import decode_step, difference, predict
 from tests.patches.tiny import tiny_gemma3_multimodal, tiny_model
 
@@ -128,6 +128,7 @@ def test_missing_positions_are_named():
         predict(family, model, step, 2, position_ids=None, position_embeddings=None)
 
 
+@known
 class Adapter(nn.Module):
     """A linear layer with a low-rank addition, as LoRA puts it in place of a projection."""
 

@@ -1,0 +1,57 @@
+"""What a layer would make of a hidden state, by its own parts and beside the forward pass.
+
+Nothing but speed depends on it: a layer whose parts were replaced, wrapped, or may not be called now is not predicted,
+and attends with its real query.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class Parts:
+    """The layers of a patched model, asked one by one.
+
+    Parameters
+    ----------
+    family : Family
+    decoder : Module
+        What ``family.decoder(model)`` returns.
+    """
+
+    def __init__(self, family: Any, decoder: torch.nn.Module):
+        self._family, self._decoder = family, decoder
+
+    def query(self, step: Any, index: int, hidden: torch.Tensor, given: dict, method: Any) -> torch.Tensor | None:
+        """The query that layer ``index`` would attend with if ``hidden`` were its input; None if it cannot be told.
+
+        ``given`` are the keyword arguments that the layer before received.
+        """
+        layer = self._family.layers(self._decoder)[index]
+        places = given.get("position_ids"), given.get("position_embeddings")
+        try:
+            if not self._family.available(layer):
+                return None
+            query = self._family.query(self._decoder, layer, hidden, *places)
+            made, known = (query.shape[1], query.shape[3]), method.query_shape
+            if known is not None and made != known:
+                raise ValueError(f"its parts make a query of {made} heads and channels, and it attends with {known}")
+        except MemoryError:
+            raise
+        except Exception as error:
+            step.counters.note("prediction", f"off, and the real query used: {error}", index)
+            return None
+        return query
+
+    def keys_values(
+        self, index: int, hidden: torch.Tensor, position_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What layer ``index`` makes of the inputs it had; None while its weights are elsewhere."""
+        layer = self._family.layers(self._decoder)[index]
+        if not self._family.available(layer):
+            return None
+        if position_ids is not None and position_ids.dim() == 3:
+            position_ids = position_ids.movedim(-1, 0)
+        return self._family.keys_values(self._decoder, layer, hidden, position_ids)
