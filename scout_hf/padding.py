@@ -22,9 +22,10 @@ class Padding:
 
     def forget(self) -> None:
         """The rows are others now."""
+        # Where there is no last mask, the others say nothing.
+        self._last: torch.Tensor | None = None
         self._tokens = -1
         self._known: torch.Tensor | None = None
-        self._last: torch.Tensor | None = None
         self._compared: tuple[torch.Tensor, Mark] | None = None
 
     def of(self, mask: torch.Tensor | None, rows: int, tokens: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -51,18 +52,20 @@ class Padding:
             here = None if bool(mask.all()) else mask
             return here, here
         self._look()
-        if self._last is None or tokens != self._tokens + 1 or len(self._last) != rows:
+        # None until all of it is known: after an error the next mask is read.
+        last, self._last = self._last, None
+        if last is None or tokens != self._tokens + 1 or len(last) != rows:
             here = mask.cpu()
-            self._known = None if bool(here.all()) else here
+            known = None if bool(here.all()) else here
         else:
-            self._compare(mask)
-            if self._known is not None:
-                self._known = _grown(self._known, tokens)
-        self._tokens, self._last = tokens, mask
-        return (None, None) if self._known is None else (mask, self._known[:, :tokens])
+            self._compare(mask, last)
+            known = None if self._known is None else _grown(self._known, tokens)
+        self._known, self._tokens = known, tokens
+        self._last = mask
+        return (None, None) if known is None else (mask, known[:, :tokens])
 
-    def _compare(self, mask: torch.Tensor) -> None:
-        same = (mask[:, :-1] == self._last).all() & mask[:, -1].all()
+    def _compare(self, mask: torch.Tensor, last: torch.Tensor) -> None:
+        same = (mask[:, :-1] == last).all() & mask[:, -1].all()
         pin = same.is_cuda
         here = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=pin).copy_(same, non_blocking=True)
         self._compared = here, Mark(torch.cuda.current_stream(same.device).record_event() if pin else None)

@@ -7,6 +7,7 @@ the CPU's threads watch, and waits for theirs; the main thread only launches.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -82,9 +83,9 @@ class Join(HandOver):
         self._tokens = None
 
     def drain(self):
-        ticket, self._ticket = self._ticket, None
-        if ticket is not None:
-            ticket.drain()
+        if self._ticket is not None:
+            self._ticket.drain()
+            self._ticket = None
 
 
 class Flags(HandOver):
@@ -98,13 +99,11 @@ class Flags(HandOver):
 
     def start(self, step, query, job):
         self.check()
+        self.lost = True  # half way the device counts one more than the host
         # First the device: a word that comes before anybody watches for it is seen all the same.
         self.post(query)
-        try:
-            self.expect(step, job)
-        except BaseException:
-            self.lost = True  # the device counts one more than the host from now on
-            raise
+        self.expect(step, job)
+        self.lost = False
 
     def check(self) -> None:
         """Raise CacheStateError if the stream once gave up waiting for the CPU."""
@@ -144,21 +143,19 @@ class Flags(HandOver):
         self._counts = False
 
     def drain(self):
-        ticket, self._ticket = self._ticket, None
-        number = self.mail.number
+        number, flag = self.mail.number, self.mail.flag
         if number.is_cuda:
-            try:
-                # What was posted arrives, and nothing on the device still waits for this mailbox.
+            # What was posted arrives, and nothing on the device still waits for this mailbox; from a broken device
+            # nothing comes any more.
+            with contextlib.suppress(RuntimeError):
                 torch.cuda.synchronize(number.device)
-            except RuntimeError:
-                self.mail.flag.fill_(self._posted)  # from a broken device nothing comes any more
-        if ticket is not None:
-            ticket.drain()
-
-    def abandon(self) -> None:
-        """What was expected will never be posted: let the CPU's threads go on, over lists that are still right."""
-        self.mail.flag.fill_(self._posted)
-        self.drain()
+        if int(flag) < self._posted:
+            # What was expected will never be posted: let the CPU's threads go on, over lists that are still right.
+            self.lost = True
+            flag.fill_(self._posted)
+        if self._ticket is not None:
+            self._ticket.drain()
+            self._ticket = None
 
 
 def make_hand_over(

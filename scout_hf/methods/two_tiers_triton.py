@@ -247,6 +247,7 @@ class TritonScout(TwoTierScout):
     def captures(self, step) -> tuple | None:
         """What a captured step of this layer takes for given, and is void without; None if it cannot be captured."""
         ready = self.resident is not None and self.scoring is not None and isinstance(self._hand_over, Flags)
+        ready = ready and not self._hand_over.lost
         budget = self.config.budget
         if not ready or isinstance(budget, float) and budget < 1.0:
             return None
@@ -285,7 +286,7 @@ class TritonScout(TwoTierScout):
 
     def abandon_run(self) -> None:
         """The step that was expected will not run."""
-        self._hand_over.abandon()
+        self._hand_over.drain()
         self._hand_over = None
         self._forget()
 

@@ -63,14 +63,15 @@ class Tracer:
         if self.files[path] is None:
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = self.opcodes, not self.opcodes
-        last = 0
+        last, ends_block = 0, False
 
         def line(frame, event: str, arg: Any):
-            nonlocal last
+            nonlocal last, ends_block
             if event in ("line", "opcode"):
-                here, before = frame.f_lineno, last
-                last = here
-                ends_block = before > here and linecache.getline(path, here).lstrip().startswith("with ")
+                here = frame.f_lineno
+                if here != last:
+                    ends_block = last > here and linecache.getline(path, here).lstrip().startswith("with ")
+                    last = here
                 if not ends_block:
                     self.number += 1
                     self.seen(self.number, self.files[path], here)

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 import scout_hf
-from scout_hf import CacheStateError, ScoutCache
+from scout_hf import CacheStateError, ScoutCache, padding
 from tests.unit.worlds import CROP_TAKES_LENGTH, VOCAB, stock_model
 
+IS_FAR = padding._is_far
 BLOCK = 8
 SHORT, LONG, TURN, STEPS = 21, 45, 13, 5
 TOLERANCE = 1e-5
@@ -69,17 +70,21 @@ class World:
         Of the prompt that the cache holds.
     padding : int
         Left padding of the first row.
+    far : bool
+        Whether masks are taken as those on a GPU are.
     """
 
     settings: str
     rows: int = 1
     length: int = LONG
     padding: int = 0
+    far: bool = False
     cache: Any = None
     twin: Any = None
     lossy: float = field(init=False)
 
     def __post_init__(self):
+        padding._is_far = (lambda mask: True) if self.far else IS_FAR
         options = {"block_size": BLOCK, "window": 8, "budget": None} | SETTINGS[self.settings]
         self.options = options
         self.lossy = 2e-2 if options.get("host_dtype") else TOLERANCE
@@ -197,6 +202,7 @@ ALL = [
     Scenario("turn", "next turn", {}, _pass(LONG + TURN), LONG + TURN),
     Scenario("prompt", "chunks", {"length": 0}, _chunks, LONG, (_pass(SHORT),)),
     Scenario("turn", "padded turn", PADDED, _pass(LONG + TURN), LONG + TURN),
+    Scenario("step", "padded step, mask far", PADDED | {"far": True}, _pass(LONG + 2)),
     Scenario("crop", "crop", {}, lambda world: crop(world.cache, 27), LONG + 2, (lambda world: crop(world.cache, 27),)),
     Scenario(
         "crop", "crop little", {}, lambda w: crop(w.cache, LONG - 1), LONG + 2, (lambda w: crop(w.cache, LONG - 1),)
