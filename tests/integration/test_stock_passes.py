@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
 
 import scout_hf
 from scout_hf.cache_names import CACHE
@@ -82,12 +82,17 @@ def test_forward_with_another_cache(model):
 
 
 BATCH = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+# As it comes, it takes most of the machine's memory.
+FEW_BLOCKS = {"num_blocks": 8, "max_batch_tokens": 64}
 
 
 def batch(model, inputs):
     """Tokens of ``generate_batch``, and the names of the implementation before and after."""
     before = model.config._attn_implementation
-    results = model.generate_batch(inputs=inputs, generation_config=BATCH, progress_bar=False)
+    few = ContinuousBatchingConfig(**FEW_BLOCKS)
+    results = model.generate_batch(
+        inputs=inputs, generation_config=BATCH, continuous_batching_config=few, progress_bar=False
+    )
     return [result.generated_tokens for result in results.values()], before, model.config._attn_implementation
 
 
