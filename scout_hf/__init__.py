@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -52,6 +53,12 @@ __all__ = [
 _ROOMS = {"cache": "ScoutCache", "config": "ScoutConfig", "recall": "RecallIntervals", "telemetry": "Stats"}
 _HOME = {name: room for room, name in _ROOMS.items()} | dict.fromkeys(("Handle", "patch", "unpatch"), "patching")
 _HOME["CACHE"] = "cache_names"
+
+
+# Python started in a checkout finds this folder before the installed package; patches/ and eval/ lie beside it there.
+_CHECKOUT = Path(__file__).parents[1]
+if all((_CHECKOUT / name).is_file() for name in ("setup.py", "patches/registry.py", "eval/__init__.py")):
+    __path__.append(str(_CHECKOUT))
 
 
 def __getattr__(name: str) -> Any:

@@ -199,7 +199,7 @@ class TestTheLibrary:
 
 RUN = """
 import sys, warnings
-sys.path.append({libraries!r})
+sys.path.extend({libraries!r})
 import torch, transformers
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -219,7 +219,7 @@ print(*(one.message for one in caught if "scout_hf" in str(one.message)), sep="\
 def run_outside(python, folder, **environment):
     """Generate in another environment: the files that were used, and what scout_hf warned of."""
     # The dependencies come from this environment, behind the new one's own packages on the path.
-    code = RUN.format(libraries=sysconfig.get_paths()["purelib"])
+    code = RUN.format(libraries=[path for path in sys.path if path.endswith("-packages")])
     left = {name: value for name, value in os.environ.items() if not name.startswith("SCOUT_HF_")}
     command = [str(python), "-c", code]
     ran = subprocess.run(command, cwd=folder, env=left | environment, capture_output=True, text=True)
@@ -228,14 +228,29 @@ def run_outside(python, folder, **environment):
     return lines[:3], [line for line in lines[3:] if line]
 
 
-@needs_compiler
-def test_runs_in_an_empty_environment(wheel, tmp_path):
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "empty")], check=True)
-    python = tmp_path / "empty" / "bin" / "python"
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """The Python of an environment that holds what `pip install .` puts there, and nothing else."""
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    python = folder / "bin" / "python"
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", str(wheel)]
-    subprocess.run(install, check=True, cwd=tmp_path)
-    files, told = run_outside(python, tmp_path)
-    assert all(file.startswith(str(tmp_path)) for file in files) and told == [], (files, told)
+    subprocess.run(install, check=True, cwd=folder)
+    return python
+
+
+@needs_compiler
+def test_runs_in_an_empty_environment(installed, tmp_path):
+    files, told = run_outside(installed, tmp_path)
+    assert all(file.startswith(str(installed.parents[1])) for file in files) and told == [], (files, told)
+
+
+@needs_compiler
+def test_runs_in_the_checkout_that_it_was_installed_from(installed, checkout):
+    """Python started there finds the folder scout_hf before the installed package: its rooms lie elsewhere."""
+    files, (told,) = run_outside(installed, checkout)
+    assert files == [str(checkout / "scout_hf" / "__init__.py"), str(checkout / "patches" / "__init__.py"), "None"]
+    assert f"{checkout} is a checkout in which it was not built" in told and "`pip install -e .`" in told
 
 
 def test_runs_without_the_library(without_compiler, tmp_path):

@@ -221,15 +221,15 @@ def load_library() -> Library | None:
     one means to do without.
     """
     path = find_library()
-    reason = (
-        f"it was installed without a C++ compiler, or for another platform, or {Path(__file__).parents[2]} is a source "
-        "folder in front of the installed package"
-    )
+    reason, cure = "it was installed without a C++ compiler, or for another platform", "reinstall"
+    checkout = Path(__file__).parents[3]
+    if (checkout / "setup.py").is_file():
+        reason, cure = f"{checkout} is a checkout in which it was not built", "run `pip install -e .` there"
     if path is not None:
         try:
             library = Library(path)
         except (OSError, AttributeError) as error:
-            reason = f"it cannot be loaded: {error}"
+            reason, cure = f"it cannot be loaded: {error}", "reinstall"
         else:
             if os.environ.get(ISA_VARIABLE):
                 library.choose_isa(os.environ[ISA_VARIABLE])
@@ -237,7 +237,7 @@ def load_library() -> Library | None:
     if os.environ.get(PATH_VARIABLE) != "":
         warnings.warn(
             f"scout_hf runs without its native CPU library: {reason}. Everything works, several times slower on the "
-            "CPU; reinstall with g++ or clang at hand to get it.",
+            f"CPU; {cure} with g++ or clang at hand to get it.",
             RuntimeWarning,
             stacklevel=2,
         )
