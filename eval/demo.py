@@ -47,7 +47,9 @@ def run(tokens: int, questions: int, seed: int, budget: int, block_size: int, co
     asked = [document.facts[int(index * every)] for index in range(questions)]
     console.print(_excerpt(document, asked[0]))
     documents, sessions = [(document.text, [fact.question for fact in asked])], {}
-    with tqdm(total=len(modes) * (questions + 1), desc="reading and asking", unit="step", leave=False) as bar:
+    with tqdm(
+        total=len(modes) * (questions + 1), desc="reading and asking", unit="step", leave=False, disable=None
+    ) as bar:
         for mode, config in modes.items():
             sessions[mode] = ask_all(model, tokenizer, config, documents, ANSWER_WORDS, bar.update)
     console.print(_answers(sessions, asked), _summary(sessions, asked))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -66,6 +65,8 @@ def fidelity(
     readme: Annotated[Path | None, typer.Option(help="File whose table of results to make anew.")] = None,
 ) -> None:
     """Accuracy and perplexity lost to selection and to the predicted query: budgets, blocks, digests, contexts."""
+    with _told():
+        _must_be_there(report, readme)
     with _evaluation(1):
         from scout_hf.eval.fidelity import report as reports
         from scout_hf.eval.fidelity.readme import COMMAND, markdown
@@ -197,6 +198,10 @@ def trace(
     seed: Seed = 0,
 ) -> None:
     """A timeline of decode steps for Perfetto and a picture: who does what, when, and who waits for whom."""
+    with _told():
+        from scout_hf.files import check_timeline_path
+
+        check_timeline_path(out, out.with_suffix(".png"))
     with _evaluation(threads):
         from scout_hf.eval.timeline import run
 
@@ -237,16 +242,12 @@ def plan_command(
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch, for --measure.")] = None,
 ) -> None:
     """Will it fit, will it pay: memory, step time and break-even of every method, on machines one does not have."""
-    with _evaluation(threads):
+    # Only what is measured takes torch.
+    with _evaluation(threads) if measure else _told():
         from scout_hf.eval.plan import command
 
-        given = {
-            "link_gbps": link,
-            "cpu_gbps": dram,
-            "device_gib": device_gib,
-            "host_gib": host_gib,
-            "layer_us": layer_us,
-        }
+        given = {"link_gbps": link, "cpu_gbps": dram, "device_gib": device_gib, "host_gib": host_gib}
+        given["layer_us"] = layer_us
         if measure:
             command.measure(out, _tell)
         elif check:
@@ -263,7 +264,10 @@ def report(
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
 ) -> None:
     """One HTML page, without references to the network, of everything that was measured."""
-    with _evaluation(None):
+    with _told():
+        from scout_hf.eval.report.find import find
+
+        find(results, out)
         from scout_hf.eval.report.page import write
 
         for used in write(results, out):
@@ -355,41 +359,21 @@ def make_data(
     seed: Seed = 0,
 ) -> None:
     """Write small data sets in LongBench's format for the pocket model, to be used with --longbench-dir."""
-    from scout_hf.eval.harness.pocket_longbench import make_longbench
+    with _told():
+        from scout_hf.eval.harness.pocket_longbench import make_longbench
 
-    for path in make_longbench(folder, rows, tokens, seed):
-        typer.echo(path)
+        for path in make_longbench(folder, rows, tokens, seed):
+            typer.echo(path)
 
 
 @app.command()
 def version() -> None:
     """Versions and hardware, for bug reports."""
-    import psutil
-    import torch
-    import transformers
+    with _told():
+        from scout_hf.about import facts
 
-    import scout_hf
-    from scout_hf.kernels.cpu import backend_names
-    from scout_hf.kernels.cpu.library import load_library
-    from scout_hf.selection import digest_names
-
-    with _evaluation(None):
-        library = load_library()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    facts = {
-        "scout_hf": scout_hf.__version__,
-        "python": platform.python_version(),
-        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
-        "transformers": transformers.__version__,
-        "system": platform.platform(),
-        "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
-        "GPU": gpu,
-        "CPU backends": ", ".join(backend_names()),
-        "CPU library": f"{library.isa} of {', '.join(library.isas())}" if library else "none",
-        "digests": ", ".join(digest_names()),
-    }
-    for name, value in facts.items():
-        typer.echo(f"{name:<13} {value}")
+        for name, value in facts():
+            typer.echo(f"{name:<13} {value}")
 
 
 @contextmanager
@@ -398,9 +382,10 @@ def _benchmark(out: Path | None, threads: int | None, goes_on: bool = False) -> 
 
     ``goes_on``: what was measured is in ``out``, and the same command goes on from there.
     """
-    with _evaluation(threads):
+    with _told():
         if out:
             out.mkdir(parents=True, exist_ok=True)
+    with _evaluation(threads):
         from scout_hf.eval.bench import report
 
         def finish(record: dict) -> None:
@@ -425,21 +410,37 @@ def _tell(line: str) -> None:
     typer.echo(line, err=True)
 
 
-@contextmanager
-def _evaluation(threads: int | None) -> Iterator[None]:
-    """With so many torch threads; a wrong setting ends in its message and exit code 2, not in a traceback."""
-    import torch
-    from transformers.utils import logging
+def _must_be_there(*files: Path | None) -> None:
+    from scout_hf.errors import MissingFileError
 
+    for path in files:
+        if path and not path.is_file():
+            raise MissingFileError(f"{path} is not there, or no file")
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """A wrong setting or file ends in its message and exit code 2, not in a traceback."""
     from scout_hf.errors import ScoutError
 
-    logging.disable_progress_bar()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
     try:
         yield
-    except (ScoutError, FileNotFoundError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
+    except (ScoutError, OSError, ValueError) as error:
+        _tell(f"error: {error}")
         raise typer.Exit(2) from error
-    finally:
-        torch.set_num_threads(before)
+
+
+@contextmanager
+def _evaluation(threads: int | None) -> Iterator[None]:
+    """The same, with so many torch threads."""
+    with _told():
+        import torch
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)

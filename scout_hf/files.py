@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -85,6 +86,21 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(number)
         finally:
             os.close(number)
+
+
+def check_timeline_path(path: Path, *others: Path) -> None:
+    """Raise ConfigError if ``path`` is no place for a timeline, or the others cannot be written beside it."""
+    if path.suffix != ".json" or not path.parent.is_dir() or any(each.is_dir() for each in (path, *others)):
+        raise ConfigError(
+            f"path={str(path)!r} is not allowed: a file in a folder that exists, ending in .json; try 'step.json'"
+        )
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"path={str(path)!r} is not allowed: its folder cannot be written to ({error}); try another folder"
+        ) from error
 
 
 def read_json(

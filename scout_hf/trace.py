@@ -260,7 +260,8 @@ class Trace:
 @contextlib.contextmanager
 def record(handle: Any, path: str | os.PathLike, steps: int) -> Iterator[Trace]:
     """The body of ``Handle.trace``; see there."""
-    from scout_hf.trace_files import check_path, write
+    from scout_hf.files import check_timeline_path
+    from scout_hf.trace_files import write
     from scout_hf.trace_picture import draw
 
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -268,7 +269,7 @@ def record(handle: Any, path: str | os.PathLike, steps: int) -> Iterator[Trace]:
     if not isinstance(path, (str, os.PathLike)):
         raise ConfigError(f"path={path!r} is not allowed: a file's name, ending in .json; try 'step.json'")
     trace = Trace(Path(path))
-    check_path(trace.path, trace.image)
+    check_timeline_path(trace.path, trace.image)
     handle._check_traceable()
     tracer = handle._tracer = Tracer(handle._family.layers(handle._decoder), steps)
     try:

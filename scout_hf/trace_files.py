@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from scout_hf.errors import ConfigError
 from scout_hf.files import write_text
 from scout_hf.trace import COPIES, LINK, MAIN, POOL, SLOW_CPU, Span
 
@@ -48,18 +46,3 @@ def trace_events(spans: list[Span]) -> list[dict[str, Any]]:
 def write(spans: list[Span], path: Path) -> None:
     """Write the events of these spans as JSON."""
     write_text(path, json.dumps({"traceEvents": trace_events(spans), "displayTimeUnit": "ms"}) + "\n")
-
-
-def check_path(path: Path, *others: Path) -> None:
-    """Raise ConfigError if ``path`` is no place for a timeline, or the others cannot be written beside it."""
-    if path.suffix != ".json" or not path.parent.is_dir() or any(each.is_dir() for each in (path, *others)):
-        raise ConfigError(
-            f"path={str(path)!r} is not allowed: a file in a folder that exists, ending in .json; try 'step.json'"
-        )
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"path={str(path)!r} is not allowed: its folder cannot be written to ({error}); try another folder"
-        ) from error

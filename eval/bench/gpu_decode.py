@@ -122,7 +122,7 @@ def run(
             for name in models for context in contexts for batch in batches for arm in arms]  # fmt: skip
     jobs += [("largest", name, context, cap, arm)
              for name in models for context in contexts for cap in caps for arm in arms]  # fmt: skip
-    with machine.measuring(threads, tell) as company, tqdm(total=len(jobs), desc="gpu-decode", leave=False) as progress:
+    with machine.measuring(threads, tell) as company, tqdm(total=len(jobs), disable=None, leave=False) as progress:
         for name in models:
             todo = [job for job in jobs if job[1] == name and not file.has(*job)]
             progress.update(sum(job[1] == name for job in jobs) - len(todo))

@@ -105,7 +105,7 @@ def run(
         cells += [("scattered", *pair, size) for pair in heads for size in block_sizes]
         group = next((pair for pair in heads if pair[0] > pair[1]), heads[0])
         cells += [("score", *group, block_sizes[0], tokens, name) for tokens in score_tokens for name in DIGESTS]
-        for kind, *cell in tqdm(cells, desc="gpu-kernel", leave=False):
+        for kind, *cell in tqdm(cells, desc="gpu-kernel", leave=False, disable=None):
             if kind == "dense":
                 dense.append(bench.guarded(bench.dense, *cell))
             elif kind == "scattered":

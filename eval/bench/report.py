@@ -34,7 +34,7 @@ PLOTS = {
 
 def show(record: dict[str, Any], console: Console | None = None) -> None:
     """Print a record of any benchmark."""
-    console = console or Console()
+    console = console or Console(markup=False, emoji=False)
     for part in TABLES[record["benchmark"]](record):
         console.print(part, highlight=False)
     console.print(_machine(record), style="dim", highlight=False)

@@ -64,7 +64,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def show(record: dict[str, Any], console: Console | None = None) -> None:
     """Print a record."""
-    console = console or Console()
+    console = console or Console(markup=False, emoji=False)
     for part in tables(record):
         console.print(part, highlight=False)
     console.print(NOTE, style="dim", highlight=False)

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from scout_hf import ScoutError
+from scout_hf.errors import ScoutError
 from scout_hf.eval.harness import INSTALL, HarnessError
 
 OFFLINE = (
@@ -28,7 +28,10 @@ def main(argv: Sequence[str]) -> int:
         0, or 2 after a message on stderr. lm-eval's own errors are raised.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        return _refuse(INSTALL)
+        if not {"-h", "--help"}.intersection(argv):
+            return _refuse(INSTALL)
+        print(f"{_own_options().format_help()}\n{INSTALL}, and its own options to this page.")
+        return 0
     own, rest = _own_options().parse_known_args(argv)
     try:
         with ExitStack() as stack:
@@ -76,6 +79,10 @@ def _run(own: argparse.Namespace, rest: list[str], stack: ExitStack) -> None:
     from lm_eval.utils import setup_logging
 
     setup_logging()
+    if not sys.stderr.isatty():
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
     cli = HarnessCLI()
     if {"-h", "--help"}.intersection(rest) and rest[0] not in ("ls", "validate"):
         print(_own_options().format_help())

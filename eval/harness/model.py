@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,17 +116,17 @@ class ScoutLM(HFLM):
             return super()._model_generate(*args, **options)
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        return self._by_task(requests, lambda part: super(ScoutLM, self).generate_until(part, disable_tqdm))
+        return self._by_task(requests, lambda part: super(ScoutLM, self).generate_until(part, _unseen(disable_tqdm)))
 
     # -- log-likelihoods ----------------------------------------------------------------------------------------
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        return self._by_task(requests, lambda part: super(ScoutLM, self).loglikelihood(part, disable_tqdm))
+        return self._by_task(requests, lambda part: super(ScoutLM, self).loglikelihood(part, _unseen(disable_tqdm)))
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         # Several processes exchange numbers in there, and need not have the same tasks.
         together = self.world_size > 1
-        run = lambda part: super(ScoutLM, self).loglikelihood_rolling(part, disable_tqdm)  # noqa: E731
+        run = lambda part: super(ScoutLM, self).loglikelihood_rolling(part, _unseen(disable_tqdm))  # noqa: E731
         return self._by_task(requests, run, together)
 
     def _loglikelihood_tokens(
@@ -146,7 +147,7 @@ class ScoutLM(HFLM):
                 return super()._loglikelihood_tokens(cut, disable_tqdm, override_bs)
         batch_size = self.batch_size if self.batch_size != "auto" else override_bs or self._detect_batch_size()
         pairs = [(context, continuation) for _, context, continuation in cut]
-        quiet = disable_tqdm or self.rank != 0
+        quiet = _unseen(disable_tqdm) or self.rank != 0
         with (
             measured(self.model, self._tally),
             self._autocast(),
@@ -233,3 +234,8 @@ def _take_settings(options: dict[str, Any]) -> ScoutConfig:
             raise ConfigError(f"recall={profile!r}: there is no such file; give a saved recall profile, or a number")
         given["recall"] = RecallIntervals.load(profile)
     return ScoutConfig(**given)
+
+
+def _unseen(disabled: bool) -> bool:
+    """Whether a progress bar would be seen by nobody, as in a file."""
+    return disabled or not sys.stderr.isatty()

@@ -12,9 +12,6 @@ from rich.console import Console
 
 from scout_hf import ScoutConfig
 from scout_hf.errors import ConfigError, MissingFileError
-from scout_hf.eval.bench.machine import describe
-from scout_hf.eval.plan import check as checks
-from scout_hf.eval.plan import measure as measures
 from scout_hf.eval.plan.show import check_tables, plan_tables
 from scout_hf.eval.records import read_record
 from scout_hf.files import read_json
@@ -33,6 +30,9 @@ NEEDED = "make one with `scout-hf plan --measure` on the machine, and pass it as
 
 def measure(out: Path, tell: Callable[[str], Any]) -> None:
     """Write this machine's constants."""
+    from scout_hf.eval.bench.machine import describe
+    from scout_hf.eval.plan import measure as measures
+
     found, facts = measures.measure(tell)
     found.save(out, facts=facts, machine_was=describe())
     for name, value in facts.items():
@@ -51,6 +51,8 @@ def check(record: Path, machine: Path | None) -> None:
     found, facts = Machine.load_with_facts(machine)
     if absent := [name for name in ("minmax_gbps", "two_tier_layer_us") if not facts.get(name, 0) > 0]:
         raise ConfigError(f"{machine} has no measured {' and '.join(absent)}: {NEEDED}")
+    from scout_hf.eval.plan import check as checks
+
     measured = read_record(record, "methods", "cpu_decode")
     _print(check_tables(checks.check(measured, found, facts)))
 
@@ -88,6 +90,6 @@ def _config(value: Any) -> None:
 
 
 def _print(parts) -> None:
-    console = Console()
+    console = Console(markup=False, emoji=False)
     for part in parts:
         console.print(part, highlight=False)

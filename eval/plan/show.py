@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from scout_hf.eval.bench.formats import new_table, short, three
-from scout_hf.eval.plan.check import Row
 from scout_hf.planner import GIB, Load, Machine, ModelShape, break_even, largest_batch, longest_context, methods, plan
+
+if TYPE_CHECKING:
+    from scout_hf.eval.plan.check import Row
 
 
 def plan_tables(shape: ModelShape, machine: Machine, load: Load):

@@ -122,18 +122,21 @@ def run_stage(model, stage: Stage, rng: random.Random, done: int) -> None:
     optimizers = (Muon(matrices, lr=0.003), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0))
     starts = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     sequences = max(1, STEP_TOKENS // stage.length)
-    bar = tqdm(total=stage.tokens, desc=f"length {stage.length}", unit="tok", mininterval=10, unit_scale=True)
-    steps = 0
-    while bar.n < stage.tokens:
+    bar = tqdm(
+        total=stage.tokens, desc=f"length {stage.length}", unit="tok", mininterval=10, unit_scale=True, disable=None
+    )
+    # A bar that nobody sees does not count.
+    steps = read = 0
+    while read < stage.tokens:
         batch = make_batch(rng, stage.length, sequences, stage.exams, stage.length > 128, stage.jumps, MIX)
-        fall = max(0.05, 2 * (1 - (done + bar.n) / SCHEDULE_TOKENS))
+        fall = max(0.05, 2 * (1 - (done + read) / SCHEDULE_TOKENS))
         rate = stage.rate * min(1.0, (steps + 1) / WARM_UP_STEPS, fall)
         for optimizer, firsts in zip(optimizers, starts, strict=True):
             for group, first in zip(optimizer.param_groups, firsts, strict=True):
                 group["lr"] = rate * first
         loss = loss_of(model, *(torch.from_numpy(part) for part in (batch.ids, batch.positions, batch.weights)))
         loss.backward()
-        if done + bar.n < HOLD_TOKENS:
+        if done + read < HOLD_TOKENS:
             for layer in model.model.layers[:-1]:
                 for weight in layer.self_attn.parameters():
                     weight.grad.zero_()
@@ -141,11 +144,11 @@ def run_stage(model, stage: Stage, rng: random.Random, done: int) -> None:
             optimizer.step()
             optimizer.zero_grad()
         steps += 1
-        before = bar.n
+        before, read = read, read + sequences * stage.length
         bar.update(sequences * stage.length)
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-        if bar.n // GLANCE_TOKENS > before // GLANCE_TOKENS:
-            bar.write(f"length {stage.length}, {bar.n} tokens: {glance(model, stage.length)}")
+        if read // GLANCE_TOKENS > before // GLANCE_TOKENS:
+            bar.write(f"length {stage.length}, {read} tokens: {glance(model, stage.length)}")
     bar.close()
 
 

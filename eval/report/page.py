@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from scout_hf.errors import ConfigError
 from scout_hf.eval.bench import readme as bench_readme
 from scout_hf.eval.bench.formats import short
 from scout_hf.eval.fidelity import readme as fidelity_readme
 from scout_hf.eval.markdown import cells_of
 from scout_hf.eval.methods import plots, tables, view
 from scout_hf.eval.records import kind_of, read_record, shown
+from scout_hf.eval.report.find import find
 from scout_hf.files import write_text
 
 STYLE = """
@@ -56,7 +56,6 @@ TEMPLATE = """\
 {% endif %}{% endfor %}{% endfor %}"""
 """Nothing but this makes markup, and everything that it is given is escaped."""
 
-FILES = ("methods", "fidelity", "cpu_decode", "cpu_kernel", "gpu_decode", "gpu_kernel")
 TITLES = {
     "methods": "Every method, side by side",
     "fidelity": "What is lost",
@@ -116,13 +115,7 @@ def write(given: Sequence[Path], out: Path) -> list[str]:
     ConfigError
         If there is none among them, or one is not as it was written.
     """
-    paths = [path for one in given for path in ([one] if one.is_file() else [one / f"{name}.json" for name in FILES])]
-    if missing := [path for path in given if not path.exists()]:
-        raise ConfigError(f"{missing[0]} is not there; give JSON files of `scout-hf bench` or `fidelity`, or folders")
-    records = {path: read_record(path) for path in paths if path.exists()}
-    if not records:
-        names = ", ".join(f"{name}.json" for name in FILES)
-        raise ConfigError(f"no results in {', '.join(map(str, given))}; looked for {names}: run `scout-hf bench` first")
+    records = {path: read_record(path) for path in find(given)}
     page = render(records)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, page)

@@ -119,34 +119,37 @@ def run_stage(
     )
     starts = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     sequences = max(1, STEP_TOKENS // stage.length)
-    bar = tqdm(total=stage.tokens, desc=f"length {stage.length}", unit="tok", mininterval=10, unit_scale=True)
-    steps = 0
-    while bar.n < stage.tokens:
+    bar = tqdm(
+        total=stage.tokens, desc=f"length {stage.length}", unit="tok", mininterval=10, unit_scale=True, disable=None
+    )
+    # A bar that nobody sees does not count.
+    steps = read = 0
+    while read < stage.tokens:
         begins = [rng.randrange(len(stream) - stage.length) for _ in range(sequences)]
         ids = torch.stack([stream[begin : begin + stage.length + 1] for begin in begins])
         for window in ids:
             if rng.random() < REPEATS:
                 repeat_passages(window, rng)
-        rate = min(1.0, (steps + 1) / WARM_UP_STEPS, max(0.03, 1.5 * (1 - (done + bar.n) / total)))
+        rate = min(1.0, (steps + 1) / WARM_UP_STEPS, max(0.03, 1.5 * (1 - (done + read) / total)))
         for optimizer, firsts in zip(optimizers, starts, strict=True):
             for group, first in zip(optimizer.param_groups, firsts, strict=True):
                 group["lr"] = rate * first
         logits = model(ids[:, :-1], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()
-        if done + bar.n < HOLD_TOKENS:
+        if done + read < HOLD_TOKENS:
             for weight in attention:
                 weight.grad.zero_()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         steps += 1
-        before = bar.n
+        before, read = read, read + sequences * stage.length
         bar.update(sequences * stage.length)
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-        if bar.n // GLANCE_TOKENS > before // GLANCE_TOKENS:
+        if read // GLANCE_TOKENS > before // GLANCE_TOKENS:
             bar.write(
-                f"{done + bar.n} tokens, loss {loss.item():.2f}, of a text read again {repeat_loss(model, ids):.2f}"
+                f"{done + read} tokens, loss {loss.item():.2f}, of a text read again {repeat_loss(model, ids):.2f}"
             )
     bar.close()
 

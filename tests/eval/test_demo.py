@@ -55,7 +55,7 @@ def test_wrong_settings_end_in_a_message(invoke, options, message):
 def test_version_names_what_a_bug_report_needs(invoke):
     result = invoke(["version"])
     assert result.exit_code == 0
-    for expected in (scout_hf.__version__, "torch", "transformers", "CPU backends"):
+    for expected in (scout_hf.__version__, "torch", "transformers", "native code", "GPU"):
         assert expected in result.stdout
 
 

@@ -296,3 +296,15 @@ def test_a_record_that_was_changed_is_shown_or_refused_by_name(kind, tmp_path, m
                 refused += 1
                 assert "changed.json" in str(error) and len(str(error)) < 600
     assert refused > 20
+
+
+def test_a_terminal_shows_words_as_they_are(capsys, monkeypatch):
+    from scout_hf.eval.bench import report
+
+    monkeypatch.setenv("COLUMNS", "300")
+    record = made_up()
+    record["machine"] |= {"scout_hf": "0.1", "cpu": "[red]a[/] [/nonsense] :smile:"}
+    record["cells"][0]["way"] = "[link=http://h]way[/link]"
+    report.show(record)
+    told = capsys.readouterr().out
+    assert "[red]a[/] [/nonsense] :smile:" in told and "[link=http://h]way[/link]" in told

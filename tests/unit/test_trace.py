@@ -11,9 +11,10 @@ import torch
 
 from scout_hf.errors import ConfigError
 from scout_hf.eval.timeline import parts
+from scout_hf.files import check_timeline_path
 from scout_hf.trace import COPIES, LINK, MAIN, POOL, SLOW_CPU, Span, Trace, Tracer
 from scout_hf.trace_device import DeviceClocks
-from scout_hf.trace_files import check_path, lanes_of, trace_events, write
+from scout_hf.trace_files import lanes_of, trace_events, write
 from tests.fake_cuda import Event, Stream
 
 US, MS = 1000, 1_000_000
@@ -70,7 +71,7 @@ def test_places_that_cannot_be_written_to(tmp_path, name):
     (tmp_path / "taken.png").mkdir()
     path = tmp_path / name
     with pytest.raises(ConfigError, match="path=.*not allowed.*try"):
-        check_path(path, path.with_suffix(".png"))
+        check_timeline_path(path, path.with_suffix(".png"))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a folder that not even root writes to")
@@ -78,7 +79,7 @@ def test_a_folder_that_cannot_be_written_to():
     from pathlib import Path
 
     with pytest.raises(ConfigError, match="cannot be written to"):
-        check_path(Path("/proc/step.json"))
+        check_timeline_path(Path("/proc/step.json"))
 
 
 @pytest.mark.parametrize("layers", [1, 2, 120])

@@ -1,0 +1,24 @@
+"""Which files a page is made of: said before anything that takes long is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from scout_hf.errors import ConfigError
+
+FILES = ("methods", "fidelity", "cpu_decode", "cpu_kernel", "gpu_decode", "gpu_kernel")
+
+
+def find(given: Sequence[Path], out: Path | None = None) -> list[Path]:
+    """Files that were given, and those of known names in folders that were; ConfigError without any."""
+    if missing := [path for path in given if not path.exists()]:
+        raise ConfigError(f"{missing[0]} is not there; give JSON files of `scout-hf bench` or `fidelity`, or folders")
+    found = [path for one in given for path in ([one] if one.is_file() else [one / f"{name}.json" for name in FILES])]
+    found = [path for path in found if path.exists()]
+    if not found:
+        names = ", ".join(f"{name}.json" for name in FILES)
+        raise ConfigError(f"no results in {', '.join(map(str, given))}; looked for {names}: run `scout-hf bench` first")
+    if out is not None and out.is_dir():
+        raise ConfigError(f"--out {out} is a folder; give the name of a page, such as {out / 'report.html'}")
+    return found

@@ -1,0 +1,110 @@
+"""The command line: what is wrong with an argument is said before anything heavy is imported, and pipes stay clean."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "matplotlib", "lm_eval")
+# Runs the command as the shell does, then tells on stdout what it imported.
+CODE = """
+import sys
+from scout_hf.cli import app
+for name in {hidden!r}:
+    sys.modules[name] = None
+try:
+    app({words!r}, prog_name="scout-hf")
+except SystemExit as end:
+    code = end.code
+print("HEAVY", *[name for name in {heavy!r} if sys.modules.get(name)])
+sys.exit(code)
+"""
+
+
+def call(*words, cwd=None, hidden=()):
+    """Exit code, stdout and stderr, and the heavy packages that were imported."""
+    code = CODE.format(words=list(words), heavy=HEAVY, hidden=hidden)
+    environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}
+    # Not the checkout, whose folders would be found as packages.
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, env=environment)
+    out, _, heavy = done.stdout.rpartition("HEAVY")
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, out, done.stderr, set(heavy.split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], *([name, "--help"] for name in ("demo", "fidelity", "plan", "report", "trace", "version", "bench"))]
+    + [["bench", "methods", "--help"], ["lm-eval", "--help"], ["lm-eval", "make-data", "--help"]],
+    ids=" ".join,
+)
+def test_help_imports_nothing_heavy(words, tmp_path):
+    code, out, _, heavy = call(*words, cwd=tmp_path)
+    assert code == 0 and "Usage" in out and not heavy
+
+
+MISSING = {
+    "report": (["report"], "eval/results is not there"),
+    "report of a file": (["report", "no.json"], "no.json is not there"),
+    "report of nothing": (["report", "empty"], "no results in empty"),
+    "a page in the place of a folder": (["report", "half.json", "--out", "empty"], "empty is a folder"),
+    "fidelity": (["fidelity", "--report", "no.json"], "no.json is not there"),
+    "readme": (["fidelity", "--report", "half.json", "--readme", "no.md"], "no.md is not there"),
+    "plan of no machine": (["plan", "--machine", "no.json"], "no.json is not there"),
+    "plan of half a machine": (["plan", "--machine", "half.json"], "half.json cannot be used"),
+    "plan of no model": (["plan", "--model", "no/config.json"], "neither known nor a config.json"),
+    "plan to check no record": (["plan", "--check", "no.json"], "no.json is not there"),
+    "plan on no GPU": (["plan", "--gpu", "h999"], "--gpu h999 is not known"),
+    "a file in the place of a folder": (["bench", "cpu-kernel", "--out", "half.json"], "half.json"),
+    "trace to no folder": (["trace", "--out", "no/step.json"], "no/step.json"),
+    "trace to another name": (["trace", "--out", "step.txt"], "step.txt"),
+}
+
+
+@pytest.mark.parametrize("kind", MISSING)
+def test_a_path_that_is_wrong_is_told_at_once(kind, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "half.json").write_text('{"benchmark": ')
+    words, told = MISSING[kind]
+    code, out, errors, heavy = call(*words, cwd=tmp_path)
+    assert code == 2 and told in errors and not out.strip()
+    assert errors.startswith("error: ") and not heavy
+
+
+def test_a_plan_takes_no_torch(tmp_path):
+    code, out, _, heavy = call("plan", "--model", "llama-3-8b", "--context", "131072", cwd=tmp_path)
+    assert code == 0 and "kvpr" in out and "dense" in out and not heavy
+
+
+def test_help_of_lm_eval_helps_without_lm_eval(tmp_path):
+    for words in (["run", "--help"], ["run", "-h"]):
+        code, out, _, heavy = call("lm-eval", *words, cwd=tmp_path, hidden=("lm_eval",))
+        assert code == 0 and "--longbench-dir" in out and "pip install 'scout_hf[eval]'" in out and not heavy
+    code, out, errors, heavy = call("lm-eval", "run", "--tasks", "x", cwd=tmp_path, hidden=("lm_eval",))
+    assert code == 2 and "pip install 'scout_hf[eval]'" in errors and not heavy
+
+
+def test_version_is_plain_words(tmp_path):
+    code, out, errors, _ = call("version", cwd=tmp_path)
+    lines = {line[:13].strip(): line[14:] for line in out.strip().splitlines()}
+    assert code == 0 and list(lines)[:4] == ["scout_hf", "transformers", "torch", "python"]
+    assert lines["GPU"].startswith(("yes, ", "no")) and lines["native code"].startswith(("yes, for ", "no, "))
+    assert len(lines) < 10 and max(map(len, out.splitlines())) <= 100
+
+
+def test_no_progress_bar_in_a_pipe(tmp_path):
+    small = ["--tokens", "256", "--questions", "1", "--budget", "64"]
+    code, out, errors, _ = call("demo", *small, cwd=tmp_path)
+    assert code == 0 and "right" in out
+    assert "\r" not in errors and "%|" not in errors and "it/s" not in errors, errors
+
+
+def test_every_bar_asks_whether_it_is_seen():
+    import ast
+    from pathlib import Path
+
+    for path in sorted((Path(__file__).parents[2] / "eval").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "tqdm":
+                assert "disable" in {word.arg for word in node.keywords}, f"{path}:{node.lineno}"
