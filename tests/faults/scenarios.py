@@ -258,7 +258,7 @@ def verify(world: World, scenario: Scenario, expected: Expected) -> str:
         errors = [float((logits - each).abs().max()) for each in fitting]
         assert min(errors) <= world.lossy, f"goes on wrong by {errors} of {float(fitting[0].abs().max()):.2g}"
     if world.twin is not None:
-        close(world.go_on(world.twin, world.length + 2)[1], expected.twin, TOLERANCE, "the fork")
+        close(world.go_on(world.twin, world.length + 2, 2)[1], expected.twin, TOLERANCE, "the fork")
     world.cache = world.twin = None
     gc.collect()
     close(fresh(world, world.new()), expected.fresh, world.lossy, "a new cache")

@@ -2,8 +2,8 @@
 
 Says what it tried, and every point after which a cache was wrong, a process crashed or did not end.
 
-A line is tried once per kind of operation, and once per group of settings that share it, for each kind of error, unless
-``--every`` asks for all times that it is run everywhere.
+A line is interrupted once per method and kind of operation, and once finds no memory, unless ``--every`` asks for all
+times that it is run everywhere.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def choose(points: dict[Where, list[Point]], errors: list[str], every: bool) -> 
         tries = []
         for error in errors:
             for point in found:
-                # Ctrl-C is only noticed by the next use of a cache, anything else at once: one is the other's shorter
-                # half, and need not meet every operation again.
-                kind = SCENARIOS[where.scenario].kind if error == "interrupt" else ""
-                key = (error, where.settings.split(",")[0], kind, point.file, point.line)
+                # Ctrl-C is only noticed by the next use of a cache, anything else at once: the same way back, on which
+                # less can have happened. It need not be gone from every operation again.
+                kind = (where.settings.split(",")[0], SCENARIOS[where.scenario].kind) if error == "interrupt" else ()
+                key = (error, *kind, point.file, point.line)
                 if every or key not in known:
                     known.add(key)
                     tries.append(Try(point, error))
@@ -85,7 +85,7 @@ def attempt(where: Where, tries: Iterable[Try], options: dict) -> tuple[Counter,
         states[(*found, number)] = logits
     twin = None
     if world.twin is not None:
-        twin = _answer(where, lambda: world.go_on(world.twin, world.length + 2)[1])
+        twin = _answer(where, lambda: world.go_on(world.twin, world.length + 2, 2)[1])
     expected = Expected(states, twin, _answer(where, lambda: fresh(world, world.new())))
 
     def one(each: Try) -> str:

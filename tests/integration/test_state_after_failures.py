@@ -1,5 +1,9 @@
 """An error in the middle of a change: forks are untouched, and the cache goes on as before or refuses to go on."""
 
+import asyncio
+import contextlib
+import threading
+
 import pytest
 import torch
 
@@ -264,3 +268,44 @@ def test_an_update_that_fails_half_way(monkeypatch, world):
         broken.setattr(PagedKV, "append", planted(MemoryError))
         cache.update(keys, keys, 1)
     assert_refuses(model, cache)
+
+
+@TIERS
+def test_a_pass_that_a_thread_left_behind_is_taken_back_by_another(world):
+    model, cache, (expected, _) = world
+    hook = model.model.layers[2].mlp.register_forward_pre_hook(planted(asyncio.CancelledError))
+
+    def work():
+        with contextlib.suppress(asyncio.CancelledError):
+            go_on(model, cache)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    hook.remove()
+    assert cache.layers[0].method.length == 52
+    assert (go_on(model, cache) - expected).abs().max() <= TOLERANCE
+
+
+@TIERS
+def test_a_cache_in_a_pass_of_another_thread_serves_no_second_one(world):
+    model, cache, (expected, _) = world
+    inside, outside = threading.Event(), threading.Event()
+
+    def wait(*_):
+        inside.set()
+        outside.wait(30)
+
+    hook = model.model.layers[2].mlp.register_forward_pre_hook(wait)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(go_on(model, cache)))
+    thread.start()
+    assert inside.wait(30)
+    try:
+        with pytest.raises(scout_hf.CacheStateError, match="another thread"):
+            go_on(model, cache)
+    finally:
+        hook.remove()
+        outside.set()
+        thread.join()
+    assert (found[0] - expected).abs().max() <= TOLERANCE
