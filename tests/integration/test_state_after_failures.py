@@ -105,10 +105,10 @@ def test_pages_are_described_to_native_code_anew_after_an_error(monkeypatch, err
 
 
 @ERRORS
-@pytest.mark.parametrize("change", [lambda t: t.truncate(1), lambda t: t.select_rows(torch.tensor([0]))])
+@pytest.mark.parametrize("change", [lambda t: t.truncate(1), lambda t: t.select_rows(torch.tensor([1, 1]))])
 def test_pages_of_a_fork_are_never_given_back_twice(monkeypatch, error, change):
     pool = PagePool((4,), torch.float32, torch.device("cpu"))
-    mine = PageTable(pool, 1)
+    mine = PageTable(pool, 2)
     pages = mine.extend(3).flatten().tolist()
     other = mine.fork()
     with monkeypatch.context() as broken, pytest.raises(error):
@@ -116,22 +116,21 @@ def test_pages_of_a_fork_are_never_given_back_twice(monkeypatch, error, change):
         broken.setattr(PagePool, "_recycle", lambda *args: [real(*args), planted(error)()])
         change(mine)
     del mine
-    assert not set(pool.allocate(20).tolist()) & set(pages) and other.ids.flatten().tolist() == pages
+    given = [int(pool.allocate(1)) for _ in range(8)]
+    assert not set(given) & set(pages) and other.ids.flatten().tolist() == pages
 
 
 @ERRORS
-def test_a_page_of_its_own_is_never_written_to_at_the_place_of_a_shared_one(monkeypatch, error):
-    torch.manual_seed(0)
-    keys, values = torch.randn(2, 1, 2, 30, 16)
-    mine = PagedKV(1, 2, 16, 8, torch.float32, "cpu")
-    mine.append(keys[:, :, :20], values[:, :, :20])
+def test_the_number_and_the_address_of_a_page_change_together(monkeypatch, error):
+    pool = PagePool((4,), torch.float32, torch.device("cpu"))
+    mine = PageTable(pool, 2)
+    mine.extend(3)
     other = mine.fork()
     with monkeypatch.context() as broken, pytest.raises(error):
         broken.setattr(PagePool, "addresses", planted(error))
-        mine.append(keys[:, :, 20:21], values[:, :, 20:21])
-    mine.append(-keys[:, :, 20:], -values[:, :, 20:])
-    other.append(keys[:, :, 20:], values[:, :, 20:])
-    assert torch.equal(other.read(0, 30)[0], keys) and torch.equal(mine.read(20, 30)[0], -keys[:, :, 20:])
+        mine.own_last()
+    for table in (mine, other):
+        assert torch.equal(table.addresses, pool.addresses(table.ids))
 
 
 def test_slots_name_nothing_that_they_do_not_hold(monkeypatch):
@@ -157,11 +156,16 @@ def test_slots_name_nothing_that_they_do_not_hold(monkeypatch):
 def test_a_turn_that_finds_no_memory_for_residents(monkeypatch, world):
     """Was off by a third of the logits, and said that it was exact."""
     model, cache, (expected, _) = world
-    with monkeypatch.context() as broken, pytest.raises(MemoryError), torch.no_grad():
-        broken.setattr("scout_hf.stores.device._fetch", planted(MemoryError))
-        model(IDS[:, 45:60], past_key_values=cache)
-    assert cache.get_seq_length() == 45
-    assert (go_on(model, cache) - expected).abs().max() <= TOLERANCE
+    cache.reset()
+    with torch.no_grad():
+        for at in range(0, 45, 5):  # less than a block at a time: nobody has chosen residents yet
+            model(IDS[:, at : at + 5], past_key_values=cache)
+        with monkeypatch.context() as broken, pytest.raises(MemoryError):
+            broken.setattr("scout_hf.stores.device._fetch", planted(MemoryError))
+            model(IDS[:, 45:60], past_key_values=cache)
+        assert cache.get_seq_length() == 45
+        got = [model(IDS[:, at : at + 1], past_key_values=cache).logits for at in range(45, 60)]
+    assert (torch.cat(got, dim=1) - expected).abs().max() <= TOLERANCE
 
 
 @ERRORS
