@@ -156,6 +156,7 @@ def sweep(places: list[Where], errors: list[str], jobs: int, every=False, keep=1
         tally += found
         faults += wrong
         by_error.update(each.error for each in tries)
+        print(f"{sum(tally.values())} of {sum(len(part) for _, part in parts)}, {len(faults)} faults", file=sys.stderr)
     figures = {
         "settings": len({where.settings for where in places}),
         "scenarios": len({where.scenario for where in places}),
