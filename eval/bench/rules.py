@@ -70,7 +70,7 @@ _FIGURES = {name: maybe(FROM_ZERO) for name in (*TIME, *_RATES)}
 GPU_DECODE = fields(
     {
         "benchmark": one_of("gpu_decode"),
-        "settings": fields({"drift": FROM_ZERO, "budget": maybe(FROM_ZERO)}),
+        "settings": fields({"drift": FROM_ZERO}, {"budget": maybe(FROM_ZERO)}),
         "machine": MACHINE,
         "device": fields({"name": maybe(WORD)}),
         "models": table(fields({"whole": flag}, {"num_hidden_layers": count(1)})),

@@ -574,3 +574,8 @@ def test_a_file_of_another_device_is_refused(apart, tmp_path):
     path.write_text(json.dumps(held | {"device": held["device"] | {"name": "another"}}))
     with pytest.raises(ValueError, match="figures of another"):
         resume.Record(path, False, {"drift": 0.1}).begin(PLACE)
+    for broken in ("", "[" * 200_000, json.dumps(held | {"arms": [{"model": "m"}]}), json.dumps(held | {"models": 7})):
+        path.write_text(broken)
+        with pytest.raises(ValueError, match="gpu_decode.json cannot be used.*--fresh"):
+            resume.Record(path, False, {"drift": 0.1})
+        resume.Record(path, True, {"drift": 0.1})
