@@ -63,10 +63,17 @@ class PagePool:
 
     @property
     def used_pages(self) -> int:
-        """Pages that some table holds."""
-        with self._lock:
-            self._reap()
-            return self._fresh - len(self._free)
+        """Pages that some table holds.
+
+        Waits for nobody: a signal handler may ask for statistics while its own thread is changing the pool. Then pages
+        of tables that are gone may count still.
+        """
+        if self._lock.acquire(blocking=False):
+            try:
+                self._reap()
+            finally:
+                self._lock.release()
+        return self._fresh - len(self._free)
 
     def addresses(self, ids: torch.Tensor) -> torch.Tensor:
         """Where these pages are in memory: int64, in the shape of ``ids``."""

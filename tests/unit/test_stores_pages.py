@@ -312,3 +312,14 @@ def test_tables_give_their_pages_back():
     before = pool.pages
     pool.allocate(before - len(pool.slabs[0]))
     assert pool.pages == before
+
+
+def test_counting_pages_waits_for_nobody():
+    """A signal handler that asks for statistics may run while its own thread holds the lock."""
+    pool, found = new_pool(), []
+    pool.allocate(3)
+    with pool._lock:
+        asked = threading.Thread(target=lambda: found.append(pool.used_pages), daemon=True)
+        asked.start()
+        asked.join(10)
+        assert found == [3]
