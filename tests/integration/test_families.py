@@ -290,7 +290,6 @@ def small_t5():
         (lambda: torch.nn.Linear(2, 2), "Linear, which is no transformers model"),
         (lambda: "meta-llama/Llama-3.2-1B", "string 'meta-llama.*from_pretrained"),
         (lambda: None, "NoneType"),
-        (lambda: torch.nn.DataParallel(llama()), r"model\.module"),
         (lambda: llama().model, "LlamaModel cannot generate"),
         (lambda: LlamaForCausalLM, "type"),
     ],
