@@ -106,7 +106,19 @@ def package(module_name: str) -> str:
 def is_bare(module: nn.Module) -> bool:
     """Whether calling the module runs what its class defines and nothing else."""
     inside = module.__dict__
-    return not ("forward" in inside or inside.get("_compiled_call_impl") or any(inside[hooks] for hooks in _HOOKS))
+    return not ("forward" in inside or inside.get("_compiled_call_impl") or has_hooks(module))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether torch runs something before or after the module's own function."""
+    return any(module.__dict__[hooks] for hooks in _HOOKS)
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether somebody put another function in place of `forward`; accelerate's only brings tensors and weights."""
+    if "forward" not in module.__dict__:
+        return False
+    return not type(module.__dict__.get("_hf_hook")).__module__.startswith("accelerate.")
 
 
 def compiled_from(module: nn.Module) -> nn.Module | None:

@@ -9,6 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn.modules import module as torch_module
+
+from scout_hf.errors import UnsupportedModelError
+from scout_hf.patches.quiet import has_hooks, is_replaced
 
 
 class Parts:
@@ -48,10 +52,30 @@ class Parts:
     def keys_values(
         self, index: int, hidden: torch.Tensor, position_ids: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What layer ``index`` makes of the inputs it had; None while its weights are elsewhere."""
+        """What layer ``index`` makes of the inputs it had; None while its weights are elsewhere.
+
+        Raises ScoutError where its parts are not those that its family knows.
+        """
         layer = self._family.layers(self._decoder)[index]
         if not self._family.available(layer):
             return None
         if position_ids is not None and position_ids.dim() == 3:
             position_ids = position_ids.movedim(-1, 0)
-        return self._family.keys_values(self._decoder, layer, hidden, position_ids)
+        try:
+            return self._family.keys_values(self._decoder, layer, hidden, position_ids)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UnsupportedModelError(f"layer {index} was changed: {error}") from error
+
+    def untouched(self, index: int) -> bool:
+        """Whether nothing but the layer's own code has a say in the keys that it stores now."""
+        layer = self._family.layers(self._decoder)[index]
+        before = [getattr(hook, "func", hook) for hook in layer._forward_pre_hooks.values()]
+        ours = all(getattr(hook, "__module__", "").startswith("scout_hf.") for hook in before)
+        if not ours or is_replaced(layer) or torch_module._has_any_global_hook():
+            return False
+        parts = [part for part in layer.children() if not part._modules]
+        try:
+            parts += self._family.attention(layer).modules()
+        except AttributeError:
+            return False
+        return not any(has_hooks(part) or is_replaced(part) for part in parts)

@@ -385,7 +385,7 @@ class Handle:
         layers = self._family.layers(self._decoder)
         if step is None or index >= len(step.cache.layers):
             return
-        if step.inputs is not None:
+        if step.inputs is not None and self._parts.untouched(index):
             hidden = args[0] if args else kwargs["hidden_states"]
             positions = kwargs.get("position_ids") if step.positions is None else step.positions
             step.inputs[index] = Inputs(hidden, positions)

@@ -171,18 +171,34 @@ class KVPR(Dense):
         else:
             hidden = self.inputs.read(tokens)
         begin = time.perf_counter()
-        keys, values = step.keys_values(self.layer_idx, hidden, self.inputs.positions(tokens))
+        keys, values = self._made_anew(step, hidden, tokens)
         seconds = time.perf_counter() - begin
         self._apart += seconds
-        if self.kv.device.type == "cpu":
+        made = self._rates is not None
+        if made and self.kv.device.type == "cpu":
             self._rates.computed(tokens, seconds)
         result = attend(query, keys.to(self.dtype), values.to(self.dtype), *self.scoring, self._exists(step, 0, tokens))
         if self.inputs.on_host:
             step.counters.recalled(self.layer_idx, 0, self._inputs_coming.nbytes)
             coming, self._inputs_coming = self._inputs_coming, None
             coming.give_back()
-        step.counters.add("computed_anew", self.layer_idx, tokens)
+        if made:
+            step.counters.add("computed_anew", self.layer_idx, tokens)
         return result
+
+    def _made_anew(self, step, hidden: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the layer makes of ``hidden``; what it stored, and no further try, where it was changed since."""
+        reason = "its weights are on no device now"
+        try:
+            made = step.keys_values(self.layer_idx, hidden, self.inputs.positions(tokens))
+        except ScoutError as error:
+            made, reason = None, str(error)
+        if made is None:
+            self._written.finish()
+            made = self.kv.read(0, tokens)
+            self._rates = None
+            step.counters.note("kvpr", f"nothing is computed anew: {reason}", self.layer_idx)
+        return made
 
     def _wait(self, step, coming: Coming) -> tuple[torch.Tensor, torch.Tensor]:
         begin = time.perf_counter()

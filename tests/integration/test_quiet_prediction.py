@@ -12,7 +12,17 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 import scout_hf
 from scout_hf import UnsupportedModelError
 from scout_hf.cache_names import CACHE
-from tests.integration.common import ONE_TIER, TWO_TIERS, assert_close, assert_equal, left_padded, llama, prompt, run
+from tests.integration.common import (
+    EXACT_METHODS,
+    ONE_TIER,
+    TWO_TIERS,
+    assert_close,
+    assert_equal,
+    left_padded,
+    llama,
+    prompt,
+    run,
+)
 from tests.integration.test_families import unknown
 from tests.patches.tiny import tiny_model
 
@@ -427,3 +437,52 @@ def with_ones(inputs, output):
     new = output.sequences.shape[1] - inputs["input_ids"].shape[1]
     ones = torch.ones(len(output.sequences), new, dtype=torch.long)
     return {"input_ids": output.sequences, "attention_mask": torch.cat([inputs["attention_mask"], ones], dim=1)}
+
+
+# -- keys that are made anew -----------------------------------------------------------------------------------------
+
+
+def steer_keys(part):
+    def steer(model):
+        for layer in model.model.layers:
+            layer.get_submodule(part).register_forward_hook(lambda module, args, output: output * 1.5)
+
+    return steer
+
+
+def steer_layers(model):
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda module, args: (args[0].roll(1, -1), *args[1:]))
+
+
+def steer_methods(model):
+    for layer in model.model.layers:
+        forward = layer.self_attn.k_proj.forward
+        layer.self_attn.k_proj.forward = lambda x, forward=forward: forward(x) * 1.5
+
+
+CHANGES = {
+    "key projection": steer_keys("self_attn.k_proj"),
+    "norm": steer_keys("input_layernorm"),
+    "layer": steer_layers,
+    "method": steer_methods,
+    "wrapped": lambda model: replace(model, "wrapped"),
+    "fused": lambda model: replace(model, "fused"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_keys_are_made_anew_only_where_they_are_those_that_were_stored(change):
+    """KVPR makes keys from a layer's inputs: what was steered since cannot be made so, what came before can."""
+    settings = EXACT_METHODS["kvpr"] | {"split": "cpu", "method_options": {"share": 1.0}}
+    made = {"num_key_value_heads": 8}
+    stock, model = llama(**made), llama(**made)
+    first = run(stock, prompt(), new=NEW)
+    CHANGES[change](stock)
+    expected = run(stock, first.sequences, new=4 * NEW, past_key_values=first.past_key_values)
+    with scout_hf.patch(model, **settings) as handle:
+        first = run(model, prompt(), new=NEW)
+        assert handle.exact and handle._counters.sums["computed_anew"][1] > 0
+        CHANGES[change](model)
+        got = run(model, first.sequences, new=4 * NEW, past_key_values=first.past_key_values)
+    assert_close(got, expected, 1e-5)
