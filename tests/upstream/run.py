@@ -15,6 +15,7 @@ folder, by default the installed release's. Exit code 0: holds; 1: does not; 77:
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -24,14 +25,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.upstream.outcomes import STOCK, Comparison, compare, exceptions_for, generating, read
+from tests.upstream.outcomes import STOCK, Comparison, Outcome, compare, exceptions_for, generating, read
 from tests.upstream.source import NoTestsError, lay_out
 
 HERE = Path(__file__).parent
 SOME = ["llama", "gemma3", "gpt_neox"]
 ALL = ["llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3", "mixtral", "gpt_neox", "opt", "granite"]
 SPLITS = ["off", "cpu"]
-AS_THEY_ARE, PRESSED = "generate", "generate and not torch_compile_test"
+AS_THEY_ARE = ["-m", "generate"]
+PRESSED = ["-m", "generate and not torch_compile_test", "-k", "not compil"]
 CANNOT = 77
 
 
@@ -47,64 +49,74 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"transformers' tests can't be had ({error}); give a checkout with --source, nothing was run")
             return CANNOT
         listed = json.loads((HERE / "exceptions.json").read_text(encoding="utf-8"))
-        pairs = [(model, pressed) for pressed in options.pressed for model in options.models]
-        with ThreadPoolExecutor(options.jobs) as pool:
-            chains = pool.map(lambda pair: _chain(work, source, *pair, options, listed), pairs)
-            held = [_show(*pair, chain) for pair, chain in zip(pairs, chains)]
+        results = options.results or work / "results"
+        results.mkdir(parents=True, exist_ok=True)
+        arms = functools.partial(_arm, work, source, results, options.models)
+        held = [_compare(arms, pressed, options, listed) for pressed in options.pressed]
     print(f"{'holds' if all(held) else 'does NOT hold'}; {time.time() - began:.0f} s")
     return 0 if all(held) else 1
 
 
-def _chain(work: Path, source: Path, model: str, pressed: bool, options, listed) -> dict[str, Comparison]:
-    """One family: on stock, then what can change on every split."""
-    results = options.results or work / "results"
-    results.mkdir(parents=True, exist_ok=True)
-    before = _arm(work, source, results, model, pressed, None, None)
-    tests = generating(before)
-    compared = {}
-    for split in SPLITS:
-        after = _arm(work, source, results, model, pressed, split, tests)
-        compared[split] = compare(before, after, exceptions_for(listed, split))
-    return compared
+def _compare(arm, pressed: bool, options: argparse.Namespace, listed: list[dict[str, str]]) -> bool:
+    """All families on stock, then what a patch can change with every split."""
+    stock = arm(pressed, None, None)
+    tests = generating(stock)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        patched = dict(zip(SPLITS, pool.map(lambda split: arm(pressed, split, tests), SPLITS)))
+    held = True
+    for model in options.models:
+        before = _of(model, stock)
+        if not generating(before):
+            print(f"{model:8} no generation test passes unpatched; --results keeps the logs")
+            held = False
+            continue
+        for split, after in patched.items():
+            found = compare(before, _of(model, after), exceptions_for(listed, split))
+            _show(f"{model:8} {_manner(pressed):11} {split:3}", found)
+            held = held and found.holds
+    return held
 
 
-def _arm(work: Path, source: Path, results: Path, model: str, pressed: bool, split, only) -> dict:
-    name = f"{model}-{_manner(pressed)}-{split or STOCK}"
-    path = results / f"{name}.jsonl"
+def _arm(work: Path, source: Path, results: Path, models: list[str], pressed: bool, split, only) -> dict[str, Outcome]:
+    """Run the families' tests in one process, patched for a split or not (None), all or some, and read what came."""
+    name = f"{_manner(pressed)}-{split or STOCK}"
+    path, settings = results / f"{name}.jsonl", results / f"{name}.json"
     path.unlink(missing_ok=True)
     arm = {"split": split, "pressed": pressed, "source": str(source), "results": str(path), "only": only}
-    settings = results / f"{name}.json"
     settings.write_text(json.dumps(arm), encoding="utf-8")
     env = {**os.environ, "SCOUT_ARM": str(settings), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1])])
-    command = [sys.executable, "-m", "pytest", f"tests/models/{model}/test_modeling_{model}.py", "--rootdir", "."]
-    command += "-p scout_upstream_arm --noconftest -p no:cacheprovider -p no:xdist -o addopts=".split()
-    command += ["-q", "--tb=short", "--timeout=300", "-m", PRESSED if pressed else AS_THEY_ARE]
+    env["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1]), env.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "pytest", *(f"{_folder(model)}test_modeling_{model}.py" for model in models)]
+    command += "--rootdir . -p scout_upstream_arm --noconftest -p no:cacheprovider -p no:xdist -o addopts=".split()
+    command += ["-q", "--tb=short", "--timeout=300", "--continue-on-collection-errors"]
+    command += PRESSED if pressed else AS_THEY_ARE
     with open(results / f"{name}.log", "w", encoding="utf-8") as log:
         subprocess.run(command, cwd=work, env=env, stdout=log, stderr=subprocess.STDOUT, check=False)
-    outcomes = read(path)
-    if split is None and not generating(outcomes):
-        raise SystemExit(f"no test of {model} passes unpatched:\n{(results / f'{name}.log').read_text()[-3000:]}")
-    return outcomes
+    return read(path)
 
 
-def _show(model: str, pressed: bool, compared: dict[str, Comparison]) -> bool:
-    for split, found in compared.items():
-        print(
-            f"{model:8} {_manner(pressed):11} {split:3}: {found.passed_stock} pass unpatched, "
-            f"{found.generating} of them generate; patched {found.passed} pass, {len(found.listed)} listed, "
-            f"{len(found.unexpected)} fail; {found.steps} decode steps",
-            flush=True,
-        )
-        for test, reason in found.listed.items():
-            print(f"    listed  {test.split('::')[-1]}: {reason}")
-        for test, message in found.unexpected.items():
-            print(f"    FAILS   {test}\n{_indented(message)}")
-        for pattern in found.unused:
-            print(f"    listed, but passes: {pattern}")
-        if found.generating and not found.steps:
-            print("    no decode step was served by scout_hf")
-    return all(found.holds for found in compared.values())
+def _folder(model: str) -> str:
+    return f"tests/models/{model}/"
+
+
+def _of(model: str, outcomes: dict[str, Outcome]) -> dict[str, Outcome]:
+    return {test: outcome for test, outcome in outcomes.items() if test.startswith(_folder(model))}
+
+
+def _show(name: str, found: Comparison) -> None:
+    print(
+        f"{name}: {found.passed_stock} pass unpatched, {found.generating} of them generate; patched {found.passed} "
+        f"pass, {len(found.listed)} listed, {len(found.unexpected)} fail; {found.steps} decode steps",
+        flush=True,
+    )
+    for test, reason in found.listed.items():
+        print(f"    listed  {test.split('::', 1)[1]}: {reason}")
+    for test, message in found.unexpected.items():
+        print(f"    FAILS   {test}\n{_indented(message)}")
+    for pattern in found.unused:
+        print(f"    listed, but passes: {pattern}")
+    if found.generating and not found.steps:
+        print("    no decode step was served by scout_hf")
 
 
 def _manner(pressed: bool) -> str:
@@ -121,7 +133,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help=f"{' '.join(ALL)}, pressed and as they are")
     parser.add_argument("--source", type=Path, default=os.environ.get("TRANSFORMERS_TESTS"), help="a checkout")
     parser.add_argument("--tag", help="the tag to clone (default: that of the installed release)")
-    parser.add_argument("--jobs", type=int, default=2, help="families at a time")
+    parser.add_argument("--jobs", type=int, default=2, help="splits at a time")
     parser.add_argument("--results", type=Path, help="a folder to keep logs and outcomes in")
     options = parser.parse_args(arguments)
     options.models = options.models or (ALL if options.all else SOME)
