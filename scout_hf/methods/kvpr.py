@@ -213,13 +213,13 @@ class KVPR(Dense):
             self._inputs_coming = bring_blocks(step, host, 0, self._split, slice(0, 1), device, self.config.link_gbps)
 
     def _drop_coming(self) -> None:
+        self._split = 0  # first: what it needs may be gone when an error ends this
         super()._drop_coming()
         coming = self._inputs_coming
         if coming is not None:
             coming.drain()
             self._inputs_coming = None
             coming.give_back()
-        self._split = 0
 
     # -- how much to compute ------------------------------------------------------------------------------------
 

@@ -65,14 +65,13 @@ class PagePool:
     def used_pages(self) -> int:
         """Pages that some table holds.
 
-        Waits for nobody: a signal handler may ask for statistics while its own thread is changing the pool. Then pages
-        of tables that are gone may count still.
+        Never waits for the calling thread itself: a signal handler may ask for statistics while its own thread is
+        changing the pool. Then pages of tables that are gone may count still.
         """
-        if self._lock.acquire(blocking=False):
-            try:
+        # By asking first, not by trying to take it: an interrupt right behind that would leave it taken for good.
+        if not self._lock.locked():
+            with self._lock:
                 self._reap()
-            finally:
-                self._lock.release()
         return self._fresh - len(self._free)
 
     def addresses(self, ids: torch.Tensor) -> torch.Tensor:
