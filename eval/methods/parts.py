@@ -105,4 +105,7 @@ def _watched(model, handle, cache: Cache, clock: Clock) -> Iterator[None]:
         for owner, attribute in wrapped:
             delattr(owner, attribute)
         if before is not None:
-            ALL_ATTENTION_FUNCTIONS[name] = before
+            # Without the entry of this table alone, unless there was one: it would hide what others register later.
+            del ALL_ATTENTION_FUNCTIONS[name]
+            if ALL_ATTENTION_FUNCTIONS.get(name) is not before:
+                ALL_ATTENTION_FUNCTIONS[name] = before

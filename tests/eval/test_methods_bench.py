@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from typer.testing import CliRunner
 
 import scout_hf
@@ -222,13 +224,16 @@ def test_rows_of_equal_memory(record):
             assert gib is None or one["batch"] == grid.MOST_ROWS or one["device_bytes"] <= 1.2 * gib * grid.GIB
 
 
-def test_a_step_is_taken_apart(record):
+def test_a_step_is_taken_apart(record, monkeypatch):
     cells = {one["way"]: one["shares"] for one in view.measured(view.at(record, view.Place("gqa", 512, 1)))}
     for shares in cells.values():
         assert set(shares) == set(parts.PARTS) and sum(shares.values()) == pytest.approx(1.0, abs=0.02)
         assert all(share >= 0 for share in shares.values()) and shares["attention"] > 0
     assert cells["scout"]["selection"] > 0 and cells["infinigen"]["selection"] > 0 == cells["dense"]["selection"]
     assert cells["dense"]["wait"] > 0 and cells["stock"]["wait"] == 0
+    # Nothing is left of the clock: what is registered afterwards is what models use.
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", print)
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is print
 
 
 def test_a_clock_counts_every_moment_once(monkeypatch):
