@@ -131,7 +131,7 @@ class Handle:
         self._prepare_before: Any = None
         self._inputs_before: Any = None
         self._forward_before: Any = None
-        self._warned_of_stock = False
+        self._told_reasons: set[str] = set()
 
     # -- what a user calls --------------------------------------------------------------------------------------
 
@@ -277,13 +277,14 @@ class Handle:
         return result
 
     def _warn_of_stock(self, reason: str) -> None:
-        if not self._warned_of_stock:
-            self._warned_of_stock = True
-            warnings.warn(
-                f"the patched {type(self.model).__name__} runs stock attention here: {reason}. It is right, and "
-                "nothing of scout_hf is used; handle.stats() counts such passes, and this is said once",
-                stacklevel=3,
-            )
+        if reason in MEANT or reason in self._told_reasons:
+            return
+        self._told_reasons.add(reason)
+        warnings.warn(
+            f"the patched {type(self.model).__name__} runs stock attention here: {reason}. It is right, and "
+            "nothing of scout_hf is used; handle.stats() counts such passes, and this reason is told once",
+            stacklevel=3,
+        )
 
     # -- hooks --------------------------------------------------------------------------------------------------
 
@@ -310,8 +311,7 @@ class Handle:
         if not isinstance(cache, ScoutCache):
             if module is self._decoder:
                 self._counters.fell_back(reason := reason_of_pass(given))
-                if reason not in MEANT:
-                    self._warn_of_stock(reason)
+                self._warn_of_stock(reason)
             return
         inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         if inputs is None:

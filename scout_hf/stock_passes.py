@@ -1,4 +1,4 @@
-"""Why a forward pass of a patched model runs stock attention: what ``stats()`` counts and one warning says."""
+"""Why a forward pass of a patched model runs stock attention: what ``stats()`` counts and a warning tells once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from scout_hf.cache_names import NEW, given_cache
 _REASON = "_scout_stock_reason"
 _BATCHING = "PagedAttentionCache"
 _NONE, _UNUSED = "no cache was given", "use_cache=False"
+_UNUSED_BY_DEFAULT = "use_cache=False in the model's generation_config"
 MEANT = (_NONE, _UNUSED)
 """Reasons of passes that whoever calls the model without a cache wants; nothing to warn of."""
 
@@ -20,7 +21,8 @@ def reason_to_generate_with_stock(model: Any, generation_config: Any, model_kwar
     if given is not None:
         return None if isinstance(given, ScoutCache) else _given(given)
     if generation_config.use_cache is False:
-        return _UNUSED
+        # That of the call is another object, also where nothing was given.
+        return _UNUSED_BY_DEFAULT if model.generation_config.use_cache is False else _UNUSED
     if generation_config.cache_implementation not in (None, "dynamic"):
         return f"cache_implementation={generation_config.cache_implementation!r}"
     if generation_config.output_attentions:

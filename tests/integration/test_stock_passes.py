@@ -1,4 +1,4 @@
-"""Passes of a patched model that run stock attention: counted, with the reason, and warned of once."""
+"""Passes of a patched model that run stock attention: counted, and each reason that nobody asked for is told once."""
 
 import warnings
 
@@ -24,7 +24,6 @@ def dynamic(model):
 CALLS = {
     "cache given": (dynamic, "a DynamicCache was given"),
     "static": (lambda model: {"cache_implementation": "static"}, "cache_implementation='static'"),
-    "no cache": (lambda model: {"use_cache": False}, "use_cache=False"),
     "weights wanted": (lambda model: {"output_attentions": True}, "output_attentions=True"),
 }
 
@@ -61,7 +60,45 @@ def test_one_warning_for_each_handle(model):
     for _ in range(2):
         with scout_hf.patch(model, **ONE_TIER):
             with pytest.warns(UserWarning, match="stock attention"):
-                run(model, prompt(), use_cache=False)
+                run(model, prompt(), cache_implementation="static")
+
+
+def test_every_reason_has_its_own_warning(model):
+    model.set_attn_implementation("eager")
+    with scout_hf.patch(model, **ONE_TIER) as handle:
+        for make, reason in CALLS.values():
+            with pytest.warns(UserWarning, match="stock attention") as warned:
+                run(model, prompt(), new=3, **make(model))
+            assert len(warned) == 1 and reason in str(warned[0].message)
+        assert handle.stats().stock_passes == {reason: 3 for _, reason in CALLS.values()}
+
+
+@pytest.mark.parametrize("given", ["keyword", "config"])
+def test_generate_without_a_cache_is_counted_without_a_warning(model, given):
+    """Who asks for no cache gets none; a reason that is not asked for is still told afterwards."""
+    options = {"use_cache": False}
+    if given == "config":
+        options = {"generation_config": GenerationConfig(use_cache=False, do_sample=False, max_length=None)}
+    with scout_hf.patch(model, **ONE_TIER) as handle:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            run(model, prompt(), new=5, **options)
+        assert handle.stats().stock_passes == {"use_cache=False": 5}
+        with pytest.warns(UserWarning, match="a DynamicCache was given"):
+            run(model, prompt(), new=5, **dynamic(model))
+
+
+def test_a_model_whose_own_settings_want_no_cache_is_told_of(model):
+    """As after training with gradient checkpointing: nobody who calls generate() sees it."""
+    model.generation_config.use_cache = False
+    with scout_hf.patch(model, **ONE_TIER) as handle:
+        with pytest.warns(UserWarning, match="use_cache=False in the model's generation_config"):
+            run(model, prompt(), new=5)
+        assert handle.stats().stock_passes == {"use_cache=False": 5}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            run(model, prompt(), new=5)
+            assert isinstance(run(model, prompt(), new=5, use_cache=True)[CACHE], scout_hf.ScoutCache)
 
 
 def test_forward_without_a_cache_is_counted_without_a_warning(model):
