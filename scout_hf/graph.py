@@ -18,7 +18,7 @@ import torch
 
 from scout_hf.cache import ScoutCache, ScoutLayer
 from scout_hf.cache_names import CACHE, given_cache
-from scout_hf.methods.two_tiers_triton import TritonScout
+from scout_hf.methods.scout.executor_triton import TritonScout
 from scout_hf.step import Step, active_step
 
 # Steps that run as usual first: kernels are compiled and buffers take their sizes.

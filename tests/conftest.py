@@ -54,7 +54,7 @@ def triton_by_default(monkeypatch):
 
         monkeypatch.setattr("scout_hf.kernels.device._load", lambda: reference.KERNELS)
     if way := os.environ.get("SCOUT_TEST_HAND_OVER"):
-        from scout_hf.methods import two_tiers_triton as module
+        from scout_hf.methods.scout import executor_triton as module
 
-        make = module.make_hand_over
-        monkeypatch.setattr(module, "make_hand_over", lambda wanted, *args: make(way, *args))
+        make = module.make_handoff
+        monkeypatch.setattr(module, "make_handoff", lambda wanted, *args: make(way, *args))

@@ -372,7 +372,7 @@ def _correlation(options: dict[str, Any], share: float, context: int) -> float:
 def _variant(cache: scout_hf.ScoutCache) -> str:
     """What really ran: the method, and how it handed over (a way that cannot be had gives way to another)."""
     method = cache.scout_layers[-1].method
-    way = getattr(method, "_hand_over", None)
+    way = getattr(method, "handoff", None)
     return type(method).__name__ + (f", {type(way).__name__}" if way is not None else "")
 
 

@@ -16,6 +16,7 @@ from scout_hf.errors import ConfigError
 from scout_hf.fusion import Partial, empty_like, fuse
 from scout_hf.kernels.attend import attend
 from scout_hf.registry import Registry
+from scout_hf.step import Step
 
 PAST_CHUNK_TOKENS = 4096
 
@@ -91,7 +92,7 @@ class Method(ABC):
 
     # -- the join points, in the order of a decode step ---------------------------------------------------------
 
-    def ahead(self, step, query: torch.Tensor | None) -> None:
+    def ahead(self, step: Step, query: torch.Tensor | None) -> None:
         """One layer before this one: the predicted query (batch, query_heads, 1, head_dim) is known.
 
         A method that needs no query gets None, its first layer during the last layer of the step before.
@@ -102,14 +103,14 @@ class Method(ABC):
         """Whether ``ahead`` would make use of being called now."""
         return False
 
-    def observe(self, step, query: torch.Tensor) -> None:
+    def observe(self, step: Step, query: torch.Tensor) -> None:
         """After ``append`` of several tokens and before ``settle``: queries (batch, query_heads, tokens, head_dim)."""
 
     @abstractmethod
-    def attend(self, step, query: torch.Tensor) -> Partial:
+    def attend(self, step: Step, query: torch.Tensor) -> Partial:
         """In a decode step, after ``append``: attention of the real query (batch, query_heads, 1, head_dim)."""
 
-    def settle(self, step) -> None:
+    def settle(self, step: Step) -> None:
         """After this layer's attention: the only place where KV moves between tiers."""
 
     def end_step(self) -> None:
@@ -118,12 +119,12 @@ class Method(ABC):
     def flush(self) -> None:
         """After tokens came in outside a forward pass: bring the tiers in order."""
 
-    def prefilled(self, step, query: torch.Tensor) -> None:
+    def prefilled(self, step: Step, query: torch.Tensor) -> None:
         """A prompt or a part of it is in, and settled; ``query`` is that of its last token."""
 
     # -- what all methods share ---------------------------------------------------------------------------------
 
-    def attend_many(self, step, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Partial:
+    def attend_many(self, step: Step, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Partial:
         """Exact attention of several new tokens over all that is cached and over themselves, causally if not told else.
 
         ``query`` is (batch, query_heads, queries, head_dim); ``keys`` and ``values`` are the new tokens', already
@@ -148,7 +149,7 @@ class Method(ABC):
         step.counters.exact(self.layer_idx, self.kv.length)
         return fuse(parts) if parts else empty_like(query)
 
-    def past_chunks(self, step, past: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    def past_chunks(self, step: Step, past: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """The first ``past`` tokens in pieces: first token, keys and values (batch, kv_heads, tokens, head_dim) each.
 
         A piece is valid until the next one is asked for.
@@ -156,7 +157,7 @@ class Method(ABC):
         for start in range(0, past, PAST_CHUNK_TOKENS):
             yield start, *self.kv.read(start, min(start + PAST_CHUNK_TOKENS, past))
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor, step=None) -> None:
+    def append(self, keys: torch.Tensor, values: torch.Tensor, step: Step | None = None) -> None:
         """Store new tokens, (batch, kv_heads, tokens, head_dim) each; ``step`` is the forward pass they come in."""
         # Autocast makes keys and values of different dtypes, and not the same ones in every pass.
         if keys.dtype != self.dtype or values.dtype != self.dtype:

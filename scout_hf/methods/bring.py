@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from scout_hf.step import Step
 from scout_hf.stores import PagedKV
 from scout_hf.stores.link import Links, Mark
 
@@ -42,7 +43,9 @@ class Coming:
         self._ticket.drain()
 
 
-def bring_blocks(step, host: PagedKV, first: int, last: int, heads: slice, device: torch.device, gbps=None) -> Coming:
+def bring_blocks(
+    step: Step, host: PagedKV, first: int, last: int, heads: slice, device: torch.device, gbps=None
+) -> Coming:
     """Start copying blocks ``first:last`` of some KV heads of every row to the device.
 
     Parameters
@@ -73,7 +76,7 @@ def bring_blocks(step, host: PagedKV, first: int, last: int, heads: slice, devic
     return _bring(step, host, (first, last, heads), shape, places, read, device, gbps)
 
 
-def bring_tokens(step, host: PagedKV, ids: torch.Tensor, device: torch.device, gbps=None, real=None) -> Coming:
+def bring_tokens(step: Step, host: PagedKV, ids: torch.Tensor, device: torch.device, gbps=None, real=None) -> Coming:
     """Start copying single tokens to the device; ``ids`` is (batch, kv_heads, n) of int64 on the CPU.
 
     ``real`` (bool of that shape) picks some of them: keys and values are (picked, head_dim) then, in the order of
@@ -104,7 +107,9 @@ def bring_tokens(step, host: PagedKV, ids: torch.Tensor, device: torch.device, g
     return _bring(step, host, (), (2, *shape, dim), places, read, device, gbps)
 
 
-def _bring(step, host: PagedKV, what: tuple, shape: tuple, places: Callable, read: Callable, device, gbps) -> Coming:
+def _bring(
+    step: Step, host: PagedKV, what: tuple, shape: tuple, places: Callable, read: Callable, device, gbps
+) -> Coming:
     staging = step.cache.staging
     buffer = staging.take(shape, host.dtype, device)
     native = host.library is not None and not host.packed

@@ -10,11 +10,12 @@ from scout_hf.fusion import Partial, fuse
 from scout_hf.kernels.attend import attend
 from scout_hf.methods.base import register_method
 from scout_hf.methods.bring import Coming, bring_blocks
-from scout_hf.methods.tiers import TieredMethod
+from scout_hf.methods.offloading import OffloadingMethod
+from scout_hf.step import Step
 
 
 @register_method
-class Dense(TieredMethod):
+class Dense(OffloadingMethod):
     """All KV on the host but the newest blocks; write-back is append-only, so that nothing goes there twice.
 
     While a layer is attended the next one's KV comes into a second buffer; that of the first layer comes during the
@@ -50,11 +51,11 @@ class Dense(TieredMethod):
     def wants_ahead(self) -> bool:
         return self.scoring is not None and self.kv.host.blocks > 0
 
-    def ahead(self, step, query: torch.Tensor | None) -> None:
+    def ahead(self, step: Step, query: torch.Tensor | None) -> None:
         self._drop_coming()
         self._coming.append(self._bring(step, self._first_block(step), self._pieces()[0]))
 
-    def attend(self, step, query: torch.Tensor) -> Partial:
+    def attend(self, step: Step, query: torch.Tensor) -> Partial:
         parts = [self._attend_tail(step, query)]
         if self.kv.host.blocks:
             parts.append(self._attend_host(step, query, self._first_block(step)))
@@ -73,7 +74,7 @@ class Dense(TieredMethod):
 
     # -- the parts of a step ------------------------------------------------------------------------------------
 
-    def _first_block(self, step) -> int:
+    def _first_block(self, step: Step) -> int:
         """The first block that is streamed."""
         return 0
 
@@ -82,19 +83,19 @@ class Dense(TieredMethod):
         most = self.settings["heads"] or self.kv_heads
         return [slice(first, min(first + most, self.kv_heads)) for first in range(0, self.kv_heads, most)]
 
-    def _bring(self, step, first: int, heads: slice) -> Coming:
+    def _bring(self, step: Step, first: int, heads: slice) -> Coming:
         self._written.finish()
         host = self.kv.host
         return bring_blocks(step, host, first, host.blocks, heads, self.kv.device, self.config.link_gbps)
 
-    def _attend_host(self, step, query: torch.Tensor, first: int) -> Partial:
+    def _attend_host(self, step: Step, query: torch.Tensor, first: int) -> Partial:
         """Attention over the host's blocks from ``first`` on, piece by piece, the next one under way."""
         pieces, group, size = self._pieces(), query.shape[1] // self.kv_heads, self.config.block_size
         if self._coming and self._coming[0].what != (first, self.kv.host.blocks, pieces[0]):
             self._drop_coming()  # begun before tokens came in another way
         if not self._coming:
             self._coming.append(self._bring(step, first, pieces[0]))
-        exists, parts = self._exists(step, first * size, self.kv.host.length), []
+        exists, parts = self._padding_mask(step, first * size, self.kv.host.length), []
         for number, heads in enumerate(pieces):
             if number + 1 < len(pieces):
                 self._coming.append(self._bring(step, first, pieces[number + 1]))
@@ -106,7 +107,7 @@ class Dense(TieredMethod):
             self._coming.pop(0).give_back()
         return parts[0] if len(parts) == 1 else Partial(*(torch.cat(each, dim=1) for each in zip(*parts)))
 
-    def _wait(self, step, coming: Coming) -> tuple[torch.Tensor, torch.Tensor]:
+    def _wait(self, step: Step, coming: Coming) -> tuple[torch.Tensor, torch.Tensor]:
         with step.counters.timed(self.layer_idx, "join"):
             return coming.wait()
 

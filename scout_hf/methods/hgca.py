@@ -11,14 +11,15 @@ from scout_hf.errors import ConfigError
 from scout_hf.fusion import Partial, fuse
 from scout_hf.kernels.weigh import attend_weighing, mean_weights
 from scout_hf.methods.base import register_method
-from scout_hf.methods.tiers import TieredMethod
+from scout_hf.methods.offloading import OffloadingMethod
+from scout_hf.step import Step
 from scout_hf.stores.kept import KeptTokens
 
 WINDOW_TOKENS = 1024
 
 
 @register_method
-class HGCA(TieredMethod):
+class HGCA(OffloadingMethod):
     """Window and CPU attend in the same layer with the real query.
 
     The weight of a token in the window is a moving average of what it gets there, ``alpha`` of it new; a pass of
@@ -68,7 +69,7 @@ class HGCA(TieredMethod):
 
     # -- join points --------------------------------------------------------------------------------------------
 
-    def attend(self, step, query: torch.Tensor) -> Partial:
+    def attend(self, step: Step, query: torch.Tensor) -> Partial:
         marks, held = self.kept.exists, self.kept.total / (self.batch * self.kv_heads)
         if held:
             if step.mask is not None:
@@ -82,7 +83,7 @@ class HGCA(TieredMethod):
             read = self.kept.total * 2 * query.shape[3] * self.dtype.itemsize
             self._ticket = step.links.limit_cpu(ticket, read, self.config.cpu_gbps)
         keys, values = self.kv.tail()
-        exists = self._exists(step, self.kv.host.length)
+        exists = self._padding_mask(step, self.kv.host.length)
         here, weights = attend_weighing(query, keys, values, *self.scoring, exists)
         self._weigh(weights)
         parts, window = [here], keys.shape[2] if exists is None else exists.sum(dtype=torch.float32) / self.batch
@@ -96,11 +97,11 @@ class HGCA(TieredMethod):
         step.counters.cpu_share(self.layer_idx, held, window + held)
         return fuse(parts)
 
-    def observe(self, step, query: torch.Tensor) -> None:
+    def observe(self, step: Step, query: torch.Tensor) -> None:
         """Weigh all tokens by the queries of this pass, window and host each for itself."""
         new = None if step.mask is None else step.padding(query.device)[:, -step.queries :]
         keys, held = self.kv.tail()[0], self.kv.host.length
-        weighed = mean_weights(query, keys, *self.scoring, self._exists(step, held), new, causal=True)
+        weighed = mean_weights(query, keys, *self.scoring, self._padding_mask(step, held), new, causal=True)
         self._weigh(weighed)
         if held:
             self._weigh_host(step, query.cpu(), None if new is None else new.cpu())
@@ -163,7 +164,7 @@ class HGCA(TieredMethod):
         average = torch.where(old.isinf(), now, alpha * now + (1 - alpha) * old)
         self._weights = torch.cat([average, new[:, :, known:]], dim=2)
 
-    def _weigh_host(self, step, query: torch.Tensor, real: torch.Tensor | None) -> None:
+    def _weigh_host(self, step: Step, query: torch.Tensor, real: torch.Tensor | None) -> None:
         self._written.finish()
         host = self.kv.host
         keys, values = host.read(0, host.length)
@@ -172,7 +173,7 @@ class HGCA(TieredMethod):
         self.kept = KeptTokens(self.batch, self.kv_heads, host.head_dim, host.block_size, self.dtype)
         self._keep(step, 0, keys, values, self._past, exists, host.length)
 
-    def _write_back(self, step) -> None:
+    def _write_back(self, step: Step) -> None:
         missing = self.kv.length - self.kv.host.length - self._weights.shape[2]
         if missing:
             # Tokens from outside a forward pass: no less than the average, until a pass weighs them.
@@ -192,7 +193,7 @@ class HGCA(TieredMethod):
         self._weights = self._weights[:, :, moved:]
         super()._write_back(step)
 
-    def _keep(self, step, first: int, keys, values, weights, exists, weighed: int | torch.Tensor) -> None:
+    def _keep(self, step: Step, first: int, keys, values, weights, exists, weighed: int | torch.Tensor) -> None:
         """Keep what is heavy enough of the tokens from ``first`` on; all on the CPU."""
         rank = weights.argsort(dim=-1, descending=True, stable=True).argsort(-1)
         threshold = 0.0 if self.config.names_dense(self.layer_idx) else self.settings["threshold"]
@@ -205,7 +206,7 @@ class HGCA(TieredMethod):
         if most is not None:
             self.kept.limit(most)
 
-    def _most(self, step) -> torch.Tensor | None:
+    def _most(self, step: Step) -> torch.Tensor | None:
         """Tokens that the budget leaves beside the window, by row."""
         budget, beside = self.config.budget, self.config.blocks(self._window_tokens()) * self.config.block_size
         if self.config.is_dense(self.layer_idx):

@@ -12,13 +12,14 @@ from scout_hf.fusion import Partial, fuse
 from scout_hf.kernels.attend import attend, fold_group
 from scout_hf.methods.base import register_method
 from scout_hf.methods.bring import Coming, bring_tokens
-from scout_hf.methods.tiers import TieredMethod
+from scout_hf.methods.offloading import OffloadingMethod
 from scout_hf.selection.partial import PartialKeys
+from scout_hf.step import Step
 from scout_hf.stores.held_tokens import HeldTokens, PassingTokens
 
 
 @register_method
-class InfiniGen(TieredMethod):
+class InfiniGen(OffloadingMethod):
     """Single tokens, chosen one layer ahead from partial queries and keys, cross the link in every step.
 
     A token counts as important where its approximate score is within ``alpha`` of the best one of its query head. Every
@@ -68,11 +69,11 @@ class InfiniGen(TieredMethod):
     def wants_ahead(self) -> bool:
         return self.scoring is not None and self.kv.host.blocks > 0 and self.config.layer_ahead
 
-    def ahead(self, step, query: torch.Tensor | None) -> None:
+    def ahead(self, step: Step, query: torch.Tensor | None) -> None:
         self._predicted = query.to(self.dtype)
         self._recall(step, self._predicted)
 
-    def observe(self, step, query: torch.Tensor) -> None:
+    def observe(self, step: Step, query: torch.Tensor) -> None:
         if (not self.partial.known or self._guessed_from) and self._wants_partial():
             folded = fold_group(query, self.kv_heads)
             if step.mask is not None:
@@ -82,10 +83,10 @@ class InfiniGen(TieredMethod):
             partial.learn(folded)
             self.partial, self._guessed_from = partial, 0
 
-    def attend(self, step, query: torch.Tensor) -> Partial:
+    def attend(self, step: Step, query: torch.Tensor) -> Partial:
         parts, attended = [self._attend_tail(step, query)], self.kv.length - self.kv.host.length
         if step.mask is not None:
-            attended = self._exists(step, self.kv.host.length).sum(dtype=torch.float32) / self.batch
+            attended = self._padding_mask(step, self.kv.host.length).sum(dtype=torch.float32) / self.batch
         if self.kv.host.blocks:
             if not self.tokens.planned:
                 self._recall(step, query)
@@ -100,7 +101,7 @@ class InfiniGen(TieredMethod):
             self._predicted = None
         return fuse(parts)
 
-    def prefilled(self, step, query: torch.Tensor) -> None:
+    def prefilled(self, step: Step, query: torch.Tensor) -> None:
         if self._wants_partial():
             self._catch_up()
 
@@ -162,13 +163,13 @@ class InfiniGen(TieredMethod):
     def _wants_partial(self) -> bool:
         return not self.config.is_dense(self.layer_idx)
 
-    def _write_back(self, step) -> None:
+    def _write_back(self, step: Step) -> None:
         full = self.kv.full_blocks(self.window_blocks) if self.partial.known else None
         if full is not None and self.partial.length == self.kv.host.length:
             self.partial.extend(full[0])
         super()._write_back(step)
 
-    def _recall(self, step, query: torch.Tensor) -> None:
+    def _recall(self, step: Step, query: torch.Tensor) -> None:
         self._written.finish()
         missing = self.tokens.plan(*self._choose(step, query), self.kv.host.length)
         if missing is not None:
@@ -181,17 +182,17 @@ class InfiniGen(TieredMethod):
         if coming is not None:
             coming.give_back()
 
-    def _arrive(self, step) -> None:
+    def _arrive(self, step: Step) -> None:
         if self._coming is not None:
             with step.counters.timed(self.layer_idx, "join"):
                 came = self._coming.wait()
             step.counters.recalled(self.layer_idx, 0, self._coming.nbytes)
             self.tokens.put(*came)
 
-    def _choose(self, step, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _choose(self, step: Step, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens per row and KV head, best first, (batch, kv_heads, n), and which of them count."""
         held, shape = self.kv.host.length, (self.batch, self.kv_heads)
-        exists = self._exists(step, 0, held)
+        exists = self._padding_mask(step, 0, held)
         if not self._wants_partial():
             ids = torch.arange(held, dtype=torch.int64, device=self.kv.device).expand(*shape, -1)
             return ids, torch.ones_like(ids, dtype=torch.bool) if exists is None else exists[:, 0].expand_as(ids)
@@ -219,7 +220,7 @@ class InfiniGen(TieredMethod):
         order = torch.arange(best.indices.shape[-1], dtype=torch.int64, device=worth.device)
         return best.indices, (order < count[:, None, None]) & (best.values > -torch.inf)
 
-    def _most(self, step, exists: torch.Tensor | None) -> torch.Tensor:
+    def _most(self, step: Step, exists: torch.Tensor | None) -> torch.Tensor:
         """Tokens that the budget leaves for the host, by row."""
         budget, device, beside = self.config.budget, self.kv.device, self.window_blocks * self.config.block_size
         if isinstance(budget, float):

@@ -11,8 +11,8 @@ import torch
 pytest.importorskip("triton")
 
 import scout_hf  # noqa: E402
-from scout_hf.methods import hand_over  # noqa: E402
-from scout_hf.methods.two_tiers_triton import TritonScout  # noqa: E402
+from scout_hf.methods.scout import handoff  # noqa: E402
+from scout_hf.methods.scout.executor_triton import TritonScout  # noqa: E402
 from scout_hf.stores.link import Links  # noqa: E402
 from tests.integration.common import (
     LOSSY,
@@ -176,13 +176,13 @@ def test_not_one_logit_changes_when_streams_and_jobs_are_late(inputs, way, monke
     poison(monkeypatch)
     begin_as_nan(monkeypatch)
     monkeypatch.setattr("scout_hf.patching.Links", LateLinks)
-    attend_when, dice = hand_over._attend_when, random.Random(1)
+    attend_when, dice = handoff._attend_when, random.Random(1)
 
     def late(*args):
         time.sleep(dice.random() * 0.003)
         return attend_when(*args)
 
-    monkeypatch.setattr(hand_over, "_attend_when", late)
+    monkeypatch.setattr(handoff, "_attend_when", late)
     got, _ = decode(way, inputs, SPARSE, new=200)
     assert_equal(got, expected)
 

@@ -13,7 +13,7 @@ import scout_hf
 from scout_hf.kernels.cpu.pool import NativePool
 from scout_hf.kernels.cpu.torch_backend import TorchBackend, _Scratch
 from scout_hf.kernels.cpu.workers import Workers
-from scout_hf.methods import two_tiers
+from scout_hf.methods.scout import policy
 from scout_hf.stores import memory
 from scout_hf.stores.pages import PagePool
 from tests.integration.common import (
@@ -31,7 +31,7 @@ from tests.integration.common import (
 from tests.libraries import ISAS
 from tests.patches.tiny import tiny_model
 
-REAL_ATTEND, REAL_PAIR, REAL_PACK = TorchBackend.attend_blocks, _Scratch.pair, two_tiers.pack_lists
+REAL_ATTEND, REAL_PAIR, REAL_PACK = TorchBackend.attend_blocks, _Scratch.pair, policy.pack_lists
 REAL_SUBMIT, REAL_NATIVE_SUBMIT = Workers.submit, NativePool.submit
 REAL_ALLOCATE, REAL_RECYCLE = PagePool.allocate, PagePool._recycle
 REAL_EMPTY, REAL_NEW_EMPTY = torch.empty, torch.Tensor.new_empty
@@ -155,7 +155,7 @@ def raise_in_native_code(monkeypatch, plant):
             lists.ids.fill_(2**20)
         return lists
 
-    monkeypatch.setattr(two_tiers, "pack_lists", pack_lists)
+    monkeypatch.setattr(policy, "pack_lists", pack_lists)
 
 
 NATIVE = pytest.mark.skipif(not ISAS, reason="no native library")

@@ -12,7 +12,7 @@ import scout_hf
 from scout_hf.fusion import Partial
 from scout_hf.kernels.cpu import pool, workers
 from scout_hf.methods import base, bring
-from scout_hf.methods.one_tier import OneTierScout
+from scout_hf.methods.scout.one_tier import OneTierScout
 from scout_hf.stores.staging import Staging
 from tests.integration.common import (
     EXACT_METHODS,

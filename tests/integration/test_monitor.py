@@ -15,8 +15,8 @@ import scout_hf.eval.baselines  # noqa: F401  random blocks
 from scout_hf.kernels.cpu.native_backend import NativeBackend
 from scout_hf.kernels.cpu.torch_backend import TorchBackend
 from scout_hf.methods import Scout
-from scout_hf.methods.one_tier import OneTierScout
-from scout_hf.methods.two_tiers_triton import TritonScout
+from scout_hf.methods.scout.executor_triton import TritonScout
+from scout_hf.methods.scout.one_tier import OneTierScout
 from scout_hf.stores.pages import PageTable
 from tests.integration.common import (
     LOSSY,

@@ -20,8 +20,8 @@ import scout_hf  # noqa: E402
 from scout_hf import ScoutConfig  # noqa: E402
 from scout_hf.errors import CacheStateError  # noqa: E402
 from scout_hf.kernels.cpu.pool import CopyArgs, NativePool, quick  # noqa: E402
-from scout_hf.methods import hand_over, two_tiers_triton  # noqa: E402
-from scout_hf.methods.two_tiers_triton import TritonScout  # noqa: E402
+from scout_hf.methods.scout import executor_triton, handoff  # noqa: E402
+from scout_hf.methods.scout.executor_triton import TritonScout  # noqa: E402
 from tests.integration.common import (  # noqa: E402
     LOSSY,
     TWO_TIERS,
@@ -71,8 +71,8 @@ SUBMIT = NativePool.submit
 def way(request, monkeypatch):
     """Everything on two tiers goes through TritonScout, by this way."""
     reference.install(monkeypatch)
-    make = hand_over.make_hand_over
-    monkeypatch.setattr(two_tiers_triton, "make_hand_over", lambda wanted, *args: make(request.param, *args))
+    make = handoff.make_handoff
+    monkeypatch.setattr(executor_triton, "make_handoff", lambda wanted, *args: make(request.param, *args))
     return request.param
 
 
@@ -140,14 +140,14 @@ def late(monkeypatch):
         threading.Timer(dice.random() * 0.004, setattr, (word, "value", 1)).start()
         return SUBMIT(self, *args, **options)
 
-    attend_when = hand_over._attend_when
+    attend_when = handoff._attend_when
 
     def attend_late(*args):
         time.sleep(dice.random() * 0.004)
         return attend_when(*args)
 
     monkeypatch.setattr(NativePool, "submit", submit)
-    monkeypatch.setattr(hand_over, "_attend_when", attend_late)
+    monkeypatch.setattr(handoff, "_attend_when", attend_late)
 
 
 def test_not_waiting_is_seen(monkeypatch, way):
@@ -158,7 +158,7 @@ def test_not_waiting_is_seen(monkeypatch, way):
     if way == "flags":
         monkeypatch.setattr(reference.KERNELS, "wait", lambda *args: None)
     else:
-        monkeypatch.setattr(hand_over.Join, "result", lambda self, step: None)
+        monkeypatch.setattr(handoff.Join, "result", lambda self, step: None)
     with scout_hf.patch(llama(), **LOSSY) as handle:
         got = run(handle.model, prompt(), new=30)
     # What is read before it is there may be NaN, or old.
@@ -200,7 +200,7 @@ def test_a_share_that_never_came_ends_the_run(monkeypatch, way):
         cache = handle.new_cache()
         handle.model(prompt(), past_key_values=cache)
         handle.model(prompt(1, 1), past_key_values=cache)
-        cache.layers[1].method._hand_over.mail.late.fill_(1)
+        cache.layers[1].method.handoff.mail.late.fill_(1)
         with pytest.raises(CacheStateError, match="share number 1 of the CPU did not come in time"):
             handle.model(prompt(1, 1), past_key_values=cache)
 
@@ -228,5 +228,5 @@ def test_without_threads_of_its_own_the_cpu_is_waited_for(monkeypatch, way):
     expected = run(llama(), prompt())
     with scout_hf.patch(llama(), **TWO_TIERS) as handle:
         got = run(handle.model, prompt())
-        assert all(type(method._hand_over) is hand_over.Join for method in methods(got))
+        assert all(type(method.handoff) is handoff.Join for method in methods(got))
     assert_close(got, expected)

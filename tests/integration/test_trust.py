@@ -9,7 +9,7 @@ import torch
 
 import scout_hf
 from scout_hf.fusion import Partial
-from scout_hf.methods.trust import CHECK_EVERY, Trust
+from scout_hf.methods.scout.query_gate import CHECK_EVERY, QueryGate
 from scout_hf.patches import family_of
 from tests.integration.common import LOSSY, TWO_TIERS, assert_close, left_padded, llama, logits, prompt, run
 from tests.integration.test_families import silence
@@ -23,19 +23,19 @@ def partial(scale: float) -> Partial:
     return Partial(out, torch.zeros(1, 4, 1))
 
 
-def trusts(cache) -> list[Trust]:
-    return [layer.method._trust for layer in cache.layers]
+def trusts(cache) -> list[QueryGate]:
+    return [layer.method.gate for layer in cache.layers]
 
 
 def count_guesses(monkeypatch) -> list[bool]:
     """What every layer decided in every step, in order."""
-    decided, asked = [], Trust.in_prediction
+    decided, asked = [], QueryGate.in_prediction
 
     def spy(self):
         decided.append(asked(self))
         return decided[-1]
 
-    monkeypatch.setattr(Trust, "in_prediction", spy)
+    monkeypatch.setattr(QueryGate, "in_prediction", spy)
     return decided
 
 
@@ -74,7 +74,7 @@ def test_a_layer_that_is_predicted_well_is_trusted_after_a_look(monkeypatch):
 
 
 def test_trust_is_lost_and_won_again():
-    trust = Trust("auto")
+    trust = QueryGate("auto")
     assert not trust.in_prediction() and trust.checking
     trust.judge(partial(1.0), partial(1.01))
     assert [trust.in_prediction() for _ in range(CHECK_EVERY)] == [True] * (CHECK_EVERY - 1) + [False]
@@ -88,7 +88,7 @@ def test_trust_is_lost_and_won_again():
 
 def test_a_layer_is_looked_at_as_soon_as_there_is_something_to_see():
     """Steps in which the CPU has no share say nothing, and neither does one that is no number."""
-    trust = Trust("auto")
+    trust = QueryGate("auto")
     for _ in range(CHECK_EVERY // 2):
         assert not trust.in_prediction() and trust.checking
     trust.judge(partial(1.0), partial(float("nan")))
@@ -101,7 +101,7 @@ def test_a_layer_is_looked_at_as_soon_as_there_is_something_to_see():
 
 @pytest.mark.parametrize("rule, guesses", [("predicted", True), ("real", False)])
 def test_the_other_rules_never_look(rule, guesses):
-    trust = Trust(rule)
+    trust = QueryGate(rule)
     assert [trust.in_prediction() for _ in range(20)] == [guesses] * 20 and not trust.checking
 
 

@@ -13,8 +13,8 @@ pytest.importorskip("triton")
 accelerate = pytest.importorskip("accelerate")
 
 import scout_hf  # noqa: E402
-from scout_hf.methods import two_tiers, two_tiers_triton  # noqa: E402
-from scout_hf.methods.two_tiers_triton import TritonScout  # noqa: E402
+from scout_hf.methods.scout import executor_triton, policy  # noqa: E402
+from scout_hf.methods.scout.executor_triton import TritonScout  # noqa: E402
 from scout_hf.selection.table import DigestTable  # noqa: E402
 from scout_hf.step import Step  # noqa: E402
 from scout_hf.stores.staging import Staging  # noqa: E402
@@ -166,7 +166,7 @@ def check_places(method, device):
     assert all(part.device == device for part in method.kv.tail())
     if isinstance(method, TritonScout):
         slots = method.resident
-        mine = [slots.keys, slots.values, slots.ids, slots.slot_of, method._pages, method._hand_over.mail.number]
+        mine = [slots.keys, slots.values, slots.ids, slots.slot_of, method._pages, method.handoff.mail.number]
         if method.selector.blocks:
             mine.append(method.selector.table.codes())
         assert {part.device for part in mine} == {device}
@@ -301,8 +301,8 @@ def on_first(monkeypatch, owner, name, at):
 
 
 PLANTED = {
-    "slots": lambda patch: on_first(patch, two_tiers_triton, "MappedSlots", 6),
-    "tail": lambda patch: on_first(patch, two_tiers, "TwoTierKV", 5),
+    "slots": lambda patch: on_first(patch, executor_triton, "MappedSlots", 6),
+    "tail": lambda patch: on_first(patch, policy, "TwoTierKV", 5),
     "mask": lambda patch: on_first(patch, Step, "padding", 1),
     "length": lambda patch: on_first(patch, Step, "length", 1),
     "codes": lambda patch: on_first(patch, DigestTable, "make_room", 3),

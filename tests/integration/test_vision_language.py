@@ -142,7 +142,7 @@ def test_a_next_turn_with_another_image(name, tiers):
 @families("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 def test_keys_of_images_are_made_anew_at_their_places(name, monkeypatch):
     """KVPR tries its arithmetic on the first block, text; the image, whose positions have three axes, comes later."""
-    monkeypatch.setattr("scout_hf.methods.kvpr.TRIAL_TOKENS", 8)
+    monkeypatch.setattr("scout_hf.methods.kvpr.kvpr.TRIAL_TOKENS", 8)
     options = EXACT_METHODS["kvpr"] | {"method_options": {"share": 1.0}}
     expected = stock_of(name, "padded")
     with scout_hf.patch(model_of(name), **options) as handle:

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 import scout_hf  # noqa: E402
 from scout_hf.kernels.device import find_kernels  # noqa: E402
-from scout_hf.methods.two_tiers_triton import TritonScout  # noqa: E402
+from scout_hf.methods.scout.executor_triton import TritonScout  # noqa: E402
 from tests.integration.common import LOSSY, TWO_TIERS, assert_close, left_padded, llama, prompt, run  # noqa: E402
 from tests.libraries import ISAS  # noqa: E402
 

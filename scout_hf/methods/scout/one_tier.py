@@ -8,6 +8,7 @@ from scout_hf.config import ScoutConfig
 from scout_hf.fusion import Partial
 from scout_hf.methods.base import Method
 from scout_hf.selection import Selector
+from scout_hf.step import Step
 from scout_hf.stores import make_store
 
 
@@ -22,7 +23,7 @@ class OneTierScout(Method):
         self.kv = make_store(batch, heads, dim, config.block_size, keys.dtype, keys.device, config.host_dtype)
         self.selector = Selector(config, layer_idx, keys)
 
-    def attend(self, step, query: torch.Tensor) -> Partial:
+    def attend(self, step: Step, query: torch.Tensor) -> Partial:
         size, kv = self.config.block_size, self.kv
         self.selector.extend_from(kv, kv.length // size, step.mask)
         open_blocks = max(0, kv.length // size - self.config.blocks(self.config.window))
@@ -33,17 +34,17 @@ class OneTierScout(Method):
             step.monitor.watch(step, self, query, result.partial, lambda: lists and [lists], predicted=False)
         return result.partial
 
-    def observe(self, step, query: torch.Tensor) -> None:
+    def observe(self, step: Step, query: torch.Tensor) -> None:
         self.selector.observe(query, self.kv_heads, self.scoring.scale, step.mask)
 
-    def settle(self, step) -> None:
+    def settle(self, step: Step) -> None:
         if step.queries > 1:
             self.selector.extend_from(self.kv, self.kv.length // self.config.block_size, step.mask)
 
     def flush(self) -> None:
         self.selector.extend_early(self.kv, self.kv.length // self.config.block_size)
 
-    def prefilled(self, step, query: torch.Tensor) -> None:
+    def prefilled(self, step: Step, query: torch.Tensor) -> None:
         if self.config.link_gbps or self.config.cpu_gbps:
             step.counters.note("scout", "one tier: link_gbps and cpu_gbps emulate nothing; try split='cpu'")
 

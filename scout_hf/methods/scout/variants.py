@@ -7,9 +7,9 @@ import torch
 from scout_hf.config import ScoutConfig
 from scout_hf.kernels.device import find_kernels
 from scout_hf.methods.base import Method, register_method
-from scout_hf.methods.one_tier import OneTierScout
-from scout_hf.methods.two_tiers import TwoTierScout
-from scout_hf.methods.two_tiers_triton import TritonScout
+from scout_hf.methods.scout.executor_triton import TritonScout
+from scout_hf.methods.scout.one_tier import OneTierScout
+from scout_hf.methods.scout.policy import TwoTierScout
 
 
 @register_method

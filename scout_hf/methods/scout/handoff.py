@@ -14,10 +14,69 @@ from typing import Any
 import torch
 
 from scout_hf.errors import CacheStateError
-from scout_hf.methods.mailbox import Mailbox
+from scout_hf.kernels.cpu import BlockLists
+from scout_hf.step import Step
 
 
-class HandOver(ABC):
+class Mailbox:
+    """Lists and query on their way to the CPU, its share on the way back; pinned where the device is a GPU.
+
+    Parameters
+    ----------
+    query : Tensor (batch, query_heads, 1, head_dim)
+        For its sizes, dtype and device.
+    kv_heads, room : int
+        Lists per row, and blocks that a list can hold.
+
+    Attributes
+    ----------
+    query : Tensor as given
+    missing : Tensor (batch, kv_heads, room) of int32
+        Blocks that the CPU is to attend.
+    missing_counts, chosen_counts : Tensor (batch, kv_heads) of int32
+        Entries of ``missing``; blocks chosen in all.
+    out, lse : Tensor (batch, query_heads, 1, head_dim), (batch, query_heads, 1) of float32
+        The CPU's share.
+    flag, done, late : Tensor (1,) of int64
+        Number of the query that has arrived, of the share that is finished, and of one that did not come in time.
+    number : Tensor (1,) of int64
+        On the device: queries posted.
+    """
+
+    def __init__(self, query: torch.Tensor, kv_heads: int, room: int):
+        pin = query.device.type == "cuda"
+        batch, heads = query.shape[:2]
+        self.query = torch.empty(query.shape, dtype=query.dtype, device="cpu", pin_memory=pin)
+        lists = {"dtype": torch.int32, "device": "cpu", "pin_memory": pin}
+        self.missing = torch.empty((batch, kv_heads, room), **lists)
+        self.missing_counts, self.chosen_counts = torch.zeros((2, batch, kv_heads), **lists)
+        self.out = torch.zeros(query.shape, dtype=torch.float32, device="cpu", pin_memory=pin)
+        self.lse = torch.full((batch, heads, 1), -torch.inf, dtype=torch.float32, device="cpu", pin_memory=pin)
+        # A line of the CPU's cache each: the one that a thread watches is not the one that another writes.
+        words = torch.zeros((3, 16), dtype=torch.int64, device="cpu", pin_memory=pin)
+        self.flag, self.done, self.late = (line[:1] for line in words)
+        self.number = torch.zeros(1, dtype=torch.int64, device=query.device)
+        if pin:
+            # The allocator of pinned memory does not see what Triton launches: a copy on this stream lets it wait for
+            # the stream before it gives this memory to others.
+            for part in (self.query, self.missing, self.missing_counts, self.out, self.lse, words):
+                part.to(query.device, non_blocking=True)
+
+    @property
+    def room(self) -> int:
+        """Blocks that a list can hold."""
+        return self.missing.shape[2]
+
+    def fits(self, query: torch.Tensor, room: int) -> bool:
+        """Whether such a query and lists of that many blocks have their place here."""
+        return self.query.shape == query.shape and self.query.dtype == query.dtype and room <= self.room
+
+    def lists(self) -> BlockLists:
+        """The lists as attention on the CPU takes them."""
+        return BlockLists(self.missing, self.missing_counts)
+
+
+class Handoff(ABC):
     """One layer's share under way, at most one at a time; its lists and query go through ``mail``.
 
     ``lost``: host and device no longer agree; nothing more may be started.
@@ -27,14 +86,14 @@ class HandOver(ABC):
         self.mail, self.lost = mail, False
 
     @abstractmethod
-    def start(self, step, query: torch.Tensor, job: tuple) -> None:
+    def start(self, step: Step, query: torch.Tensor, job: tuple) -> None:
         """In stream order, after the lists were written to ``mail``: give the CPU this query.
 
         ``job`` is what the backend needs besides: store, scale, softcap, marks of padding or None.
         """
 
     @abstractmethod
-    def result(self, step) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def result(self, step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
         """In stream order, once: out and LSE of the share, where the device reads them; None where it is empty."""
 
     @abstractmethod
@@ -49,7 +108,7 @@ class HandOver(ABC):
         """Block until the CPU has nothing of this layer to do, and forget its result."""
 
 
-class Join(HandOver):
+class Join(Handoff):
     """The main thread waits."""
 
     def __init__(self, mail: Mailbox):
@@ -57,12 +116,12 @@ class Join(HandOver):
         self._ticket: Any = None
         self._tokens: int | None = None
 
-    def start(self, step, query, job):
+    def start(self, step: Step, query, job):
         self.mail.query.copy_(query, non_blocking=True)
         arrived = step.links.mark(query.device)
         self._ticket = step.movers.submit(_attend_when, arrived, step.backend, self.mail, job)
 
-    def result(self, step):
+    def result(self, step: Step):
         mail = self.mail
         # Only then: after an interrupt, a rollback must find the job to wait for it.
         share = self._ticket.wait()
@@ -88,7 +147,7 @@ class Join(HandOver):
             self._ticket = None
 
 
-class Flags(HandOver):
+class Flags(Handoff):
     """The stream and the CPU's threads wait for each other's words."""
 
     def __init__(self, mail: Mailbox, kernels: Any):
@@ -97,7 +156,7 @@ class Flags(HandOver):
         self._ticket: Any = None
         self._posted, self._counts = 0, True
 
-    def start(self, step, query, job):
+    def start(self, step: Step, query, job):
         self.check()
         self.lost = True  # half way the device counts one more than the host
         # First the device: a word that comes before anybody watches for it is seen all the same.
@@ -119,7 +178,7 @@ class Flags(HandOver):
         """The device's part of ``start``."""
         self._kernels.post(query, self.mail.query, self.mail.flag, self.mail.number)
 
-    def expect(self, step, job: tuple) -> None:
+    def expect(self, step: Step, job: tuple) -> None:
         """The CPU's part of ``start``."""
         mail = self.mail
         self._posted += 1
@@ -127,7 +186,7 @@ class Flags(HandOver):
         self._counts = True
         self._ticket = step.backend.start_at(words, (mail.out, mail.lse), mail.query, job[0], mail.lists(), *job[1:])
 
-    def result(self, step):
+    def result(self, step: Step):
         mail = self.mail
         self._kernels.wait(mail.done, mail.number, mail.late)
         return mail.out, mail.lse
@@ -158,9 +217,7 @@ class Flags(HandOver):
             self._ticket = None
 
 
-def make_hand_over(
-    wanted: str, mail: Mailbox, kernels: Any, backend: Any, store: Any, device: torch.device
-) -> HandOver:
+def make_handoff(wanted: str, mail: Mailbox, kernels: Any, backend: Any, store: Any, device: torch.device) -> Handoff:
     """The way of that name; ``auto`` is ``join``, and so are the others where one side cannot watch words."""
     knows_words = device.type != "cuda" or torch.version.hip is None
     if wanted in ("flags", "graph") and knows_words and backend.watches(mail.query, store):

@@ -13,9 +13,10 @@ from scout_hf.config import ScoutConfig
 from scout_hf.fusion import Partial, fuse
 from scout_hf.kernels.attend import attend
 from scout_hf.methods.base import Method
-from scout_hf.methods.trust import Trust
+from scout_hf.methods.scout.query_gate import QueryGate
 from scout_hf.recall import RecallIntervals
 from scout_hf.selection import Pick, Selector, pack_lists
+from scout_hf.step import Step
 from scout_hf.stores import ResidentSlots, TwoTierKV
 
 DEFAULT_RESIDENT_TOKENS = 2048
@@ -37,7 +38,7 @@ class TwoTierScout(Method):
         self.kv = TwoTierKV(batch, heads, dim, config.block_size, keys.dtype, keys.device, config.host_dtype)
         self.selector = Selector(config, layer_idx, keys)
         self.resident: ResidentSlots | None = None
-        self._trust = Trust(config.cpu_query)
+        self.gate = QueryGate(config.cpu_query)
         self._window_blocks = config.blocks(config.window)
         self._steps_since_recall = 0
         self._forget()
@@ -49,14 +50,14 @@ class TwoTierScout(Method):
         ready = self.resident is not None and self.scoring is not None and self.kv.host.blocks > 0
         return ready and self.config.layer_ahead
 
-    def ahead(self, step, query: torch.Tensor) -> None:
+    def ahead(self, step: Step, query: torch.Tensor) -> None:
         query = self._predicted = query.to(self.dtype)
         self._select(step, query)
         self._guessed, self._checks = self._ask_trust(step)
         if self._guessed:
             self._start_cpu(step, query)
 
-    def attend(self, step, query: torch.Tensor) -> Partial:
+    def attend(self, step: Step, query: torch.Tensor) -> Partial:
         if self.kv.host.blocks and self.resident is None:
             self._choose_residents(step, query)
         with step.counters.timed(self.layer_idx, "join"):
@@ -72,15 +73,15 @@ class TwoTierScout(Method):
         self._tally(step, query)
         result = self._merge(here, share)
         if self._checks and share is not None:
-            self._trust.judge(result, self._merge(here, self._attend_on_cpu(step, self._predicted)))
+            self.gate.judge(result, self._merge(here, self._attend_on_cpu(step, self._predicted)))
         if step.monitor is not None:
             step.monitor.watch(step, self, query, result, self._seen, self._guessed)
         return result
 
-    def observe(self, step, query: torch.Tensor) -> None:
+    def observe(self, step: Step, query: torch.Tensor) -> None:
         self.selector.observe(query, self.kv_heads, self.scoring.scale, step.mask)
 
-    def settle(self, step) -> None:
+    def settle(self, step: Step) -> None:
         self._write_back(step)
         if self._pick is not None:
             self._recall_if_due(step)
@@ -98,7 +99,7 @@ class TwoTierScout(Method):
         self.drain()
         self._write_back(None)
 
-    def prefilled(self, step, query: torch.Tensor) -> None:
+    def prefilled(self, step: Step, query: torch.Tensor) -> None:
         if self.kv.host.blocks and step.queries >= self.config.block_size:
             self._join_recall()
             self._choose_residents(step, query)
@@ -140,7 +141,7 @@ class TwoTierScout(Method):
         twin = super().fork()
         twin.selector = self.selector.fork()
         twin.resident = self.resident and self.resident.fork()
-        twin._trust = self._trust.fork()
+        twin.gate = self.gate.fork()
         return twin
 
     def drain(self) -> None:
@@ -160,17 +161,17 @@ class TwoTierScout(Method):
 
     # -- the parts of a step ------------------------------------------------------------------------------------
 
-    def _select(self, step, query: torch.Tensor) -> None:
+    def _select(self, step: Step, query: torch.Tensor) -> None:
         blocks = self.kv.host.blocks
         self._pick = self.selector.pick(step, query, blocks, self.kv_heads)
         usable = self._pick.usable_or_all()
         self._missing = usable & ~self.resident.holds(self._pick.ids, blocks)
 
-    def _ask_trust(self, step) -> tuple[bool, bool]:
+    def _ask_trust(self, step: Step) -> tuple[bool, bool]:
         """Whether the CPU may start with the predicted query, and whether to compare it with the real one."""
-        return self._trust.in_prediction(), self._trust.checking
+        return self.gate.in_prediction(), self.gate.checking
 
-    def _start_cpu(self, step, query: torch.Tensor) -> None:
+    def _start_cpu(self, step: Step, query: torch.Tensor) -> None:
         job = self._job(step, query)
         self._started, self._share_blocks = True, int(job[2].counts.sum())
         if self._share_blocks:
@@ -178,12 +179,12 @@ class TwoTierScout(Method):
             read = self._share_blocks * 2 * self.kv.host.block_size * self.kv.host.head_dim * self.dtype.itemsize
             self._ticket = step.links.limit_cpu(ticket, read, self.config.cpu_gbps)
 
-    def _job(self, step, query: torch.Tensor) -> tuple:
+    def _job(self, step: Step, query: torch.Tensor) -> tuple:
         lists = pack_lists(self._pick.ids, self._missing)
         exists = None if step.mask is None else step.padding(lists.ids.device)
         return query.detach().cpu(), self.kv.host, lists, *self.scoring, exists
 
-    def _join_cpu(self, step, query: torch.Tensor) -> Partial | None:
+    def _join_cpu(self, step: Step, query: torch.Tensor) -> Partial | None:
         """The CPU's share on the device, None where there is none."""
         if self._ticket is None:
             return None
@@ -194,11 +195,11 @@ class TwoTierScout(Method):
         self._attended += share.tokens / (query.shape[0] * self.kv_heads)
         return Partial(*(t.to(query.device) for t in share.partial))
 
-    def _attend_on_cpu(self, step, query: torch.Tensor) -> Partial:
+    def _attend_on_cpu(self, step: Step, query: torch.Tensor) -> Partial:
         """The CPU's share once more, with another query."""
         return Partial(*(t.to(query.device) for t in step.backend.attend_blocks(*self._job(step, query)).partial))
 
-    def _attend_here(self, step, query: torch.Tensor) -> list[Partial]:
+    def _attend_here(self, step: Step, query: torch.Tensor) -> list[Partial]:
         """What the device holds: residents and tail."""
         tail = self._attend_tail(step, query)
         return [tail] if self.resident is None else [self._attend_residents(step, query), tail]
@@ -206,7 +207,7 @@ class TwoTierScout(Method):
     def _merge(self, here: list[Partial], share: Partial | None) -> Partial:
         return fuse(here if share is None else [*here, share])
 
-    def _attend_residents(self, step, query: torch.Tensor) -> Partial:
+    def _attend_residents(self, step: Step, query: torch.Tensor) -> Partial:
         keys, values = self.resident.content()
         allowed, size = None, self.config.block_size
         if step.mask is not None or self.resident.gaps:
@@ -218,7 +219,7 @@ class TwoTierScout(Method):
             allowed = allowed.flatten(2).unsqueeze(2)
         return self._attend_tokens(query, keys, values, allowed)
 
-    def _attend_tail(self, step, query: torch.Tensor) -> Partial:
+    def _attend_tail(self, step: Step, query: torch.Tensor) -> Partial:
         keys, values = self.kv.tail()
         allowed = None if step.mask is None else step.padding(query.device)[:, None, None, self.kv.host.length :]
         return self._attend_tokens(query, keys, values, allowed)
@@ -235,7 +236,7 @@ class TwoTierScout(Method):
         ids = self.resident.ids[:, :, : self.resident.filled]
         return [Pick(ids, ids >= 0), Pick(self._pick.ids, self._missing)]
 
-    def _write_back(self, step) -> None:
+    def _write_back(self, step: Step) -> None:
         full = self.kv.full_blocks(self._window_blocks)
         if full is None:
             return
@@ -261,10 +262,10 @@ class TwoTierScout(Method):
     def _past_keys(self, tokens: int) -> torch.Tensor:
         return self.kv.host.read(0, tokens)[0]
 
-    def _store(self, step) -> None:
+    def _store(self, step: Step) -> None:
         self.kv.write_back(self._window_blocks)
 
-    def _choose_residents(self, step, query: torch.Tensor) -> None:
+    def _choose_residents(self, step: Step, query: torch.Tensor) -> None:
         host, resident = self.kv.host, self.resident
         self.resident = None
         if resident is None:
@@ -284,11 +285,11 @@ class TwoTierScout(Method):
 
     # -- recall -------------------------------------------------------------------------------------------------
 
-    def _recall_if_due(self, step) -> None:
+    def _recall_if_due(self, step: Step) -> None:
         if self._recall_due(step):
             self._start_recall(step)
 
-    def _recall_due(self, step) -> bool:
+    def _recall_due(self, step: Step) -> bool:
         self._steps_since_recall += 1
         rule = self.config.recall
         if rule is None or self._share_blocks is None:
@@ -297,7 +298,7 @@ class TwoTierScout(Method):
             return self._share_blocks >= self._threshold(step, rule) * self._selected_blocks()
         return self._interval_is_over(rule)
 
-    def _threshold(self, step, beta: float) -> float:
+    def _threshold(self, step: Step, beta: float) -> float:
         """The CPU's share from which on to recall: lower and higher than ``beta`` by turns, layer by layer.
 
         Layers that drift alike would all recall in the same steps, and wait for a link that is idle in the others.
@@ -314,7 +315,7 @@ class TwoTierScout(Method):
         """Chosen blocks over all rows and heads; entries that pad out short rows do not count."""
         return self._pick.ids.numel() if self._pick.usable is None else int(self._pick.usable.sum())
 
-    def _start_recall(self, step) -> None:
+    def _start_recall(self, step: Step) -> None:
         with self._changing_residents() as resident:
             plan = resident.plan_recall(self._pick.ids, self._pick.usable_or_all(), self.kv.host.blocks)
             if plan is not None:
@@ -347,7 +348,7 @@ class TwoTierScout(Method):
         self._missing = self._ticket = self._predicted = self._share_blocks = None
         self._attended, self._started, self._guessed, self._checks = 0.0, False, False, False
 
-    def _tally(self, step, query: torch.Tensor) -> None:
+    def _tally(self, step: Step, query: torch.Tensor) -> None:
         step.counters.attended(self.layer_idx, step.context(), self._attended)
         if self._share_blocks is not None:
             step.counters.cpu_share(self.layer_idx, self._share_blocks, self._selected_blocks())

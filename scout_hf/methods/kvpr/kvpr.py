@@ -14,8 +14,9 @@ from scout_hf.kernels.attend import attend
 from scout_hf.methods.base import register_method
 from scout_hf.methods.bring import Coming, bring_blocks
 from scout_hf.methods.dense import Dense
-from scout_hf.methods.inputs import LayerInputs
-from scout_hf.split import Rates, best_split
+from scout_hf.methods.kvpr.inputs import LayerInputs
+from scout_hf.methods.kvpr.split import Rates, best_split
+from scout_hf.step import Step
 
 TRIAL_TOKENS = 256
 # What rounding may make of a key, in parts of the largest.
@@ -63,7 +64,7 @@ class KVPR(Dense):
 
     # -- join points --------------------------------------------------------------------------------------------
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor, step=None) -> None:
+    def append(self, keys: torch.Tensor, values: torch.Tensor, step: Step | None = None) -> None:
         before = self.kv.length
         super().append(keys, values, step)
         entered = None if step is None or step.inputs is None else step.inputs.pop(self.layer_idx, None)
@@ -86,14 +87,14 @@ class KVPR(Dense):
         self.inputs.append(hidden, position_ids, first)
         self.inputs.write_back(self.kv.host.length)
 
-    def ahead(self, step, query: torch.Tensor | None) -> None:
+    def ahead(self, step: Step, query: torch.Tensor | None) -> None:
         self._drop_coming()
         self._split = self._best_split(step)
         self._bring_inputs(step)
         if self._split < self.kv.host.blocks:
             self._coming.append(self._bring(step, self._split, self._pieces()[0]))
 
-    def prefilled(self, step, query: torch.Tensor) -> None:
+    def prefilled(self, step: Step, query: torch.Tensor) -> None:
         known = self.inputs is not None and self.inputs.blocks and self.kv.host.blocks
         if self._rates is None and known:
             self._rates = self._measure(step)
@@ -102,7 +103,7 @@ class KVPR(Dense):
         if self._against is not None:
             step.counters.note("kvpr", self._against, self.layer_idx)
 
-    def attend(self, step, query: torch.Tensor) -> Partial:
+    def attend(self, step: Step, query: torch.Tensor) -> Partial:
         self._apart = 0.0
         result = super().attend(step, query)
         if self.kv.device.type == "cpu" and self._rates is not None:
@@ -148,15 +149,15 @@ class KVPR(Dense):
 
     # -- the parts of a step ------------------------------------------------------------------------------------
 
-    def _first_block(self, step) -> int:
+    def _first_block(self, step: Step) -> int:
         return self._split
 
-    def _write_back(self, step) -> None:
+    def _write_back(self, step: Step) -> None:
         super()._write_back(step)
         if self.inputs is not None:
             self.inputs.write_back(self.kv.host.length, None if step is None else step.links)
 
-    def _attend_host(self, step, query: torch.Tensor, first: int) -> Partial:
+    def _attend_host(self, step: Step, query: torch.Tensor, first: int) -> Partial:
         parts = []
         if first:
             parts.append(self._attend_anew(step, query, first * self.config.block_size))
@@ -164,7 +165,7 @@ class KVPR(Dense):
             parts.append(super()._attend_host(step, query, first))
         return fuse(parts)
 
-    def _attend_anew(self, step, query: torch.Tensor, tokens: int) -> Partial:
+    def _attend_anew(self, step: Step, query: torch.Tensor, tokens: int) -> Partial:
         """Attention over the first ``tokens``, whose keys and values the layer makes while others are under way."""
         if self.inputs.on_host:
             hidden = self.inputs.joined(self._wait(step, self._inputs_coming))
@@ -177,7 +178,9 @@ class KVPR(Dense):
         made = self._rates is not None
         if made and self.kv.device.type == "cpu":
             self._rates.computed(tokens, seconds)
-        result = attend(query, keys.to(self.dtype), values.to(self.dtype), *self.scoring, self._exists(step, 0, tokens))
+        result = attend(
+            query, keys.to(self.dtype), values.to(self.dtype), *self.scoring, self._padding_mask(step, 0, tokens)
+        )
         if self.inputs.on_host:
             step.counters.recalled(self.layer_idx, 0, self._inputs_coming.nbytes)
             coming, self._inputs_coming = self._inputs_coming, None
@@ -186,7 +189,7 @@ class KVPR(Dense):
             step.counters.add("computed_anew", self.layer_idx, tokens)
         return result
 
-    def _made_anew(self, step, hidden: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _made_anew(self, step: Step, hidden: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What the layer makes of ``hidden``; what it stored, and no further try, where it was changed since."""
         reason = "its weights are on no device now"
         try:
@@ -200,13 +203,13 @@ class KVPR(Dense):
             step.counters.note("kvpr", f"nothing is computed anew: {reason}", self.layer_idx)
         return made
 
-    def _wait(self, step, coming: Coming) -> tuple[torch.Tensor, torch.Tensor]:
+    def _wait(self, step: Step, coming: Coming) -> tuple[torch.Tensor, torch.Tensor]:
         begin = time.perf_counter()
         found = super()._wait(step, coming)
         self._apart += time.perf_counter() - begin
         return found
 
-    def _bring_inputs(self, step) -> None:
+    def _bring_inputs(self, step: Step) -> None:
         if self._split and self.inputs.on_host:
             self.inputs.written.finish()
             host, device = self.inputs.store.host, self.kv.device
@@ -223,7 +226,7 @@ class KVPR(Dense):
 
     # -- how much to compute ------------------------------------------------------------------------------------
 
-    def _best_split(self, step) -> int:
+    def _best_split(self, step: Step) -> int:
         """Blocks to compute anew."""
         if self.inputs is None or self._rates is None:
             return 0
@@ -247,7 +250,7 @@ class KVPR(Dense):
             f"({kv} bytes), as in every model with two or more query heads per KV head"
         )
 
-    def _measure(self, step) -> Rates | None:
+    def _measure(self, step: Step) -> Rates | None:
         """What the link and the layer take per token; None where inputs do not make the keys that are stored."""
         # Inputs that stay on the device may be ahead of what the host has.
         known = min(self.inputs.blocks, self.kv.host.blocks) * self.config.block_size
@@ -283,11 +286,11 @@ class KVPR(Dense):
         inputs, kv = (size * self.batch for size in self._sizes(self.inputs.hidden_size, self.inputs.dtype))
         return Rates(input_s=inputs * per_byte, kv_s=kv * per_byte, compute_s=min(seconds) / tokens)
 
-    def _same(self, step, made: torch.Tensor, stored: torch.Tensor, tokens: int) -> bool:
+    def _same(self, step: Step, made: torch.Tensor, stored: torch.Tensor, tokens: int) -> bool:
         made = made.to(stored.dtype)
         if made.shape != stored.shape:
             return False
-        error, exists = (made - stored).abs(), self._exists(step, 0, tokens)
+        error, exists = (made - stored).abs(), self._padding_mask(step, 0, tokens)
         if exists is not None:
             error = error * exists[:, :, 0, :, None]
         return bool(error.max() <= TOLERANCE[stored.dtype] * stored.abs().max())

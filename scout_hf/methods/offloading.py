@@ -11,13 +11,14 @@ from scout_hf.errors import ConfigError
 from scout_hf.fusion import Partial
 from scout_hf.kernels.attend import attend
 from scout_hf.methods.base import Method
+from scout_hf.step import Step
 from scout_hf.stores import TwoTierKV
 from scout_hf.stores.link import Mark
 
 SCOUTS_OWN = ("host_dtype", "monitor", "digest", "recall", "cpu_query", "hand_over")
 
 
-class TieredMethod(Method):
+class OffloadingMethod(Method):
     """Host pages and a device tail; full blocks older than ``window_blocks`` go to the host once.
 
     Subclasses attend to what is on the host; all of them keep two tiers, also on a machine without a GPU.
@@ -43,7 +44,7 @@ class TieredMethod(Method):
                 f"split='off' is not possible with method={cls.name!r}, which keeps two tiers; try 'auto'"
             )
 
-    def settle(self, step) -> None:
+    def settle(self, step: Step) -> None:
         self._write_back(step)
 
     def flush(self) -> None:
@@ -66,7 +67,7 @@ class TieredMethod(Method):
         self._written.finish()
         self.kv.rollback(mark)
 
-    def past_chunks(self, step, past: int):
+    def past_chunks(self, step: Step, past: int):
         self._written.finish()
         return super().past_chunks(step, past)
 
@@ -78,14 +79,14 @@ class TieredMethod(Method):
 
     # -- for subclasses -----------------------------------------------------------------------------------------
 
-    def _write_back(self, step) -> None:
+    def _write_back(self, step: Step) -> None:
         links = None if step is None or self.kv.device.type == "cpu" else step.links
         self._written = self.kv.write_back(self.window_blocks, links)
 
-    def _attend_tail(self, step, query: torch.Tensor) -> Partial:
+    def _attend_tail(self, step: Step, query: torch.Tensor) -> Partial:
         keys, values = self.kv.tail()
-        return attend(query, keys, values, *self.scoring, self._exists(step, self.kv.host.length))
+        return attend(query, keys, values, *self.scoring, self._padding_mask(step, self.kv.host.length))
 
-    def _exists(self, step, first: int, last: int | None = None) -> torch.Tensor | None:
+    def _padding_mask(self, step: Step, first: int, last: int | None = None) -> torch.Tensor | None:
         """Which of the tokens from ``first`` on are no padding, (batch, 1, 1, tokens); None where all are."""
         return None if step.mask is None else step.padding(self.kv.device)[:, None, None, first:last]

@@ -16,11 +16,11 @@ from scout_hf.config import ScoutConfig
 from scout_hf.fusion import Partial
 from scout_hf.kernels.device import KERNEL_DTYPES, MOST_CHANNELS, find_kernels
 from scout_hf.methods.base import PAST_CHUNK_TOKENS
-from scout_hf.methods.hand_over import Flags, HandOver, make_hand_over
-from scout_hf.methods.mailbox import Mailbox
-from scout_hf.methods.trust import Trust
-from scout_hf.methods.two_tiers import TwoTierScout
+from scout_hf.methods.scout.handoff import Flags, Handoff, Mailbox, make_handoff
+from scout_hf.methods.scout.policy import TwoTierScout
+from scout_hf.methods.scout.query_gate import QueryGate
 from scout_hf.selection import Pick
+from scout_hf.step import Step
 from scout_hf.stores.link import Mark
 from scout_hf.stores.slots import MappedSlots
 
@@ -36,8 +36,8 @@ class TritonScout(TwoTierScout):
         super().__init__(config, layer_idx, keys)
         self._kernels = find_kernels(config.gpu_kernels, keys.device)
         if config.hand_over == "graph" and config.cpu_query == "auto":
-            self._trust = Trust("real")  # no step that is run again can compare
-        self._hand_over: HandOver | None = None
+            self.gate = QueryGate("real")  # no step that is run again can compare
+        self.handoff: Handoff | None = None
         self._wanted: torch.Tensor | None = None
         # Addresses of the host's pages, on the device.
         self._pages = torch.zeros((self.kv.batch, 0), dtype=torch.int64, device=keys.device)
@@ -56,12 +56,12 @@ class TritonScout(TwoTierScout):
 
     def select_rows(self, rows: torch.Tensor) -> None:
         super().select_rows(rows)
-        self._hand_over = self._wanted = None  # of the size of the batch before
+        self.handoff = self._wanted = None  # of the size of the batch before
         self._map_pages(0)
 
     def fork(self) -> TritonScout:
         twin = super().fork()
-        twin._hand_over, twin._wanted, twin._pages = None, None, self._pages.clone()
+        twin.handoff, twin._wanted, twin._pages = None, None, self._pages.clone()
         return twin
 
     def drain(self) -> None:
@@ -73,7 +73,7 @@ class TritonScout(TwoTierScout):
         self._written.finish()
         return super().read_all()
 
-    def past_chunks(self, step, past: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    def past_chunks(self, step: Step, past: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """What is on the host comes over the link while the piece before is attended, into two buffers in turn."""
         size, whole = self.config.block_size, min(past, self.kv.host.length)
         most = min(PAST_CHUNK_TOKENS, whole) // size
@@ -102,13 +102,13 @@ class TritonScout(TwoTierScout):
 
     # -- the parts of a step ------------------------------------------------------------------------------------
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor, step=None) -> None:
+    def append(self, keys: torch.Tensor, values: torch.Tensor, step: Step | None = None) -> None:
         if step is None or step.clock is None:
             return super().append(keys, values, step)
         clock = step.clock
         self._kernels.append_token(keys, values, *self.kv.room(), clock.length, clock.blocks, self.config.block_size)
 
-    def _select(self, step, query: torch.Tensor) -> None:
+    def _select(self, step: Step, query: torch.Tensor) -> None:
         if step.clock is not None:
             return self._select_by_clock(step, query)
         blocks = self.kv.host.blocks
@@ -122,14 +122,14 @@ class TritonScout(TwoTierScout):
         self._make_room(blocks + 1)  # a block that is adopted must not outgrow what a recall looks at
         self._choose(scores, count, exists)
 
-    def _select_by_clock(self, step, query: torch.Tensor) -> None:
+    def _select_by_clock(self, step: Step, query: torch.Tensor) -> None:
         """Over the whole buffers, of which only the device knows how much is filled."""
         clock, blocks = step.clock, self.kv.host.blocks
         count, exists = self.selector.count(step, blocks), None
         if count is None:
             room = self._wanted.shape[2]
             scores = torch.zeros((query.shape[0], self.kv_heads, room), dtype=torch.float32, device=query.device)
-            count = self._hand_over.mail.room
+            count = self.handoff.mail.room
         else:
             scores = self.selector.scores(step, query, self.selector.table.all_codes(), clock.blocks)
         if step.mask is not None:
@@ -137,7 +137,7 @@ class TritonScout(TwoTierScout):
         self._choose(scores, count, exists, clock.blocks)
 
     def _choose(self, scores: torch.Tensor, count: int | torch.Tensor, exists, filled=None) -> None:
-        mail, sinks = self._hand_over.mail, self.config.blocks(self.config.sinks)
+        mail, sinks = self.handoff.mail, self.config.blocks(self.config.sinks)
         choice = self._kernels.Choice(self._wanted, mail.missing, mail.missing_counts, mail.chosen_counts)
         slots = self.resident.slot_of
         self._pick = self._kernels.choose(scores, count, sinks, exists, slots, mail.room, filled, choice)
@@ -148,49 +148,49 @@ class TritonScout(TwoTierScout):
         if self._wanted is None or self._wanted.shape[2] < blocks:
             self._wanted = torch.zeros_like(self.resident.slot_of, dtype=torch.uint8)
 
-    def _mail(self, step, query: torch.Tensor, room: int) -> Mailbox:
+    def _mail(self, step: Step, query: torch.Tensor, room: int) -> Mailbox:
         """The mailbox, with what the step before left in it taken out."""
         self._tally_share(step)
-        if self._hand_over is None or self._hand_over.lost or not self._hand_over.mail.fits(query, room):
-            if self._hand_over is not None:
-                self._hand_over.drain()
+        if self.handoff is None or self.handoff.lost or not self.handoff.mail.fits(query, room):
+            if self.handoff is not None:
+                self.handoff.drain()
             mail = Mailbox(query, self.kv_heads, room + max(SPARE_BLOCKS, room // 8))
             wanted, device = self.config.hand_over, query.device
-            self._hand_over = make_hand_over(wanted, mail, self._kernels, step.backend, self.kv.host, device)
-        return self._hand_over.mail
+            self.handoff = make_handoff(wanted, mail, self._kernels, step.backend, self.kv.host, device)
+        return self.handoff.mail
 
-    def _ask_trust(self, step) -> tuple[bool, bool]:
+    def _ask_trust(self, step: Step) -> tuple[bool, bool]:
         if step.clock is None:
             return super()._ask_trust(step)
         return self.config.cpu_query == "predicted", False
 
-    def _job(self, step, exists: torch.Tensor | None) -> tuple:
+    def _job(self, step: Step, exists: torch.Tensor | None) -> tuple:
         return self.kv.host, *self.scoring, exists
 
-    def _start_cpu(self, step, query: torch.Tensor) -> None:
+    def _start_cpu(self, step: Step, query: torch.Tensor) -> None:
         self._started = True
         if step.clock is not None:
-            self._hand_over.post(query.contiguous())
+            self.handoff.post(query.contiguous())
             return
         # The CPU reads what the last write-back has brought.
         self._written.before(query.device)
         exists = None if step.mask is None else step.padding(torch.device("cpu"))
-        self._hand_over.start(step, query.contiguous(), self._job(step, exists))
+        self.handoff.start(step, query.contiguous(), self._job(step, exists))
 
-    def _join_cpu(self, step, query: torch.Tensor) -> Partial | None:
+    def _join_cpu(self, step: Step, query: torch.Tensor) -> Partial | None:
         with step.counters.timed(self.layer_idx, "join"):
-            share = self._hand_over.result(step)
+            share = self.handoff.result(step)
         if step.clock is None:
             self._tally_share(step)
         return None if share is None else Partial(*share)
 
-    def _attend_on_cpu(self, step, query: torch.Tensor) -> Partial | None:
+    def _attend_on_cpu(self, step: Step, query: torch.Tensor) -> Partial | None:
         self._start_cpu(step, query)
-        share = self._hand_over.result(step)
-        self._hand_over.uncounted()
+        share = self.handoff.result(step)
+        self.handoff.uncounted()
         return None if share is None else Partial(*share)
 
-    def _attend_here(self, step, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _attend_here(self, step: Step, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         clock, exists = step.clock, None
         if clock is None:
             exists = None if step.mask is None else step.padding(query.device)
@@ -213,7 +213,7 @@ class TritonScout(TwoTierScout):
             first += count
         return out, lse
 
-    def _tokens_here(self, step) -> float | torch.Tensor:
+    def _tokens_here(self, step: Step) -> float | torch.Tensor:
         """Tokens in tail and slots, mean over rows and heads; a number where all rows are alike."""
         slots, size = self.resident, self.config.block_size
         if step.mask is None:
@@ -234,7 +234,7 @@ class TritonScout(TwoTierScout):
     def _seen(self) -> list[Pick]:
         if self.resident is None:
             return []
-        ids, mail = self.resident.ids, self._hand_over.mail
+        ids, mail = self.resident.ids, self.handoff.mail
         if ids.is_cuda:
             torch.cuda.current_stream(ids.device).synchronize()
         self._written.finish()
@@ -244,36 +244,36 @@ class TritonScout(TwoTierScout):
 
     # -- steps that are captured once and run many times, see scout_hf.graph ---------------------------------------
 
-    def captures(self, step) -> tuple | None:
+    def captures(self, step: Step) -> tuple | None:
         """What a captured step of this layer takes for given, and is void without; None if it cannot be captured."""
-        ready = self.resident is not None and self.scoring is not None and isinstance(self._hand_over, Flags)
-        ready = ready and not self._hand_over.lost
+        ready = self.resident is not None and self.scoring is not None and isinstance(self.handoff, Flags)
+        ready = ready and not self.handoff.lost
         budget = self.config.budget
         if not ready or isinstance(budget, float) and budget < 1.0:
             return None
         self._make_room(max(self.selector.table.room, self.kv.host.blocks))
         kept = (self.kv.room()[0], self._wanted, self.resident.slot_of, self.resident.keys, self._pages)
         count = self.selector.count(step, self.kv.host.blocks)
-        room = self._hand_over.mail.room
+        room = self.handoff.mail.room
         fits = (self.kv.host.blocks if count is None else count) <= room
         codes = 0 if self.selector.dense else self.selector.table.all_codes().data_ptr()
         places = tuple(part.data_ptr() for part in kept)
-        return (count, codes, id(self._hand_over), *places, self.scoring) if fits else None
+        return (count, codes, id(self.handoff), *places, self.scoring) if fits else None
 
-    def before_run(self, step, exists: torch.Tensor | None) -> float:
+    def before_run(self, step: Step, exists: torch.Tensor | None) -> float:
         """On the host, before a captured step runs: the CPU's share is expected. The share from which on to recall."""
-        self._hand_over.check()
+        self.handoff.check()
         self._tally_share(step)
         self._recall_tally(step)  # made before a capture, which would make it anew in every run
         self._written.before(self._pages.device)
         self._recalled.before(self._pages.device)
         self._recalled = Mark()
-        self._hand_over.expect(step, self._job(step, exists))
+        self.handoff.expect(step, self._job(step, exists))
         self._steps_since_recall += 1
         share = self._share_for_recall(step)
         return 2.0 if share is None else share  # no share is that large
 
-    def after_run(self, step) -> None:
+    def after_run(self, step: Step) -> None:
         """On the host, behind a captured step: count what it did, bring full blocks to the host.
 
         A block so new takes an empty slot after the step's recall, in a plain step before it.
@@ -286,8 +286,8 @@ class TritonScout(TwoTierScout):
 
     def abandon_run(self) -> None:
         """The step that was expected will not run."""
-        self._hand_over.drain()
-        self._hand_over = None
+        self.handoff.drain()
+        self.handoff = None
         self._forget()
 
     # -- write-back and recall ----------------------------------------------------------------------------------
@@ -302,7 +302,7 @@ class TritonScout(TwoTierScout):
         self._written.finish()
         return super()._past_keys(tokens)
 
-    def _store(self, step) -> None:
+    def _store(self, step: Step) -> None:
         first = self.kv.host.blocks
         links = None if step is None else step.links
         self._written = self.kv.write_back(self._window_blocks, links, in_place=True)
@@ -320,7 +320,7 @@ class TritonScout(TwoTierScout):
             new = new.pin_memory()  # else the copy would wait for the device
         self._pages[:, first:blocks].copy_(new, non_blocking=True)
 
-    def _choose_residents(self, step, query: torch.Tensor) -> None:
+    def _choose_residents(self, step: Step, query: torch.Tensor) -> None:
         host, rows = self.kv.host, query.shape[0]
         if self.resident is None:
             sizes = (self._slots(), self.config.block_size, query.shape[3])
@@ -339,7 +339,7 @@ class TritonScout(TwoTierScout):
         slots.filled = min(slots.slots, self._most) if step.mask is None else None
         self._steps_since_recall, self._pick = 0, None
 
-    def _recall_if_due(self, step) -> None:
+    def _recall_if_due(self, step: Step) -> None:
         rule, slots = self.config.recall, self.resident
         if step.clock is None:
             self._steps_since_recall += 1
@@ -359,11 +359,11 @@ class TritonScout(TwoTierScout):
                 self._recalled = mark  # a captured step ends with its copies
             slots.recalled(self.kv.host.blocks)
 
-    def _recall_tally(self, step) -> torch.Tensor:
+    def _recall_tally(self, step: Step) -> torch.Tensor:
         slots = self.resident
         return step.counters.recall_tally(self.layer_idx, slots.ids.device, 2 * slots.keys[0, 0, 0].nbytes)
 
-    def _share_for_recall(self, step) -> float | None:
+    def _share_for_recall(self, step: Step) -> float | None:
         """The CPU's share from which on the layer recalls in this step; None if it does not at all."""
         rule = self.config.recall
         if isinstance(rule, float):
@@ -380,19 +380,19 @@ class TritonScout(TwoTierScout):
     _most = 0
 
     def _drop_job(self) -> None:
-        if self._hand_over is not None:
-            self._hand_over.drain()
+        if self.handoff is not None:
+            self.handoff.drain()
         super()._drop_job()
 
-    def _tally(self, step, query: torch.Tensor) -> None:
+    def _tally(self, step: Step, query: torch.Tensor) -> None:
         if step.clock is None:
             super()._tally(step, query)
 
-    def _tally_share(self, step) -> None:
+    def _tally_share(self, step: Step) -> None:
         """Count the share of the last step, as soon as the CPU has told of it."""
-        tokens = None if self._hand_over is None else self._hand_over.finished()
+        tokens = None if self.handoff is None else self.handoff.finished()
         if tokens is not None:
-            mail = self._hand_over.mail
+            mail = self.handoff.mail
             step.counters.add("attended", self.layer_idx, tokens / mail.missing_counts.numel())
             shares = (int(counts.sum()) for counts in (mail.missing_counts, mail.chosen_counts))
             step.counters.cpu_share(self.layer_idx, *shares)

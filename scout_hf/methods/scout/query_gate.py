@@ -14,7 +14,7 @@ CHECK_EVERY = 4
 TOLERATED = 0.05
 
 
-class Trust:
+class QueryGate:
     """One layer's rule for the query of the CPU's share.
 
     ``auto`` compares both queries in the first step in which the CPU has a share, and in every 4th of all: while the
@@ -59,8 +59,8 @@ class Trust:
         if math.isfinite(error):
             self.error = error if self.error is None else (self.error + error) / 2
 
-    def fork(self) -> Trust:
+    def fork(self) -> QueryGate:
         """An independent copy."""
-        twin = Trust(self.rule)
+        twin = QueryGate(self.rule)
         twin.__dict__.update(self.__dict__)
         return twin
