@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import fnmatch
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 STOCK = "stock"
 
 
 @dataclass
 class Outcome:
-    """One test in one arm: ``steps`` are decode steps that scout_hf served, ``refused`` models it would not patch."""
+    """One test in one arm.
+
+    ``steps`` are decode steps that scout_hf served, ``refused`` models it would not patch, ``record`` is the file with
+    what the generate() calls gave.
+    """
 
     outcome: str
     calls: int = 0
@@ -20,6 +26,7 @@ class Outcome:
     refused: list[str] = field(default_factory=list)
     seconds: float = 0.0
     message: str = ""
+    record: str = ""
 
 
 @dataclass
@@ -51,7 +58,12 @@ def generating(stock: dict[str, Outcome]) -> list[str]:
     return [test for test, outcome in stock.items() if outcome.outcome == "passed" and outcome.calls]
 
 
-def compare(stock: dict[str, Outcome], patched: dict[str, Outcome], exceptions: dict[str, str]) -> Comparison:
+def compare(
+    stock: dict[str, Outcome],
+    patched: dict[str, Outcome],
+    exceptions: dict[str, str],
+    differ: Mapping[str, str] = MappingProxyType({}),
+) -> Comparison:
     """Hold one arm against stock.
 
     Parameters
@@ -60,16 +72,18 @@ def compare(stock: dict[str, Outcome], patched: dict[str, Outcome], exceptions: 
         Outcomes by test id; a test that is missing from ``patched`` did not end there.
     exceptions : dict
         Reasons by a pattern of test ids, for this arm alone.
+    differ : Mapping
+        How the numbers of a test are others than on stock, by test id; such a test does not pass.
     """
     tests = generating(stock)
     unexpected, listed, used = {}, {}, set()
     for test in tests:
         outcome = patched.get(test, Outcome("missing", message="the process ended before this test did"))
-        if outcome.outcome == "passed":
+        if outcome.outcome == "passed" and test not in differ:
             continue
         pattern = next((pattern for pattern in exceptions if fnmatch.fnmatchcase(test, pattern)), None)
         if pattern is None:
-            unexpected[test] = f"{outcome.outcome}: {outcome.message}"
+            unexpected[test] = differ.get(test) or f"{outcome.outcome}: {outcome.message}"
         else:
             used.add(pattern)
             listed[test] = exceptions[pattern]

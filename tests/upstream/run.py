@@ -1,4 +1,4 @@
-"""Run transformers' own generation tests on patched models: what passes unpatched must pass patched.
+"""Run transformers' own generation tests on patched models: what passes unpatched must pass patched, with its numbers.
 
     python -m tests.upstream.run                              three families, pressed
     python -m tests.upstream.run --all                        ten families, pressed and as they are
@@ -6,7 +6,8 @@
 
 Pressed: with longer prompts, so that there is KV on both tiers, and without the attention weights that many tests ask
 for, which only stock attention gives; tests that compile are left out. Every family runs unpatched, then with
-split="off" and split="cpu".
+split="off" and split="cpu". Of every generate() call of a test, the tokens and the logits of each forward pass must be
+those of the unpatched run.
 
 The tests are those of a checkout (``--source``, or ``TRANSFORMERS_TESTS``), else of a tag cloned into a temporary
 folder, by default the installed release's. Exit code 0: holds; 1: does not; 77: the tests can't be had.
@@ -18,6 +19,7 @@ import argparse
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,7 +27,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tests.upstream import same_numbers
 from tests.upstream.outcomes import STOCK, Comparison, Outcome, compare, exceptions_for, generating, read
+from tests.upstream.same_numbers import Numbers
 from tests.upstream.source import NoTestsError, lay_out
 
 HERE = Path(__file__).parent
@@ -71,10 +75,21 @@ def _compare(arm, pressed: bool, options: argparse.Namespace, listed: list[dict[
             held = False
             continue
         for split, after in patched.items():
-            found = compare(before, _of(model, after), exceptions_for(listed, split))
-            _show(f"{model:8} {_manner(pressed):11} {split:3}", found)
-            held = held and found.holds
+            after = _of(model, after)
+            same = _numbers(before, after)
+            found = compare(before, after, exceptions_for(listed, split), same.differ)
+            _show(f"{model:8} {_manner(pressed):11} {split:3}", found, same)
+            held = held and found.holds and same.calls > 0
     return held
+
+
+def _numbers(stock: dict[str, Outcome], patched: dict[str, Outcome]) -> Numbers:
+    """Of all tests that pass in both arms, which therefore made all their calls."""
+    found = Numbers()
+    for test in generating(stock):
+        if test in patched and patched[test].outcome == "passed":
+            found.add(test, *(same_numbers.read(arm[test].record) for arm in (stock, patched)))
+    return found
 
 
 def _arm(work: Path, source: Path, results: Path, models: list[str], pressed: bool, split, only) -> dict[str, Outcome]:
@@ -82,6 +97,7 @@ def _arm(work: Path, source: Path, results: Path, models: list[str], pressed: bo
     name = f"{_manner(pressed)}-{split or STOCK}"
     path, settings = results / f"{name}.jsonl", results / f"{name}.json"
     path.unlink(missing_ok=True)
+    shutil.rmtree(path.with_suffix(""), ignore_errors=True)
     arm = {"split": split, "pressed": pressed, "source": str(source), "results": str(path), "only": only}
     settings.write_text(json.dumps(arm), encoding="utf-8")
     env = {**os.environ, "SCOUT_ARM": str(settings), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -103,10 +119,17 @@ def _of(model: str, outcomes: dict[str, Outcome]) -> dict[str, Outcome]:
     return {test: outcome for test, outcome in outcomes.items() if test.startswith(_folder(model))}
 
 
-def _show(name: str, found: Comparison) -> None:
+def _show(name: str, found: Comparison, same: Numbers) -> None:
     print(
         f"{name}: {found.passed_stock} pass unpatched, {found.generating} of them generate; patched {found.passed} "
         f"pass, {len(found.listed)} listed, {len(found.unexpected)} fail; {found.steps} decode steps",
+        flush=True,
+    )
+    apart = ", ".join(f"at most {size:.1e} in {dtype}" for dtype, size in same.greatest.items()) or "none"
+    left_out = "".join(f"; {count} {why}" for why, count in sorted(same.left_out.items()))
+    print(
+        f"    {same.calls} generate() calls compared, {same.passes} forward passes; logits apart, in parts of the "
+        f"largest: {apart}{left_out}",
         flush=True,
     )
     for test, reason in found.listed.items():

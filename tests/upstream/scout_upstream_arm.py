@@ -2,7 +2,8 @@
 
 ``SCOUT_ARM`` is the path of a JSON object: ``split`` ("off", "cpu", or null for stock), ``pressed`` (longer prompts,
 which fill blocks, and no attention weights asked for, which stock attention alone can give), ``source`` (the checkout),
-``only`` (test ids, or null for all) and ``results`` (where a line per test goes: its outcome and what was decoded).
+``only`` (test ids, or null for all) and ``results`` (where a line per test goes: its outcome and what was decoded; the
+tokens and logits of its calls go beside it, one file a test).
 All that is changed here is changed in the process that runs the tests, and nowhere else.
 """
 
@@ -18,12 +19,15 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from scout_upstream_calls import Calls, tokens_of
 from transformers import GenerationMixin, testing_utils
 
 ARM = json.loads(Path(os.environ["SCOUT_ARM"]).read_text(encoding="utf-8"))
 # The smallest blocks that there are, and one of them resident: a prompt of some tens of tokens has KV on both tiers.
 SETTINGS = {"budget": None, "block_size": 8, "window": 0, "sinks": 0, "cpu_query": "real"}
-LONGER = 24
+LONGER, NEW_TOKENS = 24, 12
+# With the tests' own 0.02 a model is so tame that its logits hardly depend on what it attends to.
+WEIGHTS = dict.fromkeys(("initializer_range", "init_std"), 0.2)
 MARKERS = ("generate", "slow", "not_device_test", "accelerate_tests", "torch_compile_test", "torch_export_test")
 MARKERS += ("is_pipeline_test", "is_training_test", "is_tensor_parallel_test", "is_fsdp_test", "bitsandbytes")
 MARKERS += ("flash_attn_test", "flash_attn_3_test", "flash_attn_4_test", "all_flash_attn_test")
@@ -36,7 +40,7 @@ class Arm:
         self.forget()
 
     def forget(self) -> None:
-        self.handles, self.calls, self.steps, self.refused = [], 0, 0, []
+        self.handles, self.calls, self.steps, self.refused = [], Calls(), 0, []
 
     def patch(self, model: torch.nn.Module) -> None:
         import scout_hf
@@ -56,6 +60,16 @@ class Arm:
                 pass
         self.handles = []
 
+    def write_calls(self) -> str:
+        """Returns the file's name; none where nothing was called."""
+        if not self.calls.made:
+            return ""
+        folder = Path(ARM["results"]).with_suffix("")
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{len(os.listdir(folder))}.pt"
+        torch.save(self.calls.made, path)
+        return str(path)
+
 
 arm = Arm()
 stock_generate = GenerationMixin.generate
@@ -63,10 +77,12 @@ stock_generate = GenerationMixin.generate
 
 @functools.wraps(stock_generate)
 def generate(self, *args, **kwargs):
-    arm.calls += 1
     if ARM["split"]:
         arm.patch(self)
-    return stock_generate(self, *args, **kwargs)
+    with arm.calls.record(self) as call:
+        returned = stock_generate(self, *args, **kwargs)
+        call["tokens"] = tokens_of(returned)
+    return returned
 
 
 GenerationMixin.generate = generate
@@ -112,18 +128,33 @@ def pytest_collection_modifyitems(config, items):
     if ARM["pressed"]:
         for test in {item.cls for item in items if hasattr(getattr(item, "cls", None), "has_attentions")}:
             test.has_attentions = False
-            test.setUp = _with_longer_prompts(test.setUp)
+            test.max_new_tokens = NEW_TOKENS
+            test.setUp = _pressed(test.setUp)
 
 
-def _with_longer_prompts(set_up):
+def _pressed(set_up):
     @functools.wraps(set_up)
-    def longer(self):
+    def pressed(self):
         set_up(self)
         tester = getattr(self, "model_tester", None)
         if isinstance(getattr(tester, "seq_length", None), int):
             tester.seq_length += LONGER
+        if hasattr(tester, "get_config"):
+            tester.get_config = _with_larger_weights(tester.get_config)
 
-    return longer
+    return pressed
+
+
+def _with_larger_weights(get_config):
+    @functools.wraps(get_config)
+    def larger(*args, **kwargs):
+        config = get_config(*args, **kwargs)
+        for part in {id(part): part for part in (config, config.get_text_config())}.values():
+            for name in WEIGHTS.keys() & part.to_dict().keys():
+                setattr(part, name, WEIGHTS[name])
+        return config
+
+    return larger
 
 
 def pytest_runtest_setup(item):
@@ -147,7 +178,8 @@ def pytest_runtest_makereport(item, call):
         line = {
             "test": item.nodeid,
             "outcome": outcome if call.when == "call" or report.skipped else "error",
-            "calls": arm.calls,
+            "calls": len(arm.calls.made),
+            "record": arm.write_calls(),
             "steps": arm.steps,
             "refused": arm.refused,
             "seconds": round(call.duration, 2),

@@ -5,11 +5,103 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 from tests.upstream import outcomes, run, source
 from tests.upstream.outcomes import Outcome, compare, exceptions_for, generating
+from tests.upstream.same_numbers import Numbers
 
 PASSED, FAILED = Outcome("passed", calls=1, steps=3), Outcome("failed", calls=1, message="AssertionError")
+LOGITS = torch.tensor([[[0.0, 4.0, 3.0]]])
+# What transformers' tests look like, as far as the two arms care; of one test a decode step's values are 5 % too large.
+FAMILY = """
+import pytest, torch, scout_hf.attention
+from transformers import LlamaConfig, LlamaForCausalLM
+
+SIZES = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=50)
+
+@pytest.mark.generate
+@pytest.mark.parametrize("factor", [1.0, 1.05])
+def test_sample(factor, monkeypatch):
+    finish = scout_hf.attention._finish
+    enlarge = lambda result, *rest: finish(result._replace(out=factor * result.out), *rest)
+    monkeypatch.setattr(scout_hf.attention, "_finish", enlarge)
+    model, ids = LlamaForCausalLM(LlamaConfig(**SIZES)).eval(), torch.randint(3, 50, (2, 31))
+    for settings in ({"do_sample": False}, {"do_sample": True, "return_dict_in_generate": True}):
+        model.generate(ids, max_new_tokens=4, eos_token_id=-1, pad_token_id=0, **settings)
+"""
+
+
+def test_a_decode_step_whose_values_are_too_large_is_found_though_the_test_itself_passes(tmp_path, monkeypatch, capsys):
+    checkout = tmp_path / "checkout"
+    files = dict.fromkeys(source.NEEDED, "") | {"tests/models/planted/test_modeling_planted.py": FAMILY}
+    files["src/transformers/__init__.py"] = f'__version__ = "{transformers.__version__}"'
+    for name, text in files.items():
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text(text)
+    monkeypatch.setattr(run, "SPLITS", ["cpu"])
+    assert run.main(["--source", str(checkout), "planted"]) == 1
+    said = capsys.readouterr().out
+    assert "2 pass unpatched, 2 of them generate; patched 1 pass, 0 listed, 1 fail" in said
+    assert "3 generate() calls compared" in said
+    assert "FAILS   tests/models/planted/test_modeling_planted.py::test_sample[1.05]" in said
+    assert "generate() call 0, step 1: logits differ by" in said
+
+
+def call(tokens=((5, 1),), logits=(LOGITS,), fed=None, raised=None):
+    passes = [{"fed": fed, "logits": part} for part in logits]
+    return {"tokens": None if raised else torch.tensor(tokens), "raised": raised, "passes": passes}
+
+
+def hold(stock, patched):
+    found = Numbers()
+    found.add("a::x", stock, patched)
+    return found
+
+
+def test_equal_calls_are_counted_with_the_greatest_difference():
+    found = hold([call(), call()], [call(), call(logits=[LOGITS + 1e-5])])
+    assert (found.calls, found.passes, found.differ) == (2, 2, {})
+    assert found.greatest["float32"] == pytest.approx(1e-5 / 4, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("patched", "said"),
+    [
+        ([call(), call(logits=[LOGITS * 1.001])], "call 1, step 0: logits differ by 1.0e-03 of the largest"),
+        ([call(), call(logits=[LOGITS * torch.nan])], "call 1, step 0: logits differ by nan"),
+        ([call(), call(logits=[LOGITS[..., :2]])], "call 1, step 0: logits are float32 (1, 1, 3) unpatched, float32 ("),
+        ([call(), call(logits=[LOGITS.half()])], "call 1, step 0: logits are float32 (1, 1, 3) unpatched, float16 (1,"),
+        ([call(), call(logits=[LOGITS, LOGITS])], "call 1, 1 forward passes unpatched, 2 patched"),
+        ([call(), call(fed=torch.tensor([[3]]))], "call 1, step 0: fed with other tokens"),
+        ([call(), call(tokens=[[5, 2]])], "call 1, at its end: other tokens returned, whose logits are 2.5e-01 of the"),
+        ([call(), call(tokens=[[4, 1]])], "call 1, at its end: other tokens returned"),
+        ([call(), call(raised="ValueError")], "call 1, raised unpatched: None, patched: ValueError"),
+        ([call()], "2 generate() calls unpatched, 1 patched"),
+    ],
+)
+def test_what_differs_is_told_with_the_call_the_step_and_the_size(patched, said):
+    differ = hold([call(), call()], patched).differ
+    assert said in differ["a::x"]
+    found = compare({"a::x": PASSED}, {"a::x": PASSED}, {}, differ)
+    assert (found.passed, found.unexpected, found.holds) == (0, differ, False)
+
+
+def test_a_tie_may_go_either_way_and_what_follows_it_is_not_compared():
+    tie = torch.tensor([[[0.0, 4.0, 4.0]]])
+    one, other = (call([[5, token]], [tie]) for token in (1, 2))
+    found = hold([one, call()], [other, call(logits=[LOGITS * 2])])
+    assert (found.calls, found.differ, dict(found.left_out)) == (1, {}, {"follow a tie": 1})
+    steps = [call(logits=[tie, LOGITS]) for _ in range(2)]
+    for made, token in zip(steps, (1, 2)):
+        made["passes"][1]["fed"] = torch.tensor([[token]])
+    assert hold(steps[:1], steps[1:]).differ == {}
+
+
+def test_calls_that_cannot_be_compared_are_counted_with_the_reason():
+    found = hold(*[[call(raised="ValueError"), call(logits=())]] * 2)
+    assert (found.calls, found.passes, sum(found.left_out.values())) == (1, 0, 2)
 
 
 def test_what_passes_unpatched_and_fails_patched_is_found():
