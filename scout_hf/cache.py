@@ -14,6 +14,7 @@ from scout_hf.awaited import Awaited
 from scout_hf.cache_reading import ReadableLayer, copy_as_dynamic, describe, iterate, refuse_saving
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import CacheStateError, ConfigError
+from scout_hf.fitting import layers_of, refuse_other_sizes
 from scout_hf.kernels.cpu import find_backend
 from scout_hf.methods import Method, make_method
 from scout_hf.methods.base import find_method
@@ -67,6 +68,8 @@ class ScoutCache(Cache):
         text = config.get_text_config(decoder=True)
         layers = DynamicCache(config=text).layers
         self.whole = Whole()
+        # The model's, as the config says it: layers that share another's KV have none here.
+        self.depth = layers_of(text, len(layers))
         check_names(self.scout_config, text, len(layers))
         for index, layer in enumerate(layers):
             # By exact type: sliding and quantized layers are subclasses that stay as they are.
@@ -292,13 +295,9 @@ class ScoutLayer(ReadableLayer):
         self.awaited: Awaited | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        if key_states.shape != value_states.shape:
-            raise CacheStateError(
-                f"layer {self.layer_idx} has keys {tuple(key_states.shape)} and values {tuple(value_states.shape)}; "
-                "scout_hf needs equal sizes (latent attention is not supported)"
-            )
         # Stock layers have both from their first tokens on.
         self.dtype, self.device = key_states.dtype, key_states.device
+        self.sizes = key_states.shape[1], key_states.shape[3]
         self.method = make_method(self.config, self.layer_idx, key_states)
 
     @keeps_tensors
@@ -308,13 +307,15 @@ class ScoutLayer(ReadableLayer):
         Returns the same two tensors inside a patched forward pass, the whole keys and values anywhere else.
         """
         self.whole.check()
+        if key_states.shape != value_states.shape:
+            raise CacheStateError(
+                f"layer {self.layer_idx} has keys {tuple(key_states.shape)} and values {tuple(value_states.shape)}; "
+                "scout_hf needs equal sizes (latent attention is not supported)"
+            )
         if self.method is None:
             self.lazy_initialization(key_states, value_states)
-        elif key_states.shape[0] != self.method.batch:
-            raise CacheStateError(
-                f"the cache holds {self.method.batch} rows and got {key_states.shape[0]} new ones; use "
-                "batch_repeat_interleave or batch_select_indices, or start with a new ScoutCache"
-            )
+        else:
+            refuse_other_sizes((self.method.batch, *self.sizes), key_states, self.layer_idx)
         step = active_step()
         if step is not None and step.cache.layers[self.layer_idx] is self:
             self.incoming = key_states

@@ -18,6 +18,7 @@ from scout_hf.cache import ScoutCache, check_names
 from scout_hf.cache_names import CACHE, UNREAD, given_cache
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import ConfigError, PatchError, UnsupportedInputError
+from scout_hf.fitting import refuse_other_depth
 from scout_hf.graph import StepGraphs
 from scout_hf.kernels.cpu import make_backend
 from scout_hf.kernels.cpu.workers import Workers
@@ -117,6 +118,7 @@ class Handle:
     def __init__(self, model: torch.nn.Module, config: ScoutConfig, family: Any, any_attention: bool = False):
         self.model, self.config, self._family = model, config, family
         self._decoder = family.decoder(model)
+        self._text_config = model.config.get_text_config(decoder=True)
         self._parts = Parts(family, self._decoder)
         self._backend = make_backend(config.cpu_backend, config.threads)
         # For transfers that the backend cannot make itself, apart from the jobs that attend.
@@ -317,6 +319,7 @@ class Handle:
         if inputs is None:
             return
         refuse_unservable(module, given, inputs)
+        refuse_other_depth(cache, self._text_config)
         hooks_reached(cache)
         self._names.renew()
         rows, queries = inputs.shape[:2]
