@@ -32,6 +32,7 @@ class ReadableLayer(CacheLayerMixin):
     def read(self) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
         """Keys and values of all tokens, (batch, kv_heads, length, head_dim) each, newly made; None before the first.
 
+        They are the reader's own: writing into them changes nothing here.
         Not while another thread runs a pass with this cache: it may be half of before, half of after.
         """
 
@@ -39,7 +40,8 @@ class ReadableLayer(CacheLayerMixin):
     def keys(self) -> torch.Tensor | None:
         """Keys of all tokens, (batch, kv_heads, length, head_dim); None before the first.
 
-        A copy, gathered from all tiers at every access: slow. ``read`` gives keys and values for the price of one.
+        A copy, gathered from all tiers at every access: slow, and ``layer.keys[...] = x`` writes into the copy alone.
+        To change tensors take ``cache.to_dynamic()``. ``read`` gives keys and values for the price of one.
         """
         return self.read()[0]
 

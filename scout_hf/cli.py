@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -165,7 +167,10 @@ def methods(
     out: Annotated[Path | None, typer.Option(help="Folder for JSON and plots; a run that was ended goes on.")] = None,
 ) -> None:
     """Every method, scout's ablations and stock caches: speed, memory, link, and answers from the same run."""
-    with _benchmark(out, threads, goes_on=True) as finish:
+    with _told():
+        _must_lead_to_a_folder("--shape", shape)
+        _must_run("--kvpress-python", kvpress_python)
+    with _benchmark(out, threads, goes_on=True, device=device) as finish:
         from scout_hf.eval.methods.run import QUICK, run
         from scout_hf.eval.methods.ways import parse
 
@@ -202,7 +207,8 @@ def trace(
         from scout_hf.files import check_timeline_path
 
         check_timeline_path(out, out.with_suffix(".png"))
-    with _evaluation(threads):
+        _must_lead_to_a_folder("--model", model)
+    with _evaluation(threads, device):
         from scout_hf.eval.timeline import run
 
         options = {"split": split, "cpu_query": cpu_query, "budget": budget, "resident": resident}
@@ -294,7 +300,7 @@ def gpu_kernel(
     out: Out = None,
 ) -> None:
     """The Triton decode kernel with and without L2 prefetch, beside torch, FlashInfer, FlashAttention; tunes it."""
-    with _benchmark(out, None) as finish:
+    with _benchmark(out, None, device=device) as finish:
         from scout_hf.eval.bench.gpu_kernel import QUICK, parse_heads, run
 
         given = {"batches": batch, "contexts": context, "block_sizes": block_size, "score_tokens": score_tokens}
@@ -329,7 +335,7 @@ def gpu_decode(
     ] = None,
 ) -> None:
     """Decode steps of random models shaped like real ones: stock caches beside Scout's hand-overs."""
-    with _benchmark(out, threads, goes_on=True) as finish:
+    with _benchmark(out, threads, goes_on=True, device=device) as finish:
         from scout_hf.eval.bench.gpu_decode import parse_caps, run
 
         given = {"models": model, "contexts": context, "batches": batch, "arms": arm}
@@ -360,6 +366,7 @@ def make_data(
 ) -> None:
     """Write small data sets in LongBench's format for the pocket model, to be used with --longbench-dir."""
     with _told():
+        folder.mkdir(parents=True, exist_ok=True)
         from scout_hf.eval.harness.pocket_longbench import make_longbench
 
         for path in make_longbench(folder, rows, tokens, seed):
@@ -377,7 +384,9 @@ def version() -> None:
 
 
 @contextmanager
-def _benchmark(out: Path | None, threads: int | None, goes_on: bool = False) -> Iterator[Callable[[dict], None]]:
+def _benchmark(
+    out: Path | None, threads: int | None, goes_on: bool = False, device: str | None = None
+) -> Iterator[Callable[[dict], None]]:
     """Gives what to call with the record of a benchmark; the rest as in ``_evaluation``.
 
     ``goes_on``: what was measured is in ``out``, and the same command goes on from there.
@@ -385,7 +394,7 @@ def _benchmark(out: Path | None, threads: int | None, goes_on: bool = False) -> 
     with _told():
         if out:
             out.mkdir(parents=True, exist_ok=True)
-    with _evaluation(threads):
+    with _evaluation(threads, device):
         from scout_hf.eval.bench import report
 
         def finish(record: dict) -> None:
@@ -418,6 +427,23 @@ def _must_be_there(*files: Path | None) -> None:
             raise MissingFileError(f"{path} is not there, or no file")
 
 
+def _must_lead_to_a_folder(option: str, value: str) -> None:
+    """Of a name or a path, the path: names are looked at by whoever knows them."""
+    from scout_hf.errors import MissingFileError
+
+    if (os.sep in value or (os.altsep or os.sep) in value) and not Path(value, "config.json").is_file():
+        raise MissingFileError(
+            f"{option} {value} is not the folder of a model: {Path(value, 'config.json')} is missing"
+        )
+
+
+def _must_run(option: str, program: str | None) -> None:
+    from scout_hf.errors import MissingFileError
+
+    if program and not shutil.which(program):
+        raise MissingFileError(f"{option} {program} is not there, or cannot be run")
+
+
 @contextmanager
 def _told() -> Iterator[None]:
     """A wrong setting or file ends in its message and exit code 2, not in a traceback."""
@@ -431,10 +457,15 @@ def _told() -> Iterator[None]:
 
 
 @contextmanager
-def _evaluation(threads: int | None) -> Iterator[None]:
-    """The same, with so many torch threads."""
+def _evaluation(threads: int | None, device: str | None = None) -> Iterator[None]:
+    """The same, with so many torch threads; ``device``: one that must be there."""
     with _told():
         import torch
+
+        if device:
+            from scout_hf.eval.bench.device import find
+
+            find(device)
         from transformers.utils import logging
 
         logging.disable_progress_bar()

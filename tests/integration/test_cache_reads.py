@@ -117,6 +117,22 @@ def test_assigning_is_refused_with_the_reason(name):
 
 
 @EVERY
+def test_writing_into_what_was_read_reaches_no_cache(settings):
+    """It cannot be refused, torch has no tensors that are read alone; what puts the result back is."""
+    cache, given = random_cache(settings)
+    layer = cache.layers[2]
+    layer.keys[..., 3:, :] = 7.0
+    layer.values[0].fill_(7.0)
+    for name in ("keys", "values"):
+        with pytest.raises(scout_hf.CacheStateError, match=f"{name} of layer 2 .*to_dynamic"):
+            exec(f"layer.{name} *= 7")
+    assert torch.equal(torch.stack([layer.keys, layer.values]), given[2])
+    twin = cache.to_dynamic()
+    twin.layers[2].keys[..., 3:, :] = 7.0
+    assert (twin.layers[2].keys[..., 3:, :] == 7.0).all() and torch.equal(layer.keys, given[2, 0])
+
+
+@EVERY
 @pytest.mark.parametrize("tokens", [5, 30])
 def test_what_was_read_is_the_readers_own(settings, tokens):
     cache, given = random_cache(settings, tokens)

@@ -55,6 +55,20 @@ def test_removal_is_exact(options, way):
     assert torch.equal(plain_forward(model), stock_forward)
 
 
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        (ONE_TIER, "method='scout', budget=None, exact"),
+        (LOSSY | {"budget": 0.25}, "method='scout', budget=0.25, not exact"),
+        ({"method": "dense"}, "method='dense', budget=2048, exact"),
+    ],
+)
+def test_a_handle_prints_as_one_short_line(options, settings):
+    with scout_hf.patch(llama(), **options) as handle:
+        assert repr(handle) == f"Handle(LlamaForCausalLM, {settings}, patched)"
+    assert repr(handle) == f"Handle(LlamaForCausalLM, {settings}, removed)"
+
+
 def test_the_snapshot_sees_a_forgotten_hook():
     model = llama()
     before = snapshot(model)

@@ -58,6 +58,13 @@ MISSING = {
     "plan on no GPU": (["plan", "--gpu", "h999"], "--gpu h999 is not known"),
     "a file in the place of a folder": (["bench", "cpu-kernel", "--out", "half.json"], "half.json"),
     "trace to no folder": (["trace", "--out", "no/step.json"], "no/step.json"),
+    "trace of no model": (["trace", "--model", "no/model"], "--model no/model is not the folder of a model"),
+    "methods of no model": (["bench", "methods", "--shape", "./no"], "--shape ./no is not the folder of a model"),
+    "no interpreter": (
+        ["bench", "methods", "--kvpress-python", "no/python"],
+        "--kvpress-python no/python is not there",
+    ),
+    "data in a file": (["lm-eval", "make-data", "half.json"], "half.json"),
     "trace to another name": (["trace", "--out", "step.txt"], "step.txt"),
 }
 
@@ -69,7 +76,14 @@ def test_a_path_that_is_wrong_is_told_at_once(kind, tmp_path):
     words, told = MISSING[kind]
     code, out, errors, heavy = call(*words, cwd=tmp_path)
     assert code == 2 and told in errors and not out.strip()
-    assert errors.startswith("error: ") and not heavy
+    assert errors.startswith("error: ") and errors.count("\n") == 1 and not heavy
+
+
+@pytest.mark.parametrize("words", [["bench", "gpu-kernel"], ["bench", "gpu-decode"], ["bench", "methods"], ["trace"]])
+def test_a_device_that_is_not_there_takes_torch_alone(words, tmp_path):
+    code, out, errors, heavy = call(*words, "--device", "cuda:99", cwd=tmp_path)
+    assert code == 2 and not out.strip() and heavy == {"torch"}
+    assert errors.startswith("error: --device cuda:99") and errors.count("\n") == 1
 
 
 def test_a_plan_takes_no_torch(tmp_path):
