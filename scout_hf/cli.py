@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import shlex
-import shutil
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from scout_hf.cli_shared import (
+    benchmark,
+    evaluation,
+    must_be_there,
+    must_lead_to_a_folder,
+    must_run,
+    tell,
+    told,
+    typed,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,7 +50,7 @@ def demo(
     threads: Threads = 1,
 ) -> None:
     """Ask questions about a long document: stock attention, exact, sparse. Fails if exact differs from stock."""
-    with _evaluation(threads):
+    with evaluation(threads):
         from scout_hf.eval.demo import run
 
         same = run(tokens, questions, seed, budget, block_size)
@@ -67,9 +72,9 @@ def fidelity(
     readme: Annotated[Path | None, typer.Option(help="File whose table of results to make anew.")] = None,
 ) -> None:
     """Accuracy and perplexity lost to selection and to the predicted query: budgets, blocks, digests, contexts."""
-    with _told():
-        _must_be_there(report, readme)
-    with _evaluation(1):
+    with told():
+        must_be_there(report, readme)
+    with evaluation(1):
         from scout_hf.eval.fidelity import report as reports
         from scout_hf.eval.fidelity.readme import COMMAND, markdown
         from scout_hf.eval.fidelity.study import study
@@ -77,10 +82,10 @@ def fidelity(
         from scout_hf.kernels.cpu.topology import usable_cpus
 
         processes = jobs or len(usable_cpus())
-        record = reports.load(report) if report else study(quick, only, processes, out, seed, questions, fresh, _tell)
+        record = reports.load(report) if report else study(quick, only, processes, out, seed, questions, fresh, tell)
         reports.show(record)
         if readme:
-            _tell(f"{readme} {'changed' if update(readme, COMMAND, markdown(record)) else 'is up to date'}")
+            tell(f"{readme} {'changed' if update(readme, COMMAND, markdown(record)) else 'is up to date'}")
     raise typer.Exit(1 if record.get("failed") else 0)
 
 
@@ -97,11 +102,11 @@ def cpu_kernel(
     out: Out = None,
 ) -> None:
     """Attention over scattered blocks beside bare reads of the same memory, torch, and int8; takes two minutes."""
-    with _benchmark(out, threads) as finish:
+    with benchmark(out, threads) as finish:
         from scout_hf.eval.bench.cpu_kernel import run
 
         shape = (*heads, head_dim, block_size)
-        finish(run(tokens, cache_tokens, *shape, threads, repeat, dense, tell=_tell))
+        finish(run(tokens, cache_tokens, *shape, threads, repeat, dense, tell=tell))
 
 
 @bench.command("cpu-decode")
@@ -120,11 +125,11 @@ def cpu_decode(
     out: Out = None,
 ) -> None:
     """Steps of a model shaped like Llama 3.2 1B, stock and patched, with long caches; takes several minutes."""
-    with _benchmark(out, threads) as finish:
+    with benchmark(out, threads) as finish:
         from scout_hf.eval.bench.cpu_decode import run
 
         sizes = (layers, prefill_tokens, prefill_layers, memory_tokens)
-        finish(run(contexts, budget, block_size, threads, repeat, *sizes, tell=_tell))
+        finish(run(contexts, budget, block_size, threads, repeat, *sizes, tell=tell))
 
 
 @bench.command("methods")
@@ -167,10 +172,10 @@ def methods(
     out: Annotated[Path | None, typer.Option(help="Folder for JSON and plots; a run that was ended goes on.")] = None,
 ) -> None:
     """Every method, scout's ablations and stock caches: speed, memory, link, and answers from the same run."""
-    with _told():
-        _must_lead_to_a_folder("--shape", shape)
-        _must_run("--kvpress-python", kvpress_python)
-    with _benchmark(out, threads, goes_on=True, device=device) as finish:
+    with told():
+        must_lead_to_a_folder("--shape", shape)
+        must_run("--kvpress-python", kvpress_python)
+    with benchmark(out, threads, goes_on=True, device=device) as finish:
         from scout_hf.eval.methods.run import QUICK, run
         from scout_hf.eval.methods.ways import parse
 
@@ -179,8 +184,8 @@ def methods(
         given = (QUICK if quick else {}) | {name: value for name, value in given.items() if value}
         given |= {"budget": budget, "block_size": block_size, "model": model, "emulate": emulate, "seed": seed}
         given |= {"link_gbps": link_gbps, "cpu_gbps": cpu_gbps, "drift": drift, "fresh": fresh, "chosen": parse(way)}
-        given |= {"shape": shape, "device": device, "kvpress_python": kvpress_python, "command": _typed()}
-        finish(run(**given, path=out / "methods.json" if out else None, tell=_tell))
+        given |= {"shape": shape, "device": device, "kvpress_python": kvpress_python, "command": typed()}
+        finish(run(**given, path=out / "methods.json" if out else None, tell=tell))
 
 
 @app.command()
@@ -203,12 +208,12 @@ def trace(
     seed: Seed = 0,
 ) -> None:
     """A timeline of decode steps for Perfetto and a picture: who does what, when, and who waits for whom."""
-    with _told():
+    with told():
         from scout_hf.files import check_timeline_path
 
         check_timeline_path(out, out.with_suffix(".png"))
-        _must_lead_to_a_folder("--model", model)
-    with _evaluation(threads, device):
+        must_lead_to_a_folder("--model", model)
+    with evaluation(threads, device):
         from scout_hf.eval.timeline import run
 
         options = {"split": split, "cpu_query": cpu_query, "budget": budget, "resident": resident}
@@ -249,13 +254,13 @@ def plan_command(
 ) -> None:
     """Will it fit, will it pay: memory, step time and break-even of every method, on machines one does not have."""
     # Only what is measured takes torch.
-    with _evaluation(threads) if measure else _told():
+    with evaluation(threads) if measure else told():
         from scout_hf.eval.plan import command
 
         given = {"link_gbps": link, "cpu_gbps": dram, "device_gib": device_gib, "host_gib": host_gib}
         given["layer_us"] = layer_us
         if measure:
-            command.measure(out, _tell)
+            command.measure(out, tell)
         elif check:
             command.check(check, machine)
         else:
@@ -270,7 +275,7 @@ def report(
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
 ) -> None:
     """One HTML page, without references to the network, of everything that was measured."""
-    with _told():
+    with told():
         from scout_hf.eval.report.find import find
 
         find(results, out)
@@ -300,14 +305,14 @@ def gpu_kernel(
     out: Out = None,
 ) -> None:
     """The Triton decode kernel with and without L2 prefetch, beside torch, FlashInfer, FlashAttention; tunes it."""
-    with _benchmark(out, None, device=device) as finish:
+    with benchmark(out, None, device=device) as finish:
         from scout_hf.eval.bench.gpu_kernel import QUICK, parse_heads, run
 
         given = {"batches": batch, "contexts": context, "block_sizes": block_size, "score_tokens": score_tokens}
         given |= {"heads": [parse_heads(one) for one in heads or ()], "repeat": repeat}
         sizes = (QUICK if quick else {}) | {name: value for name, value in given.items() if value}
         scattered = {"selected": selected, "cache_tokens": cache_tokens, "selected_batch": selected_batch}
-        finish(run(device, head_dim=head_dim, score_batch=score_batch, seed=seed, tell=_tell, **scattered, **sizes))
+        finish(run(device, head_dim=head_dim, score_batch=score_batch, seed=seed, tell=tell, **scattered, **sizes))
 
 
 @bench.command("gpu-decode")
@@ -335,7 +340,7 @@ def gpu_decode(
     ] = None,
 ) -> None:
     """Decode steps of random models shaped like real ones: stock caches beside Scout's hand-overs."""
-    with _benchmark(out, threads, goes_on=True, device=device) as finish:
+    with benchmark(out, threads, goes_on=True, device=device) as finish:
         from scout_hf.eval.bench.gpu_decode import parse_caps, run
 
         given = {"models": model, "contexts": context, "batches": batch, "arms": arm}
@@ -344,7 +349,7 @@ def gpu_decode(
         given |= {"cpu_query": cpu_query, "gpu_kernels": gpu_kernels, "drift_share": drift, "compiled": compiled}
         given |= {"caps": parse_caps(caps), "threads": threads, "seed": seed, "layers": layers}
         path = out / "gpu_decode.json" if out else None
-        finish(run(device, **given, path=path, fresh=fresh, tell=_tell))
+        finish(run(device, **given, path=path, fresh=fresh, tell=tell))
 
 
 @harness.command("run", context_settings=PASSED_ON, help="Evaluate, with any option of lm-eval run; see run --help.")
@@ -365,7 +370,7 @@ def make_data(
     seed: Seed = 0,
 ) -> None:
     """Write small data sets in LongBench's format for the pocket model, to be used with --longbench-dir."""
-    with _told():
+    with told():
         folder.mkdir(parents=True, exist_ok=True)
         from scout_hf.eval.harness.pocket_longbench import make_longbench
 
@@ -376,102 +381,8 @@ def make_data(
 @app.command()
 def version() -> None:
     """Versions and hardware, for bug reports."""
-    with _told():
+    with told():
         from scout_hf.about import facts
 
         for name, value in facts():
             typer.echo(f"{name:<13} {value}")
-
-
-@contextmanager
-def _benchmark(
-    out: Path | None, threads: int | None, goes_on: bool = False, device: str | None = None
-) -> Iterator[Callable[[dict], None]]:
-    """Gives what to call with the record of a benchmark; the rest as in ``_evaluation``.
-
-    ``goes_on``: what was measured is in ``out``, and the same command goes on from there.
-    """
-    with _told():
-        if out:
-            out.mkdir(parents=True, exist_ok=True)
-    with _evaluation(threads, device):
-        from scout_hf.eval.bench import report
-
-        def finish(record: dict) -> None:
-            report.show(record)
-            for line in report.save(record, out) if out else ():
-                typer.echo(line)
-
-        try:
-            yield finish
-        except KeyboardInterrupt as error:
-            kept = f"; {out} has what was measured, and the same command goes on" if out and goes_on else ""
-            typer.echo(f"stopped{kept}", err=True)
-            raise typer.Exit(130) from error
-
-
-def _typed() -> str:
-    """The command as it was typed."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-
-
-def _tell(line: str) -> None:
-    typer.echo(line, err=True)
-
-
-def _must_be_there(*files: Path | None) -> None:
-    from scout_hf.errors import MissingFileError
-
-    for path in files:
-        if path and not path.is_file():
-            raise MissingFileError(f"{path} is not there, or no file")
-
-
-def _must_lead_to_a_folder(option: str, value: str) -> None:
-    """Of a name or a path, the path: names are looked at by whoever knows them."""
-    from scout_hf.errors import MissingFileError
-
-    if (os.sep in value or (os.altsep or os.sep) in value) and not Path(value, "config.json").is_file():
-        raise MissingFileError(
-            f"{option} {value} is not the folder of a model: {Path(value, 'config.json')} is missing"
-        )
-
-
-def _must_run(option: str, program: str | None) -> None:
-    from scout_hf.errors import MissingFileError
-
-    if program and not shutil.which(program):
-        raise MissingFileError(f"{option} {program} is not there, or cannot be run")
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """A wrong setting or file ends in its message and exit code 2, not in a traceback."""
-    from scout_hf.errors import ScoutError
-
-    try:
-        yield
-    except (ScoutError, OSError, ValueError) as error:
-        _tell(f"error: {error}")
-        raise typer.Exit(2) from error
-
-
-@contextmanager
-def _evaluation(threads: int | None, device: str | None = None) -> Iterator[None]:
-    """The same, with so many torch threads; ``device``: one that must be there."""
-    with _told():
-        import torch
-
-        if device:
-            from scout_hf.eval.bench.device import find
-
-            find(device)
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads or before)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)

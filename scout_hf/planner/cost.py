@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from scout_hf.errors import ConfigError
-from scout_hf.methods.kvpr.split import Rates, best_split, layer_seconds
 from scout_hf.planner.machine import Machine
 from scout_hf.planner.shape import ModelShape
+from scout_hf.split import Rates, best_split, layer_seconds
 
 GIB = 2**30
 

@@ -18,8 +18,8 @@ from scout_hf.kernels.cpu.workers import Workers
 from scout_hf.kernels.weigh import attend_weighing, mean_weights
 from scout_hf.methods.base import find_method
 from scout_hf.methods.bring import bring_blocks, bring_tokens
-from scout_hf.methods.kvpr.split import Rates, best_split, layer_seconds
 from scout_hf.selection.partial import PartialKeys
+from scout_hf.split import Rates, best_split, layer_seconds
 from scout_hf.stores import PagedKV
 from scout_hf.stores.emulated import EmulatedLink
 from scout_hf.stores.kept import KeptTokens

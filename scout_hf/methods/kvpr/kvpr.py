@@ -15,7 +15,7 @@ from scout_hf.methods.base import register_method
 from scout_hf.methods.bring import Coming, bring_blocks
 from scout_hf.methods.dense import Dense
 from scout_hf.methods.kvpr.inputs import LayerInputs
-from scout_hf.methods.kvpr.split import Rates, best_split
+from scout_hf.split import Rates, best_split
 from scout_hf.step import Step
 
 TRIAL_TOKENS = 256
