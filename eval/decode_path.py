@@ -18,8 +18,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 import scout_hf
-from scout_hf import ScoutConfig, Stats
-from scout_hf.cache_names import CACHE
+from scout_hf import CACHE, ScoutConfig, Stats
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 import scout_hf
-from scout_hf import PatchError, ScoutCache, ScoutConfig
-from scout_hf.cache_names import CACHE
+from scout_hf import CACHE, PatchError, ScoutCache, ScoutConfig
 
 Tokens = Sequence[int]
 

@@ -11,12 +11,12 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import scout_hf
+from scout_hf.diagnostics import Span, Trace
 from scout_hf.eval.bench import device as devices
 from scout_hf.eval.bench.formats import new_table, three
 from scout_hf.eval.decode_path import tokenize
 from scout_hf.eval.pocket import POCKET_MODELS, load_pocket, make_document
 from scout_hf.eval.pocket.evaluate import usual_facts
-from scout_hf.trace import Span, Trace
 
 MOVERS = ("attention", "copy")
 EXPLAINED = (

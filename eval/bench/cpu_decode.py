@@ -14,12 +14,11 @@ import torch
 from transformers import Cache, DynamicCache, LlamaForCausalLM
 
 import scout_hf
-from scout_hf.cache_names import CACHE
+from scout_hf import CACHE
+from scout_hf.diagnostics import MemoryReader, native_isa
 from scout_hf.eval.bench import llama, machine, memory
-from scout_hf.eval.bench.bandwidth import Reader
 from scout_hf.eval.bench.timing import Timing, interleave, timed
-from scout_hf.kernels.cpu.library import load_library
-from scout_hf.stores.memory import allocate_slab
+from scout_hf.stores import allocate_slab
 
 STOCK, FOLDED, SCOUT, INT8 = "stock", "stock folded", "scout", "scout int8"
 FIRST_TOKENS = 8
@@ -262,8 +261,7 @@ def _prefill(model, tokens: int, layers: int, budget: int, block_size: int, seed
 def _bandwidth(threads: int, repeat: int) -> dict[str, Any]:
     """The machine's own sequential read rate on so many threads."""
     memory = allocate_slab((SPAN_BYTES,), torch.uint8, torch.device("cpu")).fill_(1)
-    library = load_library()
-    reader = Reader(library, threads) if library else None
+    reader = MemoryReader(threads) if native_isa() else None
     numbers = memory.view(torch.int64)
 
     def read():

@@ -13,16 +13,12 @@ from typing import Any
 import torch
 
 from scout_hf import ScoutConfig
+from scout_hf.diagnostics import MemoryReader, native_isa
 from scout_hf.eval.bench import machine
-from scout_hf.eval.bench.bandwidth import Reader
 from scout_hf.eval.bench.timing import Timing, interleave
 from scout_hf.kernels.cpu import BlockLists, make_backend
-from scout_hf.kernels.cpu.library import load_library
-from scout_hf.selection import Digest, Selector
-from scout_hf.selection.minmax import MinMax
-from scout_hf.selection.pick import choose
-from scout_hf.stores import make_store
-from scout_hf.stores.memory import allocate_slab, huge_page_bytes
+from scout_hf.selection import Digest, MinMax, Selector, choose
+from scout_hf.stores import allocate_slab, huge_page_bytes, make_store
 
 CACHES = 3
 DTYPE = torch.bfloat16
@@ -104,8 +100,7 @@ class _Bench:
         self.tokens, self.blocks = cache_tokens, cache_tokens // block_size
         self.threads, self.seed, self.turn = threads, seed, 0
         self.random = torch.Generator().manual_seed(seed)
-        self.library = load_library()
-        self.reader = Reader(self.library, threads)
+        self.reader = MemoryReader(threads)
         self.native, self.torch = make_backend("native"), make_backend("torch")
         self.config = ScoutConfig(block_size=block_size, digest="minmax")
 
@@ -372,7 +367,7 @@ def _ratios(times: dict[str, Timing], names: Sequence[str]) -> dict[str, float]:
 
 
 def _check(tokens, cache_tokens, query_heads, kv_heads, head_dim, block_size) -> None:
-    if load_library() is None:
+    if native_isa() is None:
         raise ValueError("there is no native library to measure; reinstall scout_hf with g++ or clang at hand")
     if query_heads % kv_heads or head_dim % 32:
         raise ValueError(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from scout_hf.kernels.device import find_kernels
+from scout_hf.kernels import find_kernels
 from scout_hf.selection import Digest, digest_names, make_digest, register_digest
 
 PREFIX = "drifting-"

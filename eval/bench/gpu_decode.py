@@ -21,15 +21,15 @@ from tqdm import tqdm
 from transformers import Cache, DynamicCache, StaticCache
 
 import scout_hf
-from scout_hf.cache_names import CACHE
-from scout_hf.config import HAND_OVERS
+from scout_hf import CACHE
+from scout_hf.diagnostics import HAND_OVERS, variant_of
 from scout_hf.eval.bench import device as devices
 from scout_hf.eval.bench import drift, llama, machine
 from scout_hf.eval.bench.gpu_models import MODELS, fill, held_bytes, make_model, weight_bytes
 from scout_hf.eval.bench.idle import busy_ms
 from scout_hf.eval.bench.resume import Record
 from scout_hf.eval.bench.timing import interleave, timed
-from scout_hf.kernels.device import find_kernels
+from scout_hf.kernels import find_kernels
 
 CONTEXTS, BATCHES = (8192, 32768, 65536, 131072), (1, 8, 16, 32)
 
@@ -239,7 +239,7 @@ class _Bench:
                     "recalled_bytes_per_step": stats.recalled_bytes / stats.steps,
                     "attended_tokens": stats.attended_tokens,
                     "cosine": stats.cosine,
-                    "as": _variant(cache),
+                    "as": variant_of(cache),
                     **self._drift(cache, context, step),
                 }
         return {name: None if _is_odd(value) else value for name, value in found.items()}
@@ -367,13 +367,6 @@ def _chosen(options: dict[str, Any], context: int) -> tuple[int, int]:
 def _correlation(options: dict[str, Any], share: float, context: int) -> float:
     chosen, blocks = _chosen(options, context)
     return 1.0 if chosen >= blocks or not share else drift.correlation_for(share, chosen / blocks)
-
-
-def _variant(cache: scout_hf.ScoutCache) -> str:
-    """What really ran: the method, and how it handed over (a way that cannot be had gives way to another)."""
-    method = cache.scout_layers[-1].method
-    way = getattr(method, "handoff", None)
-    return type(method).__name__ + (f", {type(way).__name__}" if way is not None else "")
 
 
 def _ratios(arms: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from scout_hf.eval.bench import machine
 from scout_hf.eval.bench.cpu_kernel import random_lists
 from scout_hf.eval.bench.gpu_rivals import by_gathering, made, with_flash, with_flash_attn, with_flashinfer, with_sdpa
 from scout_hf.eval.bench.timing import Timing, timed
-from scout_hf.kernels.device import find_kernels
+from scout_hf.kernels import find_kernels
 from scout_hf.selection import Selector
 
 HEADS = ((32, 32), (32, 8), (40, 8), (28, 4))

@@ -16,8 +16,7 @@ import torch
 import transformers
 
 import scout_hf
-from scout_hf.kernels.cpu.library import load_library
-from scout_hf.kernels.cpu.topology import cpu_quota, usable_cpus, worker_cpus
+from scout_hf.diagnostics import cpu_quota, native_isa, usable_cpus, worker_cpus
 
 LOOK_SECONDS = 0.3
 SLACK = 0.5
@@ -25,10 +24,9 @@ SLACK = 0.5
 
 def describe() -> dict[str, Any]:
     """Hardware and versions, for the record."""
-    library = load_library()
     return {
         "cpu": _cpu_model(),
-        "isa": library.isa if library else None,
+        "isa": native_isa(),
         "cpus": len(usable_cpus()),
         "cpu_quota": cpu_quota(),
         "last_level_cache_bytes": last_level_cache_bytes(),

@@ -55,7 +55,7 @@ def measure(kind: str, tokens: int, budget: int, block_size: int, shape: dict[st
     from transformers import DynamicCache
 
     import scout_hf
-    from scout_hf.cache_names import CACHE
+    from scout_hf import CACHE
     from scout_hf.eval.bench import llama
 
     model = llama.make_model(**shape | SMALL)

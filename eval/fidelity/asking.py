@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import Cache, PreTrainedModel
 
-from scout_hf.cache_names import CACHE
+from scout_hf import CACHE
 
 
 @dataclass

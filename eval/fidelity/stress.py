@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from scout_hf.cache_names import CACHE
+from scout_hf import CACHE
 
 FACTOR = 8.0
 PAIRS = 2

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 import scout_hf
+from scout_hf.diagnostics import cpu_share_history
 from scout_hf.eval.fidelity.cells import Cell
 from scout_hf.eval.fidelity.cost import cost
 from scout_hf.eval.fidelity.inside import inside
 from scout_hf.eval.fidelity.subjects import load_subject
 from scout_hf.eval.scoring import score_text
-from scout_hf.profiling import cpu_share_history
 
 LONGEST = 8192
 STRIDE = 4096

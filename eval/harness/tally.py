@@ -12,7 +12,7 @@ import torch
 from transformers import Cache
 
 from scout_hf import Stats
-from scout_hf.cache_names import given_cache
+from scout_hf.diagnostics import given_cache
 from scout_hf.eval.decode_path import kv_bytes
 
 

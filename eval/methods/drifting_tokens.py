@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from scout_hf.methods import method_names
-from scout_hf.methods.base import register_method
-from scout_hf.methods.infinigen import InfiniGen
+from scout_hf.methods import InfiniGen, method_names, register_method
 
 NAME = "drifting-infinigen"
 
@@ -23,8 +21,8 @@ class DriftingInfiniGen(InfiniGen):
     _shuffled: torch.Tensor | None = None
     _first = 0
 
-    def _choose(self, step, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, usable = super()._choose(step, query)
+    def choose_tokens(self, step, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, usable = super().choose_tokens(step, query)
         if self._shuffled is None:
             self._shuffled = torch.rand(
                 (*ids.shape[:2], self.kv.host.length), dtype=torch.float32, device=ids.device

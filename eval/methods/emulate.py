@@ -7,7 +7,7 @@ import time
 import torch
 
 from scout_hf.eval.methods.speed import Emulation
-from scout_hf.kernels.attend import attend
+from scout_hf.kernels import attend
 
 GPU_TO_CPU = 20.0
 """Attention on the paper's GPU against its CPU of 36 cores."""

@@ -86,7 +86,7 @@ def _watched(model, handle, cache: Cache, clock: Clock) -> Iterator[None]:
             places.append((layer, "update", MOVING))
             continue
         selector = getattr(method, "selector", None)
-        places += [(method, "attend", ATTENTION), (method, "_choose", SELECTION)]
+        places += [(method, "attend", ATTENTION), (method, "choose_tokens", SELECTION)]
         places += [(method, name, MOVING) for name in ("ahead", "settle", "append")]
         places += [(selector, name, SELECTION) for name in ("pick", "lists")]
     name = model.config._attn_implementation

@@ -10,7 +10,7 @@ import torch
 from transformers import Cache, PreTrainedModel, QuantizedCache
 
 import scout_hf
-from scout_hf.cache_names import CACHE
+from scout_hf import CACHE
 from scout_hf.eval.decode_path import tokenize
 from scout_hf.eval.fidelity.asking import Answers, answers, decode
 from scout_hf.eval.fidelity.subjects import load_subject, quizzes

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 
 import scout_hf
-from scout_hf.cache_names import CACHE
+from scout_hf import CACHE
 from scout_hf.eval.bench import device as devices
 from scout_hf.eval.bench import drift, gpu_models, llama
 from scout_hf.eval.methods.drifting_tokens import DriftingInfiniGen

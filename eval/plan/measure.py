@@ -11,9 +11,9 @@ import torch
 from transformers import DynamicCache
 
 import scout_hf
-from scout_hf.cache_names import CACHE
+from scout_hf import CACHE
 from scout_hf.eval.bench import llama, machine
-from scout_hf.kernels.attend import attend
+from scout_hf.kernels import attend
 from scout_hf.kernels.cpu import BlockLists, make_backend
 from scout_hf.planner import GIB, Machine
 from scout_hf.selection import make_digest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from scout_hf.cache_names import CACHE
+from scout_hf import CACHE
 
 from .tasks import make_exercise
 

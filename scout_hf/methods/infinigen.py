@@ -171,7 +171,7 @@ class InfiniGen(OffloadingMethod):
 
     def _recall(self, step: Step, query: torch.Tensor) -> None:
         self._written.finish()
-        missing = self.tokens.plan(*self._choose(step, query), self.kv.host.length)
+        missing = self.tokens.plan(*self.choose_tokens(step, query), self.kv.host.length)
         if missing is not None:
             ids, real = missing
             real = None if real is None else real.cpu()
@@ -189,7 +189,7 @@ class InfiniGen(OffloadingMethod):
             step.counters.recalled(self.layer_idx, 0, self._coming.nbytes)
             self.tokens.put(*came)
 
-    def _choose(self, step: Step, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def choose_tokens(self, step: Step, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens per row and KV head, best first, (batch, kv_heads, n), and which of them count."""
         held, shape = self.kv.host.length, (self.batch, self.kv_heads)
         exists = self._padding_mask(step, 0, held)

@@ -2,8 +2,19 @@
 
 from scout_hf.stores.device import ResidentSlots
 from scout_hf.stores.host import PagedKV
+from scout_hf.stores.memory import allocate_slab, huge_page_bytes
 from scout_hf.stores.packed import PackedKV, make_store
 from scout_hf.stores.pages import PagePool, PageTable
 from scout_hf.stores.tiers import TwoTierKV
 
-__all__ = ["PackedKV", "PagePool", "PageTable", "PagedKV", "ResidentSlots", "TwoTierKV", "make_store"]
+__all__ = [
+    "PackedKV",
+    "PagePool",
+    "PageTable",
+    "PagedKV",
+    "ResidentSlots",
+    "TwoTierKV",
+    "allocate_slab",
+    "huge_page_bytes",
+    "make_store",
+]

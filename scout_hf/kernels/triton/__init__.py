@@ -1,5 +1,6 @@
 """Kernels for GPUs in Triton. Importing this package imports triton: only the seam, ``kernels.device``, does."""
 
+from scout_hf.kernels.triton import prefetch, tuning
 from scout_hf.kernels.triton.append import append_token
 from scout_hf.kernels.triton.attend import attend_blocks, parts_for
 from scout_hf.kernels.triton.choose import Choice, choose
@@ -12,5 +13,5 @@ from scout_hf.kernels.triton.support import INTERPRETED
 
 __all__ = [
     "INTERPRETED", "Choice", "adopt_block", "append_token", "attend_blocks", "choose", "copy_blocks", "encode", "merge",
-    "parts_for", "plan_recall", "post", "run_of_blocks", "score", "wait",
+    "parts_for", "plan_recall", "post", "prefetch", "run_of_blocks", "score", "tuning", "wait",
 ]  # fmt: skip

@@ -1,0 +1,104 @@
+"""What benchmarks and other tools may look into: this machine's CPUs and memory, what steps did, and how they ran.
+
+>>> from scout_hf.diagnostics import cpu_share_history
+>>> with cpu_share_history(handle) as shares:
+...     model.generate(**inputs, max_new_tokens=32)
+>>> shares[0]  # of layer 0, one number per decode step
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import byref
+from typing import Any
+
+import torch
+
+from scout_hf.cache_names import given_cache
+from scout_hf.config import HAND_OVERS
+from scout_hf.kernels.cpu import BlockLists
+from scout_hf.kernels.cpu.library import AttendArgs, load_library
+from scout_hf.kernels.cpu.topology import cpu_quota, usable_cpus, worker_cpus
+from scout_hf.profiling import cpu_share_history
+from scout_hf.trace import Span, Trace
+
+__all__ = [
+    "HAND_OVERS",
+    "MemoryReader",
+    "Span",
+    "Trace",
+    "cpu_quota",
+    "cpu_share_history",
+    "given_cache",
+    "native_isa",
+    "usable_cpus",
+    "variant_of",
+    "worker_cpus",
+]
+
+
+def native_isa() -> str | None:
+    """The instruction set that the native library computes with; None where there is no native library.
+
+    >>> native_isa()
+    'avx2'
+    """
+    library = load_library()
+    return library.isa if library else None
+
+
+def variant_of(cache: Any) -> str:
+    """What really serves a ScoutCache: the class of its method, and how that hands over to the CPU.
+
+    >>> variant_of(cache)
+    'TritonScout, Flags'
+    """
+    method = cache.scout_layers[-1].method
+    way = getattr(method, "handoff", None)
+    return type(method).__name__ + (f", {type(way).__name__}" if way is not None else "")
+
+
+class MemoryReader:
+    """Bare reads of memory by the native library: everything is fetched and added up, nothing else is computed.
+
+    Parameters
+    ----------
+    threads : int
+        One reads on the calling thread; several cost some ten microseconds to wake.
+    """
+
+    def __init__(self, threads: int):
+        self._library, self._threads = load_library(), threads
+        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+
+    def span(self, tensor: torch.Tensor) -> None:
+        """Read a contiguous tensor from its start to its end."""
+        start, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+        share = -(-size // self._threads // 4096) * 4096
+        parts = [(start + at, min(share, size - at), 1) for at in range(0, size, share)]
+        self._all(self._library.read_span, parts)
+
+    def tiles(self, store: Any, lists: BlockLists) -> None:
+        """Read the tiles of a PagedKV that attention over these lists (int32, contiguous, no counts) would read."""
+        count = lists.ids.shape[2]
+        share = -(-count // self._threads)
+        parts = []
+        for first in range(0, count, share):
+            args = AttendArgs(store=store.native(), query_heads=store.heads, blocks_stride=count)
+            args.blocks = lists.ids.data_ptr() + first * lists.ids.element_size()
+            args.count = min(share, count - first)
+            parts.append((byref(args), 1))
+        self._all(self._library.read_tiles, parts)
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def _all(self, read: Any, parts: list[tuple]) -> None:
+        if self._pool is None:
+            for part in parts:
+                read(*part)
+        else:
+            for job in [self._pool.submit(read, *part) for part in parts]:
+                job.result()
