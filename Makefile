@@ -4,6 +4,7 @@
 # make test-faults     an error at every line that changes a cache: minutes, on as many cores as JOBS says
 # make test-versions   what depends on transformers, on the oldest and an older one, each in an environment of its own
 # make lint            ruff: rules and format
+# make docs            the pages of docs/ as a site; a broken link fails
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,7 +24,7 @@ VERSIONED = tests/patches tests/integration tests/unit/test_cache.py tests/eval/
 SAME_EVERYWHERE = native_safety recall trust monitor trace two_devices on_device graph host_dtype sparse devices \
 	without_library methods
 
-.PHONY: demo test test-full test-faults test-versions lint clean
+.PHONY: demo test test-full test-faults test-upstream test-versions lint docs clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/scout-hf demo
@@ -51,6 +52,10 @@ lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+docs: $(VENV)/.installed
+	$(VENV)/bin/pip install -q -e ".[docs]"
+	PATH="$(abspath $(VENV))/bin:$$PATH" NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
 NATIVE = setup.py $(wildcard scout_hf/kernels/cpu/native/*)
 
 $(VENV)/.installed: pyproject.toml $(NATIVE)
@@ -72,4 +77,4 @@ $(VENV)-%/.installed-test: pyproject.toml $(NATIVE)
 .SECONDARY:
 
 clean:
-	rm -rf $(VENV) $(VENV)-* build dist *.egg-info scout_hf/kernels/cpu/_scout_cpu.*
+	rm -rf $(VENV) $(VENV)-* build dist site *.egg-info scout_hf/kernels/cpu/_scout_cpu.*

@@ -269,7 +269,7 @@ def plan_command(
 
 @app.command()
 def report(
-    results: Annotated[list[Path], typer.Argument(metavar="[RESULTS]...", help="JSON files, or folders of them.")] = [  # noqa: B006
+    results: Annotated[list[Path], typer.Argument(metavar="RESULTS", help="JSON files, or folders of them.")] = [  # noqa: B006
         Path("eval/results")
     ],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),

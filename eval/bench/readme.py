@@ -1,6 +1,6 @@
-"""The README's tables of speed, made from the JSON of the benchmarks.
+"""The tables of speed in docs/results, made from the JSON of the benchmarks.
 
-``python -m scout_hf.eval.bench.readme README.md FOLDER`` makes them anew.
+``python -m scout_hf.eval.bench.readme PAGE FOLDER`` makes those of a page again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scout_hf.eval.markdown import head, line, update
+from scout_hf.eval.markdown import between_marks, head, line, update
 from scout_hf.eval.methods import tables as methods
 from scout_hf.eval.records import read_record
 
@@ -73,8 +73,10 @@ COMMANDS = {
 
 
 def main(page: str, folder: str) -> None:
-    """Bring a page up to date with the records in a folder."""
-    for name, command in COMMANDS.items():
+    """Bring those tables of a page up to date that it has a place for, from the records in a folder."""
+    text = Path(page).read_text(encoding="utf-8")
+    placed = {name: command for name, command in COMMANDS.items() if between_marks(text, command)}
+    for name, command in (placed or COMMANDS).items():
         path = Path(folder) / f"{name}.json"
         if not path.is_file():
             print(f"{name}: no {path}")

@@ -209,9 +209,9 @@ class TestShown:
 
 class TestReadme:
     def test_it_is_up_to_date(self):
-        text = (ROOT / "README.md").read_text(encoding="utf-8")
+        text = (ROOT / "docs/results/fidelity.md").read_text(encoding="utf-8")
         assert between_marks(text, readme.COMMAND)[1].strip() == readme.markdown(report.load(RESULTS)), (
-            "make it anew with: scout-hf fidelity --report eval/results/fidelity.json --readme README.md"
+            "again: scout-hf fidelity --report eval/results/fidelity.json --readme docs/results/fidelity.md"
         )
 
     def test_only_what_is_between_the_marks_changes(self, whole, tmp_path):
