@@ -54,7 +54,8 @@ lint: $(VENV)/.installed-test
 
 docs: $(VENV)/.installed
 	$(VENV)/bin/pip install -q -e ".[docs]"
-	PATH="$(abspath $(VENV))/bin:$$PATH" NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+	$(VENV)/bin/typer scout_hf.cli utils docs --name scout-hf --title "Command line" --output docs/cli.md
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 NATIVE = setup.py $(wildcard scout_hf/kernels/cpu/native/*)
 
