@@ -177,6 +177,7 @@ class ScoutCache(Cache):
 
     def reset(self) -> None:
         """Forget all tokens; also the way on after a change that was left half way."""
+        self.whole.refuse_in_pass("reset()")
         self.whole.torn = "reset()"
         self.whole.leave_pass()
         super().reset()
@@ -186,7 +187,7 @@ class ScoutCache(Cache):
 
     def crop(self, tokens_to_remove: int | torch.Tensor) -> None:
         """Remove as many tokens as a number <= 0 says, in all layers; see ``ScoutLayer.crop``."""
-        self.whole.ready()
+        self.whole.between_passes("crop()")
         tokens_to_remove = int(tokens_to_remove)
         with self.whole.changing("crop()"):
             super().crop(tokens_to_remove)
@@ -204,7 +205,7 @@ class ScoutCache(Cache):
         self._change_rows("batch_select_indices", torch.as_tensor(indices, device="cpu"))
 
     def _change_rows(self, operation: str, rows: torch.Tensor | int) -> None:
-        self.whole.ready()
+        self.whole.between_passes(f"{operation}()")
         known = [layer.method.batch for layer in self.scout_layers if layer.method]
         if known and isinstance(rows, torch.Tensor):
             # Wrong numbers are told of here, before a layer has changed.
@@ -227,7 +228,7 @@ class ScoutCache(Cache):
 
     @keeps_tensors
     def __deepcopy__(self, memo: dict) -> ScoutCache:
-        self.whole.ready()
+        self.whole.between_passes("fork()")
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -250,12 +251,7 @@ class ScoutCache(Cache):
 
     def mark(self) -> list[Any]:
         """The state of every layer, to go back to with ``rollback``; costs no copy of keys and values."""
-        self.whole.ready()
-        if self.whole.open_pass is not None:
-            raise CacheStateError(
-                "this cache is in a forward pass of another thread; a cache serves one pass at a time: give each "
-                "thread a fork, made between passes"
-            )
+        self.whole.between_passes("another forward pass")
         # Stock attention layers replace their tensors at every update, so their attributes are a snapshot.
         return [layer.mark() if isinstance(layer, ScoutLayer) else dict(layer.__dict__) for layer in self.layers]
 
@@ -306,7 +302,9 @@ class ScoutLayer(ReadableLayer):
 
         Returns the same two tensors inside a patched forward pass, the whole keys and values anywhere else.
         """
-        self.whole.check()
+        step = active_step()
+        inside = step is not None and step.cache.whole is self.whole
+        self.whole.check() if inside else self.whole.between_passes("update()")
         if key_states.shape != value_states.shape:
             raise CacheStateError(
                 f"layer {self.layer_idx} has keys {tuple(key_states.shape)} and values {tuple(value_states.shape)}; "
@@ -316,8 +314,7 @@ class ScoutLayer(ReadableLayer):
             self.lazy_initialization(key_states, value_states)
         else:
             refuse_other_sizes((self.method.batch, *self.sizes), key_states, self.layer_idx)
-        step = active_step()
-        if step is not None and step.cache.layers[self.layer_idx] is self:
+        if inside:
             self.incoming = key_states
             self.method.append(key_states, value_states, step)
             return key_states, value_states
@@ -375,6 +372,7 @@ class ScoutLayer(ReadableLayer):
 
         Prompt lookup of some versions (5.17) hands over a tensor of one number.
         """
+        self.whole.refuse_in_pass("crop()")
         if self.method:
             held, length = self.method.length, int(length)
             keep = max(0, held + length) if length <= 0 else min(length, held)
@@ -384,12 +382,14 @@ class ScoutLayer(ReadableLayer):
     @keeps_tensors
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Make row ``i`` what row ``beam_idx[i]`` was."""
+        self.whole.refuse_in_pass("reorder_cache()")
         if self.method and not _is_identity(beam_idx, self.method.batch):
             self.method.select_rows(beam_idx)
 
     @keeps_tensors
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times."""
+        self.whole.refuse_in_pass("batch_repeat_interleave()")
         if self.method:
             rows = torch.arange(self.method.batch, dtype=torch.int64, device="cpu")
             self.method.select_rows(rows.repeat_interleave(repeats))
@@ -397,12 +397,14 @@ class ScoutLayer(ReadableLayer):
     @keeps_tensors
     def batch_select_indices(self, indices: torch.Tensor | Sequence[int]) -> None:
         """Keep the rows ``indices``, numbers or a bool per row."""
+        self.whole.refuse_in_pass("batch_select_indices()")
         if self.method:
             indices = torch.as_tensor(indices, device="cpu")
             self.method.select_rows(indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices)
 
     def reset(self) -> None:
         """Forget all tokens."""
+        self.whole.refuse_in_pass("reset()")
         if self.method:
             self.method.drain()
         self.method = self.incoming = None
@@ -414,6 +416,7 @@ class ScoutLayer(ReadableLayer):
 
     @keeps_tensors
     def __deepcopy__(self, memo: dict) -> ScoutLayer:
+        self.whole.refuse_in_pass("copying a layer")
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         own = {"incoming": None, "method": self.method and self.method.fork()}

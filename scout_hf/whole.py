@@ -39,6 +39,22 @@ class Whole:
         self.end_interrupted_pass()
         self.check()
 
+    def refuse_in_pass(self, what: str) -> None:
+        """Raise CacheStateError while a thread is inside a pass, which goes on unharmed."""
+        step = self.open_pass
+        if step is not None and step.is_running():
+            where = "this thread" if step is active_step() else "another thread"
+            raise CacheStateError(
+                f"{what} was called in the middle of a forward pass of {where} with this cache, while some layers have "
+                "the new tokens and others do not; do it before or after the pass, or give each thread a fork, made "
+                "between passes"
+            )
+
+    def between_passes(self, what: str) -> None:
+        """``ready`` for ``what`` changes the cache; CacheStateError in a pass that is running."""
+        self.refuse_in_pass(what)
+        self.ready()
+
     @contextlib.contextmanager
     def changing(self, what: str) -> Iterator[None]:
         """While the block runs, and for good if it does not get through, the cache is torn."""

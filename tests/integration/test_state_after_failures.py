@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import threading
 
 import pytest
@@ -313,3 +314,108 @@ def test_a_cache_in_a_pass_of_another_thread_serves_no_second_one(world):
         outside.set()
         thread.join()
     assert (found[0] - expected).abs().max() <= TOLERANCE
+
+
+CHANGES = {
+    "fork()": lambda cache: cache.fork(),
+    "deepcopy": lambda cache: copy.deepcopy(cache),
+    "crop()": lambda cache: crop(cache, 44),
+    "reorder_cache()": lambda cache: cache.reorder_cache(torch.tensor([1, 1])),
+    "batch_repeat_interleave()": lambda cache: cache.batch_repeat_interleave(2),
+    "batch_select_indices()": lambda cache: cache.batch_select_indices([1]),
+    "reset()": lambda cache: cache.reset(),
+    "crop() of a layer": lambda cache: cache.layers[0].crop(-1),
+    "reorder_cache() of a layer": lambda cache: cache.layers[0].reorder_cache(torch.tensor([1, 1])),
+    "batch_repeat_interleave() of a layer": lambda cache: cache.layers[0].batch_repeat_interleave(2),
+    "batch_select_indices() of a layer": lambda cache: cache.layers[0].batch_select_indices([1]),
+    "reset() of a layer": lambda cache: cache.layers[0].reset(),
+    "copy of a layer": lambda cache: copy.copy(cache.layers[0]),
+}
+
+
+@TIERS
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("thread", ["this thread", "another thread"])
+def test_nothing_is_changed_in_the_middle_of_a_pass(world, change, thread):
+    model, cache, (expected, _) = world
+    told = []
+
+    def ask():
+        try:
+            CHANGES[change](cache)
+        except scout_hf.CacheStateError as error:
+            told.append(str(error))
+
+    def in_a_thread():
+        other = threading.Thread(target=ask)
+        other.start()
+        other.join()
+
+    hook = model.model.layers[2].mlp.register_forward_pre_hook(
+        lambda *_: ask() if thread == "this thread" else in_a_thread()
+    )
+    found = go_on(model, cache)
+    hook.remove()
+    assert (found - expected).abs().max() <= TOLERANCE
+    # A turn and eight steps.
+    assert len(told) == 9 and all("forward pass" in each and "before or after" in each for each in told)
+    CHANGES[change](cache)
+
+
+@TIERS
+def test_no_tokens_are_added_in_the_middle_of_another_threads_pass(world):
+    model, cache, (expected, _) = world
+    told, keys = [], torch.zeros(2, 2, 1, 8)
+
+    def ask():
+        try:
+            cache.update(keys, keys, 1)
+        except scout_hf.CacheStateError as error:
+            told.append(str(error))
+
+    def in_a_thread(*_):
+        other = threading.Thread(target=ask)
+        other.start()
+        other.join()
+
+    hook = model.model.layers[2].mlp.register_forward_pre_hook(in_a_thread)
+    found = go_on(model, cache)
+    hook.remove()
+    assert (found - expected).abs().max() <= TOLERANCE
+    assert len(told) == 9 and "another thread" in told[0]
+
+
+@TIERS
+def test_tokens_added_after_a_pass_that_a_thread_left_behind(world):
+    model, cache, _ = world
+    hook = model.model.layers[2].mlp.register_forward_pre_hook(planted(asyncio.CancelledError))
+
+    def work():
+        with contextlib.suppress(asyncio.CancelledError):
+            go_on(model, cache)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    hook.remove()
+    keys = torch.zeros(2, 2, 1, 8)
+    for index in range(len(cache.layers)):
+        assert cache.update(keys, keys, index)[0].shape[2] == 46
+
+
+@TIERS
+def test_a_bigger_model_with_a_cache_of_its_own_inside_a_pass(tiers):
+    """A draft made in a hook, by a model that is not patched and has more layers."""
+    model, bigger = llama(num_hidden_layers=2), llama()
+    with torch.no_grad(), scout_hf.patch(model, **tiers) as handle:
+        expected = model(IDS).logits
+        inner = scout_hf.ScoutCache(bigger.config, **tiers)
+
+        def draft(*_):
+            bigger(IDS[:, :9], past_key_values=inner)
+
+        hook = model.model.layers[1].register_forward_pre_hook(draft)
+        found = model(IDS, past_key_values=handle.new_cache()).logits
+        hook.remove()
+    assert (found - expected).abs().max() <= TOLERANCE
+    assert {layer.get_seq_length() for layer in inner.layers} == {9}
