@@ -4,8 +4,9 @@
     python -m tests.upstream.run --all                        ten families, pressed and as they are
     python -m tests.upstream.run --source ~/transformers llama opt
 
-Pressed: with longer prompts, so that there is KV on both tiers, and without the attention weights that many tests ask
-for, which only stock attention gives; tests that compile are left out. Every family runs unpatched, then with
+Pressed: with longer prompts and answers, so that there is KV on both tiers, with larger weights, so that what is
+attended matters, without a sliding window in every layer, and without the attention weights that many tests ask for,
+which only stock attention gives; tests that compile are left out. Every family runs unpatched, then with
 split="off" and split="cpu". Of every generate() call of a test, the tokens and the logits of each forward pass must be
 those of the unpatched run.
 

@@ -1,7 +1,8 @@
 """A pytest plugin for transformers' own tests: the same tests, with every model that generates patched first.
 
-``SCOUT_ARM`` is the path of a JSON object: ``split`` ("off", "cpu", or null for stock), ``pressed`` (longer prompts,
-which fill blocks, and no attention weights asked for, which stock attention alone can give), ``source`` (the checkout),
+``SCOUT_ARM`` is the path of a JSON object: ``split`` ("off", "cpu", or null for stock), ``pressed`` (longer prompts
+and answers, which fill blocks, weights that make what is attended matter, layers that attend to everything, and no
+attention weights asked for, which stock attention alone can give), ``source`` (the checkout),
 ``only`` (test ids, or null for all) and ``results`` (where a line per test goes: its outcome and what was decoded; the
 tokens and logits of its calls go beside it, one file a test).
 All that is changed here is changed in the process that runs the tests, and nowhere else.
@@ -55,7 +56,9 @@ class Arm:
 
     def end(self) -> None:
         for handle in self.handles:
-            self.steps += handle.stats().steps
+            stats = handle.stats()
+            # Without a layer that attends to everything scout_hf leaves all to stock, which proves nothing pressed.
+            self.steps += stats.steps if stats.layers or not ARM["pressed"] else 0
             with handle:
                 pass
         self.handles = []
@@ -140,21 +143,25 @@ def _pressed(set_up):
         if isinstance(getattr(tester, "seq_length", None), int):
             tester.seq_length += LONGER
         if hasattr(tester, "get_config"):
-            tester.get_config = _with_larger_weights(tester.get_config)
+            tester.get_config = _pressing(tester.get_config)
 
     return pressed
 
 
-def _with_larger_weights(get_config):
+def _pressing(get_config):
+    """Larger weights, and no sliding window that all layers have."""
+
     @functools.wraps(get_config)
-    def larger(*args, **kwargs):
+    def pressing(*args, **kwargs):
         config = get_config(*args, **kwargs)
         for part in {id(part): part for part in (config, config.get_text_config())}.values():
             for name in WEIGHTS.keys() & part.to_dict().keys():
                 setattr(part, name, WEIGHTS[name])
+            if getattr(part, "sliding_window", None) and not getattr(part, "layer_types", None):
+                part.sliding_window = None
         return config
 
-    return larger
+    return pressing
 
 
 def pytest_runtest_setup(item):

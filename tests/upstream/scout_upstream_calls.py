@@ -22,7 +22,8 @@ class Calls:
             if torch.compiler.is_compiling() or not isinstance(getattr(output, "logits", None), torch.Tensor):
                 return
             fed = kwargs.get("input_ids", args[0] if args else None)
-            call["passes"].append({"fed": _kept(fed), "logits": _kept(output.logits)})
+            routed = hasattr(output, "router_logits")
+            call["passes"].append({"fed": _kept(fed), "logits": _kept(output.logits), "routed": routed})
 
         hook = model.register_forward_hook(note, with_kwargs=True)
         try:

@@ -46,11 +46,11 @@ def test_a_decode_step_whose_values_are_too_large_is_found_though_the_test_itsel
     assert "2 pass unpatched, 2 of them generate; patched 1 pass, 0 listed, 1 fail" in said
     assert "3 generate() calls compared" in said
     assert "FAILS   tests/models/planted/test_modeling_planted.py::test_sample[1.05]" in said
-    assert "generate() call 0, step 1: logits differ by" in said
+    assert "generate() call 0, step 1: float32 logits differ by" in said
 
 
-def call(tokens=((5, 1),), logits=(LOGITS,), fed=None, raised=None):
-    passes = [{"fed": fed, "logits": part} for part in logits]
+def call(tokens=((5, 1),), logits=(LOGITS,), fed=None, raised=None, routed=False):
+    passes = [{"fed": fed, "logits": part, "routed": routed} for part in logits]
     return {"tokens": None if raised else torch.tensor(tokens), "raised": raised, "passes": passes}
 
 
@@ -69,10 +69,10 @@ def test_equal_calls_are_counted_with_the_greatest_difference():
 @pytest.mark.parametrize(
     ("patched", "said"),
     [
-        ([call(), call(logits=[LOGITS * 1.001])], "call 1, step 0: logits differ by 1.0e-03 of the largest"),
-        ([call(), call(logits=[LOGITS * torch.nan])], "call 1, step 0: logits differ by nan"),
-        ([call(), call(logits=[LOGITS[..., :2]])], "call 1, step 0: logits are float32 (1, 1, 3) unpatched, float32 ("),
-        ([call(), call(logits=[LOGITS.half()])], "call 1, step 0: logits are float32 (1, 1, 3) unpatched, float16 (1,"),
+        ([call(), call(logits=[LOGITS * 1.001])], "call 1, step 0: float32 logits differ by 1.0e-03 of the largest"),
+        ([call(), call(logits=[LOGITS * torch.nan])], "call 1, step 0: float32 logits differ by nan"),
+        ([call(), call(logits=[LOGITS[..., :2]])], "step 0: float32 (1, 1, 3) logits unpatched, float32 (1, 1, 2)"),
+        ([call(), call(logits=[LOGITS.half()])], "step 0: float32 (1, 1, 3) logits unpatched, float16 (1, 1, 3)"),
         ([call(), call(logits=[LOGITS, LOGITS])], "call 1, 1 forward passes unpatched, 2 patched"),
         ([call(), call(fed=torch.tensor([[3]]))], "call 1, step 0: fed with other tokens"),
         ([call(), call(tokens=[[5, 2]])], "call 1, at its end: other tokens returned, whose logits are 2.5e-01 of the"),
@@ -97,6 +97,13 @@ def test_a_tie_may_go_either_way_and_what_follows_it_is_not_compared():
     for made, token in zip(steps, (1, 2)):
         made["passes"][1]["fed"] = torch.tensor([[token]])
     assert hold(steps[:1], steps[1:]).differ == {}
+
+
+def test_experts_that_half_precision_chose_otherwise_are_told_apart_from_errors():
+    half = LOGITS.half()
+    for dtype, routed, differs in ((half, True, False), (half, False, True), (LOGITS, True, True)):
+        found = hold(*[[call(logits=[dtype * factor], routed=routed), call()] for factor in (1, 1.05)])
+        assert (bool(found.differ), sum(found.left_out.values())) == (differs, 0 if differs else 2)
 
 
 def test_calls_that_cannot_be_compared_are_counted_with_the_reason():
