@@ -50,6 +50,12 @@ def _by_row(images: int, rows: int) -> dict[str, torch.Tensor]:
     return {"pixel_values": _pixels(images, 3, 28, 28).view(rows, images // rows, 3, 28, 28)}
 
 
+def _flat(images: int, rows: int) -> dict[str, torch.Tensor]:
+    """All patches of an image in one row, with a mask over them."""
+    sizes, seen = torch.full((images, 2), 8), torch.ones(images, 64, dtype=torch.long)
+    return {"pixel_values": _pixels(images, 64, 48), "spatial_shapes": sizes, "pixel_attention_mask": seen}
+
+
 def _grid(height: int, width: int, *numbers: int) -> Callable[[int, int], dict[str, torch.Tensor]]:
     """Patches of all images in one list, so many numbers each, and how many in each direction."""
 
@@ -291,6 +297,48 @@ SEEING: dict[str, Seeing] = {
     ),
     "idefics3": Seeing(1, _LLAMA, _VISION, _BY_ID | {"scale_factor": 2}, _by_row),
     "smolvlm": Seeing(1, _LLAMA, _VISION, _BY_ID | {"scale_factor": 2}, _by_row),
+    "lfm2_vl": Seeing(
+        4,
+        _text("lfm2", conv_L_cache=3, block_multiple_of=2, layer_types=["conv", "full_attention", "full_attention"]),
+        {"model_type": "siglip2_vision_model", "num_patches": 16, "patch_size": 4}
+        | {name: _VISION[name] for name in _VISION if not name.endswith("_size")}
+        | {"hidden_size": 32, "intermediate_size": 32},
+        _BY_ID | {"downsample_factor": 4, "projector_hidden_size": 32},
+        _flat,
+    ),
+    "hunyuan_vl": Seeing(
+        8,
+        _text(
+            "hunyuan_vl_text",
+            head_dim=8,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 1, 1]},
+        ),
+        {name: _VISION[name] for name in _VISION if name != "image_size"}
+        | {"out_hidden_size": 64, "patch_size": 4, "spatial_merge_size": 1, "max_vit_seq_len": 16}
+        | {"max_image_size": 16, "min_image_size": 16},
+        _BY_ID,
+        _grid(2, 2, 48),
+        types="mm_token_type_ids",
+    ),
+    "janus": Seeing(
+        4,
+        _LLAMA,
+        {name: _VISION[name] for name in _VISION if name != "intermediate_size"}
+        | {"projection_dim": 64, "num_image_tokens": 4, "mlp_ratio": 1.0},
+        _BY_ID
+        | {
+            "vq_config": {
+                "embed_dim": 4,
+                "num_embeddings": 8,
+                "latent_channels": 4,
+                "base_channels": 32,
+                "channel_multiplier": [1, 1],
+                "num_res_blocks": 1,
+                "projection_dim": 16,
+                "image_token_embed_dim": 64,
+            }
+        },
+    ),
     "internvl": Seeing(1, _QWEN2, _VISION, _BY_ID),
     "llava": Seeing(4, _LLAMA, _CLIP, _BY_INDEX),
     "vipllava": Seeing(4, _LLAMA, _CLIP, _BY_INDEX | {"vision_feature_layers": [-2, -1]}),
@@ -317,7 +365,8 @@ def missing(name: str) -> str:
         CONFIG_MAPPING[text]()
     except Exception as error:  # 5.4 rejects some of its own defaults under a newer huggingface_hub
         return f"this transformers cannot make a config of {text}: {type(error).__name__}"
-    if "linear_attention" in SEEING[name].text.get("layer_types", ()) and not hasattr(Cache, "has_previous_state"):
+    recurrent = {"linear_attention", "conv"}.intersection(SEEING[name].text.get("layer_types", ()))
+    if recurrent and not hasattr(Cache, "has_previous_state"):
         return f"{text} has a cache class of its own in this transformers"
     return ""
 
