@@ -92,4 +92,5 @@ REFUSED: dict[str, str] = {
 }
 
 # Model types whose generate() runs that of a model inside, and the name of that model.
-GENERATES_INSIDE = {"blip-2": "language_model", "instructblip": "language_model", "instructblipvideo": "language_model"}
+GENERATES_INSIDE = dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), "language_model")
+GENERATES_INSIDE |= dict.fromkeys(("qwen2_5_omni", "qwen3_omni_moe"), "thinker")

@@ -3,6 +3,7 @@
 The prompt goes through the attention and the masks that the model has by itself; what follows is causal.
 """
 
+import inspect
 from functools import cache
 
 import pytest
@@ -131,12 +132,58 @@ def two_turns(name: str, kv_cache):
 
 
 @pytest.mark.parametrize("tiers", TIERS)
-@families("gemma3", "paligemma2", "idefics3", "llava")
+@families("gemma3", "paligemma2", "idefics3", "llava", "hunyuan_vl", "lfm2_vl")
 def test_a_next_turn_with_another_image(name, tiers):
     expected = two_turns(name, DynamicCache(config=model_of(name).config.get_text_config()))
     with scout_hf.patch(model_of(name), **TIERS[tiers]) as handle:
         assert_close(two_turns(name, handle.new_cache()), expected)
         assert handle.stats().steps == 6
+
+
+def grid_turns(name: str, kv_cache):
+    """Logits of a second turn with its own image and of two steps after it, at the positions of the conversation.
+
+    The generate() of these models takes either the images of the whole conversation or only new ones: the turn is given
+    to the model itself.
+    """
+    model, images = model_of(name), [prompt_with_images(name, seed=seed) for seed in (1, 3)]
+    parts = {key: [one[key] for one in images] for key in ("input_ids", "mm_token_type_ids", "image_grid_thw")}
+    whole = {key: torch.cat(both, dim=0 if key == "image_grid_thw" else 1) for key, both in parts.items()}
+    whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+    takes = inspect.signature(model.model.get_rope_index).parameters
+    positions = model.model.get_rope_index(**{key: value for key, value in whole.items() if key in takes})[0]
+    last = torch.cat([whole["input_ids"][:, :1]] * 2, dim=1)
+    at = positions.max() + 1 + torch.arange(2).expand(*positions.shape[:2], 2)
+    if kv_cache is None:
+        positions = torch.cat([positions, at], dim=-1)
+        ids, mask = torch.cat([whole["input_ids"], last], dim=1), torch.ones(1, 82, dtype=torch.long)
+        types = torch.cat([whole["mm_token_type_ids"], torch.zeros_like(last)], dim=1)
+        pixels = torch.cat([one["pixel_values"] for one in images])
+        given = {"pixel_values": pixels, "image_grid_thw": whole["image_grid_thw"], "mm_token_type_ids": types}
+        return model(ids, attention_mask=mask, position_ids=positions, **given).logits[:, 40:]
+    found = []
+    for turn, one in enumerate(images):
+        here = slice(turn * 40, turn * 40 + 40)
+        one = one | {"attention_mask": whole["attention_mask"][:, : here.stop]}
+        found.append(model(**one, position_ids=positions[..., here], **{CACHE: kv_cache}).logits)
+    for step in range(2):
+        mask = torch.ones(1, 81 + step, dtype=torch.long)
+        given = {"attention_mask": mask, "position_ids": at[..., step : step + 1], CACHE: kv_cache}
+        found.append(model(last[:, step : step + 1], **given).logits)
+    return torch.cat(found[1:], dim=1)
+
+
+@torch.no_grad()
+@families("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")
+def test_a_next_turn_with_another_image_at_the_positions_of_a_grid(name):
+    """Against the whole conversation in one pass without a cache, and against a stock cache."""
+    whole = grid_turns(name, None)
+    stock = grid_turns(name, DynamicCache(config=model_of(name).config.get_text_config()))
+    torch.testing.assert_close(stock, whole, atol=3e-6, rtol=0)
+    for settings in TIERS.values():
+        with scout_hf.patch(model_of(name), **settings) as handle:
+            torch.testing.assert_close(grid_turns(name, handle.new_cache()), stock, atol=3e-6, rtol=0)
+            assert handle.stats().steps == 2
 
 
 @families("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -161,6 +208,23 @@ def test_a_video(name, tiers):
     expected = run(model_of(name), inputs, 6)
     with scout_hf.patch(model_of(name), **TIERS[tiers]):
         assert_close(run(model_of(name), inputs, 6), expected)
+
+
+@pytest.mark.parametrize("tiers", TIERS)
+@families("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "hunyuan_vl", "lfm2_vl")
+def test_prompts_in_chunks_that_end_within_an_image(name, tiers):
+    inputs, options = prompt_with_images(name), {"prefill_chunk_size": 14}
+    assert {*inputs["input_ids"][0, 13:15].tolist()} == {IMAGE}
+    try:
+        expected = run(model_of(name), inputs, 5, **options)
+    except RuntimeError:
+        # Before transformers 5.24; a patched model must not answer instead.
+        with scout_hf.patch(model_of(name), **TIERS[tiers]), pytest.raises((RuntimeError, scout_hf.ScoutError)):
+            run(model_of(name), inputs, 5, **options)
+        pytest.skip("this transformers cannot read an image in chunks itself")
+    with scout_hf.patch(model_of(name), **TIERS[tiers]) as handle:
+        assert_close(run(model_of(name), inputs, 5, **options), expected)
+        assert handle.stats().steps == 4 and not handle.stats().stock_passes
 
 
 @families("glm4v")
