@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 PREFIX = "scout_over_"
 
 
@@ -9,29 +12,44 @@ class AttentionName(str):
     """The implementation that a model had, which looks itself up as another.
 
     Models, masks, continuous batching, checks of settings and users read ``config._attn_implementation`` and decide by
-    its text, which stays that of ``before``. A registry finds ``key`` under it, as dictionaries ask for the hash first.
-    Copies and pickles are plain strings: a config taken from a patched model knows nothing of the patch.
+    its text, which stays that of ``before``. A registry finds ``key`` under it, as dictionaries ask for the hash first;
+    so does every other dictionary or set, which is why ``name in {"sdpa"}`` is False and ``name in ["sdpa"]`` is True.
+    Copies and pickles are plain strings: a config taken from a patched model knows nothing of the patch. A shallow copy
+    of that config has the very name, which stands for a patch in its own config alone, and reads as a plain string in
+    every way once that patch is gone.
 
     Parameters
     ----------
     before : str or None
         The implementation of the config; models take None as eager.
+    config : PreTrainedConfig
+        The one that it is for.
+
+    Attributes
+    ----------
     patches : int
         Patches of models that share the config.
     """
 
-    __slots__ = ("before", "key", "patches")
+    __slots__ = ("_config", "before", "key", "patches")
 
-    def __new__(cls, before: str | None, patches: int = 1) -> AttentionName:
+    def __new__(cls, before: str | None, config: Any) -> AttentionName:
         name = super().__new__(cls, before or "eager")
-        name.before, name.key, name.patches = before, PREFIX + str(name), patches
+        name.before, name.key, name.patches = before, PREFIX + str(name), 0
+        name._config = weakref.ref(config)
         return name
 
+    def is_of(self, config: Any) -> bool:
+        """Whether it is this very config's, not that of one which was copied."""
+        return self._config() is config
+
     def __hash__(self) -> int:
-        return hash(self.key)
+        return hash(self.key if self.patches else str(self))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, str) and (str.__eq__(self, other) or str.__eq__(self.key, other))
+        if not isinstance(other, str):
+            return False
+        return str.__eq__(self, other) or (self.patches > 0 and str.__eq__(self.key, other))
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -40,15 +58,18 @@ class AttentionName(str):
         return (type(None), ()) if self.before is None else (str, (self.before,))
 
 
-def name_over(current: str | None) -> AttentionName:
-    """The name for one patch more of a config whose implementation is ``current``."""
-    if isinstance(current, AttentionName):
-        return AttentionName(current.before, current.patches + 1)
-    return AttentionName(current)
-
-
-def name_under(current: str | None) -> str | None:
-    """What remains of ``current`` for one patch less; all that somebody has set since stays."""
+def name_over(config: Any) -> AttentionName:
+    """The name for one patch more of a config, which is counted once it is there."""
+    current = config._attn_implementation_internal
     if not isinstance(current, AttentionName):
+        return AttentionName(current, config)
+    return current if current.is_of(config) else AttentionName(current.before, config)
+
+
+def name_under(config: Any) -> str | None:
+    """What remains for one patch less; all that somebody has set since stays."""
+    current = config._attn_implementation_internal
+    if not isinstance(current, AttentionName) or not current.is_of(config):
         return current
-    return current.before if current.patches == 1 else AttentionName(current.before, current.patches - 1)
+    current.patches = max(0, current.patches - 1)
+    return current if current.patches else current.before

@@ -55,7 +55,7 @@ class AttentionNames:
             raise PatchError(f"the attention implementation was changed after patch(): {found}")
         for config in self._configs:
             name = config._attn_implementation_internal
-            if type(name) is not AttentionName:
+            if type(name) is not AttentionName or not name.patches or not name.is_of(config):
                 self._put_on(config)
             elif not is_registered(name):
                 register_over(name)
@@ -63,7 +63,7 @@ class AttentionNames:
     def take_off(self) -> None:
         """Leave what was there before, or what somebody has set since."""
         for config in self._on:
-            config._attn_implementation_internal = name_under(config._attn_implementation_internal)
+            config._attn_implementation_internal = name_under(config)
         self._on.clear()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -71,9 +71,10 @@ class AttentionNames:
         return self.__dict__ | {"_seen": None}
 
     def _put_on(self, config: Any) -> None:
-        name = name_over(config._attn_implementation_internal)
+        name = name_over(config)
         register_over(name)
         config._attn_implementation_internal = name
+        name.patches += 1
 
     def _not_plain(self) -> str | None:
         if self._any:

@@ -165,6 +165,76 @@ class TestCopies:
         assert model.config._attn_implementation is None
 
 
+class TestShallowCopies:
+    """Their dictionary holds the very name, which stands for the patches of one config alone."""
+
+    @pytest.fixture
+    def shared(self, implementation):
+        """A model, a shallow copy of its config made while it was patched, and the handle."""
+        model = small(implementation)
+        handle = scout_hf.patch(model, **TWO_TIERS)
+        return model, copy.copy(model.config), handle
+
+    def model_of(self, config, implementation):
+        model = type(small())(config).eval()
+        model.load_state_dict(small(implementation).state_dict())
+        return model
+
+    def test_it_is_as_good_as_plain_once_the_patch_is_gone(self, shared, implementation):
+        model, config, handle = shared
+        handle.remove()
+        name = config._attn_implementation
+        assert name in {implementation} and {implementation: 1}[name] == 1 and hash(name) == hash(implementation)
+        assert ALL_ATTENTION_FUNCTIONS.get(name) is ALL_ATTENTION_FUNCTIONS.get(implementation)
+        assert name == implementation and name != f"scout_over_{implementation}"
+        assert type(model.config._attn_implementation) is str
+
+    @pytest.mark.parametrize("removed", [False, True])
+    def test_a_model_made_from_it_is_stock(self, shared, implementation, removed):
+        _, config, handle = shared
+        if removed:
+            handle.remove()
+        model = self.model_of(config, implementation)
+        output = run(model, prompt())
+        assert isinstance(output[CACHE], DynamicCache)
+        assert_equal(output, run(small(implementation), prompt()))
+
+    @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["first one first", "second one first"])
+    def test_patches_of_both_leave_nothing(self, shared, implementation, order):
+        first, config, handle = shared
+        second, stock = self.model_of(config, implementation), run(small(implementation), prompt())
+        handles = [handle, scout_hf.patch(second, **ONE_TIER)]
+        models = [first, second]
+        for index in order:
+            for model in models:
+                assert_close(run(model, prompt()), stock)
+            handles[index].remove()
+            name = models[index].config._attn_implementation_internal
+            assert type(name) is str and name == implementation
+        for model in models:
+            assert_equal(run(model, prompt()), stock)
+
+    def test_a_name_that_was_read_and_set_on_another_config(self, implementation):
+        first, second = small(implementation), small("sdpa")
+        with scout_hf.patch(first, **ONE_TIER):
+            second.config._attn_implementation = first.config._attn_implementation
+            with scout_hf.patch(second, **ONE_TIER):
+                assert_close(run(second, prompt()), run(small(implementation), prompt()))
+            name = second.config._attn_implementation_internal
+            assert type(name) is str and name == implementation
+
+    def test_two_patches_of_one_config(self, shared, implementation):
+        """Models may share a config itself: the name goes with the last patch."""
+        first, _, handle = shared
+        second = self.model_of(first.config, implementation)
+        again = scout_hf.patch(second, **ONE_TIER)
+        handle.remove()
+        assert isinstance(run(second, prompt())[CACHE], ScoutCache)
+        assert type(first.config._attn_implementation_internal) is not str
+        again.remove()
+        assert type(first.config._attn_implementation_internal) is str
+
+
 CHILD = """
 import sys, torch
 what, file = sys.argv[1:]
