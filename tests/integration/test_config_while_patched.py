@@ -47,7 +47,8 @@ class TestReading:
     def test_a_set_of_names_is_what_it_cannot_be_found_in(self, patched, implementation):
         """Registries are asked the same way, and there it must be found as another."""
         name = patched.config._attn_implementation
-        assert name not in {implementation}
+        assert name not in {implementation} and name not in {implementation: 1}
+        assert str(name) in {implementation} and str(name) in {implementation: 1}
         assert ALL_ATTENTION_FUNCTIONS[name] is ALL_ATTENTION_FUNCTIONS[f"scout_over_{implementation}"]
 
     def test_everything_written_is_as_before(self, patched, implementation, tmp_path):

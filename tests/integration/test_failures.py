@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import scout_hf
+from scout_hf.cache_names import CACHE
 from scout_hf.kernels.cpu.pool import NativePool
 from scout_hf.kernels.cpu.torch_backend import TorchBackend, _Scratch
 from scout_hf.kernels.cpu.workers import Workers
@@ -19,6 +21,7 @@ from scout_hf.stores.pages import PagePool
 from tests.integration.common import (
     LOSSY,
     ONE_TIER,
+    TOLERANCE,
     TWO_TIERS,
     assert_close,
     assert_equal,
@@ -381,3 +384,27 @@ def test_a_turn_for_which_there_is_no_memory_can_be_taken_again(monkeypatch, set
 def no_memory(*given, **options):
     """What mmap raises."""
     raise OSError(12, "Cannot allocate memory")
+
+
+@pytest.mark.parametrize("options", [ONE_TIER, TWO_TIERS], ids=["one tier", "two tiers"])
+def test_a_hook_of_a_user_that_raises_after_the_pass_leaves_the_cache_as_stock_does(options):
+    """The tokens are stored by then, in a DynamicCache too: who catches the error goes on behind them."""
+    model, ids = llama(), prompt(2, 30)
+
+    def story(cache):
+        found = []
+        for tokens in (slice(0, 20), slice(20, 21), slice(21, 26)):
+            hook = model.register_forward_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError), torch.no_grad():
+                model(ids[:, tokens], **{CACHE: cache})
+            hook.remove()
+            found.append([layer.get_seq_length() for layer in cache.layers])
+            with torch.no_grad():
+                found.append(model(ids[:, 26:27], **{CACHE: cache}).logits)
+        return found
+
+    expected = story(DynamicCache(config=model.config))
+    with scout_hf.patch(model, **options) as handle:
+        found = story(handle.new_cache())
+    assert found[::2] == expected[::2] == [[20] * 4, [22] * 4, [28] * 4]
+    assert all((one - other).abs().max() <= TOLERANCE for one, other in zip(found[1::2], expected[1::2]))
