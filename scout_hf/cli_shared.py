@@ -81,6 +81,9 @@ def told() -> Iterator[None]:
 
     try:
         yield
+    except BrokenPipeError:
+        # Whoever reads has seen enough, as head does: typer ends without a word.
+        raise
     except (ScoutError, OSError, ValueError) as error:
         tell(f"error: {error}")
         raise typer.Exit(2) from error

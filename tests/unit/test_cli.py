@@ -107,6 +107,21 @@ def test_version_is_plain_words(tmp_path):
     assert len(lines) < 10 and max(map(len, out.splitlines())) <= 100
 
 
+@pytest.mark.parametrize("words", [["lm-eval", "make-data", "data", "--rows", "1", "--tokens", "256"], ["plan"]])
+def test_a_reader_that_ends_early_is_no_error(words, tmp_path):
+    """As in ``scout-hf plan | head -1``."""
+    code = f"from scout_hf.cli import app; app({words!r}, prog_name='scout-hf')"
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+    finally:
+        os.close(write)
+    assert done.returncode == 1 and done.stderr == ""
+
+
 def test_no_progress_bar_in_a_pipe(tmp_path):
     small = ["--tokens", "256", "--questions", "1", "--budget", "64"]
     code, out, errors, _ = call("demo", *small, cwd=tmp_path)
