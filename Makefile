@@ -1,7 +1,8 @@
 # make demo            set up and run the main job
 # make test            set up and pass the tests
 # make test-full       the same with every cell of the thinned grids
-# make test-faults     an error at every line that changes a cache: minutes, on as many cores as JOBS says
+# make test-faults     an error at every line that changes a cache: 20 minutes on two cores; KEEP=10 tries every tenth point
+# make test-upstream   transformers' own generation tests on patched models, token by token and logit by logit as unpatched
 # make test-versions   what depends on transformers, on the oldest and an older one, each in an environment of its own
 # make lint            ruff: rules and format
 # make docs            the pages of docs/ as a site; a broken link fails
@@ -12,6 +13,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 VERSIONS ?= 5.4.0 5.17.0
 JOBS ?= 2
+KEEP ?= 1
 
 export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE ?= 1
@@ -40,7 +42,7 @@ test-upstream: $(VENV)/.installed-test
 	$(VENV)/bin/python -m tests.upstream.run $(if $(ALL),--all) $(if $(SOURCE),--source $(SOURCE)) || [ $$? = 77 ]
 
 test-faults: $(VENV)/.installed-test
-	SCOUT_TEST_JOBS=$(JOBS) $(VENV)/bin/python -m pytest -m slow -n 0 tests/faults
+	SCOUT_TEST_JOBS=$(JOBS) SCOUT_TEST_KEEP=$(KEEP) $(VENV)/bin/python -m pytest -m slow -n 0 tests/faults
 
 test-versions: $(VERSIONS:%=test-transformers-%)
 

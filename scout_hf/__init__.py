@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from scout_hf.recall import RecallIntervals
     from scout_hf.telemetry import Stats
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CACHE",

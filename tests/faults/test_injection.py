@@ -50,7 +50,8 @@ def test_a_few_points_of_each_kind():
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_line(capsys):
-    status, figures, text = run("--jobs", os.environ.get("SCOUT_TEST_JOBS", "2"))
+    jobs, keep = os.environ.get("SCOUT_TEST_JOBS", "2"), os.environ.get("SCOUT_TEST_KEEP", "1")
+    status, figures, text = run("--jobs", jobs, "--keep", keep)
     with capsys.disabled():
         print(f"\n{figures}")
     assert status == 0, text
