@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     )
     from scout_hf.patching import Handle, patch, unpatch
     from scout_hf.recall import RecallIntervals
-    from scout_hf.telemetry import Stats
+    from scout_hf.stats import Stats
 
 __version__ = "0.2.0"
 
@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 # Imported at first use: torch and transformers take seconds, which `scout-hf --help` need not wait for.
-_ROOMS = {"cache": "ScoutCache", "config": "ScoutConfig", "recall": "RecallIntervals", "telemetry": "Stats"}
+_ROOMS = {"cache": "ScoutCache", "config": "ScoutConfig", "recall": "RecallIntervals", "stats": "Stats"}
 _HOME = {name: room for room, name in _ROOMS.items()} | dict.fromkeys(("Handle", "patch", "unpatch"), "patching")
 _HOME["CACHE"] = "cache_names"
 

@@ -17,6 +17,7 @@ from scout_hf.awaited import await_hooks, hooks_reached
 from scout_hf.cache import ScoutCache, check_names
 from scout_hf.cache_names import CACHE, UNREAD, given_cache
 from scout_hf.config import ScoutConfig
+from scout_hf.counters import Counters
 from scout_hf.errors import ConfigError, PatchError, UnsupportedInputError
 from scout_hf.fitting import refuse_other_depth
 from scout_hf.graph import StepGraphs
@@ -33,10 +34,10 @@ from scout_hf.profiling import profile_recall
 from scout_hf.recall import RecallIntervals
 from scout_hf.restart import PREPARE_INPUTS, RestartingInputs
 from scout_hf.selfcheck import check_unknown_family
+from scout_hf.stats import Stats, summarise
 from scout_hf.step import Inputs, Step, active_step, grid_positions
 from scout_hf.stock_passes import MEANT, explain, reason_of_pass, reason_to_generate_with_stock
 from scout_hf.stores.link import Links
-from scout_hf.telemetry import Counters, Stats, summarise
 from scout_hf.trace import Trace, Tracer, record
 from scout_hf.unwrap import unwrapped
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from scout_hf.telemetry import Stats
+    from scout_hf.stats import Stats
 
 
 def tables(stats: Stats) -> Iterator[Table]:

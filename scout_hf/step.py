@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 if TYPE_CHECKING:
+    from scout_hf.counters import Counters
     from scout_hf.kernels.cpu.workers import Workers
     from scout_hf.stores.link import Links
-    from scout_hf.telemetry import Counters
 
 _ACTIVE = threading.local()
 

@@ -14,7 +14,7 @@ import scout_hf
 from scout_hf.eval.fidelity.cells import METHODS, Cell
 
 NAMES = ("mass", "output_error", "selection_error", "prediction_error", "block_recall")
-"""Fields of :class:`scout_hf.telemetry.Fidelity` that are kept per layer."""
+"""Fields of :class:`scout_hf.stats.Fidelity` that are kept per layer."""
 
 
 def inside(cell: Cell, model: PreTrainedModel, decode: Callable[[scout_hf.Handle], Any]) -> dict[str, Any]:

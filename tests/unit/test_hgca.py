@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from scout_hf import ScoutConfig
+from scout_hf.counters import Counters
 from scout_hf.errors import ConfigError
 from scout_hf.kernels.cpu import make_backend
 from scout_hf.kernels.cpu.workers import Workers
@@ -15,7 +16,6 @@ from scout_hf.methods.base import Scoring, make_method
 from scout_hf.step import Step
 from scout_hf.stores.link import Links
 from scout_hf.stores.staging import Staging
-from scout_hf.telemetry import Counters
 
 HEADS, GROUP, DIM, SIZE, SCALE = 2, 3, 8, 8, 0.4
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from scout_hf.counters import Counters
 from scout_hf.fusion import Partial
 from scout_hf.kernels.cpu import BlockLists, make_backend
 from scout_hf.kernels.cpu.each_block import attend_each, attend_each_native, natively
@@ -20,9 +21,9 @@ from scout_hf.kernels.cpu.pool import NativePool
 from scout_hf.loss import NAMES, lost
 from scout_hf.monitor import MOST_PENDING, SPARSE_EVERY, Monitor, planned
 from scout_hf.selection import Pick
+from scout_hf.stats import summarise
 from scout_hf.stores import make_store
 from scout_hf.stores.snapshot import WholeBlocks
-from scout_hf.telemetry import Counters, summarise
 from tests.libraries import ISAS
 from tests.unit import naive
 

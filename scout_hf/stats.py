@@ -1,121 +1,15 @@
-"""Tallies of what was attended, where, and what it cost. No call here waits for a device."""
+"""The statistics of a patched model: what its counters come to, as one frozen value."""
 
 from __future__ import annotations
 
 import io
-import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from scout_hf.alive import AliveCaches
-from scout_hf.pace import Pace
 from scout_hf.stats_tables import percent, tables
 
-SAMPLE_EVERY = 8
-
-
-class Counters:
-    """Running sums per layer, filled by the methods while a model decodes.
-
-    Sums are floats or 0-dimensional tensors, so that a tally on a GPU is only read when somebody asks.
-    """
-
-    def __init__(self):
-        self._recalls: dict[tuple[int, torch.device, int], torch.Tensor] = {}
-        # Of how things are, not of what was done: they stay when tallies start anew.
-        self.notes: dict[tuple[str, int | None], str] = {}
-        self.alive, self.pace = AliveCaches(), Pace()
-        self.reset()
-
-    def reset(self) -> None:
-        """Start from nothing."""
-        self.steps = self.approximate_steps = self.prefill_tokens = 0
-        self.sums: dict[str, dict[int, float | torch.Tensor]] = defaultdict(lambda: defaultdict(float))
-        self.history: dict[int, list[float]] | None = None
-        self.stock_passes: dict[str, int] = {}
-        self.pace.reset()
-        for tally in self._recalls.values():
-            tally.zero_()
-
-    def add(self, name: str, layer: int, amount: float | torch.Tensor) -> None:
-        """Add to one sum of one layer."""
-        self.sums[name][layer] = self.sums[name][layer] + amount
-
-    def note(self, about: str, text: str, layer: int | None = None) -> None:
-        """Something that whoever reads the statistics should know: the newest per subject and layer."""
-        self.notes[about, layer] = text
-
-    def fell_back(self, reason: str) -> None:
-        """A forward pass ran stock attention."""
-        self.stock_passes[reason] = self.stock_passes.get(reason, 0) + 1
-
-    def all_notes(self) -> Iterator[str]:
-        """One line for what is said of several layers."""
-        layers: dict[tuple[str, str], list[int]] = {}
-        for (about, layer), text in self.notes.items():
-            layers.setdefault((about, text), []).extend([] if layer is None else [layer])
-        for (about, text), where in layers.items():
-            yield f"{about}: {text}" + (f" (layers {_runs(where)})" if where else "")
-
-    def attended(self, layer: int, context: float | torch.Tensor, tokens: float | torch.Tensor) -> None:
-        """One decode step of one layer attended ``tokens`` of ``context``, means over rows and KV heads."""
-        self.add("decodes", layer, 1)
-        self.add("context", layer, context)
-        self.add("attended", layer, tokens)
-
-    def exact(self, layer: int, context: int) -> None:
-        """A pass with several queries attended to everything."""
-        self.add("exact_passes", layer, 1)
-
-    def cpu_share(self, layer: int, blocks: int, selected: int) -> None:
-        """The CPU attended ``blocks`` of ``selected`` chosen blocks, over all rows and heads."""
-        self.add("cpu_blocks", layer, blocks)
-        self.add("selected_blocks", layer, selected)
-        if self.history is not None:
-            self.history.setdefault(layer, []).append(blocks / max(selected, 1))
-
-    def recalled(self, layer: int, blocks: int, moved_bytes: int) -> None:
-        """Blocks were copied to the device."""
-        self.add("recalled_blocks", layer, blocks)
-        self.add("recalled_bytes", layer, moved_bytes)
-
-    def recall_tally(self, layer: int, device: torch.device, block_bytes: int) -> torch.Tensor:
-        """A number on the device, (1,) of int64, to which kernels add the blocks that they recall; it never moves."""
-        key = (layer, device, block_bytes)
-        if key not in self._recalls:
-            self._recalls.setdefault(key, torch.zeros(1, dtype=torch.int64, device=device))
-        return self._recalls[key]
-
-    def collect(self) -> None:
-        """Add what devices have counted by themselves."""
-        for (layer, _, block_bytes), tally in list(self._recalls.items()):
-            blocks = int(tally)
-            tally.sub_(blocks)
-            self.recalled(layer, blocks, blocks * block_bytes)
-
-    def predicted(self, layer: int, predicted: torch.Tensor, real: torch.Tensor) -> None:
-        """A predicted query and the real one, (batch, query_heads, 1, head_dim); sampled."""
-        if self.steps % SAMPLE_EVERY == 1 or SAMPLE_EVERY == 1:
-            cosine = torch.cosine_similarity(predicted.float(), real.float(), dim=-1).mean()
-            self.add("cosine", layer, cosine)
-            self.add("cosine_samples", layer, 1)
-
-    @contextmanager
-    def timed(self, layer: int, name: str) -> Iterator[None]:
-        """Add the time of the block, in milliseconds, to ``<name>_ms``."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(f"{name}_ms", layer, (time.perf_counter() - begin) * 1e3)
-
-    def __reduce__(self):
-        return Counters, ()
+if TYPE_CHECKING:
+    from scout_hf.counters import Counters
 
 
 @dataclass(frozen=True)
@@ -331,14 +225,3 @@ def summarise(
         prefill_tokens_per_second=counters.pace.tokens_per_second("prefill"),
         decode_tokens_per_second=counters.pace.tokens_per_second("decode"),
     )
-
-
-def _runs(numbers: list[int]) -> str:
-    """Numbers in order, neighbours as spans: 0 to 2, 5."""
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from scout_hf import Stats
+from scout_hf.counters import SAMPLE_EVERY, Counters
+from scout_hf.stats import summarise
 from scout_hf.stats_tables import in_bytes
-from scout_hf.telemetry import SAMPLE_EVERY, Counters, summarise
 
 
 def two_layers():
