@@ -3,8 +3,15 @@
 import os
 import subprocess
 import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
 
 import pytest
+import typer
+from typer.testing import CliRunner
+
+from scout_hf.cli_options import command
 
 HEAVY = ("torch", "transformers", "matplotlib", "lm_eval")
 # Runs the command as the shell does, then tells on stdout what it imported.
@@ -67,6 +74,29 @@ MISSING = {
     "data in a file": (["lm-eval", "make-data", "half.json"], "half.json"),
     "trace to another name": (["trace", "--out", "step.txt"], "step.txt"),
 }
+
+
+@dataclass(frozen=True)
+class Options:
+    """What it is for."""
+
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where.")]
+    sizes: Annotated[list[int], typer.Option(min=1, help="How large.")] = field(default_factory=lambda: [8, 16])
+    name: Annotated[str | None, typer.Option("--name", "-n", help="Who.")] = None
+    fast: Annotated[bool, typer.Option("--fast/--slow", help="How.")] = True
+
+
+def test_a_command_takes_the_fields_of_its_options():
+    app, seen = typer.Typer(), []
+    command(app, "one", Options)(seen.append)
+    command(app, "two", Options)(seen.append)
+    call = lambda *words: CliRunner().invoke(app, words, env={"COLUMNS": "120", "NO_COLOR": "1"})  # noqa: E731
+    assert call("one", "here").exit_code == 0 and seen == [Options(Path("here"), [8, 16])]
+    call("two", "here", "--sizes", "3", "--sizes", "4", "-n", "x", "--slow")
+    assert seen[1:] == [Options(Path("here"), [3, 4], "x", False)]
+    assert call("one").exit_code == call("one", "here", "--sizes", "0").exit_code == 2 and len(seen) == 2
+    text = call("one", "--help").stdout
+    assert "What it is for." in text and "How large. [default: 8, 16]" in text and "DIR" in text
 
 
 @pytest.mark.parametrize("kind", MISSING)

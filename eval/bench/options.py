@@ -1,0 +1,144 @@
+"""What the benchmarks of kernels and of decode steps take, and how they are measured by it.
+
+Nothing heavy is imported before that. In those of a GPU, None and an empty list leave a value to ``run``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Option
+
+from scout_hf.eval.options import BlockSize, Budget, Cpus, Drift
+
+Out = Annotated[Path | None, Option(help="Folder for the numbers as JSON, and a plot.")]
+Repeat = Annotated[int, Option(min=3, help="Timed calls of each kind, in random order.")]
+Device = Annotated[str, Option(help="A GPU: cuda, cuda:1; cpu shows that it runs, and measures nothing.")]
+
+Tell = Callable[[str], Any]
+"""What is told of progress, a line at a time."""
+
+
+@dataclass(frozen=True)
+class CpuKernel:
+    """Attention over scattered blocks beside bare reads of the same memory, torch, and int8; takes two minutes."""
+
+    tokens: Annotated[list[int], Option(help="Selected tokens; may be given several times.")] = field(
+        default_factory=lambda: [1024, 4096, 16384, 65536]
+    )
+    cache_tokens: Annotated[int, Option(help="Tokens that they are scattered over.")] = 131072
+    heads: Annotated[tuple[int, int], Option(help="Query heads and KV heads.")] = (32, 8)
+    head_dim: Annotated[int, Option(help="Size of a head.")] = 128
+    block_size: BlockSize = 32
+    threads: Annotated[int, Option(min=1, help="CPUs to use.")] = 1
+    repeat: Repeat = 30
+    dense: Annotated[int, Option(min=0, help="Calls of torch over the whole cache; slow.")] = 3
+    out: Out = None
+
+    def measure(self, tell: Tell) -> dict[str, Any]:
+        """The record of the benchmark."""
+        from scout_hf.eval.bench.cpu_kernel import run
+
+        query_heads, kv_heads = self.heads
+        return run(query_heads=query_heads, kv_heads=kv_heads, tell=tell, **_all_but(self, "heads", "out"))
+
+
+@dataclass(frozen=True)
+class CpuDecode:
+    """Steps of a model shaped like Llama 3.2 1B, stock and patched, with long caches; takes several minutes."""
+
+    contexts: Annotated[list[int], Option(min=0, help="Tokens in the cache; may be given several times.")] = field(
+        default_factory=lambda: [0, 32768, 131072]
+    )
+    budget: Budget = 2048
+    block_size: BlockSize = 32
+    threads: Cpus = None
+    repeat: Repeat = 20
+    layers: Annotated[int, Option(min=1, help="Of the model; fewer take less time and memory.")] = 16
+    prefill_tokens: Annotated[int, Option(min=0, help="Length of the prompt to read; 0 for none.")] = 8192
+    prefill_layers: Annotated[int, Option(min=1, help="That read it; the cost per layer is the same.")] = 2
+    memory_tokens: Annotated[int, Option(min=0, help="Context to measure memory for; 0 for none.")] = 32768
+    out: Out = None
+
+    def measure(self, tell: Tell) -> dict[str, Any]:
+        """The record of the benchmark."""
+        from scout_hf.eval.bench.cpu_decode import run
+
+        return run(tell=tell, **_all_but(self, "out"))
+
+
+@dataclass(frozen=True)
+class GpuKernel:
+    """The Triton decode kernel with and without L2 prefetch, beside torch, FlashInfer, FlashAttention; tunes it."""
+
+    device: Device = "cuda"
+    heads: Annotated[list[str] | None, Option(help="Query/KV heads, as in 32/8; several times.")] = None
+    head_dim: Annotated[int, Option(help="Size of a head.")] = 128
+    batch: Annotated[list[int] | None, Option(min=1, help="Rows; may be given several times.")] = None
+    context: Annotated[list[int] | None, Option(help="Tokens, all attended; several times.")] = None
+    block_size: Annotated[list[int] | None, Option(help="Tokens per block; several times.")] = None
+    selected: Annotated[int, Option(help="Tokens of blocks that lie scattered.")] = 2048
+    cache_tokens: Annotated[int, Option(help="Tokens that they are scattered over.")] = 65536
+    selected_batch: Annotated[int, Option(min=1, help="Rows of these.")] = 16
+    score_tokens: Annotated[list[int] | None, Option(help="Contexts whose digests to score.")] = None
+    score_batch: Annotated[int, Option(min=1, help="Rows of these.")] = 8
+    repeat: Annotated[int | None, Option(min=3, help="Samples of each, in random order; 10.")] = None
+    quick: Annotated[bool, Option("--quick", help="Few shapes: a look, in about two minutes.")] = False
+    seed: Annotated[int, Option(help="Decides queries, keys, values and selections.")] = 0
+    out: Out = None
+
+    def measure(self, tell: Tell) -> dict[str, Any]:
+        """The record of the benchmark."""
+        from scout_hf.eval.bench.gpu_kernel import QUICK, parse_heads, run
+
+        given = {"batches": self.batch, "contexts": self.context, "block_sizes": self.block_size}
+        given |= {"heads": [parse_heads(one) for one in self.heads or ()]}
+        given |= {"score_tokens": self.score_tokens, "repeat": self.repeat}
+        rest = _all_but(self, "batch", "context", "block_size", "heads", "score_tokens", "repeat", "quick", "out")
+        return run(tell=tell, **(QUICK if self.quick else {}) | rest | _given(given))
+
+
+@dataclass(frozen=True)
+class GpuDecode:
+    """Decode steps of random models shaped like real ones: stock caches beside Scout's hand-overs."""
+
+    device: Device = "cuda"
+    model: Annotated[list[str] | None, Option(help="llama-3-8b or qwen3-14b; both by default.")] = None
+    layers: Annotated[int | None, Option(min=1, help="Cut the models to so many; figures say so.")] = None
+    context: Annotated[list[int] | None, Option(help="Tokens in the cache; several times.")] = None
+    batch: Annotated[list[int] | None, Option(min=1, help="Rows; may be given several times.")] = None
+    arm: Annotated[list[str] | None, Option(help="Such as 'stock' or 'scout flags'; all by default.")] = None
+    steps: Annotated[int, Option(min=3, help="Timed steps of each arm.")] = 32
+    budget: Budget = 2048
+    block_size: BlockSize = 32
+    digest: Annotated[str, Option(help="Digest whose scores are computed.")] = "minmax"
+    cpu_query: Annotated[str, Option(help="As in ScoutConfig: auto, predicted or real.")] = "auto"
+    gpu_kernels: Annotated[str, Option(help="As in ScoutConfig: auto, torch or triton.")] = "auto"
+    drift: Drift = 0.1
+    compiled: Annotated[bool, Option("--compile", help="Also a static cache with torch.compile.")] = False
+    caps: Annotated[str, Option(help="GiB, as in 24,40,80: the largest batch within each.")] = ""
+    threads: Cpus = None
+    seed: Annotated[int, Option(help="Decides weights, keys and values.")] = 0
+    fresh: Annotated[bool, Option("--fresh", help="Measure again what DIR/gpu_decode.json has.")] = False
+    out: Annotated[Path | None, Option(help="Folder for JSON and a plot; a run that was ended goes on there.")] = None
+
+    def measure(self, tell: Tell) -> dict[str, Any]:
+        """The record of the benchmark, resumed from ``out``."""
+        from scout_hf.eval.bench.gpu_decode import parse_caps, run
+
+        given = {"models": self.model, "contexts": self.context, "batches": self.batch, "arms": self.arm}
+        rest = _all_but(self, "model", "context", "batch", "arm", "caps", "drift", "out")
+        rest |= {"caps": parse_caps(self.caps), "drift_share": self.drift}
+        rest |= {"path": self.out / "gpu_decode.json" if self.out else None}
+        return run(tell=tell, **rest | _given(given))
+
+
+def _all_but(options: Any, *names: str) -> dict[str, Any]:
+    return {name: value for name, value in asdict(options).items() if name not in names}
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value}

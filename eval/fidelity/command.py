@@ -1,0 +1,27 @@
+"""The study from the command line: measured or read, shown, and put into a page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from scout_hf.diagnostics import usable_cpus
+from scout_hf.eval.fidelity import report
+from scout_hf.eval.fidelity.options import Fidelity
+from scout_hf.eval.fidelity.readme import COMMAND, markdown
+from scout_hf.eval.fidelity.study import study
+from scout_hf.eval.markdown import update
+
+
+def run(options: Fidelity, tell: Callable[[str], Any]) -> bool:
+    """True if every cell was measured."""
+    if options.report:
+        record = report.load(options.report)
+    else:
+        jobs = options.jobs or len(usable_cpus())
+        where = (options.out, options.seed, options.questions, options.fresh)
+        record = study(options.quick, options.only, jobs, *where, tell)
+    report.show(record)
+    if page := options.readme:
+        tell(f"{page} {'changed' if update(page, COMMAND, markdown(record)) else 'is up to date'}")
+    return not record.get("failed")

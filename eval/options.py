@@ -1,0 +1,75 @@
+"""What commands take: options that several share, and those of commands whose own rooms import torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+Seed = Annotated[int, Option(help="Decides documents and questions.")]
+Threads = Annotated[int, Option(min=1, help="Of torch; more than the free cores slow a small model down.")]
+Cpus = Annotated[int | None, Option(min=1, help="CPUs to use; as many as torch takes by itself.")]
+Budget = Annotated[int, Option(help="Tokens attended per step and layer.")]
+BlockSize = Annotated[int, Option(help="Tokens per block.")]
+Drift = Annotated[float, Option(min=0, help="Share of the chosen blocks that changes per step.")]
+LinkGbps = Annotated[float | None, Option(help="Emulated link, GB/s of KV.")]
+CpuGbps = Annotated[float | None, Option(help="Emulated CPU, GB/s of KV.")]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Ask questions about a long document: stock attention, exact, sparse. Fails if exact differs from stock."""
+
+    tokens: Annotated[int, Option(min=256, help="Length of the document.")] = 8192
+    questions: Annotated[int, Option(min=1, help="How many of its hidden facts to ask for.")] = 8
+    seed: Seed = 0
+    budget: Annotated[int, Option(help="Tokens attended per step and layer when sparse.")] = 1024
+    block_size: BlockSize = 16
+    threads: Threads = 1
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A timeline of decode steps for Perfetto and a picture: who does what, when, and who waits for whom."""
+
+    out: Annotated[Path, Option(help="The timeline, ending in .json; a picture goes beside it.")] = Path("step.json")
+    model: Annotated[str, Option(help="A pocket model, llama or qwen3, or the folder of a model.")] = "llama"
+    context: Annotated[int, Option(min=256, help="Tokens that are read before.")] = 4096
+    method: Annotated[str, Option(help="Such as 'scout' or 'dense'.")] = "scout"
+    split: Annotated[str | None, Option(help="Of ScoutConfig; 'cpu' on a CPU, else 'auto'.")] = None
+    cpu_query: Annotated[str | None, Option(help="Of scout; 'predicted'.")] = None
+    budget: Annotated[int | None, Option(help="Tokens attended per layer; an eighth of the context.")] = None
+    resident: Annotated[int | None, Option(help="Tokens kept on the device; half of the budget.")] = None
+    link_gbps: LinkGbps = None
+    cpu_gbps: CpuGbps = None
+    steps: Annotated[int, Option(min=1, help="Decode steps to keep, the last ones.")] = 2
+    device: Annotated[str, Option(help="Where the model runs: cpu, cuda, cuda:1.")] = "cpu"
+    threads: Threads = 1
+    seed: Seed = 0
+
+    def settings(self) -> dict[str, str | int | float | None]:
+        """What ``patch`` is given, None where it decides itself."""
+        names = ("split", "cpu_query", "budget", "resident", "link_gbps", "cpu_gbps")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Report:
+    """One HTML page, without references to the network, of everything that was measured."""
+
+    results: Annotated[list[Path], Argument(metavar="RESULTS", help="JSON files, or folders of them.")] = field(
+        default_factory=lambda: [Path("eval/results")]
+    )
+    out: Annotated[Path, Option(help="The page to write.")] = Path("report.html")
+
+
+@dataclass(frozen=True)
+class MakeData:
+    """Write small data sets in LongBench's format for the pocket model, to be used with --longbench-dir."""
+
+    folder: Annotated[Path, Argument(metavar="DIR", help="Made if it does not exist.")]
+    rows: Annotated[int, Option(min=1, help="Per data set.")] = 20
+    tokens: Annotated[int, Option(min=256, help="Length of the longest document.")] = 1024
+    seed: Seed = 0
