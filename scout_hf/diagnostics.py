@@ -48,14 +48,12 @@ def native_isa() -> str | None:
 
 
 def variant_of(cache: Any) -> str:
-    """What really serves a ScoutCache: the class of its method, and how that hands over to the CPU.
+    """What really serves a ScoutCache: the class of its method, what it runs on, and how that hands over to the CPU.
 
     >>> variant_of(cache)
-    'TritonScout, Flags'
+    'Scout (triton, Flags)'
     """
-    method = cache.scout_layers[-1].method
-    way = getattr(method, "handoff", None)
-    return type(method).__name__ + (f", {type(way).__name__}" if way is not None else "")
+    return cache.scout_layers[-1].method.variant
 
 
 class MemoryReader:

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from scout_hf.cache import ScoutCache, ScoutLayer
+from scout_hf.cache import ScoutCache
 from scout_hf.cache_names import CACHE, given_cache
-from scout_hf.methods.scout.executor_triton import TritonScout
 from scout_hf.step import Step, active_step
 
 # Steps that run as usual first: kernels are compiled and buffers take their sizes.
@@ -43,31 +42,31 @@ class Clock:
         Tokens per row with the new one; whole blocks on the host.
     shares : Tensor (layers,) of float32
         The CPU's share from which on a layer recalls.
-    exists : Tensor (batch, room) of bool, or None
-        Padding, with room for tokens to come, none of which are any.
+    padding_mask, padding_mask_here : Tensor (batch, capacity) of bool, or None
+        False for padding, with capacity for tokens to come, none of which are any; and the same on the CPU.
     """
 
     def __init__(self, layers: int, device: torch.device, mask: torch.Tensor | None):
         self.length, self.blocks = torch.zeros((2, 1), dtype=torch.int32, device=device)
         self.shares = torch.zeros(layers, dtype=torch.float32, device=device)
         self._shares: list[float] = []
-        self.exists = self.exists_here = None
+        self.padding_mask = self.padding_mask_here = None
         if mask is not None:
-            room = mask.shape[1] + SPARE_TOKENS
-            self.exists = torch.ones((mask.shape[0], room), dtype=torch.bool, device=device)
-            self.exists[:, : mask.shape[1]] = mask
-            self.exists_here = self.exists.cpu()
-        self._block_exists: dict[tuple[int, int], torch.Tensor] = {}
+            capacity = mask.shape[1] + SPARE_TOKENS
+            self.padding_mask = torch.ones((mask.shape[0], capacity), dtype=torch.bool, device=device)
+            self.padding_mask[:, : mask.shape[1]] = mask
+            self.padding_mask_here = self.padding_mask.cpu()
+        self._block_masks: dict[tuple[int, int], torch.Tensor] = {}
 
-    def block_exists(self, block_size: int, blocks: int) -> torch.Tensor:
+    def block_mask(self, block_size: int, blocks: int) -> torch.Tensor:
         """Blocks with at least one token that is no padding, (batch, blocks) of bool."""
         key = (block_size, blocks)
-        if key not in self._block_exists:
-            whole = torch.ones((len(self.exists), blocks * block_size), dtype=torch.bool, device=self.exists.device)
-            known = min(whole.shape[1], self.exists.shape[1])
-            whole[:, :known] = self.exists[:, :known]
-            self._block_exists[key] = whole.unflatten(1, (blocks, block_size)).any(-1)
-        return self._block_exists[key]
+        if key not in self._block_masks:
+            mask = self.padding_mask
+            whole, known = mask.new_ones((len(mask), blocks * block_size)), min(blocks * block_size, mask.shape[1])
+            whole[:, :known] = mask[:, :known]
+            self._block_masks[key] = whole.unflatten(1, (blocks, block_size)).any(-1)
+        return self._block_masks[key]
 
     def set(self, tokens: int, blocks: int, shares: list[float]) -> None:
         """In stream order: where the next step stands."""
@@ -131,8 +130,8 @@ class Capture:
         """Whether this step would be what was captured, one token later."""
         if self.graph is None or self.key != key:
             return False
-        marks = self.clock.exists
-        return marks is None or self.tokens + 1 == step.tokens <= marks.shape[1]
+        mask = self.clock.padding_mask
+        return mask is None or self.tokens + 1 == step.tokens <= mask.shape[1]
 
 
 class _CaptureError(Exception):
@@ -153,9 +152,9 @@ class StepGraphs:
     def __init__(self, forward: Callable[..., Any], config: Any):
         self._forward, self._config = forward, config
         self._names = list(inspect.signature(forward).parameters)
-        self._begin_anew()
+        self._start_empty()
 
-    def _begin_anew(self) -> None:
+    def _start_empty(self) -> None:
         self._captures: weakref.WeakKeyDictionary[ScoutCache, Capture] = weakref.WeakKeyDictionary()
         self._streams: dict[torch.device, Any] = {}
         self._failed = False
@@ -168,7 +167,7 @@ class StepGraphs:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._begin_anew()
+        self._start_empty()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         step = active_step()
@@ -210,21 +209,21 @@ class StepGraphs:
 
     def _key(self, step: Step, given: dict[str, Any]) -> Any:
         """What a captured step takes for given, or None where none can be."""
-        methods = [layer.method for layer in step.cache.layers if isinstance(layer, ScoutLayer)]
+        methods = [layer.method for layer in step.cache.scout_layers]
         usual = step.queries == 1 and step.monitor is None and len(methods) == len(step.cache.layers)
-        usual = usual and not torch.is_grad_enabled() and all(isinstance(method, TritonScout) for method in methods)
+        usual = usual and not torch.is_grad_enabled() and None not in methods
         known = (*INPUTS, CACHE, "past_key_values", "attention_mask", "use_cache", "return_dict", "cache_position")
         usual = usual and "position_ids" in self._names and given.get("position_ids") is not None
         usual = usual and not self._asks_the_device()
         if not usual or any(value is not None for name, value in given.items() if name not in known):
             return None
+        layers = tuple(method.capture_key(step) for method in methods)
+        if None in layers or len({method.kv.host.blocks for method in methods}) != 1:
+            return None
         devices = {method.kv.device for method in methods}
         # Embeddings on another one would run once, when the step is captured, and not again.
         devices |= {given[name].device for name in INPUTS if given.get(name) is not None}
         if given_cache(given) is not step.cache or len(devices) != 1 or not can_capture(*devices):
-            return None
-        layers = tuple(method.captures(step) for method in methods)
-        if None in layers or len({method.kv.host.blocks for method in methods}) != 1:
             return None
         inputs = tuple((name, given[name].shape) for name in INPUTS if given.get(name) is not None)
         return inputs, step.mask is None, torch.is_inference_mode_enabled(), layers
@@ -255,7 +254,7 @@ class StepGraphs:
                 lambda: self._forward(**fixed, **capture.inputs), lambda: step.links.join_captured(device)
             )
         except BaseException as error:
-            self._abandon(step, capture)
+            self._abort(step, capture)
             raise _CaptureError from error
         finally:
             step.clock = None
@@ -269,13 +268,13 @@ class StepGraphs:
                 held.copy_(given[name], non_blocking=True)
             self._expect(step, capture)
         except BaseException:
-            self._abandon(step, capture)
+            self._abort(step, capture)
             raise
         return self._finish(step, capture)
 
     def _expect(self, step: Step, capture: Capture) -> None:
         clock, methods = capture.clock, [layer.method for layer in step.cache.layers]
-        shares = [method.before_run(step, clock.exists_here) for method in methods]
+        shares = [method.before_replay(step, clock.padding_mask_here) for method in methods]
         clock.set(step.tokens, methods[0].kv.host.blocks, shares)
 
     def _finish(self, step: Step, capture: Capture) -> Any:
@@ -283,12 +282,12 @@ class StepGraphs:
         capture.tokens = step.tokens
         for layer in step.cache.layers:
             layer.incoming = None
-            layer.method.after_run(step)
+            layer.method.after_replay(step)
         kind, kept = capture.output
         # The next run overwrites the tensors, not what the caller keeps of them.
         return kind(**{name: value.clone() for name, value in kept.items()}, **{CACHE: step.cache})
 
-    def _abandon(self, step: Step, capture: Capture) -> None:
+    def _abort(self, step: Step, capture: Capture) -> None:
         """The step that the CPU expects will not run: nothing may wait for it."""
         capture.graph = None
         for device in {layer.method.kv.device for layer in step.cache.layers}:
@@ -296,4 +295,4 @@ class StepGraphs:
                 torch.cuda.synchronize(device)  # the step before may still be running
         for layer in step.cache.layers:
             layer.incoming = None
-            layer.method.abandon_run()
+            layer.method.abort_replay()

@@ -24,7 +24,7 @@ from scout_hf.kernels.cpu.backend import CpuBackend
 from scout_hf.trace_device import DeviceClocks
 
 MAIN, POOL, COPIES, LINK, SLOW_CPU = "main thread", "CPU pool", "copies", "link (emulated)", "CPU (emulated)"
-SPANS = {"ahead": "ahead", "attend": "attend", "settle": "settle", "before_run": "ahead", "after_run": "settle"}
+SPANS = {"ahead": "ahead", "attend": "attend", "settle": "settle", "before_replay": "ahead", "after_replay": "settle"}
 """Calls of a method that are told of, and as what; the last two stand for the others where a graph runs the step."""
 
 

@@ -1,6 +1,6 @@
 """For all tests: where there is no GPU, Triton's kernels run in its interpreter, which must be asked for before import.
 
-``SCOUT_TEST_TRITON`` runs all that is on two tiers through ``TritonScout``: ``reference`` with the kernels' torch
+``SCOUT_TEST_TRITON`` runs all that is on two tiers through ``TritonExecutor``: ``reference`` with the kernels' torch
 references, ``kernels`` with the kernels themselves, which takes hours in the interpreter. ``SCOUT_TEST_HAND_OVER`` sets
 the way of handing over. For looking: tests that plant an error inside the other variant fail then.
 

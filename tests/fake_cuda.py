@@ -156,7 +156,7 @@ def _moved(tensor, device):
 
 
 def use_references(monkeypatch, cuda: Cuda) -> SimpleNamespace:
-    """Let ``TritonScout`` launch the kernels' references; what is returned are these, to plant errors in."""
+    """Let ``TritonExecutor`` launch the kernels' references; what is returned are these, to plant errors in."""
 
     def kernel(name, function):
         return lambda *args, **kwargs: cuda.launch(name, function, args, kwargs)

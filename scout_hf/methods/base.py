@@ -191,7 +191,7 @@ class Method(ABC):
         """Be what it was at the mark, wherever the pass after it was interrupted.
 
         Any line of ``append``, ``ahead``, ``attend``, ``observe``, ``settle`` and ``prefilled`` may be the last one
-        that ran: what is made from keys and values is either right after this, or made anew when it is next needed.
+        that ran: what is made from keys and values is either right after this, or made again when it is next needed.
         """
         self.drain()
         if self.length > mark:
@@ -215,6 +215,32 @@ class Method(ABC):
     def slabs(self) -> list[torch.Tensor]:
         """The memory that KV in host memory lies in."""
         return []
+
+    @property
+    def variant(self) -> str:
+        """What really runs, for reports."""
+        return type(self).__name__
+
+    # -- decode steps that are captured once and replayed, see scout_hf.graph -------------------------------------
+    #
+    # A method that has a key finds ``step.clock`` in the pass that is captured, and keeps ``kv`` as a ``TwoTierKV``.
+
+    def capture_key(self, step: Step) -> Any:
+        """What a captured step of this layer takes for given, and is void without; None if it cannot be captured."""
+        return None
+
+    def before_replay(self, step: Step, padding_mask: torch.Tensor | None) -> float:
+        """On the host, before a captured step runs, also in the pass that captures it: let it find what it waits for.
+
+        ``padding_mask`` is (batch, capacity) of bool on the CPU. Returns this layer's entry of ``step.clock.shares``.
+        """
+        raise NotImplementedError(f"method {self.name!r} has a capture_key and no before_replay")
+
+    def after_replay(self, step: Step) -> None:
+        """On the host, behind a captured step that is on its way: count what it did, move full blocks."""
+
+    def abort_replay(self) -> None:
+        """The step that ``before_replay`` was called for will not run."""
 
     @abstractmethod
     def tier_bytes(self) -> dict[str, int]:

@@ -84,7 +84,7 @@ class Dense(OffloadingMethod):
         return [slice(first, min(first + most, self.kv_heads)) for first in range(0, self.kv_heads, most)]
 
     def _bring(self, step: Step, first: int, heads: slice) -> Coming:
-        self._written.finish()
+        self.written.finish()
         host = self.kv.host
         return bring_blocks(step, host, first, host.blocks, heads, self.kv.device, self.config.link_gbps)
 
@@ -95,7 +95,7 @@ class Dense(OffloadingMethod):
             self._drop_coming()  # begun before tokens came in another way
         if not self._coming:
             self._coming.append(self._bring(step, first, pieces[0]))
-        exists, parts = self._padding_mask(step, first * size, self.kv.host.length), []
+        exists, parts = self.padding_mask(step, first * size, self.kv.host.length), []
         for number, heads in enumerate(pieces):
             if number + 1 < len(pieces):
                 self._coming.append(self._bring(step, first, pieces[number + 1]))

@@ -83,7 +83,7 @@ class HGCA(OffloadingMethod):
             read = self.kept.total * 2 * query.shape[3] * self.dtype.itemsize
             self._ticket = step.links.limit_cpu(ticket, read, self.config.cpu_gbps)
         keys, values = self.kv.tail()
-        exists = self._padding_mask(step, self.kv.host.length)
+        exists = self.padding_mask(step, self.kv.host.length)
         here, weights = attend_weighing(query, keys, values, *self.scoring, exists)
         self._weigh(weights)
         parts, window = [here], keys.shape[2] if exists is None else exists.sum(dtype=torch.float32) / self.batch
@@ -101,7 +101,7 @@ class HGCA(OffloadingMethod):
         """Weigh all tokens by the queries of this pass, window and host each for itself."""
         new = None if step.mask is None else step.padding(query.device)[:, -step.queries :]
         keys, held = self.kv.tail()[0], self.kv.host.length
-        weighed = mean_weights(query, keys, *self.scoring, self._padding_mask(step, held), new, causal=True)
+        weighed = mean_weights(query, keys, *self.scoring, self.padding_mask(step, held), new, causal=True)
         self._weigh(weighed)
         if held:
             self._weigh_host(step, query.cpu(), None if new is None else new.cpu())
@@ -165,7 +165,7 @@ class HGCA(OffloadingMethod):
         self._weights = torch.cat([average, new[:, :, known:]], dim=2)
 
     def _weigh_host(self, step: Step, query: torch.Tensor, real: torch.Tensor | None) -> None:
-        self._written.finish()
+        self.written.finish()
         host = self.kv.host
         keys, values = host.read(0, host.length)
         exists = None if step.mask is None else step.padding(torch.device("cpu"))[:, None, None, : host.length]
@@ -173,7 +173,7 @@ class HGCA(OffloadingMethod):
         self.kept = KeptTokens(self.batch, self.kv_heads, host.head_dim, host.block_size, self.dtype)
         self._keep(step, 0, keys, values, self._past, exists, host.length)
 
-    def _write_back(self, step: Step) -> None:
+    def _write_back(self, step: Step | None) -> None:
         missing = self.kv.length - self.kv.host.length - self._weights.shape[2]
         if missing:
             # Tokens from outside a forward pass: no less than the average, until a pass weighs them.

@@ -86,7 +86,7 @@ class InfiniGen(OffloadingMethod):
     def attend(self, step: Step, query: torch.Tensor) -> Partial:
         parts, attended = [self._attend_tail(step, query)], self.kv.length - self.kv.host.length
         if step.mask is not None:
-            attended = self._padding_mask(step, self.kv.host.length).sum(dtype=torch.float32) / self.batch
+            attended = self.padding_mask(step, self.kv.host.length).sum(dtype=torch.float32) / self.batch
         if self.kv.host.blocks:
             if not self.tokens.planned:
                 self._recall(step, query)
@@ -163,14 +163,14 @@ class InfiniGen(OffloadingMethod):
     def _wants_partial(self) -> bool:
         return not self.config.is_dense(self.layer_idx)
 
-    def _write_back(self, step: Step) -> None:
+    def _write_back(self, step: Step | None) -> None:
         full = self.kv.full_blocks(self.window_blocks) if self.partial.known else None
         if full is not None and self.partial.length == self.kv.host.length:
             self.partial.extend(full[0])
         super()._write_back(step)
 
     def _recall(self, step: Step, query: torch.Tensor) -> None:
-        self._written.finish()
+        self.written.finish()
         missing = self.tokens.plan(*self.choose_tokens(step, query), self.kv.host.length)
         if missing is not None:
             ids, real = missing
@@ -192,7 +192,7 @@ class InfiniGen(OffloadingMethod):
     def choose_tokens(self, step: Step, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens per row and KV head, best first, (batch, kv_heads, n), and which of them count."""
         held, shape = self.kv.host.length, (self.batch, self.kv_heads)
-        exists = self._padding_mask(step, 0, held)
+        exists = self.padding_mask(step, 0, held)
         if not self._wants_partial():
             ids = torch.arange(held, dtype=torch.int64, device=self.kv.device).expand(*shape, -1)
             return ids, torch.ones_like(ids, dtype=torch.bool) if exists is None else exists[:, 0].expand_as(ids)
@@ -236,7 +236,7 @@ class InfiniGen(OffloadingMethod):
         """Partial keys of tokens that came in outside a forward pass, or before any query was seen."""
         held = self.kv.host.length
         if self.partial.length < held:
-            self._written.finish()
+            self.written.finish()
             keys = self.kv.read(self.partial.length, held)[0]
             if not self.partial.known:
                 self.partial.learn(keys)

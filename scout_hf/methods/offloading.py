@@ -29,7 +29,7 @@ class OffloadingMethod(Method):
         batch, heads, _, dim = keys.shape
         self.kv = TwoTierKV(batch, heads, dim, config.block_size, keys.dtype, keys.device, config.host_dtype)
         self.window_blocks = config.blocks(config.window)
-        self._written = Mark()
+        self.written = Mark()
 
     @classmethod
     def check(cls, config: ScoutConfig) -> None:
@@ -52,11 +52,11 @@ class OffloadingMethod(Method):
         self._write_back(None)
 
     def read_all(self) -> tuple[torch.Tensor, torch.Tensor]:
-        self._written.finish()
+        self.written.finish()
         return super().read_all()
 
     def crop(self, length: int) -> None:
-        self._written.finish()
+        self.written.finish()
         super().crop(length)
 
     def mark(self) -> Any:
@@ -64,11 +64,11 @@ class OffloadingMethod(Method):
 
     def rollback(self, mark: Any) -> None:
         self.drain()
-        self._written.finish()
+        self.written.finish()
         self.kv.rollback(mark)
 
     def past_chunks(self, step: Step, past: int):
-        self._written.finish()
+        self.written.finish()
         return super().past_chunks(step, past)
 
     def slabs(self) -> list[torch.Tensor]:
@@ -79,14 +79,14 @@ class OffloadingMethod(Method):
 
     # -- for subclasses -----------------------------------------------------------------------------------------
 
-    def _write_back(self, step: Step) -> None:
+    def _write_back(self, step: Step | None) -> None:
         links = None if step is None or self.kv.device.type == "cpu" else step.links
-        self._written = self.kv.write_back(self.window_blocks, links)
+        self.written = self.kv.write_back(self.window_blocks, links)
 
     def _attend_tail(self, step: Step, query: torch.Tensor) -> Partial:
         keys, values = self.kv.tail()
-        return attend(query, keys, values, *self.scoring, self._padding_mask(step, self.kv.host.length))
+        return attend(query, keys, values, *self.scoring, self.padding_mask(step, self.kv.host.length))
 
-    def _padding_mask(self, step: Step, first: int, last: int | None = None) -> torch.Tensor | None:
+    def padding_mask(self, step: Step, first: int, last: int | None = None) -> torch.Tensor | None:
         """Which of the tokens from ``first`` on are no padding, (batch, 1, 1, tokens); None where all are."""
         return None if step.mask is None else step.padding(self.kv.device)[:, None, None, first:last]

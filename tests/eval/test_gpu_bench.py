@@ -424,7 +424,9 @@ def test_a_hand_over_runs_through_the_kernels(apart, monkeypatch):
     cpus = min(2, len(machine.usable_cpus()))
     sizes = ONE | SIZES | {"contexts": (128,), "budget": 80, "threads": cpus, "gpu_kernels": "triton"}
     (one,) = gpu_decode.run(DEVICE, **sizes, arms=["scout flags" if cpus > 1 else "scout join"])["arms"]
-    assert "failed" not in one and one["as"] in ("TritonScout, Flags" if ISAS and cpus > 1 else "TritonScout, Join")
+    assert "failed" not in one and one["as"] in (
+        "Scout (triton, Flags)" if ISAS and cpus > 1 else "Scout (triton, Join)"
+    )
     assert one["median_ms"] > 0 and 0 <= one["cpu_ratio"] <= 1
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 import scout_hf  # noqa: E402
 from scout_hf.methods.scout import handoff  # noqa: E402
-from scout_hf.methods.scout.executor_triton import TritonScout  # noqa: E402
+from scout_hf.methods.scout.executor_triton import TritonExecutor  # noqa: E402
 from scout_hf.stores.link import Links  # noqa: E402
 from tests.integration.common import (
     LOSSY,
@@ -61,7 +61,7 @@ def on_gpu(inputs):
 def decode(way, inputs, options, new=40, dtype=torch.float32):
     with scout_hf.patch(llama(dtype=dtype).cuda(), **options, hand_over=way) as handle:
         got = run(handle.model, on_gpu(inputs), new=new)
-        assert all(isinstance(layer.method, TritonScout) for layer in got.past_key_values.layers)
+        assert all(isinstance(layer.method.executor, TritonExecutor) for layer in got.past_key_values.layers)
         if way == "graph":
             captures = list(handle.model.model.forward._captures.values())
             assert captures and captures[0].graph is not None and captures[0].steps >= new - 3

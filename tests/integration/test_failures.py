@@ -15,7 +15,8 @@ from scout_hf.cache_names import CACHE
 from scout_hf.kernels.cpu.pool import NativePool
 from scout_hf.kernels.cpu.torch_backend import TorchBackend, _Scratch
 from scout_hf.kernels.cpu.workers import Workers
-from scout_hf.methods.scout import policy
+from scout_hf.methods.scout import executor_torch
+from scout_hf.methods.scout.executor import StepState
 from scout_hf.stores import memory
 from scout_hf.stores.pages import PagePool
 from tests.integration.common import (
@@ -34,7 +35,7 @@ from tests.integration.common import (
 from tests.libraries import ISAS
 from tests.patches.tiny import tiny_model
 
-REAL_ATTEND, REAL_PAIR, REAL_PACK = TorchBackend.attend_blocks, _Scratch.pair, policy.pack_lists
+REAL_ATTEND, REAL_PAIR, REAL_PACK = TorchBackend.attend_blocks, _Scratch.pair, executor_torch.pack_lists
 REAL_SUBMIT, REAL_NATIVE_SUBMIT = Workers.submit, NativePool.submit
 REAL_ALLOCATE, REAL_RECYCLE = PagePool.allocate, PagePool._recycle
 REAL_EMPTY, REAL_NEW_EMPTY = torch.empty, torch.Tensor.new_empty
@@ -158,7 +159,7 @@ def raise_in_native_code(monkeypatch, plant):
             lists.ids.fill_(2**20)
         return lists
 
-    monkeypatch.setattr(policy, "pack_lists", pack_lists)
+    monkeypatch.setattr(executor_torch, "pack_lists", pack_lists)
 
 
 NATIVE = pytest.mark.skipif(not ISAS, reason="no native library")
@@ -186,7 +187,7 @@ def test_a_cpu_job_that_raises(monkeypatch, backend, way, error, host_dtype):
         with pytest.raises(error):
             run(model, prompt(), past_key_values=cache)
         assert [layer.get_seq_length() for layer in cache.layers] == [51] * 4
-        assert all(layer.method._ticket is None and layer.method._pick is None for layer in cache.layers)
+        assert all(layer.method.state == StepState() for layer in cache.layers)
         assert_equal(run(model, prompt()), expected)
         assert len(calls) > 6
 

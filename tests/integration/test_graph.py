@@ -303,4 +303,4 @@ def test_steps_that_run_again_are_traced(graphs, tmp_path):
     # No layer is entered any more, but what the host does for each of them is told of.
     last = [span for span in trace.spans if steps[-1].begin <= span.begin <= steps[-1].end]
     assert {span.kind for span in last} >= {"step", "ahead", "settle", "attention"}
-    assert not any({"before_run", "after_run"} & set(vars(layer.method)) for layer in got.past_key_values.layers)
+    assert not any({"before_replay", "after_replay"} & set(vars(layer.method)) for layer in got.past_key_values.layers)

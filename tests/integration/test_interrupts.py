@@ -5,6 +5,7 @@ import torch
 
 import scout_hf
 from scout_hf.kernels.cpu import pool, workers
+from scout_hf.methods.scout.executor import StepState
 from scout_hf.step import active_step
 from tests.integration.test_failures import delayed_jobs
 from tests.libraries import ISAS
@@ -79,7 +80,7 @@ def test_a_job_that_no_attention_used_is_dropped(model, monkeypatch):
         monkeypatch.setattr(model.model.layers[2], "forward", lambda hidden, *_, **__: hidden)
         logits(model, ids[:, :1], cache)
         monkeypatch.undo()
-        assert cache.layers[2].method._pick is None and cache.layers[2].method._ticket is None
+        assert cache.layers[2].method.state == StepState()
 
 
 def test_a_call_nested_inside_a_running_pass_is_refused_and_harms_nothing(model):

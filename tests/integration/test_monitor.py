@@ -15,7 +15,6 @@ import scout_hf.eval.baselines  # noqa: F401  random blocks
 from scout_hf.kernels.cpu.native_backend import NativeBackend
 from scout_hf.kernels.cpu.torch_backend import TorchBackend
 from scout_hf.methods import Scout
-from scout_hf.methods.scout.executor_triton import TritonScout
 from scout_hf.methods.scout.one_tier import OneTierScout
 from scout_hf.stores.pages import PageTable
 from tests.integration.common import (
@@ -89,7 +88,7 @@ class Reference:
     def __init__(self, monkeypatch):
         self.steps: dict[int, list[dict[str, float]]] = {}
         self.jobs: dict[int, list] = {}
-        for kind in (Scout, TritonScout, OneTierScout):
+        for kind in (Scout, OneTierScout):
             monkeypatch.setattr(kind, "attend", self.attend(kind.attend))
         for kind in (NativeBackend, TorchBackend):
             for name in ("start", "attend_blocks"):

@@ -1,4 +1,4 @@
-"""``TritonScout`` in whole models: the tests of two tiers once more, through both ways of handing over.
+"""``TritonExecutor`` in whole models: the tests of two tiers once more, through both ways of handing over.
 
 The kernels are their torch references here, so that whole models run at speed; ``tests/triton`` proves that the kernels
 do the same. Slots and mailboxes begin as NaN, and jobs and copies may come late.
@@ -21,7 +21,7 @@ from scout_hf import ScoutConfig  # noqa: E402
 from scout_hf.errors import CacheStateError  # noqa: E402
 from scout_hf.kernels.cpu.pool import CopyArgs, NativePool, quick  # noqa: E402
 from scout_hf.methods.scout import executor_triton, handoff  # noqa: E402
-from scout_hf.methods.scout.executor_triton import TritonScout  # noqa: E402
+from scout_hf.methods.scout.executor_triton import TritonExecutor  # noqa: E402
 from tests.integration.common import (  # noqa: E402
     LOSSY,
     TWO_TIERS,
@@ -69,7 +69,7 @@ SUBMIT = NativePool.submit
 
 @pytest.fixture(autouse=True, params=WAYS)
 def way(request, monkeypatch):
-    """Everything on two tiers goes through TritonScout, by this way."""
+    """Everything on two tiers goes through TritonExecutor, by this way."""
     reference.install(monkeypatch)
     make = handoff.make_handoff
     monkeypatch.setattr(executor_triton, "make_handoff", lambda wanted, *args: make(request.param, *args))
@@ -86,10 +86,9 @@ def methods(output):
 
 
 @pytest.mark.parametrize("inputs", INPUTS)
-@pytest.mark.parametrize("case", [name for name in TWO_TIER_CASES if name != "fewer residents than budget"])
+@pytest.mark.parametrize("case", TWO_TIER_CASES)
 @pytest.mark.thin(2)
 def test_what_is_attended_is_what_the_rules_say(case, inputs):
-    """With fewer slots than chosen blocks, the first ones get them here, the best ones in :class:`TwoTierScout`."""
     check(INPUTS[inputs], TWO_TIER_CASES[case], "cpu", torch.float32)
 
 
@@ -102,7 +101,7 @@ def test_both_variants_decode_alike(inputs, options, monkeypatch, way):
     options = LOSSY | {"digest": "minmax", "resident": None} | options
     with scout_hf.patch(llama(), **options) as handle:
         got = run(handle.model, inputs, new=40)
-        assert {type(method) for method in methods(got)} == {TritonScout}
+        assert {type(method.executor) for method in methods(got)} == {TritonExecutor}
         ours = handle.stats()
     with scout_hf.patch(llama(), **options, gpu_kernels="torch") as handle:
         expected = run(handle.model, inputs, new=40)
@@ -116,6 +115,22 @@ def test_both_variants_decode_alike(inputs, options, monkeypatch, way):
         else:
             assert abs(one.attended_tokens - other.attended_tokens) <= 1.0
             assert one.cpu_ratio is None or abs(one.cpu_ratio - other.cpu_ratio) < 0.03
+
+
+FEW = {"recall": None}, {"recall": 1}, {"recall": 0.3}, {"recall": 2, "sinks": 12}, {"recall": 1, "budget": 0.5}
+
+
+@pytest.mark.parametrize("inputs", [prompt(2, 90), left_padded(0, 13, tokens=90)], ids=["rows", "padded"])
+@pytest.mark.parametrize("options", FEW, ids=str)
+def test_both_variants_keep_the_same_residents(inputs, options):
+    """With fewer slots than chosen blocks these are the best ones, not the first."""
+    options = LOSSY | {"digest": "minmax", "budget": 48, "resident": 24, "cpu_query": "real"} | options
+    found = []
+    for kernels in ("auto", "torch"):
+        with scout_hf.patch(llama(), **options, gpu_kernels=kernels) as handle:
+            cache = run(handle.model, inputs, new=24).past_key_values
+        found.append([layer.method.resident.ids.sort(-1).values.tolist() for layer in cache.layers])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("inputs", [prompt(), left_padded(0, 13)], ids=["one row", "padded"])
@@ -200,7 +215,7 @@ def test_a_share_that_never_came_ends_the_run(monkeypatch, way):
         cache = handle.new_cache()
         handle.model(prompt(), past_key_values=cache)
         handle.model(prompt(1, 1), past_key_values=cache)
-        cache.layers[1].method.handoff.mail.late.fill_(1)
+        cache.layers[1].method.executor.handoff.mail.late.fill_(1)
         with pytest.raises(CacheStateError, match="share number 1 of the CPU did not come in time"):
             handle.model(prompt(1, 1), past_key_values=cache)
 
@@ -212,7 +227,9 @@ def test_what_the_kernels_do_not_know_goes_the_other_way():
         ({"gpu_kernels": "torch"}, torch.float32),
     ):
         with scout_hf.patch(llama(dtype=dtype), **TWO_TIERS | options) as handle:
-            assert not any(isinstance(method, TritonScout) for method in methods(run(handle.model, prompt(), new=2)))
+            assert not any(
+                isinstance(method.executor, TritonExecutor) for method in methods(run(handle.model, prompt(), new=2))
+            )
 
 
 def test_kernels_that_cannot_run_are_refused(monkeypatch):
@@ -228,5 +245,5 @@ def test_without_threads_of_its_own_the_cpu_is_waited_for(monkeypatch, way):
     expected = run(llama(), prompt())
     with scout_hf.patch(llama(), **TWO_TIERS) as handle:
         got = run(handle.model, prompt())
-        assert all(type(method.handoff) is handoff.Join for method in methods(got))
+        assert all(type(method.executor.handoff) is handoff.Join for method in methods(got))
     assert_close(got, expected)

@@ -13,8 +13,9 @@ pytest.importorskip("triton")
 accelerate = pytest.importorskip("accelerate")
 
 import scout_hf  # noqa: E402
-from scout_hf.methods.scout import executor_triton, policy  # noqa: E402
-from scout_hf.methods.scout.executor_triton import TritonScout  # noqa: E402
+from scout_hf.methods import offloading  # noqa: E402
+from scout_hf.methods.scout import executor_triton  # noqa: E402
+from scout_hf.methods.scout.executor_triton import TritonExecutor  # noqa: E402
 from scout_hf.selection.table import DigestTable  # noqa: E402
 from scout_hf.step import Step  # noqa: E402
 from scout_hf.stores.staging import Staging  # noqa: E402
@@ -164,13 +165,20 @@ def check_places(method, device):
             todo += vars(thing).values()
     assert device in found and found <= {device, CPU}
     assert all(part.device == device for part in method.kv.tail())
-    if isinstance(method, TritonScout):
+    if isinstance(getattr(method, "executor", None), TritonExecutor):
         slots = method.resident
-        mine = [slots.keys, slots.values, slots.ids, slots.slot_of, method._pages, method.handoff.mail.number]
+        mine = [
+            slots.keys,
+            slots.values,
+            slots.ids,
+            slots.slot_of,
+            method.executor.pages,
+            method.executor.handoff.mail.number,
+        ]
         if method.selector.blocks:
             mine.append(method.selector.table.codes())
         assert {part.device for part in mine} == {device}
-        assert method._written._event.device == method._recalled._event.device == device
+        assert method.written._event.device == method.executor.recalled._event.device == device
 
 
 def check_launches(cuda):
@@ -302,12 +310,12 @@ def on_first(monkeypatch, owner, name, at):
 
 PLANTED = {
     "slots": lambda patch: on_first(patch, executor_triton, "MappedSlots", 6),
-    "tail": lambda patch: on_first(patch, policy, "TwoTierKV", 5),
+    "tail": lambda patch: on_first(patch, offloading, "TwoTierKV", 5),
     "mask": lambda patch: on_first(patch, Step, "padding", 1),
     "length": lambda patch: on_first(patch, Step, "length", 1),
     "codes": lambda patch: on_first(patch, DigestTable, "make_room", 3),
     "streams": lambda patch: on_first(patch, torch.cuda, "Stream", 0),
-    "pages": lambda patch: patch.setattr(TritonScout, "__init__", then_pages_on_first(TritonScout.__init__)),
+    "pages": lambda patch: patch.setattr(TritonExecutor, "__init__", then_pages_on_first(TritonExecutor.__init__)),
     "pinned slabs": lambda patch: patch.setattr("scout_hf.stores.memory._pin", lambda address, size: None),
     "mailboxes": lambda patch: patch.setattr("tests.fake_devices.Pinned.add", lambda tensor: tensor),
 }  # fmt: skip
@@ -316,7 +324,7 @@ PLANTED = {
 def then_pages_on_first(real):
     def init(self, *args):
         real(self, *args)
-        self._pages = self._pages.to(FIRST)
+        self.pages = self.pages.to(FIRST)
 
     return init
 

@@ -1,4 +1,4 @@
-"""The kernels' interfaces with torch's operations on the CPU: fast enough to run whole models through ``TritonScout``.
+"""The kernels' interfaces with torch's operations on the CPU: fast enough for whole models on ``TritonExecutor``.
 
 ``tests/triton`` proves that the kernels do the same.
 """
@@ -151,7 +151,7 @@ KERNELS = SimpleNamespace(
 
 
 def install(monkeypatch):
-    """Send everything on two tiers through ``TritonScout`` with these; what is used again begins as NaN."""
+    """Send everything on two tiers through ``TritonExecutor`` with these; what is used again begins as NaN."""
     monkeypatch.setattr("scout_hf.kernels.device._by_default", lambda device: True)
     monkeypatch.setattr("scout_hf.kernels.device._load", lambda: KERNELS)
     poison(monkeypatch)

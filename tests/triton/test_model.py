@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 import scout_hf  # noqa: E402
 from scout_hf.kernels.device import find_kernels  # noqa: E402
-from scout_hf.methods.scout.executor_triton import TritonScout  # noqa: E402
+from scout_hf.methods.scout.executor_triton import TritonExecutor  # noqa: E402
 from tests.integration.common import LOSSY, TWO_TIERS, assert_close, left_padded, llama, prompt, run  # noqa: E402
 from tests.libraries import ISAS  # noqa: E402
 
@@ -36,7 +36,7 @@ def test_exact_decoding_is_that_of_stock(inputs, way):
     with scout_hf.patch(model, **TWO_TIERS, gpu_kernels="triton", hand_over=way) as handle:
         got = run(model, given, new=5)
         assert handle.stats().layers[0].cpu_ratio > 0
-    assert all(type(layer.method) is TritonScout for layer in got.past_key_values.layers)
+    assert all(type(layer.method.executor) is TritonExecutor for layer in got.past_key_values.layers)
     assert_close(got, expected, 3e-6 if DEVICE == "cpu" else 2e-5)
 
 

@@ -152,7 +152,7 @@ class KVPR(Dense):
     def _first_block(self, step: Step) -> int:
         return self._split
 
-    def _write_back(self, step: Step) -> None:
+    def _write_back(self, step: Step | None) -> None:
         super()._write_back(step)
         if self.inputs is not None:
             self.inputs.write_back(self.kv.host.length, None if step is None else step.links)
@@ -179,7 +179,7 @@ class KVPR(Dense):
         if made and self.kv.device.type == "cpu":
             self._rates.computed(tokens, seconds)
         result = attend(
-            query, keys.to(self.dtype), values.to(self.dtype), *self.scoring, self._padding_mask(step, 0, tokens)
+            query, keys.to(self.dtype), values.to(self.dtype), *self.scoring, self.padding_mask(step, 0, tokens)
         )
         if self.inputs.on_host:
             step.counters.recalled(self.layer_idx, 0, self._inputs_coming.nbytes)
@@ -197,7 +197,7 @@ class KVPR(Dense):
         except ScoutError as error:
             made, reason = None, str(error)
         if made is None:
-            self._written.finish()
+            self.written.finish()
             made = self.kv.read(0, tokens)
             self._rates = None
             step.counters.note("kvpr", f"nothing is computed anew: {reason}", self.layer_idx)
@@ -255,7 +255,7 @@ class KVPR(Dense):
         # Inputs that stay on the device may be ahead of what the host has.
         known = min(self.inputs.blocks, self.kv.host.blocks) * self.config.block_size
         tokens = min(TRIAL_TOKENS // self.config.block_size * self.config.block_size, known)
-        self._written.finish()
+        self.written.finish()
         hidden, stored = self.inputs.read(tokens), self.kv.read(0, tokens)
         reason = None
         try:
@@ -290,7 +290,7 @@ class KVPR(Dense):
         made = made.to(stored.dtype)
         if made.shape != stored.shape:
             return False
-        error, exists = (made - stored).abs(), self._padding_mask(step, 0, tokens)
+        error, exists = (made - stored).abs(), self.padding_mask(step, 0, tokens)
         if exists is not None:
             error = error * exists[:, :, 0, :, None]
         return bool(error.max() <= TOLERANCE[stored.dtype] * stored.abs().max())

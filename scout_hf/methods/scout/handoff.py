@@ -25,13 +25,13 @@ class Mailbox:
     ----------
     query : Tensor (batch, query_heads, 1, head_dim)
         For its sizes, dtype and device.
-    kv_heads, room : int
+    kv_heads, capacity : int
         Lists per row, and blocks that a list can hold.
 
     Attributes
     ----------
     query : Tensor as given
-    missing : Tensor (batch, kv_heads, room) of int32
+    missing : Tensor (batch, kv_heads, capacity) of int32
         Blocks that the CPU is to attend.
     missing_counts, chosen_counts : Tensor (batch, kv_heads) of int32
         Entries of ``missing``; blocks chosen in all.
@@ -43,12 +43,12 @@ class Mailbox:
         On the device: queries posted.
     """
 
-    def __init__(self, query: torch.Tensor, kv_heads: int, room: int):
+    def __init__(self, query: torch.Tensor, kv_heads: int, capacity: int):
         pin = query.device.type == "cuda"
         batch, heads = query.shape[:2]
         self.query = torch.empty(query.shape, dtype=query.dtype, device="cpu", pin_memory=pin)
         lists = {"dtype": torch.int32, "device": "cpu", "pin_memory": pin}
-        self.missing = torch.empty((batch, kv_heads, room), **lists)
+        self.missing = torch.empty((batch, kv_heads, capacity), **lists)
         self.missing_counts, self.chosen_counts = torch.zeros((2, batch, kv_heads), **lists)
         self.out = torch.zeros(query.shape, dtype=torch.float32, device="cpu", pin_memory=pin)
         self.lse = torch.full((batch, heads, 1), -torch.inf, dtype=torch.float32, device="cpu", pin_memory=pin)
@@ -63,13 +63,13 @@ class Mailbox:
                 part.to(query.device, non_blocking=True)
 
     @property
-    def room(self) -> int:
+    def capacity(self) -> int:
         """Blocks that a list can hold."""
         return self.missing.shape[2]
 
-    def fits(self, query: torch.Tensor, room: int) -> bool:
+    def fits(self, query: torch.Tensor, capacity: int) -> bool:
         """Whether such a query and lists of that many blocks have their place here."""
-        return self.query.shape == query.shape and self.query.dtype == query.dtype and room <= self.room
+        return self.query.shape == query.shape and self.query.dtype == query.dtype and capacity <= self.capacity
 
     def lists(self) -> BlockLists:
         """The lists as attention on the CPU takes them."""

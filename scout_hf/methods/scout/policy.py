@@ -1,47 +1,62 @@
-"""Scout on two tiers: device and CPU attend together, the CPU's share is chosen one layer ahead."""
+"""Scout on two tiers: what is attended where and when. How it is done on a device is the executor's part."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 
 from scout_hf.config import ScoutConfig
-from scout_hf.fusion import Partial, fuse
-from scout_hf.kernels.attend import attend
-from scout_hf.methods.base import Method
+from scout_hf.fusion import Partial
+from scout_hf.methods.offloading import OffloadingMethod
+from scout_hf.methods.scout.executor import Executor, StepExecutor, StepState
+from scout_hf.methods.scout.executor_torch import TorchExecutor
 from scout_hf.methods.scout.query_gate import QueryGate
-from scout_hf.recall import RecallIntervals
-from scout_hf.selection import Pick, Selector, pack_lists
+from scout_hf.methods.scout.recall_policy import RecallPolicy
+from scout_hf.selection import Pick, Selector
 from scout_hf.step import Step
-from scout_hf.stores import ResidentSlots, TwoTierKV
 
 DEFAULT_RESIDENT_TOKENS = 2048
+NO_SHARE = 2.0  # the CPU never has that much of what is chosen
 
 
-class TwoTierScout(Method):
-    """Two tiers of one layer (Algorithm 1 of the paper), with torch's operations on any device.
+class TwoTierScout(OffloadingMethod):
+    """Two tiers of one layer (Algorithm 1 of the paper).
 
     ``ahead`` (in the layer before) picks blocks with the predicted query and, where that query is trusted, starts the
     CPU on those that are not resident; ``attend`` adds all residents and the tail with the real query; ``settle``
     writes back and recalls.
+
+    Parameters
+    ----------
+    config, layer_idx, keys
+        As of ``Method``.
+    executor : type of Executor
+        What the device's half is done with.
+
+    Attributes
+    ----------
+    resident : ResidentSlots, MappedSlots or None
+        Blocks that stay on the device; None before they are chosen.
+    state : StepState
+        What is known of the step that is running.
     """
 
     name = "scout"
 
-    def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
+    def __init__(
+        self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor, executor: type[Executor] = TorchExecutor
+    ):
         super().__init__(config, layer_idx, keys)
-        batch, heads, _, dim = keys.shape
-        self.kv = TwoTierKV(batch, heads, dim, config.block_size, keys.dtype, keys.device, config.host_dtype)
         self.selector = Selector(config, layer_idx, keys)
-        self.resident: ResidentSlots | None = None
-        self.gate = QueryGate(config.cpu_query)
-        self._window_blocks = config.blocks(config.window)
-        self._steps_since_recall = 0
-        self._forget()
+        self.executor = executor(config, self.kv)
+        self.gate = QueryGate(self.executor.cpu_query)
+        self.recall_policy = RecallPolicy(config.recall, layer_idx)
+        self.resident: Any = None
+        self.state = StepState()
 
     # -- join points --------------------------------------------------------------------------------------------
 
@@ -51,31 +66,38 @@ class TwoTierScout(Method):
         return ready and self.config.layer_ahead
 
     def ahead(self, step: Step, query: torch.Tensor) -> None:
-        query = self._predicted = query.to(self.dtype)
-        self._select(step, query)
-        self._guessed, self._checks = self._ask_trust(step)
-        if self._guessed:
-            self._start_cpu(step, query)
+        run, state = self._on(step), self.state
+        query = state.predicted = query.to(self.dtype)
+        run.select(self, step, query)
+        state.guessed, state.checks = run.ask_gate(self)
+        if state.guessed:
+            run.submit_cpu(self, step, query)
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, step: Step | None = None) -> None:
+        if step is None or step.clock is None:
+            return super().append(keys, values, step)
+        self._on(step).append(self, step, keys, values)
 
     def attend(self, step: Step, query: torch.Tensor) -> Partial:
+        run, state = self._on(step), self.state
         if self.kv.host.blocks and self.resident is None:
-            self._choose_residents(step, query)
+            self._load_residents(step, query)
         with step.counters.timed(self.layer_idx, "join"):
-            self._join_recall()
-        self._attended = 0.0
+            self.executor.join_recall(self)
         if self.resident is not None:
-            if self._pick is None:
-                self._select(step, query)
-            if not self._started:
-                self._start_cpu(step, query)
-        here = self._attend_here(step, query)
-        share = self._join_cpu(step, query) if self._started else None
-        self._tally(step, query)
-        result = self._merge(here, share)
-        if self._checks and share is not None:
-            self.gate.judge(result, self._merge(here, self._attend_on_cpu(step, self._predicted)))
+            if state.pick is None:
+                run.select(self, step, query)
+            if not state.started:
+                run.submit_cpu(self, step, query)
+        here = run.attend_device(self, step, query)
+        share = run.join_cpu(self, step, query) if state.started else None
+        run.count(self, step, query)
+        result = run.merge(here, share)
+        if state.checks and share is not None:
+            again = self.executor.attend_again(self, step, state.predicted)
+            self.gate.judge(result, run.merge(here, again))
         if step.monitor is not None:
-            step.monitor.watch(step, self, query, result, self._seen, self._guessed)
+            step.monitor.watch(step, self, query, result, self._seen, state.guessed)
         return result
 
     def observe(self, step: Step, query: torch.Tensor) -> None:
@@ -83,26 +105,28 @@ class TwoTierScout(Method):
 
     def settle(self, step: Step) -> None:
         self._write_back(step)
-        if self._pick is not None:
-            self._recall_if_due(step)
-        self._forget()
-        if self.resident is not None and self._slots() > 1.25 * self.resident.slots:
-            # A share budget has outgrown its slots: the next attention chooses residents anew.
-            self._join_recall()
+        if self.state.pick is not None:
+            run = self._on(step)
+            share = run.recall_share(self, step)
+            if share is not None and self.state.started:
+                run.recall(self, step, share)
+        self.state = StepState()
+        if self.resident is not None and self.slots() > 1.25 * self.resident.slots:
+            # A share budget has outgrown its slots: the next attention chooses residents again.
+            self.executor.join_recall(self)
             self.resident = None
 
     def end_step(self) -> None:
-        if self._pick is not None:
+        if self.state.pick is not None:
             self._drop_job()
-
-    def flush(self) -> None:
-        self.drain()
-        self._write_back(None)
 
     def prefilled(self, step: Step, query: torch.Tensor) -> None:
         if self.kv.host.blocks and step.queries >= self.config.block_size:
-            self._join_recall()
-            self._choose_residents(step, query)
+            self.executor.join_recall(self)
+            self._load_residents(step, query)
+
+    def past_chunks(self, step: Step, past: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        return self.executor.past_chunks(self, step, past) or super().past_chunks(step, past)
 
     # -- structure ----------------------------------------------------------------------------------------------
 
@@ -110,23 +134,20 @@ class TwoTierScout(Method):
         super().crop(length)
         self._fit_to_host()
 
-    def mark(self) -> Any:
-        return self.kv.mark()
-
     def rollback(self, mark: Any) -> None:
-        self.drain()
-        self.kv.rollback(mark)
+        super().rollback(mark)
         self._fit_to_host()
+        self.executor.pages_changed(self)
 
     def _fit_to_host(self) -> None:
         self.selector.crop(self.kv.host.blocks)
-        with self._changing_residents() as resident:
+        with self.changing_residents() as resident:
             if resident is not None:
                 resident.crop(self.kv.host.blocks)
 
     @contextlib.contextmanager
-    def _changing_residents(self) -> Iterator[Any]:
-        """The residents, gone if the block fails: some slot may name what it does not hold, and all are chosen anew."""
+    def changing_residents(self) -> Iterator[Any]:
+        """The residents, gone if the block fails: a slot may name what it does not hold. All are chosen again then."""
         resident, self.resident = self.resident, None
         yield resident
         self.resident = resident
@@ -136,221 +157,93 @@ class TwoTierScout(Method):
         self.selector.select_rows(rows)
         if self.resident is not None:
             self.resident.select_rows(rows)
+        self.executor.pages_changed(self, rows=True)
 
     def fork(self) -> TwoTierScout:
         twin = super().fork()
-        twin.selector = self.selector.fork()
+        twin.selector, twin.gate = self.selector.fork(), self.gate.fork()
         twin.resident = self.resident and self.resident.fork()
-        twin.gate = self.gate.fork()
+        twin.executor, twin.recall_policy = self.executor.fork(), copy.copy(self.recall_policy)
+        twin.state = StepState()
         return twin
 
     def drain(self) -> None:
         self._drop_job()
-        if self._recall is not None:
-            if not self._recall.drain():
-                self.resident = None
-            self._recall = None
-
-    def slabs(self) -> list[torch.Tensor]:
-        return self.kv.host.table.pool.slabs
+        self.executor.drain(self)
 
     def tier_bytes(self) -> dict[str, int]:
-        resident = self.resident  # read once: another thread may be decoding
-        device = self.kv.device_bytes + (resident.used_bytes if resident else 0)
-        return {"host": self.kv.host.used_bytes, "device": device, "digests": self.selector.table.used_bytes}
+        held, resident = super().tier_bytes(), self.resident  # read once: another thread may be decoding
+        held["device"] += resident.used_bytes if resident else 0
+        return held | {"digests": self.selector.table.used_bytes}
+
+    @property
+    def variant(self) -> str:
+        return f"{super().variant} ({self.executor.variant})"
+
+    # -- steps that are captured once and replayed ----------------------------------------------------------------
+
+    def capture_key(self, step: Step) -> Any:
+        ready = self.resident is not None and self.scoring is not None
+        return self.executor.capture_key(self, step) if ready else None
+
+    def before_replay(self, step: Step, padding_mask: torch.Tensor | None) -> float:
+        self.executor.before_replay(self, step, padding_mask)
+        share = self.recall_policy.next(step.tokens)
+        return NO_SHARE if share is None else share
+
+    def after_replay(self, step: Step) -> None:
+        self.kv.grew(1)
+        self.executor.after_replay(self, step)
+        # A block so new takes an empty slot after the step's recall, in a plain step before it.
+        self._write_back(step)
+        self.state = StepState()
+
+    def abort_replay(self) -> None:
+        self.executor.abort_replay(self)
+        self.state = StepState()
 
     # -- the parts of a step ------------------------------------------------------------------------------------
 
-    def _select(self, step: Step, query: torch.Tensor) -> None:
-        blocks = self.kv.host.blocks
-        self._pick = self.selector.pick(step, query, blocks, self.kv_heads)
-        usable = self._pick.usable_or_all()
-        self._missing = usable & ~self.resident.holds(self._pick.ids, blocks)
+    def _on(self, step: Step) -> StepExecutor:
+        return self.executor if step.clock is None else self.executor.captured(step.clock)
 
-    def _ask_trust(self, step: Step) -> tuple[bool, bool]:
-        """Whether the CPU may start with the predicted query, and whether to compare it with the real one."""
-        return self.gate.in_prediction(), self.gate.checking
-
-    def _start_cpu(self, step: Step, query: torch.Tensor) -> None:
-        job = self._job(step, query)
-        self._started, self._share_blocks = True, int(job[2].counts.sum())
-        if self._share_blocks:
-            ticket = step.backend.start(*job)
-            read = self._share_blocks * 2 * self.kv.host.block_size * self.kv.host.head_dim * self.dtype.itemsize
-            self._ticket = step.links.limit_cpu(ticket, read, self.config.cpu_gbps)
-
-    def _job(self, step: Step, query: torch.Tensor) -> tuple:
-        lists = pack_lists(self._pick.ids, self._missing)
-        exists = None if step.mask is None else step.padding(lists.ids.device)
-        return query.detach().cpu(), self.kv.host, lists, *self.scoring, exists
-
-    def _join_cpu(self, step: Step, query: torch.Tensor) -> Partial | None:
-        """The CPU's share on the device, None where there is none."""
-        if self._ticket is None:
-            return None
-        with step.counters.timed(self.layer_idx, "join"):
-            share = self._ticket.wait()
-        # Only now: after an interrupt, a rollback must find the job to wait for it.
-        self._ticket = None
-        self._attended += share.tokens / (query.shape[0] * self.kv_heads)
-        return Partial(*(t.to(query.device) for t in share.partial))
-
-    def _attend_on_cpu(self, step: Step, query: torch.Tensor) -> Partial:
-        """The CPU's share once more, with another query."""
-        return Partial(*(t.to(query.device) for t in step.backend.attend_blocks(*self._job(step, query)).partial))
-
-    def _attend_here(self, step: Step, query: torch.Tensor) -> list[Partial]:
-        """What the device holds: residents and tail."""
-        tail = self._attend_tail(step, query)
-        return [tail] if self.resident is None else [self._attend_residents(step, query), tail]
-
-    def _merge(self, here: list[Partial], share: Partial | None) -> Partial:
-        return fuse(here if share is None else [*here, share])
-
-    def _attend_residents(self, step: Step, query: torch.Tensor) -> Partial:
-        keys, values = self.resident.content()
-        allowed, size = None, self.config.block_size
-        if step.mask is not None or self.resident.gaps:
-            ids = self.resident.ids[:, :, : self.resident.filled]
-            allowed = (ids >= 0).unsqueeze(-1).expand(*ids.shape, size)
-            if step.mask is not None:
-                rows = torch.arange(len(ids), dtype=torch.int64, device=ids.device)[:, None, None]
-                allowed = allowed & step.token_mask(size, ids.device)[rows, ids.clamp(min=0)]
-            allowed = allowed.flatten(2).unsqueeze(2)
-        return self._attend_tokens(query, keys, values, allowed)
-
-    def _attend_tail(self, step: Step, query: torch.Tensor) -> Partial:
-        keys, values = self.kv.tail()
-        allowed = None if step.mask is None else step.padding(query.device)[:, None, None, self.kv.host.length :]
-        return self._attend_tokens(query, keys, values, allowed)
-
-    def _attend_tokens(self, query, keys, values, allowed) -> Partial:
-        tokens = keys.shape[2] if allowed is None else allowed.sum(dtype=torch.float32) / allowed.shape[:2].numel()
-        self._attended = self._attended + tokens
-        return attend(query, keys, values, *self.scoring, allowed)
+    def _drop_job(self) -> None:
+        self.executor.drop_job(self)
+        self.state = StepState()
 
     def _seen(self) -> list[Pick]:
-        """The blocks that this step attended: all residents, and what it chose besides."""
-        if self.resident is None:
-            return []
-        ids = self.resident.ids[:, :, : self.resident.filled]
-        return [Pick(ids, ids >= 0), Pick(self._pick.ids, self._missing)]
+        return [] if self.resident is None else self.executor.seen(self)
 
-    def _write_back(self, step: Step) -> None:
-        full = self.kv.full_blocks(self._window_blocks)
-        if full is None:
-            return
-        self._join_recall()  # its thread reads the host's table
-        first, count = self.kv.host.blocks, full[0].shape[2] // self.config.block_size
-        exists = None
-        if step is not None and step.mask is not None:
-            exists = step.token_mask(self.config.block_size, self.kv.device)[:, first : first + count]
-
-        def past() -> tuple[torch.Tensor, torch.Tensor | None]:
-            marks = None if exists is None else step.token_mask(self.config.block_size, self.kv.device)[:, :first]
-            return self._past_keys(first * self.config.block_size), marks
-
-        self.selector.extend(full[0], exists, past)
-        if self.resident is not None and count == 1:
-            self._adopt(first, *full)
-        self._store(step)
-
-    def _adopt(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        with self._changing_residents() as resident:
-            resident.adopt(first, keys, values)
-
-    def _past_keys(self, tokens: int) -> torch.Tensor:
-        return self.kv.host.read(0, tokens)[0]
-
-    def _store(self, step: Step) -> None:
-        self.kv.write_back(self._window_blocks)
-
-    def _choose_residents(self, step: Step, query: torch.Tensor) -> None:
-        host, resident = self.kv.host, self.resident
-        self.resident = None
-        if resident is None:
-            batch, _, _, dim = query.shape
-            like = (host.dtype, query.device)
-            resident = ResidentSlots(batch, self.kv_heads, self._slots(), self.config.block_size, dim, *like)
-        pick = self.selector.pick(step, query, host.blocks, self.kv_heads)
-        resident.load(pick.ids, pick.usable_or_all(), host)
-        self.resident = resident
-        self._steps_since_recall = 0
-
-    def _slots(self) -> int:
+    def slots(self) -> int:
+        """Blocks of a row and KV head that stay on the device."""
         tokens = self.config.resident or self.config.budget or DEFAULT_RESIDENT_TOKENS
         if isinstance(tokens, float):
             tokens = max(self.config.block_size, int(tokens * self.kv.length))
         return self.config.blocks(tokens)
 
-    # -- recall -------------------------------------------------------------------------------------------------
+    def _load_residents(self, step: Step, query: torch.Tensor) -> None:
+        resident, self.resident = self.resident, None  # gone if this fails
+        self.resident = self.executor.load_residents(self, step, query, resident)
+        self.recall_policy.steps = 0
 
-    def _recall_if_due(self, step: Step) -> None:
-        if self._recall_due(step):
-            self._start_recall(step)
+    def _write_back(self, step: Step | None) -> None:
+        full = self.kv.full_blocks(self.window_blocks)
+        if full is None:
+            return
+        self.executor.join_recall(self)  # its thread reads the host's table
+        size, first, padding_mask = self.config.block_size, self.kv.host.blocks, None
+        count = full[0].shape[2] // size
+        if step is not None and step.mask is not None:
+            padding_mask = step.token_mask(size, self.kv.device)
 
-    def _recall_due(self, step: Step) -> bool:
-        self._steps_since_recall += 1
-        rule = self.config.recall
-        if rule is None or self._share_blocks is None:
-            return False
-        if isinstance(rule, float):
-            return self._share_blocks >= self._threshold(step, rule) * self._selected_blocks()
-        return self._interval_is_over(rule)
+        def past() -> tuple[torch.Tensor, torch.Tensor | None]:
+            self.written.finish()
+            keys = self.kv.host.read(0, first * size)[0]
+            return keys, None if padding_mask is None else padding_mask[:, :first]
 
-    def _threshold(self, step: Step, beta: float) -> float:
-        """The CPU's share from which on to recall: lower and higher than ``beta`` by turns, layer by layer.
-
-        Layers that drift alike would all recall in the same steps, and wait for a link that is idle in the others.
-        """
-        # Rounded as on a device, where a captured step compares in float32.
-        return float(np.float32(beta * (0.75 if (step.tokens + self.layer_idx) % 2 else 1.25)))
-
-    def _interval_is_over(self, rule: int | RecallIntervals) -> bool:
-        interval = rule.intervals[self.layer_idx] if isinstance(rule, RecallIntervals) else rule
-        # Layers start at different phases, so that their transfers do not bunch up in one step.
-        return interval > 0 and (self._steps_since_recall + self.layer_idx) % interval == 0
-
-    def _selected_blocks(self) -> int:
-        """Chosen blocks over all rows and heads; entries that pad out short rows do not count."""
-        return self._pick.ids.numel() if self._pick.usable is None else int(self._pick.usable.sum())
-
-    def _start_recall(self, step: Step) -> None:
-        with self._changing_residents() as resident:
-            plan = resident.plan_recall(self._pick.ids, self._pick.usable_or_all(), self.kv.host.blocks)
-            if plan is not None:
-                places = plan.addresses(self.kv.host)
-                held = (resident.keys, resident.values, self.kv.host.memory())
-                self._recall = places and step.backend.copy(*places, keep=held)
-                if self._recall is None:
-                    self._recall = step.movers.submit(plan.run, self.kv.host)
-                self._recall = step.links.limit(self._recall, plan.moved_bytes, self.config.link_gbps)
-                step.counters.recalled(self.layer_idx, plan.blocks, plan.moved_bytes)
-
-    def _join_recall(self) -> None:
-        if self._recall is not None:
-            with self._changing_residents():
-                self._recall.wait()
-                # Only now: after an interrupt, a rollback must find the job to wait for it.
-                self._recall = None
-
-    # -- bookkeeping --------------------------------------------------------------------------------------------
-
-    _recall = None
-
-    def _drop_job(self) -> None:
-        if self._ticket is not None:
-            self._ticket.drain()
-        self._forget()
-
-    def _forget(self) -> None:
-        self._pick: Pick | None = None
-        self._missing = self._ticket = self._predicted = self._share_blocks = None
-        self._attended, self._started, self._guessed, self._checks = 0.0, False, False, False
-
-    def _tally(self, step: Step, query: torch.Tensor) -> None:
-        step.counters.attended(self.layer_idx, step.context(), self._attended)
-        if self._share_blocks is not None:
-            step.counters.cpu_share(self.layer_idx, self._share_blocks, self._selected_blocks())
-        if self._predicted is not None:
-            step.counters.predicted(self.layer_idx, self._predicted, query)
+        new = None if padding_mask is None else padding_mask[:, first : first + count]
+        self.selector.extend(full[0], new, past)
+        if self.resident is not None and count == 1:
+            with self.changing_residents() as resident:
+                self.executor.adopt(resident, first, *full)
+        self.executor.write_back(self, step)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from scout_hf.config import ScoutConfig
-from scout_hf.kernels.device import find_kernels
 from scout_hf.methods.base import Method, register_method
-from scout_hf.methods.scout.executor_triton import TritonScout
+from scout_hf.methods.offloading import OffloadingMethod
+from scout_hf.methods.scout.executor_torch import TorchExecutor
+from scout_hf.methods.scout.executor_triton import TritonExecutor
 from scout_hf.methods.scout.one_tier import OneTierScout
 from scout_hf.methods.scout.policy import TwoTierScout
 
@@ -17,18 +18,21 @@ class Scout(TwoTierScout):
     """One tier without a GPU; two with one, in Triton kernels where they run and with torch's operations elsewhere."""
 
     @classmethod
+    def check(cls, config: ScoutConfig) -> None:
+        super(OffloadingMethod, cls).check(config)  # what other methods refuse is for this one
+
+    @classmethod
     def is_exact(cls, config: ScoutConfig, device: torch.device) -> bool:
         predicts = cls.has_two_tiers(config, device) and config.layer_ahead and config.cpu_query != "real"
         return config.budget in (None, 1.0) and not predicts and config.host_dtype is None
 
     @staticmethod
     def has_two_tiers(config: ScoutConfig, device: torch.device) -> bool:
-        """Whether a model on that device gets two tiers."""
+        """Whether a layer on that device gets two tiers."""
         return config.split == "cpu" or (config.split == "auto" and device.type != "cpu")
 
     @classmethod
     def create(cls, config: ScoutConfig, layer_idx: int, keys: torch.Tensor) -> Method:
-        if config.split == "off" or (config.split == "auto" and keys.device.type == "cpu"):
+        if not cls.has_two_tiers(config, keys.device):
             return OneTierScout(config, layer_idx, keys)
-        triton = TritonScout.serves(config, keys) and find_kernels(config.gpu_kernels, keys.device) is not None
-        return (TritonScout if triton else cls)(config, layer_idx, keys)
+        return cls(config, layer_idx, keys, TritonExecutor if TritonExecutor.serves(config, keys) else TorchExecutor)

@@ -1,0 +1,216 @@
+"""What the policy of two tiers asks of whoever carries it out, and what both know of a decode step so far.
+
+An executor keeps what belongs to its device and to its way of talking to the CPU. What it works on is the layer's, and
+handed to it: cache, digests, residents and the state of the step.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from scout_hf.config import ScoutConfig
+from scout_hf.fusion import Partial
+from scout_hf.methods.base import Scoring
+from scout_hf.methods.scout.query_gate import QueryGate
+from scout_hf.methods.scout.recall_policy import RecallPolicy
+from scout_hf.selection import Pick, Selector
+from scout_hf.step import Step
+from scout_hf.stores import TwoTierKV
+from scout_hf.stores.link import Mark
+
+
+@dataclass(slots=True)
+class StepState:
+    """One decode step of one layer, from ``ahead`` to ``settle``; replaced as a whole.
+
+    Attributes
+    ----------
+    pick : Pick, Choice or None
+        The blocks chosen, as the executor has them.
+    missing : Tensor or None
+        Which of them are not resident, where the host knows.
+    scores : Tensor (batch, kv_heads, blocks) or None
+        What orders the missing ones, where they are more than there are slots.
+    ticket : Ticket or None
+        The CPU's job, where the host waits for it.
+    predicted : Tensor (batch, query_heads, 1, head_dim) or None
+        The query that the layer before predicted.
+    share_blocks, chosen_blocks : int or None
+        Blocks that the CPU attends, and all chosen ones, over rows and heads, where the host counts them.
+    attended : float or Tensor
+        Tokens per row and KV head.
+    started, guessed, checks : bool
+        Whether the CPU has its job, whether with the predicted query, and whether both queries are compared.
+    """
+
+    pick: Any = None
+    missing: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    ticket: Any = None
+    predicted: torch.Tensor | None = None
+    share_blocks: int | None = None
+    chosen_blocks: int | None = None
+    attended: float | torch.Tensor = 0.0
+    started: bool = False
+    guessed: bool = False
+    checks: bool = False
+
+
+class Layer(Protocol):
+    """What an executor sees of its layer, see ``TwoTierScout``."""
+
+    config: ScoutConfig
+    layer_idx: int
+    kv_heads: int
+    dtype: torch.dtype
+    scoring: Scoring
+    kv: TwoTierKV
+    selector: Selector
+    resident: Any
+    gate: QueryGate
+    recall_policy: RecallPolicy
+    window_blocks: int
+    written: Mark
+    state: StepState
+
+    def slots(self) -> int: ...
+    def changing_residents(self) -> AbstractContextManager[Any]: ...
+    def padding_mask(self, step: Step, first: int, last: int | None = None) -> torch.Tensor | None: ...
+
+
+class StepExecutor(ABC):
+    """The operations of one decode step, in their order; they read and write ``layer.state``."""
+
+    def append(self, layer: Layer, step: Step, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put the new token, (batch, kv_heads, 1, head_dim) each, into the tail."""
+        layer.kv.append(keys, values)
+
+    @abstractmethod
+    def select(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
+        """Choose blocks: ``pick``, and what is needed of ``missing`` and ``scores``."""
+
+    def ask_gate(self, layer: Layer) -> tuple[bool, bool]:
+        """Whether the CPU may start with the predicted query, and whether to compare it with the real one."""
+        return layer.gate.in_prediction(), layer.gate.checking
+
+    @abstractmethod
+    def submit_cpu(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
+        """Let the CPU attend to the missing blocks with this query; ``started``."""
+
+    @abstractmethod
+    def attend_device(self, layer: Layer, step: Step, query: torch.Tensor) -> Any:
+        """Attention to residents and tail, in the form that :meth:`merge` takes; adds to ``attended``."""
+
+    @abstractmethod
+    def join_cpu(self, layer: Layer, step: Step, query: torch.Tensor) -> Partial | None:
+        """The CPU's share on the device, None where there is none."""
+
+    @abstractmethod
+    def merge(self, here: Any, share: Partial | None) -> Partial:
+        """One result of the device's and the CPU's."""
+
+    def count(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
+        """Tell ``stats()`` of this attention."""
+        state, index = layer.state, layer.layer_idx
+        step.counters.attended(index, step.context(), state.attended)
+        if state.share_blocks is not None:
+            step.counters.cpu_share(index, state.share_blocks, state.chosen_blocks)
+        if state.predicted is not None:
+            step.counters.predicted(index, state.predicted, query)
+
+    def recall_share(self, layer: Layer, step: Step) -> float | torch.Tensor | None:
+        """The CPU's share from which on this step recalls; None if it does not. Once a step."""
+        return layer.recall_policy.next(step.tokens)
+
+    @abstractmethod
+    def recall(self, layer: Layer, step: Step, share: float | torch.Tensor) -> None:
+        """Start to swap missing blocks in for residents not chosen, if the CPU has at least ``share`` of all chosen."""
+
+
+class Executor(StepExecutor):
+    """The operations of one layer on one device.
+
+    Attributes
+    ----------
+    cpu_query : str
+        ``ScoutConfig.cpu_query``, as far as this executor can follow it.
+    """
+
+    def __init__(self, config: ScoutConfig, kv: TwoTierKV):
+        self.cpu_query = config.cpu_query
+
+    @property
+    @abstractmethod
+    def variant(self) -> str:
+        """What runs, for reports."""
+
+    def captured(self, clock: Any) -> StepExecutor:
+        """The operations of a step that is being captured; for executors with a ``capture_key``."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def attend_again(self, layer: Layer, step: Step, query: torch.Tensor) -> Partial | None:
+        """The CPU's share once more with another query, uncounted."""
+
+    @abstractmethod
+    def load_residents(self, layer: Layer, step: Step, query: torch.Tensor, slots: Any) -> Any:
+        """Fill ``slots``, or new ones for None, with the blocks that this query chooses, best first."""
+
+    @abstractmethod
+    def adopt(self, slots: Any, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put block ``first``, which is leaving the tail, into free slots."""
+
+    @abstractmethod
+    def join_recall(self, layer: Layer) -> None:
+        """What comes now finds recalled blocks in their slots."""
+
+    def write_back(self, layer: Layer, step: Step | None) -> None:
+        """Move the tail's older blocks to the host; ``layer.written`` is the end of that."""
+        layer.written = layer.kv.write_back(layer.window_blocks)
+
+    def past_chunks(self, layer: Layer, step: Step, past: int) -> Iterator | None:
+        """As ``Method.past_chunks``, if this executor has a way of its own."""
+        return None
+
+    @abstractmethod
+    def seen(self, layer: Layer) -> list[Pick]:
+        """The blocks that this step attended."""
+
+    # -- changes of the cache -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def drop_job(self, layer: Layer) -> None:
+        """Wait until the CPU does nothing for this layer, and forget its result."""
+
+    @abstractmethod
+    def drain(self, layer: Layer) -> None:
+        """Wait for copies; residents whose blocks did not come are gone."""
+
+    def pages_changed(self, layer: Layer, rows: bool = False) -> None:
+        """The host's pages may be others than before, and with ``rows`` the batch as well."""
+
+    def fork(self) -> Executor:
+        """One for a twin of the layer; nothing is in flight."""
+        return copy.copy(self)
+
+    # -- captured steps, see ``Method`` ---------------------------------------------------------------------------
+
+    def capture_key(self, layer: Layer, step: Step) -> Any:
+        """As ``Method.capture_key``."""
+        return None
+
+    def before_replay(self, layer: Layer, step: Step, padding_mask: torch.Tensor | None) -> None:
+        """As ``Method.before_replay``, but for the recall."""
+
+    def after_replay(self, layer: Layer, step: Step) -> None:
+        """As ``Method.after_replay``; the new token is in the tail."""
+
+    def abort_replay(self, layer: Layer) -> None:
+        """As ``Method.abort_replay``."""
