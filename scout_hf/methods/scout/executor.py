@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,39 +27,19 @@ from scout_hf.stores.link import Mark
 
 @dataclass(slots=True)
 class StepState:
-    """One decode step of one layer, from ``ahead`` to ``settle``; replaced as a whole.
+    """One decode step of one layer, from ``ahead`` to ``settle``; replaced as a whole."""
 
-    Attributes
-    ----------
-    pick : Pick, Choice or None
-        The blocks chosen, as the executor has them.
-    missing : Tensor or None
-        Which of them are not resident, where the host knows.
-    scores : Tensor (batch, kv_heads, blocks) or None
-        What orders the missing ones, where they are more than there are slots.
-    ticket : Ticket or None
-        The CPU's job, where the host waits for it.
-    predicted : Tensor (batch, query_heads, 1, head_dim) or None
-        The query that the layer before predicted.
-    share_blocks, chosen_blocks : int or None
-        Blocks that the CPU attends, and all chosen ones, over rows and heads, where the host counts them.
-    attended : float or Tensor
-        Tokens per row and KV head.
-    started, guessed, checks : bool
-        Whether the CPU has its job, whether with the predicted query, and whether both queries are compared.
-    """
-
-    pick: Any = None
-    missing: torch.Tensor | None = None
-    scores: torch.Tensor | None = None
-    ticket: Any = None
-    predicted: torch.Tensor | None = None
-    share_blocks: int | None = None
-    chosen_blocks: int | None = None
-    attended: float | torch.Tensor = 0.0
-    started: bool = False
-    guessed: bool = False
-    checks: bool = False
+    pick: Any = None  # the chosen blocks, a Pick or a Choice
+    missing: torch.Tensor | None = None  # which of them are not resident, where the host knows
+    scores: torch.Tensor | None = None  # (batch, kv_heads, blocks): the order of those, where slots are too few
+    ticket: Any = None  # the CPU's job, where the host waits for it
+    predicted: torch.Tensor | None = None  # the query that ``ahead`` got
+    share_blocks: int | None = None  # that the CPU attends, over rows and heads, where the host counts them
+    chosen_blocks: int | None = None  # all chosen ones likewise
+    attended: float | torch.Tensor = 0.0  # tokens per row and KV head
+    started: bool = False  # the CPU has its job,
+    guessed: bool = False  # with the predicted query
+    checks: bool = False  # both queries are compared
 
 
 class Layer(Protocol):
@@ -81,16 +60,12 @@ class Layer(Protocol):
     state: StepState
 
     def slots(self) -> int: ...
-    def changing_residents(self) -> AbstractContextManager[Any]: ...
+    def changing_residents(self) -> Any: ...
     def padding_mask(self, step: Step, first: int, last: int | None = None) -> torch.Tensor | None: ...
 
 
 class StepExecutor(ABC):
     """The operations of one decode step, in their order; they read and write ``layer.state``."""
-
-    def append(self, layer: Layer, step: Step, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Put the new token, (batch, kv_heads, 1, head_dim) each, into the tail."""
-        layer.kv.append(keys, values)
 
     @abstractmethod
     def select(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
@@ -141,7 +116,11 @@ class Executor(StepExecutor):
     ----------
     cpu_query : str
         ``ScoutConfig.cpu_query``, as far as this executor can follow it.
+    recalling : bool
+        Whether a recall may be in flight.
     """
+
+    recalling: Any = True
 
     def __init__(self, config: ScoutConfig, kv: TwoTierKV):
         self.cpu_query = config.cpu_query

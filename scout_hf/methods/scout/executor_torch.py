@@ -20,6 +20,10 @@ class TorchExecutor(Executor):
     variant = "torch"
     _recall: Any = None
 
+    @property
+    def recalling(self) -> bool:
+        return self._recall is not None
+
     def select(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
         state, blocks = layer.state, layer.kv.host.blocks
         state.pick = layer.selector.pick(step, query, blocks, layer.kv_heads)
@@ -95,7 +99,7 @@ class TorchExecutor(Executor):
                 step.counters.recalled(layer.layer_idx, plan.blocks, plan.moved_bytes)
 
     def join_recall(self, layer: Layer) -> None:
-        if self._recall is not None:
+        if self.recalling:
             with layer.changing_residents():
                 self._recall.wait()
                 # Only now: after an interrupt, a rollback must find the job to wait for it.

@@ -52,6 +52,7 @@ class TritonExecutor(Executor):
         self.wanted: torch.Tensor | None = None
         self.pages = torch.zeros((kv.batch, 0), dtype=torch.int64, device=kv.device)
         self.recalled = Mark()
+        self._block_bytes = 2 * kv.block_size * kv.host.head_dim * kv.host.dtype.itemsize
 
     @classmethod
     def serves(cls, config: ScoutConfig, keys: torch.Tensor) -> bool:
@@ -206,7 +207,9 @@ class TritonExecutor(Executor):
         slots.clear(host.blocks)
         choice, scores, most = self._choose(layer, step, query, slots, loading=True)
         layer.written.before(query.device)
-        moves = self.kernels.plan_recall(slots.ids, slots.slot_of, _best_first(choice, scores))
+        moves = self.kernels.plan_recall(
+            slots.ids, slots.slot_of, choice if scores is None else _best_first(choice, scores)
+        )
         self.kernels.copy_blocks(self.pages, moves, slots.keys, slots.values)
         # A row of a padded batch may have fewer blocks to offer.
         slots.filled = min(slots.slots, most) if step.mask is None else None
@@ -225,7 +228,9 @@ class TritonExecutor(Executor):
         self, layer: Layer, step: Step, slots: MappedSlots, share: float | torch.Tensor, after: Mark | None = None
     ) -> Mark:
         """Move missing blocks into slots of others, if the CPU has that share; the end of the copies."""
-        tally, choice = self.recall_tally(layer, step), _best_first(layer.state.pick, layer.state.scores)
+        tally, choice = self.recall_tally(layer, step), layer.state.pick
+        if layer.state.scores is not None:
+            choice = _best_first(choice, layer.state.scores)
         moves = self.kernels.plan_recall(slots.ids, slots.slot_of, choice, share, tally)
         with step.links.beside("recall", slots.ids.device, *moves, after=after) as mark:
             self.kernels.copy_blocks(self.pages, moves, slots.keys, slots.values)
@@ -234,8 +239,7 @@ class TritonExecutor(Executor):
 
     def recall_tally(self, layer: Layer, step: Step) -> torch.Tensor:
         """Where the device counts the blocks that come."""
-        device, tile = layer.kv.device, layer.kv.host.block_size * layer.kv.host.head_dim
-        return step.counters.recall_tally(layer.layer_idx, device, 2 * tile * layer.dtype.itemsize)
+        return step.counters.recall_tally(layer.layer_idx, layer.kv.device, self._block_bytes)
 
     def join_recall(self, layer: Layer) -> None:
         self.recalled.before(self.pages.device)
@@ -344,10 +348,8 @@ def _job(layer: Layer, padding_mask: torch.Tensor | None) -> tuple:
     return layer.kv.host, *layer.scoring, padding_mask
 
 
-def _best_first(choice: Any, scores: torch.Tensor | None) -> Any:
-    """The same ``Choice`` with the missing blocks of every list in the order of ``scores``, for lists without room."""
-    if scores is None:
-        return choice
+def _best_first(choice: Any, scores: torch.Tensor) -> Any:
+    """The same ``Choice`` with the missing blocks of every list in the order of ``scores``."""
     missing, counts = (part.to(scores.device, non_blocking=True) for part in (choice.missing, choice.missing_counts))
     place = torch.arange(missing.shape[2], dtype=torch.int64, device=scores.device)
     used = place < counts[..., None]

@@ -12,7 +12,7 @@ import torch
 from scout_hf.config import ScoutConfig
 from scout_hf.fusion import Partial
 from scout_hf.methods.offloading import OffloadingMethod
-from scout_hf.methods.scout.executor import Executor, StepExecutor, StepState
+from scout_hf.methods.scout.executor import Executor, StepState
 from scout_hf.methods.scout.executor_torch import TorchExecutor
 from scout_hf.methods.scout.query_gate import QueryGate
 from scout_hf.methods.scout.recall_policy import RecallPolicy
@@ -66,7 +66,8 @@ class TwoTierScout(OffloadingMethod):
         return ready and self.config.layer_ahead
 
     def ahead(self, step: Step, query: torch.Tensor) -> None:
-        run, state = self._on(step), self.state
+        state = self.state
+        run = self.executor if step.clock is None else self.executor.captured(step.clock)
         query = state.predicted = query.to(self.dtype)
         run.select(self, step, query)
         state.guessed, state.checks = run.ask_gate(self)
@@ -76,14 +77,16 @@ class TwoTierScout(OffloadingMethod):
     def append(self, keys: torch.Tensor, values: torch.Tensor, step: Step | None = None) -> None:
         if step is None or step.clock is None:
             return super().append(keys, values, step)
-        self._on(step).append(self, step, keys, values)
+        self.executor.captured(step.clock).append(self, step, keys, values)
 
     def attend(self, step: Step, query: torch.Tensor) -> Partial:
-        run, state = self._on(step), self.state
+        state = self.state
+        run = self.executor if step.clock is None else self.executor.captured(step.clock)
         if self.kv.host.blocks and self.resident is None:
             self._load_residents(step, query)
-        with step.counters.timed(self.layer_idx, "join"):
-            self.executor.join_recall(self)
+        if self.executor.recalling:
+            with step.counters.timed(self.layer_idx, "join"):
+                self.executor.join_recall(self)
         if self.resident is not None:
             if state.pick is None:
                 run.select(self, step, query)
@@ -105,10 +108,11 @@ class TwoTierScout(OffloadingMethod):
 
     def settle(self, step: Step) -> None:
         self._write_back(step)
-        if self.state.pick is not None:
-            run = self._on(step)
+        state = self.state
+        if state.pick is not None:
+            run = self.executor if step.clock is None else self.executor.captured(step.clock)
             share = run.recall_share(self, step)
-            if share is not None and self.state.started:
+            if state.started and share is not None:
                 run.recall(self, step, share)
         self.state = StepState()
         if self.resident is not None and self.slots() > 1.25 * self.resident.slots:
@@ -203,9 +207,6 @@ class TwoTierScout(OffloadingMethod):
         self.state = StepState()
 
     # -- the parts of a step ------------------------------------------------------------------------------------
-
-    def _on(self, step: Step) -> StepExecutor:
-        return self.executor if step.clock is None else self.executor.captured(step.clock)
 
     def _drop_job(self) -> None:
         self.executor.drop_job(self)
