@@ -86,14 +86,15 @@ def check_scout_hf(arguments):
 
 def check_make(arguments):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert all(f"\n{target}:" in makefile for target in arguments)
+    assert all(f"\n{target.replace('.venv', '$(VENV)')}:" in makefile for target in arguments)
 
 
 def check_pip(arguments):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     action, *what = arguments
     assert action == "install"
-    assert all(one == "." or one.removeprefix("scout_hf[").removesuffix("]") in extras for one in what)
+    wanted = {extra for one in what if "[" in one for extra in one.rstrip("]").split("[")[1].split(",")}
+    assert wanted <= set(extras) and {one.split("[")[0] for one in what} <= {".", "scout_hf", "-e"}
 
 
 def check_pytest(arguments):
