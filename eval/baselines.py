@@ -1,7 +1,7 @@
-"""Blocks chosen without looking at them, as controls: what is left of the answers when selection knows nothing.
+"""Controls for digests: blocks chosen without looking at them, and the best that a perfect digest would choose.
 
-Importing this module makes ``ScoutConfig(digest="random")`` and ``ScoutConfig(digest="recent")`` available. Sinks and
-window are attended as with any other digest, so all choices spend the same budget.
+Importing this module makes ``ScoutConfig(digest="random")``, ``"recent"`` and ``"oracle"`` available. Sinks and window
+are attended as with any other digest, so all choices spend the same budget.
 """
 
 from __future__ import annotations
@@ -40,3 +40,28 @@ class RecentBlocks(Blind):
         """The block's number, (batch, kv_heads, blocks)."""
         order = torch.arange(codes.shape[2], dtype=torch.float32, device=codes.device)
         return order.repeat(*codes.shape[:2], 1)
+
+
+@register_digest
+class OracleBlocks(Digest):
+    """The keys themselves as the code; a block's score is its softmax mass, summed over the GQA group.
+
+    The mass is that among whole blocks, at the usual scale of ``head_dim ** -0.5``: what is newer is attended in any
+    case. As large as the keys and as slow as full attention, for evaluations without padding only.
+    """
+
+    name = "oracle"
+
+    def encode(self, keys: torch.Tensor, exists: torch.Tensor | None) -> torch.Tensor:
+        """The keys of a block side by side, (batch, kv_heads, blocks, block_size * head_dim)."""
+        if exists is not None and not bool(exists.all()):
+            raise ValueError("digest='oracle' takes no padding; give it rows of equal length")
+        return keys.flatten(3)
+
+    def score(self, query: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """Mass of every block, (batch, kv_heads, blocks)."""
+        batch, heads, blocks, _ = codes.shape
+        dim = query.shape[-1]
+        grouped = query.view(batch, heads, -1, dim)
+        logits = torch.matmul(grouped, codes.view(batch, heads, -1, dim).transpose(2, 3)).float() * dim**-0.5
+        return logits.softmax(-1).unflatten(-1, (blocks, -1)).sum(-1).sum(2)

@@ -2,7 +2,7 @@
 
 A question fed in one pass would be attended exactly by any cache, and then only the answer's later tokens would show
 what block-sparse attention does. Here the document alone is prefilled; everything after it is decoded, by the same
-code for a stock cache and a ScoutCache.
+code for a stock cache and a ScoutCache: one by one through ``generate()``, or many questions together.
 """
 
 from __future__ import annotations
@@ -10,31 +10,23 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-import scout_hf
 from scout_hf import CACHE, ScoutConfig, Stats
+from scout_hf.eval.caches import caches_of, kv_bytes
+from scout_hf.eval.tables import by
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer and what it took.
+    """One answer, the logits (length, vocabulary) it was chosen from, and what it took.
 
-    Attributes
-    ----------
-    text : str
-        The answer's tokens, decoded.
-    logits : Tensor (length, vocabulary)
-        What each answer token was chosen from.
-    steps : int
-        Decode steps: question tokens and answer tokens, less the last one, which nothing follows.
-    seconds : float
-        Time of these steps, the copy of the cache not included.
+    Steps are question tokens and answer tokens, less the last one, which nothing follows; the seconds of them leave the
+    copy of the cache out.
     """
 
     text: str
@@ -45,18 +37,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Session:
-    """All answers that one setting gave.
+    """All answers that one setting gave, in the order asked; seconds of all prefills, and bytes of the last document.
 
-    Attributes
-    ----------
-    answers : list of Answer
-        In the order asked.
-    prefill_seconds : float
-        For all documents together.
-    kv_bytes : dict
-        By tier, of the last document's cache after its prefill.
-    stats : Stats or None
-        Of the patch; None for stock attention.
+    ``stats`` are those of the patch; None for stock attention.
     """
 
     answers: list[Answer]
@@ -98,21 +81,8 @@ def answer(
 ) -> Answer:
     """The greedy answer to a question about a document that ``cache`` holds; the cache stays as it is.
 
-    The cache is forked (a ScoutCache shares its pages with the fork), all question tokens but the last are fed one by
-    one, and ``model.generate()`` goes on from there.
-
-    Parameters
-    ----------
-    model, tokenizer
-        The model may be patched or not; the cache may be of any kind that the model takes.
-    cache : Cache
-        Exactly ``document_ids``, as :func:`prefill` leaves it.
-    document_ids : Tensor (1, tokens)
-        What ``generate()`` wants to see of the part that is cached.
-    question : str
-        Non-empty.
-    length : int
-        Answer tokens to generate.
+    The cache, as :func:`prefill` left it, is forked (a ScoutCache shares its pages with the fork), all question tokens
+    but the last are fed one by one, and ``model.generate()`` goes on from there for ``length`` tokens.
     """
     if cache.get_seq_length() != document_ids.shape[1]:
         raise ValueError(
@@ -152,37 +122,86 @@ def ask_all(
 ) -> Session:
     """Patch, prefill every document once, ask all its questions, remove the patch.
 
-    Parameters
-    ----------
-    model, tokenizer
-        The model unpatched.
-    config : ScoutConfig or None
-        None for stock attention and a stock cache, everything else being the same.
-    documents : sequence of (text, questions)
-    length : int
-        Tokens per answer.
-    tick : callable
-        Called after every document and every answer, for a progress bar.
+    None for ``config`` is stock attention and a stock cache, everything else being the same. ``tick`` is called after
+    every document and every answer, for a progress bar.
     """
     answers, seconds, held = [], 0.0, {}
-    with nullcontext() if config is None else scout_hf.patch(model, config) as handle:
+    with caches_of(model, config) as caches:
         for text, questions in documents:
             ids = tokenize(tokenizer, text)
             begin = time.perf_counter()
-            cache = prefill(model, handle.new_cache() if handle else DynamicCache(config=model.config), ids)
+            cache = prefill(model, caches.new(), ids)
             seconds += time.perf_counter() - begin
             held = kv_bytes(cache)
             tick()
             for question in questions:
                 answers.append(answer(model, tokenizer, cache, ids, question, length))
                 tick()
-        stats = handle.stats() if handle else None
+        stats = caches.handle and caches.handle.stats()
     return Session(answers, seconds, held, stats)
 
 
-def kv_bytes(cache: Cache) -> dict[str, int]:
-    """Bytes that a cache holds, by tier; all of a stock cache is ``stock``."""
-    if hasattr(cache, "tier_bytes"):
-        return cache.tier_bytes()
-    held = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
-    return {"stock": sum(part.numel() * part.element_size() for part in held if part is not None)}
+# -- many questions together ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Answers:
+    """Answer tokens in the order asked, tokens decoded over all rows, and the time of that without copies of the cache.
+
+    ``right`` says which answers were, once somebody has compared them.
+    """
+
+    ids: list[list[int]]
+    steps: int = 0
+    seconds: float = 0.0
+    right: list[bool] = field(default_factory=list)
+
+
+@torch.no_grad()
+def answers(
+    model: PreTrainedModel,
+    cache: Cache,
+    questions: Sequence[list[int]],
+    owners: Sequence[int],
+    length: int,
+    rows: int,
+) -> Answers:
+    """Greedy answers of ``length`` tokens to each question, as token ids; the cache stays as it is.
+
+    Questions of equal length are decoded as rows of one batch, ``rows`` at most, that share their document's pages;
+    each row chooses and attends its own blocks. The cache has documents, a row each; ``owners`` says which of them a
+    question is about.
+    """
+    if length < 1 or rows < 1 or not all(questions) or len(questions) != len(owners):
+        raise ValueError(
+            f"length={length}, rows={rows}, {len(questions)} questions about {len(owners)} documents: length and rows "
+            "from 1 up, no question empty, and a document for each"
+        )
+    found = Answers([[] for _ in questions])
+    for alike in by(range(len(questions)), lambda index: len(questions[index])).values():
+        for first in range(0, len(alike), rows):
+            chosen = alike[first : first + rows]
+            ids = torch.tensor([questions[index] for index in chosen], dtype=torch.int64, device=model.device)
+            twin = copy.deepcopy(cache)
+            twin.batch_select_indices(
+                torch.tensor([owners[index] for index in chosen], dtype=torch.int64, device=model.device)
+            )
+            begin = time.perf_counter()
+            given = decode(model, twin, ids, length)
+            found.seconds += time.perf_counter() - begin
+            found.steps += len(chosen) * (ids.shape[1] + length - 1)
+            for index, answer in zip(chosen, given.tolist()):
+                found.ids[index] = answer
+    return found
+
+
+@torch.no_grad()
+def decode(model: PreTrainedModel, cache: Cache, ids: torch.Tensor, length: int) -> torch.Tensor:
+    """Feed ``ids`` (rows, n) token by token and go on greedily; the new tokens, (rows, length)."""
+    for place in range(ids.shape[1] - 1):
+        model(ids[:, place : place + 1], **{CACHE: cache}, logits_to_keep=1)
+    token, given = ids[:, -1:], []
+    for _ in range(length):
+        token = model(token, **{CACHE: cache}, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
+        given.append(token)
+    return torch.cat(given, dim=1)

@@ -16,6 +16,7 @@ import scout_hf
 from scout_hf.eval.decode_path import Session, ask_all
 from scout_hf.eval.pocket import ANSWER_WORDS, TRAINED_TOKENS, Document, Fact, load_pocket, make_document
 from scout_hf.eval.pocket.evaluate import usual_facts
+from scout_hf.eval.tables import tiers
 
 STOCK, EXACT = "stock", "exact"
 EXCERPT_WORDS = 36
@@ -90,9 +91,8 @@ def _summary(sessions: dict[str, Session], asked: list[Fact]) -> Table:
         table.add_column(name, justify="left" if name in ("mode", "KV in MiB by tier") else "right")
     for mode, one in sessions.items():
         right = sum(given.text == fact.answer for given, fact in zip(one.answers, asked))
-        held = " + ".join(f"{tier} {count / 2**20:.1f}" for tier, count in one.kv_bytes.items() if count)
         speed, share = f"{one.tokens_per_second:.1f}", f"{one.attended_share:.1%}"
-        table.add_row(mode, f"{right}/{len(asked)}", share, speed, f"{one.prefill_seconds:.1f}", held)
+        table.add_row(mode, f"{right}/{len(asked)}", share, speed, f"{one.prefill_seconds:.1f}", tiers(one.kv_bytes))
     return table
 
 

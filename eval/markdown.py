@@ -1,16 +1,27 @@
-"""Parts of a Markdown file that are made from results, between two marks, so that both always say the same."""
+"""Results as Markdown, and the parts of a file that are made from them, between two marks, so that both agree."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
+from scout_hf.eval.tables import Grid
 from scout_hf.files import write_text
 
-BAR = "\\|"
 _BREAK = re.compile(r"\s*[\r\n]+\s*")
-_BETWEEN = re.compile(r"(?<!\\)\|")
+
+
+def to_markdown(parts: Iterable[Grid | str]) -> str:
+    """Tables and paragraphs, with an empty line between; titles are not shown."""
+    return "\n\n".join(part if isinstance(part, str) else "\n".join(_lines(part)) for part in parts)
+
+
+def _lines(table: Grid) -> list[str]:
+    # A bar or the end of a line inside of a cell does not end it.
+    whole = ([_BREAK.sub(" ", cell).replace("|", "\\|") for cell in row] for row in (table.names, *table.rows))
+    first, *rest = (f"| {' | '.join(row)} |" for row in whole)
+    return [first, "|" + "---|" * len(table.names), *rest]
 
 
 def begin_mark(command: str) -> str:
@@ -43,19 +54,3 @@ def update(path: Path, command: str, made: str) -> bool:
         # The file that was read, where the page is a link.
         write_text(path.resolve(), new)
     return new != old
-
-
-def head(*names: str) -> Iterator[str]:
-    """The first two lines of a table."""
-    yield line(*names)
-    yield "|" + "---|" * len(names)
-
-
-def line(*cells: str) -> str:
-    """A row of a table; a bar or the end of a line inside of a cell does not end it."""
-    return f"| {' | '.join(_BREAK.sub(' ', cell).replace('|', BAR) for cell in cells)} |"
-
-
-def cells_of(row: str) -> list[str]:
-    """The cells that :func:`line` was given."""
-    return [cell.strip().replace(BAR, "|") for cell in _BETWEEN.split(row.strip().removeprefix("|"))][:-1]

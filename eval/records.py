@@ -1,17 +1,158 @@
-"""Records that are read back, of any benchmark or study: checked before anything is made of them."""
+"""Results that a later run goes on with, and records that are read back: checked before anything is made of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from scout_hf.errors import ConfigError
-from scout_hf.eval.bench import rules as bench
-from scout_hf.files import read_json
+from scout_hf.eval import rules
+from scout_hf.files import LARGEST_BYTES, parse_json, read_json, write_text
+from scout_hf.rules import count, fields
 
 REMEDY = "give a JSON file that `scout-hf bench` or `scout-hf fidelity` wrote, or leave it out"
+AGAIN = ("missing", "failed")
+"""Outcomes that another try may change: what was not installed may be there by now."""
+
+SCHEMA = 1
+
+
+class Record:
+    """Results of many cells in one JSON object, written whole after each: a file that a later run goes on with.
+
+    A new record has ``held``: its kind, settings and machine. A file, unless ``fresh`` forgets it, must keep the
+    ``rule``, and agree in what ``same`` gives of a record by name, else ValueError; ``kept`` of it is gone on with.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        fresh: bool,
+        held: dict[str, Any],
+        rule: Callable[[Any], object],
+        same: Callable[[dict[str, Any]], dict[str, Any]],
+        kept: Iterable[str] = ("cells",),
+    ):
+        self.path, self.held, self.run = path, held, time.strftime("%Y-%m-%d %H:%M:%S")
+        if path is None or fresh or not path.exists():
+            return
+        before = read_json(path, rule, "give another --out, or --fresh to write over it")
+        theirs, ours = same(before), same(held)
+        names = [*ours, *(name for name in theirs if name not in ours)]
+        if differ := [f"{name}={theirs.get(name)!r}" for name in names if theirs.get(name) != ours.get(name)]:
+            raise ValueError(
+                f"{path} holds figures with {', '.join(differ)}, which cannot stand beside what is asked for; give the "
+                "same settings to go on, --fresh to begin again, or another --out"
+            )
+        self.held |= {name: before[name] for name in kept if name in before}
+
+    def at(self, cell: dict[str, Any], part: str = "cells") -> list[dict[str, Any]]:
+        """Results of this cell, whatever they are; cells with and without ``gib`` are two kinds."""
+        named = {"gib": None} | cell
+        return [one for one in self.held[part] if all(one.get(name) == value for name, value in named.items())]
+
+    def has(self, cell: dict[str, Any], part: str = "cells") -> bool:
+        """Whether there is a result that another try would not change."""
+        return any(not any(name in one for name in AGAIN) for one in self.at(cell, part))
+
+    def foreign(self, cell: dict[str, Any]) -> bool:
+        """Whether the result of this was measured at another commit, as far as that is known."""
+        here = self.held["machine"]["commit"]
+        return any(one.get("commit", here) != here for one in self.at(cell))
+
+    def add(self, cell: dict[str, Any], found: dict[str, Any], part: str = "cells") -> None:
+        """Put a result in the place of the one there is; it is in the file when this returns."""
+        before, commit = self.at(cell, part), self.held.get("machine", {}).get("commit")
+        rest = [one for one in self.held[part] if one not in before]
+        self.held[part] = [*rest, cell | found | {"run": self.run, "commit": commit}]
+        self.write()
+
+    def write(self) -> None:
+        """Everything; the old file stays whole until the new one is."""
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_record(self.held, self.path)
+
+
+def write_record(record: dict[str, Any], path: Path) -> None:
+    """Write a record as JSON, lists of numbers on one line."""
+    text = json.dumps(record, indent=1, allow_nan=False)
+    write_text(path, re.sub(r"\[[-+\d.e,\s]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text) + "\n")
+
+
+class Journal:
+    """Results one line of JSON each, in a file that only grows; for many cells that are measured at the same time.
+
+    A line counts for what was asked in it, word for word, whatever code measured it (see ``foreign``); its result keeps
+    the ``rule``. A last line that was cut off is dropped. One process writes.
+    """
+
+    def __init__(self, path: Path, rule: Callable[[Any], object], fresh: bool = False, commit: str | None = None):
+        self.path, self.commit = path, commit
+        self._rule = fields({"commit": rules.MAYBE_WORD, "asked": fields({}), "result": rule})
+        self._found: dict[str, dict[str, Any]] = {}
+        if fresh:
+            path.unlink(missing_ok=True)
+        elif path.is_file():
+            self._read()
+
+    def get(self, asked: dict[str, Any]) -> dict[str, Any] | None:
+        """The result of exactly this, or None."""
+        return self._found.get(_key(asked), {}).get("result")
+
+    def foreign(self, asked: dict[str, Any]) -> bool:
+        """Whether the result of this was measured at another commit."""
+        return self._found.get(_key(asked), {"commit": self.commit})["commit"] != self.commit
+
+    def add(self, asked: dict[str, Any], result: dict[str, Any]) -> None:
+        """Keep a result; it is on disk when this returns."""
+        self.adopt([(asked, result)], self.commit)
+
+    def adopt(self, found: Iterable[tuple[dict[str, Any], dict[str, Any]]], commit: str | None) -> None:
+        """Keep results, each with what was asked, that were measured at some commit; all on disk at the end."""
+        entries = [{"schema": SCHEMA, "commit": commit, "asked": asked, "result": result} for asked, result in found]
+        # What cannot be read again would spoil the file: ValueError before a byte of it is written.
+        for entry in entries:
+            self._rule(entry)
+        lines = [json.dumps(entry, separators=(",", ":"), allow_nan=False) for entry in entries]
+        with self.path.open("a") as file:
+            file.writelines(line + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+        self._found |= {_key(entry["asked"]): entry for entry in entries}
+
+    def _read(self) -> None:
+        if self.path.stat().st_size > LARGEST_BYTES:
+            raise ConfigError(f"{self.path} is larger than {LARGEST_BYTES} bytes; move the file away, or use --fresh")
+        held = self.path.read_bytes()
+        whole = held[: held.rfind(b"\n") + 1]
+        for place, line in enumerate(whole.splitlines(), 1):
+            try:
+                entry = parse_json(line)
+                fields({"schema": count()})(entry)
+                if entry["schema"] == SCHEMA:
+                    self._rule(entry)
+                    self._found[_key(entry["asked"])] = entry
+            except ValueError as error:
+                raise ConfigError(
+                    f"{self.path}, line {place} is no result of a study: {error}; move the file away, or use --fresh"
+                ) from error
+        if whole != held:
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
+
+
+def _key(asked: dict[str, Any]) -> str:
+    return json.dumps(asked, sort_keys=True)
+
+
+# -- reading back ---------------------------------------------------------------------------------------------------
 
 
 def kind_of(record: dict[str, Any]) -> str:
@@ -28,11 +169,13 @@ def read_record(path: Path, *kinds: str) -> dict[str, Any]:
     ConfigError
         If the file is missing, too large or deep, none of these records, or lacks what its tables are made of.
     """
+    # What a study may be of is known to those who measure it, who import torch.
+    from scout_hf.eval.fidelity.report import RULE as fidelity
 
     def rule(found: Any) -> None:
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}, not an object")
-        known, kind = _rules(), kind_of(found)
+        known, kind = rules.BENCHMARKS | {"fidelity": fidelity}, kind_of(found)
         if kind not in known:
             raise ValueError("it is no result of `scout-hf bench` or `scout-hf fidelity`")
         if kinds and kind not in kinds:
@@ -50,15 +193,5 @@ def shown(path: Path) -> Iterator[None]:
     except (LookupError, TypeError, ArithmeticError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"{path} cannot be shown: {type(error).__name__}: {error}; was it changed by hand, or made by another "
-            "version? Make it anew"
+            "version? Make it again"
         ) from error
-
-
-def _rules() -> dict[str, Any]:
-    # What a study may be of is known to those who measure it, who import torch.
-    from scout_hf.eval.fidelity.report import RULE as fidelity
-    from scout_hf.eval.methods.record import RULE as methods
-
-    known = {"cpu_kernel": bench.CPU_KERNEL, "cpu_decode": bench.CPU_DECODE}
-    known |= {"gpu_kernel": bench.GPU_KERNEL, "gpu_decode": bench.GPU_DECODE}
-    return known | {"fidelity": fidelity, "methods": methods}

@@ -11,15 +11,14 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
-import scout_hf
-from scout_hf import CACHE, PatchError, ScoutCache, ScoutConfig
+from scout_hf import CACHE, ScoutConfig
+from scout_hf.eval.caches import caches_of
 
 Tokens = Sequence[int]
 
@@ -29,29 +28,6 @@ class Score(NamedTuple):
 
     log_probability: float
     greedy: bool
-
-
-@contextmanager
-def cache_maker(model: PreTrainedModel, config: ScoutConfig | None) -> Iterator[Callable[[], Cache]]:
-    """Gives what makes empty caches of one setting; a model that is not patched yet is, for the time of the block.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        Patched or not.
-    config : ScoutConfig or None
-        None for stock attention and a DynamicCache.
-    """
-    if config is None:
-        yield lambda: DynamicCache(config=model.config)
-        return
-    try:
-        handle = scout_hf.patch(model, config)
-    except PatchError:
-        yield lambda: ScoutCache(model.config, config)
-        return
-    with handle:
-        yield handle.new_cache
 
 
 @torch.no_grad()
@@ -91,8 +67,8 @@ def score_text(
             "something is given and something is left to score"
         )
     found = []
-    with cache_maker(model, config) as new_cache:
-        forward, cache = _Forward(model), new_cache()
+    with caches_of(model, config, again=True) as caches:
+        forward, cache = _Forward(model), caches.new()
         if prefill_tokens > 1:
             forward(ids[:, : prefill_tokens - 1], cache)
         for position in range(prefill_tokens - 1, tokens - 1):
@@ -127,7 +103,7 @@ def score_pairs(
     pairs : sequence of (context ids, continuation ids)
         Neither may be empty.
     new_cache : callable
-        Makes an empty cache: ``handle.new_cache``, or what :func:`cache_maker` gives.
+        Makes an empty cache: ``handle.new_cache``, or ``new`` of :func:`scout_hf.eval.caches.caches_of`.
     batch_size : int
         Most rows per pass, prefill and decode.
     tick : callable

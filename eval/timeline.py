@@ -11,14 +11,13 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import scout_hf
-from scout_hf.diagnostics import Span, Trace
+from scout_hf.diagnostics import MOVERS, Span, Trace, parts_of_spans
 from scout_hf.eval.bench import device as devices
-from scout_hf.eval.bench.formats import new_table, three
 from scout_hf.eval.decode_path import tokenize
 from scout_hf.eval.pocket import POCKET_MODELS, load_pocket, make_document
 from scout_hf.eval.pocket.evaluate import usual_facts
+from scout_hf.eval.tables import Grid, three
 
-MOVERS = ("attention", "copy")
 EXPLAINED = (
     "Times and jobs are per step. Hidden: the share of the jobs' time in which the model did not wait for them; a "
     "layer ahead: the share of the jobs that were started before their own layer began."
@@ -38,27 +37,12 @@ def run(
 ) -> Trace:
     """Trace the last decode steps of a short generation, and print what they were made of.
 
-    Parameters
-    ----------
-    out : Path
-        The timeline, ending in .json; its picture lies beside it.
-    model : str
-        A pocket model's name, or the folder of a model, which reads random tokens.
-    context : int
-        Tokens that are read before.
-    options : dict
-        Further settings of ``patch``; those that are None are left at their defaults, or where two tiers show most:
-        ``budget`` an eighth of the context, ``resident`` half of that, ``split="cpu"`` on a CPU, and for ``scout``
-        ``cpu_query="predicted"``.
-    steps : int
-        To keep; a few more are decoded before.
+    Arguments are those of ``scout-hf trace``. Further settings of ``patch`` are in ``options``; those that are None are
+    left at their defaults, or where two tiers show most: ``budget`` an eighth of the context, ``resident`` half of
+    that, ``split="cpu"`` on a CPU, and for ``scout`` ``cpu_query="predicted"``.
 
-    Raises
-    ------
-    FileNotFoundError
-        If the model is none of these, or cannot be loaded.
-    ValueError
-        For a device that there is not, or a context that the model does not take.
+    Raises FileNotFoundError for a model that is not there or cannot be loaded, ValueError for a device that there is
+    not, or a context that the model does not take.
     """
     console = console or Console()
     place = devices.find(device)
@@ -82,45 +66,17 @@ def run(
     return trace
 
 
-def parts(spans: Sequence[Span]) -> dict[str, float | int]:
-    """What the steps of a trace were made of.
-
-    Returns
-    -------
-    dict
-        ``steps``, and per step ``step_ms`` and ``wait_ms`` (of the main thread, for the CPU or a copy). For jobs of the
-        kinds ``attention`` and ``copy``, where there are any: ``<kind>_jobs`` and ``<kind>_ms`` per step, what share of
-        that time the main thread did not wait (``<kind>_hidden``), and what share of the jobs was asked for before
-        their layer began (``<kind>_ahead``).
-    """
-    whole = [span for span in spans if span.kind == "step"]
-    waits = [span for span in spans if span.kind == "join"]
-    found: dict[str, float | int] = {"steps": len(whole), "step_ms": _ms(whole) / len(whole)}
-    found["wait_ms"] = _ms(waits) / len(whole)
-    for kind in MOVERS:
-        jobs = [span for span in spans if span.kind == kind and not span.lane.startswith("GPU")]
-        # An emulated CPU or link stands for the one that did the work.
-        jobs = [span for span in jobs if "emulated" in span.lane] or jobs
-        if jobs:
-            waited = sum(_both(job, wait) for job in jobs for wait in waits) / 1e6
-            ahead = [job.submitted < begin for job in jobs if (begin := _layer_begin(spans, whole, job)) is not None]
-            found |= {f"{kind}_jobs": len(jobs) / len(whole), f"{kind}_ms": _ms(jobs) / len(whole)}
-            found |= {f"{kind}_hidden": 1 - waited / max(_ms(jobs), 1e-9)}
-            found |= {f"{kind}_ahead": sum(ahead) / max(len(ahead), 1)}
-    return found
-
-
 def _table(spans: Sequence[Span], title: str):
-    found = parts(spans)
-    table = new_table(title, "per step", "ms", "jobs", "hidden", "a layer ahead")
-    table.add_row(f"all of it ({found['steps']} steps)", three(found["step_ms"]), "", "", "")
-    table.add_row("waiting", three(found["wait_ms"]), "", "", "")
+    found = parts_of_spans(spans)
+    table = Grid(title, ("per step", "ms", "jobs", "hidden", "a layer ahead"))
+    table.add(f"all of it ({found['steps']} steps)", three(found["step_ms"]), "", "", "")
+    table.add("waiting", three(found["wait_ms"]), "", "", "")
     for kind, name in zip(MOVERS, ("the CPU's share", "copies")):
         if f"{kind}_jobs" in found:
             jobs, hidden, ahead = (found[f"{kind}_{what}"] for what in ("jobs", "hidden", "ahead"))
             # A recall is for the step after: it has no layer to be ahead of.
             ahead = "-" if kind == "copy" and not ahead else f"{ahead:.0%}"
-            table.add_row(name, three(found[f"{kind}_ms"]), f"{jobs:.0f}", f"{hidden:.0%}", ahead)
+            table.add(name, three(found[f"{kind}_ms"]), f"{jobs:.0f}", f"{hidden:.0%}", ahead)
     return table
 
 
@@ -136,18 +92,3 @@ def _subject(model: str, context: int, seed: int) -> tuple[PreTrainedModel, torc
         raise FileNotFoundError(f"--model {model} cannot be loaded: {error}") from error
     words = net.config.get_text_config(decoder=True).vocab_size
     return net, torch.randint(words, (1, context), generator=torch.Generator().manual_seed(seed))
-
-
-def _ms(spans: Sequence[Span]) -> float:
-    return sum(span.end - span.begin for span in spans) / 1e6
-
-
-def _both(one: Span, other: Span) -> int:
-    return max(0, min(one.end, other.end) - max(one.begin, other.begin))
-
-
-def _layer_begin(spans: Sequence[Span], steps: Sequence[Span], job: Span) -> int | None:
-    """When the layer of a job began, in the step that the job was asked for in."""
-    step = next((step for step in steps if job.submitted is not None and step.begin <= job.submitted <= step.end), None)
-    layers = [span.begin for span in spans if span.kind == "layer" and span.layer == job.layer]
-    return None if step is None else next((begin for begin in layers if step.begin <= begin <= step.end), None)

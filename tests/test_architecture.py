@@ -171,6 +171,26 @@ def test_no_module_imports_itself_by_a_detour():
 
 
 @pytest.mark.parametrize("module", MODULES)
+def test_what_is_imported_is_there(module):
+    """Also within functions, whose imports nobody sees before they are called."""
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == "scout_hf":
+            assert node.module in MODULES, f"there is no {node.module}"
+            there = {name for one in ast.walk(TREES[node.module]) for name in _names(one)}
+            for alias in node.names:
+                known = f"{node.module}.{alias.name}" in MODULES or alias.name in there or "__getattr__" in there
+                assert known, f"{node.module} has no {alias.name}"
+
+
+def _names(node: ast.AST) -> list[str]:
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return [alias.asname or alias.name for alias in node.names]
+    if isinstance(node, ast.Name):
+        return [node.id] if isinstance(node.ctx, ast.Store) else []
+    return [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_a_file_is_short_and_holds_no_state(module):
     assert MODULES[module].read_text(encoding="utf-8").count("\n") <= MOST_LINES
     assert not [node.lineno for node in ast.walk(TREES[module]) if isinstance(node, ast.Global)]

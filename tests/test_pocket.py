@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM, Qwen3ForCausalLM
 from typer.testing import CliRunner
 
 from scout_hf.eval import pocket
-from scout_hf.eval.pocket import states, tasks, train, vocabulary
+from scout_hf.eval.pocket import tasks, train, training, vocabulary
 from scout_hf.eval.pocket.evaluate import accuracy
 from scout_hf.eval.pocket.lessons import IDS, drill, exam, make_batch
 
@@ -261,7 +261,7 @@ def test_training_goes_on_where_it_was_interrupted(arch, tmp_path, monkeypatch):
     model, minutes = train.train(arch, 0, stages, tmp_path / "stages")
     resumed, whole = model.state_dict(), train.train(arch, 0, stages)[0].state_dict()
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-    assert minutes > states.load_state(model, tmp_path / "stages" / "stage0.safetensors") > 0
+    assert minutes > training.load_state(model, tmp_path / "stages" / "stage0.safetensors") > 0
     # The started heads rest in the first stage, nothing does in the second.
     fresh, held = train.build_model(arch, 0).state_dict(), load_file(tmp_path / "stages" / "stage0.safetensors")
     assert {name for name in fresh if torch.equal(held[name], fresh[name])} == {

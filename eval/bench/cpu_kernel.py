@@ -16,12 +16,12 @@ from scout_hf import ScoutConfig
 from scout_hf.diagnostics import MemoryReader, native_isa
 from scout_hf.eval.bench import machine
 from scout_hf.eval.bench.timing import Timing, interleave
+from scout_hf.eval.caches import DTYPE, tensor_bytes
 from scout_hf.kernels.cpu import BlockLists, make_backend
 from scout_hf.selection import Digest, MinMax, Selector, choose
 from scout_hf.stores import allocate_slab, huge_page_bytes, make_store
 
 CACHES = 3
-DTYPE = torch.bfloat16
 FILL_TOKENS = 8192
 ERROR_TOKENS, ERROR_CACHE_TOKENS = 4096, 16384
 OUTLIER_CHANNELS, OUTLIER_FACTORS, OFFSET = 4, (10.0, 30.0), 2.0
@@ -41,24 +41,9 @@ def run(
     seed: int = 0,
     tell: Callable[[str], Any] = lambda line: None,
 ) -> dict[str, Any]:
-    """Measure everything and return it in a form that JSON takes.
+    """Measure everything, of one row in bf16, and return it in a form that JSON takes.
 
-    Parameters
-    ----------
-    tokens : sequence of int
-        Selected tokens per KV head.
-    cache_tokens : int
-        Tokens that the blocks are scattered over.
-    query_heads, kv_heads, head_dim, block_size : int
-        One row, bf16.
-    threads : int
-        CPUs to use; the process is kept on them meanwhile.
-    repeat, dense : int
-        Calls of everything that reads a selection, and of torch's attention over the whole cache (0: none).
-    seed : int
-        Decides keys, values, selections and the order of calls.
-    tell : callable
-        Called with a line now and then: what is going on, and warnings.
+    Arguments are the options of ``scout-hf bench cpu-kernel``; ``tell`` gets lines for the user.
     """
     settings = {name: value for name, value in locals().items() if name != "tell"} | {"caches": CACHES}
     _check(tokens, cache_tokens, query_heads, kv_heads, head_dim, block_size)
@@ -148,74 +133,53 @@ class _Bench:
             "int8_read": lambda: self._read(self.packed, count),
             "sequential": lambda: lambda: self.reader.span(self.long),
         }
-        times = self._time(calls, repeat)
-        listed = count * self.kv_heads
-        plain, packed = (stores[0].used_bytes // (self.blocks * self.kv_heads) * listed for stores in self._stores())
+        times, share = self._time(calls, repeat), count / self.blocks
+        plain, packed = (int(stores[0].used_bytes * share) for stores in (self.plain, self.packed))
         read = {"int8": packed, "int8_read": packed, "sequential": self.long.numel()}
         row = {name: times[name].record(read.get(name, plain)) for name in calls}
-        return {
-            "tokens": tokens,
-            "kv_bytes": plain,
-            "int8_bytes": packed,
-            **row,
-            "ratios": _ratios(times, ("read/native", "torch/native", "native/int8", "int8_read/int8"))
-            | {"native_rate/sequential_rate": row["native"]["gb_per_s"] / row["sequential"]["gb_per_s"]},
-        }
+        ratios = _ratios(times, "read/native", "torch/native", "native/int8", "int8_read/int8")
+        ratios["native_rate/sequential_rate"] = row["native"]["gb_per_s"] / row["sequential"]["gb_per_s"]
+        return {"tokens": tokens, "kv_bytes": plain, "int8_bytes": packed, **row, "ratios": ratios}
 
     def select(self, tokens: Sequence[int], repeat: int) -> dict[str, Any]:
         """The choice of blocks for the largest budget that is at most 4096 tokens, by min/max and by sign codes."""
         budget = max((count for count in tokens if count <= 4096), default=min(tokens))
         count, sinks = budget // self.size, self.config.blocks(self.config.sinks)
-        calls = {
-            **self._choices(MinMax(), self.codes, count, sinks),
-            **{
-                f"sign_{name}": call
-                for name, call in self._choices(self.signs.digest, [self.signs.table.codes()], count, sinks).items()
-            },
-        }
-        times = self._time(calls, repeat)
-        sizes = {kind: codes.numel() * codes.element_size() for kind, codes in self._digests().items()}
-        record = {name: times[name].record(sizes["sign" if name.startswith("sign_") else "minmax"]) for name in calls}
+        signs = self.signs.table.codes()
+        plain = self._choices(MinMax(), self.codes, count, sinks)
+        coded = self._choices(self.signs.digest, [signs], count, sinks)
+        times = self._time(plain | {f"sign_{name}": call for name, call in coded.items()}, repeat)
+        sizes = tensor_bytes(self.codes[0]), tensor_bytes(signs)
+        beside = ("sign_native/native", "sign_native_score/native_score")
+        beside += ("sign_native/sign_read", "sign_torch/sign_native")
         return {
             "blocks": self.blocks,
             "chosen": count,
-            "digest_bytes": sizes["minmax"],
-            **{name: one for name, one in record.items() if not name.startswith("sign_")},
-            "ratios": _ratios(times, ("native/read", "native_score/read", "torch/native")),
+            "digest_bytes": sizes[0],
+            **{name: times[name].record(sizes[0]) for name in plain},
+            "ratios": _ratios(times, "native/read", "native_score/read", "torch/native"),
             "sign": {
-                "digest_bytes": sizes["sign"],
-                **{name.removeprefix("sign_"): one for name, one in record.items() if name.startswith("sign_")},
-                "ratios": _ratios(
-                    times,
-                    (
-                        "sign_native/native",
-                        "sign_native_score/native_score",
-                        "sign_native/sign_read",
-                        "sign_torch/sign_native",
-                    ),
-                ),
+                "digest_bytes": sizes[1],
+                **{name: times[f"sign_{name}"].record(sizes[1]) for name in coded},
+                "ratios": _ratios(times, *beside),
             },
         }
 
     def _choices(self, digest: Digest, tables: list[torch.Tensor], count: int, sinks: int) -> dict[str, Any]:
         """Calls that choose by such digests, natively and by torch, that only score, and that only read."""
 
-        def native():
-            query, codes = self._query(), self._cold(tables)
-            settings = (count, sinks, 0, self.size, None)
-            return lambda: self.native.select(digest.native, digest.prepare(query), codes, *settings)
+        def choice(work: Callable[[torch.Tensor, torch.Tensor], Any]) -> Callable[[], Callable[[], Any]]:
+            def prepare():
+                query, codes = self._query(), self._cold(tables)
+                return lambda: work(query, codes)
 
-        def score():
-            query, codes = self._query(), self._cold(tables)
-            return lambda: self.native.score(digest.native, digest.prepare(query), codes, block_size=self.size)
+            return prepare
 
-        def by_torch():
-            query, codes = self._query(), self._cold(tables)
-            return lambda: choose(digest.score(query, codes), count, sinks, None)
+        def native(query, codes):
+            return self.native.select(digest.native, digest.prepare(query), codes, count, sinks, 0, self.size, None)
 
-        def score_by_torch():
-            query, codes = self._query(), self._cold(tables)
-            return lambda: digest.score(query, codes)
+        def score(query, codes):
+            return self.native.score(digest.native, digest.prepare(query), codes, block_size=self.size)
 
         def read():
             # Head by head, since the table has room to grow behind every head's codes.
@@ -223,10 +187,11 @@ class _Bench:
             parts = [codes[0, head] for head in range(self.kv_heads)]
             return lambda: [self.reader.span(part) for part in parts]
 
-        return {"native": native, "native_score": score, "read": read, "torch": by_torch, "torch_score": score_by_torch}
+        def by_torch(query, codes):
+            return choose(digest.score(query, codes), count, sinks, None)
 
-    def _digests(self) -> dict[str, torch.Tensor]:
-        return {"minmax": self.codes[0], "sign": self.signs.table.codes()}
+        calls = {"native": native, "native_score": score, "torch": by_torch, "torch_score": digest.score}
+        return {"read": read} | {name: choice(call) for name, call in calls.items()}
 
     def dense(self, repeat: int) -> dict[str, Any]:
         """Torch's attention over one whole cache, in both forms of a grouped query."""
@@ -258,9 +223,6 @@ class _Bench:
     def _read(self, stores, count: int):
         lists, store = self._lists(count), self._next(stores)
         return lambda: self.reader.tiles(store, lists)
-
-    def _stores(self):
-        return self.plain, self.packed
 
     def _query(self) -> torch.Tensor:
         return torch.randn((1, self.heads, 1, self.dim), generator=self.random).to(DTYPE)
@@ -310,16 +272,8 @@ def int8_error(
 ) -> dict[str, float]:
     """How far attention over an int8 store is from that over a bf16 one, and both from float64, on the same numbers.
 
-    Parameters
-    ----------
-    kind : str
-        A key of ``KEYS``; values are normal in either case.
-    query_heads, kv_heads, head_dim, block_size, seed : int
-
-    Returns
-    -------
-    dict
-        Largest differences of LSE and output; ``relative`` ones are of the whole output, as root mean squares.
+    Keys are those of ``KEYS[kind]``, values are normal. Largest differences of LSE and output; ``relative`` ones are of
+    the whole output, as root mean squares.
     """
     random = torch.Generator().manual_seed(seed)
     shape = (1, kv_heads, ERROR_CACHE_TOKENS, head_dim)
@@ -361,7 +315,7 @@ def _score_deviation(query, keys) -> float:
     return float(scores.std(-1).mean())
 
 
-def _ratios(times: dict[str, Timing], names: Sequence[str]) -> dict[str, float]:
+def _ratios(times: dict[str, Timing], *names: str) -> dict[str, float]:
     parts = [name.split("/") for name in names]
     return {f"{above}/{below}": times[above].median / times[below].median for above, below in parts}
 

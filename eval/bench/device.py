@@ -167,24 +167,22 @@ def time_bursts(bursts: dict[Any, Burst], repeat: int, seed: int = 0) -> dict[An
 
 def copy_rate(device: torch.device) -> dict[str, Any] | None:
     """The device's own rate of copying its memory, bytes read and written together; None without a GPU."""
-    if device.type != "cuda":
-        return None
-    source, target = (torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
-    return _rate(lambda: target.copy_(source), 2 * COPY_BYTES, device)
+    return _rate(COPY_BYTES, 2, device, device=device)
 
 
 def link_rate(device: torch.device) -> dict[str, Any] | None:
     """Copies from pinned host memory to the device; None without a GPU."""
-    if device.type != "cuda":
+    return _rate(LINK_BYTES, 1, device, pin_memory=True)
+
+
+def _rate(size: int, times: int, place: torch.device, **source: Any) -> dict[str, Any] | None:
+    if place.type != "cuda":
         return None
-    source = torch.zeros(LINK_BYTES, dtype=torch.uint8, pin_memory=True)
-    target = torch.empty(LINK_BYTES, dtype=torch.uint8, device=device)
-    return _rate(lambda: target.copy_(source, non_blocking=True), LINK_BYTES, device)
-
-
-def _rate(call: Callable[[], Any], moved: int, device: torch.device) -> dict[str, Any]:
-    timing = time_bursts({"copy": burst([call], device)}, RATE_REPEAT)["copy"]
-    return {"bytes": moved, **timing.record(moved)}
+    begin = torch.zeros(size, dtype=torch.uint8, **source)
+    target = torch.empty(size, dtype=torch.uint8, device=place)
+    call = burst([lambda: target.copy_(begin, non_blocking=True)], place)
+    timing = time_bursts({"copy": call}, RATE_REPEAT)["copy"]
+    return {"bytes": times * size, **timing.record(times * size)}
 
 
 def _cache_bytes(device: torch.device) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from scout_hf.kernels import find_kernels
+from scout_hf.methods import InfiniGen, method_names, register_method
 from scout_hf.selection import Digest, digest_names, make_digest, register_digest
 
 PREFIX = "drifting-"
@@ -112,14 +113,9 @@ def watched_change(digests: list[Drifting], count: int, blocks: int, step: Calla
 
 
 def correlation_for(share: float, chosen: float) -> float:
-    """The walk's correlation at which that share of the best blocks changes in a step.
+    """The walk's correlation at which that share of the best blocks, in [0, 1), changes in a step.
 
-    Parameters
-    ----------
-    share : float
-        Of the chosen blocks, in [0, 1).
-    chosen : float
-        Share of all blocks that is chosen, in (0, 1).
+    ``chosen`` is the share of all blocks that is chosen, in (0, 1).
     """
     if not 0 <= share < 1.0 - chosen:
         raise ValueError(
@@ -146,3 +142,37 @@ def _changing(correlation: float, chosen: float) -> float:
 def settings_for(correlation: float, gpu_kernels: str) -> None:
     """Set what holds for all drifting digests."""
     Drifting.correlation, Drifting.gpu_kernels = correlation, gpu_kernels
+
+
+NAME = "drifting-infinigen"
+
+
+class DriftingInfiniGen(InfiniGen):
+    """Chooses as many tokens as the real scores say, at their cost; which ones is a window over shuffled tokens.
+
+    ``share`` of a head's tokens, the same for all objects, leaves and comes in a step: set it before decoding.
+    """
+
+    name = NAME
+    share = 0.1
+
+    _shuffled: torch.Tensor | None = None
+    _first = 0
+
+    def choose_tokens(self, step, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, usable = super().choose_tokens(step, query)
+        if self._shuffled is None:
+            self._shuffled = torch.rand(
+                (*ids.shape[:2], self.kv.host.length), dtype=torch.float32, device=ids.device
+            ).argsort(-1)
+        held, count = self._shuffled.shape[2], ids.shape[2]
+        self._first += round(self.share * count)
+        window = (self._first + torch.arange(min(count, held), dtype=torch.int64, device=ids.device)) % held
+        return self._shuffled[:, :, window], usable[:, :, : len(window)]
+
+
+def drifting_infinigen() -> str:
+    """The name of that method; registered if it was not."""
+    if NAME not in method_names():
+        register_method(DriftingInfiniGen)
+    return NAME

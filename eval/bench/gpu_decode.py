@@ -8,43 +8,37 @@ into memory is a result. Arms run one after the other, each with a cache of its 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache
 
 import scout_hf
 from scout_hf import CACHE
-from scout_hf.diagnostics import HAND_OVERS, variant_of
+from scout_hf.diagnostics import busy_ms, variant_of
+from scout_hf.eval.arms import COMPILED, GPU_DECODE, HANDED_OVER, IN_LAYER
 from scout_hf.eval.bench import device as devices
-from scout_hf.eval.bench import drift, llama, machine
-from scout_hf.eval.bench.gpu_models import MODELS, fill, held_bytes, make_model, weight_bytes
-from scout_hf.eval.bench.idle import busy_ms
-from scout_hf.eval.bench.resume import Record
+from scout_hf.eval.bench import drift, machine
+from scout_hf.eval.bench.models import MODELS, SHAPE, make_model, weight_bytes
 from scout_hf.eval.bench.timing import interleave, timed
+from scout_hf.eval.caches import fill, held_bytes, kv_bytes_per_token
+from scout_hf.eval.records import Record
+from scout_hf.eval.rules import GPU_DECODE as RULE
 from scout_hf.kernels import find_kernels
 
 CONTEXTS, BATCHES = (8192, 32768, 65536, 131072), (1, 8, 16, 32)
 
-STOCK, COMPILED = "stock", "stock compiled"
-OFFLOADED, OFFLOADED_STATIC = "stock offloaded", "stock offloaded_static"
-WAYS = tuple(way for way in HAND_OVERS if way != "auto")
-IN_LAYER = "scout in-layer"
-"""Not a layer ahead, and without recall."""
-
-ARMS = (STOCK, COMPILED, OFFLOADED, OFFLOADED_STATIC, *(f"scout {way}" for way in WAYS), IN_LAYER)
-
 WARM_UPS, PROFILED, WATCHED = 8, 3, 3
 # Steps over a link may take seconds.
 LONG_SECONDS, FEWEST = 20.0, 3
-MOST_BATCH = 256
+MOST_BATCH, FILL_TOKENS = 256, 4096
 SETTINGS = ("device", "layers", "steps", "budget", "block_size", "digest", "cpu_query", "gpu_kernels", "drift",
             "threads", "seed")  # fmt: skip
 """What figures in one file must have in common."""
@@ -74,36 +68,8 @@ def run(
 ) -> dict[str, Any]:
     """Measure everything that is not in the file yet, and return all of it in a form that JSON takes.
 
-    Parameters
-    ----------
-    device : str
-        A GPU; on ``cpu`` both tiers are in host memory, and arms that need CUDA are skipped.
-    models : sequence of str
-        Keys of ``MODELS``.
-    layers : int or None
-        Cut the models to so many; None for all.
-    contexts, batches : sequence of int
-        Tokens in the cache, and rows.
-    arms : sequence of str or None
-        Of ``ARMS``; None for all, the compiled one only with ``compiled``.
-    steps : int
-        Timed steps of each arm; fewer, but at least three, where they would take longer than 20 s.
-    budget, block_size, cpu_query, gpu_kernels, threads
-        As in :class:`scout_hf.ScoutConfig`.
-    digest : str
-        The one that drifts, and whose cost is paid.
-    drift_share : float
-        Share of the chosen blocks that changes from step to step; 0 for none.
-    compiled : bool
-        Also a static cache with torch.compile.
-    caps : sequence of float
-        Memory of the device in GiB: also find the largest batch within each.
-    seed : int
-        Decides weights, keys and values.
-    path : Path or None
-        File for the record, written after every arm; what it has already is not measured again, unless ``fresh``.
-    tell : callable
-        Called with a line now and then.
+    Arguments are the options of ``scout-hf bench gpu-decode``; ``path`` is written after every arm, and ``tell`` gets
+    lines for the user. On ``cpu`` both tiers are in host memory, and arms that need CUDA are skipped.
     """
     settings = {name: value for name, value in locals().items() if name in SETTINGS} | {"drift": drift_share}
     place = devices.find(device)
@@ -116,35 +82,61 @@ def run(
     find_kernels(gpu_kernels, place)
     for context in contexts:
         _correlation(options, drift_share, context)
-    file = Record(path, fresh, settings)
-    file.begin(place)
-    jobs = [("arms", name, context, batch, arm)
-            for name in models for context in contexts for batch in batches for arm in arms]  # fmt: skip
-    jobs += [("largest", name, context, cap, arm)
-             for name in models for context in contexts for cap in caps for arm in arms]  # fmt: skip
-    with machine.measuring(threads, tell) as company, tqdm(total=len(jobs), disable=None, leave=False) as progress:
+    file = _begin(path, fresh, settings, place)
+    cells = [(part, {"model": name, "context": context, size: value, "arm": arm})
+             for part, size, values in (("arms", "batch", batches), ("largest", "cap_gib", caps))
+             for name in models for context in contexts for value in values for arm in arms]  # fmt: skip
+    with machine.measuring(threads, tell) as company, tqdm(total=len(cells), disable=None, leave=False) as progress:
         for name in models:
-            todo = [job for job in jobs if job[1] == name and not file.has(*job)]
-            progress.update(sum(job[1] == name for job in jobs) - len(todo))
+            mine = [(part, cell) for part, cell in cells if cell["model"] == name]
+            todo = [(part, cell) for part, cell in mine if not file.has(cell, part)]
+            progress.update(len(mine) - len(todo))
             if not todo:
                 continue
             tell(f"making {name} with random weights")
-            make = functools.partial(_Bench, name, layers, place, options, drift_share, steps, seed, file.record)
+            make = functools.partial(_Bench, name, layers, place, options, drift_share, steps, seed, file.held)
             bench = devices.outcome(make, place)
-            for part, _, context, size, arm in todo:
+            for part, cell in todo:
+                _, context, size, arm = cell.values()
                 progress.set_postfix_str(f"{name}, {context} tokens, {size}, {arm}")
                 if isinstance(bench, dict):  # no room for the model itself
                     found = bench
                 elif part == "largest":
                     found = bench.largest(arm, context, size)
                 else:
-                    found = file.smaller_failed(name, context, size, arm) or bench.measure(arm, context, size)
-                file.add(part, name, context, size, arm, found)
+                    found = _smaller_failed(file.held["arms"], cell) or bench.measure(arm, context, size)
+                file.add(cell, found, part)
                 progress.update()
             del bench
             devices.release(place)
-        file.record["company"] = company.record()
-    return file.record | {"ratios": _ratios(file.record["arms"])}
+        file.held["company"] = company.record()
+    return file.held | {"ratios": _ratios(file.held["arms"])}
+
+
+def _begin(path: Path | None, fresh: bool, settings: dict[str, Any], place: torch.device) -> Record:
+    """Rates are measured again; figures of one run carry its time, and only they are compared."""
+    held = {"benchmark": "gpu_decode", "models": {}, "arms": [], "largest": [], "settings": settings}
+    held |= {"machine": machine.describe(), "device": devices.describe(place)}
+    held["cache_grows"] = "by one token per step, warm-up included"
+    held["before_each_step"] = "one more step of the same arm, not timed"
+    held["selection"] = (
+        f"synthetic: {settings['drift']:.0%} of the chosen blocks change per step, by a random walk of scores"
+    )
+
+    def same(record: dict[str, Any]) -> dict[str, Any]:
+        given = {name: record["settings"].get(name) for name in settings}
+        return given | {"GPU": record["device"]["name"] or "none"}
+
+    return Record(path, fresh, held, RULE, same, ("models", "arms", "largest", "company"))
+
+
+def _smaller_failed(arms: list[dict[str, Any]], cell: dict[str, Any]) -> dict[str, str] | None:
+    """A result without a try, if the same with fewer rows ran out of memory."""
+    for one in arms:
+        same = all(one[name] == cell[name] for name in ("model", "context", "arm"))
+        if same and one["batch"] <= cell["batch"] and "oom" in one:
+            return {"skipped": f"batch {one['batch']} ran out of memory"}
+    return None
 
 
 class _Bench:
@@ -156,10 +148,10 @@ class _Bench:
         self.model = make_model(MODELS[name], layers, device, seed)
         config = self.model.config
         record["models"][name] = {
-            **{size: getattr(config, size) for size in llama.SHAPE},
+            **{size: getattr(config, size) for size in SHAPE},
             "whole": config.num_hidden_layers == MODELS[name]["num_hidden_layers"],
             "weight_bytes": weight_bytes(self.model),
-            "kv_bytes_per_token": llama.kv_bytes_per_token(config),
+            "kv_bytes_per_token": kv_bytes_per_token(config),
         }
 
     def measure(self, arm: str, context: int, batch: int) -> dict[str, Any]:
@@ -186,21 +178,18 @@ class _Bench:
 
     def _reason(self, arm: str, context: int, batch: int) -> dict[str, str] | None:
         """Why an arm cannot run here."""
-        if self.device.type != "cuda" and arm not in (STOCK, "scout join", "scout flags", IN_LAYER):
+        if self.device.type != "cuda" and arm not in ("stock", "scout join", "scout flags", IN_LAYER):
             return {"skipped": "needs CUDA: its streams or graphs"}
-        if arm in [f"scout {way}" for way in WAYS if way != "join"]:
+        if HANDED_OVER.get(arm, "join") != "join":
             if find_kernels(self.options["gpu_kernels"], self.device) is None:
                 return {"skipped": "this hand-over needs Triton kernels; see gpu_kernels of ScoutConfig"}
             if len(machine.usable_cpus()) < 2:
                 return {"skipped": "while the device waits, the CPU needs a core of its own: --threads 2 or more"}
-        if arm in (STOCK, COMPILED):
+        if arm in ("stock", COMPILED):
             return None
-        need = context * batch * llama.kv_bytes_per_token(self.model.config)
-        try:
-            machine.check_memory(int(1.15 * need), "lower --context, --batch or --layers")
-        except ValueError as error:
-            return {"skipped": f"host memory: {error}"}
-        return None
+        need = context * batch * kv_bytes_per_token(self.model.config)
+        why = machine.too_large(int(1.15 * need), "lower --context, --batch or --layers")
+        return {"skipped": f"host memory: {why}"} if why else None
 
     def _measure(self, arm: str, context: int, batch: int) -> dict[str, Any]:
         if self.device.type == "cuda":
@@ -217,17 +206,15 @@ class _Bench:
                 return step
 
             timing = interleave({arm: after_another}, count, self.seed)[arm]
-            stats = handle and handle.stats()
-            record = timing.record()
-            milliseconds = record["median_ms"]
-            busy = busy_ms(step, PROFILED, self.device)
-            held = held_bytes(cache, self.device)
-            found = {
-                **record,
+            stats, found = handle and handle.stats(), timing.record()
+            milliseconds = found["median_ms"]
+            busy, held = busy_ms(step, PROFILED, self.device), held_bytes(cache, self.device)
+            cuda = self.device.type == "cuda"
+            found |= {
                 "tokens_per_s": 1e3 * batch / milliseconds,
                 "device_kv_bytes": held["device"],
                 "host_kv_bytes": held["host"],
-                "device_peak_bytes": self._peak(),
+                "device_peak_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else None,
                 "gpu_idle_share": busy and max(0.0, 1.0 - busy["busy"] / milliseconds),
                 "gpu_wait_share": busy and min(1.0, busy["waiting"] / milliseconds),
                 **self._limit(cache, held),
@@ -242,43 +229,32 @@ class _Bench:
                     "as": variant_of(cache),
                     **self._drift(cache, context, step),
                 }
-        return {name: None if _is_odd(value) else value for name, value in found.items()}
+        # JSON has no way to write other numbers.
+        odd = [name for name, value in found.items() if isinstance(value, float) and not math.isfinite(value)]
+        return found | dict.fromkeys(odd)
 
-    @contextlib.contextmanager
+    @contextmanager
     def _decoding(self, arm: str, context: int, batch: int) -> Iterator[tuple[Cache, Callable, Any]]:
         """A filled cache, a step with it, and the handle of a patched model."""
-        handle, call = None, self.model
-        if arm not in (STOCK, COMPILED, OFFLOADED, OFFLOADED_STATIC):
-            way = {"layer_ahead": False, "recall": None} if arm == IN_LAYER else {"hand_over": arm.split(" ", 1)[1]}
-            drift.settings_for(_correlation(self.options, self.share, context), self.options["gpu_kernels"])
-            handle = scout_hf.patch(self.model, **self.options, **way)
+        drift.settings_for(_correlation(self.options, self.share, context), self.options["gpu_kernels"])
+        room, call = context + WARM_UPS + 2 * self.steps + PROFILED, self.model
         try:
-            cache = handle.new_cache() if handle else self._stock_cache(arm, context)
-            if arm == COMPILED:
-                call = torch.compile(self.model, mode="reduce-overhead", dynamic=False)
-            with torch.no_grad():
-                fill(cache, self.model.config, batch, context, self.device, self.seed)
-            ids = torch.ones((batch, 1), dtype=torch.long, device=self.device)
+            with GPU_DECODE[arm].caches(self.model, room, **self.options) as caches:
+                cache = caches.new()
+                if GPU_DECODE[arm].compiled:
+                    call = torch.compile(self.model, mode="reduce-overhead", dynamic=False)
+                fill(cache, self.model.config, context, batch, self.seed, self.device, FILL_TOKENS)
+                ids = torch.ones((batch, 1), dtype=torch.long, device=self.device)
 
-            @torch.no_grad()
-            def step():
-                call(input_ids=ids, **{CACHE: cache}, use_cache=True)
-                devices.wait(self.device)
+                @torch.no_grad()
+                def step():
+                    call(input_ids=ids, **{CACHE: cache}, use_cache=True)
+                    devices.wait(self.device)
 
-            yield cache, step, handle
+                yield cache, step, caches.handle
         finally:
-            if handle:
-                handle.remove()
-            if arm == COMPILED:
+            if GPU_DECODE[arm].compiled:
                 torch.compiler.reset()
-
-    def _stock_cache(self, arm: str, context: int) -> Cache:
-        # As generate() makes them for each cache_implementation.
-        config, offloading = self.model.config, {"offloading": True} if arm in (OFFLOADED, OFFLOADED_STATIC) else {}
-        if arm in (STOCK, OFFLOADED):
-            return DynamicCache(config=config, **offloading)
-        room = context + WARM_UPS + 2 * self.steps + PROFILED
-        return StaticCache(config=config, max_cache_len=room, **offloading)
 
     def _drift(self, cache: Cache, context: int, step: Callable) -> dict[str, float | None]:
         """What selection did, and what its walk costs each step, as the device is given nothing else."""
@@ -309,9 +285,6 @@ class _Bench:
             limit = max(moved / copy["gb_per_s"], over_link / link["gb_per_s"]) / 1e6
         return {"least_device_bytes": moved, "least_link_bytes": over_link, "limit_ms": limit}
 
-    def _peak(self) -> int | None:
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
-
 
 # -- parts that stand for themselves --------------------------------------------------------------------------------
 
@@ -322,11 +295,6 @@ def _warm_up(step: Callable[[], Any]) -> float:
     while len(taken) < WARM_UPS and (len(taken) < FEWEST or sum(taken) < LONG_SECONDS / 2):
         taken.append(timed(step))
     return min(taken)
-
-
-def _is_odd(value: Any) -> bool:
-    """Whether JSON has no way to write this number."""
-    return isinstance(value, float) and not math.isfinite(value)
 
 
 def largest_power(measure: Callable[[int], dict[str, Any]], most: int) -> dict[str, Any]:
@@ -386,8 +354,8 @@ def _check(models, arms, steps: int, compiled: bool, contexts, block_size: int, 
     """The arms to run."""
     if unknown := [name for name in models if name not in MODELS]:
         raise ValueError(f"--model {unknown[0]}: allowed are {', '.join(MODELS)}; try llama-3-8b")
-    if unknown := [name for name in arms or () if name not in ARMS]:
-        raise ValueError(f"--arm {unknown[0]!r}: allowed are {', '.join(map(repr, ARMS))}; try 'scout join'")
+    if unknown := [name for name in arms or () if name not in GPU_DECODE]:
+        raise ValueError(f"--arm {unknown[0]!r}: allowed are {', '.join(map(repr, GPU_DECODE))}; try 'scout join'")
     if digest == "auto":
         raise ValueError(
             "--digest auto: name the one whose scores are to be computed, such as minmax or sign; try minmax"
@@ -397,4 +365,4 @@ def _check(models, arms, steps: int, compiled: bool, contexts, block_size: int, 
     scout_hf.ScoutConfig(block_size=block_size)
     if min(contexts) < 4 * block_size:
         raise ValueError(f"--context {min(contexts)}: take at least 4 blocks of {block_size}; try {64 * block_size}")
-    return tuple(arms or (arm for arm in ARMS if compiled or arm != COMPILED))
+    return tuple(arms or (arm for arm in GPU_DECODE if compiled or arm != COMPILED))

@@ -22,6 +22,7 @@ from scout_hf.eval.bench import machine
 from scout_hf.eval.bench.cpu_kernel import random_lists
 from scout_hf.eval.bench.gpu_rivals import by_gathering, made, with_flash, with_flash_attn, with_flashinfer, with_sdpa
 from scout_hf.eval.bench.timing import Timing, timed
+from scout_hf.eval.caches import DTYPE, tensor_bytes
 from scout_hf.kernels import find_kernels
 from scout_hf.selection import Selector
 
@@ -41,7 +42,6 @@ PLAIN, LINES, BULK = "plain", "prefetch lines", "prefetch bulk"
 SDPA, FLASH, FLASHINFER, FLASH_ATTN = "sdpa", "sdpa flash", "flashinfer", "flash_attn"
 GATHERED = "gathered by torch"
 RIVALS = {SDPA: with_sdpa, FLASH: with_flash, FLASHINFER: with_flashinfer, FLASH_ATTN: with_flash_attn}
-DTYPE = torch.bfloat16
 FILL_TOKENS = 8192
 
 
@@ -63,28 +63,10 @@ def run(
 ) -> dict[str, Any]:
     """Measure everything and return it in a form that JSON takes.
 
-    The best tile found for each head size, GQA group and block size is kept for later decoding, as ``tuning.tune``
-    does; blocks scattered over a long context come last, so it is theirs.
-
-    Parameters
-    ----------
-    device : str
-        A GPU; on ``cpu`` the kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), which proves that this runs
-        and measures nothing.
-    heads : sequence of (int, int)
-        Query heads and KV heads.
-    head_dim, batches, contexts, block_sizes
-        All of a context's tokens are attended.
-    selected, cache_tokens, selected_batch : int
-        Also: so many tokens per KV head, in blocks scattered over a cache of so many per row, for so many rows.
-    score_tokens, score_batch
-        Contexts whose digests are scored and chosen from, and their rows (no context: none).
-    repeat : int
-        Samples of each, of up to 256 calls.
-    seed : int
-        Decides queries, keys, values, selections and the order of samples.
-    tell : callable
-        Called with a line now and then.
+    Arguments are the options of ``scout-hf bench gpu-kernel``. On ``cpu`` the kernels run in Triton's interpreter
+    (``TRITON_INTERPRET=1``), which proves that this runs and measures nothing. The best tile found for each head size,
+    GQA group and block size is kept for later decoding; blocks scattered over a long context come last, so it is
+    theirs.
     """
     settings = {name: value for name, value in locals().items() if name != "tell"}
     place = devices.find(device)
@@ -95,23 +77,19 @@ def run(
         raise ValueError(f"--selected {selected}: the cache has {cache_tokens} tokens; select less")
     kernels = find_kernels("triton", place)
     threads = len(machine.usable_cpus())
-    dense, scattered, scored = [], [], []
+    group = next((pair for pair in heads if pair[0] > pair[1]), heads[0])
+    cells = [("dense", *pair, size, batch, tokens)
+             for pair in heads for size in block_sizes for batch in batches for tokens in contexts]  # fmt: skip
+    cells += [("scattered", *pair, size, selected_batch, selected, cache_tokens)
+              for pair in heads for size in block_sizes]  # fmt: skip
+    cells += [("score", *group, block_sizes[0], tokens, name, score_batch, selected)
+              for tokens in score_tokens for name in DIGESTS]  # fmt: skip
+    found: dict[str, list] = {"dense": [], "scattered": [], "score": []}
     with machine.measuring(threads, tell) as company:
         facts = devices.describe(place)
-        rate = facts["copy"] and facts["copy"]["gb_per_s"]
-        bench = _Bench(place, kernels, head_dim, repeat, seed, rate)
-        cells = [("dense", *pair, size, batch, tokens)
-                 for pair in heads for size in block_sizes for batch in batches for tokens in contexts]  # fmt: skip
-        cells += [("scattered", *pair, size) for pair in heads for size in block_sizes]
-        group = next((pair for pair in heads if pair[0] > pair[1]), heads[0])
-        cells += [("score", *group, block_sizes[0], tokens, name) for tokens in score_tokens for name in DIGESTS]
+        bench = _Bench(place, kernels, head_dim, repeat, seed, facts["copy"] and facts["copy"]["gb_per_s"])
         for kind, *cell in tqdm(cells, desc="gpu-kernel", leave=False, disable=None):
-            if kind == "dense":
-                dense.append(bench.guarded(bench.dense, *cell))
-            elif kind == "scattered":
-                scattered.append(bench.guarded(bench.scattered, *cell, selected_batch, selected, cache_tokens))
-            else:
-                scored.append(bench.guarded(bench.score, *cell, score_batch, selected))
+            found[kind].append(bench.guarded(getattr(bench, kind), *cell))
     return {
         "benchmark": "gpu_kernel",
         "settings": settings | {"threads": threads},
@@ -119,9 +97,7 @@ def run(
         "device": facts,
         "company": company.record(),
         "dtype": str(DTYPE).removeprefix("torch."),
-        "dense": dense,
-        "scattered": scattered,
-        "score": scored,
+        **found,
     }
 
 
@@ -197,7 +173,7 @@ class _Bench:
 
         def measure():
             codes, digest = self._codes(name, batch, kv_heads, size, tokens)
-            bytes_read = codes.numel() * codes.element_size()
+            bytes_read = tensor_bytes(codes)
             turns = devices.copies(bytes_read, self.device)
             tables = [codes, *(codes.clone() for _ in range(turns - 1))]
             query = self._normal(batch, heads, 1, self.dim)
@@ -221,16 +197,9 @@ class _Bench:
                 "choose": [functools.partial(choose, scores)],
                 "score and choose": [lambda table=table: choose(score(table)) for table in tables],
             }
-            bursts = {each: devices.burst(row, self.device) for each, row in calls.items()}
-            times = devices.time_bursts(bursts, self.repeat, self.seed)
-            read = {"choose": None, "score": bytes_read, "score and choose": bytes_read}
             apart = (scores - by_torch).abs().max() / by_torch.abs().max()
-            return {
-                "digest_bytes": bytes_read,
-                "copies": turns,
-                "times": {each: self._record(times[each], bursts[each], read[each]) for each in calls},
-                "difference": float(apart),
-            }
+            found = {"digest_bytes": bytes_read, "copies": turns, "difference": float(apart)}
+            return found | {"times": self._times(calls, {"score": bytes_read, "score and choose": bytes_read})[1]}
 
         # An eighth of that for codes, which grow and take turns, and a part of the keys.
         return where, batch * kv_heads * tokens * self.dim, measure
@@ -277,9 +246,8 @@ class _Bench:
                 calls[name] = ready
         results = {name: row[0]().float() for name, row in calls.items()}
         reference = next((results[name] for name in (SDPA, GATHERED) if name in results), None)
-        bursts = {name: devices.burst(row, self.device) for name, row in calls.items()}
-        times = devices.time_bursts(bursts, self.repeat, self.seed)
-        found |= {name: self._record(times[name], bursts[name], kv) for name in times}
+        times, records = self._times(calls, dict.fromkeys(calls, kv))
+        found |= records
         for name, result in results.items():
             if reference is not None:
                 found[name]["difference"] = float((result.view_as(reference) - reference).abs().max())
@@ -289,12 +257,18 @@ class _Bench:
             "ratios": dict(_ratios(times)),
         }
 
-    def _record(self, timing: Timing, one: devices.Burst, read: int | None) -> dict[str, Any]:
-        record = timing.record(read)
-        record |= {"us": 1e3 * record["median_ms"], "calls": one.calls, "graphed": one.graphed}
-        if read is not None:
-            record["share_of_copy"] = record["gb_per_s"] / self.rate if self.rate else None
-        return record
+    def _times(
+        self, calls: dict[str, list[Callable]], read: dict[str, int]
+    ) -> tuple[dict[str, Timing], dict[str, Any]]:
+        """Times of calls, and the same for JSON, with rates of those that read so many bytes."""
+        bursts = {name: devices.burst(row, self.device) for name, row in calls.items()}
+        times, records = devices.time_bursts(bursts, self.repeat, self.seed), {}
+        for name, timing in times.items():
+            records[name] = one = timing.record(read.get(name))
+            one |= {"us": 1e3 * one["median_ms"], "calls": bursts[name].calls, "graphed": bursts[name].graphed}
+            if name in read:
+                one["share_of_copy"] = one["gb_per_s"] / self.rate if self.rate else None
+        return times, records
 
     def _codes(self, name: str, batch: int, kv_heads: int, size: int, tokens: int):
         """Codes of random keys, filled in parts, and the digest that made them."""

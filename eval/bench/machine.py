@@ -7,7 +7,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,18 @@ def last_level_cache_bytes() -> int | None:
     return max(sizes, default=None)
 
 
-def check_memory(need: int, remedy: str) -> None:
-    """ValueError, with what to do about it, if there is less memory than that."""
+def too_large(need: int, remedy: str) -> str | None:
+    """What to say, and to do about it, if there is less memory than that."""
     free = psutil.virtual_memory().available
-    if need > free:
-        raise ValueError(f"this needs {need / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free; {remedy}")
+    if need <= free:
+        return None
+    return f"this needs {need / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free; {remedy}"
+
+
+def check_memory(need: int, remedy: str) -> None:
+    """The same as a ValueError."""
+    if why := too_large(need, remedy):
+        raise ValueError(why)
 
 
 @contextmanager
@@ -91,15 +98,7 @@ def measuring(threads: int, tell: Callable[[str], Any]) -> Iterator[Company]:
 
 
 class Company:
-    """Where something is measured, and how busy others keep the machine meanwhile.
-
-    Attributes
-    ----------
-    load : float
-        Load average before.
-    cpus : list of int or None
-        That this process is kept on.
-    """
+    """Where something is measured (``cpus`` that this process is kept on), and how busy others keep the machine."""
 
     def __init__(self, threads: int):
         self.threads, self.load = threads, _load()
@@ -138,27 +137,22 @@ def _own_seconds() -> float:
 def _keep_on(cpus: Iterable[int]) -> None:
     tasks = Path("/proc/self/task")
     for thread in [int(task.name) for task in tasks.iterdir()] if tasks.is_dir() else [0]:
-        try:
+        with suppress(ProcessLookupError):  # it has ended
             os.sched_setaffinity(thread, cpus)
-        except ProcessLookupError:
-            pass  # it has ended
 
 
 def _cpu_model() -> str:
-    try:
+    with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
     return platform.processor() or platform.machine()
 
 
 def _huge_pages() -> str | None:
-    try:
+    with suppress(OSError, IndexError):
         return Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text().split("[")[1].split("]")[0]
-    except (OSError, IndexError):
-        return None
+    return None
 
 
 def _commit() -> str | None:

@@ -25,21 +25,10 @@ WATCH_SECONDS = 0.01
 
 
 def in_fresh_process(kind: str, tokens: int, budget: int, block_size: int, shape: dict[str, int]) -> dict[str, Any]:
-    """What a cache of one kind takes for so many tokens, and at most took on the way.
+    """What a cache of one of ``KINDS`` takes for so many tokens, and at most took on the way.
 
-    Parameters
-    ----------
-    kind : str
-        One of ``KINDS``.
-    tokens, budget, block_size : int
-    shape : dict
-        Of the model, as LlamaConfig takes it.
-
-    Returns
-    -------
-    dict
-        ``kv_bytes`` of keys and values in bf16, by how much the process grew (``held_bytes``, ``peak_bytes``), and both
-        as shares of the former.
+    ``kv_bytes`` of keys and values in bf16, by how much the process grew (``held_bytes``, ``peak_bytes``), and both as
+    shares of the former; the shape of the model is as LlamaConfig takes it.
     """
     request = json.dumps({"kind": kind, "tokens": tokens, "budget": budget, "block_size": block_size, "shape": shape})
     call = [sys.executable, "-m", "scout_hf.eval.bench.memory", request]
@@ -52,26 +41,18 @@ def in_fresh_process(kind: str, tokens: int, budget: int, block_size: int, shape
 def measure(kind: str, tokens: int, budget: int, block_size: int, shape: dict[str, int]) -> dict[str, Any]:
     """The same in this process."""
     import torch
-    from transformers import DynamicCache
 
-    import scout_hf
     from scout_hf import CACHE
-    from scout_hf.eval.bench import llama
+    from scout_hf.eval.arms import CPU_DECODE
+    from scout_hf.eval.bench.models import make_llama
+    from scout_hf.eval.caches import fill, kv_bytes_per_token, random_kv
 
-    model = llama.make_model(**shape | SMALL)
+    model = make_llama(**shape | SMALL)
     # Once with a few tokens, so that whatever is set up at the first use is there.
     ids = torch.zeros((1, 1), dtype=torch.long)
-    if kind != "stock":
-        handle = scout_hf.patch(model, budget=budget, block_size=block_size)
-    options = {"host_dtype": "int8"} if kind == "scout int8" else {}
-
-    def make():
-        return DynamicCache(config=model.config) if kind == "stock" else handle.new_cache(**options)
-
-    with torch.no_grad():
-        cache = llama.fill(make(), model.config, 2 * block_size)
-        model(ids, **{CACHE: cache})
-        cache, parts = make(), llama.random_kv(model.config, tokens)
+    with torch.no_grad(), CPU_DECODE[kind].caches(model, budget=budget, block_size=block_size) as caches:
+        model(ids, **{CACHE: fill(caches.new(), model.config, 2 * block_size)})
+        cache, parts = caches.new(), random_kv(model.config, tokens)
         gc.collect()
         with Peak() as peak:
             for layer in range(model.config.num_hidden_layers):
@@ -79,7 +60,7 @@ def measure(kind: str, tokens: int, budget: int, block_size: int, shape: dict[st
             for _ in range(STEPS):
                 model(ids, **{CACHE: cache})
             held = peak.grown()
-    kv = llama.kv_bytes_per_token(model.config) * tokens
+    kv = kv_bytes_per_token(model.config) * tokens
     shares = {"held_share": held / kv, "peak_share": peak.bytes / kv}
     return {"kind": kind, "tokens": tokens, "kv_bytes": kv, "held_bytes": held, "peak_bytes": peak.bytes, **shares}
 

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scout_hf.eval.markdown import between_marks, head, line, update
+from scout_hf.eval.markdown import between_marks, to_markdown, update
 from scout_hf.eval.methods import tables as methods
 from scout_hf.eval.records import read_record
+from scout_hf.eval.tables import Grid, short
 
 MODES = {
     "stock": "stock `sdpa`",
@@ -25,51 +26,46 @@ SHOWN = (4096, 16384)
 """Selected tokens of the kernel's table."""
 
 
-def markdown(record: dict[str, Any]) -> str:
-    """The tables of a record of one of the benchmarks."""
-    return "\n".join(PARTS[record["benchmark"]](record))
-
-
-def _decode(record: dict[str, Any]) -> Iterator[str]:
-    yield from head("context", *MODES.values())
+def _decode(record: dict[str, Any]) -> Iterator[Grid | str]:
+    table = Grid("", ("context", *MODES.values()))
     for row in record["contexts"]:
-        yield line(_tokens(row["context"]), *(f"{row['modes'][name]['median_ms']:.0f} ms" for name in MODES))
+        table.add(short(row["context"]), *(f"{row['modes'][name]['median_ms']:.0f} ms" for name in MODES))
+    yield table
     prompt, share = record["prefill"], {one["kind"]: one for one in record["memory"]}
-    if not prompt or not share:
-        return
-    scout, int8 = share["scout"], share["scout int8"]
-    yield ""
-    yield (
-        f"A prompt of {record['settings']['prefill_tokens']} tokens takes {prompt['ratios']['scout/stock']:.2f} times "
-        f"stock's time. Per byte of KV in bf16 the process grows by {scout['held_share']:.2f} bytes, at most by "
-        f"{scout['peak_share']:.2f} ({int8['held_share']:.2f} and {int8['peak_share']:.2f} with int8), digests "
-        f"included."
-    )
+    if prompt and share:
+        scout, int8 = share["scout"], share["scout int8"]
+        yield (
+            f"A prompt of {record['settings']['prefill_tokens']} tokens takes {prompt['ratios']['scout/stock']:.2f} "
+            f"times stock's time. Per byte of KV in bf16 the process grows by {scout['held_share']:.2f} bytes, at most "
+            f"by {scout['peak_share']:.2f} ({int8['held_share']:.2f} and {int8['peak_share']:.2f} with int8), digests "
+            f"included."
+        )
 
 
-def _kernel(record: dict[str, Any]) -> Iterator[str]:
-    yield from head("selected tokens", *KERNELS.values())
+def _kernel(record: dict[str, Any]) -> Iterator[Grid | str]:
+    table = Grid("", ("selected tokens", *KERNELS.values()))
     for row in record["attend"]:
         if row["tokens"] in SHOWN:
-            yield line(_tokens(row["tokens"]), *(f"{row[name]['median_ms']:.2f} ms" for name in KERNELS))
+            table.add(short(row["tokens"]), *(f"{row[name]['median_ms']:.2f} ms" for name in KERNELS))
+    yield table
     normal, outliers = (record["int8_error"][kind]["int8_to_bf16"]["relative"] for kind in ("normal", "outliers"))
-    yield ""
     yield (
         f"int8 differs from bf16 by {100 * normal:.1f} % of the output on normal data and by {100 * outliers:.1f} % "
         "with outlier channels."
     )
 
 
-def _tokens(count: int) -> str:
-    return f"{count // 1024}k" if count and count % 1024 == 0 else str(count)
-
-
-PARTS = {"cpu_decode": _decode, "cpu_kernel": _kernel, "methods": methods.lines}
+PARTS = {"cpu_decode": _decode, "cpu_kernel": _kernel, "methods": methods.parts}
 COMMANDS = {
     "cpu_decode": "scout-hf bench cpu-decode",
     "cpu_kernel": "scout-hf bench cpu-kernel",
     "methods": methods.COMMAND,
 }
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The tables of a record of one of the benchmarks."""
+    return to_markdown(PARTS[record["benchmark"]](record))
 
 
 def main(page: str, folder: str) -> None:
@@ -81,8 +77,7 @@ def main(page: str, folder: str) -> None:
         if not path.is_file():
             print(f"{name}: no {path}")
             continue
-        record = read_record(path, name)
-        changed = update(Path(page), command, markdown(record))
+        changed = update(Path(page), command, markdown(read_record(path, name)))
         print(f"{name}: {page} {'changed' if changed else 'is up to date'}")
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from scout_hf.eval import tables
 from scout_hf.eval.bench import cpu_report, gpu_report
 from scout_hf.eval.methods import plots as method_plots
 from scout_hf.eval.methods import tables as method_tables
-from scout_hf.files import whole_file, write_text
+from scout_hf.eval.records import write_record
+from scout_hf.files import whole_file
 
 NO_PLOT = "no plot: it takes matplotlib, which pip install 'scout_hf[bench]' brings"
 MACHINE = "{cpu} ({isa}), {threads} of {cpus} CPUs, torch {torch}, transformers {transformers}, scout_hf {scout_hf}"
@@ -34,19 +34,14 @@ PLOTS = {
 
 def show(record: dict[str, Any], console: Console | None = None) -> None:
     """Print a record of any benchmark."""
-    console = console or Console(markup=False, emoji=False)
-    for part in TABLES[record["benchmark"]](record):
-        console.print(part, highlight=False)
-    console.print(_machine(record), style="dim", highlight=False)
+    tables.show(TABLES[record["benchmark"]](record), _machine(record), console)
 
 
 def save(record: dict[str, Any], folder: Path) -> list[str]:
     """Write ``<benchmark>.json`` and ``.png`` into a folder; lines that say what was written."""
     name = record["benchmark"]
     path = folder / f"{name}.json"
-    # Lists of numbers on one line.
-    text = re.sub(r"\[[-+\d.e,\s]*\]", lambda found: re.sub(r"\s+", " ", found[0]), json.dumps(record, indent=1))
-    write_text(path, text + "\n")
+    write_record(record, path)
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -54,9 +49,14 @@ def save(record: dict[str, Any], folder: Path) -> list[str]:
     figure = Figure(figsize=(12, 4.6), layout="constrained", dpi=150)
     PLOTS[name](record, figure)
     figure.supxlabel(_machine(record), fontsize=7, color="#666666")
-    with whole_file(folder / f"{name}.png", binary=True) as file:
+    return [f"wrote {path}", save_figure(figure, path.with_suffix(".png"))]
+
+
+def save_figure(figure: Any, path: Path) -> str:
+    """Write a figure as PNG, all of it or nothing; the line that says so."""
+    with whole_file(path, binary=True) as file:
         figure.savefig(file, format="png")
-    return [f"wrote {path}", f"wrote {folder / f'{name}.png'}"]
+    return f"wrote {path}"
 
 
 def _machine(record: dict[str, Any]) -> str:

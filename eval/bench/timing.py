@@ -72,6 +72,12 @@ def timed(call: Callable[[], Any]) -> float:
     return taken
 
 
+def median_of(call: Callable[[], Any], repeat: int) -> float:
+    """Median of the seconds that a call takes, after one that is not timed."""
+    call()
+    return float(np.median([timed(call) for _ in range(repeat)]))
+
+
 def _preemptions() -> int:
     """How often the calling thread had to make room for another one; 0 where the system does not count."""
     who = getattr(resource, "RUSAGE_THREAD", None)

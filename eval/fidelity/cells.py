@@ -1,33 +1,16 @@
-"""One measurement of a study, and the ways of attending it may be about."""
+"""Cells: one measurement of a study each; and which of them make one, one factor at a time around a centre."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from scout_hf import ScoutConfig
-from scout_hf.eval import baselines  # noqa: F401 (registers the digests "random" and "recent")
-from scout_hf.eval.fidelity import oracle  # noqa: F401 (registers the digest "oracle")
-from scout_hf.methods import method_names
+from scout_hf.eval import baselines  # noqa: F401 (registers the digests "oracle", "random" and "recent")
+from scout_hf.eval.arms import FULL, METHODS, MODES
+from scout_hf.eval.pocket import TASKS
 from scout_hf.selection import digest_names
-
-FULL = "full"
-METHODS = tuple(name for name in method_names() if name != "scout")
-"""Modes that are a method of their own: they choose without digests of blocks, or not at all."""
-
-MODES: dict[str, dict[str, Any] | None] = {
-    FULL: None,
-    "real": {"split": "off"},
-    "real-int8": {"split": "off", "host_dtype": "int8"},
-    "real-two-tiers": {"split": "cpu", "layer_ahead": False},
-    "predicted": {"split": "cpu", "cpu_query": "predicted"},
-    "predicted-auto": {"split": "cpu", "cpu_query": "auto"},
-    "predicted-real-cpu": {"split": "cpu", "cpu_query": "real"},
-    "predicted-no-recall": {"split": "cpu", "cpu_query": "predicted", "recall": None},
-    **{name: {"method": name} for name in METHODS},
-}
-"""Settings of every way of attending, next to budget, block size and digest; None is the model's own attention."""
 
 SAME_TIERS = {
     "real": "real",
@@ -57,21 +40,10 @@ TEXT = "text"
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured.
+    """What is measured: a pocket model and one of its tasks, or ``text`` twice, and documents of so many tokens.
 
-    Attributes
-    ----------
-    model, task : str
-        A pocket model and one of its tasks, or ``text`` twice.
-    tokens : int
-        Length of the documents.
-    mode : str
-        A key of ``MODES``.
-    block_size, budget, digest
-        As in :class:`scout_hf.ScoutConfig`; None with full attention, which has none of them. Other methods have no
-        digest.
-    stress : str
-        One of ``STRESSES``.
+    The mode is a key of ``MODES``; block size, budget and digest are those of :class:`scout_hf.ScoutConfig`, None with
+    full attention, which has none of them; other methods have no digest. The stress is one of ``STRESSES``.
     """
 
     model: str
@@ -117,6 +89,26 @@ class Cell:
             words += [self.digest] * (self.digest is not None)
             words += [f"block {self.block_size}", f"budget {budget_name(self.budget)}"]
         return " ".join(words if self.stress == "none" else [*words, f"stress {self.stress}"])
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is asked in a cell.
+
+    Questions; pieces of held-out text (``windows``), and tokens of each that are scored (``steps``); questions or
+    windows whose layers are looked into (``watched``); and what documents and texts are drawn from.
+    """
+
+    questions: int = 48
+    windows: int = 16
+    steps: int = 64
+    watched: int = 4
+    seed: int = 0
+
+    def of(self, cell: Cell) -> dict[str, int]:
+        """What of it concerns a cell."""
+        names = ("windows", "steps") if cell.task == TEXT else ("questions",)
+        return {name: value for name, value in asdict(self).items() if name in (*names, "watched", "seed")}
 
 
 def real_digests() -> tuple[str, ...]:
@@ -166,3 +158,85 @@ def keep(cells: Iterable[Cell], filters: dict[str, set[str]]) -> list[Cell]:
             for name, wanted in filters.items()
         )
     ]
+
+
+TOKENS, BLOCK, BUDGET = 4096, 32, 0.125
+TOKEN_BUDGET = 512
+# As shipped, on one tier and on two; then with the paper's query for the CPU.
+MAIN = ("real", "real-two-tiers", "predicted-auto")
+PAPERS = (*MAIN, "predicted")
+REST = ("predicted-real-cpu", "predicted-no-recall", "real-int8")
+QUICK_TASKS = ("needle", "trace")
+QUICK, WHOLE = Effort(questions=32, windows=8, steps=64, watched=2), Effort()
+
+
+def cells_of(models: Sequence[str], quick: bool) -> list[Cell]:
+    """All cells of a study of these models, each once, ordered so that those that share documents are together."""
+    cells = list(dict.fromkeys(_quick(models) if quick else _whole(models)))
+    return sorted(cells, key=lambda cell: (cell.model == TEXT, cell.model, cell.stress, cell.task, cell.tokens))
+
+
+def _subjects(models: Iterable[str], tasks: Sequence[str]) -> list[tuple[str, str]]:
+    return [(model, task) for model in models for task in ((TEXT,) if model == TEXT else tasks)]
+
+
+def _quick(models: Sequence[str]) -> Iterator[Cell]:
+    for of in _subjects(models, QUICK_TASKS):
+        for budget in (0.06, BUDGET) if of == (TEXT, TEXT) else (BUDGET,):
+            digests = real_digests() if of[0] != TEXT else ("minmax", _default())
+            yield from _around(of, budget=budget, digests=digests, modes=PAPERS)
+        yield from _controls(of)
+        yield from (Cell(*of, TOKENS, mode, BLOCK, BUDGET, _default()) for mode in REST)
+
+
+def _whole(models: Sequence[str]) -> Iterator[Cell]:
+    swept = tuple(name for name in real_digests() if name not in ("auto", "minmax-int8"))
+    for of in _subjects(models, TASKS):
+        yield from (Cell(*of, TOKENS, mode, BLOCK, BUDGET, digest) for digest in real_digests() for mode in REST)
+        yield from (Cell(*of, TOKENS, mode, BLOCK, BUDGET) for mode in METHODS)
+        yield from _controls(of)
+        for budget in (0.03, 0.06, 0.125, 0.25, 0.5):
+            yield from _around(of, budget=budget, digests=real_digests(), modes=PAPERS)
+        yield from _around(of, budget=TOKEN_BUDGET, digests=swept)
+        for size in (16, 64):
+            yield from _around(of, block_size=size, digests=swept)
+        for tokens, budgets in {1024: (), 2048: (), 8192: (0.06,)}.items():
+            for budget in (BUDGET, TOKEN_BUDGET, *budgets):
+                yield from _around(of, tokens=tokens, budget=budget, digests=swept)
+        for stress in ("scale", "offset"):
+            yield from _around(of, stress=stress, digests=swept)
+        if of != (TEXT, TEXT):
+            # Up to 4k there are no more of them than without.
+            yield from _around(of, tokens=8192, stress="rivals", digests=swept)
+
+
+def _around(
+    of: tuple[str, str],
+    tokens: int = TOKENS,
+    block_size: int = BLOCK,
+    budget: int | float = BUDGET,
+    digests: Sequence[str] = (),
+    stress: str = "none",
+    modes: Sequence[str] = MAIN,
+) -> Iterator[Cell]:
+    """Full attention, the oracle and digests."""
+    yield Cell(*of, tokens, FULL, stress=stress)
+    for digest in ("oracle", *digests):
+        for mode in modes:
+            yield Cell(*of, tokens, mode, block_size, budget, digest, stress)
+
+
+def _controls(of: tuple[str, str]) -> Iterator[Cell]:
+    yield from (Cell(*of, TOKENS, "real", BLOCK, BUDGET, digest) for digest in ("random", "recent"))
+
+
+def _default() -> str:
+    from scout_hf import ScoutConfig
+
+    return ScoutConfig().digest
+
+
+def weight(cell: Cell) -> float:
+    """About how long a cell takes beside others, for a progress bar."""
+    slow = 4 if cell.mode == FULL else 2 if cell.digest == "oracle" else 1
+    return slow * (1 + cell.tokens / 2048) * (4 if cell.task == TEXT else 1)

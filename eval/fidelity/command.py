@@ -8,9 +8,9 @@ from typing import Any
 from scout_hf.diagnostics import usable_cpus
 from scout_hf.eval.fidelity import report
 from scout_hf.eval.fidelity.options import Fidelity
-from scout_hf.eval.fidelity.readme import COMMAND, markdown
 from scout_hf.eval.fidelity.study import study
-from scout_hf.eval.markdown import update
+from scout_hf.eval.fidelity.tables import COMMAND, parts
+from scout_hf.eval.markdown import to_markdown, update
 
 
 def run(options: Fidelity, tell: Callable[[str], Any]) -> bool:
@@ -23,5 +23,5 @@ def run(options: Fidelity, tell: Callable[[str], Any]) -> bool:
         record = study(options.quick, options.only, jobs, *where, tell)
     report.show(record)
     if page := options.readme:
-        tell(f"{page} {'changed' if update(page, COMMAND, markdown(record)) else 'is up to date'}")
+        tell(f"{page} {'changed' if update(page, COMMAND, to_markdown(parts(record))) else 'is up to date'}")
     return not record.get("failed")

@@ -15,12 +15,8 @@ class AttentionMemo:
     """What torch's attention gave for a whole prompt, handed out again for bitwise the same queries, keys and values.
 
     Prompts are attended exactly under any setting, so all settings compute the same there; everything else of a pass
-    (projections, stores, digests, residents) runs as ever.
-
-    Parameters
-    ----------
-    room : int
-        Bytes of outputs to keep; the oldest go first.
+    (projections, stores, digests, residents) runs as ever. Outputs of so many bytes (``room``) are kept; the oldest go
+    first.
     """
 
     def __init__(self, room: int = 1 << 30):

@@ -6,13 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from scout_hf.eval.bench.report import NO_PLOT, save_figure
 from scout_hf.eval.fidelity.cells import CONTROLS
-from scout_hf.eval.fidelity.summary import Row, find, rows
+from scout_hf.eval.fidelity.summary import AXES, CENTRE, Row, along, digests, find, full_at, points, rows, rows_at
 from scout_hf.eval.fidelity.tables import NAMES
-from scout_hf.eval.fidelity.views import AXES, CENTRE, along, digests, full_at, points, rows_at
-from scout_hf.files import whole_file
 
-NO_PLOTS = "no plots: they take matplotlib, which pip install 'scout_hf[bench]' brings"
 QUERIES = {"real": "one tier", "predicted-auto": 'two tiers, cpu_query="auto"'}
 LABELS = {"oracle": "the best blocks"}
 BY_LAYER = {"real-two-tiers": "-", "predicted-auto": "--"}
@@ -21,6 +19,7 @@ INSIDE = {
     "block_recall": "block recall",
     "mass": "attention mass captured",
 }
+RECALLS = {"predicted": "with recall", "predicted-no-recall": "without recall"}
 COLOURS = {"oracle": "#333333", "minmax": "#d62728", "sign": "#1f77b4", "random": "#b0b0b0", "recent": "#8c8c8c"}
 MORE_COLOURS = ("#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#8c564b", "#e377c2")
 SIZE = {"figsize": (12, 4.4), "layout": "constrained", "dpi": 130}
@@ -31,48 +30,30 @@ def save_plots(record: dict[str, Any], folder: Path) -> list[str]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return [NO_PLOTS]
+        return [NO_PLOT]
     asked, text = rows(record["cells"], text=False), rows(record["cells"], text=True)
     lines = []
     for name, draw in PLOTS.items():
         figure = Figure(**SIZE)
         if draw(figure, asked, text):
-            path = folder / f"fidelity_{name}.png"
-            with whole_file(path, binary=True) as file:
-                figure.savefig(file, format="png")
-            lines.append(f"wrote {path}")
+            lines.append(save_figure(figure, folder / f"fidelity_{name}.png"))
     return lines
 
 
-def _accuracy(figure, asked: Sequence[Row], text: Sequence[Row]) -> bool:
+def _by_query(figure, table: Sequence[Row], label: str, factor: float) -> bool:
     """By budget and by context, for the real and the predicted query."""
-    return _by_query(figure, asked, ("budget", "tokens"), "questions answered, %", 100.0)
-
-
-def _perplexity(figure, asked: Sequence[Row], text: Sequence[Row]) -> bool:
-    return _by_query(figure, text, ("budget", "tokens"), "perplexity", 1.0)
-
-
-def _by_query(figure, table: Sequence[Row], axes: Sequence[str], label: str, factor: float) -> bool:
-    shown = [axis for axis in axes if len(points(table, axis)) > 1]
+    shown = [(axis, mode) for axis in ("budget", "tokens") if len(points(table, axis)) > 1 for mode in QUERIES]
     if not shown:
         return False
-    panels = figure.subplots(1, 2 * len(shown), sharey=True, squeeze=False)[0]
-    for panel, (axis, mode) in zip(panels, ((axis, mode) for axis in shown for mode in QUERIES)):
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for panel, (axis, mode) in zip(panels, shown):
         names = [name for name, _ in points(table, axis)]
         for digest, colour in _coloured(digests(table)):
-            of = {name: row for name, row in along(table, axis, digest, mode).items() if name in names}
+            of = along(table, axis, digest, mode)
             if len(of) > 1:
-                _line(
-                    panel,
-                    [names.index(name) for name in of],
-                    of.values(),
-                    factor,
-                    label=LABELS.get(digest, digest),
-                    color=colour,
-                    # Where it takes what another digest gives, both are seen.
-                    linestyle="--" if digest == "auto" else "-",
-                )
+                # Where it takes what another digest gives, both are seen.
+                style = {"color": colour, "linestyle": "--" if digest == "auto" else "-"}
+                _line(panel, map(names.index, of), of.values(), factor, label=LABELS.get(digest, digest), **style)
         full = [full_at(table, setting) for _, setting in points(table, axis)]
         if all(full):
             _line(panel, range(len(names)), full, factor, label="full attention", color="black", linestyle="--")
@@ -103,8 +84,7 @@ def _layers(figure, asked: Sequence[Row], text: Sequence[Row]) -> bool:
     for panel, (name, title) in zip(panels, parts):
         for digest, colour, mode in drawn:
             row = find(found, digest=digest, mode=mode)
-            values = _by_layer(row, name) if row else {}
-            if values:
+            if values := _by_layer(row, name) if row else {}:
                 style = {"linestyle": BY_LAYER[mode], "color": colour, "label": f"{digest}, {NAMES[mode]}"}
                 panel.plot(list(values), list(values.values()), marker="o", markersize=3, **style)
         panel.set(title=title, xlabel="layer", ylim=(0, 1.02))
@@ -115,30 +95,27 @@ def _layers(figure, asked: Sequence[Row], text: Sequence[Row]) -> bool:
 
 def _by_layer(row: Row, name: str) -> dict[int, float]:
     """Means over a row's cells per layer, of those that have it."""
-    lists = [record[name] for record in row.records if record.get(name)]
-    found = {}
-    for layer in range(max(map(len, lists), default=0)):
-        values = [one[layer] for one in lists if layer < len(one) and one[layer] is not None]
-        if values:
-            found[layer] = sum(values) / len(values)
-    return found
+    values: dict[int, list[float]] = {}
+    for record in row.records:
+        for layer, value in enumerate(record.get(name) or ()):
+            if value is not None:
+                values.setdefault(layer, []).append(value)
+    return {layer: sum(values[layer]) / len(values[layer]) for layer in sorted(values)}
 
 
 def _cpu_ratio(figure, asked: Sequence[Row], text: Sequence[Row]) -> bool:
     """The CPU's share over decode steps of text, with and without recall."""
-    modes = {"predicted": "with recall", "predicted-no-recall": "without recall"}
     found = [row for row in rows_at(text, CENTRE) if row.records[0].get("cpu_ratio_by_step")]
-    names = [name for name in digests(found) if name not in CONTROLS]
-    pairs = {name: [find(found, digest=name, mode=mode) for mode in modes] for name in names}
-    both = [name for name, pair in pairs.items() if all(pair)]
-    if not both:
+    pairs = {name: [find(found, digest=name, mode=mode) for mode in RECALLS] for name in digests(found)}
+    name = next((name for name, pair in pairs.items() if all(pair) and name not in CONTROLS), None)
+    if name is None:
         return False
     panels = figure.subplots(1, 2, sharey=True)
-    for panel, row, title in zip(panels, pairs[both[0]], modes.values()):
+    for panel, row, title in zip(panels, pairs[name], RECALLS.values()):
         for layer, ratios in row.records[0]["cpu_ratio_by_step"].items():
             steps, shares = range(1, len(ratios) + 1), [100 * ratio for ratio in ratios]
             panel.plot(steps, shares, label=f"layer {layer}", linewidth=1.2)
-        panel.set(title=f"{title}, blocks by {both[0]}", xlabel="decode step", ylim=(0, None))
+        panel.set(title=f"{title}, blocks by {name}", xlabel="decode step", ylim=(0, None))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("share of the chosen blocks that the CPU attends, %")
     panels[0].legend(fontsize=8)
@@ -147,8 +124,7 @@ def _cpu_ratio(figure, asked: Sequence[Row], text: Sequence[Row]) -> bool:
 
 def _coloured(names: Sequence[str]) -> Iterator[tuple[str, str]]:
     spare = iter(MORE_COLOURS * 4)
-    for name in names:
-        yield name, COLOURS.get(name) or next(spare)
+    return ((name, COLOURS.get(name) or next(spare)) for name in names)
 
 
 def _legend(figure, panels) -> None:
@@ -157,8 +133,8 @@ def _legend(figure, panels) -> None:
 
 
 PLOTS: dict[str, Callable[..., bool]] = {
-    "accuracy": _accuracy,
-    "perplexity": _perplexity,
+    "accuracy": lambda figure, asked, text: _by_query(figure, asked, "questions answered, %", 100.0),
+    "perplexity": lambda figure, asked, text: _by_query(figure, text, "perplexity", 1.0),
     "layers": _layers,
     "cpu_ratio": _cpu_ratio,
 }

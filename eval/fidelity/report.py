@@ -8,11 +8,29 @@ from typing import Any
 
 from rich.console import Console
 
+from scout_hf.eval import tables
 from scout_hf.eval.fidelity.cells import MODES, STRESSES, TEXT
-from scout_hf.eval.fidelity.journal import RESULT
-from scout_hf.eval.fidelity.tables import NOTE, tables
+from scout_hf.eval.fidelity.tables import NOTE
+from scout_hf.eval.fidelity.tables import tables as fidelity_tables
 from scout_hf.files import read_json, write_text
 from scout_hf.rules import anything, count, fields, items, maybe, number, one_of, simple, table, text
+
+
+def _answers(value: Any) -> None:
+    text(1 << 20)(value)
+    if not value or set(value) - set("01"):
+        raise ValueError(f"0 or 1 for each question is wanted, not {value!r:.60}")
+
+
+_BY_LAYER = ("mass", "output_error", "selection_error", "prediction_error", "block_recall", "cosine")
+RESULT = fields(
+    {},
+    # Nats per token: what is beyond has no perplexity.
+    {"right": _answers, "nll": items(number(0, 500), fewest=1), "cpu_ratio_by_step": table(items(number(0, 1e6)))}
+    | {"attended_share": number(0, 1e6), "tokens_per_second": number(0)}
+    | {name: items(maybe(number(-1e6, 1e6))) for name in _BY_LAYER},
+)
+"""What a result may hold."""
 
 _CELL = fields(
     {
@@ -64,10 +82,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def show(record: dict[str, Any], console: Console | None = None) -> None:
     """Print a record."""
-    console = console or Console(markup=False, emoji=False)
-    for part in tables(record):
-        console.print(part, highlight=False)
-    console.print(NOTE, style="dim", highlight=False)
+    tables.show(fidelity_tables(record), NOTE, console)
 
 
 def _rounded(value: Any) -> Any:

@@ -25,21 +25,11 @@ SMALLEST_HEAD = 12
 
 
 def apply_stress(model: PreTrainedModel, stress: str, sample: torch.Tensor) -> None:
-    """Change a model's weights in place; Llama, Qwen2, Qwen3 and others laid out like them.
+    """Change an unpatched model's weights in place; Llama, Qwen2, Qwen3 and others laid out like them.
 
-    Parameters
-    ----------
-    model : PreTrainedModel
-        Unpatched.
-    stress : {"none", "scale", "offset", "rivals"}
-        The first and the last change nothing.
-    sample : Tensor (1, tokens)
-        Token ids of an ordinary text, from which standard deviations are taken.
-
-    Raises
-    ------
-    ValueError
-        For a model whose attention has no ``q_proj`` and ``k_proj``, or heads of less than 12 channels.
+    ``none`` and ``rivals`` change nothing. ``sample`` has token ids (1, tokens) of an ordinary text, from which
+    standard deviations are taken. Raises ValueError for a model whose attention has no ``q_proj`` and ``k_proj``, or
+    heads of less than 12 channels.
     """
     if stress in ("none", "rivals"):
         return

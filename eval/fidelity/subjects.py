@@ -70,11 +70,8 @@ def quizzes(model: str, task: str, tokens: int, questions: int, seed: int, rival
     """Documents with ``questions`` questions in all, the same ones for every setting that is measured."""
     _, tokenizer = load_subject(model, "none")
     found: list[Quiz] = []
-    left = questions
-    while left:
+    while left := questions - sum(len(quiz.facts) for quiz in found):
         number = FIRST_SEED + SEEDS_PER_RUN * seed + len(found)
         document = make_exercise(task, tokens, number, rivals="growing" if rivals else "fixed")
-        facts = document.facts[:left]
-        found.append(Quiz(tokenize(tokenizer, document.text), facts))
-        left -= len(facts)
+        found.append(Quiz(tokenize(tokenizer, document.text), document.facts[:left]))
     return tuple(found)

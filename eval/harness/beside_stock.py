@@ -18,6 +18,7 @@ from rich.table import Table
 
 from scout_hf.eval.harness import HarnessError
 from scout_hf.eval.harness.command import option
+from scout_hf.eval.tables import tiers
 from scout_hf.files import write_text
 
 REPORT = "beside_stock.json"
@@ -26,15 +27,9 @@ SIDES = ("stock", "scout")
 
 @dataclass
 class Row:
-    """One metric of one task or group; what a task cost is None for a group.
+    """One metric of one task or group, the scores of either side, and ``Tally.as_dict()`` of either.
 
-    Attributes
-    ----------
-    task, metric : str
-    stock, scout : float
-        The scores.
-    cost : dict
-        ``Tally.as_dict()`` of either side.
+    What a task cost is None for a group.
     """
 
     task: str
@@ -52,12 +47,7 @@ class Row:
 def run_both(args: argparse.Namespace, execute: Callable[[argparse.Namespace], None]) -> None:
     """Run lm-eval twice, print the table, and write it under ``--output_path`` if that was given.
 
-    Parameters
-    ----------
-    args : Namespace
-        Of lm-eval's ``run``.
-    execute : callable
-        Runs lm-eval with such a Namespace.
+    ``args`` are those of lm-eval's ``run``, and ``execute`` runs lm-eval with such arguments.
     """
     if (model := option(args, "model")) != "scout":
         raise HarnessError(f"--beside-stock compares `--model scout` with stock attention; --model is {model!r}")
@@ -97,17 +87,16 @@ def run_both(args: argparse.Namespace, execute: Callable[[argparse.Namespace], N
 def compare(stock: dict[str, Any], scout: dict[str, Any]) -> list[Row]:
     """Rows of two results of ``simple_evaluate``; of a LongBench task only ``score``, its metric's other name."""
     costs = {side: result["config"]["scout_hf"]["tasks"] for side, result in zip(SIDES, (stock, scout))}
+    before = stock.get("groups", {}) | stock["results"]
     rows = []
-    groups = scout.get("groups", {})
-    for task, metrics in {**scout["results"], **groups}.items():
-        before = stock["results"].get(task) or stock.get("groups", {}).get(task)
+    for task, metrics in {**scout["results"], **scout.get("groups", {})}.items():
         names = [name for name, value in metrics.items() if _is_score(name, value)]
         for name in [name for name in names if name.startswith("score,")] or names:
             # RULER's mark of a length that was not asked for.
-            if before[name] == metrics[name] == -1:
-                continue
-            cost = {side: costs[side].get(task) for side in SIDES}
-            rows.append(Row(task, name.removesuffix(",none"), float(before[name]), float(metrics[name]), cost))
+            if not before[task][name] == metrics[name] == -1:
+                cost = {side: costs[side].get(task) for side in SIDES}
+                scores = float(before[task][name]), float(metrics[name])
+                rows.append(Row(task, name.removesuffix(",none"), *scores, cost))
     return rows
 
 
@@ -123,9 +112,9 @@ def show(rows: list[Row], console: Console | None = None) -> None:
         table.add_column(name, justify="right")
     for row in rows:
         stock, scout = (row.cost.get(side) or {} for side in SIDES)
-        speeds = [_number(cost.get("tokens_per_second"), ".1f") for cost in (stock, scout)]
-        held = [_bytes(cost.get("kv_bytes")) for cost in (stock, scout)]
         scores = f"{row.stock:.4f}", f"{row.scout:.4f}", f"{row.difference:+.4f}"
+        speeds = (_number(cost.get("tokens_per_second"), ".1f") for cost in (stock, scout))
+        held = (f"{tiers(cost['kv_bytes'])} MiB" if cost.get("kv_bytes") else "-" for cost in (stock, scout))
         table.add_row(row.task, row.metric, *scores, *speeds, *held, _number(scout.get("attended_share"), ".1%"))
     console.print(table, highlight=False)
 
@@ -136,9 +125,7 @@ def as_record(rows: list[Row], results: dict[str, dict[str, Any]]) -> dict[str, 
     return {
         "rows": [{**asdict(row), "difference": row.difference} for row in rows],
         "scout_hf": {name: value for name, value in config["scout_hf"].items() if name != "tasks"},
-        "model_args": config["model_args"],
-        "batch_size": config["batch_size"],
-        "limit": config["limit"],
+        **{name: config[name] for name in ("model_args", "batch_size", "limit")},
         "seeds": {name: config.get(f"{name}_seed") for name in ("random", "numpy", "torch", "fewshot")},
         "versions": {name: results["scout"].get(name) for name in ("lm_eval_version", "transformers_version")},
     }
@@ -178,10 +165,3 @@ def _is_score(name: str, value: Any) -> bool:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _bytes(tiers: dict[str, int] | None) -> str:
-    """``stock 12.0`` or ``host 12.4 + digests 0.8``, in MiB."""
-    if not tiers:
-        return "-"
-    return " + ".join(f"{tier} {amount / 2**20:.1f}" for tier, amount in tiers.items() if amount) + " MiB"

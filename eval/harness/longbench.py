@@ -29,15 +29,7 @@ PARAGRAPHS = {"retrieval_with": r"Paragraph (\d+)", "retrieval_zh_with": r"ÊÆµËê
 
 @dataclass(frozen=True)
 class LocalTasks:
-    """Where lm-eval finds the tasks, and which of their files are missing.
-
-    Attributes
-    ----------
-    folder : Path
-        For ``--include_path``.
-    missing : dict
-        Names of the files that are not there, by task, group and tag.
-    """
+    """A folder for ``--include_path``, and names of the files that are not there, by task, group and tag."""
 
     folder: Path
     missing: dict[str, list[str]]

@@ -8,7 +8,7 @@ import difflib
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,21 @@ from transformers import DynamicCache
 import scout_hf
 from scout_hf import ConfigError, RecallIntervals, ScoutCache, ScoutConfig
 from scout_hf.eval.harness.tally import Tally, measured
-from scout_hf.eval.harness.truncation import TRUNCATIONS, truncate
 from scout_hf.eval.scoring import decode_steps, score_pairs
+
+TRUNCATIONS = ("middle", "left")
+
+
+def truncate(ids: Sequence[int], limit: int, how: str) -> list[int]:
+    """At most ``limit`` tokens of a prompt, special tokens included.
+
+    ``middle`` keeps the first and the last ``limit // 2`` tokens (LongBench, ``pred.py``), ``left`` the last ``limit``.
+    """
+    if len(ids) <= limit:
+        return list(ids)
+    half = limit // 2 if how == "middle" else 0
+    return [*ids[:half], *ids[-half:]] if half else list(ids[-limit:])
+
 
 SCORINGS = ("decode", "prefill")
 ATTENTIONS = ("scout", "stock")

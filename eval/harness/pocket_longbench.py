@@ -25,16 +25,8 @@ FIRST_SEED = 70_000
 def make_longbench(folder: Path, rows: int = 20, tokens: int = 1024, seed: int = 0) -> list[Path]:
     """Write ``<dataset>.jsonl`` for every kind of task, and ``<dataset>_e.jsonl`` for some; returns the paths.
 
-    Parameters
-    ----------
-    folder : Path
-        Made if it does not exist; files of the same name are replaced.
-    rows : int
-        Per file.
-    tokens : int
-        Of the longest document, from 256 up; the shortest of a file has half of that.
-    seed : int
-        Decides all documents and questions.
+    The longest document of a file has ``tokens``, from 256 up, the shortest half of that. Files of the same name are
+    replaced.
     """
     if rows < 1 or tokens < 256:
         raise ValueError(f"rows={rows}, tokens={tokens}: at least 1 row, and documents of at least 256 tokens")

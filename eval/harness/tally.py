@@ -13,23 +13,17 @@ from transformers import Cache
 
 from scout_hf import Stats
 from scout_hf.diagnostics import given_cache
-from scout_hf.eval.decode_path import kv_bytes
+from scout_hf.eval.caches import kv_bytes
 
 
 @dataclass
 class Tally:
     """Sums over the passes of a task; a step with several rows makes a token for each.
 
-    Attributes
-    ----------
-    prefill_tokens, prefill_seconds
-        Passes with several tokens per row, padding included.
-    decode_tokens, decode_seconds
-        One-token passes, rows that are done included, with all that goes on between them.
-    kv_bytes : dict
-        Of the largest cache, by tier; all of a stock cache is ``stock``.
-    attended, context : float
-        Sums over decode steps of means over rows, layers and KV heads; equal for stock attention.
+    Prefill: passes with several tokens per row, padding included. Decode: one-token passes, rows that are done
+    included, with all that goes on between them. Bytes: of the largest cache, by tier; all of a stock cache is
+    ``stock``. Attended and context: sums over decode steps of means over rows, layers and KV heads; equal for stock
+    attention.
     """
 
     prefill_tokens: int = 0
@@ -39,16 +33,6 @@ class Tally:
     kv_bytes: dict[str, int] = field(default_factory=dict)
     attended: float = 0.0
     context: float = 0.0
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Decoded tokens of all rows per second; None if nothing was decoded."""
-        return self.decode_tokens / self.decode_seconds if self.decode_seconds else None
-
-    @property
-    def attended_share(self) -> float | None:
-        """None if no step of a patched model was counted."""
-        return self.attended / self.context if self.context else None
 
     def add(self, other: Tally, at_once: bool = False) -> None:
         """Take in another tally, of work that was done after this or, on another process, ``at_once``."""
@@ -65,16 +49,15 @@ class Tally:
         self.context += stats.context_tokens * stats.steps
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        speed, share = self.tokens_per_second, self.attended_share
+        """For JSON, with decoded tokens of all rows per second and the attended share; None where there was nothing."""
         return {
             "prefill_tokens": self.prefill_tokens,
             "decode_tokens": self.decode_tokens,
             "prefill_seconds": round(self.prefill_seconds, 4),
             "decode_seconds": round(self.decode_seconds, 4),
-            "tokens_per_second": speed and round(speed, 2),
+            "tokens_per_second": round(self.decode_tokens / self.decode_seconds, 2) if self.decode_seconds else None,
             "kv_bytes": self.kv_bytes,
-            "attended_share": share and round(share, 5),
+            "attended_share": round(self.attended / self.context, 5) if self.context else None,
         }
 
 

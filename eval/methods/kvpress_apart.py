@@ -2,7 +2,7 @@
 
 kvpress changes attention for a whole process, and its releases want other versions of transformers than scout_hf: this
 file imports nothing of scout_hf. ``python kvpress_apart.py REQUEST ANSWER``, both files of JSON; see
-:mod:`scout_hf.eval.methods.pressed`.
+:mod:`scout_hf.eval.methods.score`.
 """
 
 import copy

@@ -51,8 +51,8 @@ class Methods:
 
     def measure(self, command: str, tell: Callable[[str], Any]) -> dict[str, Any]:
         """The record of the benchmark, resumed from ``out``; ``command`` is kept in it."""
+        from scout_hf.eval.arms import parse
         from scout_hf.eval.methods.run import QUICK, run
-        from scout_hf.eval.methods.ways import parse
 
         given = {"contexts": self.contexts, "batches": self.batches, "layers": self.layers, "tasks": self.task}
         given |= {"questions": self.questions, "memory_gib": self.memory_gib}

@@ -1,27 +1,42 @@
-"""The whole comparison: a grid of cells, each written as it is done, so that a run that was ended goes on."""
+"""The whole comparison: a grid of cells, each written as it is done, so that an interrupted run resumes.
+
+Cells are measured in an order in which the first say what later ones need.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from scout_hf import ScoutConfig
+from scout_hf.eval import arms, rules
 from scout_hf.eval.bench import device as devices
+from scout_hf.eval.bench import machine
 from scout_hf.eval.fidelity.subjects import available
-from scout_hf.eval.methods import grid, record, score, speed, ways
-from scout_hf.eval.methods.emulate import emulation_of
+from scout_hf.eval.methods import score, speed
+from scout_hf.eval.methods.speed import Emulation, emulation_of
 from scout_hf.eval.pocket import TASKS
+from scout_hf.eval.records import Record
 
 QUICK = {"contexts": (8192,), "batches": (1,), "layers": 2, "mha_contexts": (2048,), "equal_context": 8192}
 QUICK |= {"tasks": ("needle",), "budget_shares": (0.125,), "questions": 16, "seconds": 1.0}
-MOST_STEPS = 60
+MOST_STEPS, MOST_ROWS = 60, 16
 SHAPE, DEVICE = "gqa", "cpu"
+SPEED, EQUAL, SCORE = "speed", "equal", "score"
+SCORE_ONLY = (arms.KVPRESS, "scout, one tier")
+SPEED_ONLY = (arms.FOLDED, *arms.SAME_ANSWERS)
+EXACT_WAYS = ("kvpr", "dense", "stock")
 FACTS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+VERSIONS = ("torch", "transformers", "scout_hf", "cpu")
+GIB = 2**30
+
+Cell = dict[str, Any]
 
 
 def run(
@@ -55,46 +70,22 @@ def run(
 ) -> dict[str, Any]:
     """Measure what ``path`` does not have yet; returns the record, in a form that JSON takes.
 
+    Arguments are the options of ``scout-hf bench methods``, and:
+
     Parameters
     ----------
-    contexts, batches : sequence of int
-        Of the model with random weights (32 query and 8 KV heads of 64), ``layers`` deep.
-    chosen : sequence of str or None
-        Ways, see :func:`scout_hf.eval.methods.ways.names`; None for all.
-    budget, block_size : int
     mha_contexts : sequence of int
         Contexts for a model without GQA, batch 1, exact ways alone: where KVPR can pay.
     equal_context : int or None
-        Context at which every way gets as many rows as fit into the device memory of one stock row.
-    tasks, model, score_context, questions
-        What the trained pocket model is asked.
-    budget_shares : sequence of float
-        Of that context.
-    link_gbps, cpu_gbps : float or None
-        Emulated rates for the model with random weights, see :class:`scout_hf.ScoutConfig`.
-    emulate : "paper" or None
-        Set both from the rate at which this machine attends on one thread, in the proportions of the paper.
-    drift : float
-        Share of the chosen blocks that changes per step where weights are random.
+        Every way gets as many rows as fit into the device memory of one stock row of that context.
+    score_context, budget_shares
+        Of what the trained model is asked, and budgets as shares of it.
     seconds : float
-        Of timed steps per cell, at least three.
-    shape : str
-        Of the model with random weights: one of ``speed.SHAPES``, ``llama-3-8b``, ``qwen3-14b``, or the folder of a
-        model, which is taken whole.
-    device : str
-        Of the model with random weights, or the given one; on ``cpu`` both tiers are in host memory.
-    memory_gib : sequence of float
-        For each, as many rows of every way as fit into so much memory of the device, beside the weights.
-    kvpress_python : str or None
-        An interpreter that has kvpress; None for this one.
-    path : Path or None
-        JSON to go on with, and to write after every cell; ``fresh`` forgets what it has.
-    command : str or None
-        What was typed, for the record.
+        Of timed steps per cell, at least three steps.
     """
-    chosen = tuple(chosen or ways.names())
+    chosen = tuple(chosen or arms.names())
     for name in chosen:
-        ways.find(name)
+        arms.find(name)
     _check(shape, device, model, tasks, contexts, batches, memory_gib)
     ScoutConfig(budget=budget, block_size=block_size, link_gbps=link_gbps, cpu_gbps=cpu_gbps)
     least = speed.TURN_TOKENS + 4 * block_size
@@ -106,8 +97,9 @@ def run(
     # Files that were begun before these could be chosen say nothing of them.
     settings |= {"shape": shape} if shape != SHAPE else {}
     settings |= {"device": device} if device != DEVICE else {}
-    known = record.begin(path, fresh, settings)
-    emulation = speed.Emulation(**known["settings"]["emulation"])
+    file = begin(path, fresh, settings)
+    known = file.held
+    emulation = Emulation(**known["settings"]["emulation"])
     if command and command not in known["commands"]:
         known["commands"].append(command)
     place, made = devices.find(device), {}
@@ -121,39 +113,81 @@ def run(
             known.setdefault("models", {})[name] = facts | {"dtype": str(made[name].dtype).removeprefix("torch.")}
         return made[name]
 
-    def measure(cell: grid.Cell) -> dict[str, Any]:
-        if cell["part"] == grid.SCORE:
+    def measure(cell: Cell) -> dict[str, Any]:
+        if cell["part"] == SCORE:
             size = (cell["context"], cell["budget"], block_size // 2)
-            where = (cell["model"], cell["way"], cell["task"], *size, questions)
-            return score.measure(*where, speed.Emulation(), kvpress_python)
+            return score.measure(model, cell["way"], cell["task"], *size, questions, Emulation(), kvpress_python)
         if not cell["batch"]:
             memory = f"{cell['gib']:g} GiB" if "gib" in cell else "a row of stock"
             return {"oom": f"one row holds more than {memory} on the device"}
         size = (cell["context"], cell["batch"], budget, block_size)
-        model = random_model(cell["shape"])
-        return speed.measure(model, cell["way"], *size, emulation, drift, seconds, MOST_STEPS)
+        return speed.measure(random_model(cell["shape"]), cell["way"], *size, emulation, drift, seconds, MOST_STEPS)
 
-    wanted = list(
-        grid.cells(
-            chosen, shape, contexts, batches, mha_contexts, equal_context, memory_gib, model, tasks, score_context,
-            budget_shares,
-        )
-    )  # fmt: skip
-    if others := sum(record.foreign(known, cell) for cell in wanted if record.has(known, cell)):
+    timed = [name for name in chosen if name not in SCORE_ONLY]
+    wanted = [*_speed(shape, contexts, batches, timed)]
+    wanted += _speed("mha", mha_contexts, (1,), [name for name in timed if name in EXACT_WAYS])
+    rows = [{"context": equal_context}] if equal_context else []
+    rows += [{"context": context, "gib": gib} for context in contexts for gib in memory_gib]
+    wanted += [{"part": EQUAL, "way": way, "shape": shape} | size for size in rows for way in timed]
+    shares = [int(share * score_context) for share in budget_shares]
+    for task in tasks:
+        for way in (name for name in chosen if name not in SPEED_ONLY):
+            where = {"part": SCORE, "way": way, "model": model, "task": task, "context": score_context}
+            budgets = shares if arms.find(way).takes_budget else [score_context]
+            wanted += [where | {"budget": tokens} for tokens in budgets]
+    if others := sum(file.foreign(cell) for cell in wanted if file.has(cell)):
         tell(f"{others} cells were measured with other code; --fresh measures everything again")
     for cell in tqdm(wanted, disable=None, unit="cell"):
-        if cell["part"] == grid.EQUAL:
-            cell["batch"] = grid.rows_that_fit(known, cell)
-        if cell.get("batch", 1) is None or record.has(known, cell):
+        if cell["part"] == EQUAL:
+            cell["batch"] = rows_that_fit(known, cell)
+        if cell.get("batch", 1) is None or file.has(cell):
             continue
         tell(" ".join(str(value) for value in cell.values()))
         found = devices.outcome(functools.partial(measure, cell), place)
         devices.release(place)
         if "failed" in found:
             tell(f"failed: {found['failed']}")
-        record.add(known, cell, found, path)
-    record.write(known, path)
+        file.add(cell, found)
+    file.write()
     return known
+
+
+def begin(path: Path | None, fresh: bool, settings: dict[str, Any]) -> Record:
+    """What was found so far with these settings and versions, on this machine; see :class:`Record` for errors."""
+    facts = machine.describe()
+    held = {"benchmark": "methods", "settings": settings | {"threads": torch.get_num_threads()}, "machine": facts}
+
+    def same(record: dict[str, Any]) -> dict[str, Any]:
+        given = dict(record["settings"])
+        # Rates that were measured differ from run to run; those of the first run are kept.
+        if given["emulated_as"] != "as given":
+            del given["emulation"]
+        return given | {name: record["machine"].get(name) for name in VERSIONS}
+
+    held |= {"commands": [], "cells": []}
+    return Record(path, fresh, held, rules.METHODS, same, ("settings", "cells", "commands"))
+
+
+def rows_that_fit(record: dict[str, Any], cell: Cell) -> int | None:
+    """Rows of an ``equal`` cell: as many as fit into ``gib``, or into the device memory of one stock row.
+
+    By what a row of a ``speed`` cell held, beside the weights, 0 where one is too much; None where there is none.
+    """
+    same = [one for one in record["cells"] if one["part"] == SPEED and "step_ms" in one]
+    same = [one for one in same if (one["shape"], one["context"]) == (cell["shape"], cell["context"])]
+    per_row = {one["way"]: one["device_bytes"] / one["batch"] for one in same}
+    if cell["way"] not in per_row or ("gib" not in cell and "stock" not in per_row):
+        return None
+    # A cache holds a few tokens more where more steps were timed.
+    memory = cell["gib"] * GIB if "gib" in cell else 1.01 * per_row["stock"]
+    return min(MOST_ROWS, int(memory / max(1.0, per_row[cell["way"]])))
+
+
+def _speed(shape: str, contexts: Sequence[int], batches: Sequence[int], chosen: Sequence[str]) -> Iterator[Cell]:
+    for context in contexts:
+        for batch in batches:
+            for way in chosen:
+                yield {"part": SPEED, "way": way, "shape": shape, "context": context, "batch": batch}
 
 
 def _check(shape, device, model, tasks, contexts, batches, memory_gib) -> None:

@@ -2,23 +2,84 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedModel, QuantizedCache
 
-import scout_hf
-from scout_hf import CACHE
-from scout_hf.eval.decode_path import tokenize
-from scout_hf.eval.fidelity.asking import Answers, answers, decode
+from scout_hf.eval import arms
+from scout_hf.eval.arms import Missing
+from scout_hf.eval.caches import told
+from scout_hf.eval.decode_path import Answers, answers, decode, prefill, tokenize
 from scout_hf.eval.fidelity.subjects import load_subject, quizzes
-from scout_hf.eval.methods import pressed
-from scout_hf.eval.methods.held import told
+from scout_hf.eval.methods import kvpress_apart
 from scout_hf.eval.methods.speed import Emulation
-from scout_hf.eval.methods.ways import KVPRESS, Missing, cache_maker, find
 from scout_hf.eval.pocket import WEIGHTS
+from scout_hf.files import read_json
+from scout_hf.rules import count, fields, items, number, table, text
+
+_ANSWER = fields(
+    {"ids": items(items(count())), "prefill_s": number(0), "seconds": number(0), "steps": count(1), "kept": count()}
+    | {"versions": table(text(200))}
+)
+REMEDY = "pip install kvpress, here or in an environment of its own that --kvpress-python names"
+
+
+def kvpress(
+    model: Path,
+    documents: Sequence[list[int]],
+    questions: Sequence[list[list[int]]],
+    expected: Sequence[list[list[int]]],
+    share: float,
+    rows: int,
+    python: str | None,
+) -> dict[str, Any]:
+    """One cell, as :func:`measure` gives it, of a model's folder.
+
+    Documents, questions and expected answers are token ids, all questions of one length, and all answers; a ``share``
+    of a document's tokens stays, and ``rows`` questions are decoded together. Raises Missing where that interpreter
+    (None: this one) has no kvpress, RuntimeError with the last line that it wrote if it failed.
+    """
+    quizzes = [{"document": ids, "questions": asked} for ids, asked in zip(documents, questions)]
+    request = {"model": str(model), "quizzes": quizzes, "length": len(expected[0][0]), "share": share}
+    request |= {"rows": rows, "threads": torch.get_num_threads()}
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
+        asked.write_text(json.dumps(request))
+        call = [python or sys.executable, kvpress_apart.__file__, str(asked), str(answered)]
+        try:
+            done = subprocess.run(call, capture_output=True, text=True)
+        except OSError as error:
+            raise Missing(f"not installed: --kvpress-python {python}: {error.strerror}") from error
+        if done.returncode:
+            raise RuntimeError(f"kvpress failed: {(done.stderr.splitlines() or ['without a word'])[-1]}")
+        found = read_json(answered, _answer, "is --kvpress-python an interpreter of this machine?")
+    if "absent" in found:
+        raise Missing(f"not installed: {REMEDY}")
+    wanted = [answer for row in expected for answer in row]
+    right = sum(given == answer for given, answer in zip(found["ids"], wanted))
+    return {
+        "right": right,
+        "questions": len(wanted),
+        "prefill_s": found["prefill_s"],
+        "row_step_ms": 1e3 * found["seconds"] / found["steps"],
+        "exact": False,
+        "attended_tokens": float(found["kept"]),
+        "by": found["versions"],
+    }
+
+
+def _answer(value: Any) -> None:
+    if not isinstance(value, dict) or "absent" not in value:
+        _ANSWER(value)
+
 
 ROWS = 16
 
@@ -37,56 +98,40 @@ def measure(
 ) -> dict[str, Any]:
     """One cell: right answers of how many, and per step of up to 16 rows the time."""
     model, tokenizer = load_subject(model_name, "none")
-    way = find(way_name)
-
-    def ids(text: str) -> list[int]:
-        return tokenize(tokenizer, text)[0].tolist()
-
-    if way_name == KVPRESS:
-        asked = quizzes(model_name, task, context, questions, 0, False)
-        texts = [
-            [[ids(getattr(fact, name)) for fact in quiz.facts] for quiz in asked] for name in ("question", "answer")
-        ]
-        documents = [quiz.ids[0].tolist() for quiz in asked]
-        try:
-            return pressed.measure(WEIGHTS / model_name, documents, *texts, budget / context, ROWS, kvpress_python)
-        except Missing as why:
-            return {"missing": str(why)}
-    handle = None
-    if way.patched:
-        options = way.options | {"block_size": block_size} | (emulation.options() if way.emulated else {})
-        handle = scout_hf.patch(model, budget=budget, **options)
-    found: dict[str, Any] = {"right": 0, "questions": 0}
-    seconds = rows = cpu = 0.0
-    prefill: list[float] = []
+    arm, quizzed = arms.find(way_name), quizzes(model_name, task, context, questions, 0, False)
+    asked, expected = (
+        [[tokenize(tokenizer, getattr(fact, name))[0].tolist() for fact in quiz.facts] for quiz in quizzed]
+        for name in ("question", "answer")
+    )
+    found: dict[str, Any] = {"right": 0, "questions": sum(map(len, asked))}
+    total, cpu, read = Answers([]), 0.0, 0.0
     try:
-        new_cache = cache_maker(way, model, handle)
-        for quiz in quizzes(model_name, task, context, questions, 0, False):
-            cache = new_cache()
-            begin = time.perf_counter()
-            model(quiz.ids, **{CACHE: cache}, logits_to_keep=1)
-            prefill.append(time.perf_counter() - begin)
-            asked, expected = ([ids(getattr(fact, name)) for fact in quiz.facts] for name in ("question", "answer"))
-            busy = time.process_time()
-            length = max(map(len, expected))
-            if isinstance(cache, QuantizedCache):
-                given = _read_by_row(model, new_cache, quiz.ids, asked, length)
-            else:
-                given = answers(model, cache, asked, [0] * len(asked), length, ROWS)
-            found["right"] += sum(ids[: len(want)] == want for ids, want in zip(given.ids, expected))
-            found["questions"] += len(asked)
-            # With the copies of the cache, which its time leaves out.
-            cpu += time.process_time() - busy
-            seconds, rows = seconds + given.seconds, rows + given.steps
-    except Missing as why:
+        if way_name == arms.KVPRESS:
+            documents = [quiz.ids[0].tolist() for quiz in quizzed]
+            where = WEIGHTS / model_name, documents, asked, expected
+            return kvpress(*where, budget / context, ROWS, kvpress_python)
+        rates = emulation.options() if arm.emulated else {}
+        with arm.caches(model, budget=budget, block_size=block_size, **rates) as caches:
+            for quiz, questions, wanted in zip(quizzed, asked, expected):
+                begin = time.perf_counter()
+                cache = prefill(model, caches.new(), quiz.ids)
+                read += time.perf_counter() - begin
+                busy, length = time.process_time(), max(map(len, wanted))
+                if isinstance(cache, QuantizedCache):
+                    given = _read_by_row(model, caches.new, quiz.ids, questions, length)
+                else:
+                    given = answers(model, cache, questions, [0] * len(questions), length, ROWS)
+                # With the copies of the cache, which its time leaves out.
+                cpu += time.process_time() - busy
+                found["right"] += sum(ids[: len(want)] == want for ids, want in zip(given.ids, wanted))
+                total.seconds, total.steps = total.seconds + given.seconds, total.steps + given.steps
+            held = told(caches.handle, cache)
+    except arms.Missing as why:
         return {"missing": str(why)}
-    finally:
-        if handle is not None:
-            handle.remove()
-    found |= {"prefill_s": sum(prefill) / len(prefill), "row_step_ms": 1e3 * seconds / rows}
-    found["cpu_row_ms"] = 1e3 * cpu / rows
+    found |= {"prefill_s": read / len(quizzed), "row_step_ms": 1e3 * total.seconds / total.steps}
+    found["cpu_row_ms"] = 1e3 * cpu / total.steps
     # What is held is that of the document alone: the copies that decoded are gone.
-    return found | {name: value for name, value in told(handle, cache).items() if not name.endswith("_bytes")}
+    return found | {name: value for name, value in held.items() if not name.endswith("_bytes")}
 
 
 def _read_by_row(
@@ -96,8 +141,7 @@ def _read_by_row(
     found = Answers([])
     for first in range(0, len(questions), ROWS):
         ids = torch.tensor(questions[first : first + ROWS])
-        cache = new_cache()
-        model(document.expand(len(ids), -1), **{CACHE: cache}, logits_to_keep=1)
+        cache = prefill(model, new_cache(), document.expand(len(ids), -1))
         begin = time.perf_counter()
         found.ids += decode(model, cache, ids, length).tolist()
         found.seconds += time.perf_counter() - begin

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +12,24 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 
-import scout_hf
 from scout_hf import CACHE
+from scout_hf.diagnostics import busy_ms, step_shares
+from scout_hf.eval import arms
 from scout_hf.eval.bench import device as devices
-from scout_hf.eval.bench import drift, gpu_models, llama
-from scout_hf.eval.methods.drifting_tokens import DriftingInfiniGen
-from scout_hf.eval.methods.held import told
-from scout_hf.eval.methods.parts import taken_apart
-from scout_hf.eval.methods.ways import FOLDED, RANDOM, Missing, cache_maker, find
+from scout_hf.eval.bench import drift
+from scout_hf.eval.bench.drift import DriftingInfiniGen
+from scout_hf.eval.bench.models import MODELS, make_llama
+from scout_hf.eval.bench.models import make_model as make_shape
+from scout_hf.eval.bench.timing import median_of
+from scout_hf.eval.caches import DTYPE, kv_bytes_per_token, told
+from scout_hf.kernels import attend
 from scout_hf.patches import family_of
 
-SHAPES = {"gqa": {"num_key_value_heads": 8}, "mha": {"num_key_value_heads": 32}}
-"""Query heads are 32 of 64 channels, the layer is that of Llama 3.2 1B; the vocabulary is small."""
+GPU_TO_CPU = 20.0
+"""Attention on the paper's GPU against its CPU of 36 cores."""
 
-TURN_TOKENS = 64
-CHUNK_TOKENS = 4096
-WARM_UPS = 4
-FEWEST = 3
-SPARE_BYTES = 1 << 30
+CPU_TO_LINK = 100.0 / 15.0
+"""That CPU's attention in GB/s of KV against PCIe 4.0 in pages of 32 tokens."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +44,59 @@ class Emulation:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
+def emulation_of(
+    emulate: str | None, link_gbps: float | None, cpu_gbps: float | None, block_size: int
+) -> tuple[Emulation, str]:
+    """The rates, and how they came about in words.
+
+    ``paper``: this machine's own attention on the calling thread stands for the GPU, link and CPU are as much slower as
+    on the paper's machine.
+    """
+    if emulate is None:
+        given = Emulation(link_gbps, cpu_gbps)
+        return given, "as given" if given.options() else "nothing is emulated"
+    if emulate != "paper":
+        raise ValueError(f"--emulate {emulate} is not known; allowed is 'paper', or --link-gbps and --cpu-gbps by hand")
+    if link_gbps is not None or cpu_gbps is not None:
+        raise ValueError("--emulate paper sets both rates; leave it out to give --link-gbps and --cpu-gbps by hand")
+    rate = device_gbps()
+    cpu = round(rate / GPU_TO_CPU, 3)
+    return Emulation(round(cpu / CPU_TO_LINK, 4), cpu), (
+        "in the paper's proportions: attention of this machine's torch stands for the GPU, the CPU attends "
+        f"{GPU_TO_CPU:.0f} times slower, the link is {CPU_TO_LINK:.1f} times slower again"
+    )
+
+
+def device_gbps(tokens: int = 8192, repeat: int = 9) -> float:
+    """GB/s of KV that torch attends here, one row, 32 query and 8 KV heads of 64 in bf16; the median."""
+    keys, values = (torch.randn(1, 8, tokens, 64).to(torch.bfloat16) for _ in range(2))
+    query = torch.randn(1, 32, 1, 64).to(torch.bfloat16)
+    return 2 * keys.nbytes / median_of(lambda: attend(query, keys, values, 0.125), repeat) / 1e9
+
+
+SHAPES = {"gqa": {"num_key_value_heads": 8}, "mha": {"num_key_value_heads": 32}}
+"""Query heads are 32 of 64 channels, the layer is that of Llama 3.2 1B; the vocabulary is small."""
+
+TURN_TOKENS = 64
+CHUNK_TOKENS = 4096
+WARM_UPS, WATCHED = 4, 4
+FEWEST = 3
+SPARE_BYTES = 1 << 30
+
+
 def make_model(shape: str, layers: int, seed: int, device: str = "cpu") -> PreTrainedModel:
     """A model with random weights, of one of ``SHAPES`` or in the shape of a real one; or the one in a folder."""
     place = devices.find(device)
     if shape in SHAPES:
-        return llama.make_model(seed, num_hidden_layers=layers, vocab_size=1024, **SHAPES[shape]).to(place)
-    if shape in gpu_models.MODELS:
-        return gpu_models.make_model(gpu_models.MODELS[shape], layers, place, seed)
+        return make_llama(seed, num_hidden_layers=layers, vocab_size=1024, **SHAPES[shape]).to(place)
+    if shape in MODELS:
+        return make_shape(MODELS[shape], layers, place, seed)
     return AutoModelForCausalLM.from_pretrained(shape, dtype="auto", local_files_only=True).eval().to(place)
 
 
 def check_shape(shape: str) -> None:
     """ValueError unless :func:`make_model` can make it."""
-    known = (*SHAPES, *gpu_models.MODELS)
+    known = (*SHAPES, *MODELS)
     if shape not in known and not Path(shape, "config.json").is_file():
         raise ValueError(
             f"--shape {shape} is neither a shape nor the folder of a model; shapes are {', '.join(known)}: try gqa"
@@ -101,31 +140,24 @@ def measure(
     most_steps: int,
 ) -> dict[str, Any]:
     """Steps of one cell, as a dict for JSON; ``missing`` or ``oom`` where there are none."""
-    way = find(way_name, RANDOM)
+    arm = arms.find(way_name, arms.RANDOM)
     on_device = model.device.type != "cpu"
-    need = batch * context * llama.kv_bytes_per_token(model.config) * model.dtype.itemsize // llama.DTYPE.itemsize
+    need = batch * context * kv_bytes_per_token(model.config) * model.dtype.itemsize // DTYPE.itemsize
     if 3.2 * need + SPARE_BYTES > psutil.virtual_memory().available:
         return {"oom": f"{need / 2**30:.1f} GiB of KV, several times in memory"}
     drift.settings_for(drift.correlation_for(drift_share, min(0.5, budget / context)), "auto" if on_device else "torch")
     DriftingInfiniGen.share = drift_share
-    handle = None
-    if way.patched:
-        options = way.options | {"block_size": block_size} | (emulation.options() if way.emulated else {})
-        if on_device and options.get("split") == "cpu":
-            options["split"] = "auto"
-        handle = scout_hf.patch(model, budget=budget, **options)
+    if on_device and arm.options and arm.options.get("split") == "cpu":
+        arm = replace(arm, options=arm.options | {"split": "auto"})
+    rates = emulation.options() if arm.emulated else {}
     try:
-        cache = cache_maker(way, model, handle)()
-        begin = time.perf_counter()
-        fill(model, cache, batch, context)
-        found = {"fill_s": round(time.perf_counter() - begin, 2)}
-        with llama.folded(model) if way_name == FOLDED else nullcontext():
-            return found | _steps(model, cache, handle, batch, seconds, most_steps)
-    except Missing as why:
+        with arm.caches(model, budget=budget, block_size=block_size, **rates) as caches:
+            cache, begin = caches.new(), time.perf_counter()
+            fill(model, cache, batch, context)
+            found = {"fill_s": round(time.perf_counter() - begin, 2)}
+            return found | _steps(model, cache, caches.handle, batch, seconds, most_steps)
+    except arms.Missing as why:
         return {"missing": str(why)}
-    finally:
-        if handle is not None:
-            handle.remove()
 
 
 @torch.no_grad()
@@ -156,4 +188,8 @@ def _steps(model, cache, handle, batch: int, seconds: float, most_steps: int) ->
     found = {"step_ms": mean, "q1_ms": low, "median_ms": middle, "q3_ms": high}
     found |= {"steps": len(taken), "tokens_per_s": 1e3 * batch / mean, "cpu_ms": 1e3 * cpu / len(taken)}
     found |= told(handle, cache)
-    return found | taken_apart(model, handle, cache, step, mean)
+    if model.device.type != "cuda":
+        return found | {"shares": step_shares(model, handle, cache, step, WATCHED)}
+    # Idle is what is left of an untraced step.
+    busy = busy_ms(step, WATCHED, model.device)
+    return found | ({"gpu_idle_share": max(0.0, 1.0 - busy["busy"] / mean)} if busy else {})

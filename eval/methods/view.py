@@ -1,4 +1,4 @@
-"""A record of the comparison as rows that tables, plots and pages show."""
+"""A record of the comparison as rows and words that tables, plots and pages show."""
 
 from __future__ import annotations
 
@@ -6,43 +6,110 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scout_hf.eval.methods import ways
+from scout_hf.eval import arms
+from scout_hf.eval.tables import NONE, by, short
 
-NONE = "–"
+Cell, Record = dict[str, Any], dict[str, Any]
+NEARLY = 0.9
 RATES = {"link_gbps": "link", "cpu_gbps": "CPU"}
 SHAPE_NAMES = {"gqa": "32 query and 8 KV heads of 64", "mha": "32 query and 32 KV heads of 64"}
-COLOURS = {
-    "stock": "#333333",
-    "stock folded": "#8c8c8c",
-    "stock quantized": "#bcbd22",
-    "kvpress": "#e377c2",
-    "scout": "#1f77b4",
-    "scout, one tier": "#17becf",
-    "scout, predicted": "#6baed6",
-    "scout, predicted, no recall": "#9ecae1",
-    "scout, neither": "#c6dbef",
-    "hgca": "#2ca02c",
-    "infinigen": "#ff7f0e",
-    "infinigen, kept": "#ffbb78",
-    "kvpr": "#9467bd",
-    "dense": "#d62728",
-}
 
 
-OTHER_COLOUR = "#8c564b"
+class Place(NamedTuple):
+    """Cells that may be compared: one shape, context and batch."""
+
+    shape: str
+    context: int
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{short(self.context)} tokens, batch {self.batch}"
 
 
-def colour(way: str) -> str:
-    """Of a way in plots."""
-    return COLOURS.get(way, OTHER_COLOUR)
+# -- cells ----------------------------------------------------------------------------------------------------------
 
 
-def main_shape(record: dict[str, Any]) -> str:
+def places(record: Record, shape: str | None = None) -> list[Place]:
+    """Places of the record, of one shape or all, in the order of shape, batch and context."""
+    found = {Place(one["shape"], one["context"], one["batch"]) for one in _part(record, "speed")}
+    return sorted(
+        (place for place in found if shape in (None, place.shape)),
+        key=lambda place: (place.shape, place.batch, place.context),
+    )
+
+
+def at(record: Record, place: Place | None) -> list[Cell]:
+    """The cells of a place, in the order of arms."""
+    cells = [one for one in _part(record, "speed") if (one["shape"], one["context"], one["batch"]) == place]
+    return sorted(cells, key=lambda one: arms.rank(one["way"]))
+
+
+def measured(cells: list[Cell]) -> list[Cell]:
+    """Those with a figure."""
+    return [one for one in cells if "step_ms" in one or "row_step_ms" in one]
+
+
+def figures_of(record: Record, place: Place | None, name: str = "tokens_per_s") -> dict[str, float]:
+    """One figure of every way that was measured at a place."""
+    return {one["way"]: one[name] for one in measured(at(record, place))}
+
+
+def widest(record: Record, shape: str) -> Place | None:
+    """The longest context of a shape at which nearly as many ways were measured as anywhere."""
+    counts = {place: len(measured(at(record, place))) for place in places(record, shape)}
+    wide = [place for place, count in counts.items() if count >= NEARLY * max(counts.values())]
+    return max(wide, key=lambda place: (place.context, counts[place]), default=None)
+
+
+def best_stock(cells: list[Cell]) -> float | None:
+    """Milliseconds of stock, by whichever of its attention on a device is faster; None where it was not measured."""
+    return min((one["step_ms"] for one in measured(cells) if one["way"] in ("stock", arms.FOLDED)), default=None)
+
+
+def equal(record: Record) -> dict[tuple[int, float | None], list[Cell]]:
+    """Cells of equal memory by context and GiB (None: what one stock row holds), the fastest first."""
+    groups = by(_part(record, "equal"), lambda one: (one["context"], one.get("gib")))
+    return {key: sorted(cells, key=lambda one: -one.get("tokens_per_s", 0.0)) for key, cells in groups.items()}
+
+
+def scores(record: Record) -> Iterator[Cell]:
+    """One row per way and budget: share of right answers over all tasks, and the means of the rest."""
+    groups = by(measured(_part(record, "score")), lambda one: (one["way"], one["budget"]))
+    for (way, budget), cells in sorted(groups.items(), key=lambda item: (arms.rank(item[0][0]), item[0][1])):
+        total = {name: sum(one[name] for one in cells) for name in ("right", "questions")}
+        mean = {name: sum(one[name] for one in cells) / len(cells) for name in ("row_step_ms", "prefill_s")}
+        held = {name: cells[0][name] for name in ("exact", "context")}
+        tasks = {one["task"]: one["right"] / one["questions"] for one in cells}
+        yield (
+            {"way": way, "budget": budget, "tasks": tasks, "share": total["right"] / total["questions"]}
+            | total
+            | mean
+            | held
+        )
+
+
+def score_of(record: Record, way: str, share: float = 0.125) -> str:
+    """Right answers of a way at one share of the context, in per cent, or a dash."""
+    way = arms.SAME_ANSWERS.get(way, way)
+    for one in scores(record):
+        if one["way"] == way and one["budget"] in (one["context"], int(share * one["context"])):
+            return f"{one['share']:.0%}".replace("%", " %")
+    return NONE
+
+
+def _part(record: Record, part: str) -> list[Cell]:
+    return [one for one in record["cells"] if one["part"] == part]
+
+
+# -- words ----------------------------------------------------------------------------------------------------------
+
+
+def main_shape(record: Record) -> str:
     """The shape that most was measured with."""
     return record["settings"].get("shape", "gqa")
 
 
-def shape_name(record: dict[str, Any], shape: str) -> str:
+def shape_name(record: Record, shape: str) -> str:
     """In words."""
     if shape in SHAPE_NAMES:
         return SHAPE_NAMES[shape]
@@ -53,91 +120,44 @@ def shape_name(record: dict[str, Any], shape: str) -> str:
     return f"{name}, {heads}"
 
 
-class Place(NamedTuple):
-    """Cells that may be compared: one shape, context and batch."""
-
-    shape: str
-    context: int
-    batch: int
+def layers_of(record: Record, shape: str) -> int:
+    """Of the model of that shape."""
+    return record.get("models", {}).get(shape, {}).get("num_hidden_layers", record["settings"]["layers"])
 
 
-def places(record: dict[str, Any]) -> list[Place]:
-    """All places of the record, in the order of shape, batch and context."""
-    found = {Place(one["shape"], one["context"], one["batch"]) for one in _part(record, "speed")}
-    return sorted(found, key=lambda place: (place.shape, place.batch, place.context))
+def model_of(record: Record, shape: str) -> str:
+    """The model of that shape in words."""
+    name, layers = shape_name(record, shape), layers_of(record, shape)
+    if shape not in SHAPE_NAMES:
+        return f"{name}, {layers} layers"
+    return f"{record['settings']['layers']} layers of Llama 3.2 1B's shape with random weights, {name}"
 
 
-def at(record: dict[str, Any], place: Place) -> list[dict[str, Any]]:
-    """The cells of a place, in the order of ways."""
-    cells = [one for one in _part(record, "speed") if (one["shape"], one["context"], one["batch"]) == place]
-    return sorted(cells, key=lambda one: ways.rank(one["way"]))
-
-
-def measured(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those with a figure."""
-    return [one for one in cells if "step_ms" in one or "row_step_ms" in one]
-
-
-def reason(cell: dict[str, Any]) -> str:
+def reason(cell: Cell) -> str:
     """Why a cell has no figure."""
     if "failed" in cell:
         return f"failed: {cell['failed']}"
     return cell["missing"] if "missing" in cell else f"out of memory: {cell['oom']}"
 
 
-def best_stock(cells: list[dict[str, Any]]) -> float | None:
-    """Milliseconds of stock, by whichever of its attention on a device is faster; None where it was not measured."""
-    times = [one["step_ms"] for one in measured(cells) if one["way"] in ("stock", ways.FOLDED)]
-    return min(times, default=None)
+def without(cells: list[Cell]) -> str:
+    """Which ways have no figure, and why."""
+    told = [f"{one['way']}: {reason(one)}" for one in cells if not measured([one])]
+    return f"Not measured: {'; '.join(told)}." if told else ""
 
 
-def equal(record: dict[str, Any]) -> dict[tuple[int, float | None], list[dict[str, Any]]]:
-    """Cells of equal memory by context and GiB (None: what one stock row holds), the fastest first."""
-    groups: dict[tuple[int, float | None], list[dict[str, Any]]] = {}
-    for one in _part(record, "equal"):
-        groups.setdefault((one["context"], one.get("gib")), []).append(one)
-    return {key: sorted(measured(cells), key=lambda one: -one["tokens_per_s"]) for key, cells in groups.items()}
-
-
-def equal_cells(record: dict[str, Any], context: int, gib: float | None) -> list[dict[str, Any]]:
-    """All cells of one context and memory, with a figure or without."""
-    return [one for one in _part(record, "equal") if (one["context"], one.get("gib")) == (context, gib)]
-
-
-def scores(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One row per way and budget: share of right answers over all tasks, and the means of the rest."""
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for one in measured(_part(record, "score")):
-        groups.setdefault((one["way"], one["budget"]), []).append(one)
-    for (way, budget), cells in sorted(groups.items(), key=lambda item: (ways.rank(item[0][0]), item[0][1])):
-        right, asked = (sum(one[name] for one in cells) for name in ("right", "questions"))
-        mean = {name: sum(one[name] for one in cells) / len(cells) for name in ("row_step_ms", "prefill_s")}
-        held = {name: cells[0][name] for name in ("exact", "context")}
-        tasks = {one["task"]: one["right"] / one["questions"] for one in cells}
-        yield {"way": way, "budget": budget, "right": right, "questions": asked, "tasks": tasks} | mean | held
-
-
-def score_of(record: dict[str, Any], way: str, share: float = 0.125) -> str:
-    """Right answers of a way at one share of the context, in per cent, or a dash."""
-    way = ways.SAME_ANSWERS.get(way, way)
-    for one in scores(record):
-        if one["way"] == way and one["budget"] in (one["context"], int(share * one["context"])):
-            return f"{one['right'] / one['questions']:.0%}".replace("%", " %")
-    return NONE
-
-
-def unasked(record: dict[str, Any]) -> str:
+def unasked(record: Record) -> str:
     """Which ways gave a trained model no answers, and why."""
-    told = {one["way"]: reason(one) for one in _part(record, "score") if one not in measured([one])}
+    told = {one["way"]: reason(one) for one in _part(record, "score") if not measured([one])}
     return f"Not asked: {'; '.join(f'{way}: {why}' for way, why in told.items())}." if told else ""
 
 
-def predicted(record: dict[str, Any]) -> str:
+def predicted(record: Record) -> str:
     """What tells scout as shipped and the paper's rule apart; empty where only one was timed."""
-    if not {"scout", ways.PREDICTED} <= {one["way"] for one in measured(_part(record, "speed"))}:
+    if not {"scout", arms.PREDICTED} <= {one["way"] for one in measured(_part(record, "speed"))}:
         return ""
     return (
-        f"`{ways.PREDICTED}`, and what lacks a part of it, is the paper's rule: the CPU always attends ahead with the "
+        f"`{arms.PREDICTED}`, and what lacks a part of it, is the paper's rule: the CPU always attends ahead with the "
         "predicted query. `scout`, as shipped, does so where that query is seen to change little, which with random "
         "weights is hardly anywhere."
     )
@@ -148,23 +168,15 @@ def faster(ratio: float) -> str:
     return f"{ratio:.2f} times faster" if ratio >= 1 else f"{1 / ratio:.2f} times slower"
 
 
-def emulated(record: dict[str, Any]) -> str:
-    """What was emulated, in words."""
+def emulated(record: Record, why: bool = True) -> str:
+    """What was emulated, in words, and where the rates come from."""
     rates = record["settings"]["emulation"]
-    told = [f"{RATES[name]} at {rate:g} GB/s" for name, rate in rates.items() if rate is not None]
-    return f"emulated: {', '.join(told)} ({record['settings']['emulated_as']})" if told else "nothing is emulated"
+    told = ", ".join(f"{RATES[name]} at {rate:g} GB/s" for name, rate in rates.items() if rate is not None)
+    source = f" ({record['settings']['emulated_as']})" if why else ""
+    return f"emulated: {told}{source}" if told else "nothing is emulated"
 
 
-def emulated_sentence(record: dict[str, Any]) -> str:
+def emulated_sentence(record: Record) -> str:
     """The same as a sentence."""
     text = emulated(record)
     return f"{text[:1].upper()}{text[1:]}."
-
-
-def mib(count: float) -> str:
-    """Bytes as MiB."""
-    return f"{count / 2**20:.0f}" if count >= 10 * 2**20 else f"{count / 2**20:.1f}"
-
-
-def _part(record: dict[str, Any], part: str) -> list[dict[str, Any]]:
-    return [one for one in record["cells"] if one["part"] == part]

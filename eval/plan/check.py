@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from scout_hf.eval.methods.ways import PREDICTED
+from scout_hf.eval.arms import PREDICTED
 from scout_hf.planner import Load, Machine, ModelShape, plan
 
 WAYS = {name: name for name in ("stock", "hgca", "infinigen", "kvpr", "dense")} | {PREDICTED: "scout"}
@@ -29,14 +29,10 @@ class Row(NamedTuple):
 
 
 def check(record: dict[str, Any], machine: Machine, facts: dict[str, Any]) -> list[Row]:
-    """All steps of a record that the planner can predict; ValueError for a record it cannot.
+    """All steps of a record of ``scout-hf bench methods`` or ``cpu-decode`` that the planner can predict.
 
-    Parameters
-    ----------
-    record : dict
-        Of ``scout-hf bench methods`` or ``cpu-decode``.
-    machine, facts
-        What :func:`scout_hf.eval.plan.measure.measure` gave, with as many threads as the record's.
+    Machine and facts are what :func:`scout_hf.eval.plan.measure.measure` gave, with as many threads as the record's.
+    ValueError for another record.
     """
     kinds = {"methods": _methods, "cpu_decode": _cpu_decode}
     kind = record.get("benchmark")
@@ -55,7 +51,7 @@ def _cpu_decode(record: dict[str, Any], machine: Machine, facts: dict[str, Any])
 
 
 def _methods(record: dict[str, Any], machine: Machine, facts: dict[str, Any]) -> Iterator[Row]:
-    from scout_hf.eval.bench import llama
+    from scout_hf.eval.bench.models import SHAPE
     from scout_hf.eval.methods.speed import SHAPES
 
     settings = record["settings"]
@@ -72,7 +68,7 @@ def _methods(record: dict[str, Any], machine: Machine, facts: dict[str, Any]) ->
     for cell in record["cells"]:
         if cell["part"] not in ("speed", "equal") or "step_ms" not in cell or cell["way"] not in WAYS:
             continue
-        sizes = llama.SHAPE | {"num_hidden_layers": settings["layers"], "vocab_size": 1024} | SHAPES[cell["shape"]]
+        sizes = SHAPE | {"num_hidden_layers": settings["layers"], "vocab_size": 1024} | SHAPES[cell["shape"]]
         shape = ModelShape.of(sizes, "measured")
         ratio = cell.get("cpu_ratio") or 0.1
         chosen = cell["batch"] * min(settings["budget"], cell["context"]) * shape.kv_bytes * shape.layers

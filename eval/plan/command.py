@@ -8,10 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from scout_hf import ScoutConfig
 from scout_hf.errors import ConfigError, MissingFileError
+from scout_hf.eval import tables
 from scout_hf.eval.plan.show import check_tables, plan_tables
 from scout_hf.eval.records import read_record
 from scout_hf.files import read_json
@@ -54,7 +53,7 @@ def check(record: Path, machine: Path | None) -> None:
     from scout_hf.eval.plan import check as checks
 
     measured = read_record(record, "methods", "cpu_decode")
-    _print(check_tables(checks.check(measured, found, facts)))
+    tables.show(check_tables(checks.check(measured, found, facts)))
 
 
 def show(model: str, gpu: str, machine: Path | None, given: dict[str, float | None], load: tuple) -> None:
@@ -71,7 +70,7 @@ def show(model: str, gpu: str, machine: Path | None, given: dict[str, float | No
     where = replace(where, **{name: value for name, value in given.items() if value is not None})
     load = Load(*load)
     ScoutConfig(budget=load.budget, block_size=load.block_size)
-    _print(plan_tables(_shape(model), where, load))
+    tables.show(plan_tables(_shape(model), where, load))
 
 
 def _shape(model: str) -> ModelShape:
@@ -87,9 +86,3 @@ def _shape(model: str) -> ModelShape:
 
 def _config(value: Any) -> None:
     fields({}, {"text_config": fields({}), "layer_types": items(text(200), most=1 << 14)})(value)
-
-
-def _print(parts) -> None:
-    console = Console(markup=False, emoji=False)
-    for part in parts:
-        console.print(part, highlight=False)

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from scout_hf.eval.bench.formats import new_table, short, three
+from scout_hf.eval.tables import Grid, short, three
 from scout_hf.planner import GIB, Load, Machine, ModelShape, break_even, largest_batch, longest_context, methods, plan
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def plan_tables(shape: ModelShape, machine: Machine, load: Load):
         "no times for what does not fit"
     )
     names = ("device GiB", "host GiB", "fits", "step ms", "tok/s", "wait", "beats stock from", "most rows")
-    table = new_table(title, "method", *names, "most tokens")
+    table = Grid(title, ("method", *names, "most tokens"))
     known = methods() if machine.gpu else ("stock", "scout")
     for method in known:
         one, start = plan(method, shape, machine, load), break_even(method, shape, machine, load)
@@ -35,7 +35,7 @@ def plan_tables(shape: ModelShape, machine: Machine, load: Load):
             three(1e3 * load.batch / one.step_ms),
             f"{one.parts.get('waiting', 0.0) / one.step_ms:.0%}",
         )
-        table.add_row(
+        table.add(
             method,
             f"{one.device_bytes / GIB:.1f}",
             f"{one.host_bytes / GIB:.1f}",
@@ -53,10 +53,10 @@ def plan_tables(shape: ModelShape, machine: Machine, load: Load):
 def check_tables(rows: Sequence[Row]):
     """Predicted beside measured, and the errors."""
     title = "a step, measured and predicted; + is predicted slower than it was"
-    table = new_table(title, "way", "model", "tokens", "batch", "measured ms", "predicted ms", "error", words=2)
+    table = Grid(title, ("way", "model", "tokens", "batch", "measured ms", "predicted ms", "error"), 2)
     for row in rows:
         size = (short(row.context), str(row.batch), three(row.measured_ms), three(row.predicted_ms))
-        table.add_row(row.what, row.model, *size, f"{row.error:+.0%}")
+        table.add(row.what, row.model, *size, f"{row.error:+.0%}")
     yield table
     errors = [abs(row.error) for row in rows]
     yield f"error: median {statistics.median(errors):.0%}, largest {max(errors):.0%}, {len(rows)} steps"

@@ -56,21 +56,28 @@ def make_document(tokens: int, facts: int, seed: int) -> Document:
     if room < 0:
         raise ValueError(f"{facts} facts need {tokens - room} tokens, the document has {tokens}")
     filler = filler_sentences(rng, room)
-    # The last filler sentence may be clipped to make the length exact; it stays last, where a text may break off.
-    places = sorted(rng.choices(range(max(1, len(filler))), k=facts))
-    words: list[str] = []
-    found: list[Fact] = []
-    for index in range(max(1, len(filler))):
-        while places and places[0] == index:
-            places.pop(0)
-            key, value = drawn[len(found)]
-            sentence = fact_words(key, value)
-            found.append(
-                Fact(" ".join(question_words(key)), " ".join(value), len(words) + len(sentence) - 1 - len(value))
-            )
-            words += sentence
-        words += filler[index] if filler else []
+    words, starts = weave(rng, filler, sentences)
+    found = [
+        Fact(" ".join(question_words(key)), " ".join(value), start + len(sentence) - 1 - len(value))
+        for (key, value), sentence, start in zip(drawn, sentences, starts)
+    ]
     return Document(" ".join(words), tuple(found), tokens, seed)
+
+
+def weave(rng: random.Random, filler: list, sentences: list) -> tuple[list[str], list[int]]:
+    """Sentences, in their order, at random places between filler sentences: all words, and where each begins.
+
+    The last filler sentence may be clipped to make the length exact; it stays last, where a text may break off.
+    """
+    places = sorted(rng.choices(range(max(1, len(filler))), k=len(sentences)))
+    words: list[str] = []
+    starts: list[int] = []
+    for index in range(max(1, len(filler))):
+        while len(starts) < len(sentences) and places[len(starts)] == index:
+            starts.append(len(words))
+            words += sentences[len(starts) - 1]
+        words += filler[index] if filler else []
+    return words, starts
 
 
 def draw_facts(rng: random.Random, count: int) -> list[tuple[tuple[str, str], tuple[str, ...]]]:

@@ -17,7 +17,7 @@ import random
 from dataclasses import dataclass
 
 from . import vocabulary as vocab
-from .documents import Document, Fact, draw_facts, fact_words, filler_sentences, make_document, question_words
+from .documents import Document, Fact, draw_facts, fact_words, filler_sentences, make_document, question_words, weave
 
 TASKS = ("needle", "values", "trace", "copy", "aggregate")
 RIVALS = ("fixed", "growing")
@@ -155,17 +155,10 @@ def _document(rng: random.Random, cases: list[Case], tokens: int, seed: int) -> 
         raise ValueError(f"{len(cases)} questions need {needed} tokens of statements, the document has {tokens}")
     filler = filler_sentences(rng, tokens - needed)
     dealt = deal(rng, cases)
-    # The last filler sentence may be clipped to make the length exact; it stays last, where a text may break off.
-    places = sorted(rng.choices(range(max(1, len(filler))), k=len(dealt)))
-    words: list[str] = []
-    facts: list[Fact] = []
-    told = 0
-    for index in range(max(1, len(filler))):
-        while told < len(dealt) and places[told] == index:
-            case, statement = cases[dealt[told][0]], dealt[told][1]
-            if statement == case.home:
-                facts.append(Fact(" ".join(case.question), " ".join(case.answer), len(words) + case.offset))
-            words += case.statements[statement]
-            told += 1
-        words += filler[index] if filler else []
-    return Document(" ".join(words), tuple(facts), tokens, seed)
+    words, starts = weave(rng, filler, [cases[case].statements[number] for case, number in dealt])
+    facts = tuple(
+        Fact(" ".join(cases[case].question), " ".join(cases[case].answer), start + cases[case].offset)
+        for (case, number), start in zip(dealt, starts)
+        if number == cases[case].home
+    )
+    return Document(" ".join(words), facts, tokens, seed)

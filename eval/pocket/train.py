@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import random
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
 import typer
-from tqdm import tqdm
-
-from scout_hf.files import write_text
 
 from .architecture import ARCHITECTURES, MAX_POSITIONS, build_model
 from .evaluate import accuracy
 from .lessons import TEXT_WEIGHT, make_batch
-from .muon import Muon
-from .states import load_state, save_state, state_file
 from .tasks import TASKS
+from .training import train_stage, train_stages, write_training
 from .vocabulary import build_tokenizer
 
 STEP_TOKENS = 2048
@@ -93,63 +87,31 @@ def glance(model, length: int) -> dict[str, float]:
 
 
 def train(arch: str, seed: int, stages: tuple[Stage, ...], folder: Path | None = None):
-    """A model trained through all `stages`, and the minutes that took.
-
-    With a `folder`, the state after each stage is kept there as `stage<number>.safetensors`, and a later call goes on
-    after the last one it finds. Each stage draws its own text, and momentum starts anew with each stage, so a run that
-    was interrupted ends with the same weights as one that was not.
-    """
+    """A model trained through all `stages`, and the minutes that took; see `train_stages` for the `folder`."""
     model = build_model(arch, seed)
-    finished = [number for number in range(len(stages)) if folder and state_file(folder, number).is_file()]
-    first = 1 + max(finished, default=-1)
-    minutes = load_state(model, state_file(folder, first - 1)) if first else 0.0
-    done = sum(stage.tokens for stage in stages[:first])
-    for number, stage in enumerate(stages[first:], first):
-        began = time.time()
-        run_stage(model, stage, random.Random(f"train-{seed}-{number}"), done)
-        done += stage.tokens
-        minutes += (time.time() - began) / 60
-        if folder:
-            save_state(model, state_file(folder, number), minutes)
+    attention = [weight for layer in model.model.layers[:-1] for weight in layer.self_attn.parameters()]
+
+    def run(number: int, stage: Stage, done: int) -> None:
+        rng, sequences = random.Random(f"train-{seed}-{number}"), max(1, STEP_TOKENS // stage.length)
+
+        def loss() -> torch.Tensor:
+            batch = make_batch(rng, stage.length, sequences, stage.exams, stage.length > 128, stage.jumps, MIX)
+            return loss_of(model, *(torch.from_numpy(part) for part in (batch.ids, batch.positions, batch.weights)))
+
+        def rate(steps: int, read: int) -> float:
+            fall = max(0.05, 2 * (1 - (done + read) / SCHEDULE_TOKENS))
+            return stage.rate * min(1.0, (steps + 1) / WARM_UP_STEPS, fall)
+
+        def told(read: int) -> str:
+            return f"length {stage.length}, {read} tokens: {glance(model, stage.length)}"
+
+        def held(read: int) -> list[torch.nn.Parameter]:
+            return attention if done + read < HOLD_TOKENS else []
+
+        train_stage(model, stage, sequences, loss, rate, held, told, GLANCE_TOKENS)
+
+    minutes = train_stages(model, stages, run, folder)
     return model.eval(), minutes
-
-
-def run_stage(model, stage: Stage, rng: random.Random, done: int) -> None:
-    """Train `model` in place for one stage, after `done` tokens of earlier ones."""
-    matrices = [weight for weight in model.model.layers.parameters() if weight.dim() == 2]
-    chosen = {id(weight) for weight in matrices}
-    others = [weight for weight in model.parameters() if id(weight) not in chosen]
-    optimizers = (Muon(matrices, lr=0.003), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0))
-    starts = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    sequences = max(1, STEP_TOKENS // stage.length)
-    bar = tqdm(
-        total=stage.tokens, desc=f"length {stage.length}", unit="tok", mininterval=10, unit_scale=True, disable=None
-    )
-    # A bar that nobody sees does not count.
-    steps = read = 0
-    while read < stage.tokens:
-        batch = make_batch(rng, stage.length, sequences, stage.exams, stage.length > 128, stage.jumps, MIX)
-        fall = max(0.05, 2 * (1 - (done + read) / SCHEDULE_TOKENS))
-        rate = stage.rate * min(1.0, (steps + 1) / WARM_UP_STEPS, fall)
-        for optimizer, firsts in zip(optimizers, starts, strict=True):
-            for group, first in zip(optimizer.param_groups, firsts, strict=True):
-                group["lr"] = rate * first
-        loss = loss_of(model, *(torch.from_numpy(part) for part in (batch.ids, batch.positions, batch.weights)))
-        loss.backward()
-        if done + read < HOLD_TOKENS:
-            for layer in model.model.layers[:-1]:
-                for weight in layer.self_attn.parameters():
-                    weight.grad.zero_()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        steps += 1
-        before, read = read, read + sequences * stage.length
-        bar.update(sequences * stage.length)
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-        if read // GLANCE_TOKENS > before // GLANCE_TOKENS:
-            bar.write(f"length {stage.length}, {read} tokens: {glance(model, stage.length)}")
-    bar.close()
 
 
 def main(
@@ -187,8 +149,7 @@ def write_record(out: Path, model, tokenizer, arch: str, seed: int, minutes: flo
             for task in TASKS
         },
     }
-    write_text(out / "training.json", json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record["exact_match"]))
+    write_training(out, record, "exact_match")
 
 
 if __name__ == "__main__":

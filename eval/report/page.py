@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from scout_hf.eval.bench import readme as bench_readme
-from scout_hf.eval.bench.formats import short
-from scout_hf.eval.fidelity import readme as fidelity_readme
-from scout_hf.eval.markdown import cells_of
+from scout_hf.eval.bench import readme as bench
+from scout_hf.eval.fidelity import tables as fidelity
 from scout_hf.eval.methods import plots, tables, view
 from scout_hf.eval.records import kind_of, read_record, shown
 from scout_hf.eval.report.find import find
+from scout_hf.eval.tables import Grid
 from scout_hf.files import write_text
 
 STYLE = """
@@ -81,8 +80,8 @@ SHOWN = {
     "scout_hf": "scout_hf {}",
     "commit": "commit {}",
 }
-COMMANDS = bench_readme.COMMANDS | {"fidelity": fidelity_readme.COMMAND}
-TEXTS = {name: bench_readme.markdown for name in bench_readme.COMMANDS} | {"fidelity": fidelity_readme.markdown}
+COMMANDS = bench.COMMANDS | {"fidelity": fidelity.COMMAND}
+PARTS = bench.PARTS | {"fidelity": fidelity.parts}
 
 
 class Part(NamedTuple):
@@ -144,35 +143,33 @@ def _parts(path: Path, kind: str, record: dict[str, Any]) -> Iterator[Part]:
     if kind == "methods":
         yield from _methods(record)
     else:
-        yield from _markdown(TEXTS[kind](record)) if kind in TEXTS else ()
+        yield from map(_part, PARTS[kind](record)) if kind in PARTS else ()
         if pictures := sorted(path.parent.glob(f"{kind}*.png")):
             yield from (_images([(picture.stem, picture.read_bytes())]) for picture in pictures)
     if kind in COMMANDS:
-        typed = " and ".join(f"`{one}`" for one in _commands(kind, record))
+        typed = " and ".join(f"`{one}`" for one in record.get("commands") or [COMMANDS[kind]])
         yield Part(f"Made by {typed}; {_machine(record)}.", note=True)
 
 
 def _methods(record: dict[str, Any]) -> Iterator[Part]:
-    place = tables.widest(record, view.main_shape(record))
+    place = view.widest(record, view.main_shape(record))
     if place is not None:
-        cells, settings = view.measured(view.at(record, place)), record["settings"]
-        names = ("method", "exact", "answers right", *tables.COLUMNS)
+        settings = record["settings"]
         yield Part(
             (
-                f"{tables.model_of(record, place)}, {short(place.context)} tokens, batch {place.batch}, "
-                f"budget {settings['budget']}. ",
+                f"{view.model_of(record, place.shape)}, {place}, budget {settings['budget']}. ",
                 Bold(view.emulated_sentence(record)),
                 f" Scout's choice of blocks drifts synthetically, {settings['drift']:.0%} per step. "
                 "Answers: a trained pocket model at 4k tokens, budget 512, with nothing emulated.",
             )
         )
-        yield _table(names, [tables.row(record, one, cells) for one in cells])
-        told = (view.predicted(record), tables.without(view.at(record, place)), view.unasked(record))
+        yield _part(tables.main(record, place, "method", "exact", "answers right"))
+        told = (view.predicted(record), view.without(view.at(record, place)), view.unasked(record))
         yield Part(f"{LEGEND} {' '.join(filter(None, told))}", note=True)
     drawn = [(draw.__name__, _drawn(record, draw)) for draw in plots.ALL]
     if drawn := [(name, data) for name, data in drawn if data]:
         yield _images(drawn)
-    yield from _markdown("\n".join(tables.further(record)))
+    yield from map(_part, tables.further(record))
 
 
 def _drawn(record: dict[str, Any], draw: Callable[..., bool]) -> bytes | None:
@@ -191,28 +188,12 @@ def _images(pictures: Sequence[tuple[str, bytes]]) -> Part:
     return Part(images=[(name, base64.b64encode(data).decode()) for name, data in pictures])
 
 
-def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Part:
-    return Part(names=names, rows=rows, words=[_is_words(column) for column in zip(*rows)])
-
-
-def _is_words(cells: Sequence[str]) -> bool:
-    """Whether a column holds no figures."""
-    return not any(cell[:1].isdigit() for cell in cells)
-
-
-def _markdown(text: str) -> Iterator[Part]:
-    """The tables and paragraphs that the project's own generators make; nothing else of Markdown."""
-    block: list[str] = []
-    for row in [*text.splitlines(), ""]:
-        if row.strip():
-            block.append(row)
-            continue
-        if block and block[0].startswith("|"):
-            cells = [cells_of(line) for line in block]
-            yield _table(cells[0], cells[2:])
-        elif block:
-            yield Part(" ".join(block))
-        block = []
+def _part(part: Grid | str) -> Part:
+    if isinstance(part, str):
+        return Part(part)
+    # A column without figures holds words.
+    words = [not any(cell[:1].isdigit() for cell in column) for column in zip(*part.rows)]
+    return Part(names=part.names, rows=part.rows, words=words)
 
 
 def _spans(text: str | tuple[str, ...]) -> Iterator[tuple[str, str]]:
@@ -222,11 +203,6 @@ def _spans(text: str | tuple[str, ...]) -> Iterator[tuple[str, str]]:
             yield "bold", str(one)
         else:
             yield from (("code" if place % 2 else "", part) for place, part in enumerate(one.split("`")) if part)
-
-
-def _commands(kind: str, record: dict[str, Any]) -> list[str]:
-    """As they were typed, where the record says so."""
-    return record.get("commands") or [COMMANDS[kind]]
 
 
 def _machine(record: dict[str, Any]) -> str:

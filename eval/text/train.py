@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import random
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
 import typer
-from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from scout_hf.eval.pocket.architecture import start_for_text
-from scout_hf.eval.pocket.muon import Muon
-from scout_hf.eval.pocket.states import load_state, save_state, state_file
-from scout_hf.files import write_text
+from scout_hf.eval.pocket.training import train_stage, train_stages, write_training
 
 from . import corpus
 from .tokenizer import VOCABULARY, build_tokenizer
@@ -30,7 +25,6 @@ WARM_UP_STEPS = 40
 # So long the started heads stay as they are. MLPs that learn three times as fast write over what those heads leave in
 # the hidden state, and the model then uses no more than the last 16 tokens.
 HOLD_TOKENS = 200_000
-MATRIX_RATE = 0.003
 GLANCE_TOKENS = 100_000
 # Share of windows with repeated passages: so few tokens of plain source do not teach a model to look far back.
 REPEATS = 0.5
@@ -86,72 +80,39 @@ def train(
 ) -> float:
     """Train `model` in place on random windows of `stream` (tokens,) through all `stages`; returns the minutes it took.
 
-    With a `folder`, the state after each stage is kept there, and a later call goes on after the last one it finds.
+    See `train_stages` for the `folder`.
     """
-    finished = [number for number in range(len(stages)) if folder and state_file(folder, number).is_file()]
-    first = 1 + max(finished, default=-1)
-    minutes = load_state(model, state_file(folder, first - 1)) if first else 0.0
     total = sum(stage.tokens for stage in stages)
-    done = sum(stage.tokens for stage in stages[:first])
-    for number, stage in enumerate(stages[first:], first):
+    attention = [weight for layer in model.model.layers for weight in layer.self_attn.parameters()]
+
+    def run(number: int, stage: Stage, done: int) -> None:
         if stage.length >= len(stream):
             raise ValueError(f"windows of {stage.length} tokens do not fit a text of {len(stream)}")
-        began = time.time()
-        run_stage(model, stream, stage, random.Random(f"text-{seed}-{number}"), done, total)
-        done += stage.tokens
-        minutes += (time.time() - began) / 60
-        if folder:
-            save_state(model, state_file(folder, number), minutes)
-    return minutes
+        rng, seen, sequences = random.Random(f"text-{seed}-{number}"), {}, max(1, STEP_TOKENS // stage.length)
 
+        def loss() -> torch.Tensor:
+            begins = [rng.randrange(len(stream) - stage.length) for _ in range(sequences)]
+            seen["ids"] = ids = torch.stack([stream[begin : begin + stage.length + 1] for begin in begins])
+            for window in ids:
+                if rng.random() < REPEATS:
+                    repeat_passages(window, rng)
+            logits = model(ids[:, :-1], use_cache=False).logits
+            seen["loss"] = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+            return seen["loss"]
 
-def run_stage(
-    model: PreTrainedModel, stream: torch.Tensor, stage: Stage, rng: random.Random, done: int, total: int
-) -> None:
-    """Train `model` in place for one stage, after `done` tokens of `total`."""
-    attention = [weight for layer in model.model.layers for weight in layer.self_attn.parameters()]
-    matrices = [weight for weight in model.model.layers.parameters() if weight.dim() == 2]
-    chosen = {id(weight) for weight in matrices}
-    others = [weight for weight in model.parameters() if id(weight) not in chosen]
-    optimizers = (
-        Muon(matrices, lr=MATRIX_RATE),
-        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
-    )
-    starts = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    sequences = max(1, STEP_TOKENS // stage.length)
-    bar = tqdm(
-        total=stage.tokens, desc=f"length {stage.length}", unit="tok", mininterval=10, unit_scale=True, disable=None
-    )
-    # A bar that nobody sees does not count.
-    steps = read = 0
-    while read < stage.tokens:
-        begins = [rng.randrange(len(stream) - stage.length) for _ in range(sequences)]
-        ids = torch.stack([stream[begin : begin + stage.length + 1] for begin in begins])
-        for window in ids:
-            if rng.random() < REPEATS:
-                repeat_passages(window, rng)
-        rate = min(1.0, (steps + 1) / WARM_UP_STEPS, max(0.03, 1.5 * (1 - (done + read) / total)))
-        for optimizer, firsts in zip(optimizers, starts, strict=True):
-            for group, first in zip(optimizer.param_groups, firsts, strict=True):
-                group["lr"] = rate * first
-        logits = model(ids[:, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-        loss.backward()
-        if done + read < HOLD_TOKENS:
-            for weight in attention:
-                weight.grad.zero_()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        steps += 1
-        before, read = read, read + sequences * stage.length
-        bar.update(sequences * stage.length)
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-        if read // GLANCE_TOKENS > before // GLANCE_TOKENS:
-            bar.write(
-                f"{done + read} tokens, loss {loss.item():.2f}, of a text read again {repeat_loss(model, ids):.2f}"
-            )
-    bar.close()
+        def rate(steps: int, read: int) -> float:
+            return min(1.0, (steps + 1) / WARM_UP_STEPS, max(0.03, 1.5 * (1 - (done + read) / total)))
+
+        def told(read: int) -> str:
+            again = repeat_loss(model, seen["ids"])
+            return f"{done + read} tokens, loss {seen['loss'].item():.2f}, of a text read again {again:.2f}"
+
+        def held(read: int) -> list[torch.nn.Parameter]:
+            return attention if done + read < HOLD_TOKENS else []
+
+        train_stage(model, stage, sequences, loss, rate, held, told, GLANCE_TOKENS)
+
+    return train_stages(model, stages, run, folder)
 
 
 def repeat_passages(window: torch.Tensor, rng: random.Random) -> None:
@@ -219,8 +180,7 @@ def main(
             model.float(), held_out, CONTEXTS_TESTED, WINDOWS_TESTED
         ),
     }
-    write_text(out / "training.json", json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record["held_out_perplexity_by_context"]))
+    write_training(out, record, "held_out_perplexity_by_context")
 
 
 if __name__ == "__main__":

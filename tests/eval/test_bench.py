@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from scout_hf.cli import app
-from scout_hf.eval.bench import cpu_decode, cpu_kernel, llama, machine, memory, readme, report, timing
+from scout_hf.eval.bench import cpu_decode, cpu_kernel, machine, memory, models, readme, report, timing
+from scout_hf.eval.caches import fill
 from scout_hf.eval.markdown import begin_mark, between_marks, end_mark
 from scout_hf.kernels.cpu.library import load_library
 
@@ -216,14 +218,15 @@ def test_calls_alternate_and_rare_ones_are_spread():
 
 
 def test_twins_share_weights_and_agree():
-    model = llama.make_model(**TINY, num_hidden_layers=2)
-    folded, short = llama.twin(model, llama.FOLDED), llama.twin(model, layers=1)
+    model = models.make_llama(**TINY, num_hidden_layers=2)
+    folded, short = models.twin(model), models.twin(model, layers=1)
     assert folded.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     assert short.config.num_hidden_layers == 1 and model.config.num_hidden_layers == 2
     from transformers import DynamicCache
 
     outs = []
     for one in (model, folded):
-        cache = llama.fill(DynamicCache(config=model.config), model.config, 64)
-        outs.append(one(torch.ones((1, 1), dtype=torch.long), past_key_values=cache).logits)
+        with models.folded(one) if one is folded else nullcontext():
+            cache = fill(DynamicCache(config=model.config), model.config, 64)
+            outs.append(one(torch.ones((1, 1), dtype=torch.long), past_key_values=cache).logits)
     torch.testing.assert_close(outs[0], outs[1], atol=0.05, rtol=0.05)

@@ -8,12 +8,23 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import scout_hf
 from scout_hf import ConfigError, ScoutConfig
-from scout_hf.eval.decode_path import answer, prefill, tokenize
-from scout_hf.eval.fidelity.asking import answers
-from scout_hf.eval.fidelity.cells import CONTROLS, METHODS, MODES, Cell, keep, parse_filters, real_digests
-from scout_hf.eval.fidelity.grid import BLOCK, BUDGET, MAIN, TOKENS, study
+from scout_hf.eval.baselines import OracleBlocks
+from scout_hf.eval.decode_path import answer, answers, prefill, tokenize
+from scout_hf.eval.fidelity.cells import (
+    BLOCK,
+    BUDGET,
+    CONTROLS,
+    MAIN,
+    METHODS,
+    MODES,
+    TOKENS,
+    Cell,
+    cells_of,
+    keep,
+    parse_filters,
+    real_digests,
+)
 from scout_hf.eval.fidelity.memo import AttentionMemo
-from scout_hf.eval.fidelity.oracle import OracleBlocks
 from scout_hf.eval.fidelity.stress import FACTOR, SHIFT, apply_stress
 from scout_hf.eval.fidelity.subjects import weight_hash
 from scout_hf.eval.pocket import ANSWER_WORDS, TASKS, make_document
@@ -56,7 +67,7 @@ class TestCells:
             Cell("llama", "needle", 512, **fields)
 
     def test_filters(self):
-        cells = study(("llama",), quick=True)
+        cells = cells_of(("llama",), quick=True)
         kept = keep(cells, parse_filters(["digest=minmax,oracle", "mode=full,real", "digest=recent"]))
         assert {cell.digest for cell in kept} == {None, "minmax", "oracle", "recent"}
         assert {cell.mode for cell in kept} == {"full", "real"}
@@ -64,17 +75,17 @@ class TestCells:
         assert any(cell.mode == "full" for cell in keep(cells, parse_filters(["digest=minmax"])))
 
     def test_filters_of_methods(self):
-        cells = study(("llama",), quick=False)
+        cells = cells_of(("llama",), quick=False)
         assert not {cell.mode for cell in keep(cells, parse_filters(["digest=minmax"]))} & set(METHODS)
         assert {cell.mode for cell in keep(cells, parse_filters(["mode=hgca,full"]))} == {"hgca", "full"}
 
     @pytest.mark.parametrize("text", ["digest", "digest=", "=minmax", "speed=high", "digest=maxmin", "budget=0.126"])
     def test_wrong_filters_say_what_there_is(self, text):
         with pytest.raises(ValueError, match=r"--only .*(fields are|nothing of that in this study).*"):
-            keep(study(("llama",), quick=True), parse_filters([text]))
+            keep(cells_of(("llama",), quick=True), parse_filters([text]))
 
     def test_the_whole_study_has_what_was_promised(self):
-        cells = study(("llama", "text"), quick=False)
+        cells = cells_of(("llama", "text"), quick=False)
         assert len(set(cells)) == len(cells)
         asked = [cell for cell in cells if cell.model == "llama"]
         assert {cell.task for cell in asked} == set(TASKS)
@@ -94,7 +105,7 @@ class TestCells:
         assert all((cell.model, cell.task, cell.tokens, cell.stress) in full for cell in cells)
 
     def test_the_quick_study_is_at_the_centre_of_the_whole_one(self):
-        quick, whole = (study(("llama", "text"), quick=quick) for quick in (True, False))
+        quick, whole = (cells_of(("llama", "text"), quick=quick) for quick in (True, False))
         assert set(quick) <= set(whole) and len(quick) < len(whole) / 3
         assert {(cell.tokens, cell.block_size) for cell in quick if cell.digest} == {(TOKENS, BLOCK)}
         assert {cell.budget for cell in quick if cell.digest and cell.model == "llama"} == {BUDGET}

@@ -12,16 +12,20 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from scout_hf.cli import app
-from scout_hf.eval.fidelity import readme, report
-from scout_hf.eval.fidelity.cells import MODES, Cell
-from scout_hf.eval.fidelity.grid import BLOCK, BUDGET, TOKENS, study
-from scout_hf.eval.fidelity.plots import NO_PLOTS, PLOTS, save_plots
-from scout_hf.eval.fidelity.summary import find, rows
-from scout_hf.eval.fidelity.tables import tables
-from scout_hf.eval.fidelity.views import CENTRE, along, points
-from scout_hf.eval.markdown import begin_mark, between_marks, end_mark, update
+from scout_hf.eval.fidelity import report
+from scout_hf.eval.fidelity.cells import BLOCK, BUDGET, MODES, TOKENS, Cell, cells_of
+from scout_hf.eval.fidelity.plots import NO_PLOT, PLOTS, save_plots
+from scout_hf.eval.fidelity.summary import CENTRE, along, find, points, rows
+from scout_hf.eval.fidelity.tables import COMMAND, LONG_NAMES, parts, tables
+from scout_hf.eval.markdown import begin_mark, between_marks, end_mark, to_markdown, update
 
-BEGIN, END = begin_mark(readme.COMMAND), end_mark(readme.COMMAND)
+BEGIN, END = begin_mark(COMMAND), end_mark(COMMAND)
+
+
+def markdown(record):
+    return to_markdown(parts(record))
+
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "eval" / "results" / "fidelity.json"
 
@@ -62,7 +66,7 @@ def made_up(cells, seed=0):
 
 @pytest.fixture(scope="module")
 def whole():
-    return made_up(study(("llama", "qwen3", "text"), quick=False))
+    return made_up(cells_of(("llama", "qwen3", "text"), quick=False))
 
 
 class TestSummary:
@@ -175,7 +179,7 @@ class TestShown:
 
     def test_plots_are_left_out_without_matplotlib(self, whole, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-        assert save_plots(whole, tmp_path) == [NO_PLOTS] and not list(tmp_path.iterdir())
+        assert save_plots(whole, tmp_path) == [NO_PLOT] and not list(tmp_path.iterdir())
 
     def test_plots(self, whole, tmp_path):
         pytest.importorskip("matplotlib")
@@ -210,45 +214,43 @@ class TestShown:
 class TestReadme:
     def test_it_is_up_to_date(self):
         text = (ROOT / "docs/results/fidelity.md").read_text(encoding="utf-8")
-        assert between_marks(text, readme.COMMAND)[1].strip() == readme.markdown(report.load(RESULTS)), (
+        assert between_marks(text, COMMAND)[1].strip() == markdown(report.load(RESULTS)), (
             "again: scout-hf fidelity --report eval/results/fidelity.json --readme docs/results/fidelity.md"
         )
 
     def test_only_what_is_between_the_marks_changes(self, whole, tmp_path):
         path = tmp_path / "README.md"
         path.write_text(f"# Ä\n{BEGIN}\nold\n{END}\nrest\n", encoding="utf-8")
-        assert [update(path, readme.COMMAND, readme.markdown(whole)) for _ in range(2)] == [True, False]
+        assert [update(path, COMMAND, markdown(whole)) for _ in range(2)] == [True, False]
         text = path.read_text(encoding="utf-8")
         assert text.startswith(f"# Ä\n{BEGIN}\n") and text.endswith(f"\n{END}\nrest\n")
-        assert "old" not in text and readme.markdown(whole) in text
-        assert update(path, readme.COMMAND, readme.markdown(made_up([cell(), cell("real")])))
+        assert "old" not in text and markdown(whole) in text
+        assert update(path, COMMAND, markdown(made_up([cell(), cell("real")])))
 
     def test_tables_are_whole(self, whole):
-        text = readme.markdown(whole)
+        text = markdown(whole)
         blocks = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
         assert len(blocks) == 1 + 5 + 3
         for lines in blocks:
             assert len({line.count("|") for line in lines}) == 1 and set(lines[1]) == set("|-")
         assert "lost to selection | lost to prediction" in text and "Perplexity" in text
         row = find(rows(whole["cells"], False), **CENTRE, digest="sign", mode="predicted-auto")
-        assert f"| `sign` | {readme.QUERIES['predicted-auto']} | {100 * row.score.value:.1f}±" in text
+        assert f"| `sign` | {LONG_NAMES['predicted-auto']} | {100 * row.score.value:.1f}±" in text
 
     def test_what_was_measured_is_named(self, whole):
-        text = readme.markdown(whole)
+        text = markdown(whole)
         assert 'Right, in %, by budget, one tier / two tiers / two tiers with `cpu_query="predicted"`:' in text
         assert "Right, in %, by block size, one tier / two tiers:" in text
         part = [one for one in whole["cells"] if one["mode"] in ("full", "predicted-auto")]
-        alone = readme.markdown({**whole, "cells": part})
+        alone = markdown({**whole, "cells": part})
         assert "Right, in %, by block size, two tiers:" in alone and "| `sign` | " in alone
-        assert "by block size" not in readme.markdown(
-            {**whole, "cells": [one for one in part if one["mode"] == "full"]}
-        )
+        assert "by block size" not in markdown({**whole, "cells": [one for one in part if one["mode"] == "full"]})
 
     def test_a_file_without_marks_is_left_alone(self, whole, tmp_path):
         path = tmp_path / "README.md"
         path.write_text("# nothing\n")
         with pytest.raises(ValueError, match="no place for the tables"):
-            update(path, readme.COMMAND, readme.markdown(whole))
+            update(path, COMMAND, markdown(whole))
         assert path.read_text() == "# nothing\n"
 
 

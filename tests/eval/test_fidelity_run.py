@@ -13,15 +13,19 @@ import pytest
 import torch
 
 import scout_hf.eval.fidelity.measure as measuring
-import scout_hf.eval.fidelity.run as running
-from scout_hf.eval.fidelity.asking import answers
-from scout_hf.eval.fidelity.cells import MODES, Cell
-from scout_hf.eval.fidelity.grid import weight
-from scout_hf.eval.fidelity.journal import Journal
-from scout_hf.eval.fidelity.measure import Effort, measure
-from scout_hf.eval.fidelity.run import asked_of, run, versions
-from scout_hf.eval.fidelity.study import adopt
+import scout_hf.eval.fidelity.study as running
+from scout_hf.eval.decode_path import answers
+from scout_hf.eval.fidelity.cells import MODES, Cell, Effort, weight
+from scout_hf.eval.fidelity.measure import measure
+from scout_hf.eval.fidelity.report import RESULT
+from scout_hf.eval.fidelity.study import adopt, asked_of, run, versions
 from scout_hf.eval.fidelity.subjects import available
+from scout_hf.eval.records import Journal as AnyJournal
+
+
+def Journal(path, **options):
+    return AnyJournal(path, RESULT, **options)
+
 
 EFFORT = Effort(questions=4, watched=2)
 PREDICTED = "predicted-auto"
@@ -277,7 +281,7 @@ class TestJournal:
 
 
 def test_a_figure_that_is_no_number_fails_its_cell_and_leaves_the_journal_readable(weights, tmp_path, monkeypatch):
-    monkeypatch.setattr("scout_hf.eval.fidelity.run.measure", lambda cell, effort: {"nll": [float("nan")]})
+    monkeypatch.setattr("scout_hf.eval.fidelity.study.measure", lambda cell, effort: {"nll": [float("nan")]})
     path, told = tmp_path / "cells.jsonl", []
     assert run(CELLS[:1], EFFORT, weights, Journal(path), 1, told.append) == [] and "failed" in told[0]
     assert Journal(path).get({}) is None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import scout_hf.eval.fidelity.text as reading
+import scout_hf.eval.fidelity.measure as reading
 from scout_hf.eval.fidelity.cells import Cell
 from tests.integration.common import llama, prompt
 
@@ -24,7 +24,7 @@ def model(monkeypatch):
 
 def read(tokens, mode="full", **sparse):
     cell = Cell("text", "text", tokens, mode, **sparse)
-    return reading.read_text(cell, WINDOWS, STEPS, watched=2, seed=0)
+    return reading.read_text(cell, reading.Effort(windows=WINDOWS, steps=STEPS, watched=2))
 
 
 def wanted(made, ids, tokens):

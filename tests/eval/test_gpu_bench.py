@@ -9,15 +9,18 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
+from transformers import DynamicCache
 from typer.testing import CliRunner
 
 import scout_hf
 from scout_hf.cli import app
 from scout_hf.config import HAND_OVERS
+from scout_hf.diagnostics import gpu_time
 from scout_hf.errors import PinnedMemoryError
+from scout_hf.eval import arms, caches
 from scout_hf.eval.bench import device as devices
-from scout_hf.eval.bench import drift, gpu_decode, gpu_kernel, gpu_models, gpu_report, idle, machine, report, resume
-from scout_hf.kernels.device import find_kernels
+from scout_hf.eval.bench import drift, gpu_decode, gpu_kernel, gpu_report, machine, models, report
+from scout_hf.kernels import find_kernels
 from scout_hf.selection import Selector, digest
 from tests.libraries import ISAS
 
@@ -226,10 +229,10 @@ def test_without_a_gpu_every_call_is_made_once():
 def test_decode_record_is_complete(decode_record):
     json.dumps(decode_record, allow_nan=False)
     check_numbers(decode_record)
-    arms = [arm for arm in gpu_decode.ARMS if arm != gpu_decode.COMPILED]
-    assert {f"scout {way}" for way in HAND_OVERS if way != "auto"} < set(arms)
+    names = [arm for arm in arms.GPU_DECODE if arm != arms.COMPILED]
+    assert {f"scout {way}" for way in HAND_OVERS if way != "auto"} < set(names)
     keys = [(one["model"], one["context"], one["batch"], one["arm"]) for one in decode_record["arms"]]
-    assert keys == [(model, 512, 2, arm) for model in MODELS for arm in arms]
+    assert keys == [(model, 512, 2, arm) for model in MODELS for arm in names]
     assert not [one for one in decode_record["arms"] if "failed" in one or "oom" in one]
     measured = {key: one for key, one in zip(keys, decode_record["arms"]) if "median_ms" in one}
     for (_, context, batch, arm), one in measured.items():
@@ -241,11 +244,11 @@ def test_decode_record_is_complete(decode_record):
             assert one["host_kv_bytes"] >= (context - 64) * batch * 256 and held > context * batch * 256
             assert 0 <= one["cpu_ratio"] <= 1 and one["join_wait_ms"] >= 0 and one["attended_tokens"] < 256
             assert 0 < one["drift_measured"] < 0.5 and "Scout" in one["as"]
-            assert (one["recalled_bytes_per_step"] == 0) == (arm == gpu_decode.IN_LAYER) or GPU
-        elif arm == gpu_decode.STOCK:
+            assert (one["recalled_bytes_per_step"] == 0) == (arm == arms.IN_LAYER) or GPU
+        elif arm == "stock":
             assert one["device_kv_bytes"] > context * batch * 256
     named = {arm for _, _, _, arm in measured}
-    assert {"stock", "scout join", gpu_decode.IN_LAYER} <= named
+    assert {"stock", "scout join", arms.IN_LAYER} <= named
     if not GPU:
         reasons = {one["arm"]: one["skipped"] for one in decode_record["arms"] if "skipped" in one}
         assert "CUDA" in reasons["stock offloaded"] and "Triton" in reasons["scout flags"]
@@ -296,8 +299,8 @@ def test_figures_of_two_runs_are_not_compared():
 def test_memory_that_runs_out_is_a_result(apart, monkeypatch, error):
     fill = gpu_decode.fill
 
-    def short(cache, config, batch, *rest):
-        fill(cache, config, batch, *rest)
+    def short(cache, config, tokens, batch, *rest):
+        fill(cache, config, tokens, batch, *rest)
         if batch > 1 and isinstance(cache, scout_hf.ScoutCache):
             raise error("CUDA error: out of memory\nmore")
 
@@ -397,20 +400,19 @@ def test_the_correlation_is_that_of_the_share():
 
 
 def test_caches_are_filled_in_parts(apart, monkeypatch):
-    monkeypatch.setattr(gpu_models, "FILL_TOKENS", 96)
-    model = gpu_models.make_model(MODELS["llama-3-8b"], None, PLACE, 0)
-    caches = []
+    model = models.make_model(MODELS["llama-3-8b"], None, PLACE, 0)
+    filled = []
     with scout_hf.patch(model, budget=64, block_size=16, split="auto" if GPU else "cpu") as handle, torch.no_grad():
-        for cache in (handle.new_cache(), gpu_decode.DynamicCache(config=model.config)):
-            gpu_models.fill(cache, model.config, 3, 250, PLACE, 0)
+        for cache in (handle.new_cache(), DynamicCache(config=model.config)):
+            caches.fill(cache, model.config, 250, 3, device=PLACE, chunk=96)
             assert cache.get_seq_length() == 250
-            caches.append(cache)
+            filled.append(cache)
         for layer in range(2):
-            keys, values = caches[0].layers[layer].method.read_all()
-            assert torch.equal(keys, caches[1].layers[layer].keys) and torch.equal(
-                values, caches[1].layers[layer].values
+            keys, values = filled[0].layers[layer].method.read_all()
+            assert torch.equal(keys, filled[1].layers[layer].keys) and torch.equal(
+                values, filled[1].layers[layer].values
             )
-    held = gpu_models.held_bytes(caches[1], PLACE)
+    held = caches.held_bytes(filled[1], PLACE)
     assert held["device"] == 3 * 250 * 256 and held["host"] == 0
 
 
@@ -437,8 +439,8 @@ def test_one_core_is_too_few_for_flags(apart):
 
 
 def test_a_step_is_as_busy_as_its_kernels(tmp_path, monkeypatch):
-    assert idle.union([(0, 2), (1, 3), (5, 6), (5.5, 5.6)]) == 4 and idle.union([]) == 0
-    assert idle.busy_ms(lambda: None, 1, torch.device("cpu")) is None
+    assert gpu_time.union([(0, 2), (1, 3), (5, 6), (5.5, 5.6)]) == 4 and gpu_time.union([]) == 0
+    assert gpu_time.busy_ms(lambda: None, 1, torch.device("cpu")) is None
     events = [
         {"cat": "kernel", "name": "gemm", "ts": 1000, "dur": 2000},
         {"cat": "kernel", "name": "_wait", "ts": 2000, "dur": 4000},
@@ -460,9 +462,9 @@ def test_a_step_is_as_busy_as_its_kernels(tmp_path, monkeypatch):
             with open(path, "w") as file:
                 json.dump({"traceEvents": events}, file)
 
-    monkeypatch.setattr(idle, "profile", Tracer)
+    monkeypatch.setattr(gpu_time, "profile", Tracer)
     steps = []
-    busy = idle.busy_ms(lambda: steps.append(1), 2, SimpleNamespace(type="cuda"))
+    busy = gpu_time.busy_ms(lambda: steps.append(1), 2, SimpleNamespace(type="cuda"))
     assert busy == {"busy": 1.0, "waiting": 1.5} and len(steps) == 2
 
 
@@ -569,15 +571,15 @@ def test_wrong_settings_are_refused(apart, command, options, message):
 
 def test_a_file_of_another_device_is_refused(apart, tmp_path):
     path = tmp_path / "gpu_decode.json"
-    record = resume.Record(path, False, {"drift": 0.1})
-    record.begin(PLACE)
-    record.add("arms", "m", 1, 1, "stock", {})
+    settings = {"drift": 0.1}
+    file = gpu_decode._begin(path, False, settings, PLACE)
+    file.add({"model": "m", "context": 1, "batch": 1, "arm": "stock"}, {}, "arms")
     held = json.loads(path.read_text())
     path.write_text(json.dumps(held | {"device": held["device"] | {"name": "another"}}))
-    with pytest.raises(ValueError, match="figures of another"):
-        resume.Record(path, False, {"drift": 0.1}).begin(PLACE)
+    with pytest.raises(ValueError, match="figures with GPU='another'"):
+        gpu_decode._begin(path, False, settings, PLACE)
     for broken in ("", "[" * 200_000, json.dumps(held | {"arms": [{"model": "m"}]}), json.dumps(held | {"models": 7})):
         path.write_text(broken)
         with pytest.raises(ValueError, match="gpu_decode.json cannot be used.*--fresh"):
-            resume.Record(path, False, {"drift": 0.1})
-        resume.Record(path, True, {"drift": 0.1})
+            gpu_decode._begin(path, False, settings, PLACE)
+        gpu_decode._begin(path, True, settings, PLACE)

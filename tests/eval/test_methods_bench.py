@@ -13,11 +13,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from typer.testing import CliRunner
 
 import scout_hf
+from scout_hf import diagnostics
 from scout_hf.cli import app
-from scout_hf.eval.methods import drifting_tokens, grid, held, paper, parts, pressed, tables, view, ways
-from scout_hf.eval.methods import record as records
+from scout_hf.diagnostics import shares
+from scout_hf.eval import arms, caches
+from scout_hf.eval.bench import drift
+from scout_hf.eval.markdown import to_markdown
 from scout_hf.eval.methods import run as runs
-from scout_hf.eval.methods.emulate import emulation_of
+from scout_hf.eval.methods import score, tables, view
+from scout_hf.eval.methods.speed import emulation_of
 from scout_hf.methods import base, method_names
 from scout_hf.selection import digest
 
@@ -48,12 +52,12 @@ def record(path):
 
 
 def test_every_method_has_a_row():
-    assert set(method_names()) - {drifting_tokens.NAME} <= {name.split(",")[0] for name in ways.names()}
+    assert set(method_names()) - {drift.NAME} <= {name.split(",")[0] for name in arms.names()}
 
 
 def test_all_cells_have_a_figure_or_a_reason(record):
     cells = record["cells"]
-    assert {one["way"] for one in cells} == set(ways.names())
+    assert {one["way"] for one in cells} == set(arms.names())
     for one in cells:
         assert ("step_ms" in one and one["step_ms"] > 0) or ("row_step_ms" in one) or one.get("missing") or one["oom"]
     reasons = {one["way"]: one["missing"] for one in cells if "missing" in one}
@@ -119,8 +123,8 @@ def test_tables_name_every_way(record):
     console = Console(record=True, width=160, file=open("/dev/null", "w"))
     for part in tables.tables(record):
         console.print(part)
-    text, page = console.export_text(), "\n".join(tables.lines(record))
-    for name in ways.names():
+    text, page = console.export_text(), to_markdown(tables.parts(record))
+    for name in arms.names():
         assert name in text
     assert "link at 0.5 GB/s" in text and "link at 0.5 GB/s" in page
     assert "Not measured: stock offloaded: needs a GPU" in page and "Tokens per second" in page
@@ -169,8 +173,8 @@ def test_other_code_is_told_and_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="torch='1.0'"):
         runs.run(**ONE, path=path)
     path.write_text("{}")
-    with pytest.raises(ValueError, match="no record of scout-hf bench methods"):
-        records.load(path)
+    with pytest.raises(ValueError, match="benchmark, settings.*--fresh"):
+        runs.run(**ONE, path=path)
 
 
 @pytest.mark.parametrize(
@@ -190,10 +194,10 @@ def test_wrong_settings_say_what_is_allowed(wrong, message):
 
 
 def test_names_from_options():
-    assert ways.parse(["stock,scout, neither", "dense,stock"]) == ("stock", "scout, neither", "dense")
-    assert ways.parse([]) is None
+    assert arms.parse(["stock,scout, neither", "dense,stock"]) == ("stock", "scout, neither", "dense")
+    assert arms.parse([]) is None
     with pytest.raises(ValueError, match="no way 'scuot'.*hgca"):
-        ways.parse(["stock,scuot"])
+        arms.parse(["stock,scuot"])
 
 
 def test_the_command_writes_and_refuses(tmp_path, monkeypatch):
@@ -203,7 +207,7 @@ def test_the_command_writes_and_refuses(tmp_path, monkeypatch):
     call = ["bench", "methods", "--quick", "--methods", "scout,dense", "--budget", "128", "--link-gbps", "0.5"]
     result = CliRunner().invoke(app, [*call, "--cpu-gbps", "2", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
-    assert {one["way"] for one in records.load(tmp_path / "methods.json")["cells"]} == {"scout", "dense"}
+    assert {one["way"] for one in json.loads((tmp_path / "methods.json").read_text())["cells"]} == {"scout", "dense"}
     assert "link at 0.5 GB/s" in result.stdout
     result = CliRunner().invoke(app, ["bench", "methods", "--methods", "scuot"])
     assert result.exit_code == 2 and "no way 'scuot'" in result.stderr
@@ -213,7 +217,7 @@ def test_the_command_writes_and_refuses(tmp_path, monkeypatch):
 
 
 def test_rows_of_equal_memory(record):
-    equal = view.equal(record)
+    equal = {key: view.measured(cells) for key, cells in view.equal(record).items()}
     assert {gib for _, gib in equal} == {None, 0.0004, 0.002}
     rows = {gib: {one["way"]: one["batch"] for one in cells} for (_, gib), cells in equal.items()}
     assert rows[0.002]["hgca"] > rows[0.002]["stock"] >= 1 and rows[None]["stock"] == 1
@@ -221,14 +225,14 @@ def test_rows_of_equal_memory(record):
     assert none[0]["batch"] == 0 and "more than 0.0004 GiB" in none[0]["oom"]
     for (_, gib), cells in equal.items():
         for one in cells:
-            assert gib is None or one["batch"] == grid.MOST_ROWS or one["device_bytes"] <= 1.2 * gib * grid.GIB
+            assert gib is None or one["batch"] == runs.MOST_ROWS or one["device_bytes"] <= 1.2 * gib * runs.GIB
 
 
 def test_a_step_is_taken_apart(record, monkeypatch):
     cells = {one["way"]: one["shares"] for one in view.measured(view.at(record, view.Place("gqa", 512, 1)))}
-    for shares in cells.values():
-        assert set(shares) == set(parts.PARTS) and sum(shares.values()) == pytest.approx(1.0, abs=0.02)
-        assert all(share >= 0 for share in shares.values()) and shares["attention"] > 0
+    for found in cells.values():
+        assert set(found) == set(diagnostics.PARTS) and sum(found.values()) == pytest.approx(1.0, abs=0.02)
+        assert all(share >= 0 for share in found.values()) and found["attention"] > 0
     assert cells["scout"]["selection"] > 0 and cells["infinigen"]["selection"] > 0 == cells["dense"]["selection"]
     assert cells["dense"]["wait"] > 0 and cells["stock"]["wait"] == 0
     # Nothing is left of the clock: what is registered afterwards is what models use.
@@ -238,8 +242,8 @@ def test_a_step_is_taken_apart(record, monkeypatch):
 
 def test_a_clock_counts_every_moment_once(monkeypatch):
     now = iter(range(0, 100, 10))
-    monkeypatch.setattr(parts.time, "perf_counter", lambda: next(now))
-    clock = parts.Clock()
+    monkeypatch.setattr(shares.time, "perf_counter", lambda: next(now))
+    clock = shares.Clock()
     inner = clock.around("inner", lambda: None)
     clock.around("outer", lambda: (inner(), inner()))()
     assert clock.spent == {"inner": 20, "outer": 30}
@@ -248,22 +252,22 @@ def test_a_clock_counts_every_moment_once(monkeypatch):
 def test_bytes_of_tensors_that_are_made_of_others():
     whole = torch.zeros(8, dtype=torch.bfloat16)
     packed = SimpleNamespace()
-    assert held.tensor_bytes([whole, (whole, {"scale": whole}), packed, None]) == 48
+    assert caches.tensor_bytes([whole, (whole, {"scale": whole}), packed, None]) == 48
 
 
 def test_kvpress_is_asked_in_another_process(tmp_path):
-    with pytest.raises(ways.Missing, match="not installed"):
-        pressed.measure(tmp_path, [[1, 2]], [[[3]]], [[[4]]], 0.5, 2, str(tmp_path / "no-such-python"))
+    with pytest.raises(arms.Missing, match="not installed"):
+        score.kvpress(tmp_path, [[1, 2]], [[[3]]], [[[4]]], 0.5, 2, str(tmp_path / "no-such-python"))
     fake = tmp_path / "python"
     found = {"ids": [[4, 5], [4, 6]], "prefill_s": 1.0, "seconds": 2.0, "steps": 4, "kept": 1, "device_bytes": 8}
     answer = json.dumps(found | {"versions": {"kvpress": "0"}})
     fake.write_text(f"#!{sys.executable}\nimport sys\nopen(sys.argv[3], 'w').write({answer!r})\n")
     fake.chmod(0o755)
-    got = pressed.measure(tmp_path, [[1, 2]], [[[3], [3]]], [[[4, 5], [4, 5]]], 0.5, 2, str(fake))
+    got = score.kvpress(tmp_path, [[1, 2]], [[[3], [3]]], [[[4, 5], [4, 5]]], 0.5, 2, str(fake))
     assert (got["right"], got["questions"], got["row_step_ms"], got["exact"]) == (1, 2, 500.0, False)
     fake.write_text(f"#!{sys.executable}\nraise SystemExit('out of luck')\n")
     with pytest.raises(RuntimeError, match="out of luck"):
-        pressed.measure(tmp_path, [[1, 2]], [[[3]]], [[[4]]], 0.5, 2, str(fake))
+        score.kvpress(tmp_path, [[1, 2]], [[[3]]], [[[4]]], 0.5, 2, str(fake))
 
 
 def test_scores_are_those_of_what_is_timed():
@@ -290,16 +294,16 @@ def test_what_is_said_of_the_paper():
         return {"settings": {}, "cells": [one | two for one, two in zip(cells, speeds)]}
 
     scout = "scout, predicted"
-    told = list(paper.sentences(record(**{scout: 8}, hgca=4, **{"infinigen, kept": 2}, stock=1)))
+    told = list(tables.sentences(record(**{scout: 8}, hgca=4, **{"infinigen, kept": 2}, stock=1)))
     assert len(told) == 1
     assert "scout, predicted 8.00; hgca 4.00; infinigen, kept 2.00: the order of" in told[0]
-    told = list(paper.sentences(record(**{scout: 1}, hgca=4, **{"infinigen, kept": 2}, stock=8)))
+    told = list(tables.sentences(record(**{scout: 1}, hgca=4, **{"infinigen, kept": 2}, stock=8)))
     assert "not the order (scout" in told[0] and "Stock, 8.00, holds all KV" in told[1]
     found = record(**{scout: 6, f"{scout}, no recall": 4, "scout, neither": 2})
-    assert "ahead makes it 2.00 times faster, recall another 1.50" in next(paper.sentences(found))
+    assert "ahead makes it 2.00 times faster, recall another 1.50" in next(tables.sentences(found))
     found = record(**{scout: 3, f"{scout}, no recall": 4, "scout, neither": 2})
-    assert "recall another 1.33 times slower" in next(paper.sentences(found))
-    assert not list(paper.sentences(record(scout=1)))
+    assert "recall another 1.33 times slower" in next(tables.sentences(found))
+    assert not list(tables.sentences(record(scout=1)))
 
 
 def test_the_fastest_stock_counts(record):
@@ -315,5 +319,5 @@ def test_a_model_of_ones_own(tmp_path):
     found = runs.run(**ONE | {"shape": folder, "chosen": ["scout", "stock"]})
     assert [one["shape"] for one in found["cells"]] == [folder] * 2 and all("step_ms" in one for one in found["cells"])
     assert "qwen3, 4 query and 2 KV heads" in view.shape_name(found, folder)
-    text = "\n".join(tables.lines(found))
+    text = to_markdown(tables.parts(found))
     assert "qwen3, 4 query" in text and "random weights" not in text

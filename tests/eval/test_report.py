@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from scout_hf import ConfigError
 from scout_hf.cli import app
-from scout_hf.eval.methods import plots, ways
+from scout_hf.eval import arms
+from scout_hf.eval.methods import plots
 from scout_hf.eval.report import page
 
 pytest.importorskip("matplotlib")
@@ -43,8 +44,8 @@ def made_up():
             cells += [found | {"part": "speed"}, found | {"part": "equal"}, found | {"part": "equal", "gib": 0.5}]
     missing = {"way": "stock offloaded", "shape": "gqa", "context": CONTEXTS[1], "batch": 4, "missing": "needs a <GPU>"}
     cells.append(missing | {"part": "speed"})
-    for way in ways.names():
-        for budget in (256, 512) if ways.find(way).takes_budget else (4096,):
+    for way in arms.names():
+        for budget in (256, 512) if arms.find(way).takes_budget else (4096,):
             figures = {"right": 9, "questions": 10, "row_step_ms": 1.0, "prefill_s": 1.0, "exact": False}
             where = {"part": "score", "way": way, "task": "needle", "context": 4096, "budget": budget}
             cells.append(where | figures | held)

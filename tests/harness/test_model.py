@@ -15,8 +15,8 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 import scout_hf  # noqa: E402
 from scout_hf import ConfigError, RecallIntervals  # noqa: E402
 from scout_hf.eval.harness import ScoutLM  # noqa: E402
+from scout_hf.eval.harness.model import truncate  # noqa: E402
 from scout_hf.eval.harness.tally import Tally  # noqa: E402
-from scout_hf.eval.harness.truncation import truncate  # noqa: E402
 from scout_hf.eval.pocket import load_pocket, make_document, questions  # noqa: E402
 
 SPARSE = {"budget": 64, "block_size": 16, "window": 16}
@@ -193,9 +193,9 @@ def test_tallies_of_processes_and_of_request_types():
     first = Tally(10, 1.0, 20, 2.0, {"host": 5}, 5.0, 10.0)
     first.add(Tally(1, 0.5, 20, 3.0, {"host": 3, "digests": 3}, 5.0, 30.0), at_once=True)
     assert (first.prefill_seconds, first.decode_seconds, first.decode_tokens) == (1.0, 3.0, 40)
-    assert first.kv_bytes == {"host": 3, "digests": 3} and first.attended_share == 0.25
+    assert first.kv_bytes == {"host": 3, "digests": 3} and first.as_dict()["attended_share"] == 0.25
     first.add(Tally(decode_seconds=1.0))
-    assert first.tokens_per_second == 10
+    assert first.as_dict()["tokens_per_second"] == 10
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import scout_hf
 from scout_hf import ScoutCache, ScoutConfig
+from scout_hf.eval.caches import caches_of
 from scout_hf.eval.pocket import make_document, questions
-from scout_hf.eval.scoring import Score, cache_maker, decode_steps, score_pairs, score_text
+from scout_hf.eval.scoring import Score, decode_steps, score_pairs, score_text
 from tests.patches.tiny import VOCAB, tiny_config
 
 EXACT = [
@@ -68,8 +69,8 @@ def assert_scores(found, expected, tolerance):
 def test_exact_scores_are_those_of_one_dense_pass(config, batch_size):
     model = tiny("llama", initializer_range=0.2)
     expected = [dense(model, *pair) for pair in PAIRS]
-    with cache_maker(model, config) as new_cache:
-        found = score_pairs(model, PAIRS, new_cache, batch_size)
+    with caches_of(model, config) as caches:
+        found = score_pairs(model, PAIRS, caches.new, batch_size)
     assert_scores(found, expected, 1e-5)
     assert len({score.log_probability for score in expected}) >= 8
 
@@ -80,8 +81,8 @@ def test_positions_sliding_layers_and_query_norms(family):
     model = tiny(family, torch.float32)
     expected = [dense(model, *pair) for pair in PAIRS]
     for config in (None, ScoutConfig(budget=None, block_size=8)):
-        with cache_maker(model, config) as new_cache:
-            assert_scores(score_pairs(model, PAIRS, new_cache, 4), expected, 2e-4)
+        with caches_of(model, config) as caches:
+            assert_scores(score_pairs(model, PAIRS, caches.new, 4), expected, 2e-4)
 
 
 def test_greedy_means_every_token(pocket):
@@ -89,8 +90,8 @@ def test_greedy_means_every_token(pocket):
     prompt, answer = questions(make_document(400, 8, seed=5))[2]
     context, said = tokenizer(prompt).input_ids, tokenizer(answer).input_ids
     others = [said[:2] + [said[0]], [said[1], *said[1:]], said[:2]]
-    with cache_maker(model, None) as new_cache:
-        scores = score_pairs(model, [(context, one) for one in (said, *others)], new_cache, 4)
+    with caches_of(model, None) as caches:
+        scores = score_pairs(model, [(context, one) for one in (said, *others)], caches.new, 4)
     assert [score.greedy for score in scores] == [True, False, False, True]
     assert scores[0].log_probability > max(score.log_probability for score in scores[1:3])
 
@@ -153,8 +154,8 @@ def test_a_single_token_is_scored_by_a_sparse_step_too(pocket):
     document = make_document(600, 8, seed=4)
     context = tokenizer(questions(document)[0][0]).input_ids
     target = tokenizer(document.facts[0].answer).input_ids[:1]
-    with cache_maker(model, ScoutConfig(budget=32, block_size=16, window=16, digest="minmax")) as new_cache:
-        sparse = score_pairs(model, [(context, target)], new_cache)[0]
+    with caches_of(model, ScoutConfig(budget=32, block_size=16, window=16, digest="minmax")) as caches:
+        sparse = score_pairs(model, [(context, target)], caches.new)[0]
     assert abs(sparse.log_probability - dense(model, context, target).log_probability) > 0.01
 
 
@@ -190,22 +191,22 @@ def test_text_scores_leave_a_patch_and_a_model_as_they_were(pocket):
 def test_caches_of_a_patched_model_have_the_asked_settings(pocket):
     model, _ = pocket
     with scout_hf.patch(model, budget=None):
-        with cache_maker(model, ScoutConfig(budget=64)) as new_cache:
-            assert isinstance(new_cache(), ScoutCache) and new_cache().scout_config.budget == 64
-        with cache_maker(model, None) as new_cache:
-            assert type(new_cache()) is DynamicCache
+        with caches_of(model, ScoutConfig(budget=64), again=True) as caches:
+            assert isinstance(caches.new(), ScoutCache) and caches.new().scout_config.budget == 64
+        with caches_of(model, None) as caches:
+            assert type(caches.new()) is DynamicCache
 
 
 def test_what_cannot_be_scored_is_refused(pocket):
     model, _ = pocket
-    with cache_maker(model, None) as new_cache:
+    with caches_of(model, None) as caches:
         with pytest.raises(ValueError, match="pair 1 has 0 tokens of context and 2"):
-            score_pairs(model, [([4], [5]), ([], [4, 5])], new_cache)
+            score_pairs(model, [([4], [5]), ([], [4, 5])], caches.new)
         with pytest.raises(ValueError, match="pair 0 has 1 tokens of context and 0"):
-            score_pairs(model, [([4], [])], new_cache)
+            score_pairs(model, [([4], [])], caches.new)
         with pytest.raises(ValueError, match="batch_size=0"):
-            score_pairs(model, [([4], [5])], new_cache, 0)
-        assert score_pairs(model, [], new_cache) == []
+            score_pairs(model, [([4], [5])], caches.new, 0)
+        assert score_pairs(model, [], caches.new) == []
     for wrong in (0, 9, 12):
         with pytest.raises(ValueError, match=f"prefill_tokens={wrong} of 9 tokens: from 1 to 8"):
             score_text(model, torch.ones(1, 9, dtype=torch.long), wrong)

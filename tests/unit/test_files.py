@@ -116,8 +116,7 @@ WRITERS = {
     "recall": lambda path: PROFILE.save(path),
     "machine": lambda path: MACHINES["h100"].save(path),
     "timeline": lambda path: _timeline(path),
-    "methods": lambda path: _eval("methods.record").write({"cells": []}, path),
-    "decode": lambda path: _decode(path),
+    "methods": lambda path: _eval("records").write_record({"cells": []}, path),
     "fidelity": lambda path: _eval("fidelity.report").save({"study": "fidelity", "cells": []}, path),
     "report": lambda path: _report(path),
     "tables": lambda path: _tables(path),
@@ -134,12 +133,6 @@ def _timeline(path):
     from scout_hf.trace_files import write
 
     write([], path)
-
-
-def _decode(path):
-    record = _eval("bench.resume").Record(path, True, {})
-    record.run = ""
-    record.add("arms", "m", 1, 1, "stock", {})
 
 
 def _report(path):

@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
+from scout_hf.diagnostics import parts_of_spans
 from scout_hf.errors import ConfigError
-from scout_hf.eval.timeline import parts
 from scout_hf.files import check_timeline_path
 from scout_hf.trace import COPIES, LINK, MAIN, POOL, SLOW_CPU, Span, Trace, Tracer
 from scout_hf.trace_device import DeviceClocks
@@ -118,18 +118,18 @@ def test_without_matplotlib(tmp_path, monkeypatch):
 
 
 def test_what_a_step_was_made_of():
-    found = parts([*a_step(), *a_step(30 * MS)])
+    found = parts_of_spans([*a_step(), *a_step(30 * MS)])
     assert found["steps"] == 2 and found["step_ms"] == 20 and found["wait_ms"] == 2
     assert found["attention_jobs"] == 1 and found["attention_ms"] == 4 and found["attention_ahead"] == 1
     assert found["attention_hidden"] == pytest.approx(3 / 4) and "copy_ms" not in found
     # An emulated CPU takes the place of the one that did the work.
     slow = Span(SLOW_CPU, "attention", 1, 2 * MS, 12 * MS, 2 * MS)
-    assert parts([*a_step(), slow])["attention_ms"] == 10
+    assert parts_of_spans([*a_step(), slow])["attention_ms"] == 10
     # Recall: of a layer that is over, for the step after.
     recall = Span(COPIES, "copy", 0, 9 * MS, 11 * MS, 9 * MS)
-    assert parts([*a_step(), recall])["copy_ahead"] == 0
+    assert parts_of_spans([*a_step(), recall])["copy_ahead"] == 0
     across = Span(COPIES, "copy", 0, 29 * MS, 31 * MS, 25 * MS)
-    assert parts([*a_step(), across])["copy_ahead"] == 0
+    assert parts_of_spans([*a_step(), across])["copy_ahead"] == 0
 
 
 def test_a_tracer_without_layers_records_nothing():

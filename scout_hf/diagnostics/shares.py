@@ -1,4 +1,4 @@
-"""What a decode step is made of, by the main thread's time; and on a GPU how long it is idle."""
+"""What a decode step is made of, by the main thread's time."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import Cache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-import scout_hf
-from scout_hf.eval.bench.idle import busy_ms
 
 ATTENTION, WAIT, SELECTION, MOVING, REST = "attention", "wait", "selection", "moving", "rest"
 PARTS = {
@@ -22,35 +18,31 @@ PARTS = {
     MOVING: "keeping and moving KV",
     REST: "the rest of the model",
 }
-WATCHED = 4
-"""Steps that are taken apart."""
 
 
-def taken_apart(
-    model: PreTrainedModel, handle: scout_hf.Handle | None, cache: Cache, step: Callable[[], Any], milliseconds: float
-) -> dict[str, Any]:
-    """A few steps more: ``shares`` of a step by the names of ``PARTS``, or with a GPU ``gpu_idle_share``.
+def step_shares(model: Any, handle: Any, cache: Any, step: Callable[[], Any], steps: int = 4) -> dict[str, float]:
+    """Take some more steps, and give the share of each of ``PARTS`` in them.
 
-    Without a GPU a part is the main thread's time in it, less what it calls of the others. With one that would be the
-    time of launches; idle is what is left of ``milliseconds``, an untraced step.
+    A part is the main thread's time in it, less what it calls of the others; with a GPU that would be the time of
+    launches. Without a patch (``handle`` is None) stock attention and a stock cache are watched.
+
+    >>> step_shares(model, handle, cache, lambda: model(ids, past_key_values=cache))["wait"]
+    0.21
     """
-    if model.device.type == "cuda":
-        busy = busy_ms(step, WATCHED, model.device)
-        return {"gpu_idle_share": max(0.0, 1.0 - busy["busy"] / milliseconds)} if busy else {}
     if handle is not None:
         handle.reset_stats()
     clock, begin = Clock(), time.perf_counter()
     with _watched(model, handle, cache, clock):
-        for _ in range(WATCHED):
+        for _ in range(steps):
             step()
     total = time.perf_counter() - begin
     found = dict.fromkeys(PARTS, 0.0) | clock.spent
     if handle is not None:
         # Waiting happens within attention.
-        found[WAIT] = min(found[ATTENTION], handle.stats().join_wait_ms * WATCHED / 1e3)
+        found[WAIT] = min(found[ATTENTION], handle.stats().join_wait_ms * steps / 1e3)
         found[ATTENTION] -= found[WAIT]
     found[REST] = max(0.0, total - sum(found.values()))
-    return {"shares": {name: round(found[name] / total, 4) for name in PARTS}}
+    return {name: round(found[name] / total, 4) for name in PARTS}
 
 
 class Clock:
@@ -78,7 +70,7 @@ class Clock:
 
 
 @contextmanager
-def _watched(model, handle, cache: Cache, clock: Clock) -> Iterator[None]:
+def _watched(model, handle, cache: Any, clock: Clock) -> Iterator[None]:
     places = []
     for layer in cache.layers:
         method = getattr(layer, "method", None)

@@ -1,12 +1,15 @@
-"""What a record of a benchmark must hold, so that its tables and plots can be made: of the CPU's, and of the GPU's."""
+"""What a record of a benchmark must hold, so that its tables and plots can be made, and a later run can go on."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from scout_hf.rules import count, fields, flag, items, maybe, number, one_of, simple, table, text
 
 ABOVE_ZERO = number(1e-12, 1e15)
 FROM_ZERO = number(0, 1e18)
 WORD = text(400)
+MAYBE_WORD = maybe(WORD)
 MACHINE = table(simple)
 TIME = {name: FROM_ZERO for name in ("median_ms", "q1_ms", "q3_ms")}
 TIMED = fields(TIME)
@@ -43,7 +46,7 @@ CPU_KERNEL = fields(
 
 _STEP = TIME | {"n": count(), "over_zero_context": FROM_ZERO, "kv_share": FROM_ZERO}
 _STEP |= {"bytes": FROM_ZERO, "gb_per_s": FROM_ZERO}
-_HEADS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+_HEADS = {name: count(1) for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")}
 _PREFILL = {"tokens": count(1), "layers": count(1), "stock": TIMED, "scout": TIMED}
 
 CPU_DECODE = fields(
@@ -51,7 +54,7 @@ CPU_DECODE = fields(
         "benchmark": one_of("cpu_decode"),
         "settings": _all_of(count(), "budget", "block_size", "threads", "prefill_tokens"),
         "machine": MACHINE,
-        "model": fields({name: count(1) for name in _HEADS} | {"weight_bytes": count(), "dtype": WORD}),
+        "model": fields(_HEADS | {"weight_bytes": count(), "dtype": WORD}),
         "contexts": items(
             fields({"context": count(), "modes": table(fields(_STEP)), "ratios": table(ABOVE_ZERO)}), fewest=1
         ),
@@ -91,3 +94,54 @@ GPU_KERNEL = fields(
     }
     | {name: items(fields(_KERNEL, _TOLD | {"times": table(fields({}))})) for name in ("dense", "scattered", "score")}
 )
+
+_WHY = {name: text() for name in ("missing", "failed", "oom")}
+_NEEDED = {
+    "speed": {"shape": WORD, "context": count(1), "batch": count(1)},
+    "equal": {"context": count(1)},
+    "score": {"task": WORD, "context": count(1), "budget": count()},
+}
+_MEASURED = {
+    "speed": {name: ABOVE_ZERO for name in ("step_ms", "q1_ms", "q3_ms", "tokens_per_s")}
+    | {"device_bytes": FROM_ZERO, "host_bytes": FROM_ZERO, "exact": flag},
+    "equal": {"batch": count(), "tokens_per_s": ABOVE_ZERO, "step_ms": ABOVE_ZERO},
+    "score": {"right": count(), "questions": count(1), "exact": flag}
+    | {"row_step_ms": ABOVE_ZERO, "prefill_s": FROM_ZERO},
+}
+_OTHERS = {"gib": maybe(ABOVE_ZERO), "link_bytes": FROM_ZERO, "join_ms": FROM_ZERO, "cpu_ms": FROM_ZERO}
+_OTHERS |= {"shares": table(number(-1e3, 1e3)), "cpu_ratio": maybe(number(0, 1e6)), "commit": MAYBE_WORD}
+_OTHERS |= {"shape": WORD, "batch": count(), "model": WORD} | _WHY
+
+
+def _cell(value: Any) -> None:
+    fields({"part": one_of(*_NEEDED), "way": WORD}, _OTHERS)(value)
+    part = value["part"]
+    fields(_NEEDED[part])(value)
+    if "step_ms" in value or "row_step_ms" in value:
+        fields(_MEASURED[part])(value)
+    elif not any(name in value for name in _WHY):
+        raise ValueError(f": there is neither a figure nor a reason for none ({', '.join(_WHY)})")
+
+
+METHODS = fields(
+    {
+        "benchmark": one_of("methods"),
+        "settings": fields(
+            {name: count() for name in ("budget", "layers", "threads")}
+            | {"drift": FROM_ZERO, "emulated_as": text()}
+            | {"emulation": fields({name: maybe(ABOVE_ZERO) for name in ("link_gbps", "cpu_gbps")}, closed=True)},
+            {"shape": WORD, "block_size": count(1)},
+        ),
+        "machine": MACHINE,
+        "cells": items(_cell),
+    },
+    {"commands": items(text()), "models": table(fields(_HEADS))},
+)
+
+BENCHMARKS = {
+    "cpu_kernel": CPU_KERNEL,
+    "cpu_decode": CPU_DECODE,
+    "gpu_kernel": GPU_KERNEL,
+    "gpu_decode": GPU_DECODE,
+    "methods": METHODS,
+}

@@ -1,0 +1,220 @@
+"""What is measured side by side: the one registry of arms, for every benchmark and study.
+
+An arm is a way to decode: a setting of ``scout_hf.patch``, or a cache and an attention that transformers itself offers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+
+from scout_hf.diagnostics import HAND_OVERS
+from scout_hf.eval.bench.drift import NAME, drifting, drifting_infinigen
+from scout_hf.eval.bench.models import folded
+from scout_hf.eval.caches import Caches, caches_of
+from scout_hf.methods import method_names
+
+
+class Missing(Exception):
+    """An arm that cannot be measured here; the text is its result."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of a comparison.
+
+    ``options`` are those of ``scout_hf.patch``; None is an unpatched model. ``takes_budget``: it attends to a part,
+    else a budget changes nothing. ``emulated``: it has a link and a CPU to emulate. Of unpatched models, ``cache`` is
+    named as for ``generate``: dynamic, static, offloaded, offloaded_static, quantized; ``folded``: the GQA group is one
+    query tensor, which on a CPU is stock attention at its best; ``compiled``: the model is.
+    """
+
+    name: str
+    options: dict[str, Any] | None = None
+    takes_budget: bool = True
+    emulated: bool = True
+    cache: str = "dynamic"
+    folded: bool = False
+    compiled: bool = False
+
+    @contextmanager
+    def caches(self, model: PreTrainedModel, room: int = 0, **options: Any) -> Iterator[Caches]:
+        """For the time of the block the model decodes this way; ``room`` is for caches of a fixed length.
+
+        Raises :class:`Missing` where that cannot be.
+        """
+        with ExitStack() as stack:
+            if self.options is not None:
+                yield stack.enter_context(caches_of(model, **options | self.options))
+                return
+            if self.folded:
+                stack.enter_context(folded(model))
+            yield Caches(self._stock(model, room))
+
+    def _stock(self, model: PreTrainedModel, room: int) -> Callable[[], Cache]:
+        offloading = {"offloading": True} if self.cache.startswith("offloaded") else {}
+        if offloading and model.device.type == "cpu":
+            raise Missing("needs a GPU")
+        if self.cache == "quantized":
+            return _quantized(model)
+        if "static" in self.cache:
+            return lambda: StaticCache(config=model.config, max_cache_len=room, **offloading)
+        return lambda: DynamicCache(config=model.config, **offloading)
+
+
+def _quantized(model: PreTrainedModel) -> Callable[[], Cache]:
+    from transformers import QuantizedCache
+    from transformers.utils import is_hqq_available, is_optimum_quanto_available
+
+    reason = "not installed: pip install hqq, or optimum-quanto"
+    for backend, there, axes in (
+        ("quanto", is_optimum_quanto_available(), {}),
+        ("hqq", is_hqq_available(), {"axis_key": 1, "axis_value": 1}),
+    ):
+        try:
+            if there:
+                QuantizedCache(backend, model.config, nbits=4, **axes)
+                return lambda: QuantizedCache(backend, model.config, nbits=4, **axes)
+        except ImportError as error:  # it is there, but not for this transformers
+            reason = f"not installed: {backend}: {error}".splitlines()[0]
+    raise Missing(reason)
+
+
+def _by_name(*arms: Arm) -> dict[str, Arm]:
+    return {arm.name: arm for arm in arms}
+
+
+STOCK = _by_name(
+    Arm("stock", takes_budget=False),
+    Arm("stock folded", takes_budget=False, folded=True),
+    Arm("stock offloaded", takes_budget=False, cache="offloaded"),
+    Arm("stock quantized", takes_budget=False, cache="quantized"),
+)
+FOLDED = "stock folded"
+
+# -- steps on a CPU and on a GPU ------------------------------------------------------------------------------------
+
+CPU_DECODE = {name: STOCK[name] for name in ("stock", FOLDED)} | _by_name(
+    Arm("scout", {"split": "off"}),
+    Arm("scout int8", {"split": "off", "host_dtype": "int8"}),
+)
+
+COMPILED, IN_LAYER = "stock compiled", "scout in-layer"
+HANDED_OVER = {f"scout {way}": way for way in HAND_OVERS if way != "auto"}
+GPU_DECODE = _by_name(
+    STOCK["stock"],
+    Arm(COMPILED, cache="static", compiled=True),
+    STOCK["stock offloaded"],
+    Arm("stock offloaded_static", cache="offloaded_static"),
+    *(Arm(name, {"hand_over": way}) for name, way in HANDED_OVER.items()),
+    # Not a layer ahead, and without recall.
+    Arm(IN_LAYER, {"layer_ahead": False, "recall": None}),
+)
+
+# -- the study of fidelity ------------------------------------------------------------------------------------------
+
+FULL = "full"
+METHODS = tuple(name for name in method_names() if name not in ("scout", NAME))
+"""Modes that are a method of their own: they choose without digests of blocks, or not at all."""
+
+MODES: dict[str, dict[str, Any] | None] = {
+    FULL: None,
+    "real": {"split": "off"},
+    "real-int8": {"split": "off", "host_dtype": "int8"},
+    "real-two-tiers": {"split": "cpu", "layer_ahead": False},
+    "predicted": {"split": "cpu", "cpu_query": "predicted"},
+    "predicted-auto": {"split": "cpu", "cpu_query": "auto"},
+    "predicted-real-cpu": {"split": "cpu", "cpu_query": "real"},
+    "predicted-no-recall": {"split": "cpu", "cpu_query": "predicted", "recall": None},
+    **{name: {"method": name} for name in METHODS},
+}
+"""Settings of every mode, next to budget, block size and digest; None is the model's own attention."""
+
+# -- the comparison of methods --------------------------------------------------------------------------------------
+
+KVPRESS = "kvpress"
+"""Its KeyDiffPress cuts a prompt's KV down for good, in a process of its own: :mod:`scout_hf.eval.methods.score`."""
+
+ONE_TIER = "scout, one tier"
+KEPT = "infinigen, kept"
+"""Of the budget only what is not on the device yet crosses. InfiniGen recalls all of it in every step; ScoutAttention's
+figures of it (381 tokens/s in figure 8) are more than its link could carry so."""
+
+PREDICTED = "scout, predicted"
+"""The paper's rule: the CPU always attends ahead, with the predicted query.
+
+As shipped, ``scout`` does so where that query is seen to change little, and random weights are no place for that.
+"""
+
+ABLATIONS = ("scout, predicted, no recall", "scout, neither")
+SCOUT = {
+    "scout": {},
+    PREDICTED: {"cpu_query": "predicted"},
+    ABLATIONS[0]: {"cpu_query": "predicted", "recall": None},
+    ABLATIONS[1]: {"layer_ahead": False, "recall": None},
+}
+SAME_ANSWERS = {KEPT: "infinigen"}
+"""Arms that attend to the same tokens as another one, and are not asked themselves."""
+
+RANDOM = "random"
+"""The settings of an arm may differ where weights are random, and no score could tell."""
+
+
+def names() -> tuple[str, ...]:
+    """The arms of the comparison, in the order of tables."""
+    known = ("scout", "hgca", "infinigen", "kvpr", "dense", NAME)
+    rest = [name for name in method_names() if name not in known]
+    return (*STOCK, KVPRESS, ONE_TIER, *SCOUT, "hgca", "infinigen", KEPT, "kvpr", "dense", *rest)
+
+
+def rank(name: str) -> tuple[bool, int]:
+    """Sorts arms as tables have them; those that a record has from elsewhere come last."""
+    known = names()
+    return name not in known, known.index(name) if name in known else 0
+
+
+def parse(given: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Names from options, each of which may be several with commas between; None for all.
+
+    A name may hold a comma itself: the longest that is known counts. ValueError for an unknown one.
+    """
+    found: list[str] = []
+    for text in given or ():
+        left = text.strip()
+        while left:
+            known = [name for name in names() if left == name or left.startswith(f"{name},")]
+            if not known:
+                find(left.split(",")[0].strip())
+            name = max(known, key=len)
+            found.append(name)
+            left = left[len(name) + 1 :].strip()
+    return tuple(dict.fromkeys(found)) or None
+
+
+def find(name: str, weights: str = "trained") -> Arm:
+    """The arm of the comparison of that name; ValueError with the names there are.
+
+    Parameters
+    ----------
+    name : str
+    weights : str
+        ``random``: scout's choice of blocks drifts synthetically, as in a real text, and InfiniGen fills its budget.
+    """
+    if name not in names():
+        raise ValueError(f"no way {name!r} to decode; there are: {', '.join(map(repr, names()))}")
+    if name in STOCK or name == KVPRESS:
+        return STOCK.get(name) or Arm(name)
+    if name == ONE_TIER:
+        return Arm(name, {"split": "off"}, emulated=False)
+    if name in SCOUT:
+        digest = {"digest": drifting("minmax")} if weights == RANDOM else {}
+        return Arm(name, {"method": "scout", "split": "cpu"} | digest | SCOUT[name])
+    method, settings = name.split(",")[0], {}
+    if method == "infinigen":
+        settings["method_options"] = ({"alpha": None} if weights == RANDOM else {}) | {"keep": name == KEPT}
+        method = drifting_infinigen() if name == KEPT and weights == RANDOM else method
+    return Arm(name, {"method": method} | settings, takes_budget=method not in ("kvpr", "dense"))

@@ -1,0 +1,50 @@
+"""What the spans of a trace say of decode steps, in figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from scout_hf.trace import Span
+
+MOVERS = ("attention", "copy")
+"""Kinds of jobs that run beside the main thread."""
+
+
+def parts_of_spans(spans: Sequence[Span]) -> dict[str, float | int]:
+    """What the steps of a trace were made of.
+
+    ``steps``, and per step ``step_ms`` and ``wait_ms`` (of the main thread, for the CPU or a copy). For jobs of the
+    kinds ``attention`` and ``copy``, where there are any: ``<kind>_jobs`` and ``<kind>_ms`` per step, what share of
+    that time the main thread did not wait (``<kind>_hidden``), and what share of the jobs was asked for before their
+    layer began (``<kind>_ahead``).
+    """
+    whole = [span for span in spans if span.kind == "step"]
+    waits = [span for span in spans if span.kind == "join"]
+    found: dict[str, float | int] = {"steps": len(whole), "step_ms": _ms(whole) / len(whole)}
+    found["wait_ms"] = _ms(waits) / len(whole)
+    for kind in MOVERS:
+        jobs = [span for span in spans if span.kind == kind and not span.lane.startswith("GPU")]
+        # An emulated CPU or link stands for the one that did the work.
+        jobs = [span for span in jobs if "emulated" in span.lane] or jobs
+        if jobs:
+            waited = sum(_both(job, wait) for job in jobs for wait in waits) / 1e6
+            ahead = [job.submitted < begin for job in jobs if (begin := _layer_begin(spans, whole, job)) is not None]
+            found |= {f"{kind}_jobs": len(jobs) / len(whole), f"{kind}_ms": _ms(jobs) / len(whole)}
+            found |= {f"{kind}_hidden": 1 - waited / max(_ms(jobs), 1e-9)}
+            found |= {f"{kind}_ahead": sum(ahead) / max(len(ahead), 1)}
+    return found
+
+
+def _ms(spans: Sequence[Span]) -> float:
+    return sum(span.end - span.begin for span in spans) / 1e6
+
+
+def _both(one: Span, other: Span) -> int:
+    return max(0, min(one.end, other.end) - max(one.begin, other.begin))
+
+
+def _layer_begin(spans: Sequence[Span], steps: Sequence[Span], job: Span) -> int | None:
+    """When the layer of a job began, in the step that the job was asked for in."""
+    step = next((step for step in steps if job.submitted is not None and step.begin <= job.submitted <= step.end), None)
+    layers = [span.begin for span in spans if span.kind == "layer" and span.layer == job.layer]
+    return None if step is None else next((begin for begin in layers if step.begin <= begin <= step.end), None)
