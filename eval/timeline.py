@@ -22,6 +22,10 @@ EXPLAINED = (
     "Times and jobs are per step. Hidden: the share of the jobs' time in which the model did not wait for them; a "
     "layer ahead: the share of the jobs that were started before their own layer began."
 )
+NOTHING_BESIDE = (
+    "In these steps nothing crossed between the tiers: all chosen blocks were resident. Try a longer --context, or a "
+    "smaller --budget."
+)
 
 
 def run(
@@ -61,7 +65,7 @@ def run(
         net.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **length)
     console.print(_table(trace.spans, f"{method}, {type(net).__name__}, {context} tokens on {device}"))
     beside = any(span.kind in MOVERS for span in trace.spans)
-    console.print(EXPLAINED if beside else "One tier: nothing runs beside the model.", highlight=False)
+    console.print(EXPLAINED if beside else NOTHING_BESIDE, highlight=False)
     console.print(f"{trace.path} for https://ui.perfetto.dev or chrome://tracing, {trace.image} to look at")
     return trace
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,10 +124,14 @@ class ScoutConfig:
     def __new__(cls, *values: Any, **options: Any) -> ScoutConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(options) - set(known)):
-            raise ConfigError(f"unknown setting {_listed(unknown)}; ScoutConfig has {_listed(known)}")
+            near = difflib.get_close_matches(unknown[0], known, 1)
+            hint = f", did you mean {near[0]!r}?" if near else ";"
+            raise ConfigError(f"unknown setting {_listed(unknown)}{hint} ScoutConfig has {_listed(known)}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         for name, example in (("method", "scout"), ("digest", "minmax"), ("cpu_backend", "auto")):
             if not isinstance(getattr(self, name), str):
                 self._refuse(name, "the name of a registered one, as a string", repr(example))
@@ -160,7 +166,7 @@ class ScoutConfig:
         self._check_dense_layers()
         if not isinstance(self.monitor, bool) and not (isinstance(self.monitor, float) and 0.0 < self.monitor <= 1.0):
             allowed = "True, False, or the share of (layer, KV head) pairs looked at per step, a float in (0, 1]"
-            self._refuse("monitor", allowed, "True, or 1.0 for everything")
+            self._refuse("monitor", allowed, "True, one pair in every eighth step, or 1.0, all pairs in every step")
 
     @classmethod
     def from_options(cls, config: ScoutConfig | None = None, **options: Any) -> ScoutConfig:
@@ -213,7 +219,9 @@ class ScoutConfig:
             if self.recall < 1:
                 self._refuse("recall", allowed, "None to switch it off")
         elif not isinstance(self.recall, float) or not 0.0 < self.recall <= 1.0:
-            self._refuse("recall", allowed, "0.12, the paper's threshold")
+            path = isinstance(self.recall, str)
+            hint = f"RecallIntervals.load({self.recall!r})" if path else "0.12, the paper's threshold"
+            self._refuse("recall", allowed, hint)
 
     def _check_dense_layers(self) -> None:
         allowed = "a number of leading layers, or a tuple of layer indices"
@@ -227,6 +235,13 @@ class ScoutConfig:
 
     def _refuse(self, name: str, allowed: str, hint: str) -> None:
         raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed: {name} takes {allowed}; try {hint}")
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of other libraries, such as NumPy's, as Python's own."""
+    if type(value) in (bool, int, float) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _is_int(value: object) -> bool:

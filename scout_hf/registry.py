@@ -48,7 +48,8 @@ class Registry(Generic[T]):
         """The class of that name, or ConfigError with the names there are."""
         if name not in self._classes:
             known = ", ".join(map(repr, self.names()))
-            near = difflib.get_close_matches(name, self._classes, 1, 0.0) if isinstance(name, str) else ()
+            near = difflib.get_close_matches(name, self.names(), 1) if isinstance(name, str) else ()
+            near = near or self.also[:1]
             hint = f"; try {near[0]!r}" if near else ""
             raise ConfigError(f"{self.setting}={name!r} is not known; available are {known}{hint}")
         return self._classes[name]

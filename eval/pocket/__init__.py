@@ -36,6 +36,10 @@ TRAINED_TOKENS = 4096
 """The longest text, in tokens, the packaged models were trained on; they are measured at twice that."""
 
 
+PLAIN_CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+"""A chat, for models that were not trained on any: the messages, one after the other."""
+
+
 def load_pocket(
     name: str = "llama", dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -52,4 +56,6 @@ def load_pocket(
             f"`python -m scout_hf.eval.pocket.train --arch {name} --out {folder}`"
         )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer.chat_template = tokenizer.chat_template or PLAIN_CHAT
+    return model.eval(), tokenizer

@@ -20,15 +20,11 @@ if sys.version_info >= (3, 11):
 else:
     tomllib = pytest.importorskip("tomli")
 
-# What every message of a chat becomes, for a model that knows no chats.
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-
 
 @pytest.fixture
 def pocket_for_checkpoints(monkeypatch, tmp_path):
     """Checkpoints by name are the pocket model; what a page registers or writes is gone with the test."""
     model, tokenizer = load_pocket()
-    tokenizer.chat_template = TEMPLATE
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
     for one in (digest._DIGESTS, base._METHODS):

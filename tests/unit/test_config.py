@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -215,3 +216,24 @@ def test_dense_layers_by_number_and_by_index():
 def test_blocks_round_up():
     config = ScoutConfig(block_size=16)
     assert [config.blocks(n) for n in (0, 1, 15, 16, 17, 160)] == [0, 1, 1, 1, 2, 10]
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = ScoutConfig(budget=np.int64(1024), recall=np.float64(0.25), window=np.int32(64))
+    assert config == ScoutConfig(budget=1024, recall=0.25, window=64)
+    assert [type(value) for value in (config.budget, config.recall, config.window)] == [int, float, int]
+    assert ScoutConfig(budget=np.float32(0.5)).budget == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"buget": 64}, "unknown setting 'buget', did you mean 'budget'?"),
+        ({"recall": "recall.json"}, r"RecallIntervals.load\('recall.json'\)"),
+        ({"monitor": 1}, "True, one pair in every eighth step, or 1.0"),
+    ],
+    ids=str,
+)
+def test_near_misses_are_told_the_way(options, told):
+    with pytest.raises(ConfigError, match=told):
+        ScoutConfig(**options)
