@@ -22,6 +22,7 @@ class OffloadingMethod(Method):
     """Host pages and a device tail; full blocks older than ``window_blocks`` go to the host once.
 
     Subclasses attend to what is on the host; all of them keep two tiers, also on a machine without a GPU.
+    ``written`` is the end of the last write-back: what reads the host waits for it.
     """
 
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):

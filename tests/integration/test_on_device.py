@@ -216,7 +216,7 @@ def test_a_share_that_never_came_ends_the_run(monkeypatch, way):
         handle.model(prompt(), past_key_values=cache)
         handle.model(prompt(1, 1), past_key_values=cache)
         cache.layers[1].method.executor.handoff.mail.late.fill_(1)
-        with pytest.raises(CacheStateError, match="share number 1 of the CPU did not come in time"):
+        with pytest.raises(CacheStateError, match="CPU attention number 1 of a layer timed out"):
             handle.model(prompt(1, 1), past_key_values=cache)
 
 

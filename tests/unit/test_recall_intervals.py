@@ -7,6 +7,7 @@ import json
 import pytest
 
 from scout_hf import ConfigError, RecallIntervals
+from scout_hf.methods.scout.recall_policy import RecallPolicy
 from scout_hf.recall import intervals_below
 
 PROFILE = RecallIntervals((3, 0, 12), 0.12, "llama", budget=0.25, block_size=16)
@@ -110,3 +111,25 @@ def test_intervals_keep_the_share_below_the_threshold():
         [],
     ]
     assert intervals_below(0.12, ratios) == (3, 0, 1, 1, 0)
+
+
+def due(rule, layer: int, steps: int) -> list[int]:
+    """The steps in which a layer recalls, from 1."""
+    policy = RecallPolicy(rule, layer)
+    return [step for step in range(1, steps + 1) if policy.next(100 + step) is not None]
+
+
+def test_layers_recall_at_intervals_of_their_own_and_not_all_at_once():
+    assert [due(3, layer, 9) for layer in range(3)] == [[3, 6, 9], [2, 5, 8], [1, 4, 7]]
+    assert [due(PROFILE, layer, 24) for layer in range(3)] == [due(3, 0, 24), [], due(12, 2, 24)]
+    assert due(None, 0, 9) == []
+
+
+def test_a_share_is_lower_and_higher_by_turns():
+    one, other = RecallPolicy(0.5, 0), RecallPolicy(0.5, 1)
+    assert [one.next(tokens) for tokens in range(4)] == [0.625, 0.375, 0.625, 0.375]
+    assert [other.next(tokens) for tokens in range(4)] == [0.375, 0.625, 0.375, 0.625]
+
+
+def test_what_an_interval_does_not_ask_is_how_much_the_cpu_has():
+    assert RecallPolicy(1, 0).next(100) == 0.0

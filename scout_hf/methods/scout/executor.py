@@ -10,19 +10,18 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from scout_hf.config import ScoutConfig
 from scout_hf.fusion import Partial
-from scout_hf.methods.base import Scoring
-from scout_hf.methods.scout.query_gate import QueryGate
-from scout_hf.methods.scout.recall_policy import RecallPolicy
-from scout_hf.selection import Pick, Selector
+from scout_hf.selection import Pick
 from scout_hf.step import Step
 from scout_hf.stores import TwoTierKV
-from scout_hf.stores.link import Mark
+
+if TYPE_CHECKING:
+    from scout_hf.methods.scout.policy import TwoTierScout as Layer
 
 
 @dataclass(slots=True)
@@ -40,28 +39,6 @@ class StepState:
     started: bool = False  # the CPU has its job,
     guessed: bool = False  # with the predicted query
     checks: bool = False  # both queries are compared
-
-
-class Layer(Protocol):
-    """What an executor sees of its layer, see ``TwoTierScout``."""
-
-    config: ScoutConfig
-    layer_idx: int
-    kv_heads: int
-    dtype: torch.dtype
-    scoring: Scoring
-    kv: TwoTierKV
-    selector: Selector
-    resident: Any
-    gate: QueryGate
-    recall_policy: RecallPolicy
-    window_blocks: int
-    written: Mark
-    state: StepState
-
-    def slots(self) -> int: ...
-    def changing_residents(self) -> Any: ...
-    def padding_mask(self, step: Step, first: int, last: int | None = None) -> torch.Tensor | None: ...
 
 
 class StepExecutor(ABC):

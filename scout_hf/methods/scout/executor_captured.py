@@ -6,13 +6,17 @@ buffers are taken whole, of which only the device knows how much is filled.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from scout_hf.fusion import Partial
-from scout_hf.methods.scout.executor import Layer, StepExecutor
+from scout_hf.methods.scout.executor import StepExecutor
 from scout_hf.step import Step
+
+if TYPE_CHECKING:
+    from scout_hf.methods.scout.executor_triton import TritonExecutor
+    from scout_hf.methods.scout.policy import TwoTierScout as Layer
 
 
 class CapturedExecutor(StepExecutor):
@@ -25,7 +29,7 @@ class CapturedExecutor(StepExecutor):
     clock : Clock
     """
 
-    def __init__(self, plain: Any, clock: Any):
+    def __init__(self, plain: TritonExecutor, clock: Any):
         self.plain, self.clock = plain, clock
 
     def append(self, layer: Layer, step: Step, keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from scout_hf.fusion import Partial, fuse
 from scout_hf.kernels.attend import attend
-from scout_hf.methods.scout.executor import Executor, Layer
+from scout_hf.methods.scout.executor import Executor
 from scout_hf.selection import Pick, pack_lists
 from scout_hf.step import Step
 from scout_hf.stores import ResidentSlots
+
+if TYPE_CHECKING:
+    from scout_hf.methods.scout.policy import TwoTierScout as Layer
 
 
 class TorchExecutor(Executor):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +16,7 @@ from scout_hf.config import ScoutConfig
 from scout_hf.fusion import Partial
 from scout_hf.kernels.device import KERNEL_DTYPES, MOST_CHANNELS, find_kernels
 from scout_hf.methods.base import PAST_CHUNK_TOKENS
-from scout_hf.methods.scout.executor import Executor, Layer
+from scout_hf.methods.scout.executor import Executor
 from scout_hf.methods.scout.executor_captured import CapturedExecutor
 from scout_hf.methods.scout.handoff import Flags, Handoff, Mailbox, make_handoff
 from scout_hf.selection import Pick
@@ -24,6 +24,9 @@ from scout_hf.step import Step
 from scout_hf.stores import TwoTierKV
 from scout_hf.stores.link import Mark
 from scout_hf.stores.slots import MappedSlots
+
+if TYPE_CHECKING:
+    from scout_hf.methods.scout.policy import TwoTierScout as Layer
 
 SPARE_BLOCKS = 64
 

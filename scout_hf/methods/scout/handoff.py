@@ -1,4 +1,4 @@
-"""Ways in which the CPU's share of a layer is started from a device's stream and comes back to it.
+"""How device and CPU hand a layer's CPU attention to each other: the memory between them, and two ways to wait.
 
 ``join``: an event says when query and lists have arrived, a Python thread waits for it and starts the CPU, and the main
 thread waits for the result before it launches anything that needs it. ``flags``: the stream itself raises a word that
@@ -77,7 +77,7 @@ class Mailbox:
 
 
 class Handoff(ABC):
-    """One layer's share under way, at most one at a time; its lists and query go through ``mail``.
+    """CPU attention of one layer, at most one job at a time; its lists and query go through ``mail``.
 
     ``lost``: host and device no longer agree; nothing more may be started.
     """
@@ -89,7 +89,7 @@ class Handoff(ABC):
     def start(self, step: Step, query: torch.Tensor, job: tuple) -> None:
         """In stream order, after the lists were written to ``mail``: give the CPU this query.
 
-        ``job`` is what the backend needs besides: store, scale, softcap, marks of padding or None.
+        ``job`` is what the backend needs besides: store, scale, softcap, padding mask or None.
         """
 
     @abstractmethod
@@ -101,7 +101,7 @@ class Handoff(ABC):
         """Tokens that the last share attended, over rows and KV heads, once; None while it is not known."""
 
     def uncounted(self) -> None:
-        """The share under way is not to be told of by ``finished``."""
+        """The running job is not to be told of by ``finished``."""
 
     @abstractmethod
     def drain(self) -> None:
@@ -169,9 +169,9 @@ class Flags(Handoff):
         mail = self.mail
         if int(mail.late):
             raise CacheStateError(
-                f"share number {int(mail.late)} of the CPU did not come in time, and what the model has put out since "
-                "is wrong: did its threads get no core, or was the process stopped? Start with a new cache; with "
-                "hand_over='join' nothing is ever given up"
+                f"CPU attention number {int(mail.late)} of a layer timed out, and outputs since then are invalid: did "
+                "its threads get no core, or was the process stopped? Start a new cache, or use hand_over='join', "
+                "which never gives up"
             )
 
     def post(self, query: torch.Tensor) -> None:
