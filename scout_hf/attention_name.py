@@ -27,15 +27,15 @@ class AttentionName(str):
 
     Attributes
     ----------
-    patches : int
-        Patches of models that share the config.
+    patches : set of int
+        Those of models that share the config, each by a number of its own.
     """
 
     __slots__ = ("_config", "before", "key", "patches")
 
     def __new__(cls, before: str | None, config: Any) -> AttentionName:
         name = super().__new__(cls, before or "eager")
-        name.before, name.key, name.patches = before, PREFIX + str(name), 0
+        name.before, name.key, name.patches = before, PREFIX + str(name), set()
         name._config = weakref.ref(config)
         return name
 
@@ -49,7 +49,7 @@ class AttentionName(str):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, str):
             return False
-        return str.__eq__(self, other) or (self.patches > 0 and str.__eq__(self.key, other))
+        return str.__eq__(self, other) or (bool(self.patches) and str.__eq__(self.key, other))
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -59,17 +59,17 @@ class AttentionName(str):
 
 
 def name_over(config: Any) -> AttentionName:
-    """The name for one patch more of a config, which is counted once it is there."""
+    """The name for one patch more of a config, which is one of its ``patches`` once it is there."""
     current = config._attn_implementation_internal
     if not isinstance(current, AttentionName):
         return AttentionName(current, config)
     return current if current.is_of(config) else AttentionName(current.before, config)
 
 
-def name_under(config: Any) -> str | None:
-    """What remains for one patch less; all that somebody has set since stays."""
+def name_under(config: Any, patch: int) -> str | None:
+    """What remains without this patch; all that somebody has set since stays."""
     current = config._attn_implementation_internal
     if not isinstance(current, AttentionName) or not current.is_of(config):
         return current
-    current.patches = max(0, current.patches - 1)
+    current.patches.discard(patch)
     return current if current.patches else current.before

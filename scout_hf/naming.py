@@ -31,7 +31,7 @@ class AttentionNames:
         # One of each kind attends as all of them do.
         attending = [module for module in inside if hasattr(module, "layer_idx")]
         self._kinds = list({(type(m), id(m.config)): m for m in attending}.values())
-        self._any, self._on, self._seen = any_attention, [], None
+        self._any, self._seen = any_attention, None
 
     @property
     def foreign(self) -> bool:
@@ -44,7 +44,6 @@ class AttentionNames:
             raise UnsupportedModelError(found)
         for config in self._configs:
             self._put_on(config)
-            self._on.append(config)
 
     def renew(self) -> None:
         """Put names on where somebody has set others; raises PatchError if what is attended with is not plain now.
@@ -55,16 +54,22 @@ class AttentionNames:
             raise PatchError(f"the attention implementation was changed after patch(): {found}")
         for config in self._configs:
             name = config._attn_implementation_internal
-            if type(name) is not AttentionName or not name.patches or not name.is_of(config):
+            if type(name) is not AttentionName or id(self) not in name.patches or not name.is_of(config):
                 self._put_on(config)
             elif not is_registered(name):
                 register_over(name)
 
     def take_off(self) -> None:
-        """Leave what was there before, or what somebody has set since."""
-        for config in self._on:
-            config._attn_implementation_internal = name_under(config)
-        self._on.clear()
+        """Leave what was there before, or what somebody has set since; of names that are not on, nothing changes."""
+        for config in self._configs:
+            config._attn_implementation_internal = name_under(config, id(self))
+
+    def __enter__(self) -> AttentionNames:
+        self.put_on()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.take_off()
 
     def __getstate__(self) -> dict[str, Any]:
         # Functions of users may have no name to be pickled by.
@@ -74,7 +79,7 @@ class AttentionNames:
         name = name_over(config)
         register_over(name)
         config._attn_implementation_internal = name
-        name.patches += 1
+        name.patches.add(id(self))
 
     def _not_plain(self) -> str | None:
         if self._any:

@@ -1,49 +1,34 @@
-"""patch(model): the hooks that run a forward pass with a ScoutCache, and their exact removal."""
+"""patch(model): what is changed in a model so that it runs with a ScoutCache, and its exact removal."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import os
-import sys
-import warnings
 from typing import Any
 
 import torch
-from transformers.generation.configuration_utils import GenerationMode
 
-from scout_hf.ahead import Parts
-from scout_hf.awaited import await_hooks, hooks_reached
 from scout_hf.cache import ScoutCache, check_names
-from scout_hf.cache_names import CACHE, UNREAD, given_cache
+from scout_hf.cache_names import CACHE
+from scout_hf.changes import Attribute, Changes, call_all
 from scout_hf.config import ScoutConfig
-from scout_hf.counters import Counters
-from scout_hf.errors import ConfigError, PatchError, UnsupportedInputError
-from scout_hf.fitting import refuse_other_depth
+from scout_hf.errors import ConfigError, PatchError
+from scout_hf.generating import PREPARE, CacheForGenerate
 from scout_hf.graph import StepGraphs
-from scout_hf.kernels.cpu import make_backend
-from scout_hf.kernels.cpu.workers import Workers
 from scout_hf.kernels.device import find_kernels
-from scout_hf.methods.base import find_method
-from scout_hf.modes import keeps_tensors
-from scout_hf.monitor import Monitor
 from scout_hf.naming import AttentionNames
-from scout_hf.pass_inputs import named_arguments, refuse_unservable
+from scout_hf.pass_hooks import PassHooks, is_patched
 from scout_hf.patches import family_of
 from scout_hf.profiling import profile_recall
 from scout_hf.recall import RecallIntervals
 from scout_hf.restart import PREPARE_INPUTS, RestartingInputs
 from scout_hf.selfcheck import check_unknown_family
 from scout_hf.stats import Stats, summarise
-from scout_hf.step import Inputs, Step, active_step, grid_positions
-from scout_hf.stock_passes import MEANT, explain, reason_of_pass, reason_to_generate_with_stock
-from scout_hf.stores.link import Links
-from scout_hf.trace import Trace, Tracer, record
+from scout_hf.trace import Trace, record
 from scout_hf.unwrap import unwrapped
 
 HANDLE = "_scout_handle"
-PREPARE = "_prepare_cache_for_generation"
-BYTES_EVERY = 16
 ATTENTIONS = ("auto", "sdpa")
 
 
@@ -85,7 +70,7 @@ def patch(
     config = ScoutConfig.from_options(config, **options)
     model = unwrapped(model)
     family = family_of(model)
-    if HANDLE in model.__dict__ or _has_hooks_of_ours(family.decoder(model)):
+    if HANDLE in model.__dict__ or is_patched(family.decoder(model)):
         raise PatchError(
             "this model is patched already (or another one with the same decoder); call scout_hf.unpatch(model) first, "
             f"or pass a ScoutCache with other settings as {CACHE}"
@@ -98,10 +83,10 @@ def patch(
     try:
         check_unknown_family(model, family, handle_of, handle._names.foreign)
         handle._install()
+        return handle
     except BaseException:
         handle._uninstall()
         raise
-    return handle
 
 
 def unpatch(model: torch.nn.Module) -> None:
@@ -119,46 +104,33 @@ class Handle:
     def __init__(self, model: torch.nn.Module, config: ScoutConfig, family: Any, any_attention: bool = False):
         self.model, self.config, self._family = model, config, family
         self._decoder = family.decoder(model)
-        self._text_config = model.config.get_text_config(decoder=True)
-        self._parts = Parts(family, self._decoder)
-        self._backend = make_backend(config.cpu_backend, config.threads)
-        # For transfers that the backend cannot make itself, apart from the jobs that attend.
-        self._movers, self._links = Workers(), Links()
-        self._counters = Counters()
-        self._monitor = Monitor()
-        self._kv_bytes: dict[str, int] = {}
-        self._huge_page_bytes = 0
-        self._tracer: Tracer | None = None
-        self._hooks: list[Any] = []
         self._names = AttentionNames(self._decoder, family.layers(self._decoder), any_attention)
-        self._prepare_before: Any = None
-        self._inputs_before: Any = None
-        self._forward_before: Any = None
-        self._told_reasons: set[str] = set()
+        self._hooks = PassHooks(model, config, family, self._names)
+        self._changes = Changes()
 
     # -- what a user calls --------------------------------------------------------------------------------------
 
     @property
     def exact(self) -> bool:
         """Whether these settings attend to everything with the real query."""
-        return self._is_exact(self.config)
+        return self._hooks.is_exact(self.config)
 
     def stats(self) -> Stats:
         """What was attended, where, and what it cost, since ``patch`` or ``reset_stats``; prints as a table."""
-        self._monitor.collect(wait=True)
-        ran = self._counters.steps > 0
-        exact = self._counters.approximate_steps == 0 if ran else self.exact
-        return summarise(self._counters, self.config.method, exact, dict(self._kv_bytes), self._huge_page_bytes)
+        hooks, counters = self._hooks, self._hooks.counters
+        hooks.monitor.collect(wait=True)
+        exact = counters.approximate_steps == 0 if counters.steps else self.exact
+        return summarise(counters, self.config.method, exact, dict(hooks.kv_bytes), hooks.huge_page_bytes)
 
     def reset_stats(self) -> None:
-        """Start the tallies anew."""
-        self._monitor.forget()
-        self._counters.reset()
+        """Start counting again at 0."""
+        self._hooks.monitor.forget()
+        self._hooks.counters.reset()
 
     def new_cache(self, **options: Any) -> ScoutCache:
         """An empty cache for this model, with single settings replaced by keyword."""
         cache = ScoutCache(self.model.config, self.config, **options)
-        self._counters.alive.add(cache)
+        self._hooks.counters.alive.add(cache)
         return cache
 
     def profile_recall(self, prompts: Any, steps: int = 48, threshold: float | None = None) -> RecallIntervals:
@@ -197,7 +169,7 @@ class Handle:
     def _check_traceable(self) -> None:
         if self.model.__dict__.get(HANDLE) is not self:
             raise PatchError("this patch was removed; patch the model again to trace it")
-        if self._tracer is not None and self._tracer.open:
+        if self._hooks.tracer is not None and self._hooks.tracer.open:
             raise PatchError("a trace of this model is being recorded already; end that `with` block first")
 
     def remove(self) -> None:
@@ -221,204 +193,22 @@ class Handle:
     # -- installation -------------------------------------------------------------------------------------------
 
     def _install(self) -> None:
-        layers = self._family.layers(self._decoder)
-        self._names.put_on()
-        # The outer model opens the pass too: multi-modal models make their masks before the decoder is called.
-        for module in {id(m): m for m in (self.model, self._decoder)}.values():
-            self._hooks.append(module.register_forward_pre_hook(self._open, with_kwargs=True))
-            self._hooks.append(module.register_forward_hook(self._close, with_kwargs=True, always_call=True))
-        for index, layer in enumerate(layers):
-            hook = functools.partial(self._before_layer, index)
-            self._hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-        if self.config.hand_over == "graph":
-            self._forward_before = self._decoder.__dict__.get("forward")
-            self._decoder.__dict__["forward"] = StepGraphs(self._decoder.forward, self._decoder.config)
-        self._prepare_before = self.model.__dict__.get(PREPARE)
-        self.model.__dict__[PREPARE] = self._prepare_cache
-        self._inputs_before = self.model.__dict__.get(PREPARE_INPUTS)
-        self.model.__dict__[PREPARE_INPUTS] = RestartingInputs(getattr(self.model, PREPARE_INPUTS))
+        # First, and taken away last: unpatch() finds a handle whose removal was interrupted.
         self.model.__dict__[HANDLE] = self
+        self._changes.make(self._names)
+        self._hooks.install(self._changes)
+        if self.config.hand_over == "graph":
+            graphs = StepGraphs(self._decoder.forward, self._decoder.config)
+            self._changes.make(Attribute(self._decoder, "forward", graphs, keep_others=True))
+        prepare = CacheForGenerate(self.model, self.new_cache, self._hooks)
+        self._changes.make(Attribute(self.model, PREPARE, prepare))
+        inputs = RestartingInputs(getattr(self.model, PREPARE_INPUTS))
+        self._changes.make(Attribute(self.model, PREPARE_INPUTS, inputs))
 
     def _uninstall(self) -> None:
-        if self._tracer is not None:
-            self._tracer.close()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        self._names.take_off()
-        if isinstance(self._decoder.__dict__.get("forward"), StepGraphs):
-            del self._decoder.__dict__["forward"]
-            if self._forward_before is not None:
-                self._decoder.__dict__["forward"] = self._forward_before
-        if self.model.__dict__.pop(HANDLE, None) is not None:
-            for name, before in ((PREPARE, self._prepare_before), (PREPARE_INPUTS, self._inputs_before)):
-                del self.model.__dict__[name]
-                if before is not None:
-                    self.model.__dict__[name] = before
-        self._monitor.close()
-        for device in {weight.device for weight in self._decoder.parameters() if weight.is_cuda}:
-            torch.cuda.synchronize(device)  # jobs that a stream still waits for must not be dropped
-        self._backend.close()
-        self._movers.close()
+        call_all(self._restore, self._hooks.end)
 
-    def _prepare_cache(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
-        self._counters.pace.new_call()
-        reason = reason_to_generate_with_stock(self.model, generation_config, model_kwargs)
-        if reason is None and given_cache(model_kwargs) is None:
-            cache = model_kwargs[CACHE] = self.new_cache()
-            await_hooks(cache, type(self.model).__name__)
-            rolls_back = hasattr(cache, "activate_past_recording")
-            if getattr(generation_config, "is_assistant", False) and rolls_back:
-                cache.activate_past_recording()
-            if generation_mode == GenerationMode.ASSISTED_GENERATION and not rolls_back:
-                cache.keep_windows_whole()
-            return None
-        prepare = self._prepare_before or functools.partial(getattr(type(self.model), PREPARE), self.model)
-        result = prepare(generation_config, model_kwargs, generation_mode, *args, **kwargs)
-        if reason is not None:
-            explain(given_cache(model_kwargs), reason)
-            self._warn_of_stock(reason)
-        return result
-
-    def _warn_of_stock(self, reason: str) -> None:
-        if reason in MEANT or reason in self._told_reasons:
-            return
-        self._told_reasons.add(reason)
-        warnings.warn(
-            f"the patched {type(self.model).__name__} runs stock attention here: {reason}. It is right, and "
-            "nothing of scout_hf is used; handle.stats() counts such passes, and this reason is told once",
-            stacklevel=3,
-        )
-
-    # -- hooks --------------------------------------------------------------------------------------------------
-
-    @keeps_tensors
-    def _open(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        given = named_arguments(module, args, kwargs)
-        cache = given_cache(given)
-        step = active_step()
-        if step is not None:
-            if step.cache is cache and step.root is not module:
-                step.depth += 1
-                if module is self._decoder and step.inputs is not None:
-                    step.positions = grid_positions(given.get("position_ids"))
-                return
-            if step.is_running():
-                raise UnsupportedInputError(
-                    "a forward pass with a ScoutCache called a patched model again from inside itself (a hook?); give "
-                    "the inner call to an unpatched model, or make it before or after"
-                )
-            # Left behind by an interrupt, which no hook of torch sees.
-            step.abort()
-        if UNREAD and isinstance(given.get(UNREAD), ScoutCache):
-            raise UnsupportedInputError(f"{UNREAD}=ScoutCache(...): this release of transformers calls it {CACHE}")
-        if not isinstance(cache, ScoutCache):
-            if module is self._decoder:
-                self._counters.fell_back(reason := reason_of_pass(given))
-                self._warn_of_stock(reason)
-            return
-        inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-        if inputs is None:
-            return
-        refuse_unservable(module, given, inputs)
-        refuse_other_depth(cache, self._text_config)
-        hooks_reached(cache)
-        self._names.renew()
-        rows, queries = inputs.shape[:2]
-        marks, tokens = cache.mark(), cache.get_seq_length() + queries
-        mask, mask_here = cache.padding.of(given.get("attention_mask"), rows, tokens)
-        step = Step(
-            cache=cache,
-            queries=queries,
-            tokens=tokens,
-            mask=mask,
-            mask_here=mask_here,
-            backend=self._backend,
-            movers=self._movers,
-            links=self._links,
-            counters=self._counters,
-            root=module,
-            marks=marks,
-            monitor=self._monitor if cache.scout_config.monitor else None,
-            inputs={} if find_method(cache.scout_config.method).takes_inputs else None,
-            keys_values=self._parts.keys_values,
-            positions=grid_positions(given.get("position_ids")) if module is self._decoder else None,
-            frame=_calling_frame(),
-        )
-        if step.queries == 1:
-            if self._tracer is not None:
-                self._tracer.begin(step)
-            self._counters.steps += 1
-            self._counters.approximate_steps += not self._is_exact(cache.scout_config)
-        else:
-            self._counters.prefill_tokens += step.queries
-        self._counters.alive.add(cache)
-        self._counters.pace.begin(step, inputs)
-        cache.whole.enter_pass(step)
-
-    @keeps_tensors
-    def _close(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        step = active_step()
-        if step is None or step.backend is not self._backend:
-            return
-        step.depth -= 1
-        if step.depth:
-            return
-        if self._tracer is not None:
-            self._tracer.end()
-        unread = [layer.layer_idx for layer in step.cache.scout_layers if layer.incoming is not None]
-        if output is None or unread:
-            step.abort()
-        else:
-            step.cache.end_step()
-            self._counters.pace.end()
-        if unread and output is not None:
-            raise PatchError(
-                f"layers {unread} stored keys but did not attend through scout_hf: the attention implementation was "
-                "changed after patch(); unpatch the model, change it, and patch again"
-            )
-        if step.queries > 1 or self._counters.steps % BYTES_EVERY == 1:
-            self._kv_bytes = step.cache.tier_bytes()
-        if step.queries == step.tokens > 1:
-            self._huge_page_bytes = step.cache.huge_page_bytes()
-        # Last: whoever gets an error instead of the output has a cache without these tokens.
-        step.cache.whole.leave_pass()
-
-    @keeps_tensors
-    def _before_layer(self, index: int, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        step = active_step()
-        layers = self._family.layers(self._decoder)
-        if step is None or index >= len(step.cache.layers):
-            return
-        if step.inputs is not None and self._parts.untouched(index):
-            hidden = args[0] if args else kwargs["hidden_states"]
-            positions = kwargs.get("position_ids") if step.positions is None else step.positions
-            step.inputs[index] = Inputs(hidden, positions)
-        if step.queries != 1:
-            return
-        following = (index + 1) % min(len(layers), len(step.cache.layers))
-        method = getattr(step.cache.layers[following], "method", None)
-        if method is None or not method.wants_ahead:
-            return
-        if not method.needs_query:
-            method.ahead(step, None)
-        elif following:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            query = self._parts.query(step, following, hidden, kwargs, method)
-            if query is not None:
-                method.ahead(step, query)
-
-    def _is_exact(self, config: ScoutConfig) -> bool:
-        return find_method(config.method).is_exact(config, self.model.device)
-
-
-def _has_hooks_of_ours(decoder: torch.nn.Module) -> bool:
-    return any(isinstance(getattr(hook, "__self__", None), Handle) for hook in decoder._forward_pre_hooks.values())
-
-
-def _calling_frame() -> Any:
-    """The frame of the module call whose pre-hook asks; None under torch.compile, which has none."""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name not in ("inner", "_call_impl"):
-        frame = frame.f_back
-    return frame
+    def _restore(self) -> None:
+        self._changes.undo()
+        if self.model.__dict__.get(HANDLE) is self:
+            del self.model.__dict__[HANDLE]

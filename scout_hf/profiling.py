@@ -68,7 +68,7 @@ def profile_recall(handle: Any, prompts: Sequence[Any], steps: int, threshold: f
 @contextmanager
 def cpu_share_history(handle: Any) -> Iterator[dict[int, list[float]]]:
     """Within this, the share of chosen blocks that the CPU attended, by layer, one number per decode step."""
-    counters = handle._counters
+    counters = handle._hooks.counters
     history = counters.history = {}
     try:
         yield history

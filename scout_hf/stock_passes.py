@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from scout_hf.cache import ScoutCache
@@ -28,6 +29,25 @@ def reason_to_generate_with_stock(model: Any, generation_config: Any, model_kwar
     if generation_config.output_attentions:
         return "output_attentions=True"
     return None if model._supports_default_dynamic_cache() else f"{type(model).__name__} takes no DynamicCache"
+
+
+class StockWarnings:
+    """Says once for each reason that a patched model runs stock attention."""
+
+    def __init__(self, model_name: str):
+        self._name = model_name
+        self._told: set[str] = set()
+
+    def tell(self, reason: str) -> None:
+        """For whoever called the caller."""
+        if reason in MEANT or reason in self._told:
+            return
+        self._told.add(reason)
+        warnings.warn(
+            f"the patched {self._name} runs stock attention here: {reason}. It is right, and "
+            "nothing of scout_hf is used; handle.stats() counts such passes, and this reason is told once",
+            stacklevel=3,
+        )
 
 
 def explain(cache: Any, reason: str) -> None:

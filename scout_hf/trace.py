@@ -271,11 +271,11 @@ def record(handle: Any, path: str | os.PathLike, steps: int) -> Iterator[Trace]:
     trace = Trace(Path(path))
     check_timeline_path(trace.path, trace.image)
     handle._check_traceable()
-    tracer = handle._tracer = Tracer(handle._family.layers(handle._decoder), steps)
+    tracer = handle._hooks.tracer = Tracer(handle._family.layers(handle._decoder), steps)
     try:
         yield trace
     finally:
-        handle._tracer = None
+        handle._hooks.tracer = None
         tracer.close()
     trace.spans = tracer.spans()
     if not trace.spans:

@@ -175,7 +175,7 @@ def test_not_one_logit_changes_when_streams_and_jobs_are_late(inputs, way, monke
     expected, _ = decode(way, inputs, SPARSE, new=200)
     poison(monkeypatch)
     begin_as_nan(monkeypatch)
-    monkeypatch.setattr("scout_hf.patching.Links", LateLinks)
+    monkeypatch.setattr("scout_hf.pass_hooks.Links", LateLinks)
     attend_when, dice = handoff._attend_when, random.Random(1)
 
     def late(*args):

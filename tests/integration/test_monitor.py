@@ -353,16 +353,16 @@ def test_what_a_late_job_reads_has_not_changed(monkeypatch, split, backend, host
 
 def late(monkeypatch, handle):
     """All jobs of the monitor run after everything else has happened."""
-    gate, real = threading.Event(), handle._monitor._measure
-    collect = handle._monitor.collect
+    gate, real = threading.Event(), handle._hooks.monitor._measure
+    collect = handle._hooks.monitor.collect
 
     def open_and_collect(wait=False):
         if wait:
             gate.set()
         collect(wait)
 
-    monkeypatch.setattr(handle._monitor, "_measure", lambda *args: gate.wait(120) and real(*args))
-    monkeypatch.setattr(handle._monitor, "collect", open_and_collect)
+    monkeypatch.setattr(handle._hooks.monitor, "_measure", lambda *args: gate.wait(120) and real(*args))
+    monkeypatch.setattr(handle._hooks.monitor, "collect", open_and_collect)
 
 
 @pytest.mark.parametrize("backend", WAYS)
@@ -405,13 +405,13 @@ def run_unheld(monkeypatch, model, handle, unheld):
 @contextmanager
 def held_up(handle):
     """Jobs of the monitor do not get anywhere until the end of the block."""
-    gate, real = threading.Event(), handle._monitor._measure
-    handle._monitor._measure = lambda *args: gate.wait(120) and real(*args)
+    gate, real = threading.Event(), handle._hooks.monitor._measure
+    handle._hooks.monitor._measure = lambda *args: gate.wait(120) and real(*args)
     try:
         yield
     finally:
         gate.set()
-        del handle._monitor._measure
+        del handle._hooks.monitor._measure
 
 
 @pytest.mark.parametrize("backend", WAYS)
@@ -422,7 +422,7 @@ def test_decoding_cropping_and_forking_wait_for_no_sample(split, backend):
         with held_up(handle):
             outs = eventful(model, handle)
             gc.collect()
-            pending = len(handle._monitor._pending)
+            pending = len(handle._hooks.monitor._pending)
         assert pending and handle.stats().fidelity.samples
         handle.reset_stats()
         again = eventful(model, handle)
@@ -435,7 +435,7 @@ def test_tallies_that_start_anew_know_nothing_of_samples_taken_before():
     with scout_hf.patch(model, **ONE_SPARSE, monitor=0.5) as handle:
         with held_up(handle):
             run(model, prompt(), new=3)
-            assert handle._monitor._pending
+            assert handle._hooks.monitor._pending
             handle.reset_stats()
         assert handle.stats().fidelity is None
 
@@ -482,7 +482,7 @@ def test_removing_the_patch_keeps_what_was_measured():
     handle = scout_hf.patch(model, **ONE_SPARSE, monitor=0.5)
     run(model, prompt(), new=5)
     handle.remove()
-    assert not handle._monitor._pending and handle.stats().fidelity.samples == 4 * 4
+    assert not handle._hooks.monitor._pending and handle.stats().fidelity.samples == 4 * 4
     with scout_hf.patch(model, **ONE_SPARSE) as again:
         run(model, prompt(), new=5)
         assert again.stats().fidelity is None

@@ -2,12 +2,17 @@
 
 import copy
 import inspect
+import itertools
+import pickle
 
 import pytest
 import torch
 
 import scout_hf
-from scout_hf import PatchError, ScoutCache
+from scout_hf import PatchError, ScoutCache, graph, pass_hooks, restart
+from scout_hf.changes import Changes
+from scout_hf.naming import AttentionNames
+from tests.faults.injector import inject, record
 from tests.integration.common import LOSSY, ONE_TIER, TWO_TIERS, assert_close, assert_equal, llama, logits, prompt, run
 
 
@@ -268,3 +273,179 @@ def test_users_own_prepare_method_is_kept():
         assert_equal(run(model, prompt(), use_cache=False), run(llama(), prompt(), use_cache=False))
         assert len(calls) == 2
     assert model.__dict__["_prepare_cache_for_generation"] is prepare
+
+
+# -- errors and interrupts on the way --------------------------------------------------------------------------------
+
+ROOMS = (
+    "patching.py",
+    "pass_hooks.py",
+    "changes.py",
+    "generating.py",
+    "naming.py",
+    "attention_name.py",
+    "attention.py",
+)
+GRAPH = TWO_TIERS | {"hand_over": "graph"}
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Steps that would be captured, without a GPU: what is installed for them is all that matters here."""
+    monkeypatch.setattr("scout_hf.patching.check_names", lambda *_: None)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "beside a patch with the same config"])
+def test_an_interrupt_at_any_line_of_patch_leaves_nothing(shared):
+    model, other = llama(0), llama(1)
+    other.config = model.config
+    for module in other.modules():
+        if "config" in module.__dict__:
+            module.config = model.config
+    handle = scout_hf.patch(other, **ONE_TIER) if shared else None
+    before = snapshot(model), snapshot(other)
+    for number in itertools.count():
+        if not inject(lambda: scout_hf.patch(model, **TWO_TIERS), number, KeyboardInterrupt, rooms=ROOMS):
+            break
+        assert (snapshot(model), snapshot(other)) == before, number
+    assert number > 60
+    scout_hf.unpatch(model)
+    assert (snapshot(model), snapshot(other)) == before
+    if shared:
+        assert isinstance(run(other, prompt()).past_key_values, ScoutCache)
+        handle.remove()
+        assert other.config._attn_implementation_internal == "sdpa"
+        assert type(other.config._attn_implementation_internal) is str
+
+
+def test_an_interrupted_removal_can_be_made_again():
+    model = llama()
+    before, again = snapshot(model), 0
+    for number in range(len(record(scout_hf.patch(model, **TWO_TIERS).remove, rooms=ROOMS))):
+        handle = scout_hf.patch(model, **TWO_TIERS)
+        inject(handle.remove, number, KeyboardInterrupt, rooms=ROOMS)
+        if "removed" not in repr(handle):
+            again += 1
+            scout_hf.unpatch(model)
+        assert snapshot(model) == before, number
+    assert again > 20
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("place", ["hooks", "inputs", "names"])
+def test_patch_that_fails_halfway_is_undone(place, error, monkeypatch):
+    def fail(*_, **__):
+        raise error("planted")
+
+    model = llama()
+    before = snapshot(model)
+    owner, name = {
+        "hooks": (pass_hooks.PassHooks, "install"),
+        "inputs": (restart.RestartingInputs, "__init__"),
+        "names": (AttentionNames, "put_on"),
+    }[place]
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(error, match="planted"):
+        scout_hf.patch(model, **TWO_TIERS)
+    assert snapshot(model) == before
+    monkeypatch.undo()
+    scout_hf.patch(model, **TWO_TIERS).remove()
+    assert snapshot(model) == before
+
+
+def test_an_undoing_that_fails_keeps_no_other_from_its_turn(monkeypatch):
+    """The error comes out at the end, the patch counts as there until all is undone, and removal can be made again."""
+    model = llama()
+    before = snapshot(model)
+    handle = scout_hf.patch(model, **TWO_TIERS)
+    during, fail = snapshot(model), True
+    take_off = AttentionNames.take_off
+
+    def failing(self):
+        if fail:
+            raise RuntimeError("planted")
+        take_off(self)
+
+    monkeypatch.setattr(AttentionNames, "take_off", failing)
+    with pytest.raises(RuntimeError, match="planted"):
+        handle.remove()
+    after = snapshot(model)
+    left = {key for key, value in after.items() if before.get(key) != value}
+    assert ("", "_scout_handle") in left
+    assert {key[-1] for key in left} <= {"_scout_handle", "attributes"}, "the name in the config, and the handle"
+    assert during["", "_forward_pre_hooks"] != after["", "_forward_pre_hooks"]
+    assert after["", "_forward_pre_hooks"] == before["", "_forward_pre_hooks"]
+    with pytest.raises(PatchError, match="patched already"):
+        scout_hf.patch(model)
+    fail = False
+    handle.remove()
+    assert snapshot(model) == before
+
+
+def test_changes_are_undone_the_newest_first_all_of_them_and_once():
+    class Change:
+        def __init__(self, name, error=None):
+            self.name, self.error = name, error
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            undone.append(self.name)
+            if self.error is not None:
+                raise self.error
+
+    undone, changes = [], Changes()
+    kept = [Change("first"), Change("second", KeyError("second")), Change("third", ValueError("third")), Change("last")]
+    for change in kept:
+        changes.make(change)
+    with pytest.raises(ValueError, match="third"):
+        changes.undo()
+    assert undone == ["last", "third", "second", "first"]
+    kept[0].error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        changes.undo()
+    for change in kept:
+        change.error = None
+    changes.undo()
+    assert undone == ["last", "third", "second", "first"] * 3
+    changes.undo()
+    assert len(undone) == 12
+
+
+def test_what_others_put_over_forward_stays(graphs):
+    """As accelerate does, which wraps the forward that it finds."""
+    model = llama()
+    before = snapshot(model)
+    handle = scout_hf.patch(model, **GRAPH)
+    steps = model.model.__dict__["forward"]
+    assert isinstance(steps, graph.StepGraphs)
+    handle.remove()
+    assert snapshot(model) == before
+    handle = scout_hf.patch(model, **GRAPH)
+    model.model.forward = theirs = lambda *args, **kwargs: steps(*args, **kwargs)
+    handle.remove()
+    assert model.model.__dict__.pop("forward") is theirs and snapshot(model) == before
+
+
+@pytest.mark.parametrize("how", ["model", "decoder", "pickle"])
+def test_a_copy_is_unpatched_by_itself(how, graphs):
+    """Copied from wherever: what undoes the patch of a copy changes the copy alone."""
+    model = llama()
+    before = snapshot(model)
+    handle = scout_hf.patch(model, **GRAPH)
+    during = snapshot(model)
+    if how == "model":
+        twin = copy.deepcopy(model)
+    elif how == "decoder":
+        memo = {}
+        copy.deepcopy(model.model, memo)
+        twin = memo[id(model)]
+    else:
+        twin = pickle.loads(pickle.dumps(model))
+    scout_hf.unpatch(twin)
+    assert snapshot(model) == during
+    for module in twin.modules():
+        assert not module._forward_pre_hooks and not module._forward_hooks and "forward" not in module.__dict__
+    handle.remove()
+    assert snapshot(model) == before and set(twin.__dict__) == set(model.__dict__)

@@ -100,7 +100,7 @@ def test_the_last_steps_are_kept_and_no_others(tmp_path):
     model = llama()
     with scout_hf.patch(model, **LOSSY) as handle, handle.trace(tmp_path / "step.json", steps=2) as trace:
         run(model, prompt(1, 90), new=40)
-        assert len(handle._tracer._steps) == 2
+        assert len(handle._hooks.tracer._steps) == 2
     first, second = (span for span in trace.spans if span.kind == "step")
     assert first.end <= second.begin
     assert all(first.begin <= span.begin for span in trace.spans)
@@ -127,7 +127,7 @@ def test_nothing_changes_and_nothing_is_left(tmp_path):
             got = run(model, prompt(), new=12)
         assert_equal(got, expected)
         assert [len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in model.model.layers] == hooks
-        for owner in (handle._backend, handle._movers, handle._links, handle._counters):
+        for owner in (handle._hooks.backend, handle._hooks.movers, handle._hooks.links, handle._hooks.counters):
             assert not {"start", "copy", "submit", "limit", "limit_cpu", "timed"} & set(vars(owner))
         methods = [layer.method for layer in got.past_key_values.layers]
         assert not any({"ahead", "attend", "settle"} & set(vars(method)) for method in methods)
@@ -143,7 +143,7 @@ def test_untraced_steps_meet_no_recorder(tmp_path, monkeypatch):
         for name in ("begin", "_timed", "_job", "_enter"):
             monkeypatch.setattr(Tracer, name, fail)
         run(model, prompt(), new=4)
-        assert handle._tracer is None
+        assert handle._hooks.tracer is None
 
 
 def test_a_body_that_raises_writes_nothing(tmp_path, monkeypatch):
@@ -152,8 +152,8 @@ def test_a_body_that_raises_writes_nothing(tmp_path, monkeypatch):
         raise_once(monkeypatch, model.model.layers[2].mlp, 3)
         with pytest.raises(Planted), handle.trace(tmp_path / "step.json"):
             run(model, prompt(), new=12)
-        assert not list(tmp_path.iterdir()) and handle._tracer is None
-        assert "start" not in vars(handle._backend)
+        assert not list(tmp_path.iterdir()) and handle._hooks.tracer is None
+        assert "start" not in vars(handle._hooks.backend)
         with handle.trace(tmp_path / "step.json"):
             run(model, prompt(), new=12)
 
@@ -284,7 +284,7 @@ def test_a_block_that_ends_while_another_thread_decodes(tmp_path):
         run_there.join()
         hook.remove()
         assert_equal(found[0], expected)
-        assert "start" not in vars(handle._backend) and "timed" not in vars(handle._counters)
+        assert "start" not in vars(handle._hooks.backend) and "timed" not in vars(handle._hooks.counters)
         methods = [layer.method for layer in found[0].past_key_values.layers]
         assert not any({"ahead", "attend", "settle"} & set(vars(method)) for method in methods)
         assert not model.model.layers[0]._forward_hooks

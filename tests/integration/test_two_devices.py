@@ -140,7 +140,7 @@ def test_layers_on_two_devices(cuda, kernels, expected, name, inputs):
         got = go(handle.model, cache, INPUTS[inputs], there)
         for layer in cache.layers:
             check_places(layer.method, place(layer.layer_idx))
-        assert all(stream.device == device for (device, _), stream in handle._links._streams.items())
+        assert all(stream.device == device for (device, _), stream in handle._hooks.links._streams.items())
     assert (got - expected[inputs]).abs().max() <= 3e-6
     assert name.startswith("kernels") == bool(cuda.launched)
     if cuda.launched:

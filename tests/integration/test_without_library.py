@@ -123,7 +123,7 @@ class TestInThisProcess:
                 warnings.simplefilter("error")
                 assert load_library() is None
                 with scout_hf.patch(llama()) as handle:
-                    assert handle._backend.name == "torch"
+                    assert handle._hooks.backend.name == "torch"
 
     @pytest.mark.skipif(not ISAS, reason="no native library")
     @pytest.mark.parametrize("content", [b"", b"not a library", "another version", "another library"])

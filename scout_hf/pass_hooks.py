@@ -1,0 +1,226 @@
+"""The hooks of a patched model: what is done when a forward pass begins, before each of its layers, and at its end."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import torch
+
+from scout_hf.ahead import Parts
+from scout_hf.awaited import hooks_reached
+from scout_hf.cache import ScoutCache
+from scout_hf.cache_names import CACHE, UNREAD, given_cache
+from scout_hf.changes import Changes, Hook, call_all
+from scout_hf.config import ScoutConfig
+from scout_hf.counters import Counters
+from scout_hf.errors import PatchError, UnsupportedInputError
+from scout_hf.fitting import refuse_other_depth
+from scout_hf.kernels.cpu import make_backend
+from scout_hf.kernels.cpu.workers import Workers
+from scout_hf.methods.base import find_method
+from scout_hf.modes import keeps_tensors
+from scout_hf.monitor import Monitor
+from scout_hf.naming import AttentionNames
+from scout_hf.pass_inputs import named_arguments, refuse_unservable
+from scout_hf.step import Inputs, Step, active_step, grid_positions
+from scout_hf.stock_passes import StockWarnings, reason_of_pass
+from scout_hf.stores.link import Links
+from scout_hf.trace import Tracer
+
+BYTES_EVERY = 16
+
+
+class PassHooks:
+    """Opens a step where a pass with a ScoutCache begins, lets methods work ahead in it, and closes it at its end.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    config : ScoutConfig
+        Of the patch; settings of a pass are those of its cache.
+    family : Family
+    names : AttentionNames
+        Renewed in each pass.
+
+    Attributes
+    ----------
+    backend, movers, links, counters, monitor
+        What all steps of this model share, see :class:`scout_hf.step.Step`.
+    tracer : Tracer or None
+        What records the decode steps now.
+    kv_bytes, huge_page_bytes
+        As last measured, see :class:`scout_hf.Stats`.
+    """
+
+    def __init__(self, model: Any, config: ScoutConfig, family: Any, names: AttentionNames):
+        self._model, self._family, self._names = model, family, names
+        self._decoder = family.decoder(model)
+        self._text_config = model.config.get_text_config(decoder=True)
+        self.parts = Parts(family, self._decoder)
+        self.backend = make_backend(config.cpu_backend, config.threads)
+        # For transfers that the backend cannot make itself, apart from the jobs that attend.
+        self.movers, self.links = Workers(), Links()
+        self.counters, self.monitor = Counters(), Monitor()
+        self.stock_warnings = StockWarnings(type(model).__name__)
+        self.tracer: Tracer | None = None
+        self.kv_bytes: dict[str, int] = {}
+        self.huge_page_bytes = 0
+
+    def install(self, changes: Changes) -> None:
+        """Hang the hooks into the model."""
+        # The outer model opens the pass too: multi-modal models make their masks before the decoder is called.
+        for module in {id(m): m for m in (self._model, self._decoder)}.values():
+            changes.make(Hook(module.register_forward_pre_hook, self.open, with_kwargs=True))
+            changes.make(Hook(module.register_forward_hook, self.close, with_kwargs=True, always_call=True))
+        for index, layer in enumerate(self._family.layers(self._decoder)):
+            hook = functools.partial(self.before_layer, index)
+            changes.make(Hook(layer.register_forward_pre_hook, hook, with_kwargs=True))
+
+    def end(self) -> None:
+        """End threads and what waits for them; they start again when needed."""
+        tracing = () if self.tracer is None else (self.tracer.close,)
+        call_all(*tracing, self.monitor.close, self._wait_for_devices, self.backend.close, self.movers.close)
+
+    def is_exact(self, config: ScoutConfig) -> bool:
+        """Whether these settings attend to everything with the real query."""
+        return find_method(config.method).is_exact(config, self._model.device)
+
+    def _wait_for_devices(self) -> None:
+        # Jobs that a stream still waits for must not be dropped.
+        for device in {weight.device for weight in self._decoder.parameters() if weight.is_cuda}:
+            torch.cuda.synchronize(device)
+
+    @keeps_tensors
+    def open(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before the model or its decoder: a pass begins, or goes on inside one."""
+        given = named_arguments(module, args, kwargs)
+        cache = given_cache(given)
+        step = active_step()
+        if step is not None:
+            if step.cache is cache and step.root is not module:
+                step.depth += 1
+                if module is self._decoder and step.inputs is not None:
+                    step.positions = grid_positions(given.get("position_ids"))
+                return
+            if step.is_running():
+                raise UnsupportedInputError(
+                    "a forward pass with a ScoutCache called a patched model again from inside itself (a hook?); give "
+                    "the inner call to an unpatched model, or make it before or after"
+                )
+            # Left behind by an interrupt, which no hook of torch sees.
+            step.abort()
+        if UNREAD and isinstance(given.get(UNREAD), ScoutCache):
+            raise UnsupportedInputError(f"{UNREAD}=ScoutCache(...): this release of transformers calls it {CACHE}")
+        if not isinstance(cache, ScoutCache):
+            if module is self._decoder:
+                self.counters.fell_back(reason := reason_of_pass(given))
+                self.stock_warnings.tell(reason)
+            return
+        inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        if inputs is None:
+            return
+        refuse_unservable(module, given, inputs)
+        refuse_other_depth(cache, self._text_config)
+        hooks_reached(cache)
+        self._names.renew()
+        rows, queries = inputs.shape[:2]
+        marks, tokens = cache.mark(), cache.get_seq_length() + queries
+        mask, mask_here = cache.padding.of(given.get("attention_mask"), rows, tokens)
+        step = Step(
+            cache=cache,
+            queries=queries,
+            tokens=tokens,
+            mask=mask,
+            mask_here=mask_here,
+            backend=self.backend,
+            movers=self.movers,
+            links=self.links,
+            counters=self.counters,
+            root=module,
+            marks=marks,
+            monitor=self.monitor if cache.scout_config.monitor else None,
+            inputs={} if find_method(cache.scout_config.method).takes_inputs else None,
+            keys_values=self.parts.keys_values,
+            positions=grid_positions(given.get("position_ids")) if module is self._decoder else None,
+            frame=_calling_frame(),
+        )
+        if step.queries == 1:
+            if self.tracer is not None:
+                self.tracer.begin(step)
+            self.counters.steps += 1
+            self.counters.approximate_steps += not self.is_exact(cache.scout_config)
+        else:
+            self.counters.prefill_tokens += step.queries
+        self.counters.alive.add(cache)
+        self.counters.pace.begin(step, inputs)
+        cache.whole.enter_pass(step)
+
+    @keeps_tensors
+    def close(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """After the model or its decoder, with an output or with an error: the pass ends with the outermost."""
+        step = active_step()
+        if step is None or step.backend is not self.backend:
+            return
+        step.depth -= 1
+        if step.depth:
+            return
+        if self.tracer is not None:
+            self.tracer.end()
+        unread = [layer.layer_idx for layer in step.cache.scout_layers if layer.incoming is not None]
+        if output is None or unread:
+            step.abort()
+        else:
+            step.cache.end_step()
+            self.counters.pace.end()
+        if unread and output is not None:
+            raise PatchError(
+                f"layers {unread} stored keys but did not attend through scout_hf: the attention implementation was "
+                "changed after patch(); unpatch the model, change it, and patch again"
+            )
+        if step.queries > 1 or self.counters.steps % BYTES_EVERY == 1:
+            self.kv_bytes = step.cache.tier_bytes()
+        if step.queries == step.tokens > 1:
+            self.huge_page_bytes = step.cache.huge_page_bytes()
+        # Last: whoever gets an error instead of the output has a cache without these tokens.
+        step.cache.whole.leave_pass()
+
+    @keeps_tensors
+    def before_layer(self, index: int, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before a layer: keep its inputs for methods that take them, and let the next layer work ahead."""
+        step = active_step()
+        layers = self._family.layers(self._decoder)
+        if step is None or index >= len(step.cache.layers):
+            return
+        if step.inputs is not None and self.parts.untouched(index):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            positions = kwargs.get("position_ids") if step.positions is None else step.positions
+            step.inputs[index] = Inputs(hidden, positions)
+        if step.queries != 1:
+            return
+        following = (index + 1) % min(len(layers), len(step.cache.layers))
+        method = getattr(step.cache.layers[following], "method", None)
+        if method is None or not method.wants_ahead:
+            return
+        if not method.needs_query:
+            method.ahead(step, None)
+        elif following:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            query = self.parts.query(step, following, hidden, kwargs, method)
+            if query is not None:
+                method.ahead(step, query)
+
+
+def is_patched(decoder: torch.nn.Module) -> bool:
+    """Whether a decoder has hooks of a patch, of whatever model it is a part."""
+    hooks = decoder._forward_pre_hooks.values()
+    return any(isinstance(getattr(hook, "__self__", None), PassHooks) for hook in hooks)
+
+
+def _calling_frame() -> Any:
+    """The frame of the module call whose pre-hook asks; None under torch.compile, which has none."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name not in ("inner", "_call_impl"):
+        frame = frame.f_back
+    return frame
