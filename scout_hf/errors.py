@@ -43,3 +43,7 @@ class HostMemoryError(ScoutError, MemoryError):
 
 class PinnedMemoryError(HostMemoryError):
     """The driver does not pin as much host memory as the cache needs."""
+
+
+class ThreadStartError(ScoutError, RuntimeError):
+    """The system does not start a thread that work in the background needs; later it may."""

@@ -47,7 +47,7 @@ class Monitor:
     """
 
     def __init__(self):
-        self._workers = Workers(1)
+        self._workers = Workers(1, needed=False)
         self._pool: NativePool | None = None
         self._pending: deque[_Pending] = deque()
         self._process = os.getpid()
@@ -95,7 +95,10 @@ class Monitor:
             else:
                 each = self._natively(sample) if native else functools.partial(attend_each, busy=step.backend.busy)
                 ticket = self._workers.submit(self._measure, sample, each)
-                self._pending.append(_Pending(ticket, layer, len(heads) * len(query), counters))
+                if ticket is None:  # the interpreter ends
+                    counters.add("monitor_skipped", layer, len(heads) * len(query))
+                else:
+                    self._pending.append(_Pending(ticket, layer, len(heads) * len(query), counters))
         except Exception as error:
             self._failed(error, layer, len(heads) * len(query), counters)
         counters.add("monitor_ms", layer, (time.perf_counter() - began) * 1e3)
@@ -155,6 +158,9 @@ class Monitor:
     def _failed(self, error: Exception, layer: int, pairs: int, counters: Any) -> None:
         # Whatever goes wrong here must not end somebody's generation.
         counters.add("monitor_skipped", layer, pairs)
+        counters.note(
+            "monitor", f"a sample was not measured, the next is tried again ({type(error).__name__}: {error})"
+        )
         if not self._warned:
             self._warned = True
             warnings.warn(

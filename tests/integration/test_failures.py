@@ -2,8 +2,11 @@
 
 import ctypes
 import random
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -34,6 +37,9 @@ from tests.integration.common import (
 )
 from tests.libraries import ISAS
 from tests.patches.tiny import tiny_model
+from tests.unit.test_workers import refuse_thread
+
+ROOT = Path(__file__).parents[2]
 
 REAL_ATTEND, REAL_PAIR, REAL_PACK = TorchBackend.attend_blocks, _Scratch.pair, executor_torch.pack_lists
 REAL_SUBMIT, REAL_NATIVE_SUBMIT = Workers.submit, NativePool.submit
@@ -409,3 +415,45 @@ def test_a_hook_of_a_user_that_raises_after_the_pass_leaves_the_cache_as_stock_d
         found = story(handle.new_cache())
     assert found[::2] == expected[::2] == [[20] * 4, [22] * 4, [28] * 4]
     assert all((one - other).abs().max() <= TOLERANCE for one, other in zip(found[1::2], expected[1::2]))
+
+
+LATE = """
+import sys, threading, warnings
+import torch
+import scout_hf
+from tests.integration.common import TWO_TIERS, llama, prompt, run
+
+warnings.simplefilter("error")
+model, inputs = llama(), prompt(1, 100)
+expected = run(model, inputs, new=20).sequences
+handle = scout_hf.patch(model, **(TWO_TIERS | {"cpu_backend": sys.argv[1], "monitor": 0.5}))
+run(model, inputs, new=20)
+assert not handle.stats().fidelity.skipped
+
+def work():
+    threading.main_thread().join()
+    assert torch.equal(run(model, inputs, new=20).sequences, expected)
+    print(handle.stats().cpu_ratio > 0, handle.stats().fidelity.skipped)
+
+threading.Thread(target=work).start()
+"""
+
+
+@pytest.mark.parametrize("backend", ["torch", *(["native"] if ISAS else [])])
+def test_a_thread_that_generates_after_the_main_thread_has_ended(backend):
+    """Its jobs run, its samples are skipped, without a word."""
+    command = [sys.executable, "-c", LATE, backend]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.stdout, done.stderr, done.returncode) == ("True 76\n", "", 0)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_thread_that_does_not_start_fails_one_generation_and_no_other(monkeypatch, number):
+    model = llama()
+    with scout_hf.patch(model, **TWO_TIERS, **TORCH, threads=1) as handle:
+        refuse_thread(monkeypatch, number)
+        with pytest.raises(scout_hf.errors.ThreadStartError):
+            run(model, prompt())
+        got = run(model, prompt())
+        handle.remove()
+        assert_close(got, run(model, prompt()))

@@ -32,6 +32,7 @@ from tests.integration.test_failures import delayed_jobs, delayed_submit, spoile
 from tests.integration.test_sparse import decode_after_holes
 from tests.libraries import ISAS
 from tests.patches.tiny import missing, tiny_model
+from tests.unit.test_workers import refuse_thread
 
 ONE_SPARSE = LOSSY | {"split": "off"}
 WAYS = [pytest.param("torch"), pytest.param("native", marks=pytest.mark.skipif(not ISAS, reason="no native library"))]
@@ -400,6 +401,17 @@ def run_unheld(monkeypatch, model, handle, unheld):
 
     monkeypatch.setattr("scout_hf.monitor.WholeBlocks", Unheld)
     eventful(model, handle)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_sample_whose_thread_does_not_start_is_noted_and_the_next_is_measured(monkeypatch, number):
+    with scout_hf.patch(spiky(), **ONE_SPARSE, cpu_backend="torch", monitor=0.5) as handle:
+        refuse_thread(monkeypatch, number)
+        with pytest.warns(RuntimeWarning, match="the fidelity monitor could not measure"):
+            run(handle.model, prompt(1, 60), new=14)
+            found = handle.stats()
+    assert 0 < found.fidelity.skipped < found.fidelity.samples
+    assert any("monitor" in note and "can't start new thread" in note for note in found.notes)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import subprocess
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ import time
 import pytest
 import torch
 
+from scout_hf.errors import ThreadStartError
 from scout_hf.kernels.cpu.workers import Workers
 
 
@@ -150,7 +152,7 @@ def test_copies_are_workers_of_their_own(workers):
     workers = Workers(2)
     workers.submit(int, "1").wait()
     for twin in (copy.deepcopy(workers), pickle.loads(pickle.dumps(workers))):
-        assert twin.threads == 2 and twin is not workers
+        assert twin.threads == 2 and twin.needed and twin is not workers
         assert twin.submit(threading.get_ident).wait() != workers.submit(threading.get_ident).wait()
         twin.close()
     assert workers.submit(int, "1").wait() == 1
@@ -200,3 +202,77 @@ def test_busy_until_the_last_job_has_ended(workers):
     gate.set()
     last.wait()
     assert not workers.busy()
+
+
+# -- no thread can be had --------------------------------------------------------------------------------------------
+
+
+def refuse_thread(monkeypatch, number):
+    """The start of that thread from now on fails, as under ``ulimit -u``; all others start."""
+    real, started = threading.Thread.start, []
+
+    def start(self):
+        started.append(self)
+        if len(started) == number:
+            raise RuntimeError("can't start new thread")
+        real(self)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+
+
+def threads_of_a_new_thread():
+    found = []
+    other = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    other.start()
+    other.join()
+    return found[0]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.filterwarnings("error")
+def test_a_thread_that_does_not_start_fails_one_job_and_the_next_starts_it(monkeypatch, number):
+    """The first is the background thread, the second puts the number of threads back for all others."""
+    before, own, ran = threads_of_a_new_thread(), 1 if torch.get_num_threads() > 1 else 2, []
+    workers = Workers(own)
+    refuse_thread(monkeypatch, number)
+    with pytest.raises(ThreadStartError, match="no thread.*can't start new thread.*ulimit") as caught:
+        workers.submit(ran.append, 1).wait()
+    assert "start new thread" in str(caught.value.__cause__)
+    assert threads_of_a_new_thread() == torch.get_num_threads() == before
+    assert workers.submit(torch.get_num_threads).wait() == own
+    assert threads_of_a_new_thread() == before
+    assert not ran, "a job that failed to start ran after all"
+    workers.close()
+
+
+AT_EXIT = """
+import sys, threading
+import torch
+from scout_hf.kernels.cpu.workers import Workers
+
+def after():
+    threading.main_thread().join()
+    for workers in (fresh, used):
+        with torch.inference_mode():
+            ticket = workers.submit(lambda: (threading.current_thread().name, torch.ones(1).is_inference()))
+            begin, end = ticket.times()
+            assert ticket.done() and not workers.busy() and begin <= end
+        print(ticket.wait())
+        failed = workers.submit(int, "no number")
+        assert not failed.drain()
+        try:
+            failed.wait()
+        except ValueError:
+            print("failed")
+    print(Workers(needed=False).submit(print, "not to be seen"))
+
+fresh, used = Workers(1), Workers(1)
+used.submit(int, "7").wait()
+threading.Thread(target=after, name="late").start()
+"""
+
+
+def test_jobs_run_where_they_are_submitted_once_the_interpreter_ends():
+    done = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, timeout=120)
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert done.stdout.split("\n") == [*(["('late', False)", "failed"] * 2), "None", ""]
