@@ -37,12 +37,14 @@ class CacheForGenerate:
     def __call__(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
     ) -> Any:
+        prepare = self._before or functools.partial(getattr(type(self._model), PREPARE), self._model)
+        if self._hooks.running.ended:  # in a shallow copy of a model whose patch is gone
+            return prepare(generation_config, model_kwargs, generation_mode, *args, **kwargs)
         self._hooks.counters.pace.new_call()
         reason = reason_to_generate_with_stock(self._model, generation_config, model_kwargs)
         if reason is None and given_cache(model_kwargs) is None:
             model_kwargs[CACHE] = self._cache(generation_config, generation_mode)
             return None
-        prepare = self._before or functools.partial(getattr(type(self._model), PREPARE), self._model)
         result = prepare(generation_config, model_kwargs, generation_mode, *args, **kwargs)
         if reason is not None:
             explain(given_cache(model_kwargs), reason)

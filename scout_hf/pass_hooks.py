@@ -24,6 +24,7 @@ from scout_hf.modes import keeps_tensors
 from scout_hf.monitor import Monitor
 from scout_hf.naming import AttentionNames
 from scout_hf.pass_inputs import named_arguments, refuse_unservable
+from scout_hf.running import RunningPasses
 from scout_hf.step import Inputs, Step, active_step, grid_positions
 from scout_hf.stock_passes import StockWarnings, reason_of_pass
 from scout_hf.stores.link import Links
@@ -48,6 +49,8 @@ class PassHooks:
     ----------
     backend, movers, links, counters, monitor
         What all steps of this model share, see :class:`scout_hf.step.Step`.
+    running : RunningPasses
+        Those under way.
     tracer : Tracer or None
         What records the decode steps now.
     kv_bytes, huge_page_bytes
@@ -63,6 +66,7 @@ class PassHooks:
         # For transfers that the backend cannot make itself, apart from the jobs that attend.
         self.movers, self.links = Workers(), Links()
         self.counters, self.monitor = Counters(), Monitor()
+        self.running = RunningPasses()
         self.stock_warnings = StockWarnings(type(model).__name__)
         self.tracer: Tracer | None = None
         self.kv_bytes: dict[str, int] = {}
@@ -93,8 +97,10 @@ class PassHooks:
             torch.cuda.synchronize(device)
 
     @keeps_tensors
-    def open(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    def open(self, module: torch.nn.Module, args: tuple, kwargs: dict | None = None) -> None:
         """Before the model or its decoder: a pass begins, or goes on inside one."""
+        if kwargs is None:
+            return  # torch calls hooks like that which are being removed
         given = named_arguments(module, args, kwargs)
         cache = given_cache(given)
         step = active_step()
@@ -113,6 +119,8 @@ class PassHooks:
             step.abort()
         if UNREAD and isinstance(given.get(UNREAD), ScoutCache):
             raise UnsupportedInputError(f"{UNREAD}=ScoutCache(...): this release of transformers calls it {CACHE}")
+        if self.running.ended:
+            return
         if not isinstance(cache, ScoutCache):
             if module is self._decoder:
                 self.counters.fell_back(reason := reason_of_pass(given))
@@ -124,7 +132,6 @@ class PassHooks:
         refuse_unservable(module, given, inputs)
         refuse_other_depth(cache, self._text_config)
         hooks_reached(cache)
-        self._names.renew()
         rows, queries = inputs.shape[:2]
         marks, tokens = cache.mark(), cache.get_seq_length() + queries
         mask, mask_here = cache.padding.of(given.get("attention_mask"), rows, tokens)
@@ -146,6 +153,9 @@ class PassHooks:
             positions=grid_positions(given.get("position_ids")) if module is self._decoder else None,
             frame=_calling_frame(),
         )
+        if not self.running.enter(step):
+            return
+        self._names.renew()
         if step.queries == 1:
             if self.tracer is not None:
                 self.tracer.begin(step)
@@ -158,8 +168,9 @@ class PassHooks:
         cache.whole.enter_pass(step)
 
     @keeps_tensors
-    def close(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def close(self, module: torch.nn.Module, args: tuple, *given: Any) -> None:
         """After the model or its decoder, with an output or with an error: the pass ends with the outermost."""
+        output = given[-1]
         step = active_step()
         if step is None or step.backend is not self.backend:
             return
@@ -185,13 +196,14 @@ class PassHooks:
             self.huge_page_bytes = step.cache.huge_page_bytes()
         # Last: whoever gets an error instead of the output has a cache without these tokens.
         step.cache.whole.leave_pass()
+        self.running.leave(step)
 
     @keeps_tensors
-    def before_layer(self, index: int, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    def before_layer(self, index: int, module: torch.nn.Module, args: tuple, kwargs: dict | None = None) -> None:
         """Before a layer: keep its inputs for methods that take them, and let the next layer work ahead."""
         step = active_step()
         layers = self._family.layers(self._decoder)
-        if step is None or index >= len(step.cache.layers):
+        if step is None or kwargs is None or index >= len(step.cache.layers):
             return
         if step.inputs is not None and self.parts.untouched(index):
             hidden = args[0] if args else kwargs["hidden_states"]

@@ -70,11 +70,9 @@ def patch(
     config = ScoutConfig.from_options(config, **options)
     model = unwrapped(model)
     family = family_of(model)
+    _drop_leftovers(model)
     if HANDLE in model.__dict__ or is_patched(family.decoder(model)):
-        raise PatchError(
-            "this model is patched already (or another one with the same decoder); call scout_hf.unpatch(model) first, "
-            f"or pass a ScoutCache with other settings as {CACHE}"
-        )
+        raise PatchError(_ALREADY)
     text = model.config.get_text_config(decoder=True)
     check_names(config, text, len(family.layers(family.decoder(model))))
     find_kernels(config.gpu_kernels, model.device)
@@ -92,10 +90,19 @@ def patch(
 def unpatch(model: torch.nn.Module) -> None:
     """Undo ``patch(model)``. Raises PatchError if the model is not patched."""
     model = unwrapped(model)
+    _drop_leftovers(model)
     handle = model.__dict__.get(HANDLE)
     if handle is None:
         raise PatchError("this model is not patched: nothing to undo")
+    if handle.model is not model:
+        raise PatchError("this is a shallow copy of a patched model: unpatch the model that it was copied from")
     handle.remove()
+
+
+_ALREADY = (
+    "this model is patched already (or another one with the same decoder); call scout_hf.unpatch(model) first, "
+    f"or pass a ScoutCache with other settings as {CACHE}"
+)
 
 
 class Handle:
@@ -173,12 +180,23 @@ class Handle:
             raise PatchError("a trace of this model is being recorded already; end that `with` block first")
 
     def remove(self) -> None:
-        """Give the model back exactly as it was. Raises PatchError the second time."""
+        """Give the model back exactly as it was, between two passes: one in another thread is waited for.
+
+        A ``generate()`` that is under way goes on with stock attention over what its cache holds.
+
+        Raises
+        ------
+        PatchError
+            The second time, and from inside a forward pass of the model (a hook).
+        """
         if self.model.__dict__.get(HANDLE) is not self:
             raise PatchError("this patch was removed already")
+        self._hooks.running.end()
         self._uninstall()
 
     def __enter__(self) -> Handle:
+        if self.model.__dict__.get(HANDLE) is not self:
+            raise PatchError("this patch was removed; patch the model again")
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -194,7 +212,8 @@ class Handle:
 
     def _install(self) -> None:
         # First, and taken away last: unpatch() finds a handle whose removal was interrupted.
-        self.model.__dict__[HANDLE] = self
+        if self.model.__dict__.setdefault(HANDLE, self) is not self:
+            raise PatchError(_ALREADY)  # by another thread, since patch() looked
         self._changes.make(self._names)
         self._hooks.install(self._changes)
         if self.config.hand_over == "graph":
@@ -212,3 +231,13 @@ class Handle:
         self._changes.undo()
         if self.model.__dict__.get(HANDLE) is self:
             del self.model.__dict__[HANDLE]
+
+
+def _drop_leftovers(model: torch.nn.Module) -> None:
+    """Take off what a shallow copy of a patched model has of it, once that patch is gone."""
+    own = model.__dict__
+    handle = own.get(HANDLE)
+    if handle is not None and handle.model is not model and handle.model.__dict__.get(HANDLE) is not handle:
+        for name, kind in ((PREPARE, CacheForGenerate), (PREPARE_INPUTS, RestartingInputs), (HANDLE, Handle)):
+            if isinstance(own.get(name), kind):
+                del own[name]

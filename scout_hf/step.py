@@ -114,6 +114,10 @@ class Step:
     clock: Any = None
     _masks: dict[Any, torch.Tensor] = field(default_factory=dict)
 
+    def is_running_here(self) -> bool:
+        """Whether the calling thread is inside this pass."""
+        return self.frame is not None and self._is_under(sys._getframe(1))
+
     def is_running(self) -> bool:
         """Whether some thread is inside this pass, the calling one first; False for one left by an interrupt."""
         if self.frame is None:

@@ -11,6 +11,7 @@ from scout_hf.cache_names import NEW, given_cache
 _REASON = "_scout_stock_reason"
 _BATCHING = "PagedAttentionCache"
 _NONE, _UNUSED = "no cache was given", "use_cache=False"
+_MADE = "use_cache=True without a cache makes a DynamicCache"
 _UNUSED_BY_DEFAULT = "use_cache=False in the model's generation_config"
 MEANT = (_NONE, _UNUSED)
 """Reasons of passes that whoever calls the model without a cache wants; nothing to warn of."""
@@ -44,8 +45,9 @@ class StockWarnings:
             return
         self._told.add(reason)
         warnings.warn(
-            f"the patched {self._name} runs stock attention here: {reason}. It is right, and "
-            "nothing of scout_hf is used; handle.stats() counts such passes, and this reason is told once",
+            f"this call of the patched {self._name} runs stock attention: {reason}. Its answers are right, but "
+            "scout_hf is not used. To use it, leave that out, or pass handle.new_cache(). Told once; "
+            "handle.stats() counts such passes",
             stacklevel=3,
         )
 
@@ -66,6 +68,8 @@ def reason_of_pass(given: dict[str, Any]) -> str:
         return _given(cache)
     if given.get("output_attentions"):
         return "output_attentions=True"
+    if given.get("use_cache"):
+        return _MADE
     return _UNUSED if given.get("use_cache") is False else _NONE
 
 
