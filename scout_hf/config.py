@@ -69,6 +69,7 @@ class ScoutConfig:
         interval; ``None`` never recalls.
     resident : int or None, default None
         Two tiers: tokens per layer and KV head kept on the GPU. ``None``: the budget, or 2048 where that is ``None``.
+        A number above any context keeps everything there; memory is taken as the context grows.
     threads : int or None, default None
         Threads of the CPU's share on two tiers, never more than spare cores. ``None``: as many as torch uses.
     host_dtype : {None, "int8"}, default None

@@ -45,5 +45,9 @@ class PinnedMemoryError(HostMemoryError):
     """The driver does not pin as much host memory as the cache needs."""
 
 
+class ResidentMemoryError(ScoutError, MemoryError):
+    """The device has less memory than the resident blocks of a layer need."""
+
+
 class ThreadStartError(ScoutError, RuntimeError):
     """The system does not start a thread that work in the background needs; later it may."""

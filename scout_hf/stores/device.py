@@ -115,11 +115,7 @@ class ResidentSlots:
 
     def grow(self, slots: int) -> None:
         """Have that many slots, the new ones empty."""
-        more, grown = slots - self.slots, []
-        for held, empty in ((self.keys, 0), (self.values, 0), (self.ids, EMPTY)):
-            fresh = held.new_full((*held.shape[:2], more, *held.shape[3:]), empty)
-            grown.append(torch.cat([held, fresh], dim=2))
-        self.keys, self.values, self.ids = grown
+        self.keys, self.values, self.ids = more_slots(slots, self.keys, self.values, self.ids)
 
     def crop(self, blocks: int) -> None:
         """Forget residents from block ``blocks`` on."""
@@ -181,6 +177,15 @@ class Recall:
         rows, heads, which = self.real.nonzero(as_tuple=True)
         self.resident.gaps = True
         self.resident.ids[rows, heads, self.slots[rows, heads, which]] = EMPTY
+
+
+def more_slots(slots: int, keys: torch.Tensor, values: torch.Tensor, ids: torch.Tensor) -> list[torch.Tensor]:
+    """The three with that many slots in the third dimension, the new ones empty."""
+    grown = []
+    for held, empty in ((keys, 0), (values, 0), (ids, EMPTY)):
+        fresh = held.new_full((*held.shape[:2], slots - held.shape[2], *held.shape[3:]), empty)
+        grown.append(torch.cat([held, fresh], dim=2))
+    return grown
 
 
 def _fetch(host, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-EMPTY = -1
+from scout_hf.stores.device import EMPTY, more_slots
+
 SPARE_BLOCKS = 64
 
 
@@ -75,6 +76,10 @@ class MappedSlots:
         self.ids.fill_(EMPTY)
         self.slot_of.fill_(EMPTY)
         self.filled, self._blocks = 0, blocks
+
+    def grow(self, slots: int) -> None:
+        """Have that many slots, the new ones empty; what is held keeps its slot."""
+        self.keys, self.values, self.ids = more_slots(slots, self.keys, self.values, self.ids)
 
     def crop(self, blocks: int) -> None:
         """Forget residents from block ``blocks`` on."""

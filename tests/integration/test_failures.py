@@ -457,3 +457,57 @@ def test_a_thread_that_does_not_start_fails_one_generation_and_no_other(monkeypa
         got = run(model, prompt())
         handle.remove()
         assert_close(got, run(model, prompt()))
+
+
+# -- resident slots ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", [{"budget": 10**9, "resident": None}, {"resident": 10**9}])
+@pytest.mark.parametrize("padding", [(0,), (0, 13)])
+def test_a_number_above_any_context_keeps_everything_resident_and_takes_no_more_memory(monkeypatch, setting, padding):
+    """Slots grow with the context, and no block is ever left to the CPU."""
+    monkeypatch.setattr("scout_hf.methods.scout.policy.SPARE_BLOCKS", 1)
+    model = llama()
+    expected = run(model, left_padded(*padding), new=80)
+    with scout_hf.patch(model, **(TWO_TIERS | {"layer_ahead": True, "cpu_query": "real"} | setting)) as handle:
+        got = run(model, left_padded(*padding), new=80)
+        assert_close(got, expected)
+        for layer in got.past_key_values.scout_layers:
+            method = layer.method
+            assert method.kv.host.blocks < method.resident.slots <= 1.25 * method.kv.host.blocks + 1
+        assert handle.stats().cpu_ratio == 0
+
+
+def test_slots_that_grow_change_nothing(monkeypatch):
+    """As if all that the setting allows had been there from the start."""
+    model, options = llama(), LOSSY | {"resident": 96, "budget": 32}
+    with scout_hf.patch(model, **options):
+        expected = run(model, left_padded(0, 13), new=80)
+        expected_slots = expected.past_key_values.scout_layers[0].method.resident.slots
+        monkeypatch.setattr("scout_hf.methods.scout.policy.SPARE_BLOCKS", 1)
+        got = run(model, left_padded(0, 13), new=80)
+    assert got.past_key_values.scout_layers[0].method.resident.slots == expected_slots == 12
+    assert_close(got, expected)
+
+
+@pytest.mark.parametrize("when", ["at first", "as they grow"])
+def test_residents_without_memory_name_the_setting(monkeypatch, when):
+    from scout_hf.stores import device
+
+    model = llama()
+    monkeypatch.setattr("scout_hf.methods.scout.policy.SPARE_BLOCKS", 1)
+
+    def none(*args, **kwargs):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with scout_hf.patch(model, **(TWO_TIERS | {"resident": 1000})) as handle:
+        cache = handle.new_cache()
+        with monkeypatch.context() as short:
+            if when == "at first":
+                short.setattr(device.ResidentSlots, "__init__", none)
+            else:
+                short.setattr(device.ResidentSlots, "grow", none)
+            with pytest.raises(scout_hf.errors.ResidentMemoryError, match="bytes.*resident=1000.*budget=None.*smaller"):
+                run(model, prompt(), new=40, past_key_values=cache)
+        got = run(model, prompt(), new=40)
+    assert_close(got, run(model, prompt(), new=40))

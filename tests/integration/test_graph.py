@@ -100,6 +100,20 @@ def test_most_steps_are_one_launch(graphs):
     assert len(graphs.made) <= 6 and replays(graphs) >= 190
 
 
+@pytest.mark.parametrize("way", ["join", "flags", "graph"])
+def test_slots_that_grow_with_the_context(graphs, monkeypatch, way):
+    """They move, which makes captured steps void, and hold what slots for everything from the start would hold."""
+    options = SPARSE | {"cpu_query": "real", "budget": 48, "resident": 160}
+    expected, theirs = decode(way, left_padded(0, 13, tokens=60), options)
+    monkeypatch.setattr("scout_hf.methods.scout.policy.SPARE_BLOCKS", 1)
+    got, ours = decode(way, left_padded(0, 13, tokens=60), options)
+    assert_close(got, expected)
+    assert [one.recalled_blocks for one in ours.layers] == [one.recalled_blocks for one in theirs.layers]
+    slots = [output.past_key_values.scout_layers[0].method.resident.slots for output in (got, expected)]
+    assert 7 < slots[0] < slots[1] == 20
+    assert way != "graph" or replays(graphs) >= 80
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_of_generate(mode):
     inputs, options = MODES[mode]

@@ -6,6 +6,7 @@ handed to it: cache, digests, residents and the state of the step.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from scout_hf.config import ScoutConfig
+from scout_hf.errors import ResidentMemoryError
 from scout_hf.fusion import Partial
 from scout_hf.selection import Pick
 from scout_hf.step import Step
@@ -170,3 +172,21 @@ class Executor(StepExecutor):
 
     def abort_replay(self, layer: Layer) -> None:
         """As ``Method.abort_replay``."""
+
+
+@contextlib.contextmanager
+def resident_memory(layer: Layer, slots: int) -> Iterator[None]:
+    """A device without the memory for so many slots says which setting asked for them."""
+    try:
+        yield
+    except RuntimeError as error:
+        # Torch says it with a RuntimeError, which may also be of something else.
+        if "memory" not in str(error):
+            raise
+        kv, config = layer.kv, layer.config
+        wanted = 2 * kv.batch * layer.kv_heads * slots * kv.block_size * kv.host.head_dim * kv.host.dtype.itemsize
+        raise ResidentMemoryError(
+            f"no memory on {kv.device} for {wanted} bytes of resident blocks in layer {layer.layer_idx} ({error}): "
+            f"resident={config.resident!r} and budget={config.budget!r} keep {slots * kv.block_size} tokens per layer "
+            "and KV head on the device; set a smaller resident (tokens): the CPU attends to what is not resident"
+        ) from error

@@ -8,7 +8,7 @@ import torch
 
 from scout_hf.fusion import Partial, fuse
 from scout_hf.kernels.attend import attend
-from scout_hf.methods.scout.executor import Executor
+from scout_hf.methods.scout.executor import Executor, resident_memory
 from scout_hf.selection import Pick, pack_lists
 from scout_hf.step import Step
 from scout_hf.stores import ResidentSlots
@@ -78,7 +78,8 @@ class TorchExecutor(Executor):
         host = layer.kv.host
         if slots is None:
             sizes = (layer.slots(), host.block_size, host.head_dim)
-            slots = ResidentSlots(len(query), layer.kv_heads, *sizes, host.dtype, query.device)
+            with resident_memory(layer, sizes[0]):
+                slots = ResidentSlots(len(query), layer.kv_heads, *sizes, host.dtype, query.device)
         pick = layer.selector.pick(step, query, host.blocks, layer.kv_heads)
         slots.load(pick.ids, pick.usable_or_all(), host)
         return slots

@@ -16,7 +16,7 @@ from scout_hf.config import ScoutConfig
 from scout_hf.fusion import Partial
 from scout_hf.kernels.device import KERNEL_DTYPES, MOST_CHANNELS, find_kernels
 from scout_hf.methods.base import PAST_CHUNK_TOKENS
-from scout_hf.methods.scout.executor import Executor
+from scout_hf.methods.scout.executor import Executor, resident_memory
 from scout_hf.methods.scout.executor_captured import CapturedExecutor
 from scout_hf.methods.scout.handoff import Flags, Handoff, Mailbox, make_handoff
 from scout_hf.selection import Pick
@@ -206,7 +206,8 @@ class TritonExecutor(Executor):
         host = layer.kv.host
         if slots is None:
             sizes = (layer.slots(), host.block_size, host.head_dim)
-            slots = MappedSlots(len(query), layer.kv_heads, *sizes, host.dtype, query.device)
+            with resident_memory(layer, sizes[0]):
+                slots = MappedSlots(len(query), layer.kv_heads, *sizes, host.dtype, query.device)
         slots.clear(host.blocks)
         choice, scores, most = self._choose(layer, step, query, slots, loading=True)
         layer.written.before(query.device)

@@ -12,7 +12,7 @@ import torch
 from scout_hf.config import ScoutConfig
 from scout_hf.fusion import Partial
 from scout_hf.methods.offloading import OffloadingMethod
-from scout_hf.methods.scout.executor import Executor, StepState
+from scout_hf.methods.scout.executor import Executor, StepState, resident_memory
 from scout_hf.methods.scout.executor_torch import TorchExecutor
 from scout_hf.methods.scout.query_gate import QueryGate
 from scout_hf.methods.scout.recall_policy import RecallPolicy
@@ -20,6 +20,7 @@ from scout_hf.selection import Pick, Selector
 from scout_hf.step import Step
 
 DEFAULT_RESIDENT_TOKENS = 2048
+SPARE_BLOCKS = 64
 NO_SHARE = 2.0  # the CPU never has that much of what is chosen
 
 
@@ -115,7 +116,7 @@ class TwoTierScout(OffloadingMethod):
             if state.started and share is not None:
                 run.recall(self, step, share)
         self.state = StepState()
-        if self.resident is not None and self.slots() > 1.25 * self.resident.slots:
+        if self.resident is not None and self._by_share() and self.slots() > 1.25 * self.resident.slots:
             # A share budget has outgrown its slots: the next attention chooses residents again.
             self.executor.join_recall(self)
             self.resident = None
@@ -216,11 +217,26 @@ class TwoTierScout(OffloadingMethod):
         return [] if self.resident is None else self.executor.seen(self)
 
     def slots(self) -> int:
-        """Blocks of a row and KV head that stay on the device."""
-        tokens = self.config.resident or self.config.budget or DEFAULT_RESIDENT_TOKENS
+        """Blocks of a row and KV head that stay on the device: what is set, but not many more than there are."""
+        tokens, held = self._resident_tokens(), self.kv.host.blocks
         if isinstance(tokens, float):
-            tokens = max(self.config.block_size, int(tokens * self.kv.length))
-        return self.config.blocks(tokens)
+            return self.config.blocks(max(self.config.block_size, int(tokens * self.kv.length)))
+        return min(self.config.blocks(tokens), held + max(SPARE_BLOCKS, held // 4))
+
+    def _resident_tokens(self) -> int | float:
+        return self.config.resident or self.config.budget or DEFAULT_RESIDENT_TOKENS
+
+    def _by_share(self) -> bool:
+        return isinstance(self._resident_tokens(), float)
+
+    def _grow_slots(self) -> None:
+        """Let the next block find a free slot while the setting has more, as if all had been there from the start."""
+        if self.resident is None or self._by_share() or self.kv.host.blocks < self.resident.slots:
+            return
+        slots = self.slots()
+        if slots > self.resident.slots:
+            with self.changing_residents() as resident, resident_memory(self, slots):
+                resident.grow(slots)
 
     def _load_residents(self, step: Step, query: torch.Tensor) -> None:
         resident, self.resident = self.resident, None  # gone if this fails
@@ -248,3 +264,4 @@ class TwoTierScout(OffloadingMethod):
             with self.changing_residents() as resident:
                 self.executor.adopt(resident, first, *full)
         self.executor.write_back(self, step)
+        self._grow_slots()
