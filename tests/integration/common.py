@@ -94,3 +94,46 @@ def both_tiers_hold_tokens(handle: scout_hf.Handle) -> bool:
     stats = handle.stats()
     held = stats.kv_bytes
     return bool(stats.cpu_ratio or stats.recalled_bytes) and held["host"] > 0 and held["device"] > 0
+
+
+def spiky(dtype=torch.float64):
+    """A model whose heads look at a few tokens, so that a wrong block shows; float64 is torch's, float32 native."""
+    return llama(dtype=dtype, initializer_range=0.12, num_hidden_layers=3)
+
+
+def decode_after_holes(model, cache=None):
+    """Logits of 14 tokens behind a prompt whose rows end in padding, inside a block that these tokens fill."""
+    ids, mask = prompt(3, 84), torch.ones(3, 84, dtype=torch.long)
+    mask[0, :3], mask[1, 60:], mask[2, 29:43] = 0, 0, 0
+    mask[2, 81:] = 0
+    found = []
+    with torch.no_grad():
+        for step in range(15):
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            output = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+            cache, ids = output.past_key_values, prompt(3, 1, seed=step)
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            found.append(output.logits[:, -1])
+    return torch.stack(found[1:])
+
+
+REPETITIVE = torch.cat([prompt(1, 12)] * 4, dim=1)
+MODES = {
+    "greedy": (prompt(), {}),
+    "greedy, long": (prompt(1, 130), {"new": 40}),
+    "one token": (prompt(1, 1), {"new": 60}),
+    "batch": (prompt(3), {}),
+    "padded": (left_padded(0, 5, 21, 49), {}),
+    "padded by whole blocks": (left_padded(0, 16, 32), {"new": 20}),
+    "every row padded": (left_padded(3, 17), {}),
+    "sampling": (left_padded(0, 5), {"do_sample": True, "temperature": 1.5, "new": 20}),
+    "beam": (left_padded(0, 5, 21), {"num_beams": 3, "new": 14}),
+    "beam sampling": (left_padded(0, 5), {"num_beams": 2, "do_sample": True, "new": 14}),
+    "several answers": (left_padded(0, 5), {"do_sample": True, "num_return_sequences": 3}),
+    "several beams": (prompt(), {"num_beams": 3, "num_return_sequences": 3}),
+    "prompt lookup": (REPETITIVE, {"prompt_lookup_num_tokens": 4, "new": 20}),
+    "prefill in chunks": (prompt(1, 70), {"prefill_chunk_size": 16}),
+    "prefill in chunks, padded": (left_padded(0, 5, 40, tokens=70), {"prefill_chunk_size": 13}),
+    "hidden states": (left_padded(0, 5), {"output_hidden_states": True}),
+    "repetition penalty": (prompt(2), {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}),
+}

@@ -9,7 +9,6 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     BertConfig,
     DynamicCache,
-    LlamaConfig,
     LlamaForCausalLM,
     T5Config,
 )
@@ -21,7 +20,7 @@ from scout_hf.cache import ScoutLayer
 from scout_hf.cache_names import given_cache
 from scout_hf.patches import ProbeFamily, family_of
 from tests.integration.common import ONE_TIER, TWO_TIERS, left_padded, llama, logits, prompt, run
-from tests.integration.test_patching import snapshot
+from tests.integration.models import silence, snapshot, unknown
 from tests.patches.tiny import TINY, missing, tiny_gemma3_multimodal, tiny_model
 
 INPUTS = left_padded(0, 9, tokens=40)
@@ -72,26 +71,6 @@ def test_exact(name):
             assert settings is ONE_TIER or handle.stats().cpu_ratio > 0.2
         assert_exact(got, expected)
     assert_exact(run(model, INPUTS, new=6), expected, 0.0)
-
-
-WRITES = ("o_proj", "out_proj", "dense", "down_proj", "fc2", "dense_4h_to_h", "c_proj", "output_linear", "w2", "fc_out")
-
-
-@torch.no_grad()
-def silence(model, family) -> int:
-    """Let no layer before the last scout layer write to the residual stream; the index of that layer.
-
-    Layer i's input is then layer i+1's, so that the query predicted for layer i+1 is its true query.
-    """
-    layers = family.layers(family.decoder(model))
-    cache = ScoutCache(model.config, **TWO_TIERS)
-    last = max(layer.layer_idx for layer in cache.scout_layers)
-    for layer in layers[:last]:
-        for name, parameter in layer.named_parameters():
-            parts = name.removesuffix(".weight").removesuffix(".bias").removesuffix("_bias").split(".")
-            if parts[-1] in WRITES:
-                parameter.zero_()
-    return last
 
 
 def layer_inputs(model, family):
@@ -171,19 +150,6 @@ def test_nothing_to_do_for_a_model_of_sliding_layers_only():
 
 
 # -- unknown families ------------------------------------------------------------------------------------------------
-
-
-class UnknownConfig(LlamaConfig):
-    model_type = "llama_of_tomorrow"
-
-
-def unknown(model_class=LlamaForCausalLM):
-    """A Llama whose type nobody has heard of."""
-    stock = llama(initializer_range=0.1)
-    config = UnknownConfig(**{k: v for k, v in stock.config.to_dict().items() if k != "model_type"})
-    model = model_class(config).eval()
-    model.load_state_dict(stock.state_dict())
-    return model
 
 
 @pytest.mark.parametrize("settings", [ONE_TIER, TWO_TIERS], ids=["one tier", "two tiers"])

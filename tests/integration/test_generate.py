@@ -12,6 +12,7 @@ from scout_hf import ScoutCache
 from scout_hf.kernels.cpu import BlockLists, find_backend
 from tests.integration.common import (
     EXACT_METHODS,
+    MODES,
     ONE_TIER,
     TWO_TIERS,
     assert_close,
@@ -54,28 +55,6 @@ def patched(settings):
         assert handle.exact
         steps = handle.stats().steps
         assert steps == 0 or settings.get("split") == "off" or both_tiers_hold_tokens(handle)
-
-
-REPETITIVE = torch.cat([prompt(1, 12)] * 4, dim=1)
-MODES = {
-    "greedy": (prompt(), {}),
-    "greedy, long": (prompt(1, 130), {"new": 40}),
-    "one token": (prompt(1, 1), {"new": 60}),
-    "batch": (prompt(3), {}),
-    "padded": (left_padded(0, 5, 21, 49), {}),
-    "padded by whole blocks": (left_padded(0, 16, 32), {"new": 20}),
-    "every row padded": (left_padded(3, 17), {}),
-    "sampling": (left_padded(0, 5), {"do_sample": True, "temperature": 1.5, "new": 20}),
-    "beam": (left_padded(0, 5, 21), {"num_beams": 3, "new": 14}),
-    "beam sampling": (left_padded(0, 5), {"num_beams": 2, "do_sample": True, "new": 14}),
-    "several answers": (left_padded(0, 5), {"do_sample": True, "num_return_sequences": 3}),
-    "several beams": (prompt(), {"num_beams": 3, "num_return_sequences": 3}),
-    "prompt lookup": (REPETITIVE, {"prompt_lookup_num_tokens": 4, "new": 20}),
-    "prefill in chunks": (prompt(1, 70), {"prefill_chunk_size": 16}),
-    "prefill in chunks, padded": (left_padded(0, 5, 40, tokens=70), {"prefill_chunk_size": 13}),
-    "hidden states": (left_padded(0, 5), {"output_hidden_states": True}),
-    "repetition penalty": (prompt(2), {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}),
-}
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -18,6 +18,7 @@ from scout_hf import RecallIntervals  # noqa: E402
 from tests.integration import fake_graph  # noqa: E402
 from tests.integration.common import (  # noqa: E402
     LOSSY,
+    MODES,  # noqa: E402
     TWO_TIERS,
     assert_close,
     assert_equal,
@@ -26,8 +27,7 @@ from tests.integration.common import (  # noqa: E402
     prompt,
     run,
 )
-from tests.integration.test_generate import MODES  # noqa: E402
-from tests.integration.test_on_device import late  # noqa: E402
+from tests.integration.disturbances import late  # noqa: E402
 from tests.libraries import ISAS  # noqa: E402
 from tests.triton import reference  # noqa: E402
 

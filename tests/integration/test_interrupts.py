@@ -7,7 +7,7 @@ import scout_hf
 from scout_hf.kernels.cpu import pool, workers
 from scout_hf.methods.scout.executor import StepState
 from scout_hf.step import active_step
-from tests.integration.test_failures import delayed_jobs
+from tests.integration.disturbances import delayed_jobs
 from tests.libraries import ISAS
 from tests.patches.tiny import tiny_model
 

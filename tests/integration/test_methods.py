@@ -16,6 +16,7 @@ from scout_hf.methods.scout.one_tier import OneTierScout
 from scout_hf.stores.staging import Staging
 from tests.integration.common import (
     EXACT_METHODS,
+    MODES,
     ONE_TIER,
     TOLERANCE,
     TWO_TIERS,
@@ -27,7 +28,7 @@ from tests.integration.common import (
     prompt,
     run,
 )
-from tests.integration.test_failures import (
+from tests.integration.disturbances import (
     DISTURBANCES,
     INT8,
     Planted,
@@ -35,7 +36,6 @@ from tests.integration.test_failures import (
     raise_once,
     spoiled_scratch,
 )
-from tests.integration.test_generate import MODES
 from tests.patches.tiny import missing, tiny_model
 
 SPARSE = {

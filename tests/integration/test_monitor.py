@@ -22,17 +22,16 @@ from tests.integration.common import (
     ONE_TIER,
     TWO_TIERS,
     assert_equal,
+    decode_after_holes,
     left_padded,
     llama,
     logits,
     prompt,
     run,
 )
-from tests.integration.test_failures import delayed_jobs, delayed_submit, spoiled_buffers, spoiled_pages
-from tests.integration.test_sparse import decode_after_holes
+from tests.integration.disturbances import delayed_jobs, delayed_submit, refuse_thread, spoiled_buffers, spoiled_pages
 from tests.libraries import ISAS
 from tests.patches.tiny import missing, tiny_model
-from tests.unit.test_workers import refuse_thread
 
 ONE_SPARSE = LOSSY | {"split": "off"}
 WAYS = [pytest.param("torch"), pytest.param("native", marks=pytest.mark.skipif(not ISAS, reason="no native library"))]

@@ -6,11 +6,6 @@ do the same. Slots and mailboxes begin as NaN, and jobs and copies may come late
 
 from __future__ import annotations
 
-import ctypes
-import random
-import threading
-import time
-
 import pytest
 import torch
 
@@ -19,7 +14,7 @@ pytest.importorskip("triton")
 import scout_hf  # noqa: E402
 from scout_hf import ScoutConfig  # noqa: E402
 from scout_hf.errors import CacheStateError  # noqa: E402
-from scout_hf.kernels.cpu.pool import CopyArgs, NativePool, quick  # noqa: E402
+from scout_hf.kernels.cpu.pool import NativePool  # noqa: E402
 from scout_hf.methods.scout import executor_triton, handoff  # noqa: E402
 from scout_hf.methods.scout.executor_triton import TritonExecutor  # noqa: E402
 from tests.integration.common import (  # noqa: E402
@@ -33,6 +28,7 @@ from tests.integration.common import (  # noqa: E402
     prompt,
     run,
 )
+from tests.integration.disturbances import late
 from tests.integration.test_beside_stock import test_two_threads_on_one_model  # noqa: E402, F401
 from tests.integration.test_generate import (  # noqa: E402, F401
     patched,
@@ -141,28 +137,6 @@ def test_not_one_logit_changes_when_jobs_and_copies_are_late(inputs, monkeypatch
     for _ in range(2):
         with scout_hf.patch(llama(), **LOSSY) as handle:
             assert_equal(run(handle.model, inputs, new=60), expected)
-
-
-def late(monkeypatch):
-    """Every job of the pool and of Python's thread begins late."""
-    dice = random.Random(0)
-
-    def submit(self, *args, **options):
-        word = ctypes.c_uint64(0)
-        gate = CopyArgs(None, None, 0, 0)
-        at = {"flag": ctypes.addressof(word), "value": 1}
-        SUBMIT(self, quick(self.library, "scout_submit_copy"), gate, keep=word, **at)
-        threading.Timer(dice.random() * 0.004, setattr, (word, "value", 1)).start()
-        return SUBMIT(self, *args, **options)
-
-    attend_when = handoff._attend_when
-
-    def attend_late(*args):
-        time.sleep(dice.random() * 0.004)
-        return attend_when(*args)
-
-    monkeypatch.setattr(NativePool, "submit", submit)
-    monkeypatch.setattr(handoff, "_attend_when", attend_late)
 
 
 def test_not_waiting_is_seen(monkeypatch, way):

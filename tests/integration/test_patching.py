@@ -1,7 +1,6 @@
 """patch() and its removal: nothing is left behind, and nothing but this model's ScoutCache passes is touched."""
 
 import copy
-import inspect
 import itertools
 import pickle
 
@@ -14,21 +13,7 @@ from scout_hf.changes import Changes
 from scout_hf.naming import AttentionNames
 from tests.faults.injector import inject, record
 from tests.integration.common import LOSSY, ONE_TIER, TWO_TIERS, assert_close, assert_equal, llama, logits, prompt, run
-
-
-def snapshot(model):
-    """Every attribute of every module, the items of its dicts, its forward signature, and the configs."""
-    held = {}
-    for name, module in model.named_modules():
-        for key, value in module.__dict__.items():
-            held[name, key] = [(k, id(v)) for k, v in value.items()] if isinstance(value, dict) else id(value)
-        held[name, "type"] = type(module)
-        held[name, "forward"] = inspect.signature(module.forward)
-    for config in (model.config, model.generation_config):
-        held[type(config), "content"] = copy.deepcopy(config.to_dict())
-        held[type(config), "attributes"] = copy.deepcopy(config.__dict__)
-    held["implementation"] = model.config._attn_implementation
-    return held
+from tests.integration.models import snapshot
 
 
 def plain_forward(model, **options):

@@ -23,7 +23,7 @@ from tests.integration.common import (
     prompt,
     run,
 )
-from tests.integration.test_families import unknown
+from tests.integration.models import unknown
 from tests.patches.tiny import tiny_model
 
 REAL = TWO_TIERS | {"layer_ahead": True, "cpu_query": "real"}

@@ -6,7 +6,7 @@ import torch
 import scout_hf
 from scout_hf.kernels.cpu.native_backend import NativeBackend
 from tests.integration import selection_oracle
-from tests.integration.common import assert_close, left_padded, llama, logits, prompt, run
+from tests.integration.common import assert_close, decode_after_holes, left_padded, logits, prompt, run, spiky
 from tests.integration.selection_oracle import Oracle, Rules
 from tests.libraries import ISAS
 
@@ -39,11 +39,6 @@ TWO_TIER_CASES = {name: case for name, case in CASES.items() if not isinstance(c
     "more residents than budget": {"budget": 24, "resident": 48},
     "everything, few residents": {"budget": None, "resident": 16},
 }
-
-
-def spiky(dtype=torch.float64):
-    """A model whose heads look at a few tokens, so that a wrong block shows; float64 is torch's, float32 native."""
-    return llama(dtype=dtype, initializer_range=0.12, num_hidden_layers=3)
 
 
 def reference(inputs, new: int = NEW, dtype=torch.float64, **case):
@@ -96,22 +91,6 @@ def test_two_tiers_in_native_code(case):
 def test_two_tiers_attend_to_the_union(case, inputs):
     """Residents, and what the real query selects: without recall the residents are those of the prompt."""
     check(INPUTS[inputs], TWO_TIER_CASES[case], "cpu")
-
-
-def decode_after_holes(model, cache=None):
-    """Logits of 14 tokens behind a prompt whose rows end in padding, inside a block that these tokens fill."""
-    ids, mask = prompt(3, 84), torch.ones(3, 84, dtype=torch.long)
-    mask[0, :3], mask[1, 60:], mask[2, 29:43] = 0, 0, 0
-    mask[2, 81:] = 0
-    found = []
-    with torch.no_grad():
-        for step in range(15):
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            output = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-            cache, ids = output.past_key_values, prompt(3, 1, seed=step)
-            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            found.append(output.logits[:, -1])
-    return torch.stack(found[1:])
 
 
 @pytest.mark.parametrize("case", [{"budget": 16}, {"budget": 32, "sinks": 0, "resident": 16}], ids=str)

@@ -14,7 +14,7 @@ from scout_hf.stores.device import ResidentSlots
 from scout_hf.stores.host import PagedKV
 from scout_hf.stores.pages import PagePool, PageTable
 from tests.integration.common import ONE_TIER, TOLERANCE, TWO_TIERS, llama, prompt
-from tests.integration.test_failures import raise_once
+from tests.integration.disturbances import raise_once
 from tests.unit.worlds import CROP_TAKES_LENGTH
 
 ERRORS = pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])

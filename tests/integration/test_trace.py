@@ -13,7 +13,7 @@ from scout_hf.errors import ConfigError, PatchError
 from scout_hf.kernels.cpu import native_backend
 from scout_hf.trace import Tracer
 from tests.integration.common import EXACT_METHODS, LOSSY, assert_equal, llama, prompt, run
-from tests.integration.test_failures import Planted, raise_once
+from tests.integration.disturbances import Planted, raise_once
 from tests.libraries import ISAS
 
 pytest.importorskip("matplotlib")

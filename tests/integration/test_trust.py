@@ -11,9 +11,8 @@ import scout_hf
 from scout_hf.fusion import Partial
 from scout_hf.methods.scout.query_gate import CHECK_EVERY, QueryGate
 from scout_hf.patches import family_of
-from tests.integration.common import LOSSY, TWO_TIERS, assert_close, left_padded, llama, logits, prompt, run
-from tests.integration.test_families import silence
-from tests.integration.test_sparse import spiky
+from tests.integration.common import LOSSY, TWO_TIERS, assert_close, left_padded, llama, logits, prompt, run, spiky
+from tests.integration.models import silence
 
 AUTO = {"cpu_query": "auto", "layer_ahead": True}
 

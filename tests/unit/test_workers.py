@@ -15,6 +15,7 @@ import torch
 
 from scout_hf.errors import ThreadStartError
 from scout_hf.kernels.cpu.workers import Workers
+from tests.integration.disturbances import refuse_thread
 
 
 @pytest.fixture
@@ -205,19 +206,6 @@ def test_busy_until_the_last_job_has_ended(workers):
 
 
 # -- no thread can be had --------------------------------------------------------------------------------------------
-
-
-def refuse_thread(monkeypatch, number):
-    """The start of that thread from now on fails, as under ``ulimit -u``; all others start."""
-    real, started = threading.Thread.start, []
-
-    def start(self):
-        started.append(self)
-        if len(started) == number:
-            raise RuntimeError("can't start new thread")
-        real(self)
-
-    monkeypatch.setattr(threading.Thread, "start", start)
 
 
 def threads_of_a_new_thread():
