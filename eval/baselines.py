@@ -14,7 +14,7 @@ from scout_hf.selection import Digest, register_digest
 class Blind(Digest):
     """A digest without content: one byte per block and head, so that blocks can be counted."""
 
-    def encode(self, keys: torch.Tensor, exists: torch.Tensor | None) -> torch.Tensor:
+    def encode(self, keys: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
         """Zeros, (batch, kv_heads, blocks, 1)."""
         return torch.zeros((*keys.shape[:3], 1), dtype=torch.uint8, device=keys.device)
 
@@ -52,9 +52,9 @@ class OracleBlocks(Digest):
 
     name = "oracle"
 
-    def encode(self, keys: torch.Tensor, exists: torch.Tensor | None) -> torch.Tensor:
+    def encode(self, keys: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
         """The keys of a block side by side, (batch, kv_heads, blocks, block_size * head_dim)."""
-        if exists is not None and not bool(exists.all()):
+        if padding_mask is not None and not bool(padding_mask.all()):
             raise ValueError("digest='oracle' takes no padding; give it rows of equal length")
         return keys.flatten(3)
 

@@ -68,7 +68,7 @@ class Family:
             decoder: what `decoder(model)` returns.
             layer: one of `layers(decoder)`.
             hidden: (batch, length, hidden_size), the model's dtype, on any device.
-            position_ids: (1 or batch, length), integer. Needed where the angles must be computed anew: no
+            position_ids: (1 or batch, length), integer. Needed where the angles must be computed again: no
                 `position_embeddings` given, or other frequencies than those of the previous layer.
             position_embeddings: the (cos, sin) that the previous layer received, each
                 (1 or batch, length, rotary_dim); None for models without a rotary embedding.

@@ -34,7 +34,7 @@ class Sample(NamedTuple):
         Tokens behind the whole blocks, always attended.
     attended : Tensor (batch, n, blocks) of bool
         Blocks that the step attended.
-    exists : Tensor (batch, tokens) of bool, or None
+    padding_mask : Tensor (batch, tokens) of bool, or None
         Tokens that are no padding.
     predicted : bool
         Whether a part of the blocks was attended with a predicted query.
@@ -49,7 +49,7 @@ class Sample(NamedTuple):
     keys: torch.Tensor
     values: torch.Tensor
     attended: torch.Tensor
-    exists: torch.Tensor | None
+    padding_mask: torch.Tensor | None
     predicted: bool
     scale: float
     softcap: float | None
@@ -58,21 +58,21 @@ class Sample(NamedTuple):
 def measure(sample: Sample, attend_each) -> torch.Tensor:
     """Sums of :func:`lost` over rows and KV heads of a sample.
 
-    ``attend_each(query, blocks, row, head, scale, softcap, exists)`` gives a partial per whole block.
+    ``attend_each(query, blocks, row, head, scale, softcap, padding_mask)`` gives a partial per whole block.
     """
     size, tokens = sample.blocks.block_size, sample.blocks.tokens
     rules, sums = (sample.scale, sample.softcap), []
     for row in range(len(sample.query)):
-        exists = past = None
-        if sample.exists is not None:
-            past = sample.exists[row, :tokens].view(-1, size)
-            exists = sample.exists[row, tokens:]
+        padding_mask = past = None
+        if sample.padding_mask is not None:
+            past = sample.padding_mask[row, :tokens].view(-1, size)
+            padding_mask = sample.padding_mask[row, tokens:]
         for at, head in enumerate(sample.heads):
             query = sample.query[row, at]
             parts = attend_each(query, sample.blocks, row, head, *rules, past)
             wide = parts.lse.dtype
             keys, values = (part[row, at].to(wide)[None, None] for part in (sample.keys, sample.values))
-            allowed = None if exists is None else exists[None, None, None]
+            allowed = None if padding_mask is None else padding_mask[None, None, None]
             tail = attend(query.to(wide)[None, :, None], keys, values, *rules, allowed)
             tail = Partial(tail.out[0, :, 0], tail.lse[0, :, 0].to(wide))
             out = sample.out[row, at].to(wide)

@@ -225,10 +225,10 @@ def _sample(step, method, heads, query, result, attended, predicted) -> Sample:
 
     # Indexing by a list copies.
     tail = [part[:, which].to(store.device) for part in method.kv.read(blocks.tokens, method.length)]
-    exists = None if step.mask is None else step.padding(store.device)[:, : method.length].clone()
+    padding_mask = None if step.mask is None else step.padding(store.device)[:, : method.length].clone()
     marks = _marks(attended, which, len(query), blocks.blocks, store.device)
     return Sample(
-        blocks, heads, of_heads(query), of_heads(result.out), *tail, marks, exists, predicted, *method.scoring
+        blocks, heads, of_heads(query), of_heads(result.out), *tail, marks, padding_mask, predicted, *method.scoring
     )
 
 

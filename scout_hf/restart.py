@@ -1,4 +1,4 @@
-"""Models that drop their cache to begin anew: LongRoPE changes the angles of all positions at a length."""
+"""Models that drop their cache to begin again: LongRoPE changes the angles of all positions at a length."""
 
 from __future__ import annotations
 

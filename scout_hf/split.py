@@ -1,4 +1,4 @@
-"""How many tokens to compute anew: the cost model of KVPR (arXiv 2411.17089, section 3.2), one layer ahead.
+"""How many tokens to recompute: the cost model of KVPR (arXiv 2411.17089, section 3.2), one layer ahead.
 
 The paper lets a layer's transfers begin with the layer: inputs first, then the rest beside the computing,
 ``l * input_s + max(l * compute_s, (n - l) * kv_s)``. Here they begin one layer before, so that in the long run link and
@@ -36,12 +36,12 @@ class Rates:
         self.compute_s += NEW_SHARE * (seconds / tokens - self.compute_s)
 
     def did_besides(self, seconds: float) -> None:
-        """What a layer took without waiting and computing anew."""
+        """What a layer took without waiting and computing again."""
         self.other_s += (NEW_SHARE if self.other_s else 1.0) * (seconds - self.other_s)
 
 
 def layer_seconds(rates: Rates, tokens: int, split: int) -> float:
-    """What a layer takes when the first ``split`` of its ``tokens`` are computed anew."""
+    """What a layer takes when the first ``split`` of its ``tokens`` are recomputed."""
     link = split * rates.input_s + (tokens - split) * rates.kv_s
     return max(link, split * rates.compute_s + rates.other_s)
 

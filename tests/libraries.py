@@ -26,7 +26,7 @@ def using_isa(name: str):
 
 @contextmanager
 def environment(**variables: str):
-    """The library is looked for anew under these settings, until the end of the block."""
+    """The library is looked for again under these settings, until the end of the block."""
     before = {name: os.environ.pop(name, None) for name in (ISA_VARIABLE, PATH_VARIABLE)}
     isa = LIBRARY.isa if LIBRARY else None
     os.environ.update(variables)

@@ -9,9 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Of eval, what runs in a user's process; the rest has one of its own.
-BESIDE_THE_USER = [
-    ROOT / "eval" / name for name in ("baselines.py", "scoring.py", "decode_path.py", "fidelity/asking.py")
-]
+BESIDE_THE_USER = [ROOT / "eval" / name for name in ("baselines.py", "scoring.py", "decode_path.py")]
 SOURCES = sorted(path for room in ("scout_hf", "patches") for path in (ROOT / room).rglob("*.py")) + BESIDE_THE_USER
 MAKE = """arange as_tensor asarray empty empty_strided eye full linspace logspace ones rand randint randn randperm
 scalar_tensor tensor tril_indices triu_indices zeros""".split()

@@ -38,10 +38,10 @@ class Drifting(Digest):
 
     _walk: torch.Tensor | None = None
 
-    def encode(self, keys: torch.Tensor, exists: torch.Tensor | None) -> torch.Tensor:
+    def encode(self, keys: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
         kernels, real = find_kernels(self.gpu_kernels, keys.device), self._as_real()
-        codes = None if kernels is None else kernels.encode(real, keys, exists)
-        return real.encode(keys, exists) if codes is None else codes
+        codes = None if kernels is None else kernels.encode(real, keys, padding_mask)
+        return real.encode(keys, padding_mask) if codes is None else codes
 
     def score(self, query: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         kernels, real, scores = find_kernels(self.gpu_kernels, codes.device), self._as_real(), None
@@ -59,11 +59,11 @@ class Drifting(Digest):
         if blocks > held:
             if like.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
-                    "the walk of scores cannot begin while a graph is captured: every run would begin anew"
+                    "the walk of scores cannot begin while a graph is captured: every run would begin again"
                 )
             # More than the table of codes has room for, since a captured step scores all of it.
-            room = blocks + SPARE_BLOCKS + blocks // 4
-            grown = torch.empty((*like.shape[:2], room), dtype=torch.float32, device=like.device)
+            capacity = blocks + SPARE_BLOCKS + blocks // 4
+            grown = torch.empty((*like.shape[:2], capacity), dtype=torch.float32, device=like.device)
             grown.normal_(0, SIZE)
             if held:
                 grown[:, :, :held] = self._walk
@@ -160,7 +160,7 @@ class DriftingInfiniGen(InfiniGen):
     _first = 0
 
     def choose_tokens(self, step, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, usable = super().choose_tokens(step, query)
+        ids, valid = super().choose_tokens(step, query)
         if self._shuffled is None:
             self._shuffled = torch.rand(
                 (*ids.shape[:2], self.kv.host.length), dtype=torch.float32, device=ids.device
@@ -168,7 +168,7 @@ class DriftingInfiniGen(InfiniGen):
         held, count = self._shuffled.shape[2], ids.shape[2]
         self._first += round(self.share * count)
         window = (self._first + torch.arange(min(count, held), dtype=torch.int64, device=ids.device)) % held
-        return self._shuffled[:, :, window], usable[:, :, : len(window)]
+        return self._shuffled[:, :, window], valid[:, :, : len(window)]
 
 
 def drifting_infinigen() -> str:

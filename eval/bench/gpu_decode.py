@@ -237,9 +237,9 @@ class _Bench:
     def _decoding(self, arm: str, context: int, batch: int) -> Iterator[tuple[Cache, Callable, Any]]:
         """A filled cache, a step with it, and the handle of a patched model."""
         drift.settings_for(_correlation(self.options, self.share, context), self.options["gpu_kernels"])
-        room, call = context + WARM_UPS + 2 * self.steps + PROFILED, self.model
+        capacity, call = context + WARM_UPS + 2 * self.steps + PROFILED, self.model
         try:
-            with GPU_DECODE[arm].caches(self.model, room, **self.options) as caches:
+            with GPU_DECODE[arm].caches(self.model, capacity, **self.options) as caches:
                 cache = caches.new()
                 if GPU_DECODE[arm].compiled:
                     call = torch.compile(self.model, mode="reduce-overhead", dynamic=False)

@@ -45,7 +45,7 @@ class Timing:
 
 
 def interleave(calls: Mapping[Any, Prepare], repeat: int | Mapping[Any, int], seed: int = 0) -> dict[Any, Timing]:
-    """Time every call so many times, one after the other in an order that is drawn anew for every round.
+    """Time every call so many times, one after the other in an order that is drawn again for every round.
 
     Calls that are repeated less often are spread evenly over the rounds. Nothing is warmed up here.
     """

@@ -25,4 +25,4 @@ class Fidelity:
     seed: Seed = 0
     fresh: Annotated[bool, Option("--fresh", help="Measure everything again.")] = False
     report: Annotated[Path | None, Option(help="Measure nothing: show this fidelity.json.")] = None
-    readme: Annotated[Path | None, Option(help="File whose table of results to make anew.")] = None
+    readme: Annotated[Path | None, Option(help="File whose table of results to make again.")] = None

@@ -95,14 +95,14 @@ class Dense(OffloadingMethod):
             self._drop_coming()  # begun before tokens came in another way
         if not self._coming:
             self._coming.append(self._bring(step, first, pieces[0]))
-        exists, parts = self.padding_mask(step, first * size, self.kv.host.length), []
+        padding_mask, parts = self.padding_mask(step, first * size, self.kv.host.length), []
         for number, heads in enumerate(pieces):
             if number + 1 < len(pieces):
                 self._coming.append(self._bring(step, first, pieces[number + 1]))
             here = self._coming[0]
             keys, values = self._wait(step, here)
             chosen = query[:, heads.start * group : heads.stop * group]
-            parts.append(attend(chosen, keys, values, *self.scoring, exists))
+            parts.append(attend(chosen, keys, values, *self.scoring, padding_mask))
             step.counters.recalled(self.layer_idx, self._blocks_of(heads, first), here.nbytes)
             self._coming.pop(0).give_back()
         return parts[0] if len(parts) == 1 else Partial(*(torch.cat(each, dim=1) for each in zip(*parts)))

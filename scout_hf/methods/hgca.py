@@ -25,7 +25,7 @@ class HGCA(OffloadingMethod):
     The weight of a token in the window is a moving average of what it gets there, ``alpha`` of it new; a pass of
     several tokens counts by its mean. When a block leaves the window, each KV head keeps the tokens that weigh at least
     ``threshold / n``, ``n`` being the tokens weighed, and the ``least`` heaviest at any rate; the others are never
-    attended again, until a pass of several tokens weighs all of them anew, over the whole host. With GQA a token weighs
+    attended again, until a pass of several tokens weighs all of them again over the whole host. With GQA a token weighs
     what its heaviest query head gives it (the prototype has one query head per KV head, and keeps groups of heads
     equally long, which batches change; here each head has its own).
 
@@ -70,7 +70,7 @@ class HGCA(OffloadingMethod):
     # -- join points --------------------------------------------------------------------------------------------
 
     def attend(self, step: Step, query: torch.Tensor) -> Partial:
-        marks, held = self.kept.exists, self.kept.total / (self.batch * self.kv_heads)
+        marks, held = self.kept.valid, self.kept.total / (self.batch * self.kv_heads)
         if held:
             if step.mask is not None:
                 # What was kept may be padding in this step.
@@ -83,10 +83,13 @@ class HGCA(OffloadingMethod):
             read = self.kept.total * 2 * query.shape[3] * self.dtype.itemsize
             self._ticket = step.links.limit_cpu(ticket, read, self.config.cpu_gbps)
         keys, values = self.kv.tail()
-        exists = self.padding_mask(step, self.kv.host.length)
-        here, weights = attend_weighing(query, keys, values, *self.scoring, exists)
+        padding_mask = self.padding_mask(step, self.kv.host.length)
+        here, weights = attend_weighing(query, keys, values, *self.scoring, padding_mask)
         self._weigh(weights)
-        parts, window = [here], keys.shape[2] if exists is None else exists.sum(dtype=torch.float32) / self.batch
+        parts, window = (
+            [here],
+            keys.shape[2] if padding_mask is None else padding_mask.sum(dtype=torch.float32) / self.batch,
+        )
         if self._ticket is not None:
             with step.counters.timed(self.layer_idx, "join"):
                 share = self._ticket.wait().partial
@@ -120,7 +123,7 @@ class HGCA(OffloadingMethod):
             self._weights = self._weights[:, :, : length - held]
 
     def mark(self) -> Any:
-        # All of these are made anew where they change.
+        # All of these are made again where they change.
         return super().mark(), self.kept, self.kept.mark(), self._past, self._weights
 
     def rollback(self, mark: Any) -> None:
@@ -168,10 +171,10 @@ class HGCA(OffloadingMethod):
         self.written.finish()
         host = self.kv.host
         keys, values = host.read(0, host.length)
-        exists = None if step.mask is None else step.padding(torch.device("cpu"))[:, None, None, : host.length]
-        self._past = mean_weights(query, keys, *self.scoring, exists, real)
+        padding_mask = None if step.mask is None else step.padding(torch.device("cpu"))[:, None, None, : host.length]
+        self._past = mean_weights(query, keys, *self.scoring, padding_mask, real)
         self.kept = KeptTokens(self.batch, self.kv_heads, host.head_dim, host.block_size, self.dtype)
-        self._keep(step, 0, keys, values, self._past, exists, host.length)
+        self._keep(step, 0, keys, values, self._past, padding_mask, host.length)
 
     def _write_back(self, step: Step | None) -> None:
         missing = self.kv.length - self.kv.host.length - self._weights.shape[2]
@@ -184,25 +187,25 @@ class HGCA(OffloadingMethod):
             return
         first, moved = self.kv.host.length, full[0].shape[2]
         weights = self._weights[:, :, :moved].cpu()
-        exists, weighed = None, self._weights.shape[2]
+        padding_mask, weighed = None, self._weights.shape[2]
         if step is not None and step.mask is not None:
-            exists = step.padding(torch.device("cpu"))[:, None, None, first : first + moved]
+            padding_mask = step.padding(torch.device("cpu"))[:, None, None, first : first + moved]
             weighed = step.padding(torch.device("cpu"))[:, first:].sum(-1).clamp(min=1).to(weights.dtype)[:, None, None]
-        self._keep(step, first, *(part.cpu() for part in full), weights, exists, weighed)
+        self._keep(step, first, *(part.cpu() for part in full), weights, padding_mask, weighed)
         self._past = torch.cat([self._past, weights], dim=2)
         self._weights = self._weights[:, :, moved:]
         super()._write_back(step)
 
-    def _keep(self, step: Step, first: int, keys, values, weights, exists, weighed: int | torch.Tensor) -> None:
+    def _keep(self, step: Step, first: int, keys, values, weights, padding_mask, weighed: int | torch.Tensor) -> None:
         """Keep what is heavy enough of the tokens from ``first`` on; all on the CPU."""
         rank = weights.argsort(dim=-1, descending=True, stable=True).argsort(-1)
         threshold = 0.0 if self.config.names_dense(self.layer_idx) else self.settings["threshold"]
-        usable, most = (weights >= threshold / weighed) | (rank < self.settings["least"]), self._most(step)
-        if exists is not None and (threshold or most is not None):
+        valid, most = (weights >= threshold / weighed) | (rank < self.settings["least"]), self._most(step)
+        if padding_mask is not None and (threshold or most is not None):
             # Where everything is kept, a later mask may uncover what this one hides.
-            usable = usable & exists[:, 0]
+            valid = valid & padding_mask[:, 0]
         tokens = torch.arange(first, first + weights.shape[2], dtype=torch.int64, device="cpu")
-        self.kept.add(keys, values, tokens, weights, usable)
+        self.kept.add(keys, values, tokens, weights, valid)
         if most is not None:
             self.kept.limit(most)
 

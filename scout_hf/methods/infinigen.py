@@ -91,9 +91,9 @@ class InfiniGen(OffloadingMethod):
             if not self.tokens.planned:
                 self._recall(step, query)
             self._arrive(step)
-            keys, values, usable = self.tokens.content()
-            parts.append(attend(query, keys, values, *self.scoring, usable[:, :, None]))
-            attended = attended + usable.sum(dtype=torch.float32) / (self.batch * self.kv_heads)
+            keys, values, valid = self.tokens.content()
+            parts.append(attend(query, keys, values, *self.scoring, valid[:, :, None]))
+            attended = attended + valid.sum(dtype=torch.float32) / (self.batch * self.kv_heads)
             self._give_back()
         step.counters.attended(self.layer_idx, step.context(), attended)
         if self._predicted is not None:
@@ -192,19 +192,21 @@ class InfiniGen(OffloadingMethod):
     def choose_tokens(self, step: Step, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens per row and KV head, best first, (batch, kv_heads, n), and which of them count."""
         held, shape = self.kv.host.length, (self.batch, self.kv_heads)
-        exists = self.padding_mask(step, 0, held)
+        padding_mask = self.padding_mask(step, 0, held)
         if not self._wants_partial():
             ids = torch.arange(held, dtype=torch.int64, device=self.kv.device).expand(*shape, -1)
-            return ids, torch.ones_like(ids, dtype=torch.bool) if exists is None else exists[:, 0].expand_as(ids)
+            return ids, torch.ones_like(ids, dtype=torch.bool) if padding_mask is None else padding_mask[
+                :, 0
+            ].expand_as(ids)
         self._catch_up()
         scores = self.partial.scores(query) * self.scoring.scale
         if self.scoring.softcap is not None:
             scores = self.scoring.softcap * torch.tanh(scores / self.scoring.softcap)
-        if exists is not None:
-            scores = scores.masked_fill(~exists, -torch.inf)
+        if padding_mask is not None:
+            scores = scores.masked_fill(~padding_mask, -torch.inf)
         # A row of padding alone has no weights.
         weights = scores.log_softmax(-1).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
-        count = self._most(step, exists)
+        count = self._most(step, padding_mask)
         if (alpha := self.settings["alpha"]) is not None:
             near = (
                 (weights - weights.amax(-1, keepdim=True) > -alpha)
@@ -220,12 +222,12 @@ class InfiniGen(OffloadingMethod):
         order = torch.arange(best.indices.shape[-1], dtype=torch.int64, device=worth.device)
         return best.indices, (order < count[:, None, None]) & (best.values > -torch.inf)
 
-    def _most(self, step: Step, exists: torch.Tensor | None) -> torch.Tensor:
+    def _most(self, step: Step, padding_mask: torch.Tensor | None) -> torch.Tensor:
         """Tokens that the budget leaves for the host, by row."""
         budget, device, beside = self.config.budget, self.kv.device, self.window_blocks * self.config.block_size
         if isinstance(budget, float):
             context = torch.full((self.batch,), step.tokens, dtype=torch.int64, device=device)
-            if exists is not None:
+            if padding_mask is not None:
                 context = step.padding(device).sum(-1)
             total = (budget * context.float()).to(torch.int64)
         else:

@@ -44,7 +44,7 @@ class Plan:
     device_bytes, host_bytes : float
         Weights included.
     parts : dict
-        ms of a step, by what takes them: ``weights``, ``overhead``, ``attention``, ``selection``, ``computed anew``,
+        ms of a step, by what takes them: ``weights``, ``overhead``, ``attention``, ``selection``, ``recomputed``,
         and ``waiting``, what of CPU and link is not hidden.
     fits : bool
     note : str
@@ -173,13 +173,13 @@ def _kvpr(shape, machine, load):
         other_s=(attention + _layer_ms(shape, machine, rows)) / 1e3,
     )
     split = best_split(rates, tokens, tokens)
-    anew = 1e3 * split * rates.compute_s
-    waiting = max(0.0, 1e3 * layer_seconds(rates, tokens, split) - 1e3 * rates.other_s - anew)
-    parts = {"attention": attention, "computed anew": anew, "waiting": waiting}
+    again = 1e3 * split * rates.compute_s
+    waiting = max(0.0, 1e3 * layer_seconds(rates, tokens, split) - 1e3 * rates.other_s - again)
+    parts = {"attention": attention, "recomputed": again, "waiting": waiting}
     if inputs >= held:
         # None are kept then.
-        return parts, 2 * held, shape.full * held, "nothing computed anew: inputs are no smaller than KV"
-    note = f"{split} tokens computed anew" if split else "nothing computed anew: the link is faster than that"
+        return parts, 2 * held, shape.full * held, "nothing recomputed: inputs are no smaller than KV"
+    note = f"{split} tokens recomputed" if split else "nothing recomputed: the link is faster than that"
     return parts, 2 * held, shape.full * (held + inputs), note
 
 

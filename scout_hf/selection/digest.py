@@ -28,7 +28,7 @@ class Digest(ABC):
         return True
 
     def fit(
-        self, keys: torch.Tensor, exists: torch.Tensor | None, query_power: torch.Tensor | None, scale: float
+        self, keys: torch.Tensor, padding_mask: torch.Tensor | None, query_power: torch.Tensor | None, scale: float
     ) -> None:
         """Take constants from keys of whole blocks, as ``encode`` gets them; of a long context, from a sample.
 
@@ -40,14 +40,14 @@ class Digest(ABC):
         """Make the constants of row ``i`` those that row ``rows[i]`` had."""
 
     @abstractmethod
-    def encode(self, keys: torch.Tensor, exists: torch.Tensor | None) -> torch.Tensor:
+    def encode(self, keys: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
         """Codes of whole blocks.
 
         Parameters
         ----------
         keys : Tensor (batch, kv_heads, blocks, block_size, head_dim)
             Keys as they are attended (after RoPE).
-        exists : Tensor (batch, blocks, block_size) of bool, or None
+        padding_mask : Tensor (batch, blocks, block_size) of bool, or None
             Tokens that are no padding; None when all are real.
 
         Returns
@@ -68,13 +68,15 @@ class Digest(ABC):
         return query
 
 
-def repeat_real(keys: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
+def repeat_real(keys: torch.Tensor, padding_mask: torch.Tensor) -> torch.Tensor:
     """Keys whose padding tokens are copies of the first real token of their block; both as ``encode`` gets them.
 
     For codes that have no way to say that a token does not exist.
     """
-    first = exists.to(torch.uint8).argmax(-1, keepdim=True)
-    place = torch.where(exists, torch.arange(exists.shape[-1], dtype=torch.int64, device=exists.device), first)
+    first = padding_mask.to(torch.uint8).argmax(-1, keepdim=True)
+    place = torch.where(
+        padding_mask, torch.arange(padding_mask.shape[-1], dtype=torch.int64, device=padding_mask.device), first
+    )
     return keys.gather(3, place[:, None, :, :, None].expand_as(keys))
 
 

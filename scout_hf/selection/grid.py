@@ -28,9 +28,9 @@ class GridMinMax(Digest):
     needs_fit = True
 
     def fit(
-        self, keys: torch.Tensor, exists: torch.Tensor | None, query_power: torch.Tensor | None, scale: float
+        self, keys: torch.Tensor, padding_mask: torch.Tensor | None, query_power: torch.Tensor | None, scale: float
     ) -> None:
-        bounds = MinMax().encode(keys, exists).float().nan_to_num(0.0, 0.0, 0.0)
+        bounds = MinMax().encode(keys, padding_mask).float().nan_to_num(0.0, 0.0, 0.0)
         # Blocks of nothing but padding have zeros for bounds, which widens a grid that does not hold zero.
         high, low = (half.amax(2, keepdim=True) for half in (bounds, -bounds))
         high, low = high.chunk(2, dim=-1)[0], -low.chunk(2, dim=-1)[1]
@@ -40,11 +40,11 @@ class GridMinMax(Digest):
     def select_rows(self, rows: torch.Tensor) -> None:
         self.middle, self.step = self.middle[rows.to(self.step.device)], self.step[rows.to(self.step.device)]
 
-    def encode(self, keys: torch.Tensor, exists: torch.Tensor | None) -> torch.Tensor:
+    def encode(self, keys: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
         size = keys.shape[3]
         sub = min(self.sub, size)
-        if exists is not None:
-            keys = repeat_real(keys, exists)
+        if padding_mask is not None:
+            keys = repeat_real(keys, padding_mask)
         bounds = MinMax().encode(keys.unflatten(3, (-1, sub)).flatten(2, 3), None)
         high, low = ((half.float() - self.middle) / self.step for half in bounds.chunk(2, dim=-1))
         most = 2 ** (self.bits - 1) - 1

@@ -18,10 +18,10 @@ class MinMax(Digest):
     name = "minmax"
     native = "minmax"
 
-    def encode(self, keys: torch.Tensor, exists: torch.Tensor | None) -> torch.Tensor:
-        if exists is None:
+    def encode(self, keys: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
+        if padding_mask is None:
             return torch.cat([keys.amax(dim=3), keys.amin(dim=3)], dim=-1)
-        gone = ~exists[:, None, :, :, None]
+        gone = ~padding_mask[:, None, :, :, None]
         high = keys.masked_fill(gone, -torch.inf).amax(dim=3)
         low = keys.masked_fill(gone, torch.inf).amin(dim=3)
         # A block of nothing but padding has no bounds; zeros keep its score finite, and it is never chosen.

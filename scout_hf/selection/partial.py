@@ -48,8 +48,8 @@ class PartialKeys:
         """Add the next tokens' keys, (batch, kv_heads, tokens, head_dim)."""
         tokens = keys.shape[2]
         if self._keys is None or self.length + tokens > self._keys.shape[2]:
-            room = self.length + tokens + max(256, (self.length + tokens) // 8)
-            grown = keys.new_empty((*keys.shape[:2], room, self._basis.shape[-1]))
+            capacity = self.length + tokens + max(256, (self.length + tokens) // 8)
+            grown = keys.new_empty((*keys.shape[:2], capacity, self._basis.shape[-1]))
             if self._keys is not None:
                 grown[:, :, : self.length] = self._keys[:, :, : self.length]
             self._keys = grown

@@ -92,24 +92,24 @@ class Selector:
     def extend(
         self,
         keys: torch.Tensor,
-        exists: torch.Tensor | None,
+        padding_mask: torch.Tensor | None,
         past: Callable[[], tuple[torch.Tensor, torch.Tensor | None]] | None = None,
     ) -> None:
         """Digest further whole blocks.
 
-        ``keys`` is (batch, kv_heads, n * block_size, head_dim), ``exists`` (batch, n, block_size) of bool or None;
-        ``past`` gives both for the blocks digested before, for a digest that takes its constants anew.
+        ``keys`` is (batch, kv_heads, n * block_size, head_dim), ``padding_mask`` (batch, n, block_size) of bool or
+        None; ``past`` gives both for the blocks digested before, for a digest that takes its constants again.
         """
         if self.dense:
             return
         keys = keys.unflatten(2, (-1, self.config.block_size))
         if not self._fit_is_due(keys.shape[2]) or (self.blocks and past is None):
-            return self._append(in_parts(keys, exists))
+            return self._append(in_parts(keys, padding_mask))
         if self.blocks:
             before = past()
             keys = torch.cat([before[0].unflatten(2, (-1, self.config.block_size)).to(keys.device), keys], dim=2)
-            exists = None if exists is None else torch.cat([before[1], exists], dim=1)
-        self._take_anew((keys, exists), in_parts(keys, exists))
+            padding_mask = None if padding_mask is None else torch.cat([before[1], padding_mask], dim=1)
+        self._take_again((keys, padding_mask), in_parts(keys, padding_mask))
 
     def _append(self, parts: Iterable[Blocks]) -> None:
         first = self.blocks
@@ -121,13 +121,13 @@ class Selector:
             self.table.crop(first)
             raise
 
-    def _take_anew(self, sample: Blocks, parts: Iterable[Blocks]) -> None:
+    def _take_again(self, sample: Blocks, parts: Iterable[Blocks]) -> None:
         """Constants from a sample, and codes of everything with them; if that fails, nothing has changed."""
-        anew = copy.copy(self)
-        anew._coded = Coded(copy.copy(self.digest), DigestTable())
-        anew.digest.fit(*sample, self._query_power, self._scale)
-        anew._append(parts)
-        self._coded = Coded(anew.digest, anew.table, anew.blocks, self._query_power is None)
+        again = copy.copy(self)
+        again._coded = Coded(copy.copy(self.digest), DigestTable())
+        again.digest.fit(*sample, self._query_power, self._scale)
+        again._append(parts)
+        self._coded = Coded(again.digest, again.table, again.blocks, self._query_power is None)
 
     def _fit_is_due(self, new: int) -> bool:
         if not self.digest.needs_fit or not self.blocks:
@@ -135,50 +135,55 @@ class Selector:
         fitted = self._coded.fitted_blocks
         return fitted * self.config.block_size < ENOUGH_TOKENS and self.blocks + new >= GROWN * fitted
 
-    def extend_from(self, store, last: int, exists: torch.Tensor | None) -> None:
+    def extend_from(self, store, last: int, padding_mask: torch.Tensor | None) -> None:
         """Digest the whole blocks of a PagedKV up to block ``last`` that have no digest yet.
 
-        ``exists`` is (batch, tokens) of bool or None.
+        ``padding_mask`` is (batch, tokens) of bool or None.
         """
         if self._early is not None:
-            self._review_early(exists)
-        self._extend_from(store, last, exists)
+            self._review_early(padding_mask)
+        self._extend_from(store, last, padding_mask)
 
     def extend_early(self, store, last: int) -> None:
         """The same outside a forward pass, where nobody says yet what is padding and no query was seen.
 
-        The first ``extend_from`` after it, in a pass, makes anew what it would have made otherwise.
+        The first ``extend_from`` after it, in a pass, makes again what it would have made otherwise.
         """
         if not self.dense:
             first = 0 if self._fit_is_due(last - self.blocks) else self.blocks
             self._early = first if self._early is None else min(first, self._early)
             self._extend_from(store, last, None)
 
-    def _review_early(self, exists: torch.Tensor | None) -> None:
+    def _review_early(self, padding_mask: torch.Tensor | None) -> None:
         first = self._early
         made = slice(first * self.config.block_size, self.blocks * self.config.block_size)
         blind = not first and self._coded.fitted_blindly and self._query_power is not None
-        if blind or (exists is not None and not bool(exists[:, made].all())):
+        if blind or (padding_mask is not None and not bool(padding_mask[:, made].all())):
             self.crop(first)
         self._early = None
 
-    def _extend_from(self, store, last: int, exists: torch.Tensor | None) -> None:
+    def _extend_from(self, store, last: int, padding_mask: torch.Tensor | None) -> None:
         first, size = self.blocks, self.config.block_size
         if self.dense or first >= last:
             return
         native = store.native() if self.digest.native == "minmax" else None
-        covers = exists is None or exists.is_cpu and exists.stride(1) == 1 and exists.shape[0] == store.batch
-        if native is not None and covers and (exists is None or exists.shape[1] >= last * size):
+        covers = (
+            padding_mask is None
+            or padding_mask.is_cpu
+            and padding_mask.stride(1) == 1
+            and padding_mask.shape[0] == store.batch
+        )
+        if native is not None and covers and (padding_mask is None or padding_mask.shape[1] >= last * size):
             shape = torch.Size((store.batch, store.heads, last - first, 2 * store.head_dim))
-            codes = self.table.make_room(shape, store.dtype, store.device)
-            pages.minmax(store.library, native, first, last, exists, codes)
+            codes = self.table.reserve(shape, store.dtype, store.device)
+            pages.minmax(store.library, native, first, last, padding_mask, codes)
             self.table.grew(last - first)
             return
 
         if self._fit_is_due(last - first):
-            self._take_anew(read_sample(store, last, exists), read_parts(store, 0, last, exists))
+            self._take_again(read_sample(store, last, padding_mask), read_parts(store, 0, last, padding_mask))
         else:
-            self._append(read_parts(store, first, last, exists))
+            self._append(read_parts(store, first, last, padding_mask))
 
     def lists(self, step, query: torch.Tensor, store, blocks: int) -> BlockLists | None:
         """Blocks of a PagedKV to attend: the best of the first ``blocks`` and all newer ones; None for every block."""
@@ -195,10 +200,10 @@ class Selector:
         picked = self.pick(step, query, blocks, store.heads)
         last = torch.arange(blocks, store.blocks, dtype=torch.int64, device=picked.ids.device)
         last = last.expand(*picked.ids.shape[:2], -1)
-        if picked.usable is None:
+        if picked.valid is None:
             return BlockLists(torch.cat([picked.ids, last], dim=2).cpu(), None)
-        usable = torch.cat([picked.usable, torch.ones_like(last, dtype=torch.bool)], dim=2)
-        return pack_lists(torch.cat([picked.ids, last], dim=2), usable)
+        valid = torch.cat([picked.valid, torch.ones_like(last, dtype=torch.bool)], dim=2)
+        return pack_lists(torch.cat([picked.ids, last], dim=2), valid)
 
     def pick(self, step, query: torch.Tensor, blocks: int, kv_heads: int) -> Pick:
         """The blocks to attend, out of the first ``blocks``.
@@ -212,10 +217,10 @@ class Selector:
             Blocks open to selection; what is newer is attended anyway.
         kv_heads : int
         """
-        scores, count, exists = self.rank(step, query, blocks)
+        scores, count, padding_mask = self.rank(step, query, blocks)
         if scores is None:
-            return everything(query.shape[0], kv_heads, blocks, exists, query.device)
-        return choose(scores, count, self.config.blocks(self.config.sinks), exists)
+            return everything(query.shape[0], kv_heads, blocks, padding_mask, query.device)
+        return choose(scores, count, self.config.blocks(self.config.sinks), padding_mask)
 
     def rank(
         self, step, query: torch.Tensor, blocks: int
@@ -226,15 +231,15 @@ class Selector:
         -------
         scores : Tensor (batch, kv_heads, blocks) of float32, or None where all are chosen
         count : int or Tensor (batch,)
-        exists : Tensor (batch, blocks) of bool, or None
+        padding_mask : Tensor (batch, blocks) of bool, or None
         """
-        exists = None
+        padding_mask = None
         if step.mask is not None:
-            exists = step.block_mask(self.config.block_size, query.device)[:, :blocks]
+            padding_mask = step.block_mask(self.config.block_size, query.device)[:, :blocks]
         count = self.count(step, blocks)
         if count is None:
-            return None, blocks, exists
-        return self.scores(step, query, self.table.codes(blocks)), count, exists
+            return None, blocks, padding_mask
+        return self.scores(step, query, self.table.codes(blocks)), count, padding_mask
 
     def count(self, step, blocks: int) -> int | torch.Tensor | None:
         """How many of the first ``blocks`` may be chosen, for all rows or for each; None where all are."""

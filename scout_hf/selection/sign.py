@@ -47,10 +47,10 @@ class SignCode(Digest):
         return head_dim % 8 == 0
 
     def fit(
-        self, keys: torch.Tensor, exists: torch.Tensor | None, query_power: torch.Tensor | None, scale: float
+        self, keys: torch.Tensor, padding_mask: torch.Tensor | None, query_power: torch.Tensor | None, scale: float
     ) -> None:
         dim = keys.shape[-1]
-        mean, spread = moments(keys, exists)
+        mean, spread = moments(keys, padding_mask)
         spread = _no_less(spread, CONSTANT)
         balance = spread
         if query_power is not None:
@@ -68,10 +68,10 @@ class SignCode(Digest):
         rows = rows.to(self.mean.device)
         self.mean, self.divisor, self.factor = self.mean[rows], self.divisor[rows], self.factor[rows]
 
-    def encode(self, keys: torch.Tensor, exists: torch.Tensor | None) -> torch.Tensor:
+    def encode(self, keys: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
         batch, heads, blocks, size, dim = keys.shape
-        if exists is not None:
-            keys = repeat_real(keys, exists)
+        if padding_mask is not None:
+            keys = repeat_real(keys, padding_mask)
         codes = torch.empty((batch, heads, blocks, size * (dim // 8 + 1)), dtype=torch.uint8, device=keys.device)
         step = max(1, CHUNK_TOKENS // size)
         for first in range(0, blocks, step):
@@ -114,7 +114,7 @@ def random_rotation(dim: int) -> torch.Tensor:
     return torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator, device="cpu"))[0].float()
 
 
-def moments(keys: torch.Tensor, exists: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def moments(keys: torch.Tensor, padding_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of real tokens per row, KV head and channel, (batch, kv_heads, head_dim) of float32.
 
     Of a long text, over some thousand tokens that lie evenly in it.
@@ -122,8 +122,8 @@ def moments(keys: torch.Tensor, exists: torch.Tensor | None) -> tuple[torch.Tens
     found = []
     for row, tokens in enumerate(keys.flatten(2, 3)):
         real = torch.arange(tokens.shape[1], dtype=torch.int64, device=keys.device)
-        if exists is not None and bool(exists[row].any()):
-            real = real[exists[row].flatten()]
+        if padding_mask is not None and bool(padding_mask[row].any()):
+            real = real[padding_mask[row].flatten()]
         # A prompt may have a token that is not finite; it must not make all codes useless.
         some = tokens[:, real[:: max(1, len(real) // FIT_TOKENS)]].float().nan_to_num(0.0, 0.0, 0.0)
         found.append(torch.std_mean(some, dim=1, correction=0))

@@ -18,7 +18,7 @@ class DigestTable:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the codes, spare room included."""
+        """Bytes of the codes, spare capacity included."""
         return 0 if self._codes is None else self._codes.numel() * self._codes.element_size()
 
     def codes(self, blocks: int | None = None) -> torch.Tensor:
@@ -26,29 +26,29 @@ class DigestTable:
         return self._codes[:, :, : self.blocks if blocks is None else blocks]
 
     @property
-    def room(self) -> int:
+    def capacity(self) -> int:
         """Blocks that fit before the codes have to move."""
         return 0 if self._codes is None else self._codes.shape[2]
 
     def all_codes(self) -> torch.Tensor:
-        """The whole buffer, (batch, kv_heads, room, code); from ``blocks`` on undefined."""
+        """The whole buffer, (batch, kv_heads, capacity, code); from ``blocks`` on undefined."""
         return self._codes
 
     def append(self, codes: torch.Tensor) -> None:
         """Add the codes of further blocks, (batch, kv_heads, n, code)."""
-        self.make_room(codes.shape, codes.dtype, codes.device)[:, :, self.blocks :] = codes
+        self.reserve(codes.shape, codes.dtype, codes.device)[:, :, self.blocks :] = codes
         self.grew(codes.shape[2])
 
     def grew(self, blocks: int) -> None:
         """So many further codes have been put where there was room."""
         self.blocks += blocks
 
-    def make_room(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def reserve(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """All codes with room behind them for further ones of that shape, (batch, kv_heads, n, code)."""
         total = self.blocks + shape[2]
         if self._codes is None or total > self._codes.shape[2]:
-            room = total + max(SLACK_BLOCKS, total // 8)
-            grown = allocate_slab((*shape[:2], room, shape[3]), dtype, device)
+            capacity = total + max(SLACK_BLOCKS, total // 8)
+            grown = allocate_slab((*shape[:2], capacity, shape[3]), dtype, device)
             if self.blocks:
                 grown[:, :, : self.blocks] = self.codes()
             self._codes = grown

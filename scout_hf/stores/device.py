@@ -50,28 +50,28 @@ class ResidentSlots:
         present.scatter_(2, torch.where(here == EMPTY, blocks, here), True)
         return present.gather(2, ids)
 
-    def among(self, wanted: torch.Tensor, usable: torch.Tensor, blocks: int) -> torch.Tensor:
-        """Slots that hold one of the ``wanted`` that are ``usable``, (batch, kv_heads, n); (batch, kv_heads, slots)."""
+    def among(self, wanted: torch.Tensor, valid: torch.Tensor, blocks: int) -> torch.Tensor:
+        """Slots that hold one of the ``wanted`` that are ``valid``, (batch, kv_heads, n); (batch, kv_heads, slots)."""
         is_wanted = torch.zeros((*wanted.shape[:2], blocks + 1), dtype=torch.bool, device=wanted.device)
-        is_wanted.scatter_(2, torch.where(usable, wanted, blocks), True)
+        is_wanted.scatter_(2, torch.where(valid, wanted, blocks), True)
         is_wanted[:, :, blocks] = False
         return is_wanted.gather(2, torch.where(self.ids == EMPTY, blocks, self.ids))
 
-    def load(self, ids: torch.Tensor, usable: torch.Tensor, host) -> int:
-        """Fill the slots anew with blocks of ``host`` (a PagedKV) and return how many came.
+    def load(self, ids: torch.Tensor, valid: torch.Tensor, host) -> int:
+        """Fill the slots again with blocks of ``host`` (a PagedKV) and return how many came.
 
-        ``ids`` is (batch, kv_heads, n), best first; what does not fit is left out. ``usable`` marks the real ones.
+        ``ids`` is (batch, kv_heads, n), best first; what does not fit is left out. ``valid`` marks the real ones.
         """
         count = min(ids.shape[2], self.slots)
-        chosen, usable = ids[:, :, :count], usable[:, :, :count]
-        keys, values = _fetch(host, torch.where(usable, chosen, 0))
+        chosen, valid = ids[:, :, :count], valid[:, :, :count]
+        keys, values = _fetch(host, torch.where(valid, chosen, 0))
         # No slot names what it does not hold yet.
         self.ids.fill_(EMPTY)
         self.keys[:, :, :count] = keys
         self.values[:, :, :count] = values
-        self.filled, self.gaps = count, not bool(usable.all())
-        self.ids[:, :, :count] = torch.where(usable, chosen, EMPTY)
-        return int(usable.sum())
+        self.filled, self.gaps = count, not bool(valid.all())
+        self.ids[:, :, :count] = torch.where(valid, chosen, EMPTY)
+        return int(valid.sum())
 
     def adopt(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take block ``first`` straight from the device, in every row and head that has a free slot.
@@ -91,14 +91,14 @@ class ResidentSlots:
         self.ids[rows, heads, slots] = first
         self.filled = max(self.filled, int(slots.max()) + 1 if len(slots) else 0)
 
-    def plan_recall(self, wanted: torch.Tensor, usable: torch.Tensor, blocks: int) -> Recall | None:
+    def plan_recall(self, wanted: torch.Tensor, valid: torch.Tensor, blocks: int) -> Recall | None:
         """Swap in the wanted blocks that are missing for residents that are not wanted; numbers now, data later.
 
         ``wanted`` (batch, kv_heads, n) is best first, all below ``blocks``. The slots' contents are undefined until the
         returned transfer has run. None when nothing is missing.
         """
-        missing = usable & ~self.holds(wanted, blocks)
-        leaving = ~self.among(wanted, usable, blocks)
+        missing = valid & ~self.holds(wanted, blocks)
+        leaving = ~self.among(wanted, valid, blocks)
         pairs = int(torch.minimum(missing.sum(2), leaving.sum(2)).max())
         if not pairs:
             return None

@@ -20,11 +20,11 @@ class PassingTokens:
     @property
     def planned(self) -> bool:
         """Whether something was chosen that has not been asked for yet."""
-        return self._usable is not None
+        return self._valid is not None
 
-    def plan(self, ids: torch.Tensor, usable: torch.Tensor, tokens: int) -> tuple[torch.Tensor, None]:
+    def plan(self, ids: torch.Tensor, valid: torch.Tensor, tokens: int) -> tuple[torch.Tensor, None]:
         """All of them must come."""
-        self._usable = usable
+        self._valid = valid
         return ids, None
 
     def put(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -33,13 +33,13 @@ class PassingTokens:
 
     def content(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys and values as they came, and which of them count; once."""
-        found = *self._here, self._usable
+        found = *self._here, self._valid
         self.forget()
         return found
 
     def forget(self) -> None:
         """Nothing was chosen."""
-        self._usable: torch.Tensor | None = None
+        self._valid: torch.Tensor | None = None
         self._here: tuple[torch.Tensor, ...] = ()
 
     def crop(self, length: int) -> None:
@@ -84,14 +84,14 @@ class HeldTokens:
         """Whether something was chosen that has not been asked for yet."""
         return self._chosen is not None
 
-    def plan(self, ids: torch.Tensor, usable: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def plan(self, ids: torch.Tensor, valid: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Hold these tokens from now on, and say which must come; None for none.
 
         Parameters
         ----------
         ids : Tensor (batch, kv_heads, chosen) of int64
             All below ``tokens``, each once.
-        usable : Tensor of bool, of the same shape
+        valid : Tensor of bool, of the same shape
             Which of them count.
         tokens : int
             How many there are to choose from.
@@ -105,13 +105,13 @@ class HeldTokens:
         slots = self._take_slots()
         if ids.shape[2] > slots.slots:
             slots.grow(int(ids.shape[2] * ROOM))
-        self._recall = slots.plan_recall(ids, usable, tokens)
-        self._chosen = slots.among(ids, usable, tokens)
+        self._recall = slots.plan_recall(ids, valid, tokens)
+        self._chosen = slots.among(ids, valid, tokens)
         self._slots = slots
         return None if self._recall is None else (self._recall.ids, self._recall.real)
 
     def _take_slots(self) -> ResidentSlots:
-        """The slots, to be put back when they are changed: until then there are none, and all must come anew."""
+        """The slots, to be put back when they are changed: until then there are none, and all must come again."""
         slots, self._slots = self._slots, ResidentSlots(*self._sizes)
         return slots
 

@@ -93,7 +93,7 @@ class PagedKV:
             )
         if keys.dtype != self.dtype or values.dtype != self.dtype or not keys.device == values.device == self.device:
             keys, values = (part.to(self.device, self.dtype) for part in (keys, values))
-        self._make_room(tokens)
+        self._reserve(tokens)
         if self.library is not None:
             pages.append(self.library, self.native(), keys, values)
         else:
@@ -115,7 +115,7 @@ class PagedKV:
             The end of the copies.
         """
         first, tokens = self.blocks, keys.shape[2]
-        self._make_room(tokens)
+        self._reserve(tokens)
         step = max(1, STAGED_BYTES // (self.batch * self.table.pool.page_bytes))
         done = Mark()
         for start in range(0, tokens // self.block_size, step):
@@ -134,7 +134,7 @@ class PagedKV:
         self.length += tokens
         return done
 
-    def _make_room(self, tokens: int) -> None:
+    def _reserve(self, tokens: int) -> None:
         # Pages that an append took which then failed: the last page must be the one that is written to.
         self.table.truncate(self.blocks)
         if self.length % self.block_size:

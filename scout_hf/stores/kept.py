@@ -20,7 +20,7 @@ class KeptTokens:
     ----------
     kv : PagedKV
         ``batch * heads`` rows of one head; all equally long, shorter ones filled up.
-    exists : Tensor (batch * heads, length) of bool
+    padding_mask : Tensor (batch * heads, length) of bool
         What is no filling, and was not dropped.
     tokens, weights : Tensor (batch * heads, length)
         Position of each entry, and the weight it was kept for.
@@ -33,60 +33,58 @@ class KeptTokens:
         self.kv = make_store(batch * heads, 1, head_dim, block_size, dtype, "cpu")
         self.tokens = torch.zeros((batch * heads, 0), dtype=torch.int64, device="cpu")
         self.weights = torch.zeros((batch * heads, 0), dtype=torch.float32, device="cpu")
-        self.exists = torch.zeros((batch * heads, 0), dtype=torch.bool, device="cpu")
+        self.valid = torch.zeros((batch * heads, 0), dtype=torch.bool, device="cpu")
         self.total = 0
 
     def counts(self) -> torch.Tensor:
         """Entries of each row and head, (batch * heads,)."""
-        return self.exists.sum(-1)
+        return self.valid.sum(-1)
 
-    def add(self, keys, values, tokens: torch.Tensor, weights: torch.Tensor, usable: torch.Tensor) -> None:
-        """Keep more: keys and values (batch, heads, n, head_dim), the rest (batch, heads, n); ``usable`` marks them."""
-        most = int(usable.sum(-1).max()) if usable.numel() else 0
+    def add(self, keys, values, tokens: torch.Tensor, weights: torch.Tensor, valid: torch.Tensor) -> None:
+        """Keep more: keys and values (batch, heads, n, head_dim), the rest (batch, heads, n); ``valid`` marks them."""
+        most = int(valid.sum(-1).max()) if valid.numel() else 0
         if not most:
             return
         # Those that are kept to the front, in their order.
-        order = usable.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :most]
+        order = valid.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :most]
         parts = [part.gather(2, order.unsqueeze(-1).expand(-1, -1, -1, part.shape[-1])) for part in (keys, values)]
         self.kv.append(*(part.flatten(0, 1).unsqueeze(1) for part in parts))
-        for name, new in (("tokens", tokens), ("weights", weights), ("exists", usable)):
+        for name, new in (("tokens", tokens), ("weights", weights), ("valid", valid)):
             held = getattr(self, name)
-            new = new.expand(usable.shape).gather(2, order).flatten(0, 1).to(held.dtype)
+            new = new.expand(valid.shape).gather(2, order).flatten(0, 1).to(held.dtype)
             setattr(self, name, torch.cat([held, new], dim=1))
-        self.total += int(usable.sum())
+        self.total += int(valid.sum())
 
     def limit(self, most: torch.Tensor) -> None:
         """Drop the lightest entries of heads that hold more than ``most`` (batch,) of their row."""
         over = self.counts() > (allowed := most.repeat_interleave(self.heads))
         if bool(over.any()):
-            rank = (
-                self.weights.masked_fill(~self.exists, -1.0).argsort(dim=-1, descending=True, stable=True).argsort(-1)
-            )
-            self.exists = self.exists & (rank < allowed[:, None])
+            rank = self.weights.masked_fill(~self.valid, -1.0).argsort(dim=-1, descending=True, stable=True).argsort(-1)
+            self.valid = self.valid & (rank < allowed[:, None])
             self._compact()
 
     def crop(self, length: int) -> None:
         """Drop the tokens from ``length`` on."""
-        self.exists = self.exists & (self.tokens < length)
+        self.valid = self.valid & (self.tokens < length)
         # Entries that do not count are looked up all the same: they must name a token that there is.
-        self.tokens = self.tokens.masked_fill(~self.exists, 0)
+        self.tokens = self.tokens.masked_fill(~self.valid, 0)
         self._compact()
 
     def mark(self) -> tuple:
         """The present state, to go back to; holds no copy of anything."""
-        return self.kv, self.kv.length, self.tokens, self.weights, self.exists, self.total
+        return self.kv, self.kv.length, self.tokens, self.weights, self.valid, self.total
 
     def rollback(self, mark: tuple) -> None:
         """Be what it was at the mark, wherever an addition after it was interrupted."""
-        self.kv, length, self.tokens, self.weights, self.exists, self.total = mark
+        self.kv, length, self.tokens, self.weights, self.valid, self.total = mark
         self.kv.crop(length)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Make row ``i`` what row ``rows[i]`` was."""
         rows = (rows.cpu()[:, None] * self.heads + torch.arange(self.heads, dtype=torch.int64, device="cpu")).flatten()
         self.kv.select_rows(rows)
-        self.tokens, self.weights, self.exists = self.tokens[rows], self.weights[rows], self.exists[rows]
-        self.total = int(self.exists.sum())
+        self.tokens, self.weights, self.valid = self.tokens[rows], self.weights[rows], self.valid[rows]
+        self.total = int(self.valid.sum())
 
     def fork(self) -> KeptTokens:
         """An independent copy that shares pages."""
@@ -96,17 +94,17 @@ class KeptTokens:
 
     def _compact(self) -> None:
         """After entries were dropped: copy together what is left where that is much less than what is held."""
-        self.total = int(self.exists.sum())
-        left, length = int(self.counts().max()) if len(self.exists) else 0, self.exists.shape[1]
+        self.total = int(self.valid.sum())
+        left, length = int(self.counts().max()) if len(self.valid) else 0, self.valid.shape[1]
         if length <= 2 * left + self.kv.block_size:
             return
-        order = self.exists.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :left]
+        order = self.valid.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :left]
         # Another store: a mark may want the present one back.
         kv = make_store(self.kv.batch, 1, self.kv.head_dim, self.kv.block_size, self.kv.dtype, "cpu")
         where = order[:, None, :, None].expand(-1, 1, -1, kv.head_dim)
         if left:
             kv.append(*(part.gather(2, where) for part in self.kv.read(0, length)))
         self.kv = kv
-        self.tokens, self.weights, self.exists = (
-            part.gather(1, order) for part in (self.tokens, self.weights, self.exists)
+        self.tokens, self.weights, self.valid = (
+            part.gather(1, order) for part in (self.tokens, self.weights, self.valid)
         )

@@ -53,7 +53,7 @@ class PackedKV(PagedKV):
         if self.length % self.block_size + keys.shape[2] < self.block_size:
             super().append(keys, values)
             return
-        # A block gets full and the tail starts anew: an append that fails, or is taken back, needs it as it was.
+        # A block gets full and the tail starts again: an append that fails, or is taken back, needs it as it was.
         before, kept = self.length, self.tail
         self._kept = (before, kept)
         try:
@@ -64,7 +64,7 @@ class PackedKV(PagedKV):
                 self.tail = kept
             raise
 
-    def _make_room(self, tokens: int) -> None:
+    def _reserve(self, tokens: int) -> None:
         self.table.truncate(self.length // self.block_size)
         if (fresh := (self.length + tokens) // self.block_size - self.table.blocks) > 0:
             self.table.extend(fresh)

@@ -213,8 +213,8 @@ class PageTable:
         Page numbers.
     addresses : Tensor (batch, blocks) of int64 on the CPU
         Where the pages are in memory.
-    places : Tensor (2, batch, room) of int64 on the CPU
-        Both, with room for more; another tensor whenever one that a reader may hold would have to change its shape.
+    places : Tensor (2, batch, capacity) of int64 on the CPU
+        Both, with spare capacity; another tensor whenever one that a reader may hold would have to change its shape.
     """
 
     def __init__(self, pool: PagePool, batch: int):

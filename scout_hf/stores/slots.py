@@ -24,8 +24,8 @@ class MappedSlots:
     keys, values : Tensor (batch, kv_heads, slots, block_size, head_dim)
     ids : Tensor (batch, kv_heads, slots) of int32
         The block in each slot, ``EMPTY`` for none.
-    slot_of : Tensor (batch, kv_heads, room) of int32
-        The slot of each block, ``EMPTY`` for none; with room for more blocks than there are.
+    slot_of : Tensor (batch, kv_heads, capacity) of int32
+        The slot of each block, ``EMPTY`` for none; with spare capacity blocks than there are.
     filled : int or None
         Leading slots in use, the same in every row and head; None where they differ or only the device knows.
     """
@@ -50,11 +50,11 @@ class MappedSlots:
         numbers = self.ids.numel() + self.slot_of.numel()
         return 2 * self.keys.numel() * self.keys.element_size() + 4 * numbers
 
-    def make_room(self, blocks: int) -> None:
+    def reserve(self, blocks: int) -> None:
         """Let ``slot_of`` cover that many blocks."""
         if blocks > self.slot_of.shape[2]:
-            room = blocks + max(SPARE_BLOCKS, blocks // 8)
-            grown = torch.full((*self.ids.shape[:2], room), EMPTY, dtype=torch.int32, device=self.ids.device)
+            capacity = blocks + max(SPARE_BLOCKS, blocks // 8)
+            grown = torch.full((*self.ids.shape[:2], capacity), EMPTY, dtype=torch.int32, device=self.ids.device)
             grown[:, :, : self.slot_of.shape[2]] = self.slot_of
             self.slot_of = grown
 
@@ -72,7 +72,7 @@ class MappedSlots:
 
     def clear(self, blocks: int) -> None:
         """Empty all slots, for a text of that many blocks."""
-        self.make_room(blocks)
+        self.reserve(blocks)
         self.ids.fill_(EMPTY)
         self.slot_of.fill_(EMPTY)
         self.filled, self._blocks = 0, blocks

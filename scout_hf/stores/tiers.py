@@ -15,8 +15,8 @@ class Tail(NamedTuple):
 
     first, tokens : int
         The first token that is here and not on the host, and how many there are.
-    buffer : Tensor (2, batch, kv_heads, room, head_dim)
-        Keys and values, with room for more.
+    buffer : Tensor (2, batch, kv_heads, capacity, head_dim)
+        Keys and values, with spare capacity.
     spoiled : Tensor or None
         The buffer of an earlier tail that is being written over.
     """
@@ -68,7 +68,7 @@ class TwoTierKV:
         first, here, buffer, _ = self._tail
         tokens = here + keys.shape[2]
         if tokens > buffer.shape[3]:
-            grown = self._room_for(tokens)
+            grown = self._reserve(tokens)
             grown[:, :, :, :here] = buffer[:, :, :, :here]
             buffer = grown
         buffer[0, :, :, here:tokens] = keys
@@ -76,11 +76,11 @@ class TwoTierKV:
         self._tail = Tail(first, tokens, buffer)
 
     def grew(self, tokens: int) -> None:
-        """So many tokens have been put into :meth:`room` by others."""
+        """So many tokens have been put into :meth:`buffers` by others."""
         self._tail = self._tail._replace(tokens=self._tail.tokens + tokens)
 
-    def room(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tail's whole buffers, (batch, kv_heads, room, head_dim) each, a whole number of blocks."""
+    def buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tail's whole buffers, (batch, kv_heads, capacity, head_dim) each, a whole number of blocks."""
         return self._tail.buffer[0], self._tail.buffer[1]
 
     def tail(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,15 +113,15 @@ class TwoTierKV:
             return Mark()
         first, tokens, buffer, _ = self._tail
         moved, mark = blocks[0].shape[2], Mark()
-        left, room = tokens - moved, (window_blocks + 2) * self.block_size
+        left, capacity = tokens - moved, (window_blocks + 2) * self.block_size
         # All that may fail comes before the store grows.
-        rest = self._room_for(room)
+        rest = self._reserve(capacity)
         rest[:, :, :, :left] = buffer[:, :, :, moved:tokens]
         if links is None:
             self.host.append(blocks[0].to("cpu"), blocks[1].to("cpu"))
         else:
             mark = self.host.append_beside(*blocks, links)
-        if not in_place or buffer.shape[3] != room:
+        if not in_place or buffer.shape[3] != capacity:
             self._tail = Tail(first + moved, left, rest)
             return mark
         self._tail = Tail(first + moved, left, rest, spoiled=buffer)
@@ -168,7 +168,7 @@ class TwoTierKV:
             return
         first = length // self.block_size * self.block_size
         part = torch.stack(self.host.read(first, length)).to(self.device)
-        buffer = self._room_for(max(buffer.shape[3], length - first))
+        buffer = self._reserve(max(buffer.shape[3], length - first))
         buffer[:, :, :, : length - first] = part
         self.host.crop(first)
         self._tail = Tail(first, length - first, buffer)
@@ -186,7 +186,7 @@ class TwoTierKV:
         twin.__dict__.update(self.__dict__, host=self.host.fork(), _tail=tail)
         return twin
 
-    def _room_for(self, tokens: int) -> torch.Tensor:
+    def _reserve(self, tokens: int) -> torch.Tensor:
         """A buffer for at least so many tokens, of undefined content."""
         like = self._tail.buffer
         return like.new_empty((*like.shape[:3], -(-tokens // self.block_size) * self.block_size, like.shape[4]))

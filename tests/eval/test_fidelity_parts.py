@@ -140,11 +140,11 @@ class TestOracle:
         assert caught["oracle"][0].mass > max(caught["minmax"][0].mass, caught["recent"][0].mass)
 
     def test_padding_is_refused(self):
-        exists = torch.ones(1, 5, 8, dtype=torch.bool)
-        OracleBlocks().encode(torch.zeros(1, 2, 5, 8, 4), exists)
-        exists[0, 0, 0] = False
+        padding_mask = torch.ones(1, 5, 8, dtype=torch.bool)
+        OracleBlocks().encode(torch.zeros(1, 2, 5, 8, 4), padding_mask)
+        padding_mask[0, 0, 0] = False
         with pytest.raises(ValueError, match="no padding"):
-            OracleBlocks().encode(torch.zeros(1, 2, 5, 8, 4), exists)
+            OracleBlocks().encode(torch.zeros(1, 2, 5, 8, 4), padding_mask)
 
 
 class TestMemo:

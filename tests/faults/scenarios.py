@@ -96,7 +96,7 @@ class World:
             for _ in range(3):
                 self.run(self.cache, self.cache.get_seq_length() + 1)
             self.twin = self.cache.fork()
-            # Work that was begun for the next step and dropped by the fork begins anew.
+            # Work that was begun for the next step and dropped by the fork begins again.
             self.run(self.cache, self.length + 1)
 
     def new(self) -> ScoutCache:

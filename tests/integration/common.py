@@ -22,7 +22,7 @@ EXACT_METHODS = {
     "infinigen, kept": _TIERED | {"method": "infinigen", "budget": None, "method_options": {"keep": True}},
     "hgca": _TIERED | {"method": "hgca", "budget": None, "resident": 16, "method_options": {"threshold": 0}},
 }
-"""Every other method, where it is exact; KVPR computes half of the host's tokens anew."""
+"""Every other method, where it is exact; KVPR computes half of the host's tokens again."""
 
 LOSSY = {
     "budget": 24,

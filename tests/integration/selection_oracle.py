@@ -81,7 +81,7 @@ class Oracle:
             allowed[block * size : (block + 1) * size] = True
         return allowed & real
 
-    def room(self) -> int:
+    def capacity(self) -> int:
         """Blocks that stay resident; 2048 tokens where neither ``resident`` nor ``budget`` says."""
         return self.blocks(self.rules.resident or self.rules.budget or 2048)
 
@@ -89,7 +89,7 @@ class Oracle:
         """Residents chosen after the prompt, plus what was written back since while there was room."""
         chosen, known = self.residents[layer, row, head]
         for block in range(known, held):
-            if len(chosen) < self.room():
+            if len(chosen) < self.capacity():
                 chosen.append(block)
         self.residents[layer, row, head] = chosen, max(known, held)
         return set(chosen)
@@ -98,7 +98,7 @@ class Oracle:
         """The prompt is in: its last query chooses the residents."""
         real = torch.ones(len(keys), dtype=torch.bool) if self.mask is None else self.mask[row]
         held = max(len(keys) // self.rules.block_size - self.blocks(self.rules.window), 0)
-        self.residents[layer, row, head] = self.pick(layer, queries, keys, real, held)[: self.room()], held
+        self.residents[layer, row, head] = self.pick(layer, queries, keys, real, held)[: self.capacity()], held
 
 
 ACTIVE: list[Oracle] = []

@@ -60,7 +60,7 @@ def passes(model, cache, inputs, *lengths):
 def made(monkeypatch):
     """Digests and partial keys made, in blocks and tokens, all layers together."""
     counts = {"blocks": 0, "tokens": 0}
-    grow, extend = DigestTable.make_room, PartialKeys.extend
+    grow, extend = DigestTable.reserve, PartialKeys.extend
 
     def counting_grow(self, shape, *args):
         counts["blocks"] += shape[2]

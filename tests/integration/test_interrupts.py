@@ -145,7 +145,7 @@ def test_an_interrupt_while_waiting_for_the_cpu(model, monkeypatch, settings, ca
         assert cache.get_seq_length() == twin.get_seq_length() == 39 and len(waited) == call + 1
         for each in (cache, twin):
             for at, before in zip(range(39, 48), expected):
-                # Residents may be chosen anew: sums are rounded otherwise, weights of int8 more so.
+                # Residents may be chosen again: sums are rounded otherwise, weights of int8 more so.
                 error = (logits(model, ids[:, at : at + 1], each) - before).abs().max()
                 assert error <= (5e-3 if "host_dtype" in settings else 3e-6)
 

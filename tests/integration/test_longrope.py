@@ -1,4 +1,4 @@
-"""Models whose angles change at a length, all positions at once: they begin anew there, in the same cache."""
+"""Models whose angles change at a length, all positions at once: they begin again there, in the same cache."""
 
 import copy
 import functools
@@ -65,7 +65,7 @@ def test_equal_to_stock_and_served_by_us(way, length):
         assert_close(got, expected, 5e-6)
         assert isinstance(got.past_key_values, ScoutCache)
         assert got.past_key_values.get_seq_length() == length + 15
-        # The pass that begins anew is one of many tokens.
+        # The pass that begins again is one of many tokens.
         assert handle.stats().steps == 15 - crosses(length, 16)
 
 

@@ -306,7 +306,7 @@ def test_what_infinigen_keeps_on_the_device_need_not_come_again(settings, change
 
 @pytest.mark.parametrize("inputs", ["host", "device"])
 def test_kvpr_chooses_to_compute_where_the_link_is_slow(inputs):
-    """Without GQA and over a slow link most tokens are computed anew, none over a fast one with GQA."""
+    """Without GQA and over a slow link most tokens are recomputed, none over a fast one with GQA."""
 
     def computed(heads, gbps):
         options = {"method": "kvpr", "block_size": 8, "method_options": {"inputs": inputs}, "link_gbps": gbps}

@@ -95,7 +95,7 @@ class Native:
             "keys": torch.zeros(1, 2, TOKENS, 16),
             "values": torch.zeros(1, 2, TOKENS, 16),
             "query": torch.zeros(1, 4, 1, 16),
-            "exists": torch.ones(1, TOKENS, dtype=torch.bool),
+            "padding_mask": torch.ones(1, TOKENS, dtype=torch.bool),
             "ids": torch.zeros(1, 2, 3, dtype=torch.int64),
             "into": torch.zeros(1, 2, 3, 8, 16),
             "out": torch.zeros(1, 4, 1, 16),
@@ -111,24 +111,24 @@ class Native:
         self.backend = NativeBackend()
 
     def append(self, keys, values):
-        self.store._make_room(TOKENS)
+        self.store._reserve(TOKENS)
         pages.append(self.store.library, self.store.native(), keys, values)
 
     def gather(self, ids, into):
         self.store.gather(ids, into, torch.zeros(1, 2, 3, 8, 16))
 
-    def minmax(self, codes, exists):
-        pages.minmax(self.store.library, self.store.native(), 0, BLOCKS, exists, codes)
+    def minmax(self, codes, padding_mask):
+        pages.minmax(self.store.library, self.store.native(), 0, BLOCKS, padding_mask, codes)
 
-    def attend(self, query, exists):
-        self.backend.attend_blocks(query, self.store, None, 1.0, None, exists)
+    def attend(self, query, padding_mask):
+        self.backend.attend_blocks(query, self.store, None, 1.0, None, padding_mask)
 
     def attend_at(self, query, out, lse, word):
         lists = BlockLists(torch.zeros(1, 2, 1, dtype=torch.int32), torch.ones(1, 2, dtype=torch.int32))
         self.backend.start_at((word[:1], 1, word[1:]), (out, lse), query, self.store, lists, 1.0).wait()
 
-    def select(self, query, digests, exists):
-        self.backend.select("minmax", query, digests, 2, 1, 0, 8, exists)
+    def select(self, query, digests, padding_mask):
+        self.backend.select("minmax", query, digests, 2, 1, 0, 8, padding_mask)
 
     def copy(self, sources, targets):
         self.backend.copy(sources, targets, 8, ()).wait()
@@ -160,12 +160,12 @@ WRONG = [
     ("gather", "ids", (halved, doubled, elsewhere)),
     ("gather", "into", (halved, doubled, elsewhere, turned)),
     ("minmax", "codes", (halved, doubled, elsewhere, turned)),
-    ("minmax", "exists", (halved, elsewhere)),
-    ("attend", "exists", (halved,)),
+    ("minmax", "padding_mask", (halved, elsewhere)),
+    ("attend", "padding_mask", (halved,)),
     ("attend_at", "out", (halved, doubled, elsewhere, turned)),
     ("attend_at", "lse", (halved, doubled, elsewhere)),
     ("attend_at", "word", (halved, elsewhere)),
-    ("select", "exists", (halved,)),
+    ("select", "padding_mask", (halved,)),
     ("copy", "sources", (halved, elsewhere)),
     ("copy", "targets", (halved, elsewhere)),
     ("attend_each", "query", (doubled, elsewhere)),

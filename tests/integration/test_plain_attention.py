@@ -75,7 +75,7 @@ def register_eager(monkeypatch):
 
 
 REPLACED = {
-    "sdpa registered anew": (replace_sdpa, "sdpa", "sharp"),
+    "sdpa registered again": (replace_sdpa, "sdpa", "sharp"),
     "sdpa replaced in a table": (replace_sdpa_here, "sdpa", "sharp"),
     "masks of sdpa": (replace_masks, "sdpa", "mask function"),
     "eager of the model's file": (replace_eager, "eager", "eager"),

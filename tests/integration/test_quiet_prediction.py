@@ -439,7 +439,7 @@ def with_ones(inputs, output):
     return {"input_ids": output.sequences, "attention_mask": torch.cat([inputs["attention_mask"], ones], dim=1)}
 
 
-# -- keys that are made anew -----------------------------------------------------------------------------------------
+# -- keys that are made again -----------------------------------------------------------------------------------------
 
 
 def steer_keys(part):

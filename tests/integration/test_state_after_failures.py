@@ -97,7 +97,7 @@ def test_pages_are_described_to_native_code_anew_after_an_error(monkeypatch, err
         pytest.skip("no native library")
     keys, values = torch.randn(2, 1, 2, 200, 16)
     store.append(keys[:, :, :20], values[:, :, :20])
-    twin = store.fork()  # describes its pages anew
+    twin = store.fork()  # describes its pages again
     with monkeypatch.context() as broken, pytest.raises(error):
         broken.setattr("scout_hf.stores.host.address", planted(error))
         twin.native()

@@ -301,7 +301,7 @@ struct World {
 
   int heads() const { return c.kv_heads * c.group; }
   int64_t number(int list, int64_t token) const { return ((int64_t)list * c.length + token) * c.dim; }
-  bool exists(int row, int64_t token) const { return !mark_bytes.size || mark_bytes.at[row * c.length + token]; }
+  bool padding_mask(int row, int64_t token) const { return !mark_bytes.size || mark_bytes.at[row * c.length + token]; }
   double scale() const { return 1 / sqrt((double)c.dim); }
 
   void make_lists(Random& random) {
@@ -385,7 +385,7 @@ struct World {
         if (c.size == VARIED && t % c.block == 0) block_size = ldexp(1, (int)random.below(12) - 8);
         if (c.size == VARIED) token_size = ldexp(1, (int)random.below(12) - 11);
         // Padding holds large numbers, so that it shows where it must not.
-        const double garbage = exists(list / c.kv_heads, t) ? 1 : c.dtype == SCOUT_I8 ? 4 : 64;
+        const double garbage = padding_mask(list / c.kv_heads, t) ? 1 : c.dtype == SCOUT_I8 ? 4 : 64;
         for (int d = 0; d < c.dim; d++) {
           const size_t at = (size_t)(number(list, t) + d);
           keys[at] = drawn[(size_t)random.below(4096)] * garbage * block_size;
@@ -430,7 +430,7 @@ struct World {
   bool reads(int list, int64_t block) const {
     if (!std::binary_search(listed[(size_t)list].begin(), listed[(size_t)list].end(), (int32_t)block)) return false;
     for (int64_t t = block * c.block; t < std::min<int64_t>(c.length, (block + 1) * c.block); t++)
-      if (exists(list / c.kv_heads, t)) return true;
+      if (padding_mask(list / c.kv_heads, t)) return true;
     return false;
   }
 
@@ -486,8 +486,8 @@ struct World {
     args.query = query_bytes.at;
     args.blocks = list_bytes.as<int32_t>();
     args.counts = count_bytes.as<int32_t>();
-    args.exists = c.marks == NO_MARKS ? nullptr : mark_bytes.at;
-    args.exists_stride = c.length;
+    args.padding_mask = c.marks == NO_MARKS ? nullptr : mark_bytes.at;
+    args.padding_mask_stride = c.length;
     args.out = out.at;
     args.lse = c.wants_lse ? lse.as<float>() : nullptr;
     args.query_heads = heads(), args.query_dtype = c.query_dtype, args.out_dtype = c.out_dtype;
@@ -500,7 +500,7 @@ struct World {
     std::vector<int64_t> tokens;
     for (int32_t block : listed[(size_t)list])
       for (int64_t t = (int64_t)block * c.block; t < std::min<int64_t>(c.length, (int64_t)(block + 1) * c.block); t++)
-        if (exists(list / c.kv_heads, t)) tokens.push_back(t);
+        if (padding_mask(list / c.kv_heads, t)) tokens.push_back(t);
     return tokens;
   }
 
@@ -1138,8 +1138,8 @@ void check_minmax(Random& random) {
   Bytes marks(p.batch * whole * p.block);
   const int kind = (int)random.below(3);
   for (size_t at = 0; at < marks.size; at++) marks.at[at] = !random.chance(kind == 1 ? 30 : 95);
-  if (kind) a.exists = marks.at, a.exists_stride = whole * p.block;
-  auto exists = [&](int row, int64_t token) { return !kind || marks.at[row * whole * p.block + token]; };
+  if (kind) a.padding_mask = marks.at, a.padding_mask_stride = whole * p.block;
+  auto padding_mask = [&](int row, int64_t token) { return !kind || marks.at[row * whole * p.block + token]; };
   const int nan_list = random.chance(50) ? (int)random.below(p.batch * p.kv_heads) : -1;
   const int nan_channel = (int)random.below(p.dim);
   if (nan_list >= 0)
@@ -1159,7 +1159,7 @@ void check_minmax(Random& random) {
         double high = -INFINITY, low = INFINITY;
         bool garbage = false, seen = false;
         for (int t = 0; t < p.block; t++) {
-          if (!exists(list / p.kv_heads, block * p.block + t)) continue;
+          if (!padding_mask(list / p.kv_heads, block * p.block + t)) continue;
           const double key = key_of(p, list, block, t, d);
           seen = true, garbage |= key != key;
           high = std::max(high, key), low = std::min(low, key);
@@ -1265,8 +1265,8 @@ void check_select(Random& random) {
     const bool gone = marks_kind == 1 ? i < candidates / 3 + row : random.chance(90) || (i + row) % 4 == 0;
     marks.at[at] = gone ? 0 : 1;
   }
-  if (marks_kind) a.exists = marks.at, a.exists_stride = (int64_t)candidates * block;
-  auto exists = [&](int row, int i) {
+  if (marks_kind) a.padding_mask = marks.at, a.padding_mask_stride = (int64_t)candidates * block;
+  auto padding_mask = [&](int row, int i) {
     const uint8_t* from = marks.at + ((int64_t)row * candidates + i) * block;
     return !marks_kind || std::any_of(from, from + block, [](uint8_t mark) { return mark; });
   };
@@ -1294,7 +1294,7 @@ void check_select(Random& random) {
         return fail("%s: list %d block %d has score %g, not %g", text, list, i, is, score);
       // Padding is never chosen; the first blocks always are; NaN must not hide in a block that is never read. Exact
       // where scores can be, otherwise by the library's own, since near ties are anybody's.
-      const bool here = exists(row, i), first = here && sinks > 0;
+      const bool here = padding_mask(row, i), first = here && sinks > 0;
       sinks -= first;
       ranks.push_back(!here ? -INFINITY : first || score != score ? INFINITY : kind == INTEGERS ? score : is);
     }

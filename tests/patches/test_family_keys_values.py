@@ -61,9 +61,9 @@ def test_they_are_what_reaches_the_cache(name, probe):
         assert seen.keys.shape[::2] == (2, 20)
         for part in (slice(None), PART, slice(13, 14)):
             given = made(family, model, step, index, part)
-            anew = made(family, model, step, index, part, position_embeddings=None)
+            again = made(family, model, step, index, part, position_embeddings=None)
             assert max(errors(given, seen, part)) <= rounding(seen), (index, part)
-            assert [relative(*pair) for pair in zip(anew, given, strict=True)] == [0, 0], (index, part)
+            assert [relative(*pair) for pair in zip(again, given, strict=True)] == [0, 0], (index, part)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -72,7 +72,7 @@ def calls() -> None:
         query = torch.zeros(2, 8 * group, 1, dim, dtype=dtype)
         keys = torch.zeros(2, 8, 4, 32, dim, dtype=dtype)
         ids, lengths = torch.zeros(2, 8, 4, dtype=torch.int32), torch.full((1,), 99, dtype=torch.int32)
-        marks = {"starts": lengths.expand(2), "exists": torch.ones(2, 128, dtype=torch.bool)}
+        marks = {"starts": lengths.expand(2), "padding_mask": torch.ones(2, 128, dtype=torch.bool)}
         tiles = [Tile()] if dtype == torch.float32 else [*PLAIN, *PREFETCHING]
         for tile in tiles:
             kernels.attend_blocks(query, keys, keys, 0.1, ids=ids, tile=tile, parts=3)
@@ -88,9 +88,9 @@ def calls() -> None:
         kernels.copy_blocks(torch.zeros(2, 2048, dtype=torch.int64), moves, keys, keys)
         kernels.adopt_block(3, keys[:, :, 0], keys[:, :, 1], ids, slots, keys, keys)
     digests()
-    exists, count = torch.ones(2, 9000, dtype=torch.bool), torch.full((2,), 9, dtype=torch.int64)
+    padding_mask, count = torch.ones(2, 9000, dtype=torch.bool), torch.full((2,), 9, dtype=torch.int64)
     slots = torch.full((2, 8, 9000), -1, dtype=torch.int32)
-    kernels.choose(torch.zeros(2, 8, 9000), count, 1, exists, slots, 64, torch.full((1,), 9, dtype=torch.int32))
+    kernels.choose(torch.zeros(2, 8, 9000), count, 1, padding_mask, slots, 64, torch.full((1,), 9, dtype=torch.int32))
     kernels.wait(*torch.zeros(3, 1, dtype=torch.int64))
 
 
@@ -107,8 +107,8 @@ def digests() -> None:
             digest = make_digest(name)
             digest.fit(keys, None, None, 0.1)
             codes = digest.encode(keys, None)
-            for exists in (None, torch.ones(2, 5, 32, dtype=torch.bool)):
-                encode(digest, keys, exists)
+            for padding_mask in (None, torch.ones(2, 5, 32, dtype=torch.bool)):
+                encode(digest, keys, padding_mask)
             score(digest.native, digest.prepare(query), codes, 32)
 
 

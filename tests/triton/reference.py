@@ -25,7 +25,9 @@ def parts_for(device, lists, listed, block_size):
     return 2 if listed > 1 else 1
 
 
-def attend_blocks(query, keys, values, scale, softcap=None, *, ids=None, first=0, lengths=None, exists=None, into):
+def attend_blocks(
+    query, keys, values, scale, softcap=None, *, ids=None, first=0, lengths=None, padding_mask=None, into
+):
     batch, heads, listed, size, _ = keys.shape
     first = int(first)
     if ids is None:
@@ -34,9 +36,9 @@ def attend_blocks(query, keys, values, scale, softcap=None, *, ids=None, first=0
     real = (ids >= 0).repeat_interleave(size, 2)
     if lengths is not None:
         real = real & (place < lengths[:, None, None])
-    if exists is not None:
+    if padding_mask is not None:
         rows = torch.arange(batch)[:, None, None]
-        real = real & exists[rows, place.clamp(0, exists.shape[1] - 1)]
+        real = real & padding_mask[rows, place.clamp(0, padding_mask.shape[1] - 1)]
     # What is not attended may be anything, also NaN.
     keys, values = (part.flatten(2, 3).masked_fill(~real[..., None], 0) for part in (keys, values))
     out, lse = into
@@ -57,16 +59,16 @@ def merge(parts, logs, more=None, more_logs=None):
     return tuple(fuse(given))
 
 
-def choose(scores, count, sinks, exists, slots, most, open_count=None, out=None):
+def choose(scores, count, sinks, padding_mask, slots, most, open_count=None, out=None):
     blocks = scores.shape[2] if open_count is None else int(open_count)
-    scores, exists = scores[:, :, :blocks], exists if exists is None else exists[:, :blocks]
+    scores, padding_mask = scores[:, :, :blocks], padding_mask if padding_mask is None else padding_mask[:, :blocks]
     out.wanted.zero_()
-    best = pick.choose(scores.clone(), count, sinks, exists)
-    usable = best.usable_or_all()
+    best = pick.choose(scores.clone(), count, sinks, padding_mask)
+    valid = best.valid_or_all()
     wanted = torch.zeros(*scores.shape[:2], blocks + 1, dtype=torch.uint8)
-    wanted.scatter_(2, torch.where(usable, best.ids, blocks), 1)
+    wanted.scatter_(2, torch.where(valid, best.ids, blocks), 1)
     out.wanted[:, :, :blocks] = wanted[:, :, :blocks]
-    out.chosen_counts.copy_(usable.sum(2))
+    out.chosen_counts.copy_(valid.sum(2))
     for row in range(len(scores)):
         for head in range(scores.shape[1]):
             absent = [b for b in out.wanted[row, head, :blocks].nonzero().flatten() if slots[row, head, b] < 0]

@@ -35,7 +35,7 @@ def flat(blocks):
     return blocks.flatten(2, 3)
 
 
-def allowed_tokens(ids, size, starts=None, lengths=None, exists=None):
+def allowed_tokens(ids, size, starts=None, lengths=None, padding_mask=None):
     """Which listed tokens count, (batch, heads, 1, listed * size), one by one."""
     place = ids[..., None] * size + torch.arange(size)
     real = (ids >= 0)[..., None].expand(place.shape)
@@ -43,9 +43,9 @@ def allowed_tokens(ids, size, starts=None, lengths=None, exists=None):
         real = real & (place >= starts[:, None, None, None])
     if lengths is not None:
         real = real & (place < lengths[:, None, None, None])
-    if exists is not None:
+    if padding_mask is not None:
         rows = torch.arange(len(ids))[:, None, None, None]
-        real = real & exists[rows, place.clamp(0, exists.shape[1] - 1)]
+        real = real & padding_mask[rows, place.clamp(0, padding_mask.shape[1] - 1)]
     return real.flatten(2)[:, :, None]
 
 
@@ -98,9 +98,9 @@ def test_listed_blocks_are_attended_as_in_float64(case, dtype):
     ids = lists_of_blocks(seed, batch, heads, listed + 3, listed)
     lengths = torch.tensor([(listed + 3) * size - 5, (listed + 1) * size + 1], dtype=torch.int32)
     starts = torch.tensor([0, size + 3], dtype=torch.int32)
-    exists = ~chance(seed, 0.1, batch, (listed + 3) * size)
-    given = {"starts": starts, "lengths": lengths, "exists": exists}
-    for names in ((), ("starts", "lengths"), ("exists", "lengths")):
+    padding_mask = ~chance(seed, 0.1, batch, (listed + 3) * size)
+    given = {"starts": starts, "lengths": lengths, "padding_mask": padding_mask}
+    for names in ((), ("starts", "lengths"), ("padding_mask", "lengths")):
         chosen = {name: given[name] for name in names}
         out, lse = attend_blocks(
             query, keys, values, dim**-0.5, ids=ids, parts=parts, tile=Tile(tokens=tokens), **chosen
@@ -279,13 +279,13 @@ def test_tiles_that_nobody_measured_fit_into_shared_memory(monkeypatch):
 
     from scout_hf.kernels.triton import tuning
 
-    for room, expected in ((227, (64, 64, 32, 64)), (163, (64, 64, 32, 64)), (99, (64, 32, 16, 64))):
-        chip = SimpleNamespace(shared_memory_per_block_optin=room << 10)
+    for capacity, expected in ((227, (64, 64, 32, 64)), (163, (64, 64, 32, 64)), (99, (64, 32, 16, 64))):
+        chip = SimpleNamespace(shared_memory_per_block_optin=capacity << 10)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, chip=chip: chip)
         tuning._default.cache_clear()
         sizes = ((128, torch.bfloat16), (256, torch.bfloat16), (256, torch.float32), (80, torch.float16))
-        if room == 163:
+        if capacity == 163:
             sizes, expected = sizes[:1] + sizes[3:], expected[:1] + expected[3:]
         found = tuple(tuning._default(torch.device("cuda", 0), dim, dtype).tokens for dim, dtype in sizes)
-        assert found == expected, (room, found)
+        assert found == expected, (capacity, found)
     tuning._default.cache_clear()

@@ -23,13 +23,13 @@ def lists(wanted):
     return [[one.nonzero().flatten().tolist() for one in row] for row in wanted]
 
 
-def check_choice(choice, scores, count, sinks, exists, slots):
+def check_choice(choice, scores, count, sinks, padding_mask, slots):
     """The same scores as torch's topk finds, and the same blocks where no two scores are equal."""
-    best = pick.choose(scores.clone(), count, sinks, exists)
-    usable = best.usable_or_all()
+    best = pick.choose(scores.clone(), count, sinks, padding_mask)
+    valid = best.valid_or_all()
     for row, chosen in enumerate(lists(choice.wanted)):
         for head, blocks in enumerate(chosen):
-            expected = best.ids[row, head][usable[row, head]].tolist()
+            expected = best.ids[row, head][valid[row, head]].tolist()
             assert len(blocks) == len(expected) == int(choice.chosen_counts[row, head])
             of = scores[row, head]
             if len(of.unique()) == len(of):
@@ -48,12 +48,12 @@ def test_the_best_blocks_are_chosen(seed, monkeypatch):
     scores = draw(seed, BATCH, HEADS, blocks)
     if seed % 3 == 0:
         scores = (scores * 2).round()  # many of equal score
-    exists = ~chance(seed + 1, 0.3, BATCH, blocks) if seed % 4 == 1 else None
+    padding_mask = ~chance(seed + 1, 0.3, BATCH, blocks) if seed % 4 == 1 else None
     count = whole(seed + 2, 1, blocks + 2, BATCH) if seed % 5 == 2 else int(whole(seed + 2, 1, blocks + 3, 1))
     slots = torch.where(chance(seed + 3, 0.5, BATCH, HEADS, blocks), 0, -1).int()
     most = int(count.max()) if isinstance(count, torch.Tensor) else count
-    choice = choose(scores, count, sinks, exists, slots, most)
-    check_choice(choice, scores, count, sinks, exists, slots)
+    choice = choose(scores, count, sinks, padding_mask, slots, most)
+    check_choice(choice, scores, count, sinks, padding_mask, slots)
 
 
 def test_blocks_of_equal_score_are_taken_from_the_front():
@@ -90,14 +90,14 @@ def test_results_go_where_they_are_told_to():
     check_choice(out._replace(wanted=wanted[:, :, :30]), scores, 4, 0, None, slots)
 
 
-def make_world(seed, blocks, room, dtype, size=16, dim=24):
+def make_world(seed, blocks, capacity, dtype, size=16, dim=24):
     """A host store, and slots that hold some of its blocks."""
     store = PagedKV(BATCH, HEADS, dim, size, dtype, "cpu", pinned=ON_GPU)
     keys, values = (draw(seed + part, BATCH, HEADS, blocks * size, dim, dtype=dtype) for part in (0, 1))
     for first in range(0, blocks * size, 5 * size):  # in several slabs
         store.append(keys[:, :, first : first + 5 * size].cpu(), values[:, :, first : first + 5 * size].cpu())
     parts = [part.unflatten(2, (-1, size)) for part in (keys, values)]
-    ids = lists_of_blocks(seed, BATCH, HEADS, blocks, room)
+    ids = lists_of_blocks(seed, BATCH, HEADS, blocks, capacity)
     rows, heads = torch.arange(BATCH)[:, None, None], torch.arange(HEADS)[None, :, None]
     held = [torch.where((ids >= 0)[..., None, None], part[rows, heads, ids.clamp(min=0)], 0) for part in parts]
     return store, parts, ids, [part.contiguous() for part in held]
@@ -109,8 +109,8 @@ def test_recall_brings_what_is_wanted_and_missing(seed, dtype, monkeypatch):
     from scout_hf.stores import pages
 
     monkeypatch.setattr(pages, "MIN_SLAB_PAGES", 1)
-    blocks, room = int(whole(seed, 12, 40, 1)), int(whole(seed + 1, 1, 12, 1))
-    store, (keys, values), ids, slots = make_world(seed, blocks, room, dtype)
+    blocks, capacity = int(whole(seed, 12, 40, 1)), int(whole(seed + 1, 1, 12, 1))
+    store, (keys, values), ids, slots = make_world(seed, blocks, capacity, dtype)
     assert len(store.table.pool.slabs) > 1
     slot_of, before = slots_of(ids, blocks), ids.clone()
     choice = choose(draw(seed + 9, BATCH, HEADS, blocks), int(whole(seed + 2, 1, 9, 1)), 1, None, slot_of, 9)
@@ -121,10 +121,10 @@ def test_recall_brings_what_is_wanted_and_missing(seed, dtype, monkeypatch):
         for head in range(HEADS):
             wanted, held = set(lists(choice.wanted)[row][head]), ids[row, head].tolist()
             old = before[row, head].tolist()
-            assert len(wanted & set(held)) == min(room, len(wanted))
+            assert len(wanted & set(held)) == min(capacity, len(wanted))
             # What was wanted and had a slot stays in it, and empty slots are used up first.
             assert all(new == was for new, was in zip(held, old) if was in wanted)
-            moved = [slot for slot in range(room) if held[slot] != old[slot]]
+            moved = [slot for slot in range(capacity) if held[slot] != old[slot]]
             assert len(moved) == int(moves.counts[row, head])
             if any(old[slot] >= 0 for slot in moved):
                 assert -1 not in held

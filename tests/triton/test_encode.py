@@ -20,16 +20,16 @@ BOUNDS, NAMES = ("minmax", "minmax-int8", "minmax-sub"), ("minmax", "minmax-int8
 UNCLEAR = 1e-4
 
 
-def ready(name, keys, exists=None, query=None):
-    return make_digest(name) if name == "minmax" else fitted(name, keys, query, exists)
+def ready(name, keys, padding_mask=None, query=None):
+    return make_digest(name) if name == "minmax" else fitted(name, keys, query, padding_mask)
 
 
-def check_signs(digest, keys, exists, codes, expected):
+def check_signs(digest, keys, padding_mask, codes, expected):
     """That sign codes differ from the reference's only where a value is nearly 0, or a scale between two bytes."""
     size, dim = keys.shape[3:]
     rows = size * (dim // 8)
     assert codes.dtype == torch.uint8 and codes.shape == expected.shape
-    keys = keys if exists is None else repeat_real(keys, exists)
+    keys = keys if padding_mask is None else repeat_real(keys, padding_mask)
     centred = (keys.double() - digest.mean.double()[:, :, None, None]) / digest.divisor.double()[:, :, None, None]
     turned = centred @ digest.rotation.double()
     scale = turned.square().sum(-1) / turned.abs().sum(-1).clamp(min=1e-30)
@@ -45,9 +45,9 @@ def check_signs(digest, keys, exists, codes, expected):
 @pytest.mark.parametrize("name", BOUNDS)
 def test_bounds(name, dim, size, blocks, dtype):
     _, keys = draw(dim + size, 2, 1, 1, blocks, size, dim, dtype)
-    for exists in (None, some_padding(2, blocks, size)):
-        digest = ready(name, keys, exists)
-        codes, expected = encode(digest, keys, exists), digest.encode(keys, exists)
+    for padding_mask in (None, some_padding(2, blocks, size)):
+        digest = ready(name, keys, padding_mask)
+        codes, expected = encode(digest, keys, padding_mask), digest.encode(keys, padding_mask)
         assert codes.dtype == expected.dtype and torch.equal(codes, expected)
 
 
@@ -55,9 +55,9 @@ def test_bounds(name, dim, size, blocks, dtype):
 def test_blocks_of_any_size(size):
     _, keys = draw(size, 2, 1, 1, 3, size, 64)
     for name in ("minmax", "minmax-int8") + (("minmax-sub",) if size in (1, 40) else ()):
-        for exists in (None, some_padding(2, 3, size)):
-            digest = ready(name, keys, exists)
-            assert torch.equal(encode(digest, keys, exists), digest.encode(keys, exists))
+        for padding_mask in (None, some_padding(2, 3, size)):
+            digest = ready(name, keys, padding_mask)
+            assert torch.equal(encode(digest, keys, padding_mask), digest.encode(keys, padding_mask))
 
 
 def test_bounds_on_the_grid_itself():
@@ -74,9 +74,9 @@ def test_bounds_on_the_grid_itself():
 @pytest.mark.parametrize("dim, size, blocks", [*zip((*DIMS, 128), SIZES, (1, 11, 5, 3, 1, 2))])
 def test_signs(dim, size, blocks, dtype):
     query, keys = draw(dim + size, 2, 1, 2, blocks, size, dim, dtype)
-    for exists in (None, some_padding(2, blocks, size)):
-        digest = fitted("sign", keys, query, exists)
-        check_signs(digest, keys, exists, encode(digest, keys, exists), digest.encode(keys, exists))
+    for padding_mask in (None, some_padding(2, blocks, size)):
+        digest = fitted("sign", keys, query, padding_mask)
+        check_signs(digest, keys, padding_mask, encode(digest, keys, padding_mask), digest.encode(keys, padding_mask))
 
 
 @pytest.mark.parametrize("dim, size", [(8, 16), (24, 2), (40, 1)])
@@ -99,18 +99,18 @@ def test_signs_under_loud_channels():
 def test_views(name):
     """Keys with any strides but the last, and marks of all blocks where some are coded."""
     query, keys = draw(1, 2, 2, 2, 3, 8, 64, torch.bfloat16)
-    exists = some_padding(2, 3, 8)
-    digest = ready(name, keys, exists, query)
-    expected = encode(digest, keys, exists)
+    padding_mask = some_padding(2, 3, 8)
+    digest = ready(name, keys, padding_mask, query)
+    expected = encode(digest, keys, padding_mask)
     token_first = keys.flatten(2, 3).transpose(1, 2).contiguous().transpose(1, 2).unflatten(2, (3, 8))
     wide = torch.full((3, 2, 7, 9, 80), torch.nan, dtype=keys.dtype, device=DEVICE)[1:, :, 1::2, 1:, :64].copy_(keys)
-    marks = torch.zeros(2, 8, 3, dtype=torch.bool, device=DEVICE).transpose(1, 2).copy_(exists)
+    marks = torch.zeros(2, 8, 3, dtype=torch.bool, device=DEVICE).transpose(1, 2).copy_(padding_mask)
     for view in (token_first, wide):
         assert not view.is_contiguous()
-        for some in (exists, marks):
+        for some in (padding_mask, marks):
             assert torch.equal(encode(digest, view, some), expected)
     assert torch.equal(encode(digest, wide[:, :, 1:], marks[:, 1:]), expected[:, :, 1:])
-    alike = exists[:1].expand(2, -1, -1)
+    alike = padding_mask[:1].expand(2, -1, -1)
     assert torch.equal(encode(digest, keys, alike), encode(digest, keys, alike.contiguous()))
 
 
@@ -119,16 +119,16 @@ def test_views(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_has_no_say(name, rubbish):
     query, keys = draw(2, 2, 1, 2, 7, 16, 64)
-    exists = some_padding(2, 7, 16)
-    digest = ready(name, keys, exists, query)
-    clean = encode(digest, keys, exists)
-    dirty = keys.masked_fill(~exists[:, None, :, :, None], rubbish)
-    codes, some = encode(digest, dirty, exists), exists.any(2)[:, None].expand(-1, 1, -1)
+    padding_mask = some_padding(2, 7, 16)
+    digest = ready(name, keys, padding_mask, query)
+    clean = encode(digest, keys, padding_mask)
+    dirty = keys.masked_fill(~padding_mask[:, None, :, :, None], rubbish)
+    codes, some = encode(digest, dirty, padding_mask), padding_mask.any(2)[:, None].expand(-1, 1, -1)
     assert torch.equal(codes[some], clean[some]) and not bool(some.all())
     if name == "minmax":
         assert bool((codes[~some] == 0).all())
     if name != "sign":
-        assert torch.equal(codes, digest.encode(dirty, exists))
+        assert torch.equal(codes, digest.encode(dirty, padding_mask))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -139,8 +139,8 @@ def test_keys_that_are_no_numbers(name):
     digest = ready(name, keys)
     keys[0, 0, 0, 3, 5], keys[0, 0, 1, 4, 6], keys[0, 1, 2, 0, 7] = torch.nan, torch.inf, -torch.inf
     keys[0, 1, 3, :, 8], keys[0, 1, 1, :, 9] = torch.nan, torch.inf
-    for exists in (None, torch.ones(1, 4, 16, dtype=torch.bool, device=DEVICE)):
-        codes, expected = encode(digest, keys, exists), digest.encode(keys, exists)
+    for padding_mask in (None, torch.ones(1, 4, 16, dtype=torch.bool, device=DEVICE)):
+        codes, expected = encode(digest, keys, padding_mask), digest.encode(keys, padding_mask)
         assert torch.equal(codes.nan_to_num(1e9), expected.nan_to_num(1e9))
 
 

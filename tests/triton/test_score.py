@@ -31,18 +31,18 @@ def draw(seed, batch, heads, group, blocks, size, dim, dtype=torch.float32, loud
 
 def some_padding(batch, blocks, size):
     """A whole block of it, blocks that begin and that end with it, and single tokens of it."""
-    exists = torch.ones(batch, blocks, size, dtype=torch.bool, device=DEVICE)
-    exists[0, 0], exists[0, 1 % blocks, : size // 2] = False, False
-    exists[-1, -1, size - size // 4 :], exists[-1, blocks // 2, ::3] = False, False
-    return exists
+    padding_mask = torch.ones(batch, blocks, size, dtype=torch.bool, device=DEVICE)
+    padding_mask[0, 0], padding_mask[0, 1 % blocks, : size // 2] = False, False
+    padding_mask[-1, -1, size - size // 4 :], padding_mask[-1, blocks // 2, ::3] = False, False
+    return padding_mask
 
 
-def fitted(name, keys, query=None, exists=None):
+def fitted(name, keys, query=None, padding_mask=None):
     digest = make_digest(name)
     power = None
     if query is not None:
         power = query.float().square().mean(2).unflatten(1, (keys.shape[1], -1)).mean(2)
-    digest.fit(keys, exists, power, keys.shape[-1] ** -0.5)
+    digest.fit(keys, padding_mask, power, keys.shape[-1] ** -0.5)
     return digest
 
 
@@ -87,9 +87,9 @@ def check(got, reference, exact, slack):
 @pytest.mark.parametrize("group, dim, blocks", [*zip(GROUPS, (*DIMS, 128, 64), (1, 31, 97, 7, 67, 33, 131))])
 def test_minmax(group, dim, blocks, dtype):
     query, keys = draw(group, 2, 2, group, blocks, 8, dim, dtype)
-    for exists in (None, some_padding(2, blocks, 8)):
+    for padding_mask in (None, some_padding(2, blocks, 8)):
         digest = make_digest("minmax")
-        codes = digest.encode(keys, exists)
+        codes = digest.encode(keys, padding_mask)
         exact, terms = minmax_exact(query, codes)
         check(score("minmax", query, codes), digest.score(query, codes), exact, TINY * terms + 1e-30)
 
@@ -108,7 +108,7 @@ def test_minmax_where_half_precision_overflows():
 )
 def test_rows_of_whole_numbers(name, group, dim, size, blocks):
     query, keys = draw(group, 2, 2, group, blocks, size, dim)
-    digest = fitted(name, keys, exists=some_padding(2, blocks, size))
+    digest = fitted(name, keys, padding_mask=some_padding(2, blocks, size))
     codes = digest.encode(keys, some_padding(2, blocks, size))
     exact, terms = dots_exact(digest.prepare(query), digest.load(codes))
     got = score(digest.native, digest.prepare(query), codes)
@@ -191,12 +191,12 @@ def test_many_tiles_in_one_program(monkeypatch):
 SCORERS = ("minmax", "dots", "dots4", "sign")
 
 
-def example(scorer, room=13, batch=2, heads=2):
+def example(scorer, capacity=13, batch=2, heads=2):
     """A prepared query, and codes that fill a buffer."""
-    generator = torch.Generator().manual_seed(room)
+    generator = torch.Generator().manual_seed(capacity)
     query = torch.randn(batch, heads * (1 if "dots" in scorer else 3), 1, 64, generator=generator)
     code = {"minmax": 128, "dots": 128, "dots4": 64, "sign": 8 * 9}[scorer]
-    codes = torch.randint(-128, 128, (batch, heads, room, code), generator=generator)
+    codes = torch.randint(-128, 128, (batch, heads, capacity, code), generator=generator)
     types = {"minmax": torch.bfloat16, "dots": torch.int8, "dots4": torch.uint8, "sign": torch.uint8}
     return query.to(DEVICE), codes.to(types[scorer]).to(DEVICE)
 
@@ -237,8 +237,8 @@ def test_blocks_that_do_not_exist_yet(scorer, known):
 @pytest.mark.parametrize("scorer", ["dots4", "sign"])
 def test_buffers_of_more_than_2_31_elements(scorer):
     buffer = torch.empty(2**31 + 2**24, dtype=torch.uint8, device=DEVICE)
-    for room, heads, strides in ((3, 3, (2**12, 2**30, 2**8)), (129, 1, (0, 0, 2**24))):
-        query, codes = example(scorer, room, 1, heads)
+    for capacity, heads, strides in ((3, 3, (2**12, 2**30, 2**8)), (129, 1, (0, 0, 2**24))):
+        query, codes = example(scorer, capacity, 1, heads)
         far = buffer.as_strided(codes.shape, (*strides, 1))
         far.copy_(codes)
         assert torch.equal(score(scorer, query, far, 8), score(scorer, query, codes, 8))

@@ -40,13 +40,13 @@ def check_digests(method, mask):
     assert blocks <= method.length // size
     if blocks:
         keys = method.kv.read(0, blocks * size)[0].unflatten(2, (blocks, size))
-        exists = mask[:, : blocks * size].view(-1, blocks, size)
+        padding_mask = mask[:, : blocks * size].view(-1, blocks, size)
         if method.config.digest == "minmax":
             expected = torch.cat([keys.amax(3), keys.amin(3)], -1)
         else:
-            expected = method.selector.digest.encode(keys, exists)
+            expected = method.selector.digest.encode(keys, padding_mask)
         differs = (method.selector.table.codes() != expected).any(-1).any(1)
-        assert not bool((differs & exists.all(2)).any())
+        assert not bool((differs & padding_mask.all(2)).any())
 
 
 def check_residents(method):

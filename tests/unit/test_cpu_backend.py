@@ -103,7 +103,7 @@ def random_lists(dice, store, ragged, most=None):
     return BlockLists(ids, torch.tensor([len(one) for one in found], dtype=torch.int32).view(shape) if ragged else None)
 
 
-def seen_tokens(store, lists, exists=None):
+def seen_tokens(store, lists, padding_mask=None):
     """(batch, kv_heads, 1, tokens): what lists and padding leave to be attended."""
     seen = torch.zeros(store.batch, store.heads, 1, store.length, dtype=torch.bool)
     for row in range(store.batch):
@@ -114,12 +114,12 @@ def seen_tokens(store, lists, exists=None):
                 blocks = lists.ids[row, head, :used].tolist()
             for block in blocks:
                 seen[row, head, 0, block * store.block_size : (block + 1) * store.block_size] = True
-    return seen if exists is None else seen & exists[:, None, None, : store.length]
+    return seen if padding_mask is None else seen & padding_mask[:, None, None, : store.length]
 
 
-def compare(got, query, store, lists, scale, softcap=None, exists=None, error=None):
+def compare(got, query, store, lists, scale, softcap=None, padding_mask=None, error=None):
     """``got`` is right, to the rounding of the backend's own arithmetic."""
-    seen = seen_tokens(store, lists, exists)
+    seen = seen_tokens(store, lists, padding_mask)
     out, lse = attention(query, *store.read(0, store.length), scale, softcap, allowed=seen)
     assert isinstance(got, Attended) and isinstance(got.partial, Partial)
     assert got.partial.out.shape == query.shape and got.partial.lse.shape == query.shape[:3]
@@ -167,11 +167,11 @@ def test_attends_to_the_chosen_blocks(backend, softcap, seed, group, chosen, pad
         store = make_store(dice.randint(1, 90), seed, size=size, heads=heads, batch=2 if heads == 2 else 4)
         lists = None if chosen == "all" else random_lists(dice, store, chosen == "ragged lists")
         query = make_query(group, seed, batch=store.batch, heads=heads)
-        exists = random_padding(dice, store, padding)
-        got = backend.attend_blocks(query, store, lists, 0.3, softcap, exists)
-        compare(got, query, store, lists, 0.3, softcap, exists)
-        ticket = backend.start(query, store, lists, 0.3, softcap, exists)
-        compare(ticket.wait(), query, store, lists, 0.3, softcap, exists)
+        padding_mask = random_padding(dice, store, padding)
+        got = backend.attend_blocks(query, store, lists, 0.3, softcap, padding_mask)
+        compare(got, query, store, lists, 0.3, softcap, padding_mask)
+        ticket = backend.start(query, store, lists, 0.3, softcap, padding_mask)
+        compare(ticket.wait(), query, store, lists, 0.3, softcap, padding_mask)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -182,9 +182,9 @@ def test_every_dtype(backend, dtype, dim, kind):
     store, query = make_store(83, dtype=dtype, dim=dim, kind=kind), make_query(4, dtype=dtype, dim=dim)
     padding, error = random_padding(random.Random(0), store, "holes"), error_of(backend, dtype, kind)
     for lists in (None, random_lists(random.Random(0), store, True), random_lists(random.Random(3), store, False)):
-        for exists in (None, padding):
-            got = backend.attend_blocks(query, store, lists, dim**-0.5, None, exists)
-            compare(got, query, store, lists, dim**-0.5, None, exists, error)
+        for padding_mask in (None, padding):
+            got = backend.attend_blocks(query, store, lists, dim**-0.5, None, padding_mask)
+            compare(got, query, store, lists, dim**-0.5, None, padding_mask, error)
 
 
 @pytest.mark.parametrize("size", [32, 256])
@@ -199,9 +199,9 @@ def test_long_lists_in_several_pieces(backend, size, kind):
         random_lists(random.Random(2), store, True, whole),
     ):
         for padding in (None, "left"):
-            exists = random_padding(random.Random(0), store, padding)
-            got = backend.attend_blocks(query, store, lists, 0.4, None, exists)
-            compare(got, query, store, lists, 0.4, None, exists, error)
+            padding_mask = random_padding(random.Random(0), store, padding)
+            got = backend.attend_blocks(query, store, lists, 0.4, None, padding_mask)
+            compare(got, query, store, lists, 0.4, None, padding_mask, error)
 
 
 def test_a_query_of_another_dtype_than_the_store():
@@ -220,10 +220,10 @@ def test_queries_and_lists_that_are_views(backend):
     """Models hand over (batch, 1, heads, head_dim) transposed; lists and padding may be parts of larger tensors."""
     store, dice = make_store(45), random.Random(0)
     wide = make_query(4).repeat(1, 1, 1, 2)
-    lists, exists = random_lists(dice, store, True), random_padding(dice, store, "holes")
+    lists, padding_mask = random_lists(dice, store, True), random_padding(dice, store, "holes")
     more_ids = lists.ids.repeat(1, 2, 1).transpose(0, 1).contiguous().transpose(0, 1)
-    held = torch.cat([exists.repeat(1, 2), exists.repeat(1, 2)])[1::2]
-    seen = exists[[1, 1]]
+    held = torch.cat([padding_mask.repeat(1, 2), padding_mask.repeat(1, 2)])[1::2]
+    seen = padding_mask[[1, 1]]
     for query in (wide[..., :DIM], wide[..., ::2], wide.transpose(2, 3).contiguous().transpose(2, 3)[..., DIM:]):
         got = backend.attend_blocks(query, store, BlockLists(more_ids[:, :KV_HEADS], lists.counts), 0.3, None, held)
         compare(got, query, store, lists, 0.3, None, seen)
@@ -245,7 +245,7 @@ def test_no_blocks_give_the_empty_partial(backend):
     ids = torch.full((BATCH, KV_HEADS, 3), GARBAGE, dtype=torch.int32)
     empty_store = PagedKV(BATCH, KV_HEADS, DIM, SIZE, torch.float32, "cpu")
     nowhere = torch.zeros(BATCH, 20, dtype=torch.bool)
-    for store, lists, exists in (
+    for store, lists, padding_mask in (
         (empty_store, None, None),
         (make_store(20), BlockLists(ids, counts), None),
         (make_store(20), None, nowhere),
@@ -254,8 +254,8 @@ def test_no_blocks_give_the_empty_partial(backend):
         (empty_store, BlockLists(ids[:, :, :0], None), None),
     ):
         for got in (
-            backend.attend_blocks(query, store, lists, 0.3, None, exists),
-            backend.start(query, store, lists, 0.3, None, exists).wait(),
+            backend.attend_blocks(query, store, lists, 0.3, None, padding_mask),
+            backend.start(query, store, lists, 0.3, None, padding_mask).wait(),
         ):
             assert got.tokens == 0 and not got.partial.out.any() and bool((got.partial.lse == -torch.inf).all())
 
@@ -274,11 +274,11 @@ def test_garbage_in_keys_is_not_hidden(backend):
 
 def test_what_is_padding_may_be_garbage(backend):
     keys = torch.randn(2, KV_HEADS, 21, DIM, generator=torch.Generator().manual_seed(0))
-    exists = torch.arange(21) >= torch.tensor([[0], [11]])
+    padding_mask = torch.arange(21) >= torch.tensor([[0], [11]])
     clean, dirty = (PagedKV(2, KV_HEADS, DIM, SIZE, torch.float32, "cpu") for _ in range(2))
-    spoiled = keys.masked_fill(~exists[:, None, :, None], 1e6)
+    spoiled = keys.masked_fill(~padding_mask[:, None, :, None], 1e6)
     clean.append(keys, keys), dirty.append(spoiled, spoiled)
-    results = [backend.attend_blocks(make_query(2), store, None, 0.3, None, exists) for store in (clean, dirty)]
+    results = [backend.attend_blocks(make_query(2), store, None, 0.3, None, padding_mask) for store in (clean, dirty)]
     assert_same(*results)
 
 

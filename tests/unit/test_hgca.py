@@ -27,7 +27,7 @@ class Rules:
         self.rows, self.alpha, self.threshold, self.least = rows, alpha, threshold, least
         self.window, self.most, self.host = window, most, 0
         self.keys = torch.zeros(rows, HEADS, 0, DIM, dtype=torch.float64)
-        self.values, self.exists = self.keys.clone(), torch.zeros(rows, 0, dtype=torch.bool)
+        self.values, self.padding_mask = self.keys.clone(), torch.zeros(rows, 0, dtype=torch.bool)
         self.weight = [[{} for _ in range(HEADS)] for _ in range(rows)]
         self.kept = [[{} for _ in range(HEADS)] for _ in range(rows)]
 
@@ -38,7 +38,7 @@ class Rules:
         """Softmax over these tokens, the largest of the group; query (GROUP, DIM)."""
         best = dict.fromkeys(tokens, 0.0)
         for each in query:
-            real = [token for token in tokens if self.exists[row, token]]
+            real = [token for token in tokens if self.padding_mask[row, token]]
             scores = {token: math.exp(self.score(each, row, head, token)) for token in real}
             total = sum(scores.values())
             for token, score in scores.items():
@@ -47,8 +47,8 @@ class Rules:
 
     def mean_weights(self, queries, row, head, tokens, first):
         """Means over queries (GROUP, n, DIM) from token ``first`` on, each seeing no later one; largest of group."""
-        sums = torch.zeros(GROUP, self.exists.shape[1], dtype=torch.float64)
-        real = [n for n in range(queries.shape[1]) if self.exists[row, first + n]]
+        sums = torch.zeros(GROUP, self.padding_mask.shape[1], dtype=torch.float64)
+        real = [n for n in range(queries.shape[1]) if self.padding_mask[row, first + n]]
         for n in real:
             for g in range(GROUP):
                 seen = [token for token in tokens if token <= first + n]
@@ -57,9 +57,9 @@ class Rules:
         means = (sums / max(1, len(real))).amax(0)
         return {token: float(means[token]) for token in tokens}
 
-    def store(self, keys, values, exists):
+    def store(self, keys, values, padding_mask):
         self.keys, self.values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
-        self.exists = torch.cat([self.exists, exists], 1)
+        self.padding_mask = torch.cat([self.padding_mask, padding_mask], 1)
 
     def each(self):
         return [(row, head) for row in range(self.rows) for head in range(HEADS)]
@@ -72,25 +72,25 @@ class Rules:
     def keep(self, row, head, tokens, weight, weighed):
         order = sorted(tokens, key=lambda token: (-weight[token], token))
         for rank, token in enumerate(order):
-            if self.exists[row, token] and (weight[token] >= self.threshold / weighed or rank < self.least):
+            if self.padding_mask[row, token] and (weight[token] >= self.threshold / weighed or rank < self.least):
                 self.kept[row][head][token] = weight[token]
         if self.most is not None:
             ranked = sorted(self.kept[row][head].items(), key=lambda item: (-item[1], item[0]))
             self.kept[row][head] = dict(ranked[: self.most])
 
-    def several(self, queries, keys, values, exists):
+    def several(self, queries, keys, values, padding_mask):
         """A prompt or the next turn."""
-        first = self.exists.shape[1]
-        self.store(keys, values, exists)
-        total = self.exists.shape[1]
+        first = self.padding_mask.shape[1]
+        self.store(keys, values, padding_mask)
+        total = self.padding_mask.shape[1]
         for row, head in self.each():
             chosen = queries[row, head * GROUP : (head + 1) * GROUP]
             self.average(row, head, self.mean_weights(chosen, row, head, range(self.host, total), first))
             if self.host:
-                anew = self.mean_weights(chosen, row, head, range(self.host), first)
-                self.weight[row][head] |= anew
+                again = self.mean_weights(chosen, row, head, range(self.host), first)
+                self.weight[row][head] |= again
                 self.kept[row][head] = {}
-                self.keep(row, head, range(self.host), anew, self.host)
+                self.keep(row, head, range(self.host), again, self.host)
         self.settle()
 
     def one(self, query, keys, values):
@@ -98,8 +98,8 @@ class Rules:
         self.store(keys, values, torch.ones(self.rows, 1, dtype=torch.bool))
         out = torch.zeros(self.rows, HEADS * GROUP, DIM, dtype=torch.float64)
         for row, head in self.each():
-            window = range(self.host, self.exists.shape[1])
-            seen = [*self.kept[row][head], *(token for token in window if self.exists[row, token])]
+            window = range(self.host, self.padding_mask.shape[1])
+            seen = [*self.kept[row][head], *(token for token in window if self.padding_mask[row, token])]
             for g in range(GROUP):
                 each = query[row, head * GROUP + g, 0]
                 scores = torch.tensor([self.score(each, row, head, token) for token in seen], dtype=torch.float64)
@@ -109,11 +109,11 @@ class Rules:
         return out
 
     def settle(self):
-        total = self.exists.shape[1]
+        total = self.padding_mask.shape[1]
         moved = (total - self.host) // SIZE * SIZE - self.window
         if moved > 0:
             for row, head in self.each():
-                weighed = max(1, int(self.exists[row, self.host :].sum()))
+                weighed = max(1, int(self.padding_mask[row, self.host :].sum()))
                 tokens = range(self.host, self.host + moved)
                 self.keep(row, head, tokens, self.weight[row][head], weighed)
             self.host += moved
@@ -127,14 +127,14 @@ class Driver:
         self.backend, self.movers, self.links, self.counters = make_backend(backend), Workers(), Links(), Counters()
         self.staging, self.method, self.mask = Staging(), None, None
 
-    def step(self, exists):
-        self.mask = exists if self.mask is None else torch.cat([self.mask, exists], 1)
+    def step(self, padding_mask):
+        self.mask = padding_mask if self.mask is None else torch.cat([self.mask, padding_mask], 1)
         shared = (self.backend, self.movers, self.links, self.counters)
         padded = None if bool(self.mask.all()) else self.mask
-        return Step(self, exists.shape[1], self.mask.shape[1], padded, *shared, None, [])
+        return Step(self, padding_mask.shape[1], self.mask.shape[1], padded, *shared, None, [])
 
-    def several(self, queries, keys, values, exists):
-        step = self.step(exists)
+    def several(self, queries, keys, values, padding_mask):
+        step = self.step(padding_mask)
         if self.method is None:
             self.method = make_method(self.config, 0, keys)
             self.method.scoring = Scoring(SCALE, None)
@@ -169,12 +169,12 @@ def worst_difference(backend, padding, settings, budget=None):
     driver = Driver(backend, resident=16, budget=budget, method_options=settings)
     worst, kept = 0.0, []
     for turn, (count, steps) in enumerate([(37, 20), (11, 13)]):
-        exists = torch.ones(rows, count, dtype=torch.bool)
+        padding_mask = torch.ones(rows, count, dtype=torch.bool)
         for row, pad in enumerate(padding if turn == 0 else [0] * rows):
-            exists[row, :pad] = False
+            padding_mask[row, :pad] = False
         new = tokens(count, rows, generator)
-        rules.several(*new, exists)
-        driver.several(*new, exists)
+        rules.several(*new, padding_mask)
+        driver.several(*new, padding_mask)
         for _ in range(steps):
             new = tokens(1, rows, generator)
             worst = max(worst, (rules.one(*new) - driver.one(*new)).abs().max().item())

@@ -83,11 +83,11 @@ def marked(store, lists):
     return seen
 
 
-def compare(backend, query, store, lists, scale=0.1, softcap=None, exists=None):
-    got, tokens = backend.attend_blocks(query, store, lists, scale, softcap, exists)
+def compare(backend, query, store, lists, scale=0.1, softcap=None, padding_mask=None):
+    got, tokens = backend.attend_blocks(query, store, lists, scale, softcap, padding_mask)
     seen = marked(store, lists)
-    if exists is not None:
-        seen &= exists[:, None, None, : store.length]
+    if padding_mask is not None:
+        seen &= padding_mask[:, None, None, : store.length]
     out, lse = attention(query, *store.read(0, store.length), scale, softcap, seen)
     empty = torch.isneginf(lse)
     assert got.out.shape == query.shape and got.out.dtype in (query.dtype, torch.float32)
@@ -187,8 +187,8 @@ def compare_empty(got, tokens):
 @installed
 def test_torch_does_what_the_kernel_cannot(backend):
     store = make_store(90)
-    exists = torch.arange(95) >= torch.tensor([[0], [40]])
-    compare(backend, make_query(store), store, pick(store), exists=exists)
+    padding_mask = torch.arange(95) >= torch.tensor([[0], [40]])
+    compare(backend, make_query(store), store, pick(store), padding_mask=padding_mask)
     for size in (24, 256):
         store = make_store(600, size)
         compare(backend, make_query(store), store, None)
@@ -205,8 +205,8 @@ def test_torch_does_what_the_kernel_cannot(backend):
 @installed
 def test_marks_of_which_none_is_padding(backend, no_fallback):
     store = make_store(90)
-    exists = torch.arange(95).expand(2, -1) < 90
-    compare(backend, make_query(store), store, pick(store), exists=exists)
+    padding_mask = torch.arange(95).expand(2, -1) < 90
+    compare(backend, make_query(store), store, pick(store), padding_mask=padding_mask)
 
 
 @installed

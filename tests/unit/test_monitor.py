@@ -134,16 +134,16 @@ def test_every_block_by_itself(each, case):
     assert case.get("pieces", 1) == 1 or len(store.table.pool.slabs) > 1
     blocks = WholeBlocks(store)
     query = torch.randn((group, store.head_dim), generator=torch.Generator().manual_seed(1)).to(store.dtype)
-    exists = None
+    padding_mask = None
     if padded:
-        exists = torch.rand((blocks.blocks, SIZE), generator=torch.Generator().manual_seed(2)) < 0.6
-        exists[0] = False
+        padding_mask = torch.rand((blocks.blocks, SIZE), generator=torch.Generator().manual_seed(2)) < 0.6
+        padding_mask[0] = False
     keys, values = store.read(0, blocks.tokens)
     for row, head in ((0, 1), (store.batch - 1, 2)):
-        got = each(query, blocks, row, head, 0.4, softcap, exists)
+        got = each(query, blocks, row, head, 0.4, softcap, padding_mask)
         assert got.out.shape == (blocks.blocks, group, store.head_dim) and got.lse.shape == (blocks.blocks, group)
         tiles = [part[row, head].view(-1, 1, SIZE, store.head_dim) for part in (keys, values)]
-        allowed = None if exists is None else exists[:, None, None]
+        allowed = None if padding_mask is None else padding_mask[:, None, None]
         many = query[None, :, None].expand(blocks.blocks, -1, -1, -1)
         out, lse = naive.attention(many, *tiles, 0.4, softcap, allowed)
         torch.testing.assert_close(got.out.double(), out.squeeze(2), atol=tolerance, rtol=tolerance)

@@ -90,9 +90,9 @@ def test_a_native_choice_follows_its_scores(isa, padded):
     with using_isa(isa):
         scores = backend.score("sign", query, codes, block_size=16)
         lists = backend.select("sign", query, codes, 9, 2, 3, 16, mask)
-    exists = None if mask is None else mask.unflatten(1, (-1, 16)).any(-1)
-    picked = choose(scores, 9, 2, exists)
-    expected = pack_lists(picked.ids, picked.usable_or_all())
+    padding_mask = None if mask is None else mask.unflatten(1, (-1, 16)).any(-1)
+    picked = choose(scores, 9, 2, padding_mask)
+    expected = pack_lists(picked.ids, picked.valid_or_all())
     for row in range(3):
         for head in range(2):
             used = lists.ids[row, head, : lists.counts[row, head]].tolist()

@@ -31,7 +31,7 @@ from tests.unit.worlds import World, stock_model
 CPU = torch.device("cpu")
 
 
-# -- how much to compute anew ---------------------------------------------------------------------------------------
+# -- how much to recompute ---------------------------------------------------------------------------------------
 
 
 @QUICK
@@ -238,11 +238,11 @@ def test_kept_tokens_are_a_set_per_head(data):
             count = data.draw(st.integers(1, 20))
             keys, values = (torch.randn(2, 2, count, 8, generator=generator) for _ in range(2))
             weights = torch.rand(2, 2, count, generator=generator)
-            usable = torch.rand(2, 2, count, generator=generator) > 0.6
-            kept.add(keys, values, torch.arange(first, first + count), weights, usable)
+            valid = torch.rand(2, 2, count, generator=generator) > 0.6
+            kept.add(keys, values, torch.arange(first, first + count), weights, valid)
             for row in range(2):
                 for head in range(2):
-                    for n in usable[row, head].nonzero().flatten().tolist():
+                    for n in valid[row, head].nonzero().flatten().tolist():
                         naive[row][head][first + n] = (float(weights[row, head, n]), keys[row, head, n])
             first += count
         elif what == "limit":
@@ -263,11 +263,11 @@ def test_kept_tokens_are_a_set_per_head(data):
         else:
             kept = kept.fork()
         keys = kept.kv.read(0, kept.kv.length)[0]
-        assert kept.exists.shape[1] == kept.kv.length and kept.total == int(kept.exists.sum())
+        assert kept.valid.shape[1] == kept.kv.length and kept.total == int(kept.valid.sum())
         for row in range(2):
             for head in range(2):
                 at = row * 2 + head
-                held = {int(kept.tokens[at, n]): keys[at, 0, n] for n in kept.exists[at].nonzero().flatten()}
+                held = {int(kept.tokens[at, n]): keys[at, 0, n] for n in kept.valid[at].nonzero().flatten()}
                 assert held.keys() == naive[row][head].keys()
                 assert all(torch.equal(held[token], naive[row][head][token][1]) for token in held)
 

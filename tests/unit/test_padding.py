@@ -66,7 +66,7 @@ def test_what_was_taken_for_granted_and_was_not_so_is_said(far, change, before):
         UnsupportedInputError, match="attention_mask of the last decode step .* Pass such a mask on the CPU"
     ):
         padding.of(left(*before, tokens=13), 2, 13)
-    found, _ = padding.of(left(1, 2, tokens=13), 2, 13)  # begins anew
+    found, _ = padding.of(left(1, 2, tokens=13), 2, 13)  # begins again
     assert torch.equal(found, left(1, 2, tokens=13).bool())
 
 

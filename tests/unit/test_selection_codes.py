@@ -30,9 +30,9 @@ def power_of(query, kv_heads):
     return query.float().square().mean(2).unflatten(1, (kv_heads, -1)).mean(2)
 
 
-def fitted(name, keys, query=None, exists=None, scale=1.0):
+def fitted(name, keys, query=None, padding_mask=None, scale=1.0):
     digest = make_digest(name)
-    digest.fit(keys, exists, None if query is None else power_of(query, keys.shape[1]), scale)
+    digest.fit(keys, padding_mask, None if query is None else power_of(query, keys.shape[1]), scale)
     return digest
 
 
@@ -163,19 +163,24 @@ def test_half_precision_keys_give_nearly_the_same_scores(name, dtype):
 @pytest.mark.parametrize("name", CODES)
 def test_padding_has_no_say(name):
     query, keys = draw(0, 2, 2, 2, 6, 16, 16)
-    exists = torch.ones(2, 6, 16, dtype=torch.bool)
-    exists[0, 0], exists[0, 1, :5], exists[1, 2, 6:], exists[1, 3, ::2] = False, False, False, False
-    clean = fitted(name, keys, query, exists)
-    codes = clean.encode(keys, exists)
+    padding_mask = torch.ones(2, 6, 16, dtype=torch.bool)
+    padding_mask[0, 0], padding_mask[0, 1, :5], padding_mask[1, 2, 6:], padding_mask[1, 3, ::2] = (
+        False,
+        False,
+        False,
+        False,
+    )
+    clean = fitted(name, keys, query, padding_mask)
+    codes = clean.encode(keys, padding_mask)
     scores = clean.score(query, codes)
     for rubbish in (1e6, -1e6, torch.inf, torch.nan):
-        dirty = keys.masked_fill(~exists[:, None, :, :, None], rubbish)
-        digest = fitted(name, dirty, query, exists)
-        got = digest.score(query, digest.encode(dirty, exists))
-        some = exists.any(2)[:, None].expand_as(got)
+        dirty = keys.masked_fill(~padding_mask[:, None, :, :, None], rubbish)
+        digest = fitted(name, dirty, query, padding_mask)
+        got = digest.score(query, digest.encode(dirty, padding_mask))
+        some = padding_mask.any(2)[:, None].expand_as(got)
         assert torch.equal(got[some], scores[some]) and bool(torch.isfinite(got).all())
     # As if every padding token were its block's first real one.
-    place = torch.where(exists, torch.arange(16), exists.float().argmax(-1, keepdim=True))
+    place = torch.where(padding_mask, torch.arange(16), padding_mask.float().argmax(-1, keepdim=True))
     twins = keys.gather(3, place[:, None, :, :, None].expand_as(keys))
     assert torch.equal(clean.score(query, clean.encode(twins, None))[some], scores[some])
 
@@ -234,8 +239,8 @@ def test_constants_are_taken_anew_while_a_context_grows(monkeypatch, name, padde
     mask[1, :19] = False
     selector, store, keys = filled_selector(name, 1024, 100, mask=mask if padded else None)
     assert 8 * selector._coded.fitted_blocks > selector.blocks == 128 and selector._coded.fitted_blocks >= 64
-    exists = mask.view(2, -1, 8) if padded else None
-    expected = selector.digest.encode(keys.view(2, 2, -1, 8, 16), exists)
+    padding_mask = mask.view(2, -1, 8) if padded else None
+    expected = selector.digest.encode(keys.view(2, 2, -1, 8, 16), padding_mask)
     assert torch.equal(selector.table.codes(), expected)
 
 
@@ -243,7 +248,7 @@ def test_a_long_context_keeps_its_constants(monkeypatch):
     selector, *_ = filled_selector("sign", 4096 + 64, 1, size=32)
     before = selector.digest.divisor
     more = torch.randn(2, 2, 40000, 16)
-    selector.extend(more, None, past=lambda: pytest.fail("constants of a long context were taken anew"))
+    selector.extend(more, None, past=lambda: pytest.fail("constants of a long context were taken again"))
     assert selector.digest.divisor is before and selector.blocks == 130 + 1250
 
 
@@ -260,13 +265,13 @@ def test_a_fork_s_new_constants_are_its_own():
 def test_a_row_is_coded_as_if_alone(name):
     query, keys = draw(0, 3, 2, 2, 20, 16, 16)
     keys[1] *= 50
-    exists = torch.ones(3, 20, 16, dtype=torch.bool)
-    exists[0, :4], exists[2, 7, 3:] = False, False
-    together = fitted(name, keys, query, exists)
-    codes = together.encode(keys, exists)
+    padding_mask = torch.ones(3, 20, 16, dtype=torch.bool)
+    padding_mask[0, :4], padding_mask[2, 7, 3:] = False, False
+    together = fitted(name, keys, query, padding_mask)
+    codes = together.encode(keys, padding_mask)
     scores = together.score(query, codes)
     for row in range(3):
-        some, marks = slice(row, row + 1), exists[row : row + 1, 4 * (row == 0) :]
+        some, marks = slice(row, row + 1), padding_mask[row : row + 1, 4 * (row == 0) :]
         alone = fitted(name, keys[some, :, 4 * (row == 0) :], query[some], marks)
         own = alone.encode(keys[some, :, 4 * (row == 0) :], marks)
         if name == "sign" or row:  # a grid takes zero in where a whole block is padding

@@ -22,7 +22,7 @@ def draw(seed, batch, kv_heads, group, blocks, size, dim, dtype=torch.float32, l
     return query.to(dtype), keys.to(dtype)
 
 
-def naive_score(query, keys, exists=None):
+def naive_score(query, keys, padding_mask=None):
     """sum over the group of sum_d max(q_d * min_d, q_d * max_d), block by block, in float64."""
     batch, kv_heads, blocks, _, dim = keys.shape
     grouped = query.double().view(batch, kv_heads, -1, dim)
@@ -30,8 +30,8 @@ def naive_score(query, keys, exists=None):
     for row in range(batch):
         for block in range(blocks):
             real = keys[row, :, block].double()
-            if exists is not None:
-                real = real[:, exists[row, block]]
+            if padding_mask is not None:
+                real = real[:, padding_mask[row, block]]
             if real.shape[1]:
                 low, high = real.amin(1)[:, None], real.amax(1)[:, None]
                 score[row, :, block] = torch.maximum(grouped[row] * low, grouped[row] * high).sum(-1).sum(-1)
@@ -42,15 +42,15 @@ def naive_score(query, keys, exists=None):
 @given(st.integers(0, 10**6), st.sampled_from([1, 2, 3, 8]), st.integers(1, 9), st.sampled_from([1.0, 20.0]))
 def test_the_score_bounds_every_product_and_equals_the_formula(seed, group, size, loud):
     query, keys = draw(seed, 2, 2, group, 5, size, 8, loud=loud)
-    exists = torch.rand(2, 5, size, generator=torch.Generator().manual_seed(seed)) > 0.3
-    for given_exists in (None, exists):
+    padding_mask = torch.rand(2, 5, size, generator=torch.Generator().manual_seed(seed)) > 0.3
+    for given_exists in (None, padding_mask):
         score = MinMax().score(query, MinMax().encode(keys, given_exists))
         expected = naive_score(query, keys, given_exists)
         slack = 1e-5 * loud**2 * group
         assert score.dtype == torch.float32 and (score - expected).abs().max() <= slack
         products = torch.einsum("bhgd,bhnsd->bhgns", query.double().view(2, 2, group, 8), keys.double())
         if given_exists is not None:
-            products = products.masked_fill(~exists[:, None, None], -torch.inf)
+            products = products.masked_fill(~padding_mask[:, None, None], -torch.inf)
         # The group's sum at any one token, and the sum of each head's own best token.
         assert bool((score + slack >= products.sum(2).amax(-1)).all())
         best = products.amax(-1).sum(2)
@@ -81,14 +81,14 @@ def test_scores_of_large_keys_in_half_precision_stay_finite_and_ordered():
 
 def test_padding_has_no_say_in_a_digest():
     query, keys = draw(0, 2, 2, 2, 4, 8, 8)
-    exists = torch.ones(2, 4, 8, dtype=torch.bool)
-    exists[0, 0], exists[0, 1, :5], exists[1, 2, 6:] = False, False, False
-    clean = MinMax().encode(keys, exists)
+    padding_mask = torch.ones(2, 4, 8, dtype=torch.bool)
+    padding_mask[0, 0], padding_mask[0, 1, :5], padding_mask[1, 2, 6:] = False, False, False
+    clean = MinMax().encode(keys, padding_mask)
     for rubbish in (1e6, -1e6, torch.inf, -torch.inf):
-        dirty = keys.masked_fill(~exists[:, None, :, :, None], rubbish)
-        assert torch.equal(MinMax().encode(dirty, exists), clean)
+        dirty = keys.masked_fill(~padding_mask[:, None, :, :, None], rubbish)
+        assert torch.equal(MinMax().encode(dirty, padding_mask), clean)
     assert bool(torch.isfinite(clean).all())
-    assert torch.equal(MinMax().encode(keys, torch.ones_like(exists)), MinMax().encode(keys, None))
+    assert torch.equal(MinMax().encode(keys, torch.ones_like(padding_mask)), MinMax().encode(keys, None))
 
 
 @QUICK
@@ -147,7 +147,7 @@ def no_traces(monkeypatch):
 class Mean(Digest):
     name = "mean"
 
-    def encode(self, keys, exists):
+    def encode(self, keys, padding_mask):
         return keys.mean(3)
 
     def score(self, query, codes):

@@ -30,11 +30,11 @@ def scoring_backend(request, monkeypatch):
     monkeypatch.setitem(USED, "backend", make_backend(request.param))
 
 
-def naive_choose(scores, counts, sinks, exists):
+def naive_choose(scores, counts, sinks, padding_mask):
     """For every row and head: sinks first, then by score, at most as many as counted; padding never."""
     found = []
     for row in range(len(scores)):
-        real = [b for b in range(scores.shape[2]) if exists is None or exists[row, b]]
+        real = [b for b in range(scores.shape[2]) if padding_mask is None or padding_mask[row, b]]
         for head in range(scores.shape[1]):
             forced = real[:sinks]
             others = sorted(real[sinks:], key=lambda b: -float(scores[row, head, b]))
@@ -43,8 +43,8 @@ def naive_choose(scores, counts, sinks, exists):
 
 
 def chosen(pick):
-    ids, usable = pick.ids.flatten(0, 1).tolist(), pick.usable_or_all().flatten(0, 1).tolist()
-    return [[block for block, counts in zip(*row) if counts] for row in zip(ids, usable)]
+    ids, valid = pick.ids.flatten(0, 1).tolist(), pick.valid_or_all().flatten(0, 1).tolist()
+    return [[block for block, counts in zip(*row) if counts] for row in zip(ids, valid)]
 
 
 @QUICK
@@ -52,15 +52,15 @@ def chosen(pick):
 def test_choosing_equals_the_naive_way(seed, blocks, per_row, padded, sinks):
     dice, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     scores = torch.randn(BATCH, HEADS, blocks, generator=generator)
-    exists = None
+    padding_mask = None
     if padded:
         starts = torch.tensor([dice.randint(0, blocks) for _ in range(BATCH)])
-        exists = torch.arange(blocks) >= starts[:, None]
+        padding_mask = torch.arange(blocks) >= starts[:, None]
     counts = [dice.randint(1, blocks + 2) for _ in range(BATCH if per_row and padded else 1)]
     count = torch.tensor(counts) if per_row and padded else counts[0]
     counts = counts if per_row and padded else counts * BATCH
-    pick = choose(scores.clone(), count, sinks, exists)
-    expected = naive_choose(scores, counts, sinks, exists)
+    pick = choose(scores.clone(), count, sinks, padding_mask)
+    expected = naive_choose(scores, counts, sinks, padding_mask)
     for got, wanted in zip(chosen(pick), expected):
         assert len(set(got)) == len(got) and sorted(got) == sorted(wanted)
         # Best first, so that cutting the list off keeps the best; sinks among themselves have no order.
@@ -68,12 +68,12 @@ def test_choosing_equals_the_naive_way(seed, blocks, per_row, padded, sinks):
         assert set(got[:forced]) == set(wanted[:forced]) and got[forced:] == wanted[forced:]
     for row in pick.ids.flatten(0, 1).tolist():
         assert len(set(row)) == len(row) and all(0 <= block < blocks for block in row)
-    assert pick.ids.shape[2] <= blocks and (pick.usable is None) == (exists is None)
+    assert pick.ids.shape[2] <= blocks and (pick.valid is None) == (padding_mask is None)
 
 
 def test_a_row_of_nothing_but_padding_chooses_nothing():
-    exists = torch.tensor([[False] * 5, [False, False, True, True, True]])
-    pick = choose(torch.randn(2, HEADS, 5), 3, 2, exists)
+    padding_mask = torch.tensor([[False] * 5, [False, False, True, True, True]])
+    pick = choose(torch.randn(2, HEADS, 5), 3, 2, padding_mask)
     assert chosen(pick)[:HEADS] == [[]] * HEADS and all(set(row) == {2, 3, 4} for row in chosen(pick)[HEADS:])
 
 
@@ -84,8 +84,8 @@ def test_heads_choose_for_themselves():
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_everything_is_everything_that_exists(padded):
-    exists = torch.tensor([[True] * 4, [False, True, True, True], [False] * 4]) if padded else None
-    pick = everything(3, HEADS, 4, exists, "cpu")
+    padding_mask = torch.tensor([[True] * 4, [False, True, True, True], [False] * 4]) if padded else None
+    pick = everything(3, HEADS, 4, padding_mask, "cpu")
     expected = [[0, 1, 2, 3], [1, 2, 3], []] if padded else [[0, 1, 2, 3]] * 3
     assert [sorted(row) for row in chosen(pick)] == [row for row in expected for _ in range(HEADS)]
 
@@ -104,9 +104,9 @@ def selector_for(tokens, padding=None, **options):
     generator = torch.Generator().manual_seed(tokens)
     blocks = tokens // SIZE
     keys = torch.randn(BATCH, HEADS, blocks * SIZE, DIM, generator=generator)
-    exists = None if step.mask is None else step.token_mask(SIZE, keys.device)[:, :blocks]
+    padding_mask = None if step.mask is None else step.token_mask(SIZE, keys.device)[:, :blocks]
     if blocks:
-        selector.extend(keys, exists)
+        selector.extend(keys, padding_mask)
     return selector, step, torch.randn(BATCH, HEADS * GROUP, 1, DIM, generator=generator)
 
 
@@ -168,11 +168,11 @@ def test_picks_are_the_best_by_score(options, padding):
     selector, step, query = selector_for(83, padding, **options)
     open_blocks = 10 - math.ceil(options.get("window", 0) / SIZE)
     scores = selector.digest.score(query, selector.table.codes(open_blocks))
-    exists = None if padding is None else step.token_mask(SIZE, torch.device("cpu"))[:, :open_blocks].any(-1)
+    padding_mask = None if padding is None else step.token_mask(SIZE, torch.device("cpu"))[:, :open_blocks].any(-1)
     pick = selector.pick(step, query, open_blocks, HEADS)
     counts = [len(row) for row in chosen(pick)][::HEADS]
     sinks = math.ceil(options.get("sinks", 0) / SIZE)
-    expected = naive_choose(scores, counts, sinks, exists)
+    expected = naive_choose(scores, counts, sinks, padding_mask)
     assert [sorted(row) for row in chosen(pick)] == [sorted(row) for row in expected]
 
 
@@ -191,14 +191,14 @@ def test_the_native_backend_scores_for_itself(monkeypatch):
 def test_packed_lists_keep_what_is_usable_in_its_order(seed, length):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.rand(BATCH, HEADS, 12, generator=generator).argsort(2)[:, :, :length]
-    usable = torch.rand(ids.shape, generator=generator) < torch.rand(BATCH, HEADS, 1, generator=generator)
-    lists = pack_lists(ids, usable)
+    valid = torch.rand(ids.shape, generator=generator) < torch.rand(BATCH, HEADS, 1, generator=generator)
+    lists = pack_lists(ids, valid)
     assert lists.ids.dtype == lists.counts.dtype == torch.int32 and lists.counts.shape == (BATCH, HEADS)
-    assert lists.ids.shape[2] == int(usable.sum(2).max() if length else 0)
+    assert lists.ids.shape[2] == int(valid.sum(2).max() if length else 0)
     for row in range(BATCH):
         for head in range(HEADS):
             packed = lists.ids[row, head, : lists.counts[row, head]].tolist()
-            assert packed == ids[row, head][usable[row, head]].tolist()
+            assert packed == ids[row, head][valid[row, head]].tolist()
 
 
 def test_no_open_block_at_all():

@@ -76,18 +76,18 @@ def test_a_short_row_beside_a_long_one_is_coded_as_if_alone(blocks):
 
 def test_a_sample_lies_all_over_a_long_context():
     store = make_store(40 * SIZE, 2)
-    keys, exists = reading.read_sample(store, 40, None)
-    assert exists is None and keys.shape[2] == 4
+    keys, padding_mask = reading.read_sample(store, 40, None)
+    assert padding_mask is None and keys.shape[2] == 4
     whole = whole_keys(store, 40, None)[0]
     assert all(torch.equal(keys[:, :, place], whole[:, :, block]) for place, block in enumerate((0, 13, 26, 39)))
     mask = torch.ones(BATCH, 40 * SIZE, dtype=torch.bool)
     mask[0] = False
     mask[2, : 38 * SIZE + 1] = False
-    keys, exists = reading.read_sample(store, 40, mask)
-    assert exists.sum((1, 2)).tolist() == [0, 4 * SIZE, 2 * SIZE - 1]
+    keys, padding_mask = reading.read_sample(store, 40, mask)
+    assert padding_mask.sum((1, 2)).tolist() == [0, 4 * SIZE, 2 * SIZE - 1]
     assert torch.equal(keys[2, :, :2], whole[2, :, 38:]) and keys.shape[2] == 4
-    keys, exists = reading.read_sample(store, 40, torch.zeros_like(mask))
-    assert keys.shape[2] == 1 and not exists.any()
+    keys, padding_mask = reading.read_sample(store, 40, torch.zeros_like(mask))
+    assert keys.shape[2] == 1 and not padding_mask.any()
 
 
 class Planted(Exception):
@@ -112,7 +112,7 @@ def fail_once(monkeypatch, name, method, when):
 @pytest.mark.parametrize(("method", "when"), [("fit", 1), ("encode", 1), ("encode", 2), ("encode", 4)])
 @pytest.mark.parametrize(("start", "due"), [(2, True), (4, False)])
 def test_what_fails_can_be_done_again(monkeypatch, from_store, method, when, start, due):
-    """Whether constants are due anew or not: neither constants nor codes are half new."""
+    """Whether constants are due again or not: neither constants nor codes are half new."""
     store = make_store(20 * SIZE, 3)
     keys = store.read(0, 20 * SIZE)[0]
 

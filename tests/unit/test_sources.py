@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = sorted(path for room in ("scout_hf", "patches", "eval", "examples") for path in (ROOT / room).rglob("*.py"))
+SOURCES = sorted(
+    path for capacity in ("scout_hf", "patches", "eval", "examples") for path in (ROOT / capacity).rglob("*.py")
+)
 
 # What is called, and the places that may: each with its reason.
 FORBIDDEN = {
@@ -14,7 +16,7 @@ FORBIDDEN = {
         "eval/bench/memory.py",  # a switch in /proc
         "eval/harness/longbench.py",  # in a folder that was just made, for this process alone
         "eval/methods/kvpress_apart.py",  # has no scout_hf, and writes into such a folder
-        "eval/methods/pressed.py",  # into the same
+        "eval/methods/score.py",  # into the same
     },
     ".write_bytes": set(),
     "os.replace": {"scout_hf/files.py"},
@@ -22,7 +24,7 @@ FORBIDDEN = {
     ".rename": set(),
     "json.loads": {
         "scout_hf/files.py",
-        "eval/bench/idle.py",  # what torch's profiler has just written for us
+        "scout_hf/diagnostics/gpu_time.py",  # what torch's profiler has just written for us
         "eval/bench/memory.py",  # what a process of our own has just said, and was asked
         "eval/methods/kvpress_apart.py",  # what we asked
     },

@@ -161,10 +161,10 @@ def test_the_tail_stays_where_it_is_once_it_has_its_size():
     tokens = torch.arange(100.0).view(1, 1, 100, 1).expand(1, 1, 100, 4)
     kv.append(tokens[:, :, :30], tokens[:, :, :30])
     kv.write_back(1)
-    place = kv.room()[0].data_ptr()
+    place = kv.buffers()[0].data_ptr()
     for at in range(30, 100):
         kv.append(tokens[:, :, at : at + 1], tokens[:, :, at : at + 1])
         kv.write_back(1, Links(), in_place=True)
-        assert kv.room()[0].data_ptr() == place and torch.equal(kv.read(0, at + 1)[0], tokens[:, :, : at + 1])
+        assert kv.buffers()[0].data_ptr() == place and torch.equal(kv.read(0, at + 1)[0], tokens[:, :, : at + 1])
         keys, _ = kv.tail_blocks()
         assert torch.equal(keys.flatten(2, 3)[:, :, : kv.length - kv.host.length], kv.tail()[0])

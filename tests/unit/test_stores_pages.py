@@ -280,9 +280,9 @@ def test_a_table_that_must_grow_leaves_the_old_one_to_its_readers():
     table, seen = PageTable(new_pool(), 2), []
     for _ in range(60):
         before, held = table.places, table.places.clone()
-        blocks, room = table.blocks, before.shape[2]
+        blocks, capacity = table.blocks, before.shape[2]
         table.extend(1)
-        assert (table.places is before) == (room > blocks)
+        assert (table.places is before) == (capacity > blocks)
         if table.places is not before:
             seen.append(table.places)
         assert torch.equal(before[:, :, :blocks], held[:, :, :blocks])

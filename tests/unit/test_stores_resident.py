@@ -82,15 +82,15 @@ def wish(dice, batch, blocks, padded=False):
     """Distinct blocks per row and head, best first; with padding, some at the end do not count."""
     count = dice.randint(1, blocks)
     ids = torch.tensor([[dice.sample(range(blocks), count) for _ in range(HEADS)] for _ in range(batch)])
-    usable = torch.ones_like(ids, dtype=torch.bool)
+    valid = torch.ones_like(ids, dtype=torch.bool)
     if padded:
         for row in range(batch):
-            usable[row, :, dice.randint(0, count) :] = False
-    return ids, usable
+            valid[row, :, dice.randint(0, count) :] = False
+    return ids, valid
 
 
-def wanted_of(ids, usable):
-    rows = zip(ids.flatten(0, 1).tolist(), usable.flatten(0, 1).tolist())
+def wanted_of(ids, valid):
+    rows = zip(ids.flatten(0, 1).tolist(), valid.flatten(0, 1).tolist())
     return [[block for block, counts in zip(*row) if counts] for row in rows]
 
 
@@ -100,12 +100,12 @@ def test_loading_takes_the_best_that_fit(slots, padded):
     dice, host = random.Random(slots), host_of(8)
     for _ in range(10):
         resident = new_slots(slots)
-        ids, usable = wish(dice, BATCH, 8, padded)
-        came = resident.load(ids, usable, host)
+        ids, valid = wish(dice, BATCH, 8, padded)
+        came = resident.load(ids, valid, host)
         check(resident, host)
-        expected = [set(row) for row in wanted_of(ids[:, :, :slots], usable[:, :, :slots])]
+        expected = [set(row) for row in wanted_of(ids[:, :, :slots], valid[:, :, :slots])]
         assert sets(resident) == expected and came == sum(map(len, expected))
-        assert resident.gaps == (not bool(usable[:, :, :slots].all()))
+        assert resident.gaps == (not bool(valid[:, :, :slots].all()))
 
 
 def test_loading_again_forgets_what_was_there():
@@ -121,8 +121,8 @@ def recalled(before, wanted, slots):
     """What must be resident after a recall, in part: every wish that was there, then the best missing ones that fit."""
     missing = [block for block in wanted if block not in before]
     kept = before & set(wanted)
-    room = slots - len(kept)
-    return kept, missing[:room]
+    capacity = slots - len(kept)
+    return kept, missing[:capacity]
 
 
 def in_a_thread(plan, host):
@@ -187,9 +187,9 @@ def random_life(seed, padded, carry_out):
         check(*one)
 
 
-def check_recall(resident, host, ids, usable, carry_out=in_a_thread):
-    before, wanted = sets(resident), wanted_of(ids, usable)
-    plan = resident.plan_recall(ids, usable, host.blocks)
+def check_recall(resident, host, ids, valid, carry_out=in_a_thread):
+    before, wanted = sets(resident), wanted_of(ids, valid)
+    plan = resident.plan_recall(ids, valid, host.blocks)
     expected = [recalled(had, want, resident.slots) for had, want in zip(before, wanted)]
     came = sum(len(new) for _, new in expected)
     assert (plan is None) == (came == 0)
@@ -205,10 +205,10 @@ def check_recall(resident, host, ids, usable, carry_out=in_a_thread):
 def test_a_recall_of_nothing_new_is_none():
     host, resident = host_of(6), new_slots(4)
     ids = torch.tensor([3, 0, 5]).expand(BATCH, HEADS, -1)
-    usable = torch.ones_like(ids, dtype=torch.bool)
-    resident.load(ids, usable, host)
-    assert resident.plan_recall(ids.flip(2), usable, 6) is None
-    assert resident.plan_recall(torch.full_like(ids, 4), torch.zeros_like(usable), 6) is None
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    resident.load(ids, valid, host)
+    assert resident.plan_recall(ids.flip(2), valid, 6) is None
+    assert resident.plan_recall(torch.full_like(ids, 4), torch.zeros_like(valid), 6) is None
     check(resident, host)
 
 
@@ -243,23 +243,23 @@ def test_what_cannot_be_copied_as_it_lies():
         unknown = host_of(6)
         assert make_backend().copy(*torch.zeros(2, 1, dtype=torch.int64), 0, None) is None
     wanted = torch.tensor([3, 4]).expand(BATCH, HEADS, -1)
-    usable = torch.ones_like(wanted, dtype=torch.bool)
+    valid = torch.ones_like(wanted, dtype=torch.bool)
     for host, dtype in (
         (host_of(6, kind=PackedKV), torch.float32),
         (host_of(6), torch.bfloat16),
         (unknown, torch.float32),
     ):
-        plan = new_slots(2, dtype=dtype).plan_recall(wanted, usable, 6)
+        plan = new_slots(2, dtype=dtype).plan_recall(wanted, valid, 6)
         assert plan.blocks == 8 and plan.addresses(host) is None
 
 
 def test_forks_are_independent():
     host, resident = host_of(6), new_slots(3)
     ids = torch.tensor([0, 1, 2]).expand(BATCH, HEADS, -1)
-    usable = torch.ones_like(ids, dtype=torch.bool)
-    resident.load(ids, usable, host)
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    resident.load(ids, valid, host)
     twin = resident.fork()
-    check_recall(resident, host, ids + 3, usable)
+    check_recall(resident, host, ids + 3, valid)
     assert sets(twin) == [{0, 1, 2}] * 4
     check(twin, host)
     check(resident, host)

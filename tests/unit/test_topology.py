@@ -148,9 +148,9 @@ def test_workers_stay_on_the_node_of_the_thread_if_it_is_enough(machine, cpus, h
 
 
 def test_on_this_machine():
-    usable = topology.usable_cpus()
-    assert usable and topology.current_cpu() in (*usable, None)
-    assert set(topology.worker_cpus()) <= set(usable)
-    assert 0 <= topology.spare_workers() < len(usable)
+    valid = topology.usable_cpus()
+    assert valid and topology.current_cpu() in (*valid, None)
+    assert set(topology.worker_cpus()) <= set(valid)
+    assert 0 <= topology.spare_workers() < len(valid)
     quota = topology.cpu_quota()
     assert quota is None or quota > 0

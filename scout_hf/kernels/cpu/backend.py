@@ -60,7 +60,7 @@ class CpuBackend(ABC):
         lists: BlockLists | None,
         scale: float,
         softcap: float | None = None,
-        exists: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
     ) -> Attended:
         """Attention over listed blocks, or over all.
 
@@ -73,16 +73,16 @@ class CpuBackend(ABC):
             None for every block.
         scale, softcap
             As in :func:`scout_hf.kernels.attend.attend`.
-        exists : Tensor (batch, tokens) of bool, or None
+        padding_mask : Tensor (batch, tokens) of bool, or None
             Tokens that are no padding, at least as many as the store has; None when all are real.
         """
 
-    def start(self, query, store, lists, scale, softcap=None, exists=None) -> Any:
+    def start(self, query, store, lists, scale, softcap=None, padding_mask=None) -> Any:
         """``attend_blocks`` in the background: a ticket whose ``wait()`` gives its result.
 
         Nothing that was handed over may change before the ticket is joined.
         """
-        return self._workers.submit(self.attend_blocks, query, store, lists, scale, softcap, exists)
+        return self._workers.submit(self.attend_blocks, query, store, lists, scale, softcap, padding_mask)
 
     def watches(self, query: torch.Tensor, store: Any) -> bool:
         """Whether :meth:`start_at` serves such a query and store."""
@@ -97,7 +97,7 @@ class CpuBackend(ABC):
         lists: BlockLists,
         scale: float,
         softcap: float | None = None,
-        exists: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
     ) -> Any:
         """``start``, but the job begins when a word says so: query and lists may be written until then.
 
@@ -108,7 +108,7 @@ class CpuBackend(ABC):
             when the job has ended, whatever came of it.
         into : (Tensor, Tensor)
             Contiguous float32 for output and LSE.
-        query, store, lists, scale, softcap, exists : as above
+        query, store, lists, scale, softcap, padding_mask : as above
             ``lists`` with counts.
         """
         raise NotImplementedError
@@ -122,7 +122,7 @@ class CpuBackend(ABC):
         sinks: int,
         newest: int,
         block_size: int,
-        exists: torch.Tensor | None,
+        padding_mask: torch.Tensor | None,
     ) -> BlockLists | None:
         """The best-scored blocks in ascending order, sinks always among them, and behind them the newest blocks.
 
@@ -144,7 +144,7 @@ class CpuBackend(ABC):
         sinks, newest : int
             Leading real blocks that are always chosen; blocks behind those open to choice that are always listed.
         block_size : int
-        exists : as above
+        padding_mask : as above
         """
         return None
 

@@ -32,7 +32,7 @@ def attend_each_native(
     head: int,
     scale: float,
     softcap: float | None,
-    exists: torch.Tensor | None,
+    padding_mask: torch.Tensor | None,
     pool: NativePool | None,
 ) -> Partial:
     """Partials of one KV head of one row by the native library.
@@ -45,7 +45,7 @@ def attend_each_native(
     row, head : int
     scale, softcap
         As in :func:`scout_hf.kernels.attend.attend`.
-    exists : Tensor (blocks, block_size) of bool, contiguous, or None
+    padding_mask : Tensor (blocks, block_size) of bool, contiguous, or None
         Tokens that are no padding; None when all are real.
     pool : NativePool or None
         Where to run, waiting for the end; None for the calling thread and torch's team.
@@ -75,13 +75,13 @@ def attend_each_native(
         scale=scale,
         softcap=softcap or 0.0,
     )
-    if exists is not None:
-        args.exists, args.exists_stride = address(exists, torch.bool), exists.stride(0)
+    if padding_mask is not None:
+        args.padding_mask, args.padding_mask_stride = address(padding_mask, torch.bool), padding_mask.stride(0)
     if pool is None:
         check(blocks.library.attend(byref(args), torch.get_num_threads()), "blocks to attend")
     else:
         # An interrupt may end this call while the job still runs.
-        keep = (query, blocks, addresses, exists, out, lse)
+        keep = (query, blocks, addresses, padding_mask, out, lse)
         pool.submit(quick(blocks.library.handle, "scout_submit_attend"), args, keep=keep).wait()
         check(args.status, "blocks to attend")
     return Partial(out, lse)
@@ -94,7 +94,7 @@ def attend_each(
     head: int,
     scale: float,
     softcap: float | None,
-    exists: torch.Tensor | None,
+    padding_mask: torch.Tensor | None,
     busy: Callable[[], bool] | None = None,
 ) -> Partial:
     """The same with torch, on the device of the blocks, some thousand tokens at a time.
@@ -109,7 +109,7 @@ def attend_each(
             time.sleep(PAUSE_S)
         last = min(first + chunk, blocks.blocks)
         keys, values = (part.to(wide).unsqueeze(1) for part in blocks.read(row, head, first, last))
-        allowed = None if exists is None else exists[first:last, None, None]
+        allowed = None if padding_mask is None else padding_mask[first:last, None, None]
         each = query[None, :, None].expand(last - first, -1, -1, -1).contiguous()
         part = attend(each, keys, values, scale, softcap, allowed)
         parts.append((part.out.squeeze(2), part.lse.squeeze(2).to(wide)))

@@ -38,9 +38,9 @@ class IpexBackend(CpuBackend):
         self._cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
         self._torch = TorchBackend(threads)
 
-    def attend_blocks(self, query, store, lists: BlockLists | None, scale, softcap=None, exists=None) -> Attended:
-        if not _serves(query, store, softcap, exists):
-            return self._torch.attend_blocks(query, store, lists, scale, softcap, exists)
+    def attend_blocks(self, query, store, lists: BlockLists | None, scale, softcap=None, padding_mask=None) -> Attended:
+        if not _serves(query, store, softcap, padding_mask):
+            return self._torch.attend_blocks(query, store, lists, scale, softcap, padding_mask)
         pages, filled = _entries(store, lists)
         parts, pool = [], store.table.pool
         for slab, start in zip(pool.slabs, pool.starts):
@@ -126,13 +126,13 @@ def _entries(store, lists: BlockLists | None) -> tuple[torch.Tensor, torch.Tenso
     return store.table.ids.gather(1, ids.flatten(1)).view(ids.shape), filled
 
 
-def _serves(query: torch.Tensor, store, softcap: float | None, exists: torch.Tensor | None) -> bool:
+def _serves(query: torch.Tensor, store, softcap: float | None, padding_mask: torch.Tensor | None) -> bool:
     pool = store.table.pool
     if query.dtype != pool.dtype or pool.dtype not in DTYPES or PARTITION % store.block_size:
         return False
     beams = softcap is not None and store.heads == 1 and store.batch >= 4
     on_cpu = pool.device.type == query.device.type == "cpu"
-    return on_cpu and not beams and (exists is None or bool(exists[:, : store.length].all()))
+    return on_cpu and not beams and (padding_mask is None or bool(padding_mask[:, : store.length].all()))
 
 
 def load_op():

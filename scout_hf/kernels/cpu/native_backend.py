@@ -43,17 +43,17 @@ class NativeBackend(CpuBackend):
             self._submit = quick(self._library.handle, "scout_submit_attend")
             self._copy = quick(self._library.handle, "scout_submit_copy")
 
-    def attend_blocks(self, query, store, lists: BlockLists | None, scale, softcap=None, exists=None) -> Attended:
-        args, partial, _ = self._describe(query, store, lists, scale, softcap, exists)
+    def attend_blocks(self, query, store, lists: BlockLists | None, scale, softcap=None, padding_mask=None) -> Attended:
+        args, partial, _ = self._describe(query, store, lists, scale, softcap, padding_mask)
         if args is None:
-            return self._torch.attend_blocks(query, store, lists, scale, softcap, exists)
+            return self._torch.attend_blocks(query, store, lists, scale, softcap, padding_mask)
         check(self._library.attend(byref(args), torch.get_num_threads()), "blocks to attend")
         return Attended(partial, args.attended)
 
-    def start(self, query, store, lists: BlockLists | None, scale, softcap=None, exists=None):
-        args, partial, keep = self._describe(query, store, lists, scale, softcap, exists)
+    def start(self, query, store, lists: BlockLists | None, scale, softcap=None, padding_mask=None):
+        args, partial, keep = self._describe(query, store, lists, scale, softcap, padding_mask)
         if args is None:
-            return self._torch.start(query, store, lists, scale, softcap, exists)
+            return self._torch.start(query, store, lists, scale, softcap, padding_mask)
         return self._post(args, partial, (keep, store.memory()))
 
     def watches(self, query, store) -> bool:
@@ -61,9 +61,9 @@ class NativeBackend(CpuBackend):
         known = self._library is not None and _served(query) and store.native() is not None
         return known and self._pool.has_threads()
 
-    def start_at(self, words, into, query, store, lists: BlockLists, scale, softcap=None, exists=None):
+    def start_at(self, words, into, query, store, lists: BlockLists, scale, softcap=None, padding_mask=None):
         flag, number, done = words
-        args, partial, keep = self._describe(query, store, lists, scale, softcap, exists, Partial(*into))
+        args, partial, keep = self._describe(query, store, lists, scale, softcap, padding_mask, Partial(*into))
         args.done, args.number = address(done, torch.int64), number
         at = {"flag": address(flag, torch.int64), "value": number}
         return self._post(args, partial, (keep, words, store.memory()), **at)
@@ -76,12 +76,14 @@ class NativeBackend(CpuBackend):
         # An interrupt may take the ticket and the store away while the job runs.
         return self._pool.submit(self._submit, args, keep=(keep, partial), result=result, **at)
 
-    def select(self, scorer, query, codes, count, sinks, newest, block_size, exists) -> BlockLists | None:
+    def select(self, scorer, query, codes, count, sinks, newest, block_size, padding_mask) -> BlockLists | None:
         batch, heads, candidates = codes.shape[:3]
-        known = self._knows(scorer, query, codes, block_size, exists)
+        known = self._knows(scorer, query, codes, block_size, padding_mask)
         if known is None:
             return None
-        if exists is not None and (exists.shape[0] != batch or exists.shape[1] < candidates * block_size):
+        if padding_mask is not None and (
+            padding_mask.shape[0] != batch or padding_mask.shape[1] < candidates * block_size
+        ):
             return None
         wanted = None if isinstance(count, int) else count.to("cpu", torch.int32).contiguous()
         most = min(count if wanted is None else int(wanted.max()), candidates)
@@ -92,8 +94,11 @@ class NativeBackend(CpuBackend):
         choice |= {"count": most, "sinks": sinks, "newest": newest}
         if wanted is not None:
             choice["want"] = address(wanted, torch.int32)
-        if exists is not None:
-            choice |= {"exists": address(exists, torch.bool, strided=True), "exists_stride": exists.stride(0)}
+        if padding_mask is not None:
+            choice |= {
+                "padding_mask": address(padding_mask, torch.bool, strided=True),
+                "padding_mask_stride": padding_mask.stride(0),
+            }
         self._select(query, codes, **known, **choice)
         return BlockLists(ids, counts)
 
@@ -107,9 +112,9 @@ class NativeBackend(CpuBackend):
         self._select(query, codes, **known, **found)
         return scores
 
-    def _knows(self, scorer, query, codes, block_size, exists) -> dict[str, int] | None:
+    def _knows(self, scorer, query, codes, block_size, padding_mask) -> dict[str, int] | None:
         """What tells the library how to score, or None if it cannot."""
-        if self._library is None or scorer not in SCORERS or not _served(query, codes, exists):
+        if self._library is None or scorer not in SCORERS or not _served(query, codes, padding_mask):
             return None
         heads, dim, code = codes.shape[1], query.shape[3], codes.shape[3]
         if query.shape[0] != codes.shape[0] or codes.stride(2) != code or query.shape[1] % heads:
@@ -166,9 +171,9 @@ class NativeBackend(CpuBackend):
         if self._library is not None:
             self._pool.close()
 
-    def _describe(self, query, store, lists, scale, softcap, exists, into: Partial | None = None):
+    def _describe(self, query, store, lists, scale, softcap, padding_mask, into: Partial | None = None):
         """Arguments of the native call, where its results will be, and what must live until it is over."""
-        served = self._library is not None and _served(query, exists) and (lists is None or lists.ids.is_cpu)
+        served = self._library is not None and _served(query, padding_mask) and (lists is None or lists.ids.is_cpu)
         native = store.native() if served else None
         if native is None:
             return None, None, None
@@ -178,8 +183,10 @@ class NativeBackend(CpuBackend):
                 f"got queries {tuple(query.shape)} for a store of {store.batch} rows and {store.heads} KV heads of "
                 f"{store.head_dim} channels; needed is one query per row and head"
             )
-        if exists is not None and (exists.shape[0] != batch or exists.shape[1] < store.length):
-            raise CacheStateError(f"got marks {tuple(exists.shape)} for {batch} rows of {store.length} tokens")
+        if padding_mask is not None and (padding_mask.shape[0] != batch or padding_mask.shape[1] < store.length):
+            raise CacheStateError(
+                f"got a padding mask of {tuple(padding_mask.shape)} for {batch} rows of {store.length} tokens"
+            )
         query = query if query.stride(3) == 1 else query.contiguous()
         out, lse = into or (
             torch.empty(query.shape, dtype=torch.float32, device="cpu"),
@@ -197,8 +204,11 @@ class NativeBackend(CpuBackend):
             scale=scale,
             softcap=softcap or 0.0,
         )
-        if exists is not None:
-            args.exists, args.exists_stride = address(exists, torch.bool, strided=True), exists.stride(0)
+        if padding_mask is not None:
+            args.padding_mask, args.padding_mask_stride = (
+                address(padding_mask, torch.bool, strided=True),
+                padding_mask.stride(0),
+            )
         if lists is not None:
             ids, counts = lists.ids.to(torch.int32).contiguous(), lists.counts
             if ids.shape[:2] != (batch, store.heads) or (counts is not None and counts.shape != ids.shape[:2]):
@@ -212,7 +222,7 @@ class NativeBackend(CpuBackend):
                 ids = ids.new_zeros(1)
             lists = BlockLists(ids, counts)
             args.blocks = address(ids, torch.int32)
-        return args, Partial(out, lse), (query, lists, exists)
+        return args, Partial(out, lse), (query, lists, padding_mask)
 
 
 def _served(query: torch.Tensor, *others: torch.Tensor | None) -> bool:

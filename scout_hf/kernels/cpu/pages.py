@@ -69,17 +69,17 @@ def gather(library: Library, store: StoreArgs, blocks: torch.Tensor, keys: torch
 
 
 def minmax(
-    library: Library, store: StoreArgs, first: int, last: int, exists: torch.Tensor | None, codes: torch.Tensor
+    library: Library, store: StoreArgs, first: int, last: int, padding_mask: torch.Tensor | None, codes: torch.Tensor
 ) -> None:
     """Channel-wise maximum and minimum of the keys of whole blocks ``first:last``, straight from the pages.
 
-    ``codes`` is (batch, kv_heads, blocks, 2 * head_dim) in the dtype of the keys, written at ``first:last``; ``exists``
-    (batch, tokens) of bool or None marks tokens that are no padding.
+    ``codes`` is (batch, kv_heads, blocks, 2 * head_dim) in the dtype of the keys, written at ``first:last``;
+    ``padding_mask`` (batch, tokens) of bool or None marks tokens that are no padding.
     """
     args = MinMaxArgs(
         store=store,
-        exists=None if exists is None else address(exists, torch.bool, strided=True),
-        exists_stride=0 if exists is None else exists.stride(0),
+        padding_mask=None if padding_mask is None else address(padding_mask, torch.bool, strided=True),
+        padding_mask_stride=0 if padding_mask is None else padding_mask.stride(0),
         codes=address(codes, PLAIN[store.plain_dtype], strided=True),
         codes_row=codes.stride(0),
         codes_head=codes.stride(1),

@@ -72,11 +72,11 @@ def worker_cpus(workers: int | None = None, root: Path = ROOT) -> tuple[int, ...
     On a machine with several memory nodes they are those of the calling thread's node, where the memory is that it
     touches first, if they are enough for the workers and the thread itself; otherwise all usable ones.
     """
-    usable = usable_cpus()
+    valid = usable_cpus()
     workers = spare_workers(root=root) if workers is None else workers
     near = numa_nodes(root).get(current_node(root), ())
-    here = tuple(cpu for cpu in usable if cpu in near)
-    return here if len(here) > workers else usable
+    here = tuple(cpu for cpu in valid if cpu in near)
+    return here if len(here) > workers else valid
 
 
 def numa_nodes(root: Path = ROOT) -> dict[int, tuple[int, ...]]:

@@ -25,7 +25,7 @@ class TorchBackend(CpuBackend):
         super().__init__(threads)
         self._scratch = _Scratch()
 
-    def attend_blocks(self, query, store, lists: BlockLists | None, scale, softcap=None, exists=None) -> Attended:
+    def attend_blocks(self, query, store, lists: BlockLists | None, scale, softcap=None, padding_mask=None) -> Attended:
         if lists is None:
             lists = BlockLists(_numbers(store.blocks).expand(store.batch, store.heads, -1), None)
         ids, parts, tokens = _used(lists), [], 0
@@ -33,9 +33,9 @@ class TorchBackend(CpuBackend):
         # Lists that end alike and have no holes need no mask: what is not filled is cut off.
         unfilled = store.blocks * size - store.length
         at_end = ids[:, :, -1:] == store.blocks - 1
-        plain = lists.counts is None and exists is None and bool(at_end.all() if unfilled else True)
+        plain = lists.counts is None and padding_mask is None and bool(at_end.all() if unfilled else True)
         if not plain:
-            exists = None if exists is None else exists.to(ids.device)
+            padding_mask = None if padding_mask is None else padding_mask.to(ids.device)
         chunks = max(1, round(count * size / CHUNK_TOKENS))
         chunk = max(1, -(-count // chunks))
         for first in range(0, count, chunk):
@@ -50,7 +50,7 @@ class TorchBackend(CpuBackend):
             if plain and first + chunk >= count and unfilled:
                 keys, values = keys[:, :, :-unfilled], values[:, :, :-unfilled]
             elif not plain:
-                allowed = _allowed(some, first, lists.counts, store, exists)
+                allowed = _allowed(some, first, lists.counts, store, padding_mask)
             tokens += keys.shape[:3].numel() if allowed is None else int(allowed.sum())
             if allowed is not None:
                 allowed = allowed.unsqueeze(2).to(query.device)
@@ -66,15 +66,15 @@ def _used(lists: BlockLists) -> torch.Tensor:
     return ids.masked_fill(_numbers(ids.shape[2]) >= lists.counts.unsqueeze(-1), 0)
 
 
-def _allowed(ids, first, counts, store, exists) -> torch.Tensor:
+def _allowed(ids, first, counts, store, padding_mask) -> torch.Tensor:
     """Which tokens of the blocks ``ids``, the entries of each list from ``first`` on, may be attended."""
     places = ids.unsqueeze(-1) * store.block_size + _numbers(store.block_size)
     allowed = places < store.length
     if counts is not None:
         allowed &= ((first + _numbers(ids.shape[2])) < counts.unsqueeze(-1)).unsqueeze(-1)
-    if exists is not None:
+    if padding_mask is not None:
         rows = _numbers(len(ids))[:, None, None, None]
-        allowed &= exists[rows, places.clamp(max=exists.shape[1] - 1)]
+        allowed &= padding_mask[rows, places.clamp(max=padding_mask.shape[1] - 1)]
     return allowed.flatten(2)
 
 

@@ -39,7 +39,7 @@ def append_token(
     Parameters
     ----------
     new_keys, new_values : Tensor (batch, kv_heads, 1, head_dim)
-    keys, values : Tensor (batch, kv_heads, room, head_dim)
+    keys, values : Tensor (batch, kv_heads, capacity, head_dim)
         The tail, both with the same strides, the last 1.
     length, blocks : Tensor (1,) of int32
         Tokens per row with the new one, and whole blocks of ``block_size`` before the tail.

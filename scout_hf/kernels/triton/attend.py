@@ -19,16 +19,16 @@ MOST_PARTS = 32
 
 @triton.jit(do_not_specialize=["first", "listed"])
 def _attend(
-    query, keys, values, pages, ids, first_at, starts, lengths, exists, out, lse,
+    query, keys, values, pages, ids, first_at, starts, lengths, padding_mask, out, lse,
     query_b, query_h,
     keys_b, keys_h, keys_n, keys_t,
     values_b, values_h, values_n, values_t,
-    pages_b, pages_h, ids_b, ids_h, lengths_b, exists_b, out_h,
+    pages_b, pages_h, ids_b, ids_h, lengths_b, mask_b, out_h,
     listed, first, parts, scale, softcap,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
     HAS_PAGES: tl.constexpr, HAS_IDS: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_STARTS: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, HAS_EXISTS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, HAS_PADDING_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     PREFETCH: tl.constexpr, AHEAD: tl.constexpr, BYTES: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     row, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
@@ -63,8 +63,8 @@ def _attend(
             real = real & (place >= tl.load(starts + row))
         if HAS_LENGTHS:
             real = real & (place < tl.load(lengths + row * lengths_b))
-        if HAS_EXISTS:
-            real = real & (tl.load(exists + row.to(tl.int64) * exists_b + place, mask=real, other=0) != 0)
+        if HAS_PADDING_MASK:
+            real = real & (tl.load(padding_mask + row.to(tl.int64) * mask_b + place, mask=real, other=0) != 0)
         page = tl.load(pages + entry, mask=real, other=0) if HAS_PAGES else entry
         page = page.to(tl.int64)
         if PREFETCH:
@@ -109,7 +109,7 @@ def attend_blocks(
     pages: torch.Tensor | None = None,
     starts: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
-    exists: torch.Tensor | None = None,
+    padding_mask: torch.Tensor | None = None,
     into: tuple[torch.Tensor, torch.Tensor] | None = None,
     parts: int | None = None,
     tile: Tile | None = None,
@@ -132,7 +132,7 @@ def attend_blocks(
         Where in the pool each listed block lies.
     starts, lengths : Tensor (batch,) of int32, or None
         First token of each row, and the one behind its last; ``lengths`` may have one element for all rows.
-    exists : Tensor (batch, tokens) of bool, or None
+    padding_mask : Tensor (batch, tokens) of bool, or None
         Tokens that are no padding; must cover all listed blocks up to ``lengths``.
     into : (Tensor (batch, query_heads, parts, head_dim), Tensor (batch, query_heads, parts)) of float32, or None
         Where results go: contiguous buffers, or views of some parts of such.
@@ -163,7 +163,7 @@ def attend_blocks(
     tile = tile or tile_for(query, keys)
     at = first if isinstance(first, torch.Tensor) else None
     # Every index that stands for a missing tensor points to the query, and is never followed.
-    given = [query if part is None else part for part in (pages, ids, at, starts, lengths, exists)]
+    given = [query if part is None else part for part in (pages, ids, at, starts, lengths, padding_mask)]
     places = [keys.stride(), values.stride()]
     strides = [stride[:4] if pages is None else (0, stride[1], stride[0], stride[2]) for stride in places]
     with on_device_of(query):
@@ -176,7 +176,7 @@ def attend_blocks(
             kv_heads, group, dim, size,
             max(MIN_ROWS, triton.next_power_of_2(group)), triton.next_power_of_2(dim), max(tile.tokens, MIN_ROWS),
             pages is not None, ids is not None, at is not None, starts is not None,
-            lengths is not None, exists is not None, softcap is not None,
+            lengths is not None, padding_mask is not None, softcap is not None,
             OFF if INTERPRETED else tile.prefetch, tile.ahead, row, triton.next_power_of_2(-(-row // LINE_BYTES)),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

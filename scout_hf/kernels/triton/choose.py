@@ -42,11 +42,11 @@ def _ordered(scores):
 
 
 @triton.jit
-def _rank(scores, exists, leading, block, open_blocks, sinks, HAS_EXISTS: tl.constexpr):
+def _rank(scores, padding_mask, leading, block, open_blocks, sinks, HAS_PADDING_MASK: tl.constexpr):
     """How much each block of a chunk is wanted, and whether it may be chosen at all."""
     real = block < open_blocks
-    if HAS_EXISTS:
-        real = real & (tl.load(exists + block, mask=real, other=0) != 0)
+    if HAS_PADDING_MASK:
+        real = real & (tl.load(padding_mask + block, mask=real, other=0) != 0)
         sink = real & (tl.load(leading + block, mask=real, other=sinks + 1) <= sinks)
     else:
         sink = real & (block < sinks)
@@ -56,10 +56,10 @@ def _rank(scores, exists, leading, block, open_blocks, sinks, HAS_EXISTS: tl.con
 
 @triton.jit
 def _choose(
-    scores, slots, exists, leading, counts, open_count, wanted, missing, missing_counts, chosen_counts,
-    scores_b, scores_h, slots_b, slots_h, exists_b, wanted_b, wanted_h, missing_b, missing_h,
+    scores, slots, padding_mask, leading, counts, open_count, wanted, missing, missing_counts, chosen_counts,
+    scores_b, scores_h, slots_b, slots_h, mask_b, wanted_b, wanted_h, missing_b, missing_h,
     blocks, count, sinks,
-    KV_HEADS: tl.constexpr, CHUNK: tl.constexpr, HAS_EXISTS: tl.constexpr, HAS_COUNTS: tl.constexpr,
+    KV_HEADS: tl.constexpr, CHUNK: tl.constexpr, HAS_PADDING_MASK: tl.constexpr, HAS_COUNTS: tl.constexpr,
     HAS_OPEN: tl.constexpr,
 ):  # fmt: skip
     row, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
@@ -67,8 +67,8 @@ def _choose(
     slots += row.to(tl.int64) * slots_b + head * slots_h
     wanted += row.to(tl.int64) * wanted_b + head * wanted_h
     missing += row * missing_b + head * missing_h
-    exists += row * exists_b
-    leading += row * exists_b
+    padding_mask += row * mask_b
+    leading += row * mask_b
     if HAS_COUNTS:
         count = tl.load(counts + row).to(tl.int32)
     open_blocks = tl.minimum(tl.load(open_count), blocks) if HAS_OPEN else blocks
@@ -78,7 +78,7 @@ def _choose(
 
     offered = 0
     for chunk in range(chunks):
-        _, real = _rank(scores, exists, leading, chunk * CHUNK + lane, open_blocks, sinks, HAS_EXISTS)
+        _, real = _rank(scores, padding_mask, leading, chunk * CHUNK + lane, open_blocks, sinks, HAS_PADDING_MASK)
         offered += tl.sum(real.to(tl.int32), 0)
     take = tl.minimum(count, offered)
     # The largest bit pattern that at least ``take`` blocks reach.
@@ -87,20 +87,22 @@ def _choose(
         middle = (low + high + 1) >> 1
         reached = 0
         for chunk in range(chunks):
-            rank, real = _rank(scores, exists, leading, chunk * CHUNK + lane, open_blocks, sinks, HAS_EXISTS)
+            rank, real = _rank(
+                scores, padding_mask, leading, chunk * CHUNK + lane, open_blocks, sinks, HAS_PADDING_MASK
+            )
             reached += tl.sum((real & (rank.to(tl.int64) >= middle)).to(tl.int32), 0)
         enough = reached >= take
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle - 1)
     above = 0
     for chunk in range(chunks):
-        rank, real = _rank(scores, exists, leading, chunk * CHUNK + lane, open_blocks, sinks, HAS_EXISTS)
+        rank, real = _rank(scores, padding_mask, leading, chunk * CHUNK + lane, open_blocks, sinks, HAS_PADDING_MASK)
         above += tl.sum((real & (rank.to(tl.int64) > low)).to(tl.int32), 0)
 
     ties, found = take - above, 0
     for chunk in range(tl.cdiv(blocks, CHUNK)):
         block = chunk * CHUNK + lane
-        rank, real = _rank(scores, exists, leading, block, open_blocks, sinks, HAS_EXISTS)
+        rank, real = _rank(scores, padding_mask, leading, block, open_blocks, sinks, HAS_PADDING_MASK)
         equal = real & (rank.to(tl.int64) == low)
         order = tl.cumsum(equal.to(tl.int32), 0)
         chosen = (real & (rank.to(tl.int64) > low)) | (equal & (order <= ties))
@@ -118,7 +120,7 @@ def choose(
     scores: torch.Tensor,
     count: int | torch.Tensor,
     sinks: int,
-    exists: torch.Tensor | None,
+    padding_mask: torch.Tensor | None,
     slots: torch.Tensor,
     most: int,
     open_count: torch.Tensor | None = None,
@@ -134,7 +136,7 @@ def choose(
         Blocks to choose, for all rows or for each.
     sinks : int
         Leading real blocks of a row that are always chosen, as far as ``count`` goes.
-    exists : Tensor (batch, blocks) of bool, or None
+    padding_mask : Tensor (batch, blocks) of bool, or None
         Blocks with at least one token that is no padding; None when all have.
     slots : Tensor (batch, kv_heads, at least blocks) of int32
         Slot of each block, negative for one that is not resident.
@@ -151,19 +153,19 @@ def choose(
         wanted = torch.empty((batch, heads, blocks), dtype=torch.uint8, device=device)
         missing = torch.empty((batch, heads, most), dtype=torch.int32, device=device)
         out = Choice(wanted, missing, *torch.empty((2, batch, heads), dtype=torch.int32, device=device))
-    leading = None if exists is None else exists.cumsum(1, dtype=torch.int32)
-    if exists is not None:
-        exists = exists.contiguous()
+    leading = None if padding_mask is None else padding_mask.cumsum(1, dtype=torch.int32)
+    if padding_mask is not None:
+        padding_mask = padding_mask.contiguous()
     counts = count if isinstance(count, torch.Tensor) else None
     chunk = min(CHUNK_BLOCKS, max(16, triton.next_power_of_2(blocks)))
     with on_device_of(scores):
         _choose[(batch * heads,)](
-            scores, slots, *((scores, scores) if exists is None else (exists, leading)),
+            scores, slots, *((scores, scores) if padding_mask is None else (padding_mask, leading)),
             scores if counts is None else counts, scores if open_count is None else open_count, *out,
-            *scores.stride()[:2], *slots.stride()[:2], 0 if exists is None else exists.stride(0),
+            *scores.stride()[:2], *slots.stride()[:2], 0 if padding_mask is None else padding_mask.stride(0),
             *out.wanted.stride()[:2], *out.missing.stride()[:2],
             blocks, most if counts is not None else count, sinks,
-            heads, chunk, exists is not None, counts is not None, open_count is not None,
+            heads, chunk, padding_mask is not None, counts is not None, open_count is not None,
             num_warps=max(1, min(8, chunk // 256)),
         )  # fmt: skip
     return out

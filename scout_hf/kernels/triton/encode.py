@@ -17,8 +17,8 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM, MAX_BLOCK = 256, 256
 
 
-def encode(digest: Any, keys: torch.Tensor, exists: torch.Tensor | None) -> torch.Tensor | None:
-    """What ``digest.encode(keys, exists)`` gives, without a copy of the keys.
+def encode(digest: Any, keys: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """What ``digest.encode(keys, padding_mask)`` gives, without a copy of the keys.
 
     Bounds are the same to the last bit; signs of sign codes may differ where a rotated value is nearly 0.
 
@@ -28,7 +28,7 @@ def encode(digest: Any, keys: torch.Tensor, exists: torch.Tensor | None) -> torc
         Known by its ``name``: ``"minmax"``, ``"minmax-int8"``, ``"minmax-sub"`` or ``"sign"``; fitted, if it needs it.
     keys : Tensor (batch, kv_heads, blocks, block_size, head_dim)
         Any strides but the last.
-    exists : Tensor (batch, blocks, block_size) of bool, or None
+    padding_mask : Tensor (batch, blocks, block_size) of bool, or None
         Tokens that are no padding; None when all are real.
 
     Returns
@@ -40,19 +40,19 @@ def encode(digest: Any, keys: torch.Tensor, exists: torch.Tensor | None) -> torc
     size, dim = keys.shape[3:]
     if not known or dim > MAX_HEAD_DIM or size > MAX_BLOCK:
         return None
-    if exists is not None and (exists.device != keys.device or exists.dtype != torch.bool):
+    if padding_mask is not None and (padding_mask.device != keys.device or padding_mask.dtype != torch.bool):
         return None
     if digest.name == "minmax":
-        return encode_bounds(keys, exists)
+        return encode_bounds(keys, padding_mask)
     if digest.name == "minmax-int8" and _here(keys, digest.middle, digest.step):
-        return encode_bounds(keys, exists, digest.middle, digest.step, digest.bits)
+        return encode_bounds(keys, padding_mask, digest.middle, digest.step, digest.bits)
     if digest.name == "minmax-sub" and _here(keys, digest.middle, digest.step):
         sub = min(digest.sub, size)
         fits = sub == triton.next_power_of_2(sub) and size % sub == 0 and dim % 2 == 0 and digest.bits == 4
-        return encode_parts(keys, exists, digest.middle, digest.step, sub) if fits else None
+        return encode_parts(keys, padding_mask, digest.middle, digest.step, sub) if fits else None
     if digest.name == "sign" and _here(keys, digest.mean, digest.divisor, digest.rotation):
         fits = size == triton.next_power_of_2(size) and dim % 8 == 0
-        return encode_sign(keys, exists, digest.mean, digest.divisor, digest.rotation) if fits else None
+        return encode_sign(keys, padding_mask, digest.mean, digest.divisor, digest.rotation) if fits else None
     return None
 
 

@@ -32,26 +32,26 @@ def _finite(bound):
 
 @triton.jit(do_not_specialize=["codes_b", "codes_h"])
 def _encode_bounds(
-    keys, exists, middle, step, codes,
-    keys_b, keys_h, keys_n, keys_t, exists_b, exists_n, exists_t, codes_b, codes_h,
+    keys, padding_mask, middle, step, codes,
+    keys_b, keys_h, keys_n, keys_t, mask_b, mask_n, mask_t, codes_b, codes_h,
     SIZE: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    HAS_EXISTS: tl.constexpr, HAS_GRID: tl.constexpr, MOST: tl.constexpr,
+    HAS_PADDING_MASK: tl.constexpr, HAS_GRID: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     block, head, row = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     keys += row * keys_b + head.to(tl.int64) * keys_h + block * keys_n
     column = tl.arange(0, COLUMNS)
     within = column < DIM
     first = 0
-    if HAS_EXISTS:
-        exists += row * exists_b + block * exists_n
-        first = first_real(exists, exists_t, SIZE, PADDED)
+    if HAS_PADDING_MASK:
+        padding_mask += row * mask_b + block * mask_n
+        first = first_real(padding_mask, mask_t, SIZE, PADDED)
     highest = tl.full([ROWS, COLUMNS], float("-inf"), tl.float32)
     lowest = tl.full([ROWS, COLUMNS], float("inf"), tl.float32)
     for start in range(0, SIZE, ROWS):
         # What would be behind the last token is the last once more.
         token = tl.minimum(start + tl.arange(0, ROWS), SIZE - 1)
-        if HAS_EXISTS:
-            token = real_or_first(exists, exists_t, token, first, SIZE)
+        if HAS_PADDING_MASK:
+            token = real_or_first(padding_mask, mask_t, token, first, SIZE)
         tile = tl.load(keys + token[:, None] * keys_t + column[None, :], mask=within[None, :], other=0.0)
         tile = tile.to(tl.float32)
         highest = tl.maximum(highest, tile, propagate_nan=tl.PropagateNan.ALL)
@@ -68,7 +68,7 @@ def _encode_bounds(
         tl.store(codes, on_grid(high, centre, width, True, MOST).to(tl.int8), mask=within)
         tl.store(codes + DIM, on_grid(low, centre, width, False, MOST).to(tl.int8), mask=within)
     else:
-        if HAS_EXISTS:
+        if HAS_PADDING_MASK:
             # A block of nothing but padding has zeros for bounds.
             some = first < SIZE
             high, low = tl.where(some, _finite(high), 0.0), tl.where(some, _finite(low), 0.0)
@@ -78,7 +78,7 @@ def _encode_bounds(
 
 def encode_bounds(
     keys: torch.Tensor,
-    exists: torch.Tensor | None,
+    padding_mask: torch.Tensor | None,
     middle: torch.Tensor | None = None,
     step: torch.Tensor | None = None,
     bits: int = 8,
@@ -89,7 +89,7 @@ def encode_bounds(
     ----------
     keys : Tensor (batch, kv_heads, blocks, block_size, head_dim) of bfloat16, float16 or float32
         Any strides but the last.
-    exists : Tensor (batch, blocks, block_size) of bool, or None
+    padding_mask : Tensor (batch, blocks, block_size) of bool, or None
         Tokens that are no padding.
     middle, step : Tensor (batch, kv_heads, 1, head_dim) of float32, or None
         A grid per channel: bounds are then int8 of so many ``bits``, else of the dtype of the keys.
@@ -97,13 +97,13 @@ def encode_bounds(
     batch, heads, blocks, size, dim = keys.shape
     grid = step is not None
     codes = torch.empty((batch, heads, blocks, 2 * dim), dtype=torch.int8 if grid else keys.dtype, device=keys.device)
-    marks, strides = as_bytes(exists)
+    marks, strides = as_bytes(padding_mask)
     columns, padded = triton.next_power_of_2(dim), triton.next_power_of_2(size)
     with on_device_of(keys):
         _encode_bounds[(blocks, heads, batch)](
             keys, marks, middle.contiguous() if grid else None, step.contiguous() if grid else None, codes,
             *keys.stride()[:4], *strides, *codes.stride()[:2],
             SIZE=size, PADDED=padded, DIM=dim, COLUMNS=columns, ROWS=min(padded, max(1, TILE_ELEMENTS // columns)),
-            HAS_EXISTS=exists is not None, HAS_GRID=grid, MOST=2 ** (bits - 1) - 1,
+            HAS_PADDING_MASK=padding_mask is not None, HAS_GRID=grid, MOST=2 ** (bits - 1) - 1,
         )  # fmt: skip
     return codes

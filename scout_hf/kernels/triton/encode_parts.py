@@ -23,10 +23,10 @@ def _packed(numbers, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["codes_b", "codes_h"])
 def _encode_parts(
-    keys, exists, middle, step, codes,
-    keys_b, keys_h, keys_n, keys_t, exists_b, exists_n, exists_t, codes_b, codes_h,
+    keys, padding_mask, middle, step, codes,
+    keys_b, keys_h, keys_n, keys_t, mask_b, mask_n, mask_t, codes_b, codes_h,
     SIZE: tl.constexpr, PADDED: tl.constexpr, SUB: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr,
-    PARTS: tl.constexpr, HAS_EXISTS: tl.constexpr, MOST: tl.constexpr,
+    PARTS: tl.constexpr, HAS_PADDING_MASK: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     block, head, row = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     keys += row * keys_b + head.to(tl.int64) * keys_h + block * keys_n
@@ -37,9 +37,9 @@ def _encode_parts(
     centre = tl.load(middle + constants, mask=within, other=0.0)[None, :]
     width = tl.load(step + constants, mask=within, other=1.0)[None, :]
     first = 0
-    if HAS_EXISTS:
-        exists += row * exists_b + block * exists_n
-        first = first_real(exists, exists_t, SIZE, PADDED)
+    if HAS_PADDING_MASK:
+        padding_mask += row * mask_b + block * mask_n
+        first = first_real(padding_mask, mask_t, SIZE, PADDED)
     for start in range(0, SIZE // SUB, PARTS):
         part = start + tl.arange(0, PARTS)
         inside = part < SIZE // SUB
@@ -48,8 +48,8 @@ def _encode_parts(
         # Token by token, so that every bound stays with one thread.
         for offset in tl.static_range(SUB):
             token = tl.where(inside, part, 0) * SUB + offset
-            if HAS_EXISTS:
-                token = real_or_first(exists, exists_t, token, first, SIZE)
+            if HAS_PADDING_MASK:
+                token = real_or_first(padding_mask, mask_t, token, first, SIZE)
             key = tl.load(keys + token[:, None] * keys_t + column[None, :], mask=within[None, :], other=0.0)
             high = tl.maximum(high, key.to(tl.float32), propagate_nan=tl.PropagateNan.ALL)
             low = tl.minimum(low, key.to(tl.float32), propagate_nan=tl.PropagateNan.ALL)
@@ -60,20 +60,20 @@ def _encode_parts(
 
 
 def encode_parts(
-    keys: torch.Tensor, exists: torch.Tensor | None, middle: torch.Tensor, step: torch.Tensor, sub: int
+    keys: torch.Tensor, padding_mask: torch.Tensor | None, middle: torch.Tensor, step: torch.Tensor, sub: int
 ) -> torch.Tensor:
     """Upper bounds, then lower ones, of every ``sub`` tokens: uint8 (batch, kv_heads, blocks, size / sub * head_dim).
 
     Parameters
     ----------
-    keys, exists, middle, step
+    keys, padding_mask, middle, step
         As in :func:`scout_hf.kernels.triton.encode_bounds.encode_bounds`; an even head_dim.
     sub : int
         A power of two that divides the block size.
     """
     batch, heads, blocks, size, dim = keys.shape
     codes = torch.empty((batch, heads, blocks, size // sub * dim), dtype=torch.uint8, device=keys.device)
-    marks, strides = as_bytes(exists)
+    marks, strides = as_bytes(padding_mask)
     columns, padded = triton.next_power_of_2(dim), triton.next_power_of_2(size)
     parts = min(padded // sub, max(1, TILE_ELEMENTS // columns))
     with on_device_of(keys):
@@ -81,6 +81,6 @@ def encode_parts(
             keys, marks, middle.contiguous(), step.contiguous(), codes,
             *keys.stride()[:4], *strides, *codes.stride()[:2],
             SIZE=size, PADDED=padded, SUB=sub, DIM=dim, COLUMNS=columns, PARTS=parts,
-            HAS_EXISTS=exists is not None, MOST=7,
+            HAS_PADDING_MASK=padding_mask is not None, MOST=7,
         )  # fmt: skip
     return codes

@@ -17,11 +17,11 @@ TOKENS, CHANNELS = 64, 32
 
 @triton.jit(do_not_specialize=["codes_b", "codes_h", "blocks"])
 def _encode_sign(
-    keys, exists, mean, divisor, rotation, codes,
-    keys_b, keys_h, keys_n, keys_t, exists_b, exists_n, exists_t, codes_b, codes_h,
+    keys, padding_mask, mean, divisor, rotation, codes,
+    keys_b, keys_h, keys_n, keys_t, mask_b, mask_n, mask_t, codes_b, codes_h,
     blocks,
     SIZE: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, EACH: tl.constexpr,
-    CHANNELS: tl.constexpr, HAS_EXISTS: tl.constexpr,
+    CHANNELS: tl.constexpr, HAS_PADDING_MASK: tl.constexpr,
 ):  # fmt: skip
     head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     # Either some whole blocks, or a part of one.
@@ -33,16 +33,16 @@ def _encode_sign(
     token = tl.program_id(0) % PIECES * EACH + line % EACH
     real = block < blocks
     place = token
-    if HAS_EXISTS:
-        exists += row * exists_b
+    if HAS_PADDING_MASK:
+        padding_mask += row * mask_b
         every = start + tl.arange(0, BLOCKS)
         inside = tl.arange(0, SIZE)
-        marks = exists + every.to(tl.int64)[:, None] * exists_n + inside[None, :] * exists_t
+        marks = padding_mask + every.to(tl.int64)[:, None] * mask_n + inside[None, :] * mask_t
         marks = tl.load(marks, mask=(every < blocks)[:, None], other=0)
         first = tl.min(tl.where(marks != 0, inside[None, :], SIZE), 1)
         first = tl.reshape(tl.broadcast_to(first[:, None], (BLOCKS, EACH)), (TOKENS,))
-        exists += tl.where(real, block, 0).to(tl.int64) * exists_n
-        place = real_or_first(exists, exists_t, token, first, SIZE)
+        padding_mask += tl.where(real, block, 0).to(tl.int64) * mask_n
+        place = real_or_first(padding_mask, mask_t, token, first, SIZE)
 
     constants = (row * tl.num_programs(1) + head) * DIM
     keys += row * keys_b + head * keys_h
@@ -77,7 +77,7 @@ def _encode_sign(
 
 def encode_sign(
     keys: torch.Tensor,
-    exists: torch.Tensor | None,
+    padding_mask: torch.Tensor | None,
     mean: torch.Tensor,
     divisor: torch.Tensor,
     rotation: torch.Tensor,
@@ -88,14 +88,14 @@ def encode_sign(
 
     Parameters
     ----------
-    keys, exists
+    keys, padding_mask
         As in :func:`scout_hf.kernels.triton.encode_bounds.encode_bounds`; the block size is a power of two.
     mean, divisor : Tensor (batch, kv_heads, head_dim) of float32
     rotation : Tensor (head_dim, head_dim) of float32
     """
     batch, heads, blocks, size, dim = keys.shape
     codes = torch.empty((batch, heads, blocks, size * (dim // 8 + 1)), dtype=torch.uint8, device=keys.device)
-    marks, strides = as_bytes(exists)
+    marks, strides = as_bytes(padding_mask)
     each, columns = min(size, TOKENS), max(16, triton.next_power_of_2(dim))
     with on_device_of(keys):
         _encode_sign[(triton.cdiv(blocks * (size // each), TOKENS // each), heads, batch)](
@@ -103,7 +103,7 @@ def encode_sign(
             *keys.stride()[:4], *strides, *codes.stride()[:2],
             blocks,
             SIZE=size, DIM=dim, COLUMNS=columns, TOKENS=TOKENS, EACH=each,
-            CHANNELS=CHANNELS, HAS_EXISTS=exists is not None,
+            CHANNELS=CHANNELS, HAS_PADDING_MASK=padding_mask is not None,
             num_warps=8 if columns > 128 else 4, num_stages=2,
         )  # fmt: skip
     return codes

@@ -8,20 +8,20 @@ import triton.language as tl
 
 
 @triton.jit
-def first_real(exists, exists_t, SIZE: tl.constexpr, PADDED: tl.constexpr):
+def first_real(padding_mask, mask_t, SIZE: tl.constexpr, PADDED: tl.constexpr):
     """The first real token of one block, or its size if there is none; ``PADDED`` is the power of two from it up."""
     token = tl.arange(0, PADDED)
-    marks = tl.load(exists + token * exists_t, mask=token < SIZE, other=0)
+    marks = tl.load(padding_mask + token * mask_t, mask=token < SIZE, other=0)
     return tl.min(tl.where(marks != 0, token, SIZE), 0)
 
 
 @triton.jit
-def real_or_first(exists, exists_t, token, first, SIZE: tl.constexpr):
+def real_or_first(padding_mask, mask_t, token, first, SIZE: tl.constexpr):
     """Tokens (n,) of one block, in place of padding its first real one; token 0 where all is padding."""
-    marks = tl.load(exists + token * exists_t)
+    marks = tl.load(padding_mask + token * mask_t)
     return tl.where(marks != 0, token, tl.where(first < SIZE, first, 0))
 
 
-def as_bytes(exists: torch.Tensor | None) -> tuple[torch.Tensor | None, tuple[int, ...]]:
+def as_bytes(padding_mask: torch.Tensor | None) -> tuple[torch.Tensor | None, tuple[int, ...]]:
     """Marks (batch, blocks, block_size) as kernels read them, and their strides."""
-    return (None, (0, 0, 0)) if exists is None else (exists.view(torch.uint8), exists.stride())
+    return (None, (0, 0, 0)) if padding_mask is None else (padding_mask.view(torch.uint8), padding_mask.stride())

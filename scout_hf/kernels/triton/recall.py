@@ -33,7 +33,7 @@ class Moves(NamedTuple):
 def _plan(
     ids, slot_of, wanted, missing, missing_counts, chosen_counts, share_at, slots, blocks, counts, tally,
     wanted_b, wanted_h, missing_b, missing_h, slot_of_b, slot_of_h,
-    room, lists, most, share,
+    capacity, lists, most, share,
     KV_HEADS: tl.constexpr, SLOTS: tl.constexpr, LISTS: tl.constexpr, HAS_SHARE: tl.constexpr,
     HAS_TALLY: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +41,7 @@ def _plan(
     if HAS_SHARE:
         share = tl.load(share_at)
     row, head = here // KV_HEADS, here % KV_HEADS
-    ids += here.to(tl.int64) * room
+    ids += here.to(tl.int64) * capacity
     slot_of += row.to(tl.int64) * slot_of_b + head * slot_of_h
     wanted += row.to(tl.int64) * wanted_b + head * wanted_h
     missing += row * missing_b + head * missing_h
@@ -52,10 +52,10 @@ def _plan(
     due = (absent > 0) & (absent.to(tl.float32) >= share * chosen.to(tl.float32))
 
     slot = tl.arange(0, SLOTS)
-    held = tl.load(ids + slot, mask=slot < room, other=0)
-    empty = (slot < room) & (held < 0)
-    kept = tl.load(wanted + held, mask=(slot < room) & (held >= 0), other=1) != 0
-    leaves = (slot < room) & (held >= 0) & ~kept
+    held = tl.load(ids + slot, mask=slot < capacity, other=0)
+    empty = (slot < capacity) & (held < 0)
+    kept = tl.load(wanted + held, mask=(slot < capacity) & (held >= 0), other=1) != 0
+    leaves = (slot < capacity) & (held >= 0) & ~kept
     free = tl.sum(empty.to(tl.int32), 0)
     # Empty slots before those of blocks that are merely not wanted now.
     turn = tl.where(empty, tl.cumsum(empty.to(tl.int32), 0), free + tl.cumsum(leaves.to(tl.int32), 0)) - 1
@@ -96,7 +96,7 @@ def plan_recall(
     tally : Tensor (1,) of int64, or None
         Grows by the blocks that move.
     """
-    batch, heads, room = ids.shape
+    batch, heads, capacity = ids.shape
     most, at = choice.missing.shape[2], isinstance(share, torch.Tensor)
     slots, blocks = torch.empty((2, batch, heads, most), dtype=torch.int32, device=ids.device)
     out = Moves(slots, blocks, torch.empty((batch, heads), dtype=torch.int32, device=ids.device))
@@ -104,8 +104,8 @@ def plan_recall(
         _plan[(batch * heads,)](
             ids, slot_of, *choice, share if at else ids, *out, ids if tally is None else tally,
             *choice.wanted.stride()[:2], *choice.missing.stride()[:2], *slot_of.stride()[:2],
-            room, batch * heads, most, 0.0 if at else share,
-            heads, triton.next_power_of_2(max(room, 2)), triton.next_power_of_2(max(batch * heads, 2)), at,
+            capacity, batch * heads, most, 0.0 if at else share,
+            heads, triton.next_power_of_2(max(capacity, 2)), triton.next_power_of_2(max(batch * heads, 2)), at,
             tally is not None,
             num_warps=4,
         )  # fmt: skip
@@ -167,16 +167,16 @@ def run_of_blocks(batch: int, heads: int, first: int, count: int, device: torch.
 def _adopt(
     ids, slot_of, new_keys, new_values, keys, values,
     slot_of_b, slot_of_h, new_b, new_h, new_t, keys_b, keys_h, keys_n,
-    room, first,
+    capacity, first,
     KV_HEADS: tl.constexpr, SLOTS: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     here = tl.program_id(0)
     row, head = (here // KV_HEADS).to(tl.int64), (here % KV_HEADS).to(tl.int64)
     slot = tl.arange(0, SLOTS)
-    held = tl.load(ids + here.to(tl.int64) * room + slot, mask=slot < room, other=0)
-    free = tl.min(tl.where(held < 0, slot, room), 0)
-    if free < room:
-        tl.store(ids + here.to(tl.int64) * room + free, first)
+    held = tl.load(ids + here.to(tl.int64) * capacity + slot, mask=slot < capacity, other=0)
+    free = tl.min(tl.where(held < 0, slot, capacity), 0)
+    if free < capacity:
+        tl.store(ids + here.to(tl.int64) * capacity + free, first)
         tl.store(slot_of + row * slot_of_b + head * slot_of_h + first, free)
         source, target = row * new_b + head * new_h, row * keys_b + head * keys_h + free.to(tl.int64) * keys_n
         for begin in range(0, SIZE, STEP):
@@ -200,14 +200,14 @@ def adopt_block(
     ``new_keys`` and ``new_values`` are (batch, kv_heads, block_size, head_dim) with the same strides, the last 1; the
     rest as in :func:`plan_recall` and :func:`copy_blocks`.
     """
-    batch, heads, room = ids.shape
+    batch, heads, capacity = ids.shape
     size, dim = new_keys.shape[2:]
     with on_device_of(ids):
         _adopt[(batch * heads,)](
             ids, slot_of, new_keys, new_values, keys, values,
             *slot_of.stride()[:2], *new_keys.stride()[:3], *keys.stride()[:3],
-            room, first,
-            heads, triton.next_power_of_2(max(room, 2)), size * dim, dim,
+            capacity, first,
+            heads, triton.next_power_of_2(max(capacity, 2)), size * dim, dim,
             min(COPY_ELEMENTS, triton.next_power_of_2(size * dim)),
             num_warps=4,
         )  # fmt: skip

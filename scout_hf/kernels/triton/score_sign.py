@@ -63,7 +63,7 @@ def _score_sign(
 
     token, byte = tl.arange(0, TILE * SIZE), tl.arange(0, BYTES)
     place = token // SIZE * codes_n + token % SIZE
-    exists = tl.arange(0, HALF) < GROUP
+    padding_mask = tl.arange(0, HALF) < GROUP
     for step in range(TILES):
         first = (tl.program_id(0) * TILES + step) * TILE
         base = codes + first.to(tl.int64) * codes_n
@@ -80,7 +80,7 @@ def _score_sign(
         logits = tl.reshape(products * scale[None, :], (HALF, TILE, SIZE))
         highest = tl.max(logits, 2)
         mass = highest + tl.log2(tl.sum(tl.exp2(logits - highest[:, :, None]), 2))
-        score = tl.sum(tl.where(exists[:, None], mass, 0.0), 0)
+        score = tl.sum(tl.where(padding_mask[:, None], mass, 0.0), 0)
         block = first + tl.arange(0, TILE)
         tl.store(scores + block, tl.where(block < known, score, float("-inf")), mask=block < blocks)
 

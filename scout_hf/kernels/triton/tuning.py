@@ -77,9 +77,9 @@ def _default(device: torch.device, dim: int, dtype: torch.dtype) -> Tile:
     if device.type != "cuda":
         return DEFAULTS[0]
     # What every chip from 8.0 on has, where torch does not say.
-    room = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 << 10)
+    capacity = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 << 10)
     row = triton.next_power_of_2(dim) * dtype.itemsize
-    return next((tile for tile in DEFAULTS if 2 * tile.tokens * tile.stages * row <= room), DEFAULTS[-1])
+    return next((tile for tile in DEFAULTS if 2 * tile.tokens * tile.stages * row <= capacity), DEFAULTS[-1])
 
 
 def candidates(device: torch.device) -> tuple[Tile, ...]:
@@ -144,7 +144,7 @@ def _table() -> dict[str, Tile]:
     if path is None:
         return {}
     try:
-        data = read_json(path, RULE, "`scout-hf bench gpu-kernel` makes it anew", LARGEST_FILE)
+        data = read_json(path, RULE, "`scout-hf bench gpu-kernel` makes it again", LARGEST_FILE)
     except MissingFileError:
         return {}
     except ConfigError as error:
@@ -154,7 +154,7 @@ def _table() -> dict[str, Tile]:
 
 
 def forget() -> None:
-    """Read the file anew at the next question."""
+    """Read the file again at the next question."""
     _table.cache_clear()
     _best.cache_clear()
 

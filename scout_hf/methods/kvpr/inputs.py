@@ -1,4 +1,4 @@
-"""What entered a layer, token by token, kept so that its keys and values can be made anew."""
+"""What entered a layer, token by token, kept so that its keys and values can be made again."""
 
 from __future__ import annotations
 

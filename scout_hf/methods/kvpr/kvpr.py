@@ -1,4 +1,4 @@
-"""KVPR (arXiv 2411.17089): exact offloading that computes a part of KV anew while the rest crosses the link."""
+"""KVPR (arXiv 2411.17089): exact offloading that recomputes a part of KV while the rest crosses the link."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, tor
 
 @register_method
 class KVPR(Dense):
-    """Of the first ``l`` tokens the layer's inputs come instead of KV, and the layer makes their keys and values anew.
+    """Of the first ``l`` tokens the layer's inputs come instead of KV, and the layer makes their keys and values again.
 
     Inputs are half as large as the KV of a model without GQA, and come first; while KV of the other tokens crosses, the
     device computes. ``l`` is chosen per layer and step so that both take equally long, from the rates of the link and
@@ -49,7 +49,7 @@ class KVPR(Dense):
         self._against: str | None = None  # why no inputs are kept
         self._rates: Rates | None = None
         self._split = 0
-        self._apart = 0.0  # seconds of this attention that were waited or computed anew
+        self._apart = 0.0  # seconds of this attention that were waited or recomputed
         self._inputs_coming: Coming | None = None
 
     @classmethod
@@ -200,7 +200,7 @@ class KVPR(Dense):
             self.written.finish()
             made = self.kv.read(0, tokens)
             self._rates = None
-            step.counters.note("kvpr", f"nothing is computed anew: {reason}", self.layer_idx)
+            step.counters.note("kvpr", f"nothing is recomputed: {reason}", self.layer_idx)
         return made
 
     def _wait(self, step: Step, coming: Coming) -> tuple[torch.Tensor, torch.Tensor]:
@@ -227,7 +227,7 @@ class KVPR(Dense):
     # -- how much to compute ------------------------------------------------------------------------------------
 
     def _best_split(self, step: Step) -> int:
-        """Blocks to compute anew."""
+        """Blocks to recompute."""
         if self.inputs is None or self._rates is None:
             return 0
         known = min(self.inputs.blocks, self.kv.host.blocks)
@@ -246,7 +246,7 @@ class KVPR(Dense):
         if inputs < kv or self.settings["share"] is not None:
             return None
         return (
-            f"nothing is computed anew: the inputs of a token ({inputs} bytes) are no smaller than its keys and values "
+            f"nothing is recomputed: the inputs of a token ({inputs} bytes) are no smaller than its keys and values "
             f"({kv} bytes), as in every model with two or more query heads per KV head"
         )
 
@@ -267,7 +267,7 @@ class KVPR(Dense):
         except ScoutError as error:
             reason = str(error)
         if reason is not None:
-            self._against = f"nothing is computed anew: {reason}"
+            self._against = f"nothing is recomputed: {reason}"
             return None
         seconds = []
         for _ in range(2):
@@ -290,9 +290,9 @@ class KVPR(Dense):
         made = made.to(stored.dtype)
         if made.shape != stored.shape:
             return False
-        error, exists = (made - stored).abs(), self.padding_mask(step, 0, tokens)
-        if exists is not None:
-            error = error * exists[:, :, 0, :, None]
+        error, padding_mask = (made - stored).abs(), self.padding_mask(step, 0, tokens)
+        if padding_mask is not None:
+            error = error * padding_mask[:, :, 0, :, None]
         return bool(error.max() <= TOLERANCE[stored.dtype] * stored.abs().max())
 
     def _synchronise(self) -> None:

@@ -34,7 +34,7 @@ class CapturedExecutor(StepExecutor):
 
     def append(self, layer: Layer, step: Step, keys: torch.Tensor, values: torch.Tensor) -> None:
         clock, size = self.clock, layer.config.block_size
-        self.plain.kernels.append_token(keys, values, *layer.kv.room(), clock.length, clock.blocks, size)
+        self.plain.kernels.append_token(keys, values, *layer.kv.buffers(), clock.length, clock.blocks, size)
 
     def select(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
         plain, clock, selector, state = self.plain, self.clock, layer.selector, layer.state
@@ -59,7 +59,7 @@ class CapturedExecutor(StepExecutor):
         self.plain.handoff.post(query.contiguous())
 
     def attend_device(self, layer: Layer, step: Step, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        tail = tuple(part.unflatten(2, (-1, layer.config.block_size)) for part in layer.kv.room())
+        tail = tuple(part.unflatten(2, (-1, layer.config.block_size)) for part in layer.kv.buffers())
         where = {"first": self.clock.blocks, "lengths": self.clock.length}
         return self.plain.attend(layer, query, tail, where, self.clock.padding_mask)
 

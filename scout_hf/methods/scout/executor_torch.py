@@ -30,14 +30,14 @@ class TorchExecutor(Executor):
     def select(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
         state, blocks = layer.state, layer.kv.host.blocks
         state.pick = layer.selector.pick(step, query, blocks, layer.kv_heads)
-        state.missing = state.pick.usable_or_all() & ~layer.resident.holds(state.pick.ids, blocks)
+        state.missing = state.pick.valid_or_all() & ~layer.resident.holds(state.pick.ids, blocks)
 
     def submit_cpu(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
         state, host, pick = layer.state, layer.kv.host, layer.state.pick
         job = _job(layer, step, query)
         state.started, state.share_blocks = True, int(job[2].counts.sum())
         # Entries that pad out short rows do not count.
-        state.chosen_blocks = pick.ids.numel() if pick.usable is None else int(pick.usable.sum())
+        state.chosen_blocks = pick.ids.numel() if pick.valid is None else int(pick.valid.sum())
         if state.share_blocks:
             ticket = step.backend.start(*job)
             read = state.share_blocks * 2 * host.block_size * host.head_dim * layer.dtype.itemsize
@@ -81,7 +81,7 @@ class TorchExecutor(Executor):
             with resident_memory(layer, sizes[0]):
                 slots = ResidentSlots(len(query), layer.kv_heads, *sizes, host.dtype, query.device)
         pick = layer.selector.pick(step, query, host.blocks, layer.kv_heads)
-        slots.load(pick.ids, pick.usable_or_all(), host)
+        slots.load(pick.ids, pick.valid_or_all(), host)
         return slots
 
     def adopt(self, slots: ResidentSlots, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -92,7 +92,7 @@ class TorchExecutor(Executor):
         if state.share_blocks < share * state.chosen_blocks:
             return
         with layer.changing_residents() as resident:
-            plan = resident.plan_recall(state.pick.ids, state.pick.usable_or_all(), host.blocks)
+            plan = resident.plan_recall(state.pick.ids, state.pick.valid_or_all(), host.blocks)
             if plan is not None:
                 places = plan.addresses(host)
                 held = (resident.keys, resident.values, host.memory())

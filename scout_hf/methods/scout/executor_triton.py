@@ -108,7 +108,7 @@ class TritonExecutor(Executor):
 
     def _cover(self, slots: MappedSlots, blocks: int) -> None:
         """Let everything that is kept per block cover that many."""
-        slots.make_room(blocks)
+        slots.reserve(blocks)
         if self.wanted is None or self.wanted.shape[2] < blocks:
             self.wanted = torch.zeros_like(slots.slot_of, dtype=torch.uint8)
 
@@ -148,7 +148,9 @@ class TritonExecutor(Executor):
         lse, first = torch.empty(out.shape[:3], dtype=torch.float32, device=query.device), 0
         for count, (keys, values, where) in zip(parts, spans):
             into = out[:, :, first : first + count], lse[:, :, first : first + count]
-            self.kernels.attend_blocks(query, keys, values, *layer.scoring, exists=padding_mask, into=into, **where)
+            self.kernels.attend_blocks(
+                query, keys, values, *layer.scoring, padding_mask=padding_mask, into=into, **where
+            )
             first += count
         return out, lse
 
@@ -220,7 +222,7 @@ class TritonExecutor(Executor):
         return slots
 
     def adopt(self, slots: MappedSlots, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        slots.make_room(first + 1)
+        slots.reserve(first + 1)
         slots.adopted(first)
         self.kernels.adopt_block(first, keys, values, slots.ids, slots.slot_of, slots.keys, slots.values)
 
@@ -322,8 +324,8 @@ class TritonExecutor(Executor):
         ready = isinstance(self.handoff, Flags) and not self.handoff.lost
         if not ready or (isinstance(budget, float) and budget < 1.0):
             return None
-        self._cover(layer.resident, max(selector.table.room, kv.host.blocks))
-        kept = (kv.room()[0], self.wanted, layer.resident.slot_of, layer.resident.keys, self.pages)
+        self._cover(layer.resident, max(selector.table.capacity, kv.host.blocks))
+        kept = (kv.buffers()[0], self.wanted, layer.resident.slot_of, layer.resident.keys, self.pages)
         count = selector.count(step, kv.host.blocks)
         if (kv.host.blocks if count is None else count) > self.handoff.mail.capacity:
             return None

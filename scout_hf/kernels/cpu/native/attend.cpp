@@ -139,7 +139,7 @@ struct Attend {
   void attend_piece(int64_t item) {
     const scout_store& s = a.store;
     const Piece p = piece(item);
-    const uint8_t *tiles[MAX_CHUNK_BLOCKS], *exists[MAX_CHUNK_BLOCKS];
+    const uint8_t *tiles[MAX_CHUNK_BLOCKS], *padding_mask[MAX_CHUNK_BLOCKS];
     int count = 0, last_tokens = s.block_size;
     int64_t tokens_in_all = 0;
     bool marked = false;
@@ -153,15 +153,15 @@ struct Attend {
       const int tokens = left < s.block_size ? (int)left : s.block_size;
       int here = tokens;
       const uint8_t* marks = nullptr;
-      if (a.exists) {
-        marks = a.exists + p.row * a.exists_stride + block * s.block_size;
+      if (a.padding_mask) {
+        marks = a.padding_mask + p.row * a.padding_mask_stride + block * s.block_size;
         here = 0;
         for (int t = 0; t < tokens; t++) here += marks[t] != 0;
         if (!here) continue;
         if (here == tokens) marks = nullptr;
       }
       tiles[count] = p.tail ? tail_tile(p.row, p.head) : tile(p.row, p.head, block);
-      exists[count] = marks;
+      padding_mask[count] = marks;
       marked |= marks != nullptr;
       tokens_in_all += here;
       last_tokens = tokens;
@@ -170,7 +170,7 @@ struct Attend {
     attended.fetch_add(tokens_in_all, std::memory_order_relaxed);
     scout_chunk c;
     c.tiles = tiles;
-    c.exists = marked ? exists : nullptr;
+    c.padding_mask = marked ? padding_mask : nullptr;
     c.after = tile_of_item(item + 1, &c.after_bytes);
     c.tile_bytes = p.tail ? tail_tile_bytes : tile_bytes;
     c.count = count;

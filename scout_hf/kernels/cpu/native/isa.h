@@ -6,7 +6,8 @@
 // Attention of one GQA group over a run of tiles that lie anywhere; merged with other runs by its caller.
 struct scout_chunk {
   const uint8_t* const* tiles;   // `count` of them
-  const uint8_t* const* exists;  // one byte per token for each tile, or NULL for a tile that is whole; NULL: all whole
+  // One byte per token for each tile, or NULL for a tile that is whole; NULL: all whole.
+  const uint8_t* const* padding_mask;
   const uint8_t* after;          // the tile that is probably read next, to be prefetched
   int64_t tile_bytes, after_bytes;
   int count, last_tokens;        // tokens in the last tile; the others are full

@@ -225,7 +225,7 @@ SCOUT_EXPORT int scout_minmax(const scout_minmax_args* args, int threads) {
   for_each_item(lists * blocks, lists * blocks * size * store.row_bytes, threads, [&](int64_t i) {
     const int list = (int)(i / blocks), row = list / a.store.kv_heads, head = list % a.store.kv_heads;
     const int64_t block = a.first + i % blocks;
-    const uint8_t* marks = a.exists ? a.exists + row * a.exists_stride + block * size : nullptr;
+    const uint8_t* marks = a.padding_mask ? a.padding_mask + row * a.padding_mask_stride + block * size : nullptr;
     const uint8_t* tile = store.tile(row, head, block);
     const Int8Tile packed((void*)tile, size, D);
     float bounds[2 * SCOUT_MAX_HEAD_DIM], keys[SCOUT_MAX_HEAD_DIM];

@@ -54,8 +54,8 @@ typedef struct {
   const int32_t* blocks;     // [batch][kv_heads][blocks_stride], a partly filled block last; NULL for all blocks
   const int32_t* counts;     // [batch][kv_heads] used entries of each list; NULL: `count` in all
   int64_t blocks_stride;
-  const uint8_t* exists;     // [batch][exists_stride] one byte per token, 0 for padding; NULL: all exist
-  int64_t exists_stride;
+  const uint8_t* padding_mask;  // [batch][padding_mask_stride] one byte per token, 0 for padding; NULL: no padding
+  int64_t padding_mask_stride;
   void* out;                 // [batch][query_heads][head_dim] contiguous
   float* lse;                // [batch][query_heads], natural log; may be NULL
   uint64_t* done;            // of a job: becomes `number` when it has ended, whatever came of it; may be NULL
@@ -73,8 +73,8 @@ typedef struct {
   int64_t query_row, query_head;
   const void* codes;         // digests, [batch][kv_heads][...][code], blocks contiguous
   int64_t codes_row, codes_head;  // strides in numbers
-  const uint8_t* exists;     // as above; NULL: all exist
-  int64_t exists_stride;
+  const uint8_t* padding_mask;  // as above
+  int64_t padding_mask_stride;
   const int32_t* want;       // [batch] blocks to choose; NULL: `count` in all rows
   int32_t* blocks;           // result [batch][kv_heads][blocks_stride]
   int32_t* counts;           // result [batch][kv_heads]
@@ -107,8 +107,8 @@ typedef struct {
 // Channel-wise bounds of whole blocks: maximum, then minimum, over the tokens that exist.
 typedef struct {
   scout_store store;
-  const uint8_t* exists;
-  int64_t exists_stride;
+  const uint8_t* padding_mask;
+  int64_t padding_mask_stride;
   void* codes;               // [batch][kv_heads][...][2 * head_dim] of plain_dtype, from block 0; written first to last
   int64_t codes_row, codes_head;
   int64_t first, last;

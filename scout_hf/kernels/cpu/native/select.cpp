@@ -158,7 +158,7 @@ struct Select {
   explicit Select(const scout_select_args& args) : a(args) {}
 
   const uint8_t* marks(int row, int64_t block) const {
-    return a.exists ? a.exists + row * a.exists_stride + block * a.block_size : nullptr;
+    return a.padding_mask ? a.padding_mask + row * a.padding_mask_stride + block * a.block_size : nullptr;
   }
 
   // Upper bound of q.k over a block, summed over the group: relu(q) . max + min(q, 0) . min.
@@ -239,8 +239,8 @@ struct Select {
     if (a.scores) memcpy(a.scores + (int64_t)list * a.candidates, own_scores, sizeof(float) * a.candidates);
     const int want = std::min(a.want ? a.want[row] : a.count, a.candidates);
     int sinks = std::min(a.sinks, want);
-    for (int i = 0; i < a.candidates && (a.exists || sinks > 0); i++) {
-      if (a.exists && !any(marks(row, i), a.block_size))
+    for (int i = 0; i < a.candidates && (a.padding_mask || sinks > 0); i++) {
+      if (a.padding_mask && !any(marks(row, i), a.block_size))
         own_scores[i] = -INFINITY;
       else if (sinks > 0)
         own_scores[i] = INFINITY, sinks--;

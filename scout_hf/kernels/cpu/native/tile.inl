@@ -309,7 +309,7 @@ struct Softmax {
 
 // Scores become weights in place; `shrink` is what earlier results must be multiplied with.
 template <int GB>
-inline void weigh(float* scores, int tokens, const uint8_t* exists, const float* scales, float softcap,
+inline void weigh(float* scores, int tokens, const uint8_t* padding_mask, const float* scales, float softcap,
                   Softmax* states) {
   const int padded = (tokens + W - 1) / W * W;
   vf most[GB], base[GB], sum[GB] = {};
@@ -325,11 +325,11 @@ inline void weigh(float* scores, int tokens, const uint8_t* exists, const float*
       most[g] = greater(s, most[g]);
     }
   }
-  if (exists || padded > tokens) {
+  if (padding_mask || padded > tokens) {
     for (int g = 0; g < GB; g++) {
       float* row = scores + g * ROW;
       for (int t = 0; t < padded; t++)
-        if (t >= tokens || (exists && !exists[t])) row[t] = NEGATIVE_INFINITY;
+        if (t >= tokens || (padding_mask && !padding_mask[t])) row[t] = NEGATIVE_INFINITY;
       most[g] = splat(NEGATIVE_INFINITY);
       for (int t = 0; t < padded; t += W) most[g] = greater(load<vf>(row + t), most[g]);
     }
@@ -615,8 +615,8 @@ void attend_group(const scout_chunk& c, int g0, bool prefetches) {
     else
 #endif
       dots<FloatProduct<R>, GB>(keys, tokens, D, query, scores, ROW, next);
-    const uint8_t* exists = c.exists ? c.exists[i] : nullptr;
-    weigh<GB>(scores, tokens, exists, scales, c.softcap, states);
+    const uint8_t* padding_mask = c.padding_mask ? c.padding_mask[i] : nullptr;
+    weigh<GB>(scores, tokens, padding_mask, scales, c.softcap, states);
     add_values<R, GB>(values, tokens, D, scores, states, out, next_values);
   }
   for (int g = 0; g < GB; g++) bring_back<R>(out + g * D, D);
@@ -647,7 +647,7 @@ void attend_group_int8(const scout_chunk& c, int g0, bool prefetches) {
     for (; t < B; t += W) scores_slice<GB, 1>(keys, B, D, t, query.narrow, scores, next);
 #pragma GCC unroll 4
     for (int g = 0; g < GB; g++) factors[g] = query.factors[g] * c.scale;
-    weigh<GB>(scores, B, c.exists ? c.exists[i] : nullptr, factors, c.softcap, states);
+    weigh<GB>(scores, B, c.padding_mask ? c.padding_mask[i] : nullptr, factors, c.softcap, states);
     to_bytes<GB>(scores, value_scales, B, weights, factors);
     for (; d + NS * W <= D; d += NS * W)
       values_slice<GB, NS>(values, B, D, d, weights, factors, states, out, next_values);
