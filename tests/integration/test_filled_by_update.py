@@ -70,7 +70,7 @@ def made(monkeypatch):
         counts["tokens"] += keys.shape[2]
         return extend(self, keys)
 
-    monkeypatch.setattr(DigestTable, "make_room", counting_grow)
+    monkeypatch.setattr(DigestTable, "reserve", counting_grow)
     monkeypatch.setattr(PartialKeys, "extend", counting_extend)
     return counts
 

@@ -313,7 +313,7 @@ PLANTED = {
     "tail": lambda patch: on_first(patch, offloading, "TwoTierKV", 5),
     "mask": lambda patch: on_first(patch, Step, "padding", 1),
     "length": lambda patch: on_first(patch, Step, "length", 1),
-    "codes": lambda patch: on_first(patch, DigestTable, "make_room", 3),
+    "codes": lambda patch: on_first(patch, DigestTable, "reserve", 3),
     "streams": lambda patch: on_first(patch, torch.cuda, "Stream", 0),
     "pages": lambda patch: patch.setattr(TritonExecutor, "__init__", then_pages_on_first(TritonExecutor.__init__)),
     "pinned slabs": lambda patch: patch.setattr("scout_hf.stores.memory._pin", lambda address, size: None),
