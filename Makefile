@@ -1,7 +1,7 @@
 # make demo            set up and run the main job
 # make test            set up and pass the tests
 # make test-full       the same with every cell of the thinned grids
-# make test-faults     an error at every line that changes a cache: 20 minutes on two cores; KEEP=10 tries every tenth point
+# make test-faults     an error at every line that changes a cache: 10 to 20 minutes on two cores; KEEP=10 tries every tenth point
 # make test-upstream   transformers' own generation tests on patched models, token by token and logit by logit as unpatched
 # make test-versions   what depends on transformers, on the oldest and an older one, each in an environment of its own
 # make lint            ruff: rules and format
