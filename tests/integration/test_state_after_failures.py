@@ -275,9 +275,8 @@ def test_an_update_that_fails_half_way(monkeypatch, world):
     assert_refuses(model, cache)
 
 
-@TIERS
-def test_a_pass_that_a_thread_left_behind_is_taken_back_by_another(world):
-    model, cache, (expected, _) = world
+def leave_a_pass_behind(model, cache):
+    """A thread is cancelled in the middle of a pass, and ends."""
     hook = model.model.layers[2].mlp.register_forward_pre_hook(planted(asyncio.CancelledError))
 
     def work():
@@ -288,6 +287,12 @@ def test_a_pass_that_a_thread_left_behind_is_taken_back_by_another(world):
     thread.start()
     thread.join()
     hook.remove()
+
+
+@TIERS
+def test_a_pass_that_a_thread_left_behind_is_taken_back_by_another(world):
+    model, cache, (expected, _) = world
+    leave_a_pass_behind(model, cache)
     assert cache.layers[0].method.length == 52
     assert (go_on(model, cache) - expected).abs().max() <= TOLERANCE
 
@@ -388,16 +393,7 @@ def test_no_tokens_are_added_in_the_middle_of_another_threads_pass(world):
 @TIERS
 def test_tokens_added_after_a_pass_that_a_thread_left_behind(world):
     model, cache, _ = world
-    hook = model.model.layers[2].mlp.register_forward_pre_hook(planted(asyncio.CancelledError))
-
-    def work():
-        with contextlib.suppress(asyncio.CancelledError):
-            go_on(model, cache)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    hook.remove()
+    leave_a_pass_behind(model, cache)
     keys = torch.zeros(2, 2, 1, 8)
     for index in range(len(cache.layers)):
         assert cache.update(keys, keys, index)[0].shape[2] == 46
