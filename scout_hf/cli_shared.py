@@ -19,7 +19,7 @@ def benchmark(
 ) -> Iterator[Callable[[dict], None]]:
     """Gives what to call with the record of a benchmark; the rest as in ``evaluation``.
 
-    ``goes_on``: what was measured is in ``out``, and the same command goes on from there.
+    ``goes_on``: what was measured is in ``out``, and the same command resumes.
     """
     with told():
         if out:
@@ -35,7 +35,7 @@ def benchmark(
         try:
             yield finish
         except KeyboardInterrupt as error:
-            kept = f"; {out} has what was measured, and the same command goes on" if out and goes_on else ""
+            kept = f"; {out} has what was measured, and the same command resumes from it" if out and goes_on else ""
             typer.echo(f"stopped{kept}", err=True)
             raise typer.Exit(130) from error
 

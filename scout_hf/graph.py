@@ -201,7 +201,8 @@ class StepGraphs:
                 raise error from None
             self._failed = True
             warnings.warn(
-                f"hand_over='graph' goes on without graphs: a step could not be captured: {error}", stacklevel=2
+                f"hand_over='graph' continues without graphs, because a step could not be captured: {error}",
+                stacklevel=2,
             )
             return self._forward(*args, **kwargs)
 

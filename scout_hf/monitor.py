@@ -129,7 +129,7 @@ class Monitor:
             self._pending.clear()
 
     def close(self) -> None:
-        """Add what is under way and end the threads; they start again when needed."""
+        """Add samples that are running and end the threads; they start again when needed."""
         self.collect(wait=True)
         self._workers.close()
         if self._pool is not None:

@@ -50,7 +50,7 @@ class PassHooks:
     backend, movers, links, counters, monitor
         What all steps of this model share, see :class:`scout_hf.step.Step`.
     running : RunningPasses
-        Those under way.
+        Passes that are running now, in any thread.
     tracer : Tracer or None
         What records the decode steps now.
     kv_bytes, huge_page_bytes

@@ -182,7 +182,7 @@ class Handle:
     def remove(self) -> None:
         """Give the model back exactly as it was, between two passes: one in another thread is waited for.
 
-        A ``generate()`` that is under way goes on with stock attention over what its cache holds.
+        A running ``generate()`` continues with stock attention over what its cache holds.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""Forward passes under way through one patch: taking the patch away waits for them."""
+"""Running forward passes of one patched model: removing the patch waits for them."""
 
 from __future__ import annotations
 
@@ -13,44 +13,45 @@ _LOOK_EVERY_S = 0.0005
 
 
 class RunningPasses:
-    """Which passes run, in any thread, and whether new ones may begin.
+    """Which passes run, in any thread, and whether new ones may start.
 
-    A pass whose hooks vanish in the middle would attend with some layers here and some by stock attention.
+    If hooks were removed in the middle of a pass, some of its layers would attend through the cache and some by stock
+    attention over the new tokens alone.
 
     Attributes
     ----------
     ended : bool
-        Whether the patch is being taken away, or gone: a pass that begins now is stock's, from its first layer on.
+        Whether the patch is being removed, or is gone: a pass that starts now runs stock attention in all layers.
     """
 
     def __init__(self):
         self.ended = False
         self._lock = threading.Lock()
-        # Weakly: one that an interrupt left is never told of.
+        # Weak, since a pass that was interrupted never calls leave().
         self._steps: weakref.WeakValueDictionary[int, Step] = weakref.WeakValueDictionary()
 
     def __reduce__(self):
         return RunningPasses, ()  # those of a copied model are its own
 
     def enter(self, step: Step) -> bool:
-        """Note a pass that begins; False if none may."""
+        """Register a pass that starts; False if the patch is being removed."""
         with self._lock:
             if not self.ended:
                 self._steps[id(step)] = step
             return not self.ended
 
     def leave(self, step: Step) -> None:
-        """A pass got through, or was taken back."""
+        """A pass has ended, or was rolled back."""
         with self._lock:
             self._steps.pop(id(step), None)
 
     def end(self) -> None:
-        """Let no pass begin, and wait for those in other threads.
+        """Let no pass start, and wait for those in other threads.
 
         Raises
         ------
         PatchError
-            In a pass of the calling thread, which goes on as if nothing had been asked.
+            Inside a pass of the calling thread; that pass and the patch stay as they are.
         """
         with self._lock:
             before, self.ended = self.ended, True

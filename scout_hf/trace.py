@@ -155,7 +155,7 @@ class Tracer:
     # -- what is hung in --------------------------------------------------------------------------------------------
 
     def _recording(self) -> _Recorded | None:
-        """The step under way, in the thread that is traced; asked once, since another thread may end the block."""
+        """The running step, in the thread that is traced; asked once, since another thread may end the block."""
         return self._now if threading.get_ident() == self._thread else None
 
     def _replace(self, owner: Any, name: str, around: Callable) -> None:

@@ -1,4 +1,4 @@
-"""Whether what belongs together was changed together: marks that stand while a change is under way."""
+"""Whether what belongs together was changed together: marks that stand while a change runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Whole:
     torn : str or None
         What is being changed. Where it stands and nothing runs, that change was interrupted.
     open_pass : Step or None
-        The forward pass that is under way, or was left by an interrupt.
+        The forward pass that is running, or was left by an interrupt.
     """
 
     def __init__(self):

@@ -123,7 +123,7 @@ class GpuDecode:
     threads: Cpus = None
     seed: Annotated[int, Option(help="Decides weights, keys and values.")] = 0
     fresh: Annotated[bool, Option("--fresh", help="Measure again what DIR/gpu_decode.json has.")] = False
-    out: Annotated[Path | None, Option(help="Folder for JSON and a plot; a run that was ended goes on there.")] = None
+    out: Annotated[Path | None, Option(help="Folder for JSON and a plot; interrupted runs resume from it.")] = None
 
     def measure(self, tell: Tell) -> dict[str, Any]:
         """The record of the benchmark, resumed from ``out``."""

@@ -19,10 +19,10 @@ class Fidelity:
     only: Annotated[list[str], Option(help="Part of it, as in mode=real,predicted; may be repeated.")] = field(
         default_factory=list
     )
-    out: Annotated[Path, Option(help="Folder for results; a run that was ended goes on from there.")] = Path("fidelity")
+    out: Annotated[Path, Option(help="Folder for results; interrupted runs resume from it.")] = Path("fidelity")
     jobs: Annotated[int | None, Option(min=1, help="Processes, one thread each; as many as cores.")] = None
     questions: Annotated[int | None, Option(min=1, help="Per cell; 32 or 48 by default.")] = None
     seed: Seed = 0
     fresh: Annotated[bool, Option("--fresh", help="Measure everything again.")] = False
     report: Annotated[Path | None, Option(help="Measure nothing: show this fidelity.json.")] = None
-    readme: Annotated[Path | None, Option(help="File whose table of results to make again.")] = None
+    readme: Annotated[Path | None, Option(help="Page whose table of results to update.")] = None

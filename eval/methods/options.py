@@ -47,7 +47,7 @@ class Methods:
     quick: Annotated[bool, Option("--quick", help="A small grid: a look, in about a minute.")] = False
     seed: Seed = 0
     fresh: Annotated[bool, Option("--fresh", help="Measure again what DIR/methods.json has.")] = False
-    out: Annotated[Path | None, Option(help="Folder for JSON and plots; a run that was ended goes on.")] = None
+    out: Annotated[Path | None, Option(help="Folder for JSON and plots; interrupted runs resume from it.")] = None
 
     def measure(self, command: str, tell: Callable[[str], Any]) -> dict[str, Any]:
         """The record of the benchmark, resumed from ``out``; ``command`` is kept in it."""

@@ -13,7 +13,7 @@ from scout_hf.stores.link import Links, Mark
 
 
 class Coming:
-    """Keys and values that are under way: ``wait`` for them, or ``drain`` them; then ``give_back``, once.
+    """In-flight copies of keys and values: ``wait`` for them, or ``drain`` them; then ``give_back``, once.
 
     Attributes
     ----------

@@ -89,7 +89,7 @@ class Dense(OffloadingMethod):
         return bring_blocks(step, host, first, host.blocks, heads, self.kv.device, self.config.link_gbps)
 
     def _attend_host(self, step: Step, query: torch.Tensor, first: int) -> Partial:
-        """Attention over the host's blocks from ``first`` on, piece by piece, the next one under way."""
+        """Attention over the host's blocks from ``first`` on, piece by piece, with the next one in flight."""
         pieces, group, size = self._pieces(), query.shape[1] // self.kv_heads, self.config.block_size
         if self._coming and self._coming[0].what != (first, self.kv.host.blocks, pieces[0]):
             self._drop_coming()  # begun before tokens came in another way

@@ -166,7 +166,7 @@ def test_a_step_that_cannot_be_captured_is_made_as_usual(graphs, monkeypatch):
 
     expected, _ = decode("flags", prompt(2, 60), SPARSE)
     monkeypatch.setattr(graphs, "capture", fail)
-    with pytest.warns(UserWarning, match="goes on without graphs: .* not permitted"):
+    with pytest.warns(UserWarning, match="continues without graphs, .* not permitted"):
         got, _ = decode("graph", prompt(2, 60), SPARSE)
     assert_close(got, expected, 2e-6)
     assert len(graphs.made) == 1
@@ -264,7 +264,7 @@ def test_a_failure_is_not_tried_again(graphs, monkeypatch):
     monkeypatch.setattr(graphs, "capture", fail)
     model = llama()
     with scout_hf.patch(model, **EXACT, hand_over="graph"):
-        with pytest.warns(UserWarning, match="goes on without graphs"):
+        with pytest.warns(UserWarning, match="continues without graphs"):
             run(model, prompt())
         run(model, prompt())
     assert len(graphs.made) == 1

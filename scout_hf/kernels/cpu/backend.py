@@ -160,7 +160,7 @@ class CpuBackend(ABC):
         return None
 
     def busy(self) -> bool:
-        """Whether work of torch is under way in the background; what can wait for it should."""
+        """Whether torch works in the background; what can wait for it should."""
         return self._workers.busy()
 
     def close(self) -> None:

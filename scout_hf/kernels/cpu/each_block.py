@@ -99,7 +99,7 @@ def attend_each(
 ) -> Partial:
     """The same with torch, on the device of the blocks, some thousand tokens at a time.
 
-    ``busy`` says whether more urgent work is under way: each chunk waits until it is not. The result has the dtype of
+    ``busy`` says whether more urgent work is running: each chunk waits until it is not. The result has the dtype of
     the query, float32 at least.
     """
     wide = torch.promote_types(query.dtype, torch.float32)

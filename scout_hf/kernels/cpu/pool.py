@@ -87,7 +87,7 @@ class Ticket:
         if self._join() < 0:
             raise CacheStateError(
                 f"job {self.number} of the native pool was never run: the pool was closed while a job waited for its "
-                "flag, or the process forked while it was under way. Submit it again."
+                "flag, or the process forked while it was running. Submit it again."
             )
         if self._call:
             self._result, self._call = self._result(), False

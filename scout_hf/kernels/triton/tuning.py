@@ -30,7 +30,7 @@ class Tile:
     tokens : int
         Tokens per pass of its loop, a power of two from 16 up.
     warps, stages : int
-        Warps of a program; passes whose reads are under way at once.
+        Warps of a program; loop passes whose reads are in flight at once (``num_stages``).
     prefetch : int
         ``OFF``, ``LINES`` or ``BULK`` of :mod:`scout_hf.kernels.triton.prefetch`.
     ahead : int
@@ -73,7 +73,7 @@ def _best(device: torch.device, dtype: torch.dtype, dim: int, group: int, block:
 
 @functools.lru_cache
 def _default(device: torch.device, dim: int, dtype: torch.dtype) -> Tile:
-    """The first of ``DEFAULTS`` whose keys and values under way fit into shared memory."""
+    """The first of ``DEFAULTS`` whose in-flight keys and values fit into shared memory."""
     if device.type != "cuda":
         return DEFAULTS[0]
     # What every chip from 8.0 on has, where torch does not say.

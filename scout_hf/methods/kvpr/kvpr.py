@@ -166,7 +166,7 @@ class KVPR(Dense):
         return fuse(parts)
 
     def _attend_anew(self, step: Step, query: torch.Tensor, tokens: int) -> Partial:
-        """Attention over the first ``tokens``, whose keys and values the layer makes while others are under way."""
+        """Attention over the first ``tokens``, whose keys and values the layer makes while others are in flight."""
         if self.inputs.on_host:
             hidden = self.inputs.joined(self._wait(step, self._inputs_coming))
         else:
