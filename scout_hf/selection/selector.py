@@ -109,7 +109,7 @@ class Selector:
             before = past()
             keys = torch.cat([before[0].unflatten(2, (-1, self.config.block_size)).to(keys.device), keys], dim=2)
             padding_mask = None if padding_mask is None else torch.cat([before[1], padding_mask], dim=1)
-        self._take_again((keys, padding_mask), in_parts(keys, padding_mask))
+        self._fit_again((keys, padding_mask), in_parts(keys, padding_mask))
 
     def _append(self, parts: Iterable[Blocks]) -> None:
         first = self.blocks
@@ -121,13 +121,13 @@ class Selector:
             self.table.crop(first)
             raise
 
-    def _take_again(self, sample: Blocks, parts: Iterable[Blocks]) -> None:
+    def _fit_again(self, sample: Blocks, parts: Iterable[Blocks]) -> None:
         """Constants from a sample, and codes of everything with them; if that fails, nothing has changed."""
-        again = copy.copy(self)
-        again._coded = Coded(copy.copy(self.digest), DigestTable())
-        again.digest.fit(*sample, self._query_power, self._scale)
-        again._append(parts)
-        self._coded = Coded(again.digest, again.table, again.blocks, self._query_power is None)
+        fresh = copy.copy(self)
+        fresh._coded = Coded(copy.copy(self.digest), DigestTable())
+        fresh.digest.fit(*sample, self._query_power, self._scale)
+        fresh._append(parts)
+        self._coded = Coded(fresh.digest, fresh.table, fresh.blocks, self._query_power is None)
 
     def _fit_is_due(self, new: int) -> bool:
         if not self.digest.needs_fit or not self.blocks:
@@ -181,7 +181,7 @@ class Selector:
             return
 
         if self._fit_is_due(last - first):
-            self._take_again(read_sample(store, last, padding_mask), read_parts(store, 0, last, padding_mask))
+            self._fit_again(read_sample(store, last, padding_mask), read_parts(store, 0, last, padding_mask))
         else:
             self._append(read_parts(store, first, last, padding_mask))
 

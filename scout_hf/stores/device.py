@@ -58,7 +58,7 @@ class ResidentSlots:
         return is_wanted.gather(2, torch.where(self.ids == EMPTY, blocks, self.ids))
 
     def load(self, ids: torch.Tensor, valid: torch.Tensor, host) -> int:
-        """Fill the slots again with blocks of ``host`` (a PagedKV) and return how many came.
+        """Empty the slots and fill them with blocks of ``host`` (a PagedKV) and return how many came.
 
         ``ids`` is (batch, kv_heads, n), best first; what does not fit is left out. ``valid`` marks the real ones.
         """
