@@ -43,6 +43,23 @@ def _is_kept(item) -> bool:
     return sum(places.values()) % mark.args[0] == 0
 
 
+@pytest.fixture
+def emulated(monkeypatch):
+    """The clock of emulated links and CPUs: it moves only while somebody waits for them."""
+
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self):
+            return self.now
+
+        def sleep(self, seconds):
+            self.now += seconds
+
+    monkeypatch.setattr("scout_hf.stores.emulated.time", clock := Clock())
+    return clock
+
+
 WANTED = os.environ.get("SCOUT_TEST_TRITON")
 
 

@@ -196,8 +196,13 @@ void end_under_waiters(Random random) {
   job.ticket = scout_pool_post(world.pool, Probe::run, Probe::finish, &job,
                                reinterpret_cast<uint64_t*>(&world.flag), job.value);
   std::vector<std::thread> waiters;
+  std::atomic<int> calling{0};
   for (int i = 0; i < 3; ++i)
-    waiters.emplace_back([&] { job.check(world, scout_pool_wait(world.pool, job.ticket, -1) == 1); });
+    waiters.emplace_back([&] {
+      calling.fetch_add(1);
+      job.check(world, scout_pool_wait(world.pool, job.ticket, -1) == 1);
+    });
+  while (destroyed && calling.load() < 3) pause_us(50);
   pause_us(destroyed ? 200000 : below(random, 500));  // before a destruction all must be in the call by now
   if (comes) {
     world.said[1] = 1;

@@ -609,8 +609,8 @@ def test_an_interrupt_ends_a_wait_and_the_ticket_can_still_be_drained(library_pa
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # shells let background jobs ignore it
         "words = Words(5, 0, 0)\n"
         "ticket = move(pool, words, 0, 1, flag=words.at(2), value=1)\n"
-        "print('waiting', flush=True)\n"
         "try:\n"
+        "    print('waiting', flush=True)\n"
         "    ticket.wait()\n"
         "except KeyboardInterrupt:\n"
         "    print('interrupted', ticket.done())\n"

@@ -166,7 +166,7 @@ Next await_flag(scout_pool* pool, Job* job, int64_t deadline) {
   if (pool->dropped.load() != FOREVER) return Next::DROP;
   const int64_t began = now_us();
   while (!job->ready()) {
-    if (pool->stop.load()) return Next::DROP;
+    if (pool->stop.load()) return job->ready() ? Next::RUN : Next::DROP;  // raised before the stop, it counts
     const int64_t now = now_us(), waited = now - began;
     if (now >= deadline) return Next::LATER;
     if (waited < pool->spin_us)
