@@ -26,7 +26,7 @@ from scout_hf.prefill import prefill
 from scout_hf.step import active_step
 
 # Arguments that change which keys are seen, or how; none comes from a plain causal attention layer.
-UNSERVED = ("sliding_window", "position_bias", "indices", "block_indices", "sinks")
+UNSERVED = frozenset({"sliding_window", "position_bias", "indices", "block_indices", "sinks"})
 
 
 def register_over(name: AttentionName) -> None:
@@ -54,10 +54,10 @@ def scout_attention(previous, module, query, key, value, attention_mask, **kwarg
             "unpatch the model, or report the family"
         )
     layer.incoming = None
-    if unknown := [name for name in UNSERVED if kwargs.get(name) is not None]:
+    if not UNSERVED.isdisjoint(kwargs) and (unknown := [name for name in UNSERVED if kwargs.get(name) is not None]):
         raise UnsupportedModelError(
-            f"{type(module).__name__} attends with {', '.join(unknown)} on layer {module.layer_idx}, whose cache layer "
-            "is a plain full-attention one; scout_hf cannot follow that: unpatch the model"
+            f"{type(module).__name__} attends with {', '.join(sorted(unknown))} on layer {module.layer_idx}, whose "
+            "cache layer is a plain full-attention one; scout_hf cannot follow that: unpatch the model"
         )
     if query.shape[2] != step.queries:
         raise UnsupportedInputError(

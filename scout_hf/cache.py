@@ -313,7 +313,7 @@ class ScoutLayer(ReadableLayer):
         if self.method is None:
             self.lazy_initialization(key_states, value_states)
         else:
-            refuse_other_sizes((self.method.batch, *self.sizes), key_states, self.layer_idx)
+            refuse_other_sizes(self.method.batch, self.sizes, key_states, self.layer_idx)
         if inside:
             self.incoming = key_states
             self.method.append(key_states, value_states, step)

@@ -25,17 +25,18 @@ def refuse_other_depth(cache: Any, text_config: Any) -> None:
         )
 
 
-def refuse_other_sizes(held: tuple[int, int, int], keys: torch.Tensor, layer_idx: int) -> None:
+def refuse_other_sizes(batch: int, sizes: tuple[int, int], keys: torch.Tensor, layer_idx: int) -> None:
     """Raise CacheStateError unless new keys (batch, kv_heads, tokens, head_dim) have the rows and sizes held."""
-    rows, *sizes = (keys.shape[axis] for axis in (0, 1, 3))
-    if sizes != list(held[1:]):
+    rows, heads, _, head_dim = keys.shape
+    if rows == batch and heads == sizes[0] and head_dim == sizes[1]:
+        return
+    if (heads, head_dim) != sizes:
         raise CacheStateError(
-            f"layer {layer_idx} of the cache holds {held[1]} KV heads with {held[2]} channels and got {sizes[0]} with "
-            f"{sizes[1]}: it was filled by another model; use a cache of this very model, handle.new_cache() or "
+            f"layer {layer_idx} of the cache holds {sizes[0]} KV heads with {sizes[1]} channels and got {heads} with "
+            f"{head_dim}: it was filled by another model; use a cache of this very model, handle.new_cache() or "
             "ScoutCache(model.config)"
         )
-    if rows != held[0]:
-        raise CacheStateError(
-            f"the cache holds {held[0]} rows and got {rows} new ones; use batch_repeat_interleave or "
-            "batch_select_indices, or start with a new ScoutCache"
-        )
+    raise CacheStateError(
+        f"the cache holds {batch} rows and got {rows} new ones; use batch_repeat_interleave or "
+        "batch_select_indices, or start with a new ScoutCache"
+    )

@@ -43,7 +43,8 @@ def store_args(heads: int, head_dim: int, block_size: int, dtype: torch.dtype, p
 
 def append(library: Library, store: StoreArgs, keys: torch.Tensor, values: torch.Tensor) -> None:
     """Write new tokens, (batch, kv_heads, tokens, head_dim) each, behind the ``store.length`` that are there."""
-    keys, values = (part if part.stride(3) == 1 else part.contiguous() for part in (keys, values))
+    if keys.stride(3) != 1 or values.stride(3) != 1:
+        keys, values = keys.contiguous(), values.contiguous()
     args = AppendArgs(
         store=store,
         keys=address(keys, PLAIN[store.plain_dtype], strided=True),
