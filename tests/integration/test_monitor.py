@@ -33,6 +33,8 @@ from tests.integration.disturbances import delayed_jobs, delayed_submit, refuse_
 from tests.libraries import ISAS
 from tests.patches.tiny import missing, tiny_model
 
+pytestmark = pytest.mark.usefixtures("monitored_at_once")
+
 ONE_SPARSE = LOSSY | {"split": "off"}
 WAYS = [pytest.param("torch"), pytest.param("native", marks=pytest.mark.skipif(not ISAS, reason="no native library"))]
 INPUTS = {"one row": prompt(1, 60), "padded": left_padded(0, 13, 41, tokens=60)}
@@ -439,6 +441,13 @@ def test_decoding_cropping_and_forking_wait_for_no_sample(split, backend):
         again = eventful(model, handle)
     for one, other in zip(outs, again):
         assert torch.equal(logits(one), logits(other))
+
+
+@pytest.mark.skipif(not ISAS, reason="no native library")
+def test_its_native_thread_is_one_of_the_lowest_priority():
+    with scout_hf.patch(spiky(), **LOSSY, cpu_backend="native", monitor=0.5) as handle:
+        run(handle.model, prompt(), new=3)
+        assert handle.stats().fidelity.samples and handle._hooks.monitor._pool.background
 
 
 def test_tallies_that_start_anew_know_nothing_of_samples_taken_before():

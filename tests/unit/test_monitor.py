@@ -27,6 +27,8 @@ from scout_hf.stores.snapshot import WholeBlocks
 from tests.libraries import ISAS
 from tests.unit import naive
 
+pytestmark = pytest.mark.usefixtures("monitored_at_once")
+
 NATIVE = pytest.mark.skipif(not ISAS, reason="no native library")
 SIZE = 8
 
