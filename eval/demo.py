@@ -15,7 +15,7 @@ from tqdm import tqdm
 import scout_hf
 from scout_hf.eval.decode_path import Session, ask_all
 from scout_hf.eval.pocket import ANSWER_WORDS, TRAINED_TOKENS, Document, Fact, load_pocket, make_document
-from scout_hf.eval.pocket.evaluate import usual_facts
+from scout_hf.eval.pocket.tasks import usual_statements
 from scout_hf.eval.tables import tiers
 
 STOCK, EXACT = "stock", "exact"
@@ -43,7 +43,7 @@ def run(tokens: int, questions: int, seed: int, budget: int, block_size: int, co
         "2 tiers": replace(sparse, split="cpu"),
     }
     model, tokenizer = load_pocket()
-    document = make_document(tokens, max(questions, usual_facts(tokens)), seed)
+    document = make_document(tokens, max(questions, usual_statements(tokens)), seed)
     every = len(document.facts) / questions
     asked = [document.facts[int(index * every)] for index in range(questions)]
     console.print(_excerpt(document, asked[0]))

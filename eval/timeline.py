@@ -15,7 +15,7 @@ from scout_hf.diagnostics import MOVERS, Span, Trace, parts_of_spans
 from scout_hf.eval.bench import device as devices
 from scout_hf.eval.decode_path import tokenize
 from scout_hf.eval.pocket import POCKET_MODELS, load_pocket, make_document
-from scout_hf.eval.pocket.evaluate import usual_facts
+from scout_hf.eval.pocket.tasks import usual_statements
 from scout_hf.eval.tables import Grid, three
 
 EXPLAINED = (
@@ -87,7 +87,7 @@ def _table(spans: Sequence[Span], title: str):
 def _subject(model: str, context: int, seed: int) -> tuple[PreTrainedModel, torch.Tensor]:
     if model in POCKET_MODELS:
         net, tokenizer = load_pocket(model)
-        return net, tokenize(tokenizer, make_document(context, usual_facts(context), seed).text)
+        return net, tokenize(tokenizer, make_document(context, usual_statements(context), seed).text)
     if not Path(model).is_dir():
         raise FileNotFoundError(f"no model {model!r}: it is one of {', '.join(POCKET_MODELS)}, or a model's folder")
     try:

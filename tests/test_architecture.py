@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HOMES = {"scout_hf": "scout_hf", "patches": "scout_hf.patches", "eval": "scout_hf.eval"}
+HOMES = {"scout_hf": "scout_hf", "patches": "scout_hf.patches", "eval": "scout_hf.eval", "training": "training"}
 """Folders, and the packages that they are installed as."""
 
 MOST_LINES = 450
@@ -73,6 +73,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "scout_hf.patches": ("scout_hf.cache_names", "scout_hf.patches.*"),
     "scout_hf.planner": ("scout_hf.planner.*", "scout_hf.split"),
     "scout_hf.eval": (*API, "scout_hf.eval.*"),
+    "training": (*API, "scout_hf.eval.pocket.*", "scout_hf.eval.text.*", "training.*"),
 }
 """By room, or by module: modules it may import from beside the basis; ``room.*`` with everything below."""
 
@@ -121,6 +122,8 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MOD
 
 def room_of(module: str) -> str:
     """``scout_hf.stores`` of ``scout_hf.stores.host``; ``scout_hf`` of the modules beside the rooms."""
+    if not module.startswith("scout_hf"):
+        return module.split(".")[0]
     first = ".".join(module.split(".")[:2])
     return first if MODULES.get(first, Path()).name == "__init__.py" else "scout_hf"
 

@@ -11,9 +11,11 @@ from transformers import LlamaForCausalLM, Qwen3ForCausalLM
 from typer.testing import CliRunner
 
 from scout_hf.eval import pocket
-from scout_hf.eval.pocket import tasks, train, training, vocabulary
-from scout_hf.eval.pocket.evaluate import accuracy
-from scout_hf.eval.pocket.lessons import IDS, drill, exam, make_batch
+from scout_hf.eval.pocket import tasks, vocabulary
+from training import pocket as train
+from training import stages as training
+from training.accuracy import accuracy
+from training.lessons import IDS, drill, exam, make_batch
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def test_names_of_packaged_models(models):
 
 def test_missing_weights_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(pocket, "WEIGHTS", tmp_path)
-    with pytest.raises(FileNotFoundError, match="pocket.train --arch qwen3"):
+    with pytest.raises(FileNotFoundError, match="training.pocket --arch qwen3"):
         pocket.load_pocket("qwen3")
 
 

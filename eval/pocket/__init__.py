@@ -52,8 +52,8 @@ def load_pocket(
     folder = WEIGHTS / name
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(
-            f"no pocket model in {folder}: install the package with its data files, or train one with "
-            f"`python -m scout_hf.eval.pocket.train --arch {name} --out {folder}`"
+            f"no pocket model in {folder}: install the package with its data files, or train one, in a checkout, "
+            f"with `python -m training.pocket --arch {name} --out {folder}`"
         )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -1,11 +1,8 @@
-"""The 512 words a pocket model knows, and the whitespace tokenizer over them.
+"""The 512 words a pocket model knows, by what they are in a sentence.
 
 One word is one token, so a document's length in tokens is its number of words, and every position can be named
 before anything is tokenized.
 """
-
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 PAD, UNKNOWN, BEGIN, END = "<pad>", "<unk>", "<bos>", "<eos>"
 SPECIAL = (PAD, UNKNOWN, BEGIN, END)
@@ -76,31 +73,3 @@ NAMES = tuple(
     henry irene jack jane julia laura leo lucy maria martin nora oliver paul peter rosa sarah simon sophie thomas
     walter wendy zoe""".split()
 )
-
-GROUPS = (
-    SPECIAL, PUNCTUATION, DIGITS, TEMPLATE, KEY_ADJECTIVES, KEY_NOUNS, VALUES, DETERMINERS, ADJECTIVES, SUBJECTS,
-    VERBS, ADVERBS, PREPOSITIONS, POSSESSIVES, OBJECTS, CONJUNCTIONS, NAMES,
-)  # fmt: skip
-
-
-def words() -> list[str]:
-    """The vocabulary in order of token id: `SIZE` distinct words, the special ones first."""
-    return [word for group in GROUPS for word in group]
-
-
-def build_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
-    """A whitespace tokenizer: one word, one token, nothing added, padding on the left as `generate()` wants it."""
-    ids = {word: index for index, word in enumerate(words())}
-    core = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token=PAD,
-        unk_token=UNKNOWN,
-        bos_token=BEGIN,
-        eos_token=END,
-        padding_side="left",
-        model_max_length=max_length,
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-    )

@@ -52,8 +52,8 @@ def held_out_text(tokens: int, seed: int) -> str:
 def _installed() -> Path:
     if not (WEIGHTS / "model.safetensors").is_file():
         raise FileNotFoundError(
-            f"no text model in {WEIGHTS}: install the package with its data files, or train one with "
-            f"`python -m scout_hf.eval.text.train --out {WEIGHTS}`"
+            f"no text model in {WEIGHTS}: install the package with its data files, or train one, in a "
+            f"checkout, with `python -m training.text --out {WEIGHTS}`"
         )
     return WEIGHTS
 

@@ -6,13 +6,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from scout_hf import CACHE
-
-from .tasks import make_exercise
-
-
-def usual_facts(tokens: int) -> int:
-    """How many facts a document of `tokens` tokens holds in evaluations: one in 128 tokens, 8 to 32."""
-    return max(8, min(32, tokens // 128))
+from scout_hf.eval.pocket import make_exercise
 
 
 @torch.inference_mode()

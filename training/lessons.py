@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import vocabulary as vocab
-from .documents import filler_sentences
-from .tasks import STATEMENTS, Case, deal, draw_cases
+from scout_hf.eval.pocket import vocabulary as vocab
+from scout_hf.eval.pocket.documents import filler_sentences
+from scout_hf.eval.pocket.tasks import STATEMENTS, Case, deal, draw_cases
+from training.pocket_tokenizer import words
 
-IDS = {word: index for index, word in enumerate(vocab.words())}
+IDS = {word: index for index, word in enumerate(words())}
 TEXT_WEIGHT = 0.05
 _NUMBER_WEIGHT = 0.1
 _MOST_STATEMENTS = 64

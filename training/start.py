@@ -13,7 +13,7 @@ import math
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from . import vocabulary as vocab
+from scout_hf.eval.pocket import vocabulary as vocab
 
 MAX_POSITIONS = 16384
 ARCHITECTURES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
