@@ -1,6 +1,6 @@
 # make demo            set up and run the main job
 # make test            set up and pass the tests
-# make test-full       the same with every cell of the thinned grids
+# make test-full       what make test leaves out: most cells of large grids, and what is marked full
 # make test-faults     an error at every line that changes a cache: 10 to 20 minutes on two cores; KEEP=10 tries every tenth point
 # make test-upstream   transformers' own generation tests on patched models, token by token and logit by logit as unpatched
 # make test-versions   what depends on transformers, on the oldest and an older one, each in an environment of its own
@@ -35,7 +35,7 @@ test: $(VENV)/.installed-test
 	$(call PYTEST,$(VENV))
 
 test-full: $(VENV)/.installed-test
-	$(call PYTEST,$(VENV)) --full
+	$(call PYTEST,$(VENV)) --full-only
 
 test-upstream: $(VENV)/.installed-test
 	$(VENV)/bin/pip install -q -e ".[upstream]"

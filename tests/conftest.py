@@ -4,8 +4,8 @@
 references, ``kernels`` with the kernels themselves, which takes hours in the interpreter. ``SCOUT_TEST_HAND_OVER`` sets
 the way of handing over. For looking: tests that plant an error inside the other variant fail then.
 
-A grid marked ``thin(n)`` runs on every n-th diagonal: each value of each axis meets every n-th value of each other one,
-and all values where a third axis is at least n long. ``--full`` runs every cell.
+Of a grid marked ``thin(n)`` every n-th diagonal runs, see ``cells.py``, of what is marked ``full`` nothing: ``--full``
+runs all of it, ``--full-only`` the rest.
 """
 
 import os
@@ -13,34 +13,25 @@ import os
 import pytest
 import torch
 
+from tests.cells import run_by_default
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="run every cell of the grids that are thinned by default")
+    parser.addoption("--full", action="store_true", help="run what is marked full too, and thinned grids whole")
+    parser.addoption("--full-only", action="store_true", help="run only what is left out without --full")
 
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--full"):
         return
-    left_out = [item for item in items if not _is_kept(item)]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if _is_kept(item)]
-
-
-def _is_kept(item) -> bool:
-    mark = item.get_closest_marker("thin")
-    if mark is None:
-        return True
-    places = dict(item.callspec.indices)
-    for axis in item.iter_markers("parametrize"):
-        names = axis.args[0]
-        names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
-        for other in names[1:]:  # several names on one axis have one place
-            places.pop(other)
-    return sum(places.values()) % mark.args[0] == 0
+    wanted = run_by_default(items)
+    if config.getoption("--full-only"):
+        wanted = {item.nodeid for item in items} - wanted
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in wanted])
+    items[:] = [item for item in items if item.nodeid in wanted]
 
 
 @pytest.fixture
