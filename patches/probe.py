@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers import AttentionInterface, PreTrainedConfig
 
-from scout_hf.cache_names import CACHE
+from scout_hf.compat.cache_names import CACHE
 from scout_hf.errors import UnsupportedModelError
 
 from .base import Family, weight_device

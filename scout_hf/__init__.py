@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scout_hf.cache import ScoutCache
-    from scout_hf.cache_names import CACHE
+    from scout_hf.compat.cache_names import CACHE
     from scout_hf.config import ScoutConfig
     from scout_hf.errors import (
         CacheStateError,
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from scout_hf.patching import Handle, patch, unpatch
-    from scout_hf.recall import RecallIntervals
+    from scout_hf.recall_intervals import RecallIntervals
     from scout_hf.stats import Stats
 
 __version__ = "0.2.0"
@@ -50,9 +50,9 @@ __all__ = [
 ]
 
 # Imported at first use: torch and transformers take seconds, which `scout-hf --help` need not wait for.
-_ROOMS = {"cache": "ScoutCache", "config": "ScoutConfig", "recall": "RecallIntervals", "stats": "Stats"}
+_ROOMS = {"cache": "ScoutCache", "config": "ScoutConfig", "recall_intervals": "RecallIntervals", "stats": "Stats"}
 _HOME = {name: room for room, name in _ROOMS.items()} | dict.fromkeys(("Handle", "patch", "unpatch"), "patching")
-_HOME["CACHE"] = "cache_names"
+_HOME["CACHE"] = "compat.cache_names"
 
 
 # Python started in a checkout finds this folder before the installed package; patches/ and eval/ lie beside it there.

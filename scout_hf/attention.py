@@ -16,11 +16,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 from scout_hf.attention_name import AttentionName
 from scout_hf.cache import ScoutLayer
+from scout_hf.compat.modes import keeps_tensors
 from scout_hf.errors import ScoutError, UnsupportedInputError, UnsupportedModelError
 from scout_hf.fusion import Partial, fuse
 from scout_hf.masks import allowed_by, for_prompt, is_special, refuse_unless_padding
 from scout_hf.methods.base import Scoring
-from scout_hf.modes import keeps_tensors
 from scout_hf.plain_attention import attention_function, prompt_function, prompt_mask_function
 from scout_hf.prefill import prefill
 from scout_hf.step import active_step

@@ -31,13 +31,13 @@ class AttentionName(str):
         Those of models that share the config, each by a number of its own.
     """
 
-    __slots__ = ("_config", "_hashes", "before", "key", "patches")
+    __slots__ = ("_config", "hashes", "before", "key", "patches")
 
     def __new__(cls, before: str | None, config: Any) -> AttentionName:
         name = super().__new__(cls, before or "eager")
         name.before, name.key, name.patches = before, PREFIX + str(name), set()
         name._config = weakref.ref(config)
-        name._hashes = hash(str(name)), hash(name.key)  # every layer asks, at every step
+        name.hashes = hash(str(name)), hash(name.key)  # every layer asks, at every step
         return name
 
     def is_of(self, config: Any) -> bool:
@@ -45,7 +45,7 @@ class AttentionName(str):
         return self._config() is config
 
     def __hash__(self) -> int:
-        return self._hashes[1 if self.patches else 0]
+        return self.hashes[1 if self.patches else 0]
 
     def __eq__(self, other: object) -> bool:
         return str.__eq__(self, other) is True or (bool(self.patches) and self.key == other)

@@ -12,20 +12,20 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from scout_hf.awaited import Awaited
 from scout_hf.cache_reading import ReadableLayer, copy_as_dynamic, describe, iterate, refuse_saving
+from scout_hf.change_guard import LINEAR, ChangeGuard
+from scout_hf.compat.modes import keeps_tensors
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import CacheStateError, ConfigError
 from scout_hf.fitting import layers_of, refuse_other_sizes
 from scout_hf.kernels.cpu import find_backend
 from scout_hf.methods import Method, make_method
 from scout_hf.methods.base import find_method
-from scout_hf.modes import keeps_tensors
 from scout_hf.padding import Padding
-from scout_hf.recall import RecallIntervals
+from scout_hf.recall_intervals import RecallIntervals
 from scout_hf.selection import check_digest
 from scout_hf.step import active_step
 from scout_hf.stores.memory import huge_page_bytes
 from scout_hf.stores.staging import Staging
-from scout_hf.whole import LINEAR, Whole
 
 
 class ScoutCache(Cache):
@@ -67,14 +67,14 @@ class ScoutCache(Cache):
             )
         text = config.get_text_config(decoder=True)
         layers = DynamicCache(config=text).layers
-        self.whole = Whole()
+        self.guard = ChangeGuard()
         # The model's, as the config says it: layers that share another's KV have none here.
         self.depth = layers_of(text, len(layers))
         check_names(self.scout_config, text, len(layers))
         for index, layer in enumerate(layers):
             # By exact type: sliding and quantized layers are subclasses that stay as they are.
             if type(layer) is DynamicLayer:
-                layers[index] = ScoutLayer(self.scout_config, index, self.whole)
+                layers[index] = ScoutLayer(self.scout_config, index, self.guard)
         super().__init__(layers=layers)
         # A weak reference to the AliveCaches that count it.
         self.seen_by: Any = None
@@ -115,7 +115,7 @@ class ScoutCache(Cache):
 
         ``DynamicCache(cache)`` takes its data from here.
         """
-        self.whole.ready()
+        self.guard.ready()
         return iterate(self)
 
     @keeps_tensors
@@ -143,7 +143,7 @@ class ScoutCache(Cache):
         >>> model.generate(**inputs, **{scout_hf.CACHE: cache})
         >>> stock = cache.to_dynamic()
         """
-        self.whole.ready()
+        self.guard.ready()
         return copy_as_dynamic(self)
 
     def __repr__(self) -> str:
@@ -177,19 +177,19 @@ class ScoutCache(Cache):
 
     def reset(self) -> None:
         """Forget all tokens; also the way on after a change that was left half way."""
-        self.whole.refuse_in_pass("reset()")
-        self.whole.torn = "reset()"
-        self.whole.leave_pass()
+        self.guard.refuse_in_pass("reset()")
+        self.guard.torn = "reset()"
+        self.guard.leave_pass()
         super().reset()
         self.padding.forget()
         self.staging.forget()
-        self.whole.torn = None
+        self.guard.torn = None
 
     def crop(self, tokens_to_remove: int | torch.Tensor) -> None:
         """Remove as many tokens as a number <= 0 says, in all layers; see ``ScoutLayer.crop``."""
-        self.whole.between_passes("crop()")
+        self.guard.between_passes("crop()")
         tokens_to_remove = int(tokens_to_remove)
-        with self.whole.changing("crop()"):
+        with self.guard.changing("crop()"):
             super().crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -205,18 +205,18 @@ class ScoutCache(Cache):
         self._change_rows("batch_select_indices", torch.as_tensor(indices, device="cpu"))
 
     def _change_rows(self, operation: str, rows: torch.Tensor | int) -> None:
-        self.whole.between_passes(f"{operation}()")
+        self.guard.between_passes(f"{operation}()")
         known = [layer.method.batch for layer in self.scout_layers if layer.method]
         if known and isinstance(rows, torch.Tensor):
             # Wrong numbers are told of here, before a layer has changed.
             rows = torch.arange(known[0], dtype=torch.int64, device="cpu")[rows.cpu()]
-        with self.whole.changing(f"{operation}()"):
+        with self.guard.changing(f"{operation}()"):
             self.padding.forget()
             getattr(super(), operation)(rows)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens per row of a layer; ends a pass that an interrupt left half way."""
-        self.whole.end_interrupted_pass()
+        self.guard.end_interrupted_pass()
         return super().get_seq_length(layer_idx)
 
     __reduce_ex__ = refuse_saving
@@ -228,7 +228,7 @@ class ScoutCache(Cache):
 
     @keeps_tensors
     def __deepcopy__(self, memo: dict) -> ScoutCache:
-        self.whole.between_passes("fork()")
+        self.guard.between_passes("fork()")
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -251,14 +251,14 @@ class ScoutCache(Cache):
 
     def mark(self) -> list[Any]:
         """The state of every layer, to go back to with ``rollback``; costs no copy of keys and values."""
-        self.whole.between_passes("another forward pass")
+        self.guard.between_passes("another forward pass")
         # Stock attention layers replace their tensors at every update, so their attributes are a snapshot.
         return [layer.mark() if isinstance(layer, ScoutLayer) else dict(layer.__dict__) for layer in self.layers]
 
     def rollback(self, marks: list[Any]) -> None:
         """Make every layer what it was at ``mark``, after a forward pass that raised."""
-        self.whole.torn, torn = "a forward pass", None
-        self.whole.leave_pass()
+        self.guard.torn, torn = "a forward pass", None
+        self.guard.leave_pass()
         self.drain()
         for device in {getattr(layer.method.kv, "device", None) for layer in self.scout_layers if layer.method}:
             if device is not None and device.type == "cuda":
@@ -271,7 +271,7 @@ class ScoutCache(Cache):
             else:
                 layer.__dict__.update(mark)
                 torn = torn if isinstance(layer, CacheLayerMixin) else LINEAR
-        self.whole.torn = torn
+        self.guard.torn = torn
 
 
 class ScoutLayer(ReadableLayer):
@@ -282,9 +282,9 @@ class ScoutLayer(ReadableLayer):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, config: ScoutConfig, layer_idx: int, whole: Whole | None = None):
+    def __init__(self, config: ScoutConfig, layer_idx: int, guard: ChangeGuard | None = None):
         super().__init__()
-        self.whole = whole or Whole()
+        self.guard = guard or ChangeGuard()
         self.config, self.layer_idx = config, layer_idx
         self.method: Method | None = None
         self.incoming: torch.Tensor | None = None
@@ -303,8 +303,8 @@ class ScoutLayer(ReadableLayer):
         Returns the same two tensors inside a patched forward pass, the whole keys and values anywhere else.
         """
         step = active_step()
-        inside = step is not None and step.cache.whole is self.whole
-        self.whole.check() if inside else self.whole.between_passes("update()")
+        inside = step is not None and step.cache.guard is self.guard
+        self.guard.check() if inside else self.guard.between_passes("update()")
         if key_states.shape != value_states.shape:
             raise CacheStateError(
                 f"layer {self.layer_idx} has keys {tuple(key_states.shape)} and values {tuple(value_states.shape)}; "
@@ -325,7 +325,7 @@ class ScoutLayer(ReadableLayer):
             self.awaited.filled_outside()
         was_empty = self.method.length == 0
         # Other layers may have these tokens already, so that going back would not make the cache whole.
-        with self.whole.changing("update()"):
+        with self.guard.changing("update()"):
             self.method.append(keys.detach(), values.detach())
             self.method.flush()
             return (keys, values) if was_empty else self.method.read_all()
@@ -344,7 +344,7 @@ class ScoutLayer(ReadableLayer):
 
     @keeps_tensors
     def read(self) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-        self.whole.ready()
+        self.guard.ready()
         if self.method is None:
             return None, None
         keys, values = self.method.read_all()
@@ -372,7 +372,7 @@ class ScoutLayer(ReadableLayer):
 
         Prompt lookup of some versions (5.17) hands over a tensor of one number.
         """
-        self.whole.refuse_in_pass("crop()")
+        self.guard.refuse_in_pass("crop()")
         if self.method:
             held, length = self.method.length, int(length)
             keep = max(0, held + length) if length <= 0 else min(length, held)
@@ -382,14 +382,14 @@ class ScoutLayer(ReadableLayer):
     @keeps_tensors
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Make row ``i`` what row ``beam_idx[i]`` was."""
-        self.whole.refuse_in_pass("reorder_cache()")
+        self.guard.refuse_in_pass("reorder_cache()")
         if self.method and not _is_identity(beam_idx, self.method.batch):
             self.method.select_rows(beam_idx)
 
     @keeps_tensors
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times."""
-        self.whole.refuse_in_pass("batch_repeat_interleave()")
+        self.guard.refuse_in_pass("batch_repeat_interleave()")
         if self.method:
             rows = torch.arange(self.method.batch, dtype=torch.int64, device="cpu")
             self.method.select_rows(rows.repeat_interleave(repeats))
@@ -397,14 +397,14 @@ class ScoutLayer(ReadableLayer):
     @keeps_tensors
     def batch_select_indices(self, indices: torch.Tensor | Sequence[int]) -> None:
         """Keep the rows ``indices``, numbers or a bool per row."""
-        self.whole.refuse_in_pass("batch_select_indices()")
+        self.guard.refuse_in_pass("batch_select_indices()")
         if self.method:
             indices = torch.as_tensor(indices, device="cpu")
             self.method.select_rows(indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices)
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self.whole.refuse_in_pass("reset()")
+        self.guard.refuse_in_pass("reset()")
         if self.method:
             self.method.drain()
         self.method = self.incoming = None
@@ -416,11 +416,11 @@ class ScoutLayer(ReadableLayer):
 
     @keeps_tensors
     def __deepcopy__(self, memo: dict) -> ScoutLayer:
-        self.whole.refuse_in_pass("copying a layer")
+        self.guard.refuse_in_pass("copying a layer")
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         own = {"incoming": None, "method": self.method and self.method.fork()}
-        twin.__dict__.update(self.__dict__, whole=copy.deepcopy(self.whole, memo), **own)
+        twin.__dict__.update(self.__dict__, guard=copy.deepcopy(self.guard, memo), **own)
         return twin
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scout_hf.errors import ConfigError
-from scout_hf.recall import RecallIntervals
+from scout_hf.recall_intervals import RecallIntervals
 
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 SPLITS = ("auto", "cpu", "off")

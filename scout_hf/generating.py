@@ -11,7 +11,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from scout_hf.awaited import await_hooks
 from scout_hf.cache import ScoutCache
-from scout_hf.cache_names import CACHE, given_cache
+from scout_hf.compat.cache_names import CACHE, given_cache
 from scout_hf.pass_hooks import PassHooks
 from scout_hf.stock_passes import explain, reason_to_generate_with_stock
 

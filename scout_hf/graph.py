@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from scout_hf.cache import ScoutCache
-from scout_hf.cache_names import CACHE, given_cache
+from scout_hf.compat.cache_names import CACHE, given_cache
 from scout_hf.step import Step, active_step
 
 # Steps that run as usual first: kernels are compiled and buffers take their sizes.

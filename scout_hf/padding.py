@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from scout_hf.errors import UnsupportedInputError
-from scout_hf.stores.link import Mark
+from scout_hf.stores.streams import Mark
 
 SPARE_TOKENS = 256
 

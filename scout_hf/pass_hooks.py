@@ -11,8 +11,9 @@ import torch
 from scout_hf.ahead import Parts
 from scout_hf.awaited import hooks_reached
 from scout_hf.cache import ScoutCache
-from scout_hf.cache_names import CACHE, UNREAD, given_cache
 from scout_hf.changes import Changes, Hook, call_all
+from scout_hf.compat.cache_names import CACHE, UNREAD, given_cache
+from scout_hf.compat.modes import keeps_tensors
 from scout_hf.config import ScoutConfig
 from scout_hf.counters import Counters
 from scout_hf.errors import PatchError, UnsupportedInputError
@@ -20,14 +21,13 @@ from scout_hf.fitting import refuse_other_depth
 from scout_hf.kernels.cpu import make_backend
 from scout_hf.kernels.cpu.workers import Workers
 from scout_hf.methods.base import find_method
-from scout_hf.modes import keeps_tensors
 from scout_hf.monitor import Monitor
 from scout_hf.naming import AttentionNames
 from scout_hf.pass_inputs import named_arguments, refuse_unservable
 from scout_hf.running import RunningPasses
 from scout_hf.step import Inputs, Step, active_step, grid_positions
 from scout_hf.stock_passes import StockWarnings, reason_of_pass
-from scout_hf.stores.link import Links
+from scout_hf.stores.streams import Links
 from scout_hf.trace import Tracer
 
 BYTES_EVERY = 16
@@ -165,7 +165,7 @@ class PassHooks:
             self.counters.prefill_tokens += step.queries
         self.counters.alive.add(cache)
         self.counters.pace.begin(step, inputs)
-        cache.whole.enter_pass(step)
+        cache.guard.enter_pass(step)
 
     @keeps_tensors
     def close(self, module: torch.nn.Module, args: tuple, *given: Any) -> None:
@@ -195,7 +195,7 @@ class PassHooks:
         if step.queries == step.tokens > 1:
             self.huge_page_bytes = step.cache.huge_page_bytes()
         # Last: whoever gets an error instead of the output has a cache without these tokens.
-        step.cache.whole.leave_pass()
+        step.cache.guard.leave_pass()
         self.running.leave(step)
 
     @keeps_tensors

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from scout_hf.cache import ScoutCache, check_names
-from scout_hf.cache_names import CACHE
 from scout_hf.changes import Attribute, Changes, call_all
+from scout_hf.compat.cache_names import CACHE
+from scout_hf.compat.unwrap import unwrapped
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import ConfigError, PatchError
 from scout_hf.generating import PREPARE, CacheForGenerate
@@ -20,13 +21,12 @@ from scout_hf.kernels.device import find_kernels
 from scout_hf.naming import AttentionNames
 from scout_hf.pass_hooks import PassHooks, is_patched
 from scout_hf.patches import family_of
-from scout_hf.profiling import profile_recall
-from scout_hf.recall import RecallIntervals
+from scout_hf.recall_intervals import RecallIntervals
+from scout_hf.recall_profile import profile_recall
 from scout_hf.restart import PREPARE_INPUTS, RestartingInputs
 from scout_hf.selfcheck import check_unknown_family
 from scout_hf.stats import Stats, summarise
 from scout_hf.trace import Trace, record
-from scout_hf.unwrap import unwrapped
 
 HANDLE = "_scout_handle"
 ATTENTIONS = ("auto", "sdpa")
@@ -141,7 +141,7 @@ class Handle:
         return cache
 
     def profile_recall(self, prompts: Any, steps: int = 48, threshold: float | None = None) -> RecallIntervals:
-        """Measure recall intervals per layer on prompts; see :func:`scout_hf.profiling.profile_recall`."""
+        """Measure recall intervals per layer on prompts; see :func:`scout_hf.recall_profile.profile_recall`."""
         if self.model.__dict__.get(HANDLE) is not self:
             raise PatchError("this patch was removed; patch the model again to profile it")
         return profile_recall(self, prompts, steps, threshold)

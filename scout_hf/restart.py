@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from scout_hf.cache import ScoutCache
-from scout_hf.cache_names import CACHE, given_cache
+from scout_hf.compat.cache_names import CACHE, given_cache
 
 PREPARE_INPUTS = "prepare_inputs_for_generation"
 

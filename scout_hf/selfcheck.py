@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from scout_hf.cache_names import CACHE
+from scout_hf.compat.cache_names import CACHE
 from scout_hf.errors import ScoutError, UnsupportedModelError
 from scout_hf.patches import ProbeFamily
 from scout_hf.patches.quiet import compiled_from

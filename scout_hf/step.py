@@ -13,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from scout_hf.counters import Counters
     from scout_hf.kernels.cpu.workers import Workers
-    from scout_hf.stores.link import Links
+    from scout_hf.stores.streams import Links
 
 _ACTIVE = threading.local()
 

@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from scout_hf.cache import ScoutCache
-from scout_hf.cache_names import NEW, given_cache
+from scout_hf.compat.cache_names import NEW, given_cache
 
 _REASON = "_scout_stock_reason"
 _BATCHING = "PagedAttentionCache"

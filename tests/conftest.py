@@ -47,7 +47,7 @@ def emulated(monkeypatch):
         def sleep(self, seconds):
             self.now += seconds
 
-    monkeypatch.setattr("scout_hf.stores.emulated.time", clock := Clock())
+    monkeypatch.setattr("scout_hf.stores.emulated_link.time", clock := Clock())
     return clock
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from scout_hf.cache_names import given_cache
+from scout_hf.compat.cache_names import given_cache
 from scout_hf.config import HAND_OVERS
 from scout_hf.diagnostics.gpu_time import busy_ms
 from scout_hf.diagnostics.reading import MemoryReader
@@ -18,7 +18,7 @@ from scout_hf.diagnostics.shares import PARTS, step_shares
 from scout_hf.diagnostics.spans import MOVERS, parts_of_spans
 from scout_hf.kernels.cpu.library import load_library
 from scout_hf.kernels.cpu.topology import cpu_quota, usable_cpus, worker_cpus
-from scout_hf.profiling import cpu_share_history
+from scout_hf.recall_profile import cpu_share_history
 from scout_hf.trace import Span, Trace
 
 __all__ = [

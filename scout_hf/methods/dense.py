@@ -9,7 +9,7 @@ from scout_hf.errors import ConfigError
 from scout_hf.fusion import Partial, fuse
 from scout_hf.kernels.attend import attend
 from scout_hf.methods.base import register_method
-from scout_hf.methods.bring import Coming, bring_blocks
+from scout_hf.methods.host_to_device import InFlightCopy, blocks_to_device
 from scout_hf.methods.offloading import OffloadingMethod
 from scout_hf.step import Step
 
@@ -30,7 +30,7 @@ class Dense(OffloadingMethod):
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
         super().__init__(config, layer_idx, keys)
         # Under way, in the order of use.
-        self._coming: list[Coming] = []
+        self._coming: list[InFlightCopy] = []
 
     @classmethod
     def check(cls, config: ScoutConfig) -> None:
@@ -83,10 +83,10 @@ class Dense(OffloadingMethod):
         most = self.settings["heads"] or self.kv_heads
         return [slice(first, min(first + most, self.kv_heads)) for first in range(0, self.kv_heads, most)]
 
-    def _bring(self, step: Step, first: int, heads: slice) -> Coming:
+    def _bring(self, step: Step, first: int, heads: slice) -> InFlightCopy:
         self.written.finish()
         host = self.kv.host
-        return bring_blocks(step, host, first, host.blocks, heads, self.kv.device, self.config.link_gbps)
+        return blocks_to_device(step, host, first, host.blocks, heads, self.kv.device, self.config.link_gbps)
 
     def _attend_host(self, step: Step, query: torch.Tensor, first: int) -> Partial:
         """Attention over the host's blocks from ``first`` on, piece by piece, with the next one in flight."""
@@ -107,7 +107,7 @@ class Dense(OffloadingMethod):
             self._coming.pop(0).give_back()
         return parts[0] if len(parts) == 1 else Partial(*(torch.cat(each, dim=1) for each in zip(*parts)))
 
-    def _wait(self, step: Step, coming: Coming) -> tuple[torch.Tensor, torch.Tensor]:
+    def _wait(self, step: Step, coming: InFlightCopy) -> tuple[torch.Tensor, torch.Tensor]:
         with step.counters.timed(self.layer_idx, "join"):
             return coming.wait()
 

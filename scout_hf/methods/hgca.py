@@ -13,7 +13,7 @@ from scout_hf.kernels.weigh import attend_weighing, mean_weights
 from scout_hf.methods.base import register_method
 from scout_hf.methods.offloading import OffloadingMethod
 from scout_hf.step import Step
-from scout_hf.stores.kept import KeptTokens
+from scout_hf.stores.retained_tokens import RetainedTokens
 
 WINDOW_TOKENS = 1024
 
@@ -42,7 +42,7 @@ class HGCA(OffloadingMethod):
         super().__init__(config, layer_idx, keys)
         batch, heads, _, dim = keys.shape
         wide = torch.promote_types(keys.dtype, torch.float32)
-        self.kept = KeptTokens(batch, heads, dim, config.block_size, keys.dtype)
+        self.kept = RetainedTokens(batch, heads, dim, config.block_size, keys.dtype)
         # Of the tokens in the window, and of those before.
         self._weights = torch.zeros((batch, heads, 0), dtype=wide, device=keys.device)
         self._past = torch.zeros((batch, heads, 0), dtype=wide, device="cpu")
@@ -173,7 +173,7 @@ class HGCA(OffloadingMethod):
         keys, values = host.read(0, host.length)
         padding_mask = None if step.mask is None else step.padding(torch.device("cpu"))[:, None, None, : host.length]
         self._past = mean_weights(query, keys, *self.scoring, padding_mask, real)
-        self.kept = KeptTokens(self.batch, self.kv_heads, host.head_dim, host.block_size, self.dtype)
+        self.kept = RetainedTokens(self.batch, self.kv_heads, host.head_dim, host.block_size, self.dtype)
         self._keep(step, 0, keys, values, self._past, padding_mask, host.length)
 
     def _write_back(self, step: Step | None) -> None:

@@ -11,11 +11,11 @@ from scout_hf.errors import ConfigError
 from scout_hf.fusion import Partial, fuse
 from scout_hf.kernels.attend import attend, fold_group
 from scout_hf.methods.base import register_method
-from scout_hf.methods.bring import Coming, bring_tokens
+from scout_hf.methods.host_to_device import InFlightCopy, tokens_to_device
 from scout_hf.methods.offloading import OffloadingMethod
 from scout_hf.selection.partial import PartialKeys
 from scout_hf.step import Step
-from scout_hf.stores.held_tokens import HeldTokens, PassingTokens
+from scout_hf.stores.token_cache import StreamedTokens, TokenCache
 
 
 @register_method
@@ -40,9 +40,9 @@ class InfiniGen(OffloadingMethod):
         super().__init__(config, layer_idx, keys)
         self.partial = PartialKeys(self.settings["ratio"])
         self._guessed_from = 0  # tokens whose keys stood in for queries that nobody had seen yet
-        self._coming: Coming | None = None
+        self._coming: InFlightCopy | None = None
         sizes = (self.batch, self.kv_heads, keys.shape[-1], self.dtype, keys.device)
-        self.tokens = HeldTokens(*sizes) if self.settings["keep"] else PassingTokens()
+        self.tokens = TokenCache(*sizes) if self.settings["keep"] else StreamedTokens()
         self._predicted: torch.Tensor | None = None
 
     @classmethod
@@ -175,7 +175,7 @@ class InfiniGen(OffloadingMethod):
         if missing is not None:
             ids, real = missing
             real = None if real is None else real.cpu()
-            self._coming = bring_tokens(step, self.kv.host, ids.cpu(), self.kv.device, self.config.link_gbps, real)
+            self._coming = tokens_to_device(step, self.kv.host, ids.cpu(), self.kv.device, self.config.link_gbps, real)
 
     def _give_back(self) -> None:
         coming, self._coming = self._coming, None

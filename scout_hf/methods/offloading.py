@@ -13,7 +13,7 @@ from scout_hf.kernels.attend import attend
 from scout_hf.methods.base import Method
 from scout_hf.step import Step
 from scout_hf.stores import TwoTierKV
-from scout_hf.stores.link import Mark
+from scout_hf.stores.streams import Mark
 
 SCOUTS_OWN = ("host_dtype", "monitor", "digest", "recall", "cpu_query", "hand_over")
 

@@ -1,11 +1,11 @@
 """Where keys and values live: pages with reference counts, paged host memory, slots on the device."""
 
-from scout_hf.stores.device import ResidentSlots
 from scout_hf.stores.host import PagedKV
 from scout_hf.stores.memory import allocate_slab, huge_page_bytes
 from scout_hf.stores.packed import PackedKV, make_store
 from scout_hf.stores.pages import PagePool, PageTable
-from scout_hf.stores.tiers import TwoTierKV
+from scout_hf.stores.resident_slots import ResidentSlots
+from scout_hf.stores.two_tier_kv import TwoTierKV
 
 __all__ = [
     "PackedKV",

@@ -9,8 +9,8 @@ from scout_hf.kernels.cpu import pages
 from scout_hf.kernels.cpu.addresses import address
 from scout_hf.kernels.cpu.library import StoreArgs
 from scout_hf.stores.counted import counts
-from scout_hf.stores.link import Links, Mark
 from scout_hf.stores.pages import PagePool, PageTable
+from scout_hf.stores.streams import Links, Mark
 
 # On the device, for pages on their way.
 STAGED_BYTES = 64 << 20

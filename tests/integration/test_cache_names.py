@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import scout_hf
-from scout_hf.cache_names import CACHE, NEW, OLD
+from scout_hf.compat.cache_names import CACHE, NEW, OLD
 from tests.integration.common import ONE_TIER, TOLERANCE, llama, prompt
 
 NAMES = [OLD, pytest.param(NEW, marks=pytest.mark.skipif(CACHE == OLD, reason="this release has the old name only"))]

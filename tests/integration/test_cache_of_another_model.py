@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import scout_hf
-from scout_hf.cache_names import CACHE
+from scout_hf.compat.cache_names import CACHE
 from tests.integration.common import EXACT_METHODS, ONE_TIER, TOLERANCE, TWO_TIERS, llama, prompt
 
 METHODS = {"one tier": ONE_TIER, "two tiers": TWO_TIERS, **EXACT_METHODS}

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 import scout_hf
 from scout_hf import ScoutCache
-from scout_hf.cache_names import CACHE
+from scout_hf.compat.cache_names import CACHE
 from tests.integration.common import (
     EXACT_METHODS,
     LOSSY,
@@ -248,7 +248,7 @@ def test_reading_under_inference_mode():
 
 def test_a_cache_that_cannot_go_back_is_not_copied():
     cache, _ = random_cache(ONE_TIER)
-    cache.whole.torn = "crop()"
+    cache.guard.torn = "crop()"
     with pytest.raises(scout_hf.CacheStateError, match="new ScoutCache"):
         cache.to_dynamic()
 

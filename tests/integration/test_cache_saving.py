@@ -11,7 +11,7 @@ import torch
 
 import scout_hf
 from scout_hf import ScoutCache
-from scout_hf.cache_names import CACHE
+from scout_hf.compat.cache_names import CACHE
 from tests.integration.common import LOSSY, ONE_TIER, TWO_TIERS, assert_close, assert_equal, llama, prompt, run
 
 

@@ -14,7 +14,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 import scout_hf
 from scout_hf import ScoutCache
-from scout_hf.cache_names import CACHE
+from scout_hf.compat.cache_names import CACHE
 from tests.integration.common import ONE_TIER, TWO_TIERS, assert_close, assert_equal, llama, prompt, run
 
 

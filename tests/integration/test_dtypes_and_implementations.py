@@ -56,7 +56,7 @@ def test_frozen_weights_with_learnt_inputs_are_refused():
 def test_reset_makes_a_broken_cache_whole():
     model = tiny_model("llama")
     cache = scout_hf.ScoutCache(model.config)
-    cache.whole.torn = "crop()"
+    cache.guard.torn = "crop()"
     with pytest.raises(scout_hf.CacheStateError, match="new ScoutCache"):
         cache.mark()
     cache.reset()

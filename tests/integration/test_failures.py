@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 import scout_hf
-from scout_hf.cache_names import CACHE
+from scout_hf.compat.cache_names import CACHE
 from scout_hf.kernels.cpu.pool import NativePool
 from scout_hf.kernels.cpu.torch_backend import TorchBackend
 from scout_hf.methods.scout import executor_torch
@@ -192,7 +192,7 @@ def test_a_recall_that_raises(monkeypatch, backend):
             raise Planted("planted")
 
         with monkeypatch.context() as planted:
-            planted.setattr("scout_hf.stores.device.Recall.run", fail)
+            planted.setattr("scout_hf.stores.resident_slots.Recall.run", fail)
             never_run = SimpleNamespace(wait=fail, drain=lambda: False)
             planted.setattr("scout_hf.kernels.cpu.native_backend.NativeBackend.copy", lambda *args, **_: never_run)
             cache = handle.new_cache()
@@ -391,7 +391,7 @@ def test_slots_that_grow_change_nothing(monkeypatch):
 
 @pytest.mark.parametrize("when", ["at first", "as they grow"])
 def test_residents_without_memory_name_the_setting(monkeypatch, when):
-    from scout_hf.stores import device
+    from scout_hf.stores import resident_slots
 
     model = llama()
     monkeypatch.setattr("scout_hf.methods.scout.policy.SPARE_BLOCKS", 1)
@@ -403,9 +403,9 @@ def test_residents_without_memory_name_the_setting(monkeypatch, when):
         cache = handle.new_cache()
         with monkeypatch.context() as short:
             if when == "at first":
-                short.setattr(device.ResidentSlots, "__init__", none)
+                short.setattr(resident_slots.ResidentSlots, "__init__", none)
             else:
-                short.setattr(device.ResidentSlots, "grow", none)
+                short.setattr(resident_slots.ResidentSlots, "grow", none)
             with pytest.raises(scout_hf.errors.ResidentMemoryError, match="bytes.*resident=1000.*budget=None.*smaller"):
                 run(model, prompt(), new=40, past_key_values=cache)
         got = run(model, prompt(), new=40)

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import scout_hf
-from scout_hf.cache_names import CACHE
+from scout_hf.compat.cache_names import CACHE
 from scout_hf.errors import UnsupportedInputError, UnsupportedModelError
 from tests.integration.common import EXACT_METHODS, ONE_TIER, TWO_TIERS, llama, prompt
 

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 import scout_hf
 from scout_hf.fusion import Partial
 from scout_hf.kernels.cpu import pool, workers
-from scout_hf.methods import base, bring
+from scout_hf.methods import base, host_to_device
 from scout_hf.methods.scout.one_tier import OneTierScout
 from scout_hf.stores.staging import Staging
 from tests.integration.common import (
@@ -142,7 +142,7 @@ def test_not_waiting_for_a_copy_is_seen(monkeypatch, name):
         expected = run(model, prompt(), new=6)
         spoiled_staging(monkeypatch)
         late_by(monkeypatch, 0.2)
-        monkeypatch.setattr(bring.Coming, "wait", lambda self: (self._buffer[0], self._buffer[1]))
+        monkeypatch.setattr(host_to_device.InFlightCopy, "wait", lambda self: (self._buffer[0], self._buffer[1]))
         assert not torch.equal(logits(run(model, prompt(), new=6)), logits(expected))
 
 

@@ -12,7 +12,7 @@ from transformers.models.llama import modeling_llama
 
 import scout_hf
 from scout_hf import PatchError, ScoutCache, UnsupportedModelError
-from scout_hf.cache_names import CACHE
+from scout_hf.compat.cache_names import CACHE
 from tests.integration.common import ONE_TIER, TWO_TIERS, assert_close, assert_equal, llama, prompt, run
 from tests.integration.models import snapshot
 from tests.patches.tiny import tiny_model

@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 import scout_hf
 from scout_hf import UnsupportedModelError
-from scout_hf.cache_names import CACHE
+from scout_hf.compat.cache_names import CACHE
 from tests.integration.common import (
     EXACT_METHODS,
     ONE_TIER,

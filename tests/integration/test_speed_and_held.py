@@ -12,7 +12,7 @@ import torch
 
 import scout_hf
 from scout_hf import ScoutCache
-from scout_hf.cache_names import CACHE
+from scout_hf.compat.cache_names import CACHE
 from tests.integration.common import EXACT_METHODS, ONE_TIER, TWO_TIERS, llama, prompt, run
 from tests.patches.tiny import tiny_model
 

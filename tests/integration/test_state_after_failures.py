@@ -10,9 +10,9 @@ import torch
 
 import scout_hf
 from scout_hf.cache import ScoutLayer
-from scout_hf.stores.device import ResidentSlots
 from scout_hf.stores.host import PagedKV
 from scout_hf.stores.pages import PagePool, PageTable
+from scout_hf.stores.resident_slots import ResidentSlots
 from tests.integration.common import ONE_TIER, TOLERANCE, TWO_TIERS, llama, prompt
 from tests.integration.disturbances import raise_once
 from tests.unit.worlds import CROP_TAKES_LENGTH
@@ -162,7 +162,7 @@ def test_a_turn_that_finds_no_memory_for_residents(monkeypatch, world):
         for at in range(0, 45, 5):  # less than a block at a time: nobody has chosen residents yet
             model(IDS[:, at : at + 5], past_key_values=cache)
         with monkeypatch.context() as broken, pytest.raises(MemoryError):
-            broken.setattr("scout_hf.stores.device._fetch", planted(MemoryError))
+            broken.setattr("scout_hf.stores.resident_slots._fetch", planted(MemoryError))
             model(IDS[:, 45:60], past_key_values=cache)
         assert cache.get_seq_length() == 45
         got = [model(IDS[:, at : at + 1], past_key_values=cache).logits for at in range(45, 60)]

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
 import scout_hf
-from scout_hf.cache_names import CACHE
+from scout_hf.compat.cache_names import CACHE
 from scout_hf.errors import UnsupportedModelError
 from tests.integration.common import (
     EXACT_METHODS,

@@ -8,7 +8,7 @@ from torch import nn
 
 import scout_hf
 from scout_hf import PatchError, ScoutCache, UnsupportedModelError
-from scout_hf.cache_names import CACHE
+from scout_hf.compat.cache_names import CACHE
 from tests.integration.common import ONE_TIER, TWO_TIERS, assert_close, assert_equal, llama, prompt, run
 from tests.integration.models import snapshot
 

@@ -17,7 +17,7 @@ from scout_hf.kernels.triton.choose import Choice
 from scout_hf.kernels.triton.recall import Moves, run_of_blocks
 from scout_hf.methods.scout.handoff import Mailbox
 from scout_hf.selection import pick
-from scout_hf.stores.slots import MappedSlots
+from scout_hf.stores.mapped_slots import MappedSlots
 from tests.unit.naive import poison
 
 

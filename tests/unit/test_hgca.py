@@ -14,8 +14,8 @@ from scout_hf.kernels.cpu import make_backend
 from scout_hf.kernels.cpu.workers import Workers
 from scout_hf.methods.base import Scoring, make_method
 from scout_hf.step import Step
-from scout_hf.stores.link import Links
 from scout_hf.stores.staging import Staging
+from scout_hf.stores.streams import Links
 
 HEADS, GROUP, DIM, SIZE, SCALE = 2, 3, 8, 8, 0.4
 

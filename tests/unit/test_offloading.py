@@ -16,14 +16,14 @@ from scout_hf.kernels.cpu import make_backend
 from scout_hf.kernels.cpu.workers import Workers
 from scout_hf.kernels.weigh import attend_weighing, mean_weights
 from scout_hf.methods.base import find_method
-from scout_hf.methods.bring import bring_blocks, bring_tokens
+from scout_hf.methods.host_to_device import blocks_to_device, tokens_to_device
 from scout_hf.selection.partial import PartialKeys
 from scout_hf.split import Rates, best_split, layer_seconds
 from scout_hf.stores import PagedKV
-from scout_hf.stores.emulated import EmulatedLink
-from scout_hf.stores.kept import KeptTokens
-from scout_hf.stores.link import Links
+from scout_hf.stores.emulated_link import EmulatedLink
+from scout_hf.stores.retained_tokens import RetainedTokens
 from scout_hf.stores.staging import Staging
+from scout_hf.stores.streams import Links
 from tests.unit.naive import QUICK, attention, poison
 from tests.unit.worlds import World, stock_model
 
@@ -110,12 +110,12 @@ def test_blocks_and_tokens_come_as_they_are(backend, slabs, dtype, monkeypatch):
     store, keys, values = a_store(dtype, slabs=slabs)
     assert slabs == 1 or len(store.table.pool.slabs) > 1
     step = FakeStep(backend)
-    coming = bring_blocks(step, store, 2, 7, slice(1, 3), CPU)
+    coming = blocks_to_device(step, store, 2, 7, slice(1, 3), CPU)
     for got, expected in zip(coming.wait(), (keys, values)):
         assert torch.equal(got, expected[:, 1:3, 16:56])
     coming.give_back()
     ids = torch.randint(0, keys.shape[2], (2, 3, 21), generator=torch.Generator().manual_seed(1))
-    coming = bring_tokens(step, store, ids, CPU)
+    coming = tokens_to_device(step, store, ids, CPU)
     for got, expected in zip(coming.wait(), (keys, values)):
         assert torch.equal(got, expected.gather(2, ids.unsqueeze(-1).expand(-1, -1, -1, 16)))
     assert coming.nbytes == 2 * 2 * 3 * 21 * 16 * dtype.itemsize
@@ -127,7 +127,7 @@ def test_a_transfer_without_a_library(monkeypatch):
     store, keys, _ = a_store()
     store.library = None
     ids = torch.tensor([[[3, 79], [0, 8], [7, 15]]] * 2)
-    got = bring_tokens(FakeStep(), store, ids, CPU).wait()[0]
+    got = tokens_to_device(FakeStep(), store, ids, CPU).wait()[0]
     assert torch.equal(got, keys.gather(2, ids.unsqueeze(-1).expand(-1, -1, -1, 16)))
 
 
@@ -229,7 +229,7 @@ def test_mean_weights_in_pieces_are_the_same(monkeypatch):
 def test_kept_tokens_are_a_set_per_head(data):
     """Any sequence of add, limit, crop, select_rows and fork, against dicts."""
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    kept, naive, first = KeptTokens(2, 2, 8, 8, torch.float32), [[{}, {}], [{}, {}]], 0
+    kept, naive, first = RetainedTokens(2, 2, 8, 8, torch.float32), [[{}, {}], [{}, {}]], 0
     for _ in range(data.draw(st.integers(1, 8))):
         what = data.draw(st.sampled_from(["add", "add", "limit", "crop", "select", "fork"]))
         if what == "add":

@@ -8,7 +8,7 @@ import pytest
 
 from scout_hf import ConfigError, RecallIntervals
 from scout_hf.methods.scout.recall_policy import RecallPolicy
-from scout_hf.recall import intervals_below
+from scout_hf.recall_intervals import intervals_below
 
 PROFILE = RecallIntervals((3, 0, 12), 0.12, "llama", budget=0.25, block_size=16)
 
@@ -42,7 +42,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, moment)
 
 
 def changed(**fields):
-    data = {"format": "scout_hf.recall/1", "intervals": [1], "threshold": 0.1, "model_type": "llama"}
+    data = {"format": "scout_hf.recall_intervals/1", "intervals": [1], "threshold": 0.1, "model_type": "llama"}
     return json.dumps({k: v for k, v in {**data, **fields}.items() if v != "absent"})
 
 
@@ -51,7 +51,7 @@ WRONG_FILES = {
     "half": changed()[:30],
     "not an object": "[1, 2, 3]",
     "a number": "7",
-    "another format": changed(format="scout_hf.recall/2"),
+    "another format": changed(format="scout_hf.recall_intervals/2"),
     "no format": changed(format="absent"),
     "no intervals": changed(intervals="absent"),
     "a field too many": changed(colour="red"),

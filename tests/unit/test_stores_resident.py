@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from scout_hf.kernels.cpu import make_backend
 from scout_hf.stores import PackedKV, PagedKV, ResidentSlots, pages
-from scout_hf.stores.device import EMPTY
+from scout_hf.stores.resident_slots import EMPTY
 from tests.libraries import ISAS, without_library
 from tests.unit.naive import QUICK, poison
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from scout_hf.kernels.triton.places import as_bytes, first_real, real_or_first
+from scout_hf.kernels.triton.padding_tokens import as_bytes, first_valid, valid_or_first
 from scout_hf.kernels.triton.support import on_device_of
 
 # Elements of keys that a program holds: 32 for each of its 128 threads, as upper and as lower bounds.
@@ -44,14 +44,14 @@ def _encode_bounds(
     first = 0
     if HAS_PADDING_MASK:
         padding_mask += row * mask_b + block * mask_n
-        first = first_real(padding_mask, mask_t, SIZE, PADDED)
+        first = first_valid(padding_mask, mask_t, SIZE, PADDED)
     highest = tl.full([ROWS, COLUMNS], float("-inf"), tl.float32)
     lowest = tl.full([ROWS, COLUMNS], float("inf"), tl.float32)
     for start in range(0, SIZE, ROWS):
         # What would be behind the last token is the last once more.
         token = tl.minimum(start + tl.arange(0, ROWS), SIZE - 1)
         if HAS_PADDING_MASK:
-            token = real_or_first(padding_mask, mask_t, token, first, SIZE)
+            token = valid_or_first(padding_mask, mask_t, token, first, SIZE)
         tile = tl.load(keys + token[:, None] * keys_t + column[None, :], mask=within[None, :], other=0.0)
         tile = tile.to(tl.float32)
         highest = tl.maximum(highest, tile, propagate_nan=tl.PropagateNan.ALL)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from scout_hf.kernels.triton.encode_bounds import on_grid
-from scout_hf.kernels.triton.places import as_bytes, first_real, real_or_first
+from scout_hf.kernels.triton.padding_tokens import as_bytes, first_valid, valid_or_first
 from scout_hf.kernels.triton.support import on_device_of
 
 # Bounds of one kind that a program holds at once, 32 for each of its 128 threads.
@@ -39,7 +39,7 @@ def _encode_parts(
     first = 0
     if HAS_PADDING_MASK:
         padding_mask += row * mask_b + block * mask_n
-        first = first_real(padding_mask, mask_t, SIZE, PADDED)
+        first = first_valid(padding_mask, mask_t, SIZE, PADDED)
     for start in range(0, SIZE // SUB, PARTS):
         part = start + tl.arange(0, PARTS)
         inside = part < SIZE // SUB
@@ -49,7 +49,7 @@ def _encode_parts(
         for offset in tl.static_range(SUB):
             token = tl.where(inside, part, 0) * SUB + offset
             if HAS_PADDING_MASK:
-                token = real_or_first(padding_mask, mask_t, token, first, SIZE)
+                token = valid_or_first(padding_mask, mask_t, token, first, SIZE)
             key = tl.load(keys + token[:, None] * keys_t + column[None, :], mask=within[None, :], other=0.0)
             high = tl.maximum(high, key.to(tl.float32), propagate_nan=tl.PropagateNan.ALL)
             low = tl.minimum(low, key.to(tl.float32), propagate_nan=tl.PropagateNan.ALL)

@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from scout_hf.kernels.triton.pieces import two_pieces
-from scout_hf.kernels.triton.places import as_bytes, real_or_first
+from scout_hf.kernels.triton.bf16_split import bf16_split
+from scout_hf.kernels.triton.padding_tokens import as_bytes, valid_or_first
 from scout_hf.kernels.triton.support import dot, on_device_of
 
 # Tokens of a program, and channels per pass over them: the rotation's part takes 32 KiB of shared memory at a head size
@@ -42,7 +42,7 @@ def _encode_sign(
         first = tl.min(tl.where(marks != 0, inside[None, :], SIZE), 1)
         first = tl.reshape(tl.broadcast_to(first[:, None], (BLOCKS, EACH)), (TOKENS,))
         padding_mask += tl.where(real, block, 0).to(tl.int64) * mask_n
-        place = real_or_first(padding_mask, mask_t, token, first, SIZE)
+        place = valid_or_first(padding_mask, mask_t, token, first, SIZE)
 
     constants = (row * tl.num_programs(1) + head) * DIM
     keys += row * keys_b + head * keys_h
@@ -55,9 +55,9 @@ def _encode_sign(
         centre = tl.load(mean + constants + channel, mask=within, other=0.0)
         spread = tl.load(divisor + constants + channel, mask=within, other=1.0)
         key = tl.load(keys + channel[None, :], mask=real[:, None] & within[None, :], other=0.0).to(tl.float32)
-        high, low = two_pieces((key - centre[None, :]) / spread[None, :])
+        high, low = bf16_split((key - centre[None, :]) / spread[None, :])
         turn = rotation + channel[:, None] * DIM + column[None, :]
-        main, rest = two_pieces(tl.load(turn, mask=within[:, None] & (column < DIM)[None, :], other=0.0))
+        main, rest = bf16_split(tl.load(turn, mask=within[:, None] & (column < DIM)[None, :], other=0.0))
         # The product of both rests is below what is kept.
         turned += dot(high, rest) + dot(low, main)
         turned += dot(high, main)

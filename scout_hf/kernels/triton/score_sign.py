@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from scout_hf.kernels.triton.pieces import two_pieces
+from scout_hf.kernels.triton.bf16_split import bf16_split
 from scout_hf.kernels.triton.support import MIN_ROWS, dot, on_device_of
 
 # One warp per so many tokens: small blocks then need no exchange between warps.
@@ -26,7 +26,7 @@ def _plane(query, query_h, line, BIT: tl.constexpr, DIM: tl.constexpr, BYTES: tl
     member, byte = line % HALF, tl.arange(0, BYTES)
     mask = (member < GROUP)[:, None] & (byte < DIM // 8)[None, :]
     asked = tl.load(query + member[:, None] * query_h + byte[None, :] * 8 + BIT, mask=mask, other=0.0)
-    high, low = two_pieces(asked.to(tl.float32))
+    high, low = bf16_split(asked.to(tl.float32))
     pieces = tl.where((line < HALF)[:, None], high, low).to(tl.float32)
     power = tl.full([1], (194 - (1 << BIT)) << 23, tl.int32).to(tl.float32, bitcast=True)
     return tl.sum(pieces, 1), (pieces * power[None, :]).to(tl.bfloat16)

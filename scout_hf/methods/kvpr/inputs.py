@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from scout_hf.stores import PagedKV, TwoTierKV
-from scout_hf.stores.link import Links, Mark
+from scout_hf.stores.streams import Links, Mark
 
 
 class LayerInputs:

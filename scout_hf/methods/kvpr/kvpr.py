@@ -12,8 +12,8 @@ from scout_hf.errors import ConfigError, ScoutError
 from scout_hf.fusion import Partial, fuse
 from scout_hf.kernels.attend import attend
 from scout_hf.methods.base import register_method
-from scout_hf.methods.bring import Coming, bring_blocks
 from scout_hf.methods.dense import Dense
+from scout_hf.methods.host_to_device import InFlightCopy, blocks_to_device
 from scout_hf.methods.kvpr.inputs import LayerInputs
 from scout_hf.split import Rates, best_split
 from scout_hf.step import Step
@@ -50,7 +50,7 @@ class KVPR(Dense):
         self._rates: Rates | None = None
         self._split = 0
         self._apart = 0.0  # seconds of this attention that were waited or recomputed
-        self._inputs_coming: Coming | None = None
+        self._inputs_coming: InFlightCopy | None = None
 
     @classmethod
     def check(cls, config: ScoutConfig) -> None:
@@ -203,7 +203,7 @@ class KVPR(Dense):
             step.counters.note("kvpr", f"nothing is recomputed: {reason}", self.layer_idx)
         return made
 
-    def _wait(self, step: Step, coming: Coming) -> tuple[torch.Tensor, torch.Tensor]:
+    def _wait(self, step: Step, coming: InFlightCopy) -> tuple[torch.Tensor, torch.Tensor]:
         begin = time.perf_counter()
         found = super()._wait(step, coming)
         self._apart += time.perf_counter() - begin
@@ -213,7 +213,8 @@ class KVPR(Dense):
         if self._split and self.inputs.on_host:
             self.inputs.written.finish()
             host, device = self.inputs.store.host, self.kv.device
-            self._inputs_coming = bring_blocks(step, host, 0, self._split, slice(0, 1), device, self.config.link_gbps)
+            link = self.config.link_gbps
+            self._inputs_coming = blocks_to_device(step, host, 0, self._split, slice(0, 1), device, link)
 
     def _drop_coming(self) -> None:
         self._split = 0  # first: what it needs may be gone when an error ends this
@@ -278,7 +279,7 @@ class KVPR(Dense):
             seconds.append(time.perf_counter() - begin)
         begin = time.perf_counter()
         blocks, host = tokens // self.config.block_size, self.kv.host
-        coming = bring_blocks(step, host, 0, blocks, slice(0, host.heads), self.kv.device, self.config.link_gbps)
+        coming = blocks_to_device(step, host, 0, blocks, slice(0, host.heads), self.kv.device, self.config.link_gbps)
         coming.wait()
         self._synchronise()
         per_byte = (time.perf_counter() - begin) / coming.nbytes

@@ -22,8 +22,8 @@ from scout_hf.methods.scout.handoff import Flags, Handoff, Mailbox, make_handoff
 from scout_hf.selection import Pick
 from scout_hf.step import Step
 from scout_hf.stores import TwoTierKV
-from scout_hf.stores.link import Mark
-from scout_hf.stores.slots import MappedSlots
+from scout_hf.stores.mapped_slots import MappedSlots
+from scout_hf.stores.streams import Mark
 
 if TYPE_CHECKING:
     from scout_hf.methods.scout.policy import TwoTierScout as Layer

@@ -7,7 +7,7 @@ import math
 import torch
 
 from scout_hf.fusion import Partial
-from scout_hf.stores.link import Mark
+from scout_hf.stores.streams import Mark
 
 CHECK_EVERY = 4
 # Relative error of the layer's output, mean over rows and heads. Selection alone costs about as much.

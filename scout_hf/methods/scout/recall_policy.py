@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from scout_hf.recall import RecallIntervals
+from scout_hf.recall_intervals import RecallIntervals
 
 
 class RecallPolicy:

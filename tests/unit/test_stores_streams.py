@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from scout_hf.stores import PagedKV, TwoTierKV
-from scout_hf.stores.link import Links, Mark
+from scout_hf.stores.streams import Links, Mark
 from tests.unit.naive import poison
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

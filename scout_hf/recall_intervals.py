@@ -11,7 +11,7 @@ from scout_hf.errors import ConfigError
 from scout_hf.files import read_json, write_text
 from scout_hf.rules import count, fields, items, number, one_of, text
 
-FORMAT = "scout_hf.recall/1"
+FORMAT = "scout_hf.recall_intervals/1"
 LARGEST_FILE = 1 << 20
 _REMEDY = "handle.profile_recall(prompts).save(path)"
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from scout_hf.stores.link import Links, Mark
 from scout_hf.stores.packed import make_store
+from scout_hf.stores.streams import Links, Mark
 
 
 class Tail(NamedTuple):

@@ -8,7 +8,7 @@ import triton.language as tl
 
 
 @triton.jit
-def first_real(padding_mask, mask_t, SIZE: tl.constexpr, PADDED: tl.constexpr):
+def first_valid(padding_mask, mask_t, SIZE: tl.constexpr, PADDED: tl.constexpr):
     """The first real token of one block, or its size if there is none; ``PADDED`` is the power of two from it up."""
     token = tl.arange(0, PADDED)
     marks = tl.load(padding_mask + token * mask_t, mask=token < SIZE, other=0)
@@ -16,7 +16,7 @@ def first_real(padding_mask, mask_t, SIZE: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def real_or_first(padding_mask, mask_t, token, first, SIZE: tl.constexpr):
+def valid_or_first(padding_mask, mask_t, token, first, SIZE: tl.constexpr):
     """Tokens (n,) of one block, in place of padding its first real one; token 0 where all is padding."""
     marks = tl.load(padding_mask + token * mask_t)
     return tl.where(marks != 0, token, tl.where(first < SIZE, first, 0))

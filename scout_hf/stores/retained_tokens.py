@@ -7,7 +7,7 @@ import torch
 from scout_hf.stores.packed import make_store
 
 
-class KeptTokens:
+class RetainedTokens:
     """Keys and values of the tokens that each head keeps, as pages of a store with one row per row and head.
 
     Parameters
@@ -86,9 +86,9 @@ class KeptTokens:
         self.tokens, self.weights, self.valid = self.tokens[rows], self.weights[rows], self.valid[rows]
         self.total = int(self.valid.sum())
 
-    def fork(self) -> KeptTokens:
+    def fork(self) -> RetainedTokens:
         """An independent copy that shares pages."""
-        twin = object.__new__(KeptTokens)
+        twin = object.__new__(RetainedTokens)
         twin.__dict__.update(self.__dict__, kv=self.kv.fork())
         return twin
 

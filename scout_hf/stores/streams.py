@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from scout_hf.stores.emulated import EmulatedLink
+from scout_hf.stores.emulated_link import EmulatedLink
 
 
 class Mark:

@@ -9,10 +9,10 @@ import torch
 
 from scout_hf.step import Step
 from scout_hf.stores import PagedKV
-from scout_hf.stores.link import Links, Mark
+from scout_hf.stores.streams import Links, Mark
 
 
-class Coming:
+class InFlightCopy:
     """In-flight copies of keys and values: ``wait`` for them, or ``drain`` them; then ``give_back``, once.
 
     Attributes
@@ -43,9 +43,9 @@ class Coming:
         self._ticket.drain()
 
 
-def bring_blocks(
+def blocks_to_device(
     step: Step, host: PagedKV, first: int, last: int, heads: slice, device: torch.device, gbps=None
-) -> Coming:
+) -> InFlightCopy:
     """Start copying blocks ``first:last`` of some KV heads of every row to the device.
 
     Parameters
@@ -76,11 +76,13 @@ def bring_blocks(
     return _bring(step, host, (first, last, heads), shape, places, read, device, gbps)
 
 
-def bring_tokens(step: Step, host: PagedKV, ids: torch.Tensor, device: torch.device, gbps=None, real=None) -> Coming:
+def tokens_to_device(
+    step: Step, host: PagedKV, ids: torch.Tensor, device: torch.device, gbps=None, real=None
+) -> InFlightCopy:
     """Start copying single tokens to the device; ``ids`` is (batch, kv_heads, n) of int64 on the CPU.
 
     ``real`` (bool of that shape) picks some of them: keys and values are (picked, head_dim) then, in the order of
-    ``real.nonzero()``. Otherwise like :func:`bring_blocks`.
+    ``real.nonzero()``. Otherwise like :func:`blocks_to_device`.
     """
     size, dim, heads = host.block_size, host.head_dim, host.heads
     offsets = (torch.arange(heads, dtype=torch.int64, device="cpu")[None, :, None] * (2 * size) + ids % size).flatten()
@@ -109,7 +111,7 @@ def bring_tokens(step: Step, host: PagedKV, ids: torch.Tensor, device: torch.dev
 
 def _bring(
     step: Step, host: PagedKV, what: tuple, shape: tuple, places: Callable, read: Callable, device, gbps
-) -> Coming:
+) -> InFlightCopy:
     staging = step.cache.staging
     buffer = staging.take(shape, host.dtype, device)
     native = host.library is not None and not host.packed
@@ -128,7 +130,7 @@ def _bring(
     except BaseException:
         staging.lose(buffer)
         raise
-    return Coming(what, buffer, step.links.limit(ticket, buffer.nbytes, gbps), staging)
+    return InFlightCopy(what, buffer, step.links.limit(ticket, buffer.nbytes, gbps), staging)
 
 
 def _carry(buffer: torch.Tensor, read: Callable, copy: Callable | None, links: Links, free: Mark) -> Mark:

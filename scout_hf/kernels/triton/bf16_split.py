@@ -20,7 +20,7 @@ def to_nearest(x):
 
 
 @triton.jit
-def two_pieces(x):
+def bf16_split(x):
     """The bfloat16 nearest to each float32, and the one nearest to what is left."""
     high = to_nearest(x)
     return high, to_nearest(x - high.to(tl.float32))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from scout_hf.stores.device import Recall, ResidentSlots
+from scout_hf.stores.resident_slots import Recall, ResidentSlots
 
 ROOM = 1.125
 
 
-class PassingTokens:
-    """Tokens that come for one attention and are gone; the same calls as those of :class:`HeldTokens`."""
+class StreamedTokens:
+    """Tokens that come for one attention and are gone; the same calls as those of :class:`TokenCache`."""
 
     used_bytes = 0
 
@@ -50,12 +50,12 @@ class PassingTokens:
         """Nothing stays."""
         self.forget()
 
-    def fork(self) -> PassingTokens:
+    def fork(self) -> StreamedTokens:
         """Another one."""
-        return PassingTokens()
+        return StreamedTokens()
 
 
-class HeldTokens:
+class TokenCache:
     """Keys and values of each row's and KV head's chosen tokens; only those cross the link that are not here yet.
 
     ``plan`` what is to come, ``put`` it when it is here, or ``forget`` it; then ``content`` is what was chosen.
@@ -148,8 +148,8 @@ class HeldTokens:
         self._sizes = (len(slots.ids), *sizes)
         self._slots = slots
 
-    def fork(self) -> HeldTokens:
+    def fork(self) -> TokenCache:
         """An independent copy."""
-        twin = object.__new__(HeldTokens)
+        twin = object.__new__(TokenCache)
         twin.__dict__.update(self.__dict__, _slots=self._slots.fork(), _recall=None, _chosen=None)
         return twin

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from scout_hf.stores.device import EMPTY, more_slots
+from scout_hf.stores.resident_slots import EMPTY, more_slots
 
 SPARE_BLOCKS = 64
 

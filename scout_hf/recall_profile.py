@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from scout_hf.cache_names import CACHE
+from scout_hf.compat.cache_names import CACHE
 from scout_hf.errors import ConfigError
 from scout_hf.methods import Scout
-from scout_hf.recall import RecallIntervals, intervals_below
+from scout_hf.recall_intervals import RecallIntervals, intervals_below
 
 DEFAULT_THRESHOLD = 0.12
 WHOLE = (torch.int64, torch.int32)

@@ -11,7 +11,7 @@ from scout_hf.step import Step, active_step, set_active_step
 LINEAR = "a forward pass failed half way, and linear-attention layers, which cannot go back,"
 
 
-class Whole:
+class ChangeGuard:
     """Of one cache, known to it, to its layers, and to shallow copies, which have the same layers.
 
     Attributes
@@ -80,7 +80,7 @@ class Whole:
         if self.open_pass is not None and not self.open_pass.is_running():
             self.open_pass.abort()
 
-    def __deepcopy__(self, memo: dict) -> Whole:
-        twin = memo[id(self)] = Whole()
+    def __deepcopy__(self, memo: dict) -> ChangeGuard:
+        twin = memo[id(self)] = ChangeGuard()
         twin.torn = self.torn
         return twin
