@@ -5,30 +5,10 @@ from transformers import PreTrainedTokenizerFast
 
 from scout_hf.eval.pocket import vocabulary as vocab
 
-GROUPS = (
-    vocab.SPECIAL,
-    vocab.PUNCTUATION,
-    vocab.DIGITS,
-    vocab.TEMPLATE,
-    vocab.KEY_ADJECTIVES,
-    vocab.KEY_NOUNS,
-    vocab.VALUES,
-    vocab.DETERMINERS,
-    vocab.ADJECTIVES,
-    vocab.SUBJECTS,
-    vocab.VERBS,
-    vocab.ADVERBS,
-    vocab.PREPOSITIONS,
-    vocab.POSSESSIVES,
-    vocab.OBJECTS,
-    vocab.CONJUNCTIONS,
-    vocab.NAMES,
-)
-
 
 def words() -> list[str]:
     """The vocabulary in order of token id: `vocab.SIZE` distinct words, the special ones first."""
-    return [word for group in GROUPS for word in group]
+    return [word for group in vocab.GROUPS for word in group]
 
 
 def build_tokenizer(max_length: int) -> PreTrainedTokenizerFast:

@@ -6,7 +6,7 @@ does not depend on their meaning. Every timed step adds its token to the cache, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,6 +20,7 @@ from scout_hf.diagnostics import MemoryReader, native_isa
 from scout_hf.eval.arms import CPU_DECODE, FOLDED
 from scout_hf.eval.bench import machine, memory
 from scout_hf.eval.bench.models import SHAPE, make_llama, twin, weight_bytes
+from scout_hf.eval.bench.options import CpuDecode, Tell, all_but, silent
 from scout_hf.eval.bench.timing import interleave, timed
 from scout_hf.eval.caches import DTYPE, Caches, fill, kv_bytes, kv_bytes_per_token, tensor_bytes
 from scout_hf.stores import allocate_slab
@@ -38,30 +39,18 @@ WARM_UP_TOKENS = 256
 SPARE_BYTES = 2 << 30
 
 
-def run(
-    contexts: Sequence[int] = (0, 32768, 131072),
-    budget: int = 2048,
-    block_size: int = 32,
-    threads: int | None = None,
-    repeat: int = 20,
-    layers: int = 16,
-    prefill_tokens: int = 8192,
-    prefill_layers: int = 2,
-    memory_tokens: int = 32768,
-    shape: dict[str, int] | None = None,
-    seed: int = 0,
-    tell: Callable[[str], Any] = lambda line: None,
-) -> dict[str, Any]:
+def run(options: CpuDecode, tell: Tell = silent, shape: dict[str, int] | None = None, seed: int = 0) -> dict[str, Any]:
     """Measure everything and return it in a form that JSON takes.
 
-    Arguments are the options of ``scout-hf bench cpu-decode``, 0 tokens standing for a few in ``contexts`` and for none
-    elsewhere; ``shape`` has other sizes of the model, as LlamaConfig takes them. Slow steps are timed less often than
-    ``repeat`` says, three times at least.
+    0 tokens stand for a few in ``contexts`` and for none elsewhere; ``shape`` has other sizes of the model, as
+    LlamaConfig takes them. Slow steps are timed less often than ``repeat`` says, three times at least.
     """
+    contexts, repeat, layers, memory_tokens = options.contexts, options.repeat, options.layers, options.memory_tokens
+    budget, block_size, prefill_layers = options.budget, options.block_size, min(options.prefill_layers, layers)
     scout_hf.ScoutConfig(budget=budget, block_size=block_size)
     shape = (shape or {}) | {"num_hidden_layers": layers}
-    threads = threads or min(torch.get_num_threads(), len(machine.usable_cpus()))
-    settings = {name: value for name, value in locals().items() if name not in ("tell", "shape")}
+    threads = options.threads or min(torch.get_num_threads(), len(machine.usable_cpus()))
+    settings = all_but(options, "out") | {"threads": threads, "seed": seed}
     with machine.measuring(threads, tell) as company:
         tell(f"making a model of {layers} layers with random weights")
         model = make_llama(seed, **shape)
@@ -75,7 +64,7 @@ def run(
                 mine = twin(model)
                 modes[name] = mine, stack.enter_context(arm.caches(mine, budget=budget, block_size=block_size))
             rows = [_decode(modes, context, repeat, seed, tell) for context in contexts]
-        prefill = _prefill(model, prefill_tokens, min(prefill_layers, layers), budget, block_size, seed, tell)
+        prefill = _prefill(model, options.prefill_tokens, prefill_layers, budget, block_size, seed, tell)
     held = []
     if memory_tokens:
         tell(f"measuring memory for {memory_tokens} tokens in processes of their own")

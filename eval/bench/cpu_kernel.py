@@ -15,6 +15,7 @@ import torch
 from scout_hf import ScoutConfig
 from scout_hf.diagnostics import MemoryReader, native_isa
 from scout_hf.eval.bench import machine
+from scout_hf.eval.bench.options import CpuKernel, Tell, all_but, silent
 from scout_hf.eval.bench.timing import Timing, interleave
 from scout_hf.eval.caches import DTYPE, tensor_bytes
 from scout_hf.kernels.cpu import BlockLists, make_backend
@@ -28,27 +29,14 @@ OUTLIER_CHANNELS, OUTLIER_FACTORS, OFFSET = 4, (10.0, 30.0), 2.0
 WARM_UPS = 2
 
 
-def run(
-    tokens: Sequence[int] = (1024, 4096, 16384, 65536),
-    cache_tokens: int = 131072,
-    query_heads: int = 32,
-    kv_heads: int = 8,
-    head_dim: int = 128,
-    block_size: int = 32,
-    threads: int = 1,
-    repeat: int = 30,
-    dense: int = 3,
-    seed: int = 0,
-    tell: Callable[[str], Any] = lambda line: None,
-) -> dict[str, Any]:
-    """Measure everything, of one row in bf16, and return it in a form that JSON takes.
-
-    Arguments are the options of ``scout-hf bench cpu-kernel``; ``tell`` gets lines for the user.
-    """
-    settings = {name: value for name, value in locals().items() if name != "tell"} | {"caches": CACHES}
-    _check(tokens, cache_tokens, query_heads, kv_heads, head_dim, block_size)
-    with machine.measuring(threads, tell) as company:
-        bench = _Bench(query_heads, kv_heads, head_dim, block_size, cache_tokens, threads, seed)
+def run(options: CpuKernel, tell: Tell = silent, seed: int = 0) -> dict[str, Any]:
+    """Measure everything, of one row in bf16, and return it in a form that JSON takes."""
+    (query_heads, kv_heads), head_dim, block_size = options.heads, options.head_dim, options.block_size
+    tokens, cache_tokens, repeat, dense = options.tokens, options.cache_tokens, options.repeat, options.dense
+    settings = all_but(options, "heads", "out") | {"query_heads": query_heads, "kv_heads": kv_heads}
+    _check(options)
+    with machine.measuring(options.threads, tell) as company:
+        bench = _Bench(options, seed)
         tell(f"filling {CACHES} bf16 and {CACHES} int8 caches of {cache_tokens} tokens")
         bench.fill()
         rows = []
@@ -68,7 +56,7 @@ def run(
             row["ratios"]["dense_folded/native"] = whole["folded"]["median_ms"] / row["native"]["median_ms"]
     return {
         "benchmark": "cpu_kernel",
-        "settings": settings,
+        "settings": settings | {"seed": seed, "caches": CACHES},
         "machine": machine.describe(),
         "company": company.record(),
         "kv_on_huge_pages": bench.huge_share,
@@ -80,14 +68,14 @@ def run(
 
 
 class _Bench:
-    def __init__(self, query_heads, kv_heads, head_dim, block_size, cache_tokens, threads, seed):
-        self.heads, self.kv_heads, self.dim, self.size = query_heads, kv_heads, head_dim, block_size
-        self.tokens, self.blocks = cache_tokens, cache_tokens // block_size
-        self.threads, self.seed, self.turn = threads, seed, 0
+    def __init__(self, options: CpuKernel, seed: int):
+        (self.heads, self.kv_heads), self.dim, self.size = options.heads, options.head_dim, options.block_size
+        self.tokens, self.blocks = options.cache_tokens, options.cache_tokens // options.block_size
+        self.seed, self.turn = seed, 0
         self.random = torch.Generator().manual_seed(seed)
-        self.reader = MemoryReader(threads)
+        self.reader = MemoryReader(options.threads)
         self.native, self.torch = make_backend("native"), make_backend("torch")
-        self.config = ScoutConfig(block_size=block_size, digest="minmax")
+        self.config = ScoutConfig(block_size=self.size, digest="minmax")
 
     def fill(self) -> None:
         self.plain, self.packed, self.codes = [], [], []
@@ -320,7 +308,9 @@ def _ratios(times: dict[str, Timing], *names: str) -> dict[str, float]:
     return {f"{above}/{below}": times[above].median / times[below].median for above, below in parts}
 
 
-def _check(tokens, cache_tokens, query_heads, kv_heads, head_dim, block_size) -> None:
+def _check(options: CpuKernel) -> None:
+    (query_heads, kv_heads), head_dim, block_size = options.heads, options.head_dim, options.block_size
+    tokens, cache_tokens = options.tokens, options.cache_tokens
     if native_isa() is None:
         raise ValueError("there is no native library to measure; reinstall scout_hf with g++ or clang at hand")
     if query_heads % kv_heads or head_dim % 32:

@@ -27,6 +27,7 @@ from scout_hf.eval.arms import COMPILED, GPU_DECODE, HANDED_OVER, IN_LAYER
 from scout_hf.eval.bench import device as devices
 from scout_hf.eval.bench import drift, machine
 from scout_hf.eval.bench.models import MODELS, SHAPE, make_model, weight_bytes
+from scout_hf.eval.bench.options import GpuDecode, Tell, silent
 from scout_hf.eval.bench.timing import interleave, timed
 from scout_hf.eval.caches import fill, held_bytes, kv_bytes_per_token
 from scout_hf.eval.records import Record
@@ -44,45 +45,24 @@ SETTINGS = ("device", "layers", "steps", "budget", "block_size", "digest", "cpu_
 """What figures in one file must have in common."""
 
 
-def run(
-    device: str = "cuda",
-    models: Sequence[str] = tuple(MODELS),
-    layers: int | None = None,
-    contexts: Sequence[int] = CONTEXTS,
-    batches: Sequence[int] = BATCHES,
-    arms: Sequence[str] | None = None,
-    steps: int = 32,
-    budget: int = 2048,
-    block_size: int = 32,
-    digest: str = "minmax",
-    cpu_query: str = "auto",
-    gpu_kernels: str = "auto",
-    drift_share: float = 0.1,
-    compiled: bool = False,
-    caps: Sequence[float] = (),
-    threads: int | None = None,
-    seed: int = 0,
-    path: Path | None = None,
-    fresh: bool = False,
-    tell: Callable[[str], Any] = lambda line: None,
-) -> dict[str, Any]:
+def run(asked: GpuDecode, tell: Tell = silent) -> dict[str, Any]:
     """Measure everything that is not in the file yet, and return all of it in a form that JSON takes.
 
-    Arguments are the options of ``scout-hf bench gpu-decode``; ``path`` is written after every arm, and ``tell`` gets
-    lines for the user. On ``cpu`` both tiers are in host memory, and arms that need CUDA are skipped.
+    The file in ``out`` is written after every arm. On ``cpu`` both tiers are in host memory, and arms that need CUDA
+    are skipped.
     """
-    settings = {name: value for name, value in locals().items() if name in SETTINGS} | {"drift": drift_share}
-    place = devices.find(device)
-    arms = _check(models, arms, steps, compiled, contexts, block_size, digest)
-    threads = threads or min(torch.get_num_threads(), len(machine.usable_cpus()))
-    settings["threads"] = threads
-    options = {"budget": budget, "block_size": block_size, "cpu_query": cpu_query, "gpu_kernels": gpu_kernels}
-    options |= {"digest": drift.drifting(digest), "threads": threads, "split": "cpu" if place.type == "cpu" else "auto"}
+    models, contexts, batches = asked.model or tuple(MODELS), asked.context or CONTEXTS, asked.batch or BATCHES
+    place, caps, arms = devices.find(asked.device), parse_caps(asked.caps), _check(asked, models, contexts)
+    threads = asked.threads or min(torch.get_num_threads(), len(machine.usable_cpus()))
+    settings = {name: getattr(asked, name) for name in SETTINGS} | {"threads": threads}
+    options = {name: getattr(asked, name) for name in ("budget", "block_size", "cpu_query", "gpu_kernels")}
+    options |= {"digest": drift.drifting(asked.digest), "threads": threads}
+    options |= {"split": "cpu" if place.type == "cpu" else "auto"}
     scout_hf.ScoutConfig(**options)
-    find_kernels(gpu_kernels, place)
+    find_kernels(asked.gpu_kernels, place)
     for context in contexts:
-        _correlation(options, drift_share, context)
-    file = _begin(path, fresh, settings, place)
+        _correlation(options, asked.drift, context)
+    file = _begin(asked.out / "gpu_decode.json" if asked.out else None, asked.fresh, settings, place)
     cells = [(part, {"model": name, "context": context, size: value, "arm": arm})
              for part, size, values in (("arms", "batch", batches), ("largest", "cap_gib", caps))
              for name in models for context in contexts for value in values for arm in arms]  # fmt: skip
@@ -94,7 +74,7 @@ def run(
             if not todo:
                 continue
             tell(f"making {name} with random weights")
-            make = functools.partial(_Bench, name, layers, place, options, drift_share, steps, seed, file.held)
+            make = functools.partial(_Bench, name, asked, place, options, file.held)
             bench = devices.outcome(make, place)
             for part, cell in todo:
                 _, context, size, arm = cell.values()
@@ -142,10 +122,10 @@ def _smaller_failed(arms: list[dict[str, Any]], cell: dict[str, Any]) -> dict[st
 class _Bench:
     """One model on its device."""
 
-    def __init__(self, name, layers, device, options, share, steps, seed, record):
-        self.device, self.options, self.share = device, options, share
-        self.steps, self.seed, self.facts = steps, seed, record["device"]
-        self.model = make_model(MODELS[name], layers, device, seed)
+    def __init__(self, name: str, asked: GpuDecode, device: torch.device, options: dict[str, Any], record):
+        self.device, self.options, self.share = device, options, asked.drift
+        self.steps, self.seed, self.facts = asked.steps, asked.seed, record["device"]
+        self.model = make_model(MODELS[name], asked.layers, device, asked.seed)
         config = self.model.config
         record["models"][name] = {
             **{size: getattr(config, size) for size in SHAPE},
@@ -350,19 +330,18 @@ def _ratios(arms: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _check(models, arms, steps: int, compiled: bool, contexts, block_size: int, digest: str) -> tuple[str, ...]:
+def _check(asked: GpuDecode, models: Sequence[str], contexts: Sequence[int]) -> tuple[str, ...]:
     """The arms to run."""
+    arms, block_size = asked.arm, asked.block_size
     if unknown := [name for name in models if name not in MODELS]:
         raise ValueError(f"--model {unknown[0]}: allowed are {', '.join(MODELS)}; try llama-3-8b")
     if unknown := [name for name in arms or () if name not in GPU_DECODE]:
         raise ValueError(f"--arm {unknown[0]!r}: allowed are {', '.join(map(repr, GPU_DECODE))}; try 'scout join'")
-    if digest == "auto":
+    if asked.digest == "auto":
         raise ValueError(
             "--digest auto: name the one whose scores are to be computed, such as minmax or sign; try minmax"
         )
-    if steps < 3:
-        raise ValueError(f"--steps {steps}: medians take 3 or more; try 32")
     scout_hf.ScoutConfig(block_size=block_size)
     if min(contexts) < 4 * block_size:
         raise ValueError(f"--context {min(contexts)}: take at least 4 blocks of {block_size}; try {64 * block_size}")
-    return tuple(arms or (arm for arm in GPU_DECODE if compiled or arm != COMPILED))
+    return tuple(arms or (arm for arm in GPU_DECODE if asked.compiled or arm != COMPILED))

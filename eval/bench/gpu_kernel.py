@@ -21,23 +21,29 @@ from scout_hf.eval.bench import device as devices
 from scout_hf.eval.bench import machine
 from scout_hf.eval.bench.cpu_kernel import random_lists
 from scout_hf.eval.bench.gpu_rivals import by_gathering, made, with_flash, with_flash_attn, with_flashinfer, with_sdpa
+from scout_hf.eval.bench.options import GpuKernel, Tell, all_but, silent
 from scout_hf.eval.bench.timing import Timing, timed
 from scout_hf.eval.caches import DTYPE, tensor_bytes
 from scout_hf.kernels import find_kernels
 from scout_hf.selection import Selector
 
-HEADS = ((32, 32), (32, 8), (40, 8), (28, 4))
-BATCHES, CONTEXTS, BLOCK_SIZES = (1, 4, 16, 64, 128), (512, 2048, 8192, 32768), (32, 16)
-SCORE_TOKENS = (65536, 131072)
-DIGESTS = ("minmax", "minmax-int8", "sign")
+WHOLE = {
+    "heads": ((32, 32), (32, 8), (40, 8), (28, 4)),
+    "batches": (1, 4, 16, 64, 128),
+    "contexts": (512, 2048, 8192, 32768),
+    "block_sizes": (32, 16),
+    "score_tokens": (65536, 131072),
+    "repeat": 10,
+}
 QUICK = {
-    "heads": HEADS[:2],
+    "heads": WHOLE["heads"][:2],
     "batches": (16,),
     "contexts": (2048, 8192),
     "block_sizes": (32,),
-    "score_tokens": SCORE_TOKENS[:1],
+    "score_tokens": WHOLE["score_tokens"][:1],
     "repeat": 5,
 }
+DIGESTS = ("minmax", "minmax-int8", "sign")
 PLAIN, LINES, BULK = "plain", "prefetch lines", "prefetch bulk"
 SDPA, FLASH, FLASHINFER, FLASH_ATTN = "sdpa", "sdpa flash", "flashinfer", "flash_attn"
 GATHERED = "gathered by torch"
@@ -45,31 +51,21 @@ RIVALS = {SDPA: with_sdpa, FLASH: with_flash, FLASHINFER: with_flashinfer, FLASH
 FILL_TOKENS = 8192
 
 
-def run(
-    device: str = "cuda",
-    heads: Sequence[tuple[int, int]] = HEADS,
-    head_dim: int = 128,
-    batches: Sequence[int] = BATCHES,
-    contexts: Sequence[int] = CONTEXTS,
-    block_sizes: Sequence[int] = BLOCK_SIZES,
-    selected: int = 2048,
-    cache_tokens: int = 65536,
-    selected_batch: int = 16,
-    score_tokens: Sequence[int] = SCORE_TOKENS,
-    score_batch: int = 8,
-    repeat: int = 10,
-    seed: int = 0,
-    tell: Callable[[str], Any] = lambda line: None,
-) -> dict[str, Any]:
+def run(options: GpuKernel, tell: Tell = silent) -> dict[str, Any]:
     """Measure everything and return it in a form that JSON takes.
 
-    Arguments are the options of ``scout-hf bench gpu-kernel``. On ``cpu`` the kernels run in Triton's interpreter
-    (``TRITON_INTERPRET=1``), which proves that this runs and measures nothing. The best tile found for each head size,
-    GQA group and block size is kept for later decoding; blocks scattered over a long context come last, so it is
-    theirs.
+    On ``cpu`` the kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), which proves that this runs and
+    measures nothing. The best tile found for each head size, GQA group and block size is kept for later decoding;
+    blocks scattered over a long context come last, so it is theirs.
     """
-    settings = {name: value for name, value in locals().items() if name != "tell"}
-    place = devices.find(device)
+    given = {"batches": options.batch, "contexts": options.context, "block_sizes": options.block_size}
+    given |= {"heads": [parse_heads(one) for one in options.heads or ()]}
+    given |= {"score_tokens": options.score_tokens, "repeat": options.repeat}
+    grid = WHOLE | (QUICK if options.quick else {}) | {name: value for name, value in given.items() if value}
+    heads, batches, contexts, block_sizes, score_tokens, repeat = (grid[name] for name in WHOLE)
+    head_dim, selected, cache_tokens = options.head_dim, options.selected, options.cache_tokens
+    settings = all_but(options, "batch", "context", "block_size", "quick", "out") | grid
+    place = devices.find(options.device)
     for size in block_sizes:
         ScoutConfig(block_size=size)
         _check(heads, head_dim, size, (*contexts, selected, cache_tokens, *score_tokens))
@@ -80,14 +76,14 @@ def run(
     group = next((pair for pair in heads if pair[0] > pair[1]), heads[0])
     cells = [("dense", *pair, size, batch, tokens)
              for pair in heads for size in block_sizes for batch in batches for tokens in contexts]  # fmt: skip
-    cells += [("scattered", *pair, size, selected_batch, selected, cache_tokens)
+    cells += [("scattered", *pair, size, options.selected_batch, selected, cache_tokens)
               for pair in heads for size in block_sizes]  # fmt: skip
-    cells += [("score", *group, block_sizes[0], tokens, name, score_batch, selected)
+    cells += [("score", *group, block_sizes[0], tokens, name, options.score_batch, selected)
               for tokens in score_tokens for name in DIGESTS]  # fmt: skip
     found: dict[str, list] = {"dense": [], "scattered": [], "score": []}
     with machine.measuring(threads, tell) as company:
         facts = devices.describe(place)
-        bench = _Bench(place, kernels, head_dim, repeat, seed, facts["copy"] and facts["copy"]["gb_per_s"])
+        bench = _Bench(place, kernels, head_dim, repeat, options.seed, facts["copy"] and facts["copy"]["gb_per_s"])
         for kind, *cell in tqdm(cells, desc="gpu-kernel", leave=False, disable=None):
             found[kind].append(bench.guarded(getattr(bench, kind), *cell))
     return {

@@ -42,8 +42,7 @@ class CpuKernel:
         """The record of the benchmark."""
         from scout_hf.eval.bench.cpu_kernel import run
 
-        query_heads, kv_heads = self.heads
-        return run(query_heads=query_heads, kv_heads=kv_heads, tell=tell, **_all_but(self, "heads", "out"))
+        return run(self, tell)
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class CpuDecode:
         """The record of the benchmark."""
         from scout_hf.eval.bench.cpu_decode import run
 
-        return run(tell=tell, **_all_but(self, "out"))
+        return run(self, tell)
 
 
 @dataclass(frozen=True)
@@ -92,13 +91,9 @@ class GpuKernel:
 
     def measure(self, tell: Tell) -> dict[str, Any]:
         """The record of the benchmark."""
-        from scout_hf.eval.bench.gpu_kernel import QUICK, parse_heads, run
+        from scout_hf.eval.bench.gpu_kernel import run
 
-        given = {"batches": self.batch, "contexts": self.context, "block_sizes": self.block_size}
-        given |= {"heads": [parse_heads(one) for one in self.heads or ()]}
-        given |= {"score_tokens": self.score_tokens, "repeat": self.repeat}
-        rest = _all_but(self, "batch", "context", "block_size", "heads", "score_tokens", "repeat", "quick", "out")
-        return run(tell=tell, **(QUICK if self.quick else {}) | rest | _given(given))
+        return run(self, tell)
 
 
 @dataclass(frozen=True)
@@ -127,18 +122,15 @@ class GpuDecode:
 
     def measure(self, tell: Tell) -> dict[str, Any]:
         """The record of the benchmark, resumed from ``out``."""
-        from scout_hf.eval.bench.gpu_decode import parse_caps, run
+        from scout_hf.eval.bench.gpu_decode import run
 
-        given = {"models": self.model, "contexts": self.context, "batches": self.batch, "arms": self.arm}
-        rest = _all_but(self, "model", "context", "batch", "arm", "caps", "drift", "out")
-        rest |= {"caps": parse_caps(self.caps), "drift_share": self.drift}
-        rest |= {"path": self.out / "gpu_decode.json" if self.out else None}
-        return run(tell=tell, **rest | _given(given))
+        return run(self, tell)
 
 
-def _all_but(options: Any, *names: str) -> dict[str, Any]:
+def all_but(options: Any, *names: str) -> dict[str, Any]:
+    """Options by name, as a record keeps them, without some."""
     return {name: value for name, value in asdict(options).items() if name not in names}
 
 
-def _given(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value}
+def silent(line: str) -> None:
+    """Tells nobody."""

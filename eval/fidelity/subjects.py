@@ -50,10 +50,15 @@ def available() -> dict[str, str]:
     found = {}
     for name in (*POCKET_MODELS, TEXT):
         try:
-            found[name] = weight_hash(load_subject(name, "none")[0])
+            found[name] = _hash_of(name)
         except (FileNotFoundError, ImportError):
             continue
     return found
+
+
+@lru_cache
+def _hash_of(name: str) -> str:
+    return weight_hash(load_subject(name, "none")[0])
 
 
 def weight_hash(model: PreTrainedModel) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,14 +51,6 @@ class Methods:
 
     def measure(self, command: str, tell: Callable[[str], Any]) -> dict[str, Any]:
         """The record of the benchmark, resumed from ``out``; ``command`` is kept in it."""
-        from scout_hf.eval.arms import parse
-        from scout_hf.eval.methods.run import QUICK, run
+        from scout_hf.eval.methods.run import run
 
-        given = {"contexts": self.contexts, "batches": self.batches, "layers": self.layers, "tasks": self.task}
-        given |= {"questions": self.questions, "memory_gib": self.memory_gib}
-        given |= {"equal_context": max(self.contexts or [0])}
-        taken = {*given, "task", "way", "threads", "quick", "out"}
-        rest = {name: value for name, value in asdict(self).items() if name not in taken}
-        rest |= {"chosen": parse(self.way), "path": self.out / "methods.json" if self.out else None}
-        rest |= {name: value for name, value in given.items() if value}
-        return run(**(QUICK if self.quick else {}) | rest, command=command, tell=tell)
+        return run(self, command=command, tell=tell)

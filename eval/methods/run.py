@@ -6,7 +6,8 @@ Cells are measured in an order in which the first say what later ones need.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,15 @@ from scout_hf import ScoutConfig
 from scout_hf.eval import arms, rules
 from scout_hf.eval.bench import device as devices
 from scout_hf.eval.bench import machine
+from scout_hf.eval.bench.options import Tell, silent
 from scout_hf.eval.fidelity.subjects import available
 from scout_hf.eval.methods import score, speed
+from scout_hf.eval.methods.options import Methods
 from scout_hf.eval.methods.speed import Emulation, emulation_of
 from scout_hf.eval.pocket import TASKS
 from scout_hf.eval.records import Record
 
-QUICK = {"contexts": (8192,), "batches": (1,), "layers": 2, "mha_contexts": (2048,), "equal_context": 8192}
-QUICK |= {"tasks": ("needle",), "budget_shares": (0.125,), "questions": 16, "seconds": 1.0}
 MOST_STEPS, MOST_ROWS = 60, 16
-SHAPE, DEVICE = "gqa", "cpu"
 SPEED, EQUAL, SCORE = "speed", "equal", "score"
 SCORE_ONLY = (arms.KVPRESS, "scout, one tier")
 SPEED_ONLY = (arms.FOLDED, *arms.SAME_ANSWERS)
@@ -39,65 +39,52 @@ GIB = 2**30
 Cell = dict[str, Any]
 
 
-def run(
-    contexts: Sequence[int] = (8192, 16384, 32768),
-    batches: Sequence[int] = (4,),
-    chosen: Sequence[str] | None = None,
-    budget: int = 2048,
-    block_size: int = 32,
-    layers: int = 4,
-    mha_contexts: Sequence[int] = (8192,),
-    equal_context: int | None = 16384,
-    tasks: Sequence[str] = ("needle", "values"),
-    model: str = "llama",
-    score_context: int = 4096,
-    budget_shares: Sequence[float] = (0.0625, 0.125, 0.25),
-    questions: int = 32,
-    link_gbps: float | None = None,
-    cpu_gbps: float | None = None,
-    emulate: str | None = None,
-    drift: float = 0.1,
-    seconds: float = 10.0,
-    seed: int = 0,
-    shape: str = SHAPE,
-    device: str = DEVICE,
-    memory_gib: Sequence[float] = (),
-    kvpress_python: str | None = None,
-    path: Path | None = None,
-    fresh: bool = False,
-    command: str | None = None,
-    tell: Callable[[str], Any] = lambda line: None,
-) -> dict[str, Any]:
-    """Measure what ``path`` does not have yet; returns the record, in a form that JSON takes.
+@dataclass(frozen=True)
+class Grid:
+    """What is measured; options say otherwise where they are given.
 
-    Arguments are the options of ``scout-hf bench methods``, and:
-
-    Parameters
-    ----------
-    mha_contexts : sequence of int
-        Contexts for a model without GQA, batch 1, exact ways alone: where KVPR can pay.
-    equal_context : int or None
-        Every way gets as many rows as fit into the device memory of one stock row of that context.
-    score_context, budget_shares
-        Of what the trained model is asked, and budgets as shares of it.
-    seconds : float
-        Of timed steps per cell, at least three steps.
+    ``mha_contexts``: for a model without GQA, batch 1, exact ways alone: where KVPR can pay. ``equal_context``: every
+    way gets as many rows as fit into the device memory of one stock row of that context. ``score_context``: what the
+    trained model is asked about, with budgets that are ``budget_shares`` of it. ``seconds``: of timed steps per cell,
+    at least three steps.
     """
-    chosen = tuple(chosen or arms.names())
-    for name in chosen:
-        arms.find(name)
-    _check(shape, device, model, tasks, contexts, batches, memory_gib)
-    ScoutConfig(budget=budget, block_size=block_size, link_gbps=link_gbps, cpu_gbps=cpu_gbps)
+
+    contexts: Sequence[int] = (8192, 16384, 32768)
+    batches: Sequence[int] = (4,)
+    layers: int = 4
+    mha_contexts: Sequence[int] = (8192,)
+    equal_context: int | None = 16384
+    tasks: Sequence[str] = ("needle", "values")
+    questions: int = 32
+    score_context: int = 4096
+    budget_shares: Sequence[float] = (0.0625, 0.125, 0.25)
+    seconds: float = 10.0
+
+
+QUICK = Grid((8192,), (1,), 2, (2048,), 8192, ("needle",), 16, budget_shares=(0.125,), seconds=1.0)
+
+
+def run(options: Methods, grid: Grid | None = None, command: str | None = None, tell: Tell = silent) -> dict[str, Any]:
+    """Measure what the file in ``out`` does not have yet; returns the record, in a form that JSON takes."""
+    given = {"contexts": options.contexts, "batches": options.batches, "layers": options.layers, "tasks": options.task}
+    given |= {"questions": options.questions, "equal_context": max(options.contexts or [0])}
+    grid = replace(grid or (QUICK if options.quick else Grid()), **{name: one for name, one in given.items() if one})
+    contexts, layers, questions, seed = grid.contexts, grid.layers, grid.questions, options.seed
+    budget, block_size, shape, device = options.budget, options.block_size, options.shape, options.device
+    chosen, model = arms.parse(options.way) or arms.names(), options.model
+    _check(options, grid)
+    rates = {"link_gbps": options.link_gbps, "cpu_gbps": options.cpu_gbps}
+    ScoutConfig(budget=budget, block_size=block_size, **rates)
     least = speed.TURN_TOKENS + 4 * block_size
     if short := [context for context in contexts if context < least]:
         raise ValueError(f"--contexts {short[0]}: a turn and four blocks are the least, {least}; try 8192")
-    emulation, why = emulation_of(emulate, link_gbps, cpu_gbps, block_size)
-    settings = {"budget": budget, "block_size": block_size, "layers": layers, "drift": drift, "seed": seed}
+    emulation, why = emulation_of(options.emulate, **rates, block_size=block_size)
+    settings = {"budget": budget, "block_size": block_size, "layers": layers, "drift": options.drift, "seed": seed}
     settings |= {"questions": questions, "emulation": vars(emulation), "emulated_as": why}
     # Files that were begun before these could be chosen say nothing of them.
-    settings |= {"shape": shape} if shape != SHAPE else {}
-    settings |= {"device": device} if device != DEVICE else {}
-    file = begin(path, fresh, settings)
+    settings |= {"shape": shape} if shape != Methods.shape else {}
+    settings |= {"device": device} if device != Methods.device else {}
+    file = begin(options.out and options.out / "methods.json", options.fresh, settings)
     known = file.held
     emulation = Emulation(**known["settings"]["emulation"])
     if command and command not in known["commands"]:
@@ -116,24 +103,27 @@ def run(
     def measure(cell: Cell) -> dict[str, Any]:
         if cell["part"] == SCORE:
             size = (cell["context"], cell["budget"], block_size // 2)
-            return score.measure(model, cell["way"], cell["task"], *size, questions, Emulation(), kvpress_python)
+            return score.measure(
+                model, cell["way"], cell["task"], *size, questions, Emulation(), options.kvpress_python
+            )
         if not cell["batch"]:
             memory = f"{cell['gib']:g} GiB" if "gib" in cell else "a row of stock"
             return {"oom": f"one row holds more than {memory} on the device"}
         size = (cell["context"], cell["batch"], budget, block_size)
-        return speed.measure(random_model(cell["shape"]), cell["way"], *size, emulation, drift, seconds, MOST_STEPS)
+        how = (emulation, options.drift, grid.seconds, MOST_STEPS)
+        return speed.measure(random_model(cell["shape"]), cell["way"], *size, *how)
 
     timed = [name for name in chosen if name not in SCORE_ONLY]
-    wanted = [*_speed(shape, contexts, batches, timed)]
-    wanted += _speed("mha", mha_contexts, (1,), [name for name in timed if name in EXACT_WAYS])
-    rows = [{"context": equal_context}] if equal_context else []
-    rows += [{"context": context, "gib": gib} for context in contexts for gib in memory_gib]
+    wanted = [*_speed(shape, contexts, grid.batches, timed)]
+    wanted += _speed("mha", grid.mha_contexts, (1,), [name for name in timed if name in EXACT_WAYS])
+    rows = [{"context": grid.equal_context}] if grid.equal_context else []
+    rows += [{"context": context, "gib": gib} for context in contexts for gib in options.memory_gib or ()]
     wanted += [{"part": EQUAL, "way": way, "shape": shape} | size for size in rows for way in timed]
-    shares = [int(share * score_context) for share in budget_shares]
-    for task in tasks:
+    shares = [int(share * grid.score_context) for share in grid.budget_shares]
+    for task in grid.tasks:
         for way in (name for name in chosen if name not in SPEED_ONLY):
-            where = {"part": SCORE, "way": way, "model": model, "task": task, "context": score_context}
-            budgets = shares if arms.find(way).takes_budget else [score_context]
+            where = {"part": SCORE, "way": way, "model": model, "task": task, "context": grid.score_context}
+            budgets = shares if arms.find(way).takes_budget else [grid.score_context]
             wanted += [where | {"budget": tokens} for tokens in budgets]
     if others := sum(file.foreign(cell) for cell in wanted if file.has(cell)):
         tell(f"{others} cells were measured with other code; --fresh measures everything again")
@@ -190,12 +180,12 @@ def _speed(shape: str, contexts: Sequence[int], batches: Sequence[int], chosen: 
                 yield {"part": SPEED, "way": way, "shape": shape, "context": context, "batch": batch}
 
 
-def _check(shape, device, model, tasks, contexts, batches, memory_gib) -> None:
-    speed.check_shape(shape)
-    devices.find(device)
-    if model not in (models := available()):
-        raise ValueError(f"no trained model {model!r} here; there are: {', '.join(models)}")
-    if unknown := [task for task in tasks if task not in TASKS]:
+def _check(options: Methods, grid: Grid) -> None:
+    speed.check_shape(options.shape)
+    devices.find(options.device)
+    if options.model not in (models := available()):
+        raise ValueError(f"no trained model {options.model!r} here; there are: {', '.join(models)}")
+    if unknown := [task for task in grid.tasks if task not in TASKS]:
         raise ValueError(f"no task {unknown[0]!r}; there are: {', '.join(TASKS)}")
-    if wrong := [value for value in (*batches, *memory_gib) if value <= 0]:
+    if wrong := [value for value in (*grid.batches, *(options.memory_gib or ())) if value <= 0]:
         raise ValueError(f"{wrong[0]} is neither rows nor GiB: give numbers above 0")

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .documents import ANSWER_WORDS, Document, Fact, make_document, questions
-from .tasks import TASKS, make_exercise
+from .documents import ANSWER_WORDS, Document, Fact, questions
+from .tasks import TASKS, make_document, make_exercise
 
 __all__ = [
     "ANSWER_WORDS",
@@ -49,13 +49,18 @@ def load_pocket(
     """
     if name not in POCKET_MODELS:
         raise ValueError(f"no pocket model {name!r}: there are {', '.join(POCKET_MODELS)}")
-    folder = WEIGHTS / name
-    if not (folder / "model.safetensors").is_file():
-        raise FileNotFoundError(
-            f"no pocket model in {folder}: install the package with its data files, or train one, in a checkout, "
-            f"with `python -m training.pocket --arch {name} --out {folder}`"
-        )
+    folder = installed(WEIGHTS / name, f"pocket --arch {name}")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_CHAT
     return model.eval(), tokenizer
+
+
+def installed(folder: Path, recipe: str) -> Path:
+    """The folder, if it has a model's weights; else FileNotFoundError with what trains one."""
+    if not (folder / "model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"no model in {folder}: install the package with its data files, or train one, in a checkout, with "
+            f"`python -m training.{recipe} --out {folder}`"
+        )
+    return folder

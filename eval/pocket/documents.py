@@ -47,23 +47,6 @@ def questions(document: Document) -> list[tuple[str, str]]:
     return [(f"{document.text} {document.prompt(fact)}", fact.answer) for fact in document.facts]
 
 
-def make_document(tokens: int, facts: int, seed: int) -> Document:
-    """A document of exactly `tokens` tokens with `facts` facts at random places; the same seed, the same document."""
-    rng = random.Random(f"document-{seed}")
-    drawn = draw_facts(rng, facts)
-    sentences = [fact_words(key, value) for key, value in drawn]
-    room = tokens - sum(len(sentence) for sentence in sentences)
-    if room < 0:
-        raise ValueError(f"{facts} facts need {tokens - room} tokens, the document has {tokens}")
-    filler = filler_sentences(rng, room)
-    words, starts = weave(rng, filler, sentences)
-    found = [
-        Fact(" ".join(question_words(key)), " ".join(value), start + len(sentence) - 1 - len(value))
-        for (key, value), sentence, start in zip(drawn, sentences, starts)
-    ]
-    return Document(" ".join(words), tuple(found), tokens, seed)
-
-
 def weave(rng: random.Random, filler: list, sentences: list) -> tuple[list[str], list[int]]:
     """Sentences, in their order, at random places between filler sentences: all words, and where each begins.
 

@@ -17,7 +17,7 @@ import random
 from dataclasses import dataclass
 
 from . import vocabulary as vocab
-from .documents import Document, Fact, draw_facts, fact_words, filler_sentences, make_document, question_words, weave
+from .documents import Document, Fact, draw_facts, fact_words, filler_sentences, question_words, weave
 
 TASKS = ("needle", "values", "trace", "copy", "aggregate")
 RIVALS = ("fixed", "growing")
@@ -53,6 +53,12 @@ def usual_statements(tokens: int, rivals: str = "fixed") -> int:
         raise ValueError(f"rivals={rivals!r}: allowed are {', '.join(RIVALS)}")
     growing = max(8, tokens // 128)
     return growing if rivals == "growing" else min(32, growing)
+
+
+def make_document(tokens: int, facts: int, seed: int) -> Document:
+    """A document of exactly `tokens` tokens with `facts` facts at random places; the same seed, the same document."""
+    rng = random.Random(f"document-{seed}")
+    return _document(rng, draw_cases(rng, "needle", facts), tokens, seed, as_drawn=True)
 
 
 def make_exercise(task: str, tokens: int, seed: int, questions: int | None = None, rivals: str = "fixed") -> Document:
@@ -149,12 +155,12 @@ def deal(rng: random.Random, cases: list[Case]) -> list[tuple[int, int]]:
     return dealt
 
 
-def _document(rng: random.Random, cases: list[Case], tokens: int, seed: int) -> Document:
+def _document(rng: random.Random, cases: list[Case], tokens: int, seed: int, as_drawn: bool = False) -> Document:
     needed = sum(len(statement) for case in cases for statement in case.statements)
     if needed > tokens:
         raise ValueError(f"{len(cases)} questions need {needed} tokens of statements, the document has {tokens}")
     filler = filler_sentences(rng, tokens - needed)
-    dealt = deal(rng, cases)
+    dealt = [(case, 0) for case in range(len(cases))] if as_drawn else deal(rng, cases)
     words, starts = weave(rng, filler, [cases[case].statements[number] for case, number in dealt])
     facts = tuple(
         Fact(" ".join(cases[case].question), " ".join(cases[case].answer), start + cases[case].offset)

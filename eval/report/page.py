@@ -20,41 +20,6 @@ from scout_hf.eval.report.find import find
 from scout_hf.eval.tables import Grid
 from scout_hf.files import write_text
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1140px; margin: 2rem auto; padding: 0 1rem }
-h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #e5e5e5; text-align: right }
-th:first-child, td:first-child, .words { text-align: left }
-td { white-space: nowrap } thead th { border-bottom: 2px solid #999 }
-.note { color: #666; font-size: 13px } img { max-width: 100%; height: auto }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem } code { background: #f4f4f4; padding: 0 .2em }
-"""
-TEMPLATE = """\
-{% macro spans(text) %}{% for kind, part in text | spans -%}
-{% if kind == "code" %}<code>{{ part }}</code>{% elif kind == "bold" %}<b>{{ part }}</b>{% else %}{{ part }}{% endif %}
-{%- endfor %}{% endmacro -%}
-<!doctype html><html lang=en><meta charset=utf-8><title>scout_hf</title><style>{{ style }}</style>
-<h1>scout_hf: what was measured</h1>
-<p class=note>Made on {{ day }} from {{ names | join(", ") }}.</p>
-{% for section in sections %}<h2>{{ section.title }}</h2>
-{% for part in section.parts %}
-{%- if part.rows %}<table><thead><tr>
-{%- for name in part.names -%}
-<th{% if part.words[loop.index0] %} class=words{% endif %}>{{ spans(name) }}</th>
-{%- endfor -%}
-</tr></thead><tbody>
-{% for row in part.rows %}<tr>
-{%- for cell in row %}<td{% if part.words[loop.index0] %} class=words{% endif %}>{{ spans(cell) }}</td>{% endfor -%}
-</tr>
-{% endfor %}</tbody></table>
-{% elif part.images %}<div class=pair>
-{%- for name, data in part.images %}<img alt="{{ name }}" src="data:image/png;base64,{{ data }}">{% endfor -%}
-</div>
-{% elif part.text %}<p{% if part.note %} class=note{% endif %}>{{ spans(part.text) }}</p>
-{% endif %}{% endfor %}{% endfor %}"""
-"""Nothing but this makes markup, and everything that it is given is escaped."""
-
 TITLES = {
     "methods": "Every method, side by side",
     "fidelity": "What is lost",
@@ -128,15 +93,16 @@ def render(records: dict[Path, dict[str, Any]]) -> str:
         with shown(path):
             kind = kind_of(record)
             sections.append(Section(TITLES.get(kind, kind), list(_parts(path, kind, record))))
-    known = {"style": STYLE, "day": time.strftime("%Y-%m-%d"), "names": [path.name for path in records]}
+    known = {"day": time.strftime("%Y-%m-%d"), "names": [path.name for path in records]}
     return _template().render(sections=sections, **known)
 
 
 @functools.lru_cache
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    folder = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=folder, autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["spans"] = _spans
-    return environment.from_string(TEMPLATE)
+    return environment.get_template("page.html.jinja")
 
 
 def _parts(path: Path, kind: str, record: dict[str, Any]) -> Iterator[Part]:

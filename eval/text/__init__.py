@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from scout_hf.eval.pocket import installed
+
 from . import corpus
 
 __all__ = ["TRAINED_TOKENS", "WEIGHTS", "held_out_ids", "held_out_text", "load_text_model"]
@@ -25,7 +27,7 @@ def load_text_model(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel
 
     Raises FileNotFoundError where the weights are not installed.
     """
-    model = AutoModelForCausalLM.from_pretrained(_installed(), dtype=dtype, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(installed(WEIGHTS, "text"), dtype=dtype, local_files_only=True)
     return model.eval(), _tokenizer()
 
 
@@ -49,14 +51,5 @@ def held_out_text(tokens: int, seed: int) -> str:
     return _tokenizer().decode(held_out_ids(tokens, seed)[0])
 
 
-def _installed() -> Path:
-    if not (WEIGHTS / "model.safetensors").is_file():
-        raise FileNotFoundError(
-            f"no text model in {WEIGHTS}: install the package with its data files, or train one, in a "
-            f"checkout, with `python -m training.text --out {WEIGHTS}`"
-        )
-    return WEIGHTS
-
-
 def _tokenizer() -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(_installed(), local_files_only=True)
+    return AutoTokenizer.from_pretrained(installed(WEIGHTS, "text"), local_files_only=True)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from scout_hf.cli import app
 from scout_hf.eval.bench import cpu_decode, cpu_kernel, machine, memory, models, readme, report, timing
+from scout_hf.eval.bench.options import CpuDecode, CpuKernel
 from scout_hf.eval.caches import fill
 from scout_hf.eval.markdown import begin_mark, between_marks, end_mark
 from scout_hf.kernels.cpu.library import load_library
@@ -34,22 +35,16 @@ needs_library = pytest.mark.skipif(load_library() is None, reason="the native li
 def kernel_record():
     if load_library() is None:
         pytest.skip("the native library was not built")
-    return cpu_kernel.run((64, 256), 1024, 4, 2, 32, 16, threads=1, repeat=3, dense=1)
+    return cpu_kernel.run(CpuKernel([64, 256], 1024, (4, 2), 32, 16, repeat=3, dense=1))
 
 
 @pytest.fixture(scope="module")
 def decode_record():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_decode, "SPAN_BYTES", 1 << 24)
-        # One of them in a process of its own, as always, the others here: a process takes seconds to start.
-        fresh, kinds = memory.in_fresh_process, []
-
-        def measure(kind, *rest):
-            kinds.append(kind)
-            return (memory.measure if len(kinds) > 1 else fresh)(kind, *rest)
-
-        patch.setattr(memory, "in_fresh_process", measure)
-        return cpu_decode.run((0, 256), 64, 16, 1, 3, 2, prefill_tokens=64, memory_tokens=256, shape=TINY)
+        # Here, and not in processes of their own, which take seconds to start.
+        patch.setattr(memory, "in_fresh_process", memory.measure)
+        return cpu_decode.run(CpuDecode([0, 256], 64, 16, 1, 3, 2, prefill_tokens=64, memory_tokens=256), shape=TINY)
 
 
 def check_numbers(part, where=""):
@@ -109,6 +104,13 @@ def test_decode_record_is_complete(decode_record):
     assert long["scout"]["digest_bytes"] > 0 and long["stock"]["copied_bytes"] > 2 * long["stock"]["kv_read_bytes"] - 1
     assert decode_record["prefill"]["ratios"]["scout/stock"] > 0
     assert [one["kind"] for one in decode_record["memory"]] == list(memory.KINDS)
+
+
+@pytest.mark.full
+def test_memory_is_measured_in_a_process_of_its_own():
+    sizes = ("scout", 256, 64, 16, TINY | {"num_hidden_layers": 2})
+    alone, here = memory.in_fresh_process(*sizes), memory.measure(*sizes)
+    assert set(alone) == set(here) and alone["kv_bytes"] == here["kv_bytes"] and alone["held_bytes"] > 0
 
 
 @pytest.mark.parametrize("name", ["kernel_record", "decode_record"])

@@ -20,6 +20,7 @@ from scout_hf.errors import PinnedMemoryError
 from scout_hf.eval import arms, caches
 from scout_hf.eval.bench import device as devices
 from scout_hf.eval.bench import drift, gpu_decode, gpu_kernel, gpu_report, machine, models, report
+from scout_hf.eval.bench.options import GpuDecode, GpuKernel
 from scout_hf.kernels import find_kernels
 from scout_hf.selection import Selector, digest
 from tests.libraries import ISAS
@@ -39,9 +40,9 @@ TINY = {
     "max_position_embeddings": 4096,
 }
 MODELS = {"llama-3-8b": TINY | {"model_type": "llama"}, "qwen3-14b": TINY | {"model_type": "qwen3"}}
-SIZES = {"contexts": (512,), "steps": 3, "budget": 128, "block_size": 16, "threads": 1}
-ONE = {"models": ("llama-3-8b",), "batches": (1,)}
-KERNEL_SIZES = {"head_dim": 16, "batches": (1,), "contexts": (32,), "block_sizes": (16,), "selected": 32}
+SIZES = {"device": DEVICE, "context": (512,), "steps": 3, "budget": 128, "block_size": 16, "threads": 1}
+ONE = {"model": ("llama-3-8b",), "batch": (1,)}
+KERNEL_SIZES = {"head_dim": 16, "batch": (1,), "context": (32,), "block_size": (16,), "selected": 32}
 KERNEL_SIZES |= {"cache_tokens": 64, "selected_batch": 1, "score_tokens": (64,), "score_batch": 1, "repeat": 3}
 
 
@@ -52,6 +53,9 @@ def apart(tmp_path_factory):
         patch.setattr(gpu_decode, "MODELS", MODELS)
         patch.setattr(devices, "COPY_BYTES", 1 << 24)
         patch.setattr(devices, "LINK_BYTES", 1 << 24)
+        if not GPU:
+            # Looking through all of this process for garbage after each cell takes longer than the cell.
+            patch.setattr(devices, "release", lambda device: None)
         patch.setattr(digest._DIGESTS, "_classes", dict(digest._DIGESTS._classes))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         if sys.modules.get("scout_hf.kernels.triton") or find("triton"):
@@ -74,12 +78,16 @@ def find(name):
 @pytest.fixture(scope="module")
 def kernel_record(apart):
     pytest.importorskip("triton")
-    return gpu_kernel.run(DEVICE, ((2, 1),), **KERNEL_SIZES)
+    return gpu_kernel.run(GpuKernel(DEVICE, ("2/1",), **KERNEL_SIZES))
 
 
 @pytest.fixture(scope="module")
 def decode_record(apart):
-    return gpu_decode.run(DEVICE, batches=(2,), caps=(24.0,), **SIZES)
+    return decode(batch=(2,), caps="24", **SIZES)
+
+
+def decode(**options):
+    return gpu_decode.run(GpuDecode(**options))
 
 
 def check_numbers(part, where=""):
@@ -258,7 +266,7 @@ def test_decode_record_is_complete(decode_record):
 
 
 def test_a_cut_model_says_so(apart):
-    shown = gpu_decode.run(DEVICE, **ONE, **SIZES, layers=1, arms=["stock"])
+    shown = decode(**ONE, **SIZES, layers=1, arm=["stock"])
     assert shown["models"]["llama-3-8b"]["num_hidden_layers"] == 1 and not shown["models"]["llama-3-8b"]["whole"]
     assert "CUT to 1 layers" in printed(shown)
 
@@ -272,17 +280,17 @@ def test_a_run_goes_on_where_it_was(apart, tmp_path, monkeypatch):
         return {"failed": "X: y"} if arm == "stock" and len(asked) == 1 else {"oom": "z"}
 
     monkeypatch.setattr(gpu_decode._Bench, "measure", measure)
-    both = ONE | {"arms": arms, "path": path}
-    gpu_decode.run(DEVICE, **both, **SIZES)
+    both = ONE | {"arm": arms, "out": tmp_path}
+    decode(**both, **SIZES)
     assert asked == [("stock", 1), ("scout join", 1)] and len(json.loads(path.read_text())["arms"]) == 2
     # What failed is tried again, what ran out of memory is not, nor with more rows.
-    again = gpu_decode.run(DEVICE, **(both | {"batches": (1, 2)}), **SIZES)
+    again = decode(**(both | {"batch": (1, 2)}), **SIZES)
     assert asked[2:] == [("stock", 1)] and not list(tmp_path.glob("*.part"))
     found = {(one["arm"], one["batch"]): one for one in again["arms"]}
     assert found["stock", 1]["oom"] == "z" and found["scout join", 2]["skipped"] == "batch 1 ran out of memory"
     with pytest.raises(ValueError, match="budget=128.*--fresh"):
-        gpu_decode.run(DEVICE, **both, **(SIZES | {"budget": 64}))
-    fresh = gpu_decode.run(DEVICE, **both, **(SIZES | {"budget": 64}), fresh=True)
+        decode(**both, **(SIZES | {"budget": 64}))
+    fresh = decode(**both, **(SIZES | {"budget": 64}), fresh=True)
     assert len(asked) == 5 and len(fresh["arms"]) == 2
 
 
@@ -295,7 +303,18 @@ def test_figures_of_two_runs_are_not_compared():
     assert row["times_faster_than"] == {"stock offloaded": 3.0}
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, PinnedMemoryError, RuntimeError])
+ERRORS = (torch.OutOfMemoryError, PinnedMemoryError, RuntimeError)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_every_error_of_memory_is_told_apart(error):
+    def fail():
+        raise error("CUDA error: out of memory\nmore")
+
+    assert devices.outcome(fail, PLACE) == {"oom": f"{error.__name__}: CUDA error: out of memory"}
+
+
+@pytest.mark.parametrize("error", [ERRORS[0], *(pytest.param(one, marks=pytest.mark.full) for one in ERRORS[1:])])
 def test_memory_that_runs_out_is_a_result(apart, monkeypatch, error):
     fill = gpu_decode.fill
 
@@ -308,7 +327,7 @@ def test_memory_that_runs_out_is_a_result(apart, monkeypatch, error):
     models = []
     make = gpu_decode.make_model
     monkeypatch.setattr(gpu_decode, "make_model", lambda *given: models.append(make(*given)) or models[-1])
-    found = gpu_decode.run(DEVICE, **(ONE | {"batches": (1, 2, 4)}), **SIZES, arms=["scout join"])["arms"]
+    found = decode(**(ONE | {"batch": (1, 2, 4)}), **SIZES, arm=["scout join"])["arms"]
     assert "median_ms" in found[0] and found[2]["skipped"] == "batch 2 ran out of memory"
     assert found[1]["oom"] == f"{error.__name__}: CUDA error: out of memory"
     scout_hf.patch(models[0]).remove()  # it was given back
@@ -316,7 +335,7 @@ def test_memory_that_runs_out_is_a_result(apart, monkeypatch, error):
 
 def test_a_model_without_room_is_a_result(apart, monkeypatch):
     monkeypatch.setattr(gpu_decode, "make_model", out_of_memory)
-    record = gpu_decode.run(DEVICE, **ONE, **SIZES, arms=["stock"])
+    record = decode(**ONE, **SIZES, arm=["stock"])
     assert "oom" in record["arms"][0] and "OutOfMemoryError" in printed(record)
 
 
@@ -334,7 +353,7 @@ def test_the_largest_batch_is_found_by_halving():
     assert gpu_decode.largest_power(lambda batch: {"oom": "no"}, 256)["largest_batch"] == 0
 
 
-@pytest.mark.parametrize("share", [0.05, 0.1, 0.15])
+@pytest.mark.parametrize("share", [0.1, *(pytest.param(share, marks=pytest.mark.full) for share in (0.05, 0.15))])
 def test_the_choice_drifts_as_asked_for(apart, share, monkeypatch):
     """By what the selector itself chooses, beside what the benchmark tells of it."""
     chosen = {}
@@ -346,8 +365,8 @@ def test_the_choice_drifts_as_asked_for(apart, share, monkeypatch):
         return found
 
     monkeypatch.setattr(Selector, "pick", watched)
-    sizes = SIZES | {"contexts": (2048,), "budget": 512, "steps": 8}
-    record = gpu_decode.run(DEVICE, **ONE, **sizes, arms=["scout join"], drift_share=share, gpu_kernels="torch")
+    sizes = SIZES | {"context": (2048,), "budget": 512, "steps": 8}
+    record = decode(**ONE, **sizes, arm=["scout join"], drift=share, gpu_kernels="torch")
     shares = []
     for steps in chosen.values():
         for old, new in zip(steps, steps[1:]):
@@ -416,6 +435,7 @@ def test_caches_are_filled_in_parts(apart, monkeypatch):
     assert held["device"] == 3 * 250 * 256 and held["host"] == 0
 
 
+@pytest.mark.full
 def test_a_hand_over_runs_through_the_kernels(apart, monkeypatch):
     """With the drifting digest coded and scored by Triton; the arm says which way it really went."""
     pytest.importorskip("triton")
@@ -424,8 +444,8 @@ def test_a_hand_over_runs_through_the_kernels(apart, monkeypatch):
     narrow = MODELS["llama-3-8b"] | {"num_attention_heads": 2, "num_key_value_heads": 1}
     monkeypatch.setattr(gpu_decode, "MODELS", {"llama-3-8b": narrow})
     cpus = min(2, len(machine.usable_cpus()))
-    sizes = ONE | SIZES | {"contexts": (128,), "budget": 80, "threads": cpus, "gpu_kernels": "triton"}
-    (one,) = gpu_decode.run(DEVICE, **sizes, arms=["scout flags" if cpus > 1 else "scout join"])["arms"]
+    sizes = ONE | SIZES | {"context": (128,), "budget": 80, "threads": cpus, "gpu_kernels": "triton"}
+    (one,) = decode(**sizes, arm=["scout flags" if cpus > 1 else "scout join"])["arms"]
     assert "failed" not in one and one["as"] in (
         "Scout (triton, Flags)" if ISAS and cpus > 1 else "Scout (triton, Join)"
     )
@@ -434,7 +454,7 @@ def test_a_hand_over_runs_through_the_kernels(apart, monkeypatch):
 
 def test_one_core_is_too_few_for_flags(apart):
     pytest.importorskip("triton")
-    (one,) = gpu_decode.run(DEVICE, **(ONE | SIZES | {"gpu_kernels": "triton"}), arms=["scout flags"])["arms"]
+    (one,) = decode(**(ONE | SIZES | {"gpu_kernels": "triton"}), arm=["scout flags"])["arms"]
     assert "--threads 2" in one["skipped"]
 
 
@@ -519,16 +539,14 @@ def test_kernel_command(apart, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(gpu_kernel, "DIGESTS", ())
     monkeypatch.setattr(gpu_kernel._Bench, "scattered", lambda self, *cell: ({}, 0, dict))
-    taken = {}
-    run = gpu_kernel.run
-    monkeypatch.setattr(gpu_kernel, "run", lambda *given, **more: taken.update(more) or run(*given, **more))
     sizes = f"--device {DEVICE} --heads 2/1 --head-dim 16 --context 32 --batch 1 --block-size 16 --quick".split()
     monkeypatch.setattr(report, "show", lambda record: None)
     monkeypatch.setitem(report.PLOTS, "gpu_kernel", lambda record, figure: None)
     result = CliRunner().invoke(app, ["bench", "gpu-kernel", *sizes, "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
-    assert taken["heads"] == [(2, 1)] and taken["repeat"] == 5 and taken["score_tokens"] == (65536,)
-    assert json.loads((tmp_path / "gpu_kernel.json").read_text())["settings"]["batches"] == [1]
+    used = json.loads((tmp_path / "gpu_kernel.json").read_text())["settings"]
+    assert used["heads"] == [[2, 1]] and used["repeat"] == 5 and used["score_tokens"] == [65536]
+    assert used["batches"] == [1] and used["block_sizes"] == [16]
 
 
 def test_decode_command(apart, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from types import SimpleNamespace
@@ -17,10 +18,12 @@ from scout_hf import diagnostics
 from scout_hf.cli import app
 from scout_hf.diagnostics import shares
 from scout_hf.eval import arms, caches
-from scout_hf.eval.bench import drift
+from scout_hf.eval.bench import device as devices
+from scout_hf.eval.bench import drift, models
 from scout_hf.eval.markdown import to_markdown
 from scout_hf.eval.methods import run as runs
 from scout_hf.eval.methods import score, tables, view
+from scout_hf.eval.methods.options import Methods
 from scout_hf.eval.methods.speed import emulation_of
 from scout_hf.methods import base, method_names
 from scout_hf.selection import digest
@@ -32,12 +35,26 @@ SMALL = {
 }  # fmt: skip
 
 
+GRID = [field.name for field in dataclasses.fields(runs.Grid)]
+
+
+def compare(command=None, tell=lambda line: None, **given):
+    """A run of options, and of a grid in which none of them changes anything."""
+    grid = runs.Grid(**{name: value for name, value in given.items() if name in GRID})
+    options = Methods(**{name: value for name, value in given.items() if name not in GRID})
+    return runs.run(options, grid, command, tell)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def apart():
     """No digest or method left behind: other tests go through all there are."""
     with pytest.MonkeyPatch.context() as patch:
         for registry in (digest._DIGESTS, base._METHODS):
             patch.setattr(registry, "_classes", dict(registry._classes))
+        # Heads and hidden states as they are, by which KVPR decides; nothing here depends on the MLP.
+        patch.setattr(models, "SHAPE", models.SHAPE | {"intermediate_size": 64})
+        # Looking through all of this process for garbage after each cell takes longer than the cell.
+        patch.setattr(devices, "release", lambda device: None)
         yield
 
 
@@ -48,7 +65,7 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def record(path):
-    return runs.run(**SMALL, path=path)
+    return compare(**SMALL, out=path.parent)
 
 
 def test_every_method_has_a_row():
@@ -83,11 +100,24 @@ def test_all_cells_have_a_figure_or_a_reason(record):
 
 def test_a_run_that_was_ended_goes_on(record, path, monkeypatch):
     assert json.loads(path.read_text()) == record
-    path_of_half = path.with_name("half.json")
+    (half_of_it := path.parent / "half").mkdir()
     half = record | {"cells": record["cells"][::2]}
-    path_of_half.write_text(json.dumps(half))
+    (half_of_it / "methods.json").write_text(json.dumps(half))
     told = []
-    again = runs.run(**SMALL, path=path_of_half, tell=told.append, command="as typed")
+
+    def known(part):
+        """What the first run found, in place of measuring it once more."""
+
+        def measure(_, way, first, *rest):
+            size = {"task": first} if part == "score" else {"context": first, "batch": rest[0]}
+            same = [one for one in record["cells"] if one["way"] == way and size.items() <= one.items()]
+            return next(one for one in same if (one["part"] == "score") == (part == "score"))
+
+        return measure
+
+    monkeypatch.setattr(runs.speed, "measure", known("speed"))
+    monkeypatch.setattr(runs.score, "measure", known("score"))
+    again = compare(**SMALL, out=half_of_it, tell=told.append, command="as typed")
     # What was not installed is tried again.
     missing = [one for one in half["cells"] if "missing" in one]
     assert missing and len(told) == len(record["cells"]) - len(half["cells"]) + len(missing)
@@ -95,22 +125,22 @@ def test_a_run_that_was_ended_goes_on(record, path, monkeypatch):
     assert again["commands"] == ["as typed"]
     told.clear()
     monkeypatch.setattr(runs.speed, "measure", lambda *_: pytest.fail("measured again"))
-    runs.run(**SMALL | {"chosen": ["scout", "stock", "dense"]}, path=path_of_half, tell=told.append)
+    compare(**SMALL | {"way": ["scout", "stock", "dense"]}, out=half_of_it, tell=told.append)
     assert not told
     with pytest.raises(ValueError, match="layers=1.*--fresh"):
-        runs.run(**SMALL | {"layers": 2}, path=path_of_half)
+        compare(**SMALL | {"layers": 2}, out=half_of_it)
 
 
 def test_wrong_input_says_what_there_is():
     for wrong, message in ({"budget": 0}, "budget=0"), ({"link_gbps": 0.0}, "link_gbps=0.0"):
         with pytest.raises(scout_hf.ConfigError, match=message):
-            runs.run(**SMALL | wrong)
+            compare(**SMALL | wrong)
     with pytest.raises(ValueError, match="sets both rates"):
-        runs.run(**SMALL | {"emulate": "paper"})
+        compare(**SMALL | {"emulate": "paper"})
     with pytest.raises(ValueError, match="scout, predicted, no recall"):
-        runs.run(**SMALL | {"chosen": ["scuot"]})
+        compare(**SMALL | {"way": ["scuot"]})
     with pytest.raises(ValueError, match="llama"):
-        runs.run(**SMALL | {"model": "no-such"})
+        compare(**SMALL | {"model": "no-such"})
     with pytest.raises(ValueError, match="paper"):
         emulation_of("no-such", None, None, 32)
     emulation, why = emulation_of("paper", None, None, 32)
@@ -132,11 +162,11 @@ def test_tables_name_every_way(record):
 
 # -- what may go wrong -------------------------------------------------------------------------------------------------
 
-ONE = SMALL | {"mha_contexts": (), "equal_context": None, "memory_gib": (), "tasks": (), "chosen": ["dense", "scout"]}
+ONE = SMALL | {"mha_contexts": (), "equal_context": None, "memory_gib": (), "tasks": (), "way": ["dense", "scout"]}
 
 
 def test_an_error_is_a_result_and_tried_again(tmp_path, monkeypatch):
-    measure, path, told = runs.speed.measure, tmp_path / "methods.json", []
+    measure, told = runs.speed.measure, []
 
     def fail(model, way, *size):
         if way == "dense":
@@ -146,7 +176,7 @@ def test_an_error_is_a_result_and_tried_again(tmp_path, monkeypatch):
         return measure(model, way, *size)
 
     monkeypatch.setattr(runs.speed, "measure", fail)
-    found = runs.run(**ONE, path=path, tell=told.append)["cells"]
+    found = compare(**ONE, out=tmp_path, tell=told.append)["cells"]
     by_way = {one["way"]: one for one in found}
     assert by_way["dense"]["failed"] == "RuntimeError: no luck" and by_way["scout"]["oom"] == "MemoryError: too much"
     assert view.reason(by_way["dense"]).startswith("failed") and view.reason(by_way["scout"]).startswith(
@@ -154,27 +184,27 @@ def test_an_error_is_a_result_and_tried_again(tmp_path, monkeypatch):
     )
     assert "failed: RuntimeError: no luck" in told
     monkeypatch.setattr(runs.speed, "measure", measure)
-    found = runs.run(**ONE, path=path)["cells"]
+    found = compare(**ONE, out=tmp_path)["cells"]
     assert len(found) == 2 and "step_ms" in found[1] and found[1]["way"] == "dense" and "oom" in found[0]
 
 
 def test_other_code_is_told_and_other_files_are_refused(tmp_path):
     path, told = tmp_path / "methods.json", []
-    runs.run(**ONE, path=path)
+    compare(**ONE, out=tmp_path)
     record = json.loads(path.read_text())
     record["cells"][0]["commit"] = "another"
     path.write_text(json.dumps(record))
-    runs.run(**ONE, path=path, tell=told.append)
+    compare(**ONE, out=tmp_path, tell=told.append)
     assert told == ["1 cells were measured with other code; --fresh measures everything again"]
     with pytest.raises(ValueError, match="shape=None.*--fresh"):
-        runs.run(**ONE | {"shape": "mha"}, path=path)
+        compare(**ONE | {"shape": "mha"}, out=tmp_path)
     record["machine"]["torch"] = "1.0"
     path.write_text(json.dumps(record))
     with pytest.raises(ValueError, match="torch='1.0'"):
-        runs.run(**ONE, path=path)
+        compare(**ONE, out=tmp_path)
     path.write_text("{}")
     with pytest.raises(ValueError, match="benchmark, settings.*--fresh"):
-        runs.run(**ONE, path=path)
+        compare(**ONE, out=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +220,7 @@ def test_other_code_is_told_and_other_files_are_refused(tmp_path):
 )
 def test_wrong_settings_say_what_is_allowed(wrong, message):
     with pytest.raises(ValueError, match=message):
-        runs.run(**ONE | wrong)
+        compare(**ONE | wrong)
 
 
 def test_names_from_options():
@@ -202,7 +232,7 @@ def test_names_from_options():
 
 def test_the_command_writes_and_refuses(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr(runs, "QUICK", ONE | {"chosen": None})
+    monkeypatch.setattr(runs, "QUICK", runs.Grid(**{name: ONE[name] for name in GRID if name in ONE}))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     call = ["bench", "methods", "--quick", "--methods", "scout,dense", "--budget", "128", "--link-gbps", "0.5"]
     result = CliRunner().invoke(app, [*call, "--cpu-gbps", "2", "--out", str(tmp_path)])
@@ -316,7 +346,7 @@ def test_a_model_of_ones_own(tmp_path):
     from scout_hf.eval.pocket import WEIGHTS
 
     folder = str(WEIGHTS / "qwen3")
-    found = runs.run(**ONE | {"shape": folder, "chosen": ["scout", "stock"]})
+    found = compare(**ONE | {"shape": folder, "way": ["scout", "stock"]})
     assert [one["shape"] for one in found["cells"]] == [folder] * 2 and all("step_ms" in one for one in found["cells"])
     assert "qwen3, 4 query and 2 KV heads" in view.shape_name(found, folder)
     text = to_markdown(tables.parts(found))
