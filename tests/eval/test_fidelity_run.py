@@ -195,14 +195,17 @@ class TestKilled:
         assert len(measured) == len(CELLS) - done and lines(path) == len(CELLS)
         assert told == [f"{done} of {len(CELLS)} cells are measured already"]
 
-    @pytest.mark.parametrize("after", [0, 1], ids=["at its start", "while it measures"])
+    @pytest.mark.parametrize(
+        "after", [pytest.param(0, id="at its start"), pytest.param(1, id="while it measures", marks=pytest.mark.full)]
+    )
     def test_ctrl_c_ends_it_at_once_and_in_order(self, tmp_path, after):
         """To the whole group, as a terminal does: workers say nothing, and nobody waits for what they are at."""
         out = tmp_path / "study"
         # A shell's background jobs, and so these tests, may have been told to ignore it.
         heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
         run_it = f"{heed}; from scout_hf.cli import app; app()"
-        call = [sys.executable, "-c", run_it, "fidelity", "--only", "model=llama", "--jobs", "2", "--out", out]
+        call = [sys.executable, "-c", run_it, "fidelity", "--only", "model=llama"]
+        call += ["--only", "task=needle", "--questions", "1", "--jobs", "2", "--out", out]
         process = subprocess.Popen(call, stderr=subprocess.PIPE, start_new_session=True, text=True)
         parent, end, workers = psutil.Process(process.pid), time.monotonic() + 120, []
         while len(workers) < 2 or lines(out / "cells.jsonl") < after:

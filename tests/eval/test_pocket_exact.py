@@ -30,6 +30,7 @@ def greedy(model, prompt):
     return model.generate(**prompt, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("split", ["off", "cpu"])
 @pytest.mark.parametrize("settings", [{"budget": None}, {"budget": 1.0}, {"dense_layers": 6}])
 def test_exact_settings_give_the_same_tokens(pocket, prompt, stock, split, settings):
@@ -42,6 +43,7 @@ def test_exact_settings_give_the_same_tokens(pocket, prompt, stock, split, setti
 
 
 def test_beams_over_pages_that_they_share(pocket, prompt):
+    prompt = {name: part[:, -1024:] for name, part in prompt.items()}
     options = dict(num_beams=3, num_return_sequences=3, max_new_tokens=12, do_sample=False)
     expected = pocket[0].generate(**prompt, **options)
     for split in ("off", "cpu"):

@@ -211,6 +211,7 @@ def test_ruler_by_name(pocket_path, monkeypatch, tmp_path):
 
 
 @needs_lm_eval
+@pytest.mark.full
 def test_two_processes_give_the_results_of_one(pocket_path, tmp_path):
     """An odd number of rows, so that lm-eval pads one process; scores, answers and sums are those of one process."""
     data = tmp_path / "data"
