@@ -282,8 +282,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", ["methods", "cpu_kernel", "cpu_decode", "fidelity"])
-def test_a_record_that_was_changed_is_shown_or_refused_by_name(kind, tmp_path, monkeypatch, request):
-    """Each value in each place; without --full two values in each, in turn."""
+@pytest.mark.parametrize("count", [2, pytest.param(len(WRONG), marks=pytest.mark.full)])
+def test_a_record_that_was_changed_is_shown_or_refused_by_name(kind, count, tmp_path, monkeypatch):
+    """So many values in each place, in turn."""
     record, path = dict(records())[kind], tmp_path / "changed.json"
     monkeypatch.setattr(page, "_drawn", lambda *_: None)
     refused, values = 0, list(WRONG.values())
@@ -291,8 +292,7 @@ def test_a_record_that_was_changed_is_shown_or_refused_by_name(kind, tmp_path, m
         # One row is as good as the next, and single times are not shown.
         if "ms" in way or any(isinstance(name, int) and name for name in way):
             continue
-        few = [values[(2 * place + step) % len(values)] for step in range(2)]
-        for value in values if request.config.getoption("--full") else few:
+        for value in (values[(count * place + step) % len(values)] for step in range(count)):
             path.write_text(json.dumps(changed(record, way, value)))
             try:
                 page.write([path], tmp_path / "page.html")
