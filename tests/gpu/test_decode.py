@@ -16,6 +16,7 @@ from scout_hf.methods.scout.executor_triton import TritonExecutor  # noqa: E402
 from scout_hf.stores.link import Links  # noqa: E402
 from tests.integration.common import (
     LOSSY,
+    MODES,
     TWO_TIERS,
     assert_close,
     assert_equal,
@@ -25,7 +26,6 @@ from tests.integration.common import (
     prompt,
     run,
 )
-from tests.integration.test_generate import MODES  # noqa: E402
 from tests.libraries import ISAS  # noqa: E402
 from tests.triton.reference import begin_as_nan  # noqa: E402
 from tests.unit.naive import poison  # noqa: E402

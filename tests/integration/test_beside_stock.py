@@ -112,7 +112,7 @@ def test_patch_keeps_the_implementation_there_was(implementation):
     assert_equal(run(model, prompt()), stock)
 
 
-def test_two_threads_on_one_model():
+def test_two_threads_on_one_model(executor):
     model = llama()
     prompts = [prompt(1, 40, seed) for seed in range(4)]
     stock = [run(model, ids) for ids in prompts]

@@ -23,6 +23,7 @@ from tests.integration.common import (
     prompt,
     run,
 )
+from tests.integration.executors import WAYS, use_triton
 from tests.libraries import ISAS, without_library
 
 SETTINGS = {
@@ -31,13 +32,16 @@ SETTINGS = {
     for size in (8, 16)
 }
 SETTINGS |= {f"method {name}": options for name, options in EXACT_METHODS.items()}
-WAYS = [*SETTINGS, *((f"{tier}, torch alone" for tier in ("one tier 16", "two tiers 8")) if ISAS else ())]
+ALONE = [(tier, "torch alone") for tier in ("one tier 16", "two tiers 8")] if ISAS else []
+BY_TRITON = [(f"two tiers {size}", way) for way, size in zip(WAYS, (8, 16))]
 
 
-@pytest.fixture(params=WAYS, ids=str)
-def settings(request):
-    name, _, alone = request.param.partition(", ")
-    with without_library() if alone else nullcontext():
+@pytest.fixture(params=[*((name, "") for name in SETTINGS), *ALONE, *BY_TRITON], ids=", ".join)
+def settings(request, monkeypatch):
+    name, how = request.param
+    if how in WAYS:
+        use_triton(monkeypatch, how)
+    with without_library() if how == "torch alone" else nullcontext():
         yield SETTINGS[name]
 
 

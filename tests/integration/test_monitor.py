@@ -30,6 +30,8 @@ from tests.integration.common import (
     run,
 )
 from tests.integration.disturbances import delayed_jobs, delayed_submit, refuse_thread, spoiled_buffers, spoiled_pages
+from tests.integration.executors import WAYS as HANDED
+from tests.integration.executors import use_triton
 from tests.libraries import ISAS
 from tests.patches.tiny import missing, tiny_model
 
@@ -188,11 +190,16 @@ TRUTHS = {
 }
 
 
+EXECUTED = [*((case, "torch") for case in TRUTHS), *((case, way) for case in TRUTHS if "two" in case for way in HANDED)]
+
+
 @pytest.mark.parametrize("backend", WAYS)
 @pytest.mark.parametrize("inputs", INPUTS)
-@pytest.mark.parametrize("case", TRUTHS)
+@pytest.mark.parametrize(("case", "executor"), EXECUTED)
 @pytest.mark.thin(2)
-def test_what_is_told_is_true(monkeypatch, case, inputs, backend):
+def test_what_is_told_is_true(monkeypatch, case, executor, inputs, backend):
+    if executor != "torch":
+        use_triton(monkeypatch, executor)
     reference, model = Reference(monkeypatch), spiky()
     with scout_hf.patch(model, **TRUTHS[case], cpu_backend=backend, monitor=1.0) as handle:
         run(model, INPUTS[inputs], new=12)

@@ -22,11 +22,11 @@ def decode(model, steps=24, **settings):
         return handle.stats()
 
 
-def test_without_recall_nothing_comes_back(model):
+def test_without_recall_nothing_comes_back(executor, model):
     assert decode(model, recall=None).recalled_blocks == 0
 
 
-def test_a_threshold_bounds_the_share_of_the_cpu(model):
+def test_a_threshold_bounds_the_share_of_the_cpu(executor, model):
     adaptive, never = decode(model, recall=0.12), decode(model, recall=None)
     assert adaptive.recalled_blocks > 0
     assert adaptive.cpu_ratio < never.cpu_ratio
@@ -44,7 +44,7 @@ def test_recall_counts_bytes_of_whole_blocks(model):
     assert stats.recalled_bytes == stats.recalled_blocks * 2 * 8 * head_dim * 4
 
 
-def test_a_profile_sets_the_interval_of_each_layer(model, tmp_path):
+def test_a_profile_sets_the_interval_of_each_layer(executor, model, tmp_path):
     with scout_hf.patch(model, budget=48, block_size=8, window=8, split="cpu") as handle:
         prompts = [torch.randint(1, 60, (1, PROMPT), generator=torch.Generator().manual_seed(s)) for s in range(2)]
         profile = handle.profile_recall(prompts, steps=12)
@@ -56,7 +56,7 @@ def test_a_profile_sets_the_interval_of_each_layer(model, tmp_path):
     assert decode(model, recall=loaded).steps == 24
 
 
-def test_an_interval_of_zero_never_recalls_that_layer(model):
+def test_an_interval_of_zero_never_recalls_that_layer(executor, model):
     depth = model.config.num_hidden_layers
     profile = scout_hf.RecallIntervals((0,) + (1,) * (depth - 1), 0.12, model.config.model_type)
     layers = decode(model, recall=profile).layers
@@ -77,7 +77,7 @@ def test_profiling_needs_two_tiers_and_token_ids(model):
                 handle.profile_recall(wrong)
 
 
-def test_recall_does_not_change_what_is_attended_when_everything_is(model):
+def test_recall_does_not_change_what_is_attended_when_everything_is(executor, model):
     """Budget None with the real query: residents and CPU together always cover the whole context."""
     ids = torch.randint(1, 60, (1, PROMPT), generator=torch.Generator().manual_seed(1))
     stock = model.generate(ids, max_new_tokens=12, output_logits=True, return_dict_in_generate=True, do_sample=False)

@@ -6,83 +6,27 @@ import torch
 import scout_hf
 from scout_hf.kernels.cpu.native_backend import NativeBackend
 from tests.integration import selection_oracle
-from tests.integration.common import assert_close, decode_after_holes, left_padded, logits, prompt, run, spiky
+from tests.integration.common import assert_close, decode_after_holes, left_padded, logits, run, spiky
 from tests.integration.selection_oracle import Oracle, Rules
+from tests.integration.sparse_cases import CASES, INPUTS, NEW, TWO_TIER_CASES, check, reference, settings
 from tests.libraries import ISAS
-
-NEW = 10
-INPUTS = {
-    "one row": prompt(1, 90),
-    "rows": prompt(2, 91),
-    "padded": left_padded(0, 5, 61, tokens=93),
-    "all padded": left_padded(12, 19, tokens=88),
-    "short": prompt(1, 9),
-}
-CASES = {
-    "budget": {"budget": 32},
-    "smallest": {"budget": 8},
-    "share": {"budget": 0.37},
-    "small share": {"budget": 0.2},
-    "no window": {"budget": 24, "window": 0},
-    "wide window": {"budget": 40, "window": 20},
-    "window beyond the budget": {"budget": 16, "window": 32},
-    "no sinks": {"budget": 32, "sinks": 0},
-    "many sinks": {"budget": 40, "sinks": 17},
-    "sinks beyond the budget": {"budget": 24, "sinks": 40},
-    "dense layers": {"budget": 16, "dense_layers": (0, 2)},
-    "leading dense layers": {"budget": 16, "dense_layers": (0, 1)},
-    "everything": {"budget": None},
-    "blocks of 16": {"budget": 48, "block_size": 16},
-}
-TWO_TIER_CASES = {name: case for name, case in CASES.items() if not isinstance(case["budget"], float)} | {
-    "fewer residents than budget": {"budget": 40, "resident": 16},
-    "more residents than budget": {"budget": 24, "resident": 48},
-    "everything, few residents": {"budget": None, "resident": 16},
-}
-
-
-def reference(inputs, new: int = NEW, dtype=torch.float64, **case):
-    """Tokens and logits of a stock model that attends to what the oracle chooses, and the oracle."""
-    model, oracle = spiky(dtype), Oracle(Rules(**case))
-    model.set_attn_implementation(selection_oracle.NAME)
-    selection_oracle.ACTIVE.append(oracle)
-    try:
-        return run(model, inputs, new=new), oracle
-    finally:
-        selection_oracle.ACTIVE.pop()
-
-
-def settings(case, **more):
-    plain = {"digest": "minmax", "block_size": 8, "window": 8, "layer_ahead": False, "recall": None}
-    return plain | case | more
-
-
-def check(inputs, case, split, dtype=torch.float64):
-    expected, oracle = reference(inputs, dtype=dtype, **case, two_tiers=split == "cpu")
-    model = spiky(dtype)
-    with scout_hf.patch(model, **settings(case, split=split)) as handle:
-        got = run(model, inputs, new=NEW)
-    assert_close(got, expected, 1e-5)
-    for layer in handle.stats().layers:
-        counts = oracle.attended[layer.layer]
-        assert layer.attended_tokens == pytest.approx(sum(counts) / len(counts))
 
 
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.thin(2)
 def test_one_tier(case, inputs):
-    check(INPUTS[inputs], CASES[case], "off")
+    check(inputs, case, "off")
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_one_tier_in_native_code(case):
-    check(INPUTS["padded"], CASES[case], "off", torch.float32)
+    check("padded", case, "off", torch.float32)
 
 
 @pytest.mark.parametrize("case", TWO_TIER_CASES)
 def test_two_tiers_in_native_code(case):
-    check(INPUTS["padded"], TWO_TIER_CASES[case], "cpu", torch.float32)
+    check("padded", case, "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("inputs", INPUTS)
@@ -90,7 +34,7 @@ def test_two_tiers_in_native_code(case):
 @pytest.mark.thin(2)
 def test_two_tiers_attend_to_the_union(case, inputs):
     """Residents, and what the real query selects: without recall the residents are those of the prompt."""
-    check(INPUTS[inputs], TWO_TIER_CASES[case], "cpu")
+    check(inputs, case, "cpu")
 
 
 @pytest.mark.parametrize("case", [{"budget": 16}, {"budget": 32, "sinks": 0, "resident": 16}], ids=str)
@@ -113,7 +57,7 @@ def test_padding_inside_rows(case, split, dtype):
 
 def test_the_reference_reacts_to_every_setting():
     """Two cases that answer alike would test one thing twice."""
-    found = {name: logits(reference(INPUTS["one row"], **case)[0])[1:] for name, case in CASES.items()}
+    found = {name: logits(reference("one row", name)[0])[1:] for name in CASES}
     stock = logits(run(spiky(), INPUTS["one row"], new=NEW))[1:]
     for name, one in found.items():
         same = (one - stock).abs().max() < 1e-5
@@ -134,7 +78,7 @@ def test_one_wrong_block_is_seen(monkeypatch):
         pick.ids[:, 1, count - 1] = pick.ids[:, 1, count]
         return selector.Pick(pick.ids[:, :, :count], None)
 
-    expected, _ = reference(INPUTS["one row"], new=2, budget=32)
+    expected, _ = reference("one row", "budget", new=2)
     model = spiky()
     with scout_hf.patch(model, **settings({"budget": 32}, split="off")):
         assert_close(run(model, INPUTS["one row"], new=2), expected, 1e-5)
@@ -154,7 +98,7 @@ def test_one_wrong_block_of_native_selection_is_seen(monkeypatch):
         lists.ids[0, 1, 1] = min(others)
         return lists
 
-    expected, _ = reference(INPUTS["one row"], new=2, dtype=torch.float32, budget=32)
+    expected, _ = reference("one row", "budget", dtype=torch.float32, new=2)
     model = spiky(torch.float32)
     with scout_hf.patch(model, **settings({"budget": 32}, split="off")):
         assert_close(run(model, INPUTS["one row"], new=2), expected, 1e-5)

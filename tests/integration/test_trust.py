@@ -39,25 +39,25 @@ def count_guesses(monkeypatch) -> list[bool]:
 
 
 @pytest.mark.parametrize("inputs", [prompt(), left_padded(0, 13)], ids=["one row", "padded"])
-def test_a_layer_that_is_predicted_badly_attends_with_the_real_query(inputs, monkeypatch):
+def test_a_layer_that_is_predicted_badly_attends_with_the_real_query(executor, inputs, monkeypatch):
     model = spiky()
     family = type(family_of(model))
     query = family.query
     # Chooses almost as well where each block has keys on both sides, but attends to the wrong ones.
     monkeypatch.setattr(family, "query", lambda *args, **kwargs: -query(*args, **kwargs))
     with scout_hf.patch(model, **LOSSY | {"cpu_query": "real"}):
-        expected = run(model, inputs, new=40)
+        expected = run(model, inputs, new=20)
     with scout_hf.patch(model, **LOSSY) as handle:
-        predicted = run(model, inputs, new=40)
+        predicted = run(model, inputs, new=20)
     with scout_hf.patch(model, **LOSSY | AUTO) as handle:
-        got = run(model, inputs, new=40)
+        got = run(model, inputs, new=20)
         assert not handle.exact
         errors = [trust.error for trust in trusts(got.past_key_values)]
     assert errors[0] is None and min(errors[1:]) > 0.05
     assert torch.equal(logits(got), logits(expected)) and not torch.equal(logits(predicted), logits(expected))
 
 
-def test_a_layer_that_is_predicted_well_is_trusted_after_a_look(monkeypatch):
+def test_a_layer_that_is_predicted_well_is_trusted_after_a_look(executor, monkeypatch):
     model = llama()
     silence(model, family_of(model))
     expected = run(model, prompt(), new=2 * CHECK_EVERY + 4)

@@ -37,8 +37,11 @@ def build(
     compiler: list[str] | None = None,
     sources: Path = SOURCES,
     only: tuple[str, ...] = (),
+    libraries: tuple[Path, ...] = (),
 ) -> Path:
     """Compile ``program`` and the ``sources`` (``only`` those) into ``folder``; the path of the executable.
+
+    ``libraries`` are linked to it, and found where they are.
 
     RuntimeError with the compiler's messages if it fails.
     """
@@ -57,7 +60,8 @@ def build(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, files))
     executable = folder / program.stem
-    link = [*compiler, *common, *(str(target) for target, _ in objects), "-o", str(executable), "-ldl"]
+    found = [word for path in libraries for word in (str(path), f"-Wl,-rpath,{path.parent}")]
+    link = [*compiler, *common, *(str(target) for target, _ in objects), *found, "-o", str(executable), "-ldl"]
     messages = "".join(text for _, text in objects) + _run(link)
     if messages:
         print(messages, file=sys.stderr)

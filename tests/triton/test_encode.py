@@ -13,7 +13,8 @@ from scout_hf.kernels.triton.encode import encode  # noqa: E402
 from scout_hf.selection import make_digest  # noqa: E402
 from scout_hf.selection.digest import repeat_real  # noqa: E402
 from scout_hf.selection.sign import scale_to_byte  # noqa: E402
-from tests.triton.test_score import DEVICE, DIMS, DTYPES, SIZES, draw, fitted, some_padding  # noqa: E402
+from tests.triton.grid import DEVICE  # noqa: E402
+from tests.triton.keys import DIMS, DTYPES, SIZES, draw, fitted, some_padding  # noqa: E402
 
 BOUNDS, NAMES = ("minmax", "minmax-int8", "minmax-sub"), ("minmax", "minmax-int8", "minmax-sub", "sign")
 # Of a token's scale: rotated values nearer to 0 may get either sign.

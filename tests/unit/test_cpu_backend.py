@@ -33,9 +33,10 @@ from scout_hf.kernels.cpu import (
 from scout_hf.kernels.cpu import library as native
 from scout_hf.stores import PackedKV, PagedKV, pages
 from tests.libraries import ISAS, WAYS, using_isa, without_library
+from tests.unit.attending import BATCH, DIM, KV_HEADS, assert_same, held_back, make_query
 from tests.unit.naive import QUICK, attention, poison
 
-BATCH, KV_HEADS, SIZE, DIM = 2, 2, 8, 16
+SIZE = 8
 ERROR = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float64: 1e-12}
 INT8_ERROR = 1.5e-2
 """Natively the weights of int8 values are rounded too, to 1/255 of a tile's largest: half that of values up to 4."""
@@ -83,11 +84,6 @@ def make_store(tokens, seed=0, dtype=torch.float32, dim=DIM, batch=BATCH, size=S
     for first in range(0, tokens, step):
         store.append(keys[:, :, first : first + step], values[:, :, first : first + step])
     return store
-
-
-def make_query(group, seed=0, dtype=torch.float32, dim=DIM, batch=BATCH, heads=KV_HEADS):
-    generator = torch.Generator().manual_seed(seed + 99)
-    return torch.randn(batch, heads * group, 1, dim, generator=generator).to(dtype)
 
 
 def random_lists(dice, store, ragged, most=None):
@@ -280,11 +276,6 @@ def test_what_is_padding_may_be_garbage(backend):
     clean.append(keys, keys), dirty.append(spoiled, spoiled)
     results = [backend.attend_blocks(make_query(2), store, None, 0.3, None, padding_mask) for store in (clean, dirty)]
     assert_same(*results)
-
-
-def assert_same(got, expected):
-    assert got.tokens == expected.tokens
-    assert all(torch.equal(a, b) for a, b in zip(got.partial, expected.partial))
 
 
 def test_results_outlive_the_buffers(backend):
@@ -541,13 +532,6 @@ def test_threads_of_the_background_are_kept_by_copies():
         assert copy.deepcopy(make_backend(name, 3)).threads == 3
 
 
-def held_back(backend):
-    """Jobs of this native backend wait for the word that is returned."""
-    word, submit = ctypes.c_uint64(0), backend._pool.submit
-    backend._pool.submit = lambda *args, **options: submit(*args, **options, flag=ctypes.addressof(word), value=1)
-    return word
-
-
 @pytest.mark.skipif(not ISAS, reason="no native library")
 def test_a_job_that_a_closed_pool_dropped_says_so():
     backend = make_backend("native")
@@ -567,7 +551,7 @@ def test_a_job_outlives_its_store():
 import gc, torch
 from scout_hf.kernels.cpu import make_backend
 from scout_hf.stores import PackedKV, PagedKV
-from tests.unit.test_cpu_backend import assert_same, held_back, make_query
+from tests.unit.attending import assert_same, held_back, make_query
 backend = make_backend("native")
 for kind in (PagedKV, PackedKV):
     store, query = kind(2, 2, 128, 32, torch.float32, "cpu"), make_query(4, dim=128)

@@ -1,6 +1,8 @@
 """The native CPU library against double precision, by a program of its own: plain, under sanitizers, and for Arm.
 
-The program is ``tests/native/grid.cpp``; run by hand it does more (``--cases``, ``--full``).
+The program is ``tests/native/grid.cpp``; run by hand it does more (``--cases``, ``--full``). By default it calls the
+package's library, and is built whole once, under AddressSanitizer and without optimisation, which takes a third of the
+time and finds the same.
 """
 
 from __future__ import annotations
@@ -11,11 +13,12 @@ import subprocess
 
 import pytest
 
-from tests.native.build import HERE, build, find_compiler
+from tests.native.build import HERE, SOURCES, build, find_compiler
 
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
 # Without it a sanitizer prints what it found and goes on.
 STOP = "-fno-sanitize-recover=all"
+BOUNDS = ("-fsanitize=address,undefined", STOP)
 
 needs_compiler = pytest.mark.skipif(not find_compiler(), reason="there is no C++ compiler here")
 
@@ -34,7 +37,7 @@ def run(command, seconds=300, **environment):
     return done.stdout
 
 
-def sanitized(folder, *flags, **options):
+def sanitized(folder, *flags, optimised="-O1", **options):
     """Build with sanitizers, or skip where the compiler comes without their libraries."""
     probe = folder / "probe.cpp"
     probe.write_text("int main() { return 0; }\n")
@@ -42,20 +45,36 @@ def sanitized(folder, *flags, **options):
     linked = subprocess.run(program, capture_output=True, text=True)
     if linked.returncode or subprocess.run([folder / "probe"], capture_output=True).returncode:
         pytest.skip(f"{' '.join(flags)} does not work here: {linked.stderr[-300:]}")
-    return build(folder, "-O1", "-g1", *flags, **options)
+    return build(folder, optimised, "-g1", *flags, **options)
 
 
 @needs_compiler
+def test_every_instruction_set_of_the_package_is_right(tmp_path):
+    built = next(iter(SOURCES.parent.glob("_scout_cpu*.so")), None)
+    if built is None:
+        pytest.skip("the package's library was not built")
+    run([build(tmp_path, "-O1", only=("none",), libraries=(built,)), "--cases", 400])
+
+
+@needs_compiler
+@pytest.mark.full
 def test_every_instruction_set_is_right(tmp_path):
     run([build(tmp_path, "-O2")])
 
 
 @needs_compiler
 def test_nothing_is_read_or_written_out_of_bounds(tmp_path):
-    run([sanitized(tmp_path, "-fsanitize=address,undefined", STOP), "--cases", 150])
+    run([sanitized(tmp_path, *BOUNDS, optimised="-O0"), "--cases", 25])
 
 
 @needs_compiler
+@pytest.mark.full
+def test_optimised_code_stays_within_bounds(tmp_path):
+    run([sanitized(tmp_path, *BOUNDS), "--cases", 150])
+
+
+@needs_compiler
+@pytest.mark.full
 def test_threads_do_not_race(tmp_path):
     run([sanitized(tmp_path, "-fsanitize=thread"), "--cases", 60, "--isa", "base"])
 
@@ -72,6 +91,7 @@ def test_the_pool_does_not_race(tmp_path):
     not (shutil.which(ARM_COMPILER) and shutil.which(ARM_EMULATOR)),
     reason=f"needs {ARM_COMPILER} and {ARM_EMULATOR}",
 )
+@pytest.mark.full
 def test_arm_is_right(tmp_path):
     program = build(tmp_path, "-O2", "-static", "-DGRID_STATIC", compiler=[ARM_COMPILER])
     assert "base neon" in run([ARM_EMULATOR, program, "--cases", 60])

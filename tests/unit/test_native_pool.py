@@ -24,6 +24,7 @@ import pytest
 from scout_hf.errors import CacheStateError, ConfigError
 from scout_hf.kernels.cpu import pool as pool_module
 from scout_hf.kernels.cpu.pool import CopyArgs, NativePool, quick
+from tests.unit.native_jobs import Words, copy_job, move
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "scout_hf" / "kernels" / "cpu"
@@ -69,34 +70,6 @@ def pool(library, workers):
     with_it.close()
 
 
-class Words:
-    """64-bit words at fixed addresses, and the jobs that copy one to the next."""
-
-    def __init__(self, *values):
-        self.array = (ctypes.c_uint64 * len(values))(*values)
-
-    def at(self, index):
-        return ctypes.addressof(self.array) + 8 * index
-
-    def __getitem__(self, index):
-        return self.array[index]
-
-    def __setitem__(self, index, value):
-        self.array[index] = value
-
-
-def copy_job(pool, sources, targets, size=8, **options):
-    """Submit copies between lists of addresses; the ticket."""
-    lists = [(ctypes.c_int64 * len(each))(*each) for each in (sources, targets)]
-    args = CopyArgs(*map(ctypes.addressof, lists), len(sources), size)
-    keep = (lists, options.pop("keep", ()))
-    return pool.submit(quick(pool.library, "scout_submit_copy"), args, keep=keep, **options)
-
-
-def move(pool, words, source, target, **options):
-    return copy_job(pool, [words.at(source)], [words.at(target)], keep=words, **options)
-
-
 def eventually(condition, seconds=60):
     """Wait for something that happens by itself, within what a busy machine may take."""
     end = time.monotonic() + seconds
@@ -125,7 +98,9 @@ def run_python(code, library_path):
         "import atexit, ctypes, signal, threading\n"
         "atexit.register(lambda: at_the_very_end())\n"  # before the package's own, so that it is called after them
         "at_the_very_end = lambda: None\n"
-        "from tests.unit.test_native_pool import *\n"
+        "from scout_hf.kernels.cpu import pool as pool_module\n"
+        "from scout_hf.kernels.cpu.pool import NativePool\n"
+        "from tests.unit.native_jobs import Words, copy_job, move\n"
         "pool_module.spare_workers = lambda requested: 1\n"
         f"pool = NativePool(ctypes.CDLL({str(library_path)!r}))\n"
     )

@@ -19,8 +19,7 @@ from scout_hf.selection.sign import SHRINKAGE, byte_to_scale, random_rotation, s
 from scout_hf.stores import PagedKV
 from tests.libraries import using_isa
 from tests.unit.naive import QUICK, poison
-from tests.unit.test_selection_digest import draw
-from tests.unit.test_selection_native import make_step
+from tests.unit.selecting import draw, make_step
 from tests.unit.worlds import stock_model
 
 CODES = ("sign", "minmax-int8", "minmax-sub")

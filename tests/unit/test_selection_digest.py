@@ -13,29 +13,7 @@ from hypothesis import strategies as st
 from scout_hf import ConfigError, selection
 from scout_hf.selection import Digest, DigestTable, MinMax, digest_names, make_digest, register_digest
 from tests.unit.naive import QUICK
-
-
-def draw(seed, batch, kv_heads, group, blocks, size, dim, dtype=torch.float32, loud=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    query = torch.randn(batch, kv_heads * group, 1, dim, generator=generator) * loud
-    keys = torch.randn(batch, kv_heads, blocks, size, dim, generator=generator) * loud
-    return query.to(dtype), keys.to(dtype)
-
-
-def naive_score(query, keys, padding_mask=None):
-    """sum over the group of sum_d max(q_d * min_d, q_d * max_d), block by block, in float64."""
-    batch, kv_heads, blocks, _, dim = keys.shape
-    grouped = query.double().view(batch, kv_heads, -1, dim)
-    score = torch.zeros(batch, kv_heads, blocks, dtype=torch.float64)
-    for row in range(batch):
-        for block in range(blocks):
-            real = keys[row, :, block].double()
-            if padding_mask is not None:
-                real = real[:, padding_mask[row, block]]
-            if real.shape[1]:
-                low, high = real.amin(1)[:, None], real.amax(1)[:, None]
-                score[row, :, block] = torch.maximum(grouped[row] * low, grouped[row] * high).sum(-1).sum(-1)
-    return score
+from tests.unit.selecting import draw, naive_score
 
 
 @QUICK

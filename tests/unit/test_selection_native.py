@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import MISSING, fields
 from types import SimpleNamespace
 
 import pytest
@@ -14,16 +13,24 @@ from hypothesis import strategies as st
 from scout_hf import ScoutConfig
 from scout_hf.kernels.cpu import make_backend
 from scout_hf.selection import MinMax, Selector
-from scout_hf.step import Step
 from scout_hf.stores import PackedKV, PagedKV, pages
-from tests.libraries import ISAS, using_isa, without_library
+from tests.libraries import ISAS, using_isa
 from tests.unit.naive import QUICK, poison
-from tests.unit.test_selection_digest import naive_score
+from tests.unit.selecting import (
+    BATCH,
+    DIM,
+    HEADS,
+    KEYS,
+    PADDING,
+    SIZE,
+    make_mask,
+    make_step,
+    make_store,
+    naive_score,
+)
 
-BATCH, HEADS, DIM, SIZE = 3, 2, 16, 8
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-KEYS = torch.empty(BATCH, HEADS, 0, DIM)
-PADDING = [None, "left", "holes", "an empty row"]
+
 
 pytestmark = pytest.mark.skipif(not ISAS, reason="no native library")
 
@@ -32,33 +39,6 @@ pytestmark = pytest.mark.skipif(not ISAS, reason="no native library")
 def poisoned_small_slabs(monkeypatch):
     monkeypatch.setattr(pages, "MIN_SLAB_PAGES", 5)
     poison(monkeypatch)
-
-
-def make_store(tokens, seed, dtype=torch.float32, kind=PagedKV, native=True):
-    keys = torch.randn(2, BATCH, HEADS, tokens, DIM, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    if native:
-        store = kind(BATCH, HEADS, DIM, SIZE, dtype, "cpu")
-    else:
-        with without_library():
-            store = kind(BATCH, HEADS, DIM, SIZE, dtype, "cpu")
-    for first in range(0, tokens, 13):
-        store.append(*keys[:, :, :, first : first + 13])
-    return store
-
-
-def make_mask(kind, tokens, seed):
-    generator, dice = torch.Generator().manual_seed(seed), random.Random(seed)
-    if kind == "holes":
-        return torch.rand(BATCH, tokens, generator=generator) > dice.choice([0.1, 0.9])
-    starts = torch.tensor([dice.randint(0, tokens - 1) for _ in range(BATCH)])
-    if kind == "an empty row":
-        starts[dice.randrange(BATCH)] = tokens
-    return None if kind is None else torch.arange(tokens) >= starts[:, None]
-
-
-def make_step(tokens, mask, backend=None):
-    required = {field.name: None for field in fields(Step) if field.default is field.default_factory is MISSING}
-    return Step(**{**required, "queries": 1, "tokens": tokens, "mask": mask, "backend": backend})
 
 
 def encoded(store, blocks, mask):

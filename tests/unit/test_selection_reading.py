@@ -14,7 +14,7 @@ from scout_hf.selection import Selector, SignCode, make_digest, reading
 from scout_hf.stores import PackedKV, PagedKV
 from tests.libraries import ISAS
 from tests.unit.naive import QUICK, poison
-from tests.unit.test_selection_native import BATCH, HEADS, KEYS, PADDING, SIZE, make_mask, make_store
+from tests.unit.selecting import BATCH, HEADS, KEYS, PADDING, SIZE, make_mask, make_store
 
 CODES = ("sign", "minmax-int8", "minmax-sub")
 
