@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from scout_hf.errors import UnsupportedInputError, UnsupportedModelError
 
 from .quiet import call
+
+Part = Any
+"""An ``nn.Module`` of a model: its class alone knows its attributes, so no type can say them."""
 
 
 class Family:
@@ -26,21 +30,21 @@ class Family:
     model_types: tuple[str, ...] = ()
     """Values of `config.get_text_config(decoder=True).model_type` that this family serves."""
 
-    def decoder(self, model: nn.Module) -> nn.Module:
+    def decoder(self, model: Part) -> nn.Module:
         """The module that owns the decoder layers and the rotary embedding."""
         decoder = model.get_decoder()
         # Llama4's causal LM answers with itself.
         return decoder if hasattr(decoder, "layers") else getattr(decoder, "model", decoder)
 
-    def layers(self, decoder: nn.Module) -> Sequence[nn.Module]:
+    def layers(self, decoder: Part) -> Sequence[nn.Module]:
         """The decoder layers, first to last."""
         return decoder.layers
 
-    def attention(self, layer: nn.Module) -> nn.Module:
+    def attention(self, layer: Part) -> nn.Module:
         """The self-attention module of one decoder layer."""
         return layer.self_attn
 
-    def available(self, layer: nn.Module) -> bool:
+    def available(self, layer: Part) -> bool:
         """Whether `query` can run on this layer now.
 
         False for a layer without softmax attention (hybrid models) and while the weights are on the meta
@@ -56,8 +60,8 @@ class Family:
 
     def query(
         self,
-        decoder: nn.Module,
-        layer: nn.Module,
+        decoder: Part,
+        layer: Part,
         hidden: Tensor,
         position_ids: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
@@ -83,8 +87,8 @@ class Family:
 
     def keys_values(
         self,
-        decoder: nn.Module,
-        layer: nn.Module,
+        decoder: Part,
+        layer: Part,
         hidden: Tensor,
         position_ids: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
@@ -106,11 +110,11 @@ class Family:
         keys, values = self.project_keys_values(attn, self.norm(layer, hidden))
         return self.rotate(decoder, layer, attn, keys, position_ids, position_embeddings, hidden), values
 
-    def norm(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+    def norm(self, layer: Part, hidden: Tensor) -> Tensor:
         """The layer's normalisation before attention: (batch, length, hidden_size) in and out."""
         return call(layer, "input_layernorm", hidden)
 
-    def project(self, attn: nn.Module, x: Tensor) -> Tensor:
+    def project(self, attn: Part, x: Tensor) -> Tensor:
         """Project and normalise: (batch, length, hidden_size) to (batch, query_heads, length, head_dim).
 
         Say `call(attn, "q_proj", x)`: neither `attn.q_proj(x)`, which would run hooks on what is only predicted, nor
@@ -118,16 +122,16 @@ class Family:
         """
         return split_heads(call(attn, "q_proj", x), attn.head_dim)
 
-    def project_keys_values(self, attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    def project_keys_values(self, attn: Part, x: Tensor) -> tuple[Tensor, Tensor]:
         """Project, and normalise keys: (batch, length, hidden_size) to twice (batch, kv_heads, length, head_dim)."""
         keys, values = (call(attn, name, x) for name in ("k_proj", "v_proj"))
         return split_heads(keys, attn.head_dim), split_heads(values, attn.head_dim)
 
     def rotate(
         self,
-        decoder: nn.Module,
-        layer: nn.Module,
-        attn: nn.Module,
+        decoder: Part,
+        layer: Part,
+        attn: Part,
         q: Tensor,
         position_ids: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor] | None,
@@ -140,7 +144,7 @@ class Family:
         return rotary_function(attn)(q, q[:, :0], cos, sin)[0]
 
     def require_fixed_angles(
-        self, decoder: nn.Module, attn: nn.Module, position_embeddings: tuple[Tensor, Tensor] | None
+        self, decoder: Part, attn: Part, position_embeddings: tuple[Tensor, Tensor] | None
     ) -> None:
         """Refuse to make keys whose angles change while the sequence grows, unless the angles are given.
 
@@ -162,15 +166,15 @@ class Family:
 
     def position_embeddings(
         self,
-        decoder: nn.Module,
-        attn: nn.Module,
+        decoder: Part,
+        attn: Part,
         hidden: Tensor,
         position_ids: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         """The (cos, sin) that belong to this layer, on the device of `hidden`."""
         rotary = getattr(decoder, "rotary_emb", None)
-        extra = ()
+        extra: tuple[str, ...] = ()
         if getattr(rotary, "layer_types", None):
             # Gemma3 and others rotate by layer type: the previous layer's angles hold only for its own type.
             types, index = decoder.config.layer_types, attn.layer_idx
@@ -178,7 +182,7 @@ class Family:
                 position_embeddings = None
             extra = (types[index],)
         if position_embeddings is not None:
-            return tuple(part.to(hidden.device) for part in position_embeddings)
+            return _moved(position_embeddings, hidden.device)
         if rotary is None or position_ids is None:
             raise UnsupportedInputError(
                 f"layer {attn.layer_idx} of {type(decoder).__name__} needs rotary angles of its own, but "
@@ -186,7 +190,11 @@ class Family:
                 f"{type(rotary).__name__}. Pass the position_ids of the forward pass, (1 or batch, length)."
             )
         turned = call(decoder, "rotary_emb", hidden, position_ids.to(hidden.device), *extra)
-        return tuple(part.to(hidden.device) for part in turned)
+        return _moved(turned, hidden.device)
+
+
+def _moved(angles: Any, device: torch.device) -> Any:
+    return tuple(part.to(device) for part in angles)
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -210,7 +218,7 @@ def _first(module: nn.Module, kind: str) -> Tensor | None:
     return next((tensor for tensor in found if tensor is not None), None)
 
 
-def rotary_function(attn: nn.Module) -> Callable:
+def rotary_function(attn: Part) -> Callable[..., Any]:
     """The `apply_rotary_pos_emb` of the file that defines the attention class.
 
     Base classes are searched too: FSDP and users subclass attention in modules of their own.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from .base import Family
+from .base import Family, Part
 from .quiet import call
 from .registry import register_family
 
@@ -14,13 +14,13 @@ class Cohere(Family):
 
     model_types = ("cohere",)
 
-    def project(self, attn: nn.Module, x: Tensor) -> Tensor:
+    def project(self, attn: Part, x: Tensor) -> Tensor:
         q = call(attn, "q_proj", x).view(*x.shape[:-1], -1, attn.head_dim)
         if attn.use_qk_norm:
             q = call(attn, "q_norm", q)
         return q.transpose(1, 2)
 
-    def project_keys_values(self, attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    def project_keys_values(self, attn: Part, x: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = super().project_keys_values(attn, x)
         if attn.use_qk_norm:
             keys = call(attn, "k_norm", keys.transpose(1, 2)).transpose(1, 2)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .base import Family, split_heads
+from .base import Family, Part, split_heads
 from .quiet import call
 from .registry import register_family
 
@@ -16,19 +16,19 @@ class GPT2(Family):
 
     model_types = ("gpt2",)
 
-    def layers(self, decoder: nn.Module) -> Sequence[nn.Module]:
+    def layers(self, decoder: Part) -> Sequence[nn.Module]:
         return decoder.h
 
-    def attention(self, layer: nn.Module) -> nn.Module:
+    def attention(self, layer: Part) -> nn.Module:
         return layer.attn
 
-    def norm(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+    def norm(self, layer: Part, hidden: Tensor) -> Tensor:
         return call(layer, "ln_1", hidden)
 
-    def project(self, attn: nn.Module, x: Tensor) -> Tensor:
+    def project(self, attn: Part, x: Tensor) -> Tensor:
         return split_heads(call(attn, "c_attn", x)[..., : attn.split_size], attn.head_dim)
 
-    def project_keys_values(self, attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    def project_keys_values(self, attn: Part, x: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = call(attn, "c_attn", x)[..., attn.split_size :].chunk(2, dim=-1)
         return split_heads(keys, attn.head_dim), split_heads(values, attn.head_dim)
 

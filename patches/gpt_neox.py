@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .base import Family, split_heads
+from .base import Family, Part, split_heads
 from .quiet import call
 from .registry import register_family
 
@@ -14,13 +14,13 @@ class GPTNeoX(Family):
 
     model_types = ("gpt_neox",)
 
-    def attention(self, layer: nn.Module) -> nn.Module:
+    def attention(self, layer: Part) -> nn.Module:
         return layer.attention
 
-    def project(self, attn: nn.Module, x: Tensor) -> Tensor:
+    def project(self, attn: Part, x: Tensor) -> Tensor:
         return split_heads(call(attn, "query_key_value", x), 3 * attn.head_size)[..., : attn.head_size]
 
-    def project_keys_values(self, attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    def project_keys_values(self, attn: Part, x: Tensor) -> tuple[Tensor, Tensor]:
         _, keys, values = split_heads(call(attn, "query_key_value", x), 3 * attn.head_size).chunk(3, dim=-1)
         return keys, values
 

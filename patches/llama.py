@@ -13,7 +13,7 @@ class Llama(Family):
     or partial rotary), the difference lives in modules and functions that are called, not copied.
     """
 
-    model_types = (
+    model_types: tuple[str, ...] = (
         "llama",
         "mistral",
         "mixtral",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from .base import Family, split_heads
+from .base import Family, Part, split_heads
 from .quiet import call
 from .registry import register_family
 
@@ -14,13 +14,13 @@ class Olmo2(Family):
 
     model_types = ("olmo2", "olmo3")
 
-    def norm(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+    def norm(self, layer: Part, hidden: Tensor) -> Tensor:
         return hidden
 
-    def project(self, attn: nn.Module, x: Tensor) -> Tensor:
+    def project(self, attn: Part, x: Tensor) -> Tensor:
         return split_heads(call(attn, "q_norm", call(attn, "q_proj", x)), attn.head_dim)
 
-    def project_keys_values(self, attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    def project_keys_values(self, attn: Part, x: Tensor) -> tuple[Tensor, Tensor]:
         keys = split_heads(call(attn, "k_norm", call(attn, "k_proj", x)), attn.head_dim)
         return keys, split_heads(call(attn, "v_proj", x), attn.head_dim)
 

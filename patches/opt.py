@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from .base import Family, split_heads
+from .base import Family, Part, split_heads
 from .quiet import call
 from .registry import register_family
 
@@ -18,10 +18,10 @@ class OPT(Family):
 
     model_types = ("opt",)
 
-    def norm(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+    def norm(self, layer: Part, hidden: Tensor) -> Tensor:
         return call(layer, "self_attn_layer_norm", hidden) if layer.do_layer_norm_before else hidden
 
-    def project(self, attn: nn.Module, x: Tensor) -> Tensor:
+    def project(self, attn: Part, x: Tensor) -> Tensor:
         return split_heads(call(attn, "q_proj", x) * attn.scaling, attn.head_dim)
 
     def rotate(self, decoder, layer, attn, q, position_ids, position_embeddings, hidden) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .base import Family, rotary_function, split_heads
+from .base import Family, Part, rotary_function, split_heads
 from .quiet import call
 from .registry import register_family
 
@@ -15,11 +15,11 @@ class Phi(Family):
 
     model_types = ("phi", "stablelm")
 
-    def project(self, attn: nn.Module, x: Tensor) -> Tensor:
+    def project(self, attn: Part, x: Tensor) -> Tensor:
         q = split_heads(call(attn, "q_proj", x), attn.head_dim)
         return call(attn, "q_layernorm", q) if attn.qk_layernorm else q
 
-    def project_keys_values(self, attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    def project_keys_values(self, attn: Part, x: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = super().project_keys_values(attn, x)
         return (call(attn, "k_layernorm", keys) if attn.qk_layernorm else keys), values
 

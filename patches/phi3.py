@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from .base import Family, split_heads
+from .base import Family, Part, split_heads
 from .quiet import call
 from .registry import register_family
 
@@ -14,11 +14,11 @@ class Phi3(Family):
 
     model_types = ("phi3",)
 
-    def project(self, attn: nn.Module, x: Tensor) -> Tensor:
+    def project(self, attn: Part, x: Tensor) -> Tensor:
         width = attn.config.num_attention_heads * attn.head_dim
         return split_heads(call(attn, "qkv_proj", x)[..., :width], attn.head_dim)
 
-    def project_keys_values(self, attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    def project_keys_values(self, attn: Part, x: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = call(attn, "qkv_proj", x)[..., attn.config.num_attention_heads * attn.head_dim :].chunk(
             2, dim=-1
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -25,7 +27,7 @@ class Captured(Exception):
         self.query, self.keys, self.values = query, keys, values
 
 
-def _capture(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
+def _capture(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
     raise Captured(query, key, value)
 
 
@@ -71,7 +73,14 @@ class ProbeFamily(Family):
         captured = self._attention_call(decoder, layer, hidden, position_ids, position_embeddings)
         return captured.keys, captured.values
 
-    def _attention_call(self, decoder, layer, hidden, position_ids, position_embeddings) -> Captured:
+    def _attention_call(
+        self,
+        decoder: nn.Module,
+        layer: nn.Module,
+        hidden: Tensor,
+        position_ids: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+    ) -> Captured:
         attn = self.attention(layer)
         hidden = hidden.to(weight_device(attn, default=hidden.device))
         if position_ids is not None:
@@ -95,7 +104,14 @@ class ProbeFamily(Family):
             f"{type(layer).__name__} never called the attention interface of transformers. {_WHAT_TO_DO}"
         )
 
-    def _angles(self, decoder, attn, hidden, position_ids, position_embeddings):
+    def _angles(
+        self,
+        decoder: nn.Module,
+        attn: nn.Module,
+        hidden: Tensor,
+        position_ids: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor] | Tensor | None,
+    ) -> Any:
         """As `position_embeddings`, for decoders that may have no rotary embedding or another type of it."""
         if isinstance(position_embeddings, Tensor):
             return position_embeddings.to(hidden.device)
@@ -153,8 +169,8 @@ def _view(module: nn.Module, decoder: nn.Module, configs: dict[int, PreTrainedCo
     return view
 
 
-def _refusal(error: UnsupportedModelError):
-    def run(module: nn.Module, *args, **kwargs):
+def _refusal(error: UnsupportedModelError) -> Callable[..., NoReturn]:
+    def run(module: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
         raise error
 
     return run

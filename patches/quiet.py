@@ -75,7 +75,7 @@ def check(module: nn.Module, owner: nn.Module) -> None:
     """Refuse a module that a call could change, or whose weights accelerate brings only for the layer's own pass."""
     if not is_known(type(module), owner):
         reason = "of an unknown package: calling it once more than the model does might change it"
-    elif module.training and (getattr(module, "p", 0) or _notes_what_passes(module)):
+    elif module.training and (getattr(module, "p", False) or _notes_what_passes(module)):
         reason = "in training mode: it would draw random numbers or note what passes"
     elif any(weight is not None and weight.is_meta for weight in module._parameters.values()):
         reason = "without weights now: they come with the layer's own pass"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from .base import Family, split_heads
+from .base import Family, Part, split_heads
 from .quiet import call
 from .registry import register_family
 
@@ -12,12 +12,12 @@ from .registry import register_family
 class Qwen3(Family):
     """Llama with `q_norm` and `k_norm` over head_dim."""
 
-    model_types = ("qwen3", "qwen3_moe")
+    model_types: tuple[str, ...] = ("qwen3", "qwen3_moe")
 
-    def project(self, attn: nn.Module, x: Tensor) -> Tensor:
+    def project(self, attn: Part, x: Tensor) -> Tensor:
         return call(attn, "q_norm", split_heads(call(attn, "q_proj", x), attn.head_dim))
 
-    def project_keys_values(self, attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    def project_keys_values(self, attn: Part, x: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = super().project_keys_values(attn, x)
         return call(attn, "k_norm", keys), values
 
@@ -27,7 +27,7 @@ class Apertus(Qwen3):
 
     model_types = ("apertus",)
 
-    def norm(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+    def norm(self, layer: Part, hidden: Tensor) -> Tensor:
         return call(layer, "attention_layernorm", hidden)
 
 
@@ -39,7 +39,7 @@ class Qwen3Next(Qwen3):
 
     model_types = ("qwen3_next",)
 
-    def project(self, attn: nn.Module, x: Tensor) -> Tensor:
+    def project(self, attn: Part, x: Tensor) -> Tensor:
         query_and_gate = call(attn, "q_proj", x).view(*x.shape[:-1], -1, 2 * attn.head_dim)
         return call(attn, "q_norm", query_and_gate[..., : attn.head_dim]).transpose(1, 2)
 

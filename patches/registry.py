@@ -6,7 +6,7 @@ from torch import nn
 
 from scout_hf.errors import ConfigError, UnsupportedModelError
 
-from .base import Family
+from .base import Family, Part
 from .probe import ProbeFamily
 from .refused import GENERATES_INSIDE, REFUSED
 
@@ -37,7 +37,7 @@ def register_family(family: Family, *, replace: bool = False) -> None:
     _FAMILIES.update(dict.fromkeys(names, family))
 
 
-def family_of(model: nn.Module) -> Family:
+def family_of(model: Part) -> Family:
     """The family that serves `model`, or `UnsupportedModelError` with the reason and what works instead."""
     model = _causal_lm(model)
     if inner := GENERATES_INSIDE.get(model.config.model_type):
@@ -79,7 +79,7 @@ _ALLOWED = (
 )
 
 
-def _causal_lm(model: nn.Module) -> nn.Module:
+def _causal_lm(model: Part) -> nn.Module:
     """The model itself, or the one that a PEFT model wraps; all but decoder-only generators are refused."""
     if isinstance(model, str):
         raise UnsupportedModelError(
@@ -96,14 +96,15 @@ def _causal_lm(model: nn.Module) -> nn.Module:
             f"{_name(model)} is an encoder-decoder model: its decoder also attends to the encoder, whose "
             f"keys and values do not grow. {_ALLOWED}"
         )
-    if not callable(getattr(model, "get_decoder", None)) or not model.can_generate():
+    whole: Part = model
+    if not callable(getattr(model, "get_decoder", None)) or not whole.can_generate():
         raise UnsupportedModelError(
             f"{_name(model)} cannot generate text (no language-model head with generate()). {_ALLOWED}"
         )
     return model
 
 
-def _calls_attention_interface(decoder: nn.Module) -> bool:
+def _calls_attention_interface(decoder: Part) -> bool:
     """Whether `set_attn_implementation` has any effect on the decoder, as transformers itself sees it."""
     check = getattr(type(decoder), "_can_set_attn_implementation", None)
     return check is None or check()

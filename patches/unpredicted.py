@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from scout_hf.errors import UnsupportedModelError
 
-from .base import Family
+from .base import Family, Part
 from .registry import register_family
 
 
@@ -28,7 +28,7 @@ class Unpredicted(Family):
         "zaya",
     )
 
-    def available(self, layer: nn.Module) -> bool:
+    def available(self, layer: Part) -> bool:
         return False
 
     def query(self, decoder, layer, hidden, position_ids=None, position_embeddings=None) -> Tensor:

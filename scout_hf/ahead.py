@@ -28,7 +28,9 @@ class Parts:
     def __init__(self, family: Any, decoder: torch.nn.Module):
         self._family, self._decoder = family, decoder
 
-    def query(self, step: Any, index: int, hidden: torch.Tensor, given: dict, method: Any) -> torch.Tensor | None:
+    def query(
+        self, step: Any, index: int, hidden: torch.Tensor, given: dict[str, Any], method: Any
+    ) -> torch.Tensor | None:
         """The query that layer ``index`` would attend with if ``hidden`` were its input; None if it cannot be told.
 
         ``given`` are the keyword arguments that the layer before received.

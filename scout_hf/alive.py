@@ -11,8 +11,8 @@ from scout_hf.stores.counted import each_pool_once
 class AliveCaches:
     """Caches that have been served, and their forks, for as long as somebody holds them."""
 
-    def __init__(self):
-        self._caches: dict[int, weakref.ref] = {}
+    def __init__(self) -> None:
+        self._caches: dict[int, weakref.ref[Any]] = {}
 
     def add(self, cache: Any) -> None:
         """Remember a ScoutCache, without keeping it."""
@@ -35,5 +35,5 @@ class AliveCaches:
                 total[tier] = total.get(tier, 0) + amount
         return len(each), total
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return AliveCaches, ()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
+from typing import Any
 
 import torch
 from transformers import AttentionInterface
@@ -20,10 +21,10 @@ from scout_hf.compat.modes import keeps_tensors
 from scout_hf.errors import ScoutError, UnsupportedInputError, UnsupportedModelError
 from scout_hf.fusion import Partial, fuse
 from scout_hf.masks import allowed_by, for_prompt, is_special, refuse_unless_padding
-from scout_hf.methods.base import Scoring
+from scout_hf.methods.base import Method, Scoring
 from scout_hf.plain_attention import attention_function, prompt_function, prompt_mask_function
 from scout_hf.prefill import prefill
-from scout_hf.step import active_step
+from scout_hf.step import Step, active_step
 
 # Arguments that change which keys are seen, or how; none comes from a plain causal attention layer.
 UNSERVED = frozenset({"sliding_window", "position_bias", "indices", "block_indices", "sinks"})
@@ -42,13 +43,21 @@ def is_registered(name: AttentionName) -> bool:
 
 
 @keeps_tensors
-def scout_attention(previous, module, query, key, value, attention_mask, **kwargs):
+def scout_attention(
+    previous: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, Any]:
     """Attention function as transformers calls it; query is (batch, query_heads, queries, head_dim)."""
     step = active_step()
-    layer = _layer_of(step, module)
-    if layer is None:
+    if step is None or (layer := _layer_of(step, module)) is None:
         return attention_function(previous, module)(module, query, key, value, attention_mask, **kwargs)
-    if layer.incoming is not key:
+    method = layer.method
+    if method is None or layer.incoming is not key:
         raise UnsupportedModelError(
             f"{type(module).__name__} changes keys between cache.update() and attention, which scout_hf cannot follow; "
             "unpatch the model, or report the family"
@@ -64,7 +73,6 @@ def scout_attention(previous, module, query, key, value, attention_mask, **kwarg
             f"{type(module).__name__} got {query.shape[2]} tokens in a pass that began with {step.queries}: the model "
             "puts tokens of its own between, which a ScoutCache cannot follow; use a DynamicCache for this call"
         )
-    method = layer.method
     scale = kwargs.get("scaling")
     method.scoring = Scoring(query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("softcap"))
     method.query_shape = query.shape[1], query.shape[3]
@@ -90,8 +98,8 @@ def scout_attention(previous, module, query, key, value, attention_mask, **kwarg
         if step.queries == 1:
             out = _finish(_checked(method, method.attend(step, real), real), query, kwargs.get("s_aux"))
         elif method.length > step.queries:
-            new = (part.to(method.dtype) for part in (key, value))
-            out = _finish(method.attend_many(step, real, *new), query, kwargs.get("s_aux"))
+            keys, values = key.to(method.dtype), value.to(method.dtype)
+            out = _finish(method.attend_many(step, real, keys, values), query, kwargs.get("s_aux"))
         if step.queries > 1:
             method.observe(step, real)
         method.settle(step)
@@ -101,7 +109,7 @@ def scout_attention(previous, module, query, key, value, attention_mask, **kwarg
 
 
 @torch.compiler.disable
-def scout_mask(previous, *args, **kwargs):
+def scout_mask(previous: str, *args: Any, **kwargs: Any) -> Any:
     """Mask function as transformers calls it: scout layers take a causal one from the step, all others as it is."""
     step = active_step()
     # Who registers attention without masks gets none.
@@ -118,11 +126,11 @@ def scout_mask(previous, *args, **kwargs):
     return mask
 
 
-def _no_mask(*args, **kwargs) -> None:
+def _no_mask(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-def _tell_of_dropout(step, share: float) -> None:
+def _tell_of_dropout(step: Step, share: float) -> None:
     """Once per handle, whose tallies the notes are."""
     if ("dropout", None) not in step.counters.notes:
         told = (
@@ -133,7 +141,7 @@ def _tell_of_dropout(step, share: float) -> None:
         warnings.warn(f"scout_hf: {told}", RuntimeWarning, stacklevel=2)
 
 
-def _checked(method, result: Partial, query: torch.Tensor) -> Partial:
+def _checked(method: Method, result: Partial, query: torch.Tensor) -> Partial:
     """What a method's ``attend`` gave; its author is told if it is nothing to go on with."""
     if not isinstance(result, Partial) or not result.out.shape[:3] == result.lse.shape == query.shape[:3]:
         shapes = "" if not isinstance(result, Partial) else f" of {tuple(result.out.shape)}, {tuple(result.lse.shape)}"
@@ -153,9 +161,9 @@ def _finish(result: Partial, query: torch.Tensor, sinks: torch.Tensor | None) ->
     return out.reshape(out.shape[0], 1, *out.shape[1::2]) if out.shape[2] == 1 else out.transpose(1, 2).contiguous()
 
 
-def _layer_of(step, module) -> ScoutLayer | None:
+def _layer_of(step: Step, module: torch.nn.Module) -> ScoutLayer | None:
     index = getattr(module, "layer_idx", None)
-    if step is None or index is None or index >= len(step.cache.layers):
+    if index is None or index >= len(step.cache.layers):
         return None
     layer = step.cache.layers[index]
     return layer if isinstance(layer, ScoutLayer) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, SupportsIndex
 
 PREFIX = "scout_over_"
 
@@ -33,6 +33,12 @@ class AttentionName(str):
 
     __slots__ = ("_config", "hashes", "before", "key", "patches")
 
+    before: str | None
+    key: str
+    patches: set[int]
+    _config: weakref.ref[Any]
+    hashes: tuple[int, int]
+
     def __new__(cls, before: str | None, config: Any) -> AttentionName:
         name = super().__new__(cls, before or "eager")
         name.before, name.key, name.patches = before, PREFIX + str(name), set()
@@ -53,7 +59,7 @@ class AttentionName(str):
     def __ne__(self, other: object) -> bool:
         return str.__ne__(self, other) is not False and not (self.patches and self.key == other)
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return (type(None), ()) if self.before is None else (str, (self.before,))
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from scout_hf.awaited import Awaited
-from scout_hf.cache_reading import ReadableLayer, copy_as_dynamic, describe, iterate, refuse_saving
+from scout_hf.cache_reading import KV, ReadableLayer, copy_as_dynamic, describe, iterate, refuse_saving
 from scout_hf.change_guard import LINEAR, ChangeGuard
 from scout_hf.compat.modes import keeps_tensors
 from scout_hf.config import ScoutConfig
@@ -102,7 +102,7 @@ class ScoutCache(Cache):
     def has_stock_full_layers(self) -> bool:
         """Whether a layer left to transformers needs a full mask: neither sliding nor linear."""
         others = [layer for layer in self.layers if not isinstance(layer, ScoutLayer)]
-        return any(isinstance(layer, CacheLayerMixin) and not layer.is_sliding for layer in others)
+        return any(isinstance(layer, CacheLayerMixin) and not getattr(layer, "is_sliding", False) for layer in others)
 
     def keep_windows_whole(self) -> None:
         """Let sliding layers keep all tokens, as generate() has it for drafts where such layers cannot be cropped."""
@@ -110,7 +110,7 @@ class ScoutCache(Cache):
             if isinstance(layer, DynamicSlidingWindowLayer):
                 self.layers[index] = DynamicLayer()
 
-    def __iter__(self) -> Iterator[tuple]:
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
         """Layer by layer what DynamicCache gives: keys, values, and a sliding window or None.
 
         ``DynamicCache(cache)`` takes its data from here.
@@ -227,7 +227,7 @@ class ScoutCache(Cache):
         return twin
 
     @keeps_tensors
-    def __deepcopy__(self, memo: dict) -> ScoutCache:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ScoutCache:
         self.guard.between_passes("fork()")
         twin = object.__new__(type(self))
         memo[id(self)] = twin
@@ -291,13 +291,17 @@ class ScoutLayer(ReadableLayer):
         self.awaited: Awaited | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self._begin(key_states)
+
+    def _begin(self, key_states: torch.Tensor) -> Method:
         # Stock layers have both from their first tokens on.
         self.dtype, self.device = key_states.dtype, key_states.device
         self.sizes = key_states.shape[1], key_states.shape[3]
-        self.method = make_method(self.config, self.layer_idx, key_states)
+        self.method = method = make_method(self.config, self.layer_idx, key_states)
+        return method
 
     @keeps_tensors
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> KV:
         """Store new tokens, (batch, kv_heads, tokens, head_dim) each.
 
         Returns the same two tensors inside a patched forward pass, the whole keys and values anywhere else.
@@ -310,25 +314,26 @@ class ScoutLayer(ReadableLayer):
                 f"layer {self.layer_idx} has keys {tuple(key_states.shape)} and values {tuple(value_states.shape)}; "
                 "scout_hf needs equal sizes (latent attention is not supported)"
             )
-        if self.method is None:
-            self.lazy_initialization(key_states, value_states)
+        method = self.method
+        if method is None:
+            method = self._begin(key_states)
         else:
-            refuse_other_sizes(self.method.batch, self.sizes, key_states, self.layer_idx)
+            refuse_other_sizes(method.batch, self.sizes, key_states, self.layer_idx)
         if inside:
             self.incoming = key_states
-            self.method.append(key_states, value_states, step)
+            method.append(key_states, value_states, step)
             return key_states, value_states
-        return self._update_outside(key_states, value_states)
+        return self._update_outside(method, key_states, value_states)
 
-    def _update_outside(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _update_outside(self, method: Method, keys: torch.Tensor, values: torch.Tensor) -> KV:
         if self.awaited is not None:
             self.awaited.filled_outside()
-        was_empty = self.method.length == 0
+        was_empty = method.length == 0
         # Other layers may have these tokens already, so that going back would not make the cache whole.
         with self.guard.changing("update()"):
-            self.method.append(keys.detach(), values.detach())
-            self.method.flush()
-            return (keys, values) if was_empty else self.method.read_all()
+            method.append(keys.detach(), values.detach())
+            method.flush()
+            return (keys, values) if was_empty else method.read_all()
 
     def mark(self) -> Any:
         """The present state, to go back to; None for one without tokens."""
@@ -337,13 +342,13 @@ class ScoutLayer(ReadableLayer):
     def rollback(self, mark: Any) -> None:
         """Be what it was at the mark, wherever a pass was interrupted."""
         self.incoming = None
-        if mark is None:
+        if mark is None or self.method is None:
             self.reset()
         else:
             self.method.rollback(mark)
 
     @keeps_tensors
-    def read(self) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    def read(self) -> KV | tuple[None, None]:
         self.guard.ready()
         if self.method is None:
             return None, None
@@ -415,7 +420,7 @@ class ScoutLayer(ReadableLayer):
     prefetch = offload
 
     @keeps_tensors
-    def __deepcopy__(self, memo: dict) -> ScoutLayer:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ScoutLayer:
         self.guard.refuse_in_pass("copying a layer")
         twin = object.__new__(type(self))
         memo[id(self)] = twin
@@ -431,8 +436,8 @@ def check_names(config: ScoutConfig, text_config: Any, layers: int) -> None:
     find_backend(config.cpu_backend)
     if isinstance(config.recall, RecallIntervals):
         config.recall.check(text_config.model_type, layers)
-    listed = isinstance(config.dense_layers, tuple)
-    if any(index >= layers for index in config.dense_layers) if listed else config.dense_layers > layers:
+    dense = config.dense_layers
+    if any(index >= layers for index in dense) if isinstance(dense, tuple) else dense > layers:
         raise ConfigError(
             f"dense_layers={config.dense_layers!r} is not allowed: this model has layers 0 to {layers - 1}"
         )

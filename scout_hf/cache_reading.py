@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from scout_hf.errors import CacheStateError, SavingError
 
+KV = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values, (batch, kv_heads, tokens, head_dim) each."""
 
-def refuse_saving(held: Any, protocol: int) -> None:
+
+def refuse_saving(held: Any, protocol: SupportsIndex) -> NoReturn:
     """The ``__reduce_ex__`` of what lives in pages, which are this process's own."""
     raise SavingError(
         f"a {type(held).__name__} cannot be pickled, saved or sent to another process. Save cache.to_dynamic(), a "
@@ -25,11 +28,11 @@ def refuse_saving(held: Any, protocol: int) -> None:
 class ReadableLayer(CacheLayerMixin):
     """A stock layer's ``keys``, ``values`` and ``is_initialized``, over what a subclass gives with ``read``."""
 
-    layer_idx: int | None = None
+    layer_idx: int = -1
     method: Any = None
 
     @abstractmethod
-    def read(self) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    def read(self) -> KV | tuple[None, None]:
         """Keys and values of all tokens, (batch, kv_heads, length, head_dim) each, newly made; None before the first.
 
         They are the reader's own: writing into them changes nothing here.
@@ -80,7 +83,7 @@ class ReadableLayer(CacheLayerMixin):
     def to_dynamic(self) -> DynamicLayer:
         """A stock layer of the same tokens; neither sees what happens to the other."""
         twin, (keys, values) = DynamicLayer(), self.read()
-        if keys is not None:
+        if keys is not None and values is not None:
             twin.lazy_initialization(keys, values)
             twin.keys, twin.values = keys, values
         return twin
@@ -95,24 +98,27 @@ class ReadableLayer(CacheLayerMixin):
         return f"{type(self).__name__}({self.layer_idx}, {self.get_seq_length()} tokens)"
 
 
-def iterate(cache: Cache) -> Iterator[tuple]:
+def iterate(cache: Cache) -> Iterator[tuple[Any, ...]]:
     """What the installed release's DynamicCache gives layer by layer; each is gathered when its turn comes."""
     for layer in cache.layers:
         stock = layer.to_dynamic() if isinstance(layer, ReadableLayer) else layer
-        yield from DynamicCache.__iter__(Cache(layers=[stock]))
+        yield from _dynamic([stock])
 
 
 def copy_as_dynamic(cache: Cache) -> DynamicCache:
     """A DynamicCache of the same tokens; layers left to transformers are copied as they are."""
-    layers = [
-        layer.to_dynamic() if isinstance(layer, ReadableLayer) else copy.deepcopy(layer) for layer in cache.layers
-    ]
-    twin = object.__new__(DynamicCache)
-    Cache.__init__(twin, layers=layers)
-    return twin
+    return _dynamic(
+        [layer.to_dynamic() if isinstance(layer, ReadableLayer) else copy.deepcopy(layer) for layer in cache.layers]
+    )
 
 
-def describe(cache: Cache, ours: list[ReadableLayer], settings: dict[str, Any], held: dict[str, int]) -> str:
+def _dynamic(layers: list[Any]) -> DynamicCache:
+    made = object.__new__(DynamicCache)
+    Cache.__init__(made, layers=layers)
+    return made
+
+
+def describe(cache: Cache, ours: Sequence[ReadableLayer], settings: dict[str, Any], held: dict[str, int]) -> str:
     """One line: settings, tokens, rows, layers (``ours`` of all), bytes by tier."""
     attention = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
     tokens = max((layer.get_seq_length() for layer in attention), default=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from scout_hf.errors import CacheStateError
 from scout_hf.step import Step, active_step, set_active_step
@@ -22,7 +23,7 @@ class ChangeGuard:
         The forward pass that is running, or was left by an interrupt.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.torn: str | None = None
         self.open_pass: Step | None = None
 
@@ -80,7 +81,7 @@ class ChangeGuard:
         if self.open_pass is not None and not self.open_pass.is_running():
             self.open_pass.abort()
 
-    def __deepcopy__(self, memo: dict) -> ChangeGuard:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ChangeGuard:
         twin = memo[id(self)] = ChangeGuard()
         twin.torn = self.torn
         return twin

@@ -60,10 +60,10 @@ class Changes:
     the original, and after an error all of them can be undone again.
     """
 
-    def __init__(self):
-        self._made: list[AbstractContextManager] = []
+    def __init__(self) -> None:
+        self._made: list[AbstractContextManager[Any]] = []
 
-    def make(self, change: AbstractContextManager) -> None:
+    def make(self, change: AbstractContextManager[Any]) -> None:
         """Make a change by entering it; one that fails or is interrupted halfway is undone with the others."""
         self._made.append(change)
         change.__enter__()

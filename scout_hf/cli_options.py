@@ -5,11 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
 
 import typer
 
-Options = TypeVar("Options")
+
+class Dataclass(Protocol):
+    """Any dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+
+Options = TypeVar("Options", bound=Dataclass)
 
 
 def command(
@@ -44,14 +51,14 @@ def command(
 
         called.__name__, called.__doc__ = function.__name__, options.__doc__
         # Releases of typer read one or the other.
-        called.__signature__, called.__annotations__ = inspect.Signature(parameters), kinds
+        called.__dict__["__signature__"], called.__annotations__ = inspect.Signature(parameters), kinds
         app.command(name)(called)
         return function
 
     return add
 
 
-def _default(field: Field) -> Any:
+def _default(field: Field[Any]) -> Any:
     if field.default_factory is not MISSING:
         return field.default_factory()
     return inspect.Parameter.empty if field.default is MISSING else field.default

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -16,7 +17,7 @@ import typer
 @contextmanager
 def benchmark(
     out: Path | None, threads: int | None, goes_on: bool = False, device: str | None = None
-) -> Iterator[Callable[[dict], None]]:
+) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Gives what to call with the record of a benchmark; the rest as in ``evaluation``.
 
     ``goes_on``: what was measured is in ``out``, and the same command resumes.
@@ -27,7 +28,7 @@ def benchmark(
     with evaluation(threads, device):
         from scout_hf.eval.bench import report
 
-        def finish(record: dict) -> None:
+        def finish(record: dict[str, Any]) -> None:
             report.show(record)
             for line in report.save(record, out) if out else ():
                 typer.echo(line)

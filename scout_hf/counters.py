@@ -21,7 +21,7 @@ class Counters:
     Sums are floats or 0-dimensional tensors, so that a tally on a GPU is only read when somebody asks.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._recalls: dict[tuple[int, torch.device, int], torch.Tensor] = {}
         # About the state, not about what was done: they stay when sums start again at 0.
         self.notes: dict[tuple[str, int | None], str] = {}
@@ -68,12 +68,12 @@ class Counters:
         """A pass with several queries attended to everything."""
         self.add("exact_passes", layer, 1)
 
-    def cpu_share(self, layer: int, blocks: int, selected: int) -> None:
+    def cpu_share(self, layer: int, blocks: float, selected: float | torch.Tensor) -> None:
         """The CPU attended ``blocks`` of ``selected`` chosen blocks, over all rows and heads."""
         self.add("cpu_blocks", layer, blocks)
         self.add("selected_blocks", layer, selected)
         if self.history is not None:
-            self.history.setdefault(layer, []).append(blocks / max(selected, 1))
+            self.history.setdefault(layer, []).append(blocks / max(float(selected), 1.0))
 
     def recalled(self, layer: int, blocks: int, moved_bytes: int) -> None:
         """Blocks were copied to the device."""
@@ -110,7 +110,7 @@ class Counters:
         finally:
             self.add(f"{name}_ms", layer, (time.perf_counter() - begin) * 1e3)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[Counters], tuple[()]]:
         return Counters, ()
 
 

@@ -23,7 +23,7 @@ _TOKENS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
 
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike, binary: bool = False) -> Iterator[IO[Any]]:
+def whole_file(path: str | os.PathLike[str], binary: bool = False) -> Iterator[IO[Any]]:
     """An open file whose content becomes ``path`` at the end of the block; an error or interrupt leaves nothing.
 
     It is a new file of a name nobody can know before, in the same folder, so that a link planted there is not followed,
@@ -55,7 +55,7 @@ def whole_file(path: str | os.PathLike, binary: bool = False) -> Iterator[IO[Any
         scratch.unlink(missing_ok=True)
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
+def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Make a file of this text, all of it or nothing; see :func:`whole_file`."""
     with whole_file(path) as file:
         file.write(text)
@@ -104,7 +104,7 @@ def check_timeline_path(path: Path, *others: Path) -> None:
 
 
 def read_json(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     rule: Callable[[Any], object],
     remedy: str,
     largest_bytes: int = LARGEST_BYTES,
@@ -164,8 +164,9 @@ def parse_json(held: bytes | str, infinite: bool = False) -> Any:
     if deepest > DEEPEST:
         raise ValueError(f"it is nested {deepest} deep, {DEEPEST} at most is allowed")
     try:
-        hooks = {} if infinite else {"parse_constant": _refuse, "parse_float": _finite, "parse_int": _finite_int}
-        return json.loads(text, **hooks)
+        if infinite:
+            return json.loads(text)
+        return json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_finite_int)
     except json.JSONDecodeError as error:
         raise ValueError(f"it is no whole JSON ({error})") from error
 

@@ -12,13 +12,16 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
 from scout_hf.cache import ScoutCache
 from scout_hf.compat.cache_names import CACHE, given_cache
+from scout_hf.methods import Method
 from scout_hf.step import Step, active_step
+from scout_hf.stores import TwoTierKV
 
 # Steps that run as usual first: kernels are compiled and buffers take their sizes.
 WARM_STEPS = 2
@@ -50,7 +53,8 @@ class Clock:
         self.length, self.blocks = torch.zeros((2, 1), dtype=torch.int32, device=device)
         self.shares = torch.zeros(layers, dtype=torch.float32, device=device)
         self._shares: list[float] = []
-        self.padding_mask = self.padding_mask_here = None
+        self.padding_mask: torch.Tensor | None = None
+        self.padding_mask_here: torch.Tensor | None = None
         if mask is not None:
             capacity = mask.shape[1] + SPARE_TOKENS
             self.padding_mask = torch.ones((mask.shape[0], capacity), dtype=torch.bool, device=device)
@@ -63,6 +67,8 @@ class Clock:
         key = (block_size, blocks)
         if key not in self._block_masks:
             mask = self.padding_mask
+            if mask is None:
+                raise ValueError("no token of this step is padding")
             whole, known = mask.new_ones((len(mask), blocks * block_size)), min(blocks * block_size, mask.shape[1])
             whole[:, :known] = mask[:, :known]
             self._block_masks[key] = whole.unflatten(1, (blocks, block_size)).any(-1)
@@ -114,24 +120,36 @@ def can_capture(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-class Capture:
-    """The captured step of one cache."""
+@dataclass
+class Captured:
+    """A step that was captured, and what it takes for given.
 
-    def __init__(self):
-        self.steps = 0
-        self.graph: CudaGraph | None = None
-        self.clock: Clock | None = None
-        self.key: Any = None
-        self.inputs: dict[str, torch.Tensor] = {}
-        self.output: tuple[type, dict[str, torch.Tensor]] | None = None
-        self.tokens = 0
+    ``output`` is filled by every replay; it becomes an output of the class ``kind``. ``tokens`` is the length of the
+    last step that ran.
+    """
+
+    graph: CudaGraph
+    clock: Clock
+    key: Any
+    inputs: dict[str, torch.Tensor]
+    kind: type
+    output: dict[str, torch.Tensor]
+    tokens: int
 
     def holds(self, step: Step, key: Any) -> bool:
         """Whether this step would be what was captured, one token later."""
-        if self.graph is None or self.key != key:
+        if self.key != key:
             return False
         mask = self.clock.padding_mask
         return mask is None or self.tokens + 1 == step.tokens <= mask.shape[1]
+
+
+@dataclass
+class Capture:
+    """Of one cache: steps so far that could be captured, and the one that was."""
+
+    steps: int = 0
+    graph: Captured | None = None
 
 
 class _CaptureError(Exception):
@@ -176,13 +194,14 @@ class StepGraphs:
         with self._lock:
             return self._pass(step, args, kwargs)
 
-    def _pass(self, step: Step, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _pass(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = {**dict(zip(self._names, args)), **kwargs}
         if step.mask is None and given.get("position_ids") is None:
             # As models do themselves, but from a number of the host.
             inputs = next(given[name] for name in INPUTS if given.get(name) is not None)
             given["position_ids"] = torch.full((1, 1), step.tokens - 1, dtype=torch.int64, device=inputs.device)
-        key = None if self._failed else self._key(step, given)
+        methods = [layer.method for layer in step.cache.scout_layers if layer.method is not None]
+        key = None if self._failed else self._key(step, methods, given)
         if key is None:
             return self._forward(*args, **kwargs)
         capture = self._captures.setdefault(step.cache, Capture())
@@ -190,13 +209,13 @@ class StepGraphs:
         if capture.steps <= WARM_STEPS:
             return self._forward(*args, **kwargs)
         try:
-            if capture.holds(step, key):
-                return self._run(step, capture, given)
-            self._capture(step, capture, given, key)
-            return self._finish(step, capture)
+            held = capture.graph
+            if held is not None and held.holds(step, key):
+                return self._run(step, methods, capture, held, given)
+            return self._finish(step, methods, self._capture(step, methods, capture, given, key))
         except _CaptureError as failed:
             # Nothing has moved on yet: the step can be made as usual.
-            error = failed.__cause__
+            error = failed.__cause__ or failed
             if not isinstance(error, Exception):
                 raise error from None
             self._failed = True
@@ -208,20 +227,19 @@ class StepGraphs:
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
-    def _key(self, step: Step, given: dict[str, Any]) -> Any:
+    def _key(self, step: Step, methods: list[Method], given: dict[str, Any]) -> Any:
         """What a captured step takes for given, or None where none can be."""
-        methods = [layer.method for layer in step.cache.scout_layers]
         usual = step.queries == 1 and step.monitor is None and len(methods) == len(step.cache.layers)
-        usual = usual and not torch.is_grad_enabled() and None not in methods
+        usual = usual and not torch.is_grad_enabled()
         known = (*INPUTS, CACHE, "past_key_values", "attention_mask", "use_cache", "return_dict", "cache_position")
         usual = usual and "position_ids" in self._names and given.get("position_ids") is not None
         usual = usual and not self._asks_the_device()
         if not usual or any(value is not None for name, value in given.items() if name not in known):
             return None
         layers = tuple(method.capture_key(step) for method in methods)
-        if None in layers or len({method.kv.host.blocks for method in methods}) != 1:
+        if None in layers or len({kv.host.blocks for kv in _tiers(methods)}) != 1:
             return None
-        devices = {method.kv.device for method in methods}
+        devices = {kv.device for kv in _tiers(methods)}
         # Embeddings on another one would run once, when the step is captured, and not again.
         devices |= {given[name].device for name in INPUTS if given.get(name) is not None}
         if given_cache(given) is not step.cache or len(devices) != 1 or not can_capture(*devices):
@@ -237,63 +255,70 @@ class StepGraphs:
         grows = any(part.get("rope_type", part.get("type")) in ("dynamic", "longrope") for part in kinds)
         return grows or any(getattr(config, f"output_{what}", False) for what in ("hidden_states", "attentions"))
 
-    def _capture(self, step: Step, capture: Capture, given: dict[str, Any], key: Any) -> None:
-        device = step.cache.layers[0].method.kv.device
+    def _capture(
+        self, step: Step, methods: list[Method], capture: Capture, given: dict[str, Any], key: Any
+    ) -> Captured:
+        device = _tiers(methods)[0].device
         if device.type == "cuda" and device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
         # Tensors that are written to in any mode.
         with torch.inference_mode(False), torch.no_grad():
-            capture.clock = Clock(len(step.cache.layers), device, step.mask)
-            capture.inputs = {name: given[name].clone() for name in INPUTS if given.get(name) is not None}
-        capture.graph, capture.key = CudaGraph(device, self._streams.get(device)), key
+            clock = Clock(len(step.cache.layers), device, step.mask)
+            inputs = {name: given[name].clone() for name in INPUTS if given.get(name) is not None}
+        graph = CudaGraph(device, self._streams.get(device))
         fixed = {name: value for name, value in given.items() if name not in (*INPUTS, "attention_mask")}
         try:
-            self._expect(step, capture)
-            step.clock = capture.clock
+            self._expect(step, methods, clock)
+            step.clock = clock
             step.links.forget_captured(device)
-            output = capture.graph.capture(
-                lambda: self._forward(**fixed, **capture.inputs), lambda: step.links.join_captured(device)
-            )
+            output = graph.capture(lambda: self._forward(**fixed, **inputs), lambda: step.links.join_captured(device))
         except BaseException as error:
-            self._abort(step, capture)
+            self._abort(step, methods, capture)
             raise _CaptureError from error
         finally:
             step.clock = None
         # Without the cache, which would keep itself alive.
         kept = {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
-        capture.output = type(output), kept
+        capture.graph = Captured(graph, clock, key, inputs, type(output), kept, step.tokens)
+        return capture.graph
 
-    def _run(self, step: Step, capture: Capture, given: dict[str, Any]) -> Any:
+    def _run(
+        self, step: Step, methods: list[Method], capture: Capture, captured: Captured, given: dict[str, Any]
+    ) -> Any:
         try:
-            for name, held in capture.inputs.items():
+            for name, held in captured.inputs.items():
                 held.copy_(given[name], non_blocking=True)
-            self._expect(step, capture)
+            self._expect(step, methods, captured.clock)
         except BaseException:
-            self._abort(step, capture)
+            self._abort(step, methods, capture)
             raise
-        return self._finish(step, capture)
+        return self._finish(step, methods, captured)
 
-    def _expect(self, step: Step, capture: Capture) -> None:
-        clock, methods = capture.clock, [layer.method for layer in step.cache.layers]
+    def _expect(self, step: Step, methods: list[Method], clock: Clock) -> None:
         shares = [method.before_replay(step, clock.padding_mask_here) for method in methods]
-        clock.set(step.tokens, methods[0].kv.host.blocks, shares)
+        clock.set(step.tokens, _tiers(methods)[0].host.blocks, shares)
 
-    def _finish(self, step: Step, capture: Capture) -> Any:
-        capture.graph.replay()
-        capture.tokens = step.tokens
-        for layer in step.cache.layers:
+    def _finish(self, step: Step, methods: list[Method], captured: Captured) -> Any:
+        captured.graph.replay()
+        captured.tokens = step.tokens
+        for layer, method in zip(step.cache.scout_layers, methods):
             layer.incoming = None
-            layer.method.after_replay(step)
-        kind, kept = capture.output
+            method.after_replay(step)
         # The next run overwrites the tensors, not what the caller keeps of them.
-        return kind(**{name: value.clone() for name, value in kept.items()}, **{CACHE: step.cache})
+        output = {name: value.clone() for name, value in captured.output.items()}
+        return captured.kind(**output, **{CACHE: step.cache})
 
-    def _abort(self, step: Step, capture: Capture) -> None:
+    def _abort(self, step: Step, methods: list[Method], capture: Capture) -> None:
         """The step that the CPU expects will not run: nothing may wait for it."""
         capture.graph = None
-        for device in {layer.method.kv.device for layer in step.cache.layers}:
+        for device in {kv.device for kv in _tiers(methods)}:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # the step before may still be running
-        for layer in step.cache.layers:
+        for layer, method in zip(step.cache.scout_layers, methods):
             layer.incoming = None
-            layer.method.abort_replay()
+            method.abort_replay()
+
+
+def _tiers(methods: list[Method]) -> list[TwoTierKV]:
+    """Where these methods keep KV; see ``Method.capture_key``."""
+    return cast("list[TwoTierKV]", [method.kv for method in methods])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +56,7 @@ class Sample(NamedTuple):
     softcap: float | None
 
 
-def measure(sample: Sample, attend_each) -> torch.Tensor:
+def measure(sample: Sample, attend_each: Callable[..., Partial]) -> torch.Tensor:
     """Sums of :func:`lost` over rows and KV heads of a sample.
 
     ``attend_each(query, blocks, row, head, scale, softcap, padding_mask)`` gives a partial per whole block.

@@ -67,4 +67,5 @@ def _dense(mask: Any) -> torch.Tensor:
         return mask
     from torch.nn.attention.flex_attention import create_mask
 
-    return create_mask(mask.mask_mod, *mask.shape, device=mask.kv_num_blocks.device)
+    batch, heads, queries, tokens = mask.shape
+    return create_mask(mask.mask_mod, batch, heads, queries, tokens, device=mask.kv_num_blocks.device)

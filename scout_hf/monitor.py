@@ -14,7 +14,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -22,9 +22,14 @@ from scout_hf.fusion import Partial
 from scout_hf.kernels.cpu.each_block import attend_each, attend_each_native, natively
 from scout_hf.kernels.cpu.native_backend import NativeBackend
 from scout_hf.kernels.cpu.pool import NativePool
-from scout_hf.kernels.cpu.workers import Ticket, Workers
+from scout_hf.kernels.cpu.workers import Workers, WorkerTicket
 from scout_hf.loss import NAMES, Sample, measure
 from scout_hf.stores.snapshot import WholeBlocks
+
+if TYPE_CHECKING:
+    from scout_hf.methods import Method
+    from scout_hf.step import Step
+    from scout_hf.stores import PagedKV
 
 SPARSE_EVERY = 8
 MOST_PENDING = 64
@@ -32,7 +37,7 @@ MOST_PENDING = 64
 
 
 class _Pending(NamedTuple):
-    ticket: Ticket
+    ticket: WorkerTicket[tuple[list[float], float]]
     layer: int
     pairs: int
     counters: Any
@@ -46,8 +51,8 @@ class Monitor:
     within the step.
     """
 
-    def __init__(self):
-        self._workers = Workers(1, needed=False)
+    def __init__(self) -> None:
+        self._workers = Workers(1)
         self._pool: NativePool | None = None
         self._pending: deque[_Pending] = deque()
         self._process = os.getpid()
@@ -57,8 +62,8 @@ class Monitor:
 
     def watch(
         self,
-        step: Any,
-        method: Any,
+        step: Step,
+        method: Method,
         query: torch.Tensor,
         result: Partial,
         attended: Callable[[], list[Any] | None],
@@ -94,7 +99,7 @@ class Monitor:
                 counters.add("monitor_skipped", layer, len(heads) * len(query))
             else:
                 each = self._natively(sample) if native else functools.partial(attend_each, busy=step.backend.busy)
-                ticket = self._workers.submit(self._measure, sample, each)
+                ticket = self._workers.offer(self._measure, sample, each)
                 if ticket is None:  # the interpreter ends
                     counters.add("monitor_skipped", layer, len(heads) * len(query))
                 else:
@@ -135,7 +140,7 @@ class Monitor:
         if self._pool is not None:
             self._pool.close()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return Monitor, ()
 
     def _natively(self, sample: Sample) -> Callable[..., Partial]:
@@ -215,8 +220,17 @@ def _stride(count: int) -> int:
     return min(able, key=lambda step: abs(step - 0.618 * count))
 
 
-def _sample(step, method, heads, query, result, attended, predicted) -> Sample:
-    store = getattr(method.kv, "host", method.kv)
+def _sample(
+    step: Step,
+    method: Method,
+    heads: tuple[int, ...],
+    query: torch.Tensor,
+    result: Partial,
+    attended: list[Any] | None,
+    predicted: bool,
+) -> Sample:
+    kv: Any = method.kv
+    store: PagedKV = getattr(kv, "host", kv)
     blocks, which = WholeBlocks(store), list(heads)
 
     def of_heads(tensor: torch.Tensor) -> torch.Tensor:
@@ -224,15 +238,14 @@ def _sample(step, method, heads, query, result, attended, predicted) -> Sample:
         return grouped[:, which].to(store.device)
 
     # Indexing by a list copies.
-    tail = [part[:, which].to(store.device) for part in method.kv.read(blocks.tokens, method.length)]
+    keys, values = (part[:, which].to(store.device) for part in method.kv.read(blocks.tokens, method.length))
     padding_mask = None if step.mask is None else step.padding(store.device)[:, : method.length].clone()
     marks = _marks(attended, which, len(query), blocks.blocks, store.device)
-    return Sample(
-        blocks, heads, of_heads(query), of_heads(result.out), *tail, marks, padding_mask, predicted, *method.scoring
-    )
+    looked_at = (of_heads(query), of_heads(result.out), keys, values, marks, padding_mask)
+    return Sample(blocks, heads, *looked_at, predicted, *method.scoring)
 
 
-def _marks(attended: list[Any] | None, heads: list[int], rows: int, blocks: int, device) -> torch.Tensor:
+def _marks(attended: list[Any] | None, heads: list[int], rows: int, blocks: int, device: torch.device) -> torch.Tensor:
     """Which whole blocks were attended, (rows, heads, blocks) of bool."""
     if attended is None:
         return torch.ones((rows, len(heads), blocks), dtype=torch.bool, device=device)

@@ -26,12 +26,13 @@ class AttentionNames:
 
     def __init__(self, decoder: torch.nn.Module, layers: Iterable[torch.nn.Module], any_attention: bool):
         inside = [module for layer in layers for module in layer.modules() if "config" in module.__dict__]
-        configs = [decoder.config, *(module.config for module in inside)]
+        configs = [_config_of(module) for module in (decoder, *inside)]
         self._configs = list({id(config): config for config in configs}.values())
         # One of each kind attends as all of them do.
         attending = [module for module in inside if hasattr(module, "layer_idx")]
-        self._kinds = list({(type(m), id(m.config)): m for m in attending}.values())
-        self._any, self._seen = any_attention, None
+        self._kinds = list({(type(m), id(_config_of(m))): m for m in attending}.values())
+        self._any = any_attention
+        self._seen: list[Any] | None = None
 
     @property
     def foreign(self) -> bool:
@@ -98,5 +99,9 @@ class AttentionNames:
         return None
 
 
+def _config_of(module: Any) -> Any:
+    return module.config
+
+
 def _name(module: torch.nn.Module) -> str:
-    return str(module.config._attn_implementation_internal or "eager")
+    return str(_config_of(module)._attn_implementation_internal or "eager")

@@ -17,7 +17,7 @@ class Pace:
     device, where work outlasts the call that started it, it is left out.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
@@ -53,7 +53,7 @@ class Pace:
         tokens, seconds = sums[kind]
         return tokens / seconds if seconds else None
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return Pace, ()
 
 
@@ -64,7 +64,8 @@ class _Pass:
         # Not the cache itself, which must not live on for this.
         self.cache, self.tokens, self.queries, self.rows = id(step.cache), step.tokens, step.queries, inputs.shape[0]
         self.waits = _waits(inputs)
-        self.done, self.end = False, None
+        self.done = False
+        self.end: float | None = None
         self.begun = time.perf_counter()
 
     def leads_to(self, other: _Pass) -> bool:
@@ -78,7 +79,7 @@ def _waits(inputs: torch.Tensor) -> bool:
     return inputs.is_cpu
 
 
-def _add(sums: dict[str, list], last: _Pass, end: float | None) -> None:
+def _add(sums: dict[str, list[Any]], last: _Pass, end: float | None) -> None:
     if last.done and end is not None:
         both = sums["decode" if last.queries == 1 else "prefill"]
         both[0] += last.rows * last.queries

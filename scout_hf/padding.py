@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from scout_hf.errors import UnsupportedInputError
@@ -17,7 +19,7 @@ class Padding:
     they were, which is compared on the GPU and looked at a step later.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
@@ -82,10 +84,10 @@ class Padding:
                 "with a pass of several tokens"
             )
 
-    def __deepcopy__(self, memo: dict) -> Padding:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Padding:
         return Padding()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[Padding], tuple[()]]:
         return Padding, ()
 
 

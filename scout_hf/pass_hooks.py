@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ class PassHooks:
             torch.cuda.synchronize(device)
 
     @keeps_tensors
-    def open(self, module: torch.nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+    def open(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         """Before the model or its decoder: a pass begins, or goes on inside one."""
         if kwargs is None:
             return  # torch calls hooks like that which are being removed
@@ -168,7 +169,7 @@ class PassHooks:
         cache.guard.enter_pass(step)
 
     @keeps_tensors
-    def close(self, module: torch.nn.Module, args: tuple, *given: Any) -> None:
+    def close(self, module: torch.nn.Module, args: tuple[Any, ...], *given: Any) -> None:
         """After the model or its decoder, with an output or with an error: the pass ends with the outermost."""
         output = given[-1]
         step = active_step()
@@ -199,7 +200,9 @@ class PassHooks:
         self.running.leave(step)
 
     @keeps_tensors
-    def before_layer(self, index: int, module: torch.nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+    def before_layer(
+        self, index: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> None:
         """Before a layer: keep its inputs for methods that take them, and let the next layer work ahead."""
         step = active_step()
         layers = self._family.layers(self._decoder)
@@ -230,9 +233,9 @@ def is_patched(decoder: torch.nn.Module) -> bool:
     return any(isinstance(getattr(hook, "__self__", None), PassHooks) for hook in hooks)
 
 
-def _calling_frame() -> Any:
+def _calling_frame() -> FrameType | None:
     """The frame of the module call whose pre-hook asks; None under torch.compile, which has none."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_name not in ("inner", "_call_impl"):
         frame = frame.f_back
     return frame

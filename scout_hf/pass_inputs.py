@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 
 from scout_hf.errors import UnsupportedInputError
 
 
-def named_arguments(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict:
+def named_arguments(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Positional arguments of the module's ``forward`` among those by keyword."""
     if not args:
         return kwargs
@@ -17,7 +18,7 @@ def named_arguments(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict:
     return {**dict(zip(names, args)), **kwargs}
 
 
-def refuse_unservable(module: torch.nn.Module, given: dict, inputs: torch.Tensor) -> None:
+def refuse_unservable(module: torch.nn.Module, given: dict[str, Any], inputs: torch.Tensor) -> None:
     """Raise UnsupportedInputError for a mask, an output or gradients that no ScoutCache gives."""
     mask = given.get("attention_mask")
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):

@@ -73,9 +73,10 @@ def patch(
     _drop_leftovers(model)
     if HANDLE in model.__dict__ or is_patched(family.decoder(model)):
         raise PatchError(_ALREADY)
-    text = model.config.get_text_config(decoder=True)
+    whole: Any = model  # a PreTrainedModel, whose attributes a Module does not declare
+    text = whole.config.get_text_config(decoder=True)
     check_names(config, text, len(family.layers(family.decoder(model))))
-    find_kernels(config.gpu_kernels, model.device)
+    find_kernels(config.gpu_kernels, whole.device)
     handle_of = functools.partial(Handle, config=config, family=family, any_attention=attention == "sdpa")
     handle = handle_of(model)
     try:
@@ -146,7 +147,7 @@ class Handle:
             raise PatchError("this patch was removed; patch the model again to profile it")
         return profile_recall(self, prompts, steps, threshold)
 
-    def trace(self, path: str | os.PathLike, steps: int = 2) -> contextlib.AbstractContextManager[Trace]:
+    def trace(self, path: str | os.PathLike[str], steps: int = 2) -> contextlib.AbstractContextManager[Trace]:
         """``with handle.trace("step.json"): model.generate(...)`` writes a timeline of its last decode steps.
 
         Parameters

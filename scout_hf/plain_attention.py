@@ -25,7 +25,7 @@ _FLASH = re.compile(r"flash_attention_\d")
 _EAGER, _TABLE = "eager_attention_forward", "ALL_ATTENTION_FUNCTIONS"
 
 
-def attention_function(name: str, module: torch.nn.Module) -> Callable[..., tuple]:
+def attention_function(name: str, module: torch.nn.Module) -> Callable[..., tuple[Any, ...]]:
     """What ``module`` attends with under the implementation ``name``, as its model's file looks it up."""
     # Base classes are searched too: users and FSDP subclass attention in modules of their own.
     homes = [sys.modules.get(cls.__module__) for cls in type(module).__mro__]
@@ -36,7 +36,7 @@ def attention_function(name: str, module: torch.nn.Module) -> Callable[..., tupl
     return next(found for home in homes if (found := getattr(home, _EAGER, None)) is not None)
 
 
-def prompt_function(name: str, module: torch.nn.Module, special: bool) -> tuple[str, Callable[..., tuple]]:
+def prompt_function(name: str, module: torch.nn.Module, special: bool) -> tuple[str, Callable[..., tuple[Any, ...]]]:
     """The implementation that a whole prompt goes through: the one of the model where it is plain and its masks known.
 
     Else sdpa, or eager attention, which alone knows soft caps and sinks (``special``).

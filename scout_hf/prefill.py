@@ -12,7 +12,7 @@ QUERY_CHUNK = 256
 
 
 def prefill(
-    stock: Callable[..., tuple],
+    stock: Callable[..., tuple[Any, ...]],
     name: str,
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -45,9 +45,9 @@ def prefill(
     starts = None if mask is None else left_padding(mask)
     if name == "eager":
         return _masked(stock, False, module, query, keys, values, mask, kwargs)
-    if starts is None:
+    if starts is None or mask is None:
         return _masked(sdpa_attention_forward, True, module, query, keys, values, mask, kwargs)
-    out = None
+    out: torch.Tensor | None = None
     for start in starts[starts < mask.shape[1]].unique().tolist():
         rows = (starts == start).nonzero().squeeze(1)
         real = [part[rows, :, start:] for part in (query, keys, values)]
@@ -67,7 +67,16 @@ def left_padding(mask: torch.Tensor) -> torch.Tensor | None:
     return starts if bool((mask == expected).all()) else None
 
 
-def _masked(stock, takes_bool_mask, module, query, keys, values, mask, kwargs) -> torch.Tensor:
+def _masked(
+    stock: Callable[..., tuple[Any, ...]],
+    takes_bool_mask: bool,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
     tokens = query.shape[2]
     order = torch.arange(tokens, dtype=torch.int64, device=query.device)
     parts = []

@@ -69,12 +69,12 @@ class RecallIntervals:
                 what = "one whole number of steps per layer, 0 for never; " if name == "intervals" else ""
                 raise ConfigError(f"{name}={value!r:.80} is not allowed: {what}{error}") from error
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile as JSON; a reader never sees half a file."""
         write_text(path, json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> RecallIntervals:
+    def load(cls, path: str | os.PathLike[str]) -> RecallIntervals:
         """Read a profile that ``save`` wrote.
 
         Raises

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from scout_hf.errors import ConfigError
 
-T = TypeVar("T")
+
+class Named(Protocol):
+    """What a registry holds: classes that give themselves a name."""
+
+    name: str
+
+
+T = TypeVar("T", bound=Named)
 
 
 class Registry(Generic[T]):
@@ -25,7 +32,7 @@ class Registry(Generic[T]):
         self.setting, self.also = setting, also
         self._classes: dict[str, type[T]] = {}
 
-    def register(self, given: type[T], base: type[T]) -> type[T]:
+    def register(self, given: type[T], base: type[Any]) -> type[T]:
         """Add a subclass of ``base`` that sets ``name``; ConfigError if it is none or the name is taken."""
         if not isinstance(given, type) or not issubclass(given, base) or not given.name:
             raise ConfigError(
@@ -48,8 +55,8 @@ class Registry(Generic[T]):
         """The class of that name, or ConfigError with the names there are."""
         if name not in self._classes:
             known = ", ".join(map(repr, self.names()))
-            near = difflib.get_close_matches(name, self.names(), 1) if isinstance(name, str) else ()
-            near = near or self.also[:1]
+            near = difflib.get_close_matches(name, self.names(), 1) if isinstance(name, str) else []
+            near = near or list(self.also[:1])
             hint = f"; try {near[0]!r}" if near else ""
             raise ConfigError(f"{self.setting}={name!r} is not known; available are {known}{hint}")
         return self._classes[name]

@@ -24,13 +24,13 @@ class RunningPasses:
         Whether the patch is being removed, or is gone: a pass that starts now runs stock attention in all layers.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.ended = False
         self._lock = threading.Lock()
         # Weak, since a pass that was interrupted never calls leave().
         self._steps: weakref.WeakValueDictionary[int, Step] = weakref.WeakValueDictionary()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[RunningPasses], tuple[()]]:
         return RunningPasses, ()  # those of a copied model are its own
 
     def enter(self, step: Step) -> bool:

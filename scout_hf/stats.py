@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -151,7 +152,7 @@ class Stats:
             console.print(part)
         return sink.getvalue().rstrip()
 
-    def __rich_console__(self, console, options):
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         yield from tables(self)
 
 
@@ -166,6 +167,9 @@ def summarise(
     def total(name: str) -> float:
         return sum(sums.get(name, {}).values())
 
+    def mean(name: str, samples: str, layer: int | None = None) -> float:
+        return ratio(name, samples, layer) or 0.0
+
     def ratio(top: str, bottom: str, layer: int | None = None) -> float | None:
         if layer is None:
             return total(top) / total(bottom) if total(bottom) else None
@@ -178,11 +182,12 @@ def summarise(
 
         if not count("monitor_samples"):
             return None
-        means = ("mass", "output_error", "selection_error")
         return Fidelity(
             samples=int(count("monitor_samples")),
             skipped=int(count("monitor_skipped")),
-            **{name: ratio(f"monitor_{name}", "monitor_samples", layer) for name in means},
+            mass=mean("monitor_mass", "monitor_samples", layer),
+            output_error=mean("monitor_output_error", "monitor_samples", layer),
+            selection_error=mean("monitor_selection_error", "monitor_samples", layer),
             prediction_error=ratio("monitor_prediction_error", "monitor_predicted_samples", layer),
             block_recall=ratio("monitor_block_recall", "monitor_recall_samples", layer),
             cost_ms=count("monitor_ms") / max(counters.steps, 1),
@@ -191,11 +196,11 @@ def summarise(
     layers = tuple(
         LayerStats(
             layer=layer,
-            context_tokens=ratio("context", "decodes", layer),
-            attended_tokens=ratio("attended", "decodes", layer),
+            context_tokens=mean("context", "decodes", layer),
+            attended_tokens=mean("attended", "decodes", layer),
             cpu_ratio=ratio("cpu_blocks", "selected_blocks", layer),
             cosine=ratio("cosine", "cosine_samples", layer),
-            join_wait_ms=ratio("join_ms", "decodes", layer) or 0.0,
+            join_wait_ms=mean("join_ms", "decodes", layer),
             recalled_blocks=int(sums.get("recalled_blocks", {}).get(layer, 0)),
             recalled_bytes=int(sums.get("recalled_bytes", {}).get(layer, 0)),
             fidelity=fidelity(layer),
@@ -207,8 +212,8 @@ def summarise(
         exact=exact,
         steps=counters.steps,
         prefill_tokens=counters.prefill_tokens,
-        context_tokens=ratio("context", "decodes") or 0.0,
-        attended_tokens=ratio("attended", "decodes") or 0.0,
+        context_tokens=mean("context", "decodes"),
+        attended_tokens=mean("attended", "decodes"),
         cpu_ratio=ratio("cpu_blocks", "selected_blocks"),
         cosine=ratio("cosine", "cosine_samples"),
         join_wait_ms=total("join_ms") / counters.steps if counters.steps else 0.0,

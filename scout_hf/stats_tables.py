@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from scout_hf.stats import Stats
+    from scout_hf.stats import Fidelity, LayerStats, Stats
 
 
 def tables(stats: Stats) -> Iterator[Table]:
@@ -37,16 +37,16 @@ def tables(stats: Stats) -> Iterator[Table]:
     if stats.cosine is not None:
         head.add_row("predicted to real query", f"cosine {stats.cosine:.3f}")
     if stats.fidelity is not None:
-        _add_fidelity(stats, head)
+        _add_fidelity(stats.fidelity, head)
     for reason, passes in stats.stock_passes.items():
         head.add_row("stock attention", f"{passes} pass{'es' if passes > 1 else ''}: {reason}")
     for note in stats.notes:
         head.add_row("note", note)
     yield head
     if _waits(stats):
-        yield _layer_table(stats, Table)
+        yield _layer_table(stats)
     if stats.fidelity is not None:
-        yield _fidelity_table(stats, Table)
+        yield _fidelity_table(stats)
 
 
 def _speed(tokens_per_second: float | None) -> str:
@@ -59,12 +59,11 @@ def _by_tier(held: dict[str, int]) -> str:
     return ", ".join(f"{tier} {in_bytes(count)}" for tier, count in held.items())
 
 
-def _waits(stats) -> bool:
+def _waits(stats: Stats) -> bool:
     return stats.cpu_ratio is not None or stats.join_wait_ms > 0
 
 
-def _add_fidelity(stats, head):
-    found = stats.fidelity
+def _add_fidelity(found: Fidelity, head: Table) -> None:
     head.add_row("captured", f"attention mass {found.mass:.3f}, output error {percent(found.output_error)}")
     if found.prediction_error is not None:
         parts = (found.selection_error, found.prediction_error)
@@ -73,7 +72,9 @@ def _add_fidelity(stats, head):
     head.add_row("looked at", f"{found.samples} samples{skipped}; {found.cost_ms:.2f} ms of CPU per step")
 
 
-def _fidelity_table(stats, Table):
+def _fidelity_table(stats: Stats) -> Table:
+    from rich.table import Table
+
     table = Table(title="what was lost", title_justify="left")
     for name in ("layer", "mass", "error", "selection", "prediction", "recall", "samples"):
         table.add_column(name, justify="right")
@@ -91,8 +92,10 @@ def _fidelity_table(stats, Table):
     return table
 
 
-def _layer_table(stats, Table):
-    columns = {
+def _layer_table(stats: Stats) -> Table:
+    from rich.table import Table
+
+    columns: dict[str, Callable[[LayerStats], str | None]] = {
         "layer": lambda layer: str(layer.layer),
         "attended": lambda layer: f"{layer.attended_tokens:.0f}",
         "CPU share": lambda layer: None if layer.cpu_ratio is None else f"{layer.cpu_ratio:.1%}",

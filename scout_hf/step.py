@@ -11,8 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 if TYPE_CHECKING:
+    from types import FrameType
+
+    from scout_hf.cache import ScoutCache
     from scout_hf.counters import Counters
+    from scout_hf.graph import Clock
+    from scout_hf.kernels.cpu import CpuBackend
     from scout_hf.kernels.cpu.workers import Workers
+    from scout_hf.monitor import Monitor
     from scout_hf.stores.streams import Links
 
 _ACTIVE = threading.local()
@@ -44,6 +50,10 @@ def grid_positions(position_ids: torch.Tensor | None) -> torch.Tensor | None:
     The decoders of transformers take (3, batch, queries), or (4, batch, queries) with those of a text first, for masks.
     """
     return None if position_ids is None or position_ids.dim() != 3 else position_ids[-3:].movedim(0, -1)
+
+
+def makes_nothing(layer: int, hidden: torch.Tensor, position_ids: torch.Tensor | None) -> None:
+    """``Step.keys_values`` of a pass whose layers cannot be asked."""
 
 
 @dataclass
@@ -90,28 +100,28 @@ class Step:
         Of the call that this pass is, to tell a pass that is running from one that was interrupted.
     """
 
-    cache: Any
+    cache: ScoutCache
     queries: int
     tokens: int
     mask: torch.Tensor | None
-    backend: Any
+    backend: CpuBackend
     movers: Workers
     links: Links
     counters: Counters
-    root: Any
+    root: torch.nn.Module
     marks: list[Any]
     mask_here: torch.Tensor | None = None
-    monitor: Any = None
+    monitor: Monitor | None = None
     watched: dict[int, tuple[int, ...]] | None = None
     inputs: dict[int, Inputs] | None = None
     positions: torch.Tensor | None = None
-    keys_values: Callable[..., tuple[torch.Tensor, torch.Tensor] | None] | None = None
+    keys_values: Callable[..., tuple[torch.Tensor, torch.Tensor] | None] = makes_nothing
     plain_masks: list[Any] = field(default_factory=list)
     allowed: torch.Tensor | None = None
     shared: dict[str, Any] = field(default_factory=dict)
     depth: int = 1
-    frame: Any = None
-    clock: Any = None
+    frame: FrameType | None = None
+    clock: Clock | None = None
     _masks: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     def is_running_here(self) -> bool:
@@ -124,7 +134,7 @@ class Step:
             return False
         return self._is_under(sys._getframe(1)) or any(map(self._is_under, sys._current_frames().values()))
 
-    def _is_under(self, frame: Any) -> bool:
+    def _is_under(self, frame: FrameType | None) -> bool:
         while frame is not None and frame is not self.frame:
             frame = frame.f_back
         return frame is not None
@@ -133,11 +143,17 @@ class Step:
         """End a pass that did not get through; the cache is as it was before."""
         self.cache.rollback(self.marks)
 
+    @property
+    def real_mask(self) -> torch.Tensor:
+        """``mask`` of a pass that has one."""
+        if self.mask is None:
+            raise ValueError("no token of this pass is padding: ask for `step.mask is None` first")
+        return self.mask
+
     def padding(self, device: torch.device) -> torch.Tensor:
         """``mask`` on the device of a layer."""
         if device not in self._masks:
-            known = self.mask_here is not None and device.type == "cpu"
-            mask = self.mask_here if known else self.mask
+            mask = self.real_mask if self.mask_here is None or device.type != "cpu" else self.mask_here
             if device.type == "cuda" and mask.device.type == "cpu":
                 mask = mask.pin_memory()  # else the copy would wait for the device
             self._masks[device] = mask.to(device, non_blocking=True)
@@ -168,7 +184,7 @@ class Step:
         """``mask`` cut into blocks, (batch, blocks, block_size), missing tokens of the last block False."""
         key = (block_size, device)
         if key not in self._masks:
-            batch, tokens = self.mask.shape
+            batch, tokens = self.real_mask.shape
             padded = torch.nn.functional.pad(self.padding(device), (0, -tokens % block_size))
             self._masks[key] = padded.view(batch, -1, block_size)
         return self._masks[key]
@@ -179,4 +195,4 @@ class Step:
 
     def row_tokens(self) -> torch.Tensor:
         """Tokens of each row that are no padding, (batch,) on the CPU where they are known there."""
-        return (self.mask if self.mask_here is None else self.mask_here).sum(-1)
+        return (self.real_mask if self.mask_here is None else self.mask_here).sum(-1)

@@ -21,6 +21,7 @@ import torch
 
 from scout_hf.errors import ConfigError
 from scout_hf.kernels.cpu.backend import CpuBackend
+from scout_hf.stores.emulated_link import LimitedTicket
 from scout_hf.trace_device import DeviceClocks
 
 MAIN, POOL, COPIES, LINK, SLOW_CPU = "main thread", "CPU pool", "copies", "link (emulated)", "CPU (emulated)"
@@ -48,22 +49,29 @@ class Span:
 class _Recorded:
     """One step: what is known of it, and those that have not told yet when they ran."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.spans: list[Span] = []
-        self._unknown: list[tuple[Callable[[], tuple[int, int] | None], int | None, tuple]] = []
+        self._unknown: list[tuple[Callable[[], tuple[int, int] | None], int | None, str, str, int | None]] = []
 
-    def later(self, times: Callable[[], tuple[int, int] | None], submitted: int | None, *what: Any) -> None:
-        """A span of lane, kind and layer ``what``, of which ``times`` tells begin and end, or None until it can."""
-        self._unknown.append((times, submitted, what))
+    def later(
+        self,
+        times: Callable[[], tuple[int, int] | None],
+        submitted: int | None,
+        lane: str,
+        kind: str,
+        layer: int | None,
+    ) -> None:
+        """A span of which ``times`` tells begin and end, or None until it can."""
+        self._unknown.append((times, submitted, lane, kind, layer))
 
     def ask(self) -> None:
         """Ask those that have not told."""
         unknown, self._unknown = self._unknown, []
-        for times, submitted, what in unknown:
+        for times, submitted, lane, kind, layer in unknown:
             if (found := times()) is None:
-                self._unknown.append((times, submitted, what))
+                self._unknown.append((times, submitted, lane, kind, layer))
             else:
-                self.spans.append(Span(*what, *found, submitted))
+                self.spans.append(Span(lane, kind, layer, *found, submitted))
 
 
 class Tracer:
@@ -81,8 +89,11 @@ class Tracer:
         self._now: _Recorded | None = None
         self._undo: list[Callable[[], None]] = []
         self._layer: int | None = None
-        self._thread, self._entered = 0, {}
-        self._clocks, self._devices, self._hooks = DeviceClocks(), [], []
+        self._thread = 0
+        self._entered: dict[int, tuple[int, Any]] = {}
+        self._clocks = DeviceClocks()
+        self._devices: list[torch.device] = []
+        self._hooks: list[Any] = []
         for index, layer in enumerate(layers):
             self._devices.append(next((weight.device for weight in layer.parameters()), torch.device("cpu")))
             # Before the hook that works ahead: that is a part of the layer it runs in.
@@ -90,7 +101,7 @@ class Tracer:
             self._hooks.append(layer.register_forward_pre_hook(enter, prepend=True))
             self._hooks.append(layer.register_forward_hook(functools.partial(self._leave, index)))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return Tracer, ()  # a copy of the model is not traced
 
     @property
@@ -158,11 +169,11 @@ class Tracer:
         """The running step, in the thread that is traced; asked once, since another thread may end the block."""
         return self._now if threading.get_ident() == self._thread else None
 
-    def _replace(self, owner: Any, name: str, around: Callable) -> None:
+    def _replace(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
         """Let ``owner.name(...)`` be ``around(step, the one before, ...)`` until the step ends."""
         before, own = getattr(owner, name), name in owner.__dict__
 
-        def replaced(*args, **kwargs):
+        def replaced(*args: Any, **kwargs: Any) -> Any:
             now = self._recording()
             return before(*args, **kwargs) if now is None else around(now, before, *args, **kwargs)
 
@@ -180,7 +191,9 @@ class Tracer:
             self._on_device(now, self._devices[index], mark, "layer", index)
             now.spans.append(Span(MAIN, "layer", index, begin, time.perf_counter_ns()))
 
-    def _timed(self, layer: int, kind: str, now: _Recorded, before: Callable, *args, **kwargs):
+    def _timed(
+        self, layer: int, kind: str, now: _Recorded, before: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         outer, self._layer, device = self._layer, layer, self._devices[layer]
         begin, mark = time.perf_counter_ns(), self._clocks.mark(device)
         try:
@@ -191,7 +204,7 @@ class Tracer:
             now.spans.append(Span(MAIN, kind, layer, begin, time.perf_counter_ns()))
 
     @contextlib.contextmanager
-    def _waited(self, now: _Recorded, before: Callable, layer: int, name: str) -> Iterator[None]:
+    def _waited(self, now: _Recorded, before: Callable[..., Any], layer: int, name: str) -> Iterator[None]:
         begin = time.perf_counter_ns()
         try:
             with before(layer, name):
@@ -199,25 +212,28 @@ class Tracer:
         finally:
             now.spans.append(Span(MAIN, name, layer, begin, time.perf_counter_ns()))
 
-    def _job(self, lane: str, kind: str, now: _Recorded, before: Callable, *args, **kwargs):
+    def _job(self, lane: str, kind: str, now: _Recorded, before: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         submitted, ticket = time.perf_counter_ns(), before(*args, **kwargs)
-        if hasattr(ticket, "times"):
+        if ticket is not None:
             now.later(ticket.times, submitted, lane, kind, self._layer)
         return ticket
 
-    def _moved(self, now: _Recorded, before: Callable, *args):
+    def _moved(self, now: _Recorded, before: Callable[..., Any], *args: Any) -> Any:
         # What is given a backend attends with it, and does not copy.
         attends = any(isinstance(arg, CpuBackend) for arg in args)
-        return self._job(*((POOL, "attention") if attends else (COPIES, "copy")), now, before, *args)
+        lane, kind = (POOL, "attention") if attends else (COPIES, "copy")
+        return self._job(lane, kind, now, before, *args)
 
-    def _limited(self, lane: str, kind: str, now: _Recorded, before: Callable, *args):
+    def _limited(self, lane: str, kind: str, now: _Recorded, before: Callable[..., Any], *args: Any) -> Any:
         submitted, ticket = time.perf_counter_ns(), before(*args)
-        if hasattr(ticket, "due"):
-            now.later(lambda: (int(ticket.begin * 1e9), int(ticket.due * 1e9)), submitted, lane, kind, self._layer)
+        if isinstance(ticket, LimitedTicket):
+            now.later(ticket.times, submitted, lane, kind, self._layer)
         return ticket
 
     @contextlib.contextmanager
-    def _beside(self, now: _Recorded, before: Callable, name: str, device: torch.device, *args, **kwargs):
+    def _beside(
+        self, now: _Recorded, before: Callable[..., Any], name: str, device: torch.device, *args: Any, **kwargs: Any
+    ) -> Iterator[Any]:
         layer = self._layer
         with before(name, device, *args, **kwargs) as end:
             mark = self._clocks.mark(device)
@@ -226,7 +242,9 @@ class Tracer:
             finally:
                 self._on_device(now, device, mark, "copy", layer, name)
 
-    def _on_device(self, now: _Recorded, device: torch.device, mark: Any, kind: str, layer: int | None, stream=""):
+    def _on_device(
+        self, now: _Recorded, device: torch.device, mark: Any, kind: str, layer: int | None, stream: str = ""
+    ) -> None:
         """What the device's current stream was given since ``mark``."""
         end = None if mark is None else self._clocks.mark(device)
         if end is not None:
@@ -258,7 +276,7 @@ class Trace:
 
 
 @contextlib.contextmanager
-def record(handle: Any, path: str | os.PathLike, steps: int) -> Iterator[Trace]:
+def record(handle: Any, path: str | os.PathLike[str], steps: int) -> Iterator[Trace]:
     """The body of ``Handle.trace``; see there."""
     from scout_hf.files import check_timeline_path
     from scout_hf.trace_files import write

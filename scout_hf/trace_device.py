@@ -15,7 +15,7 @@ import torch
 class DeviceClocks:
     """Marks on the streams of any number of devices; other devices than GPUs have none."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._anchors: dict[torch.device, tuple[torch.cuda.Event, int] | None] = {}
 
     def mark(self, device: torch.device) -> torch.cuda.Event | None:
@@ -36,10 +36,11 @@ class DeviceClocks:
         """Asks for the time from one mark to the next, in ns of ``time.perf_counter_ns``; None until ``settle``."""
 
         def times() -> tuple[int, int] | None:
-            if self._anchors[device] is None:
+            if (known := self._anchors[device]) is None:
                 return None
-            anchor, here = self._anchors[device]
-            return tuple(here - int(event.elapsed_time(anchor) * 1e6) for event in (begin, end))
+            anchor, here = known
+            began, ended = (here - int(event.elapsed_time(anchor) * 1e6) for event in (begin, end))
+            return began, ended
 
         return times
 

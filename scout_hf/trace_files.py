@@ -25,11 +25,13 @@ def trace_events(spans: list[Span]) -> list[dict[str, Any]]:
     """
     origin = min((span.begin for span in spans), default=0)
     lanes = lanes_of(spans)
-    events: list[dict] = [{"ph": "M", "name": "process_name", "pid": 1, "tid": 0, "args": {"name": "scout_hf"}}]
+    events: list[dict[str, Any]] = [
+        {"ph": "M", "name": "process_name", "pid": 1, "tid": 0, "args": {"name": "scout_hf"}}
+    ]
     for number, lane in enumerate(lanes, 1):
         events.append({"ph": "M", "name": "thread_name", "pid": 1, "tid": number, "args": {"name": lane}})
         events.append({"ph": "M", "name": "thread_sort_index", "pid": 1, "tid": number, "args": {"sort_index": number}})
-    arrows: list[dict] = []
+    arrows: list[dict[str, Any]] = []
     for span in sorted(spans, key=lambda span: (span.begin, -span.end)):
         name = span.kind if span.layer is None else f"{span.kind} {span.layer}"
         where = {"pid": 1, "tid": lanes.index(span.lane) + 1}

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from scout_hf.kernels.cpu import BlockLists
+from scout_hf.errors import ConfigError
+from scout_hf.kernels.cpu import BlockLists, PagedStore
 from scout_hf.kernels.cpu.library import AttendArgs, load_library
 
 
@@ -22,7 +23,10 @@ class MemoryReader:
     """
 
     def __init__(self, threads: int):
-        self._library, self._threads = load_library(), threads
+        library = load_library()
+        if library is None:
+            raise ConfigError("MemoryReader needs the native library; reinstall scout_hf with g++ or clang at hand")
+        self._library, self._threads = library, threads
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
     def span(self, tensor: torch.Tensor) -> None:
@@ -32,7 +36,7 @@ class MemoryReader:
         parts = [(start + at, min(share, size - at), 1) for at in range(0, size, share)]
         self._all(self._library.read_span, parts)
 
-    def tiles(self, store: Any, lists: BlockLists) -> None:
+    def tiles(self, store: PagedStore, lists: BlockLists) -> None:
         """Read the tiles of a PagedKV that attention over these lists (int32, contiguous, no counts) would read."""
         count = lists.ids.shape[2]
         share = -(-count // self._threads)
@@ -49,7 +53,7 @@ class MemoryReader:
         if self._pool is not None:
             self._pool.shutdown()
 
-    def _all(self, read: Any, parts: list[tuple]) -> None:
+    def _all(self, read: Any, parts: list[tuple[Any, ...]]) -> None:
         if self._pool is None:
             for part in parts:
                 read(*part)

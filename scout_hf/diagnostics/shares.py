@@ -48,14 +48,14 @@ def step_shares(model: Any, handle: Any, cache: Any, step: Callable[[], Any], st
 class Clock:
     """Seconds by name; within a call of one name, calls of another count for that one alone."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.spent: dict[str, float] = defaultdict(float)
         self._inner: list[float] = []
 
-    def around(self, name: str, call: Callable) -> Callable:
+    def around(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """The same call, its time added to ``name``."""
 
-        def timed(*args, **kwargs):
+        def timed(*args: Any, **kwargs: Any) -> Any:
             begin = time.perf_counter()
             self._inner.append(0.0)
             try:
@@ -70,7 +70,7 @@ class Clock:
 
 
 @contextmanager
-def _watched(model, handle, cache: Any, clock: Clock) -> Iterator[None]:
+def _watched(model: Any, handle: Any, cache: Any, clock: Clock) -> Iterator[None]:
     places = []
     for layer in cache.layers:
         method = getattr(layer, "method", None)

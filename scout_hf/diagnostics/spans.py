@@ -28,7 +28,8 @@ def parts_of_spans(spans: Sequence[Span]) -> dict[str, float | int]:
         jobs = [span for span in jobs if "emulated" in span.lane] or jobs
         if jobs:
             waited = sum(_both(job, wait) for job in jobs for wait in waits) / 1e6
-            ahead = [job.submitted < begin for job in jobs if (begin := _layer_begin(spans, whole, job)) is not None]
+            begins = [(job.submitted, _layer_begin(spans, whole, job)) for job in jobs]
+            ahead = [asked < begin for asked, begin in begins if asked is not None and begin is not None]
             found |= {f"{kind}_jobs": len(jobs) / len(whole), f"{kind}_ms": _ms(jobs) / len(whole)}
             found |= {f"{kind}_hidden": 1 - waited / max(_ms(jobs), 1e-9)}
             found |= {f"{kind}_ahead": sum(ahead) / max(len(ahead), 1)}

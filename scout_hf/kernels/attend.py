@@ -76,7 +76,14 @@ def unfold_group(partial: Partial, query: torch.Tensor) -> Partial:
     return Partial(partial.out.reshape(query.shape), partial.lse.reshape(query.shape[:3]))
 
 
-def _flash_on_cpu(query, keys, values, scale, allowed, causal) -> Partial:
+def _flash_on_cpu(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    allowed: torch.Tensor | None,
+    causal: bool,
+) -> Partial:
     # Folding the group into the queries reads each key once for the whole group; a causal or per-query mask counts
     # queries by their position, so there the op's own head grouping is used.
     query, keys, values = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, keys, values))
@@ -91,13 +98,13 @@ def _flash_on_cpu(query, keys, values, scale, allowed, causal) -> Partial:
         bias = torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~allowed, -torch.inf)
         bias = bias.expand(given.shape[0], -1, -1, -1)
     out, lse = _cpu_flash(given, keys, values, 0.0, causal, attn_mask=bias, scale=scale)
-    if bias is not None:
+    if allowed is not None:
         # The op answers 0 for the LSE of a row without keys.
         lse = lse.masked_fill(~allowed.any(-1).expand(lse.shape), -torch.inf)
     return unfold_group(Partial(out, lse), query) if folded else Partial(out, lse)
 
 
-def _flash_serves(query, keys, softcap, allowed) -> bool:
+def _flash_serves(query: torch.Tensor, keys: torch.Tensor, softcap: float | None, allowed: torch.Tensor | None) -> bool:
     """Whether the flash kernel of torch's CUDA builds takes this: it knows no mask, and heads in steps of 8."""
     half, dim = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
     plain = softcap is None and allowed is None and query.shape[2] > 1
@@ -105,7 +112,7 @@ def _flash_serves(query, keys, softcap, allowed) -> bool:
     return recent and half and plain and dim % 8 == 0 and dim <= 256
 
 
-def _flash_on_gpu(query, keys, values, scale, causal) -> Partial:
+def _flash_on_gpu(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, causal: bool) -> Partial:
     groups = query.shape[1] // keys.shape[1]
     if groups > 1:
         keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
@@ -113,7 +120,15 @@ def _flash_on_gpu(query, keys, values, scale, causal) -> Partial:
     return Partial(out, lse[:, :, : query.shape[2]].float())
 
 
-def _by_products(query, keys, values, scale, softcap, allowed, causal) -> Partial:
+def _by_products(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    allowed: torch.Tensor | None,
+    causal: bool,
+) -> Partial:
     """In pieces of the queries, so that scores never take more than so much memory."""
     queries, tokens = query.shape[2], keys.shape[2]
     step = max(1, MOST_SCORES // max(1, query.shape[0] * query.shape[1] * tokens))
@@ -132,7 +147,14 @@ def _by_products(query, keys, values, scale, softcap, allowed, causal) -> Partia
     return Partial(*(torch.cat(each, dim=2) for each in zip(*parts)))
 
 
-def _products(query, keys, values, scale, softcap, allowed) -> Partial:
+def _products(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    allowed: torch.Tensor | None,
+) -> Partial:
     wide = torch.promote_types(query.dtype, torch.float32)
     batch, heads, queries, dim = query.shape
     grouped = query.to(wide).reshape(batch, keys.shape[1], -1, queries, dim)

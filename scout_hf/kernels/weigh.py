@@ -84,7 +84,9 @@ def mean_weights(
     return (total / count).amax(2)
 
 
-def _scores(query, keys, scale, softcap, allowed) -> torch.Tensor:
+def _scores(
+    query: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float | None, allowed: torch.Tensor | None
+) -> torch.Tensor:
     """(batch, kv_heads, group, queries, tokens)"""
     wide = torch.promote_types(query.dtype, torch.float32)
     batch, _, queries, dim = query.shape

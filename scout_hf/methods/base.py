@@ -5,9 +5,10 @@ One object serves one layer of one cache. It owns its stores; everything else is
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
@@ -17,6 +18,10 @@ from scout_hf.fusion import Partial, empty_like, fuse
 from scout_hf.kernels.attend import attend
 from scout_hf.registry import Registry
 from scout_hf.step import Step
+from scout_hf.stores import KVStore
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 PAST_CHUNK_TOKENS = 4096
 
@@ -42,10 +47,10 @@ class Method(ABC):
     ----------
     kv : PagedKV or TwoTierKV
         Where the layer's KV is; anything with ``append, read, crop, select_rows, fork, length``.
-    scoring : Scoring or None
-        Learnt from the layer's own attention call; None until the first one.
+    scoring : Scoring
+        Learnt from the layer's own attention call; not a number until the first one.
     query_shape : tuple of int or None
-        Query heads and head dimension, learnt there as well.
+        Query heads and head dimension, learnt there as well; None until then.
 
     Notes
     -----
@@ -56,6 +61,7 @@ class Method(ABC):
     """
 
     name: str = ""
+    kv: KVStore
     options: ClassVar[dict[str, Any]] = {}
     """What ``ScoutConfig(method_options=...)`` may set, with defaults."""
     needs_query = True
@@ -67,8 +73,7 @@ class Method(ABC):
         self.config, self.layer_idx = config, layer_idx
         self.settings = self.options | (config.method_options or {})
         self.kv_heads, self.dtype = keys.shape[1], keys.dtype
-        self.kv: Any = None
-        self.scoring: Scoring | None = None
+        self.scoring = Scoring(math.nan, None)
         self.query_shape: tuple[int, int] | None = None
 
     @classmethod
@@ -202,7 +207,7 @@ class Method(ABC):
         self.drain()
         self.kv.select_rows(rows)
 
-    def fork(self) -> Method:
+    def fork(self) -> Self:
         """A twin that shares what can be shared and is independent in every other way."""
         self.drain()
         twin = object.__new__(type(self))
@@ -212,9 +217,9 @@ class Method(ABC):
     def drain(self) -> None:
         """Wait for work in flight and drop its results."""
 
-    def slabs(self) -> list[torch.Tensor]:
+    def slabs(self) -> Sequence[torch.Tensor]:
         """The memory that KV in host memory lies in."""
-        return []
+        return ()
 
     @property
     def variant(self) -> str:
@@ -266,7 +271,7 @@ def find_method(name: str) -> type[Method]:
 
 
 def _complete(made: Method) -> Method:
-    if made.kv is None:
+    if getattr(made, "kv", None) is None:
         raise ConfigError(f"method {made.name!r} has no self.kv after __init__; set a store, such as stores.PagedKV")
     return made
 

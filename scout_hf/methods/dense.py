@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from scout_hf.config import ScoutConfig
@@ -12,6 +14,9 @@ from scout_hf.methods.base import register_method
 from scout_hf.methods.host_to_device import InFlightCopy, blocks_to_device
 from scout_hf.methods.offloading import OffloadingMethod
 from scout_hf.step import Step
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @register_method
@@ -49,7 +54,7 @@ class Dense(OffloadingMethod):
 
     @property
     def wants_ahead(self) -> bool:
-        return self.scoring is not None and self.kv.host.blocks > 0
+        return self.query_shape is not None and self.kv.host.blocks > 0
 
     def ahead(self, step: Step, query: torch.Tensor | None) -> None:
         self._drop_coming()
@@ -64,7 +69,7 @@ class Dense(OffloadingMethod):
 
     # -- structure ----------------------------------------------------------------------------------------------
 
-    def fork(self) -> Dense:
+    def fork(self) -> Self:
         twin = super().fork()
         twin._coming = []
         return twin

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import ConfigError
 from scout_hf.fusion import Partial, fuse
+from scout_hf.kernels.cpu import Attended, Ticket
 from scout_hf.kernels.weigh import attend_weighing, mean_weights
 from scout_hf.methods.base import register_method
 from scout_hf.methods.offloading import OffloadingMethod
 from scout_hf.step import Step
 from scout_hf.stores.retained_tokens import RetainedTokens
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 WINDOW_TOKENS = 1024
 
@@ -46,7 +50,7 @@ class HGCA(OffloadingMethod):
         # Of the tokens in the window, and of those before.
         self._weights = torch.zeros((batch, heads, 0), dtype=wide, device=keys.device)
         self._past = torch.zeros((batch, heads, 0), dtype=wide, device="cpu")
-        self._ticket = None
+        self._ticket: Ticket[Attended] | None = None
 
     @classmethod
     def check(cls, config: ScoutConfig) -> None:
@@ -136,7 +140,7 @@ class HGCA(OffloadingMethod):
         self.kept.select_rows(rows)
         self._past, self._weights = self._past[rows.cpu()], self._weights[rows.to(self._weights.device)]
 
-    def fork(self) -> HGCA:
+    def fork(self) -> Self:
         twin = super().fork()
         twin.kept, twin._ticket = self.kept.fork(), None
         return twin
@@ -187,16 +191,27 @@ class HGCA(OffloadingMethod):
             return
         first, moved = self.kv.host.length, full[0].shape[2]
         weights = self._weights[:, :, :moved].cpu()
-        padding_mask, weighed = None, self._weights.shape[2]
+        weighed: int | torch.Tensor = self._weights.shape[2]
+        padding_mask = None
         if step is not None and step.mask is not None:
             padding_mask = step.padding(torch.device("cpu"))[:, None, None, first : first + moved]
             weighed = step.padding(torch.device("cpu"))[:, first:].sum(-1).clamp(min=1).to(weights.dtype)[:, None, None]
-        self._keep(step, first, *(part.cpu() for part in full), weights, padding_mask, weighed)
+        keys, values = full
+        self._keep(step, first, keys.cpu(), values.cpu(), weights, padding_mask, weighed)
         self._past = torch.cat([self._past, weights], dim=2)
         self._weights = self._weights[:, :, moved:]
         super()._write_back(step)
 
-    def _keep(self, step: Step, first: int, keys, values, weights, padding_mask, weighed: int | torch.Tensor) -> None:
+    def _keep(
+        self,
+        step: Step | None,
+        first: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        weights: torch.Tensor,
+        padding_mask: torch.Tensor | None,
+        weighed: int | torch.Tensor,
+    ) -> None:
         """Keep what is heavy enough of the tokens from ``first`` on; all on the CPU."""
         rank = weights.argsort(dim=-1, descending=True, stable=True).argsort(-1)
         threshold = 0.0 if self.config.names_dense(self.layer_idx) else self.settings["threshold"]
@@ -209,13 +224,14 @@ class HGCA(OffloadingMethod):
         if most is not None:
             self.kept.limit(most)
 
-    def _most(self, step: Step) -> torch.Tensor | None:
+    def _most(self, step: Step | None) -> torch.Tensor | None:
         """Tokens that the budget leaves beside the window, by row."""
         budget, beside = self.config.budget, self.config.blocks(self._window_tokens()) * self.config.block_size
-        if self.config.is_dense(self.layer_idx):
+        if budget is None or self.config.is_dense(self.layer_idx):
             return None
+        tokens: float | torch.Tensor = budget
         if isinstance(budget, float):
             context = self.kv.length if step is None or step.mask is None else step.row_tokens().cpu().float()
-            budget = budget * context
-        total = torch.as_tensor(budget, dtype=torch.float32, device="cpu").expand(self.batch)
+            tokens = budget * context
+        total = torch.as_tensor(tokens, dtype=torch.float32, device="cpu").expand(self.batch)
         return (total - beside).clamp(min=1).to(torch.int64)

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from scout_hf.kernels.cpu import Ticket
 from scout_hf.step import Step
 from scout_hf.stores import PagedKV
+from scout_hf.stores.staging import Staging
 from scout_hf.stores.streams import Links, Mark
 
 
@@ -23,7 +25,7 @@ class InFlightCopy:
         What crosses the link.
     """
 
-    def __init__(self, what: tuple, buffer: torch.Tensor, ticket: Any, staging):
+    def __init__(self, what: tuple[Any, ...], buffer: torch.Tensor, ticket: Ticket[Mark | None], staging: Staging):
         self.what, self.nbytes = what, buffer.nbytes
         self._buffer, self._ticket, self._staging = buffer, ticket, staging
 
@@ -44,7 +46,7 @@ class InFlightCopy:
 
 
 def blocks_to_device(
-    step: Step, host: PagedKV, first: int, last: int, heads: slice, device: torch.device, gbps=None
+    step: Step, host: PagedKV, first: int, last: int, heads: slice, device: torch.device, gbps: float | None = None
 ) -> InFlightCopy:
     """Start copying blocks ``first:last`` of some KV heads of every row to the device.
 
@@ -77,7 +79,12 @@ def blocks_to_device(
 
 
 def tokens_to_device(
-    step: Step, host: PagedKV, ids: torch.Tensor, device: torch.device, gbps=None, real=None
+    step: Step,
+    host: PagedKV,
+    ids: torch.Tensor,
+    device: torch.device,
+    gbps: float | None = None,
+    real: torch.Tensor | None = None,
 ) -> InFlightCopy:
     """Start copying single tokens to the device; ``ids`` is (batch, kv_heads, n) of int64 on the CPU.
 
@@ -86,11 +93,14 @@ def tokens_to_device(
     """
     size, dim, heads = host.block_size, host.head_dim, host.heads
     offsets = (torch.arange(heads, dtype=torch.int64, device="cpu")[None, :, None] * (2 * size) + ids % size).flatten()
-    picked = slice(None) if real is None else real.flatten().nonzero()[:, 0]
-    offsets, shape = offsets[picked], ids.shape if real is None else (len(picked),)
+    picked = None if real is None else real.flatten().nonzero()[:, 0]
+    shape: tuple[int, ...] = ids.shape
+    if picked is not None:
+        offsets, shape = offsets[picked], (len(picked),)
 
     def of_pages(what: torch.Tensor) -> torch.Tensor:
-        return what.gather(1, ids.flatten(1) // size).flatten()[picked]
+        found = what.gather(1, ids.flatten(1) // size).flatten()
+        return found if picked is None else found[picked]
 
     def places() -> tuple[torch.Tensor, int]:
         row = dim * host.dtype.itemsize
@@ -110,19 +120,26 @@ def tokens_to_device(
 
 
 def _bring(
-    step: Step, host: PagedKV, what: tuple, shape: tuple, places: Callable, read: Callable, device, gbps
+    step: Step,
+    host: PagedKV,
+    what: tuple[Any, ...],
+    shape: tuple[int, ...],
+    places: Callable[[], tuple[torch.Tensor, int]],
+    read: Callable[[torch.Tensor], None],
+    device: torch.device,
+    gbps: float | None,
 ) -> InFlightCopy:
     staging = step.cache.staging
     buffer = staging.take(shape, host.dtype, device)
     native = host.library is not None and not host.packed
 
-    def copy(into: torch.Tensor) -> Any:
+    def copy(into: torch.Tensor) -> Ticket[None] | None:
         sources, nbytes = places()
         targets = torch.arange(sources.numel(), dtype=torch.int64, device="cpu") * nbytes + into.data_ptr()
         return step.backend.copy(sources.flatten(), targets, nbytes, keep=(into, host.memory()))
 
     try:
-        ticket = copy(buffer) if native and device.type == "cpu" else None
+        ticket: Ticket[Mark | None] | None = copy(buffer) if native and device.type == "cpu" else None
         if ticket is None:
             ticket = step.movers.submit(
                 _carry, buffer, read, copy if native else None, step.links, step.links.mark(device)
@@ -133,7 +150,13 @@ def _bring(
     return InFlightCopy(what, buffer, step.links.limit(ticket, buffer.nbytes, gbps), staging)
 
 
-def _carry(buffer: torch.Tensor, read: Callable, copy: Callable | None, links: Links, free: Mark) -> Mark:
+def _carry(
+    buffer: torch.Tensor,
+    read: Callable[[torch.Tensor], None],
+    copy: Callable[[torch.Tensor], Ticket[None] | None] | None,
+    links: Links,
+    free: Mark,
+) -> Mark:
     """On a thread beside: to another device by way of pinned memory and a stream, behind ``free``."""
     if buffer.device.type == "cpu":
         read(buffer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,9 @@ from scout_hf.methods.offloading import OffloadingMethod
 from scout_hf.selection.partial import PartialKeys
 from scout_hf.step import Step
 from scout_hf.stores.token_cache import StreamedTokens, TokenCache
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @register_method
@@ -67,11 +70,12 @@ class InfiniGen(OffloadingMethod):
 
     @property
     def wants_ahead(self) -> bool:
-        return self.scoring is not None and self.kv.host.blocks > 0 and self.config.layer_ahead
+        return self.query_shape is not None and self.kv.host.blocks > 0 and self.config.layer_ahead
 
     def ahead(self, step: Step, query: torch.Tensor | None) -> None:
-        self._predicted = query.to(self.dtype)
-        self._recall(step, self._predicted)
+        if query is not None:
+            self._predicted = query.to(self.dtype)
+            self._recall(step, self._predicted)
 
     def observe(self, step: Step, query: torch.Tensor) -> None:
         if (not self.partial.known or self._guessed_from) and self._wants_partial():
@@ -84,9 +88,10 @@ class InfiniGen(OffloadingMethod):
             self.partial, self._guessed_from = partial, 0
 
     def attend(self, step: Step, query: torch.Tensor) -> Partial:
-        parts, attended = [self._attend_tail(step, query)], self.kv.length - self.kv.host.length
-        if step.mask is not None:
-            attended = self.padding_mask(step, self.kv.host.length).sum(dtype=torch.float32) / self.batch
+        parts, tail = [self._attend_tail(step, query)], self.padding_mask(step, self.kv.host.length)
+        attended: float | torch.Tensor = self.kv.length - self.kv.host.length
+        if tail is not None:
+            attended = tail.sum(dtype=torch.float32) / self.batch
         if self.kv.host.blocks:
             if not self.tokens.planned:
                 self._recall(step, query)
@@ -141,7 +146,7 @@ class InfiniGen(OffloadingMethod):
         self.partial.select_rows(rows)
         self.tokens.select_rows(rows)
 
-    def fork(self) -> InfiniGen:
+    def fork(self) -> Self:
         twin = super().fork()
         twin.partial, twin.tokens = self.partial.fork(), self.tokens.fork()
         return twin
@@ -231,7 +236,8 @@ class InfiniGen(OffloadingMethod):
                 context = step.padding(device).sum(-1)
             total = (budget * context.float()).to(torch.int64)
         else:
-            total = torch.full((self.batch,), budget, dtype=torch.int64, device=device)
+            most = step.tokens if budget is None else budget
+            total = torch.full((self.batch,), most, dtype=torch.int64, device=device)
         return (total - beside).clamp(min=1)
 
     def _catch_up(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ class OffloadingMethod(Method):
     Subclasses attend to what is on the host; all of them keep two tiers, also on a machine without a GPU.
     ``written`` is the end of the last write-back: what reads the host waits for it.
     """
+
+    kv: TwoTierKV
 
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
         super().__init__(config, layer_idx, keys)
@@ -68,11 +71,11 @@ class OffloadingMethod(Method):
         self.written.finish()
         self.kv.rollback(mark)
 
-    def past_chunks(self, step: Step, past: int):
+    def past_chunks(self, step: Step, past: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         self.written.finish()
         return super().past_chunks(step, past)
 
-    def slabs(self) -> list[torch.Tensor]:
+    def slabs(self) -> Sequence[torch.Tensor]:
         return self.kv.host.table.pool.slabs
 
     def tier_bytes(self) -> dict[str, int]:

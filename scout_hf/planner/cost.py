@@ -63,6 +63,10 @@ class Plan:
         return sum(self.parts.values())
 
 
+_Cost = tuple[dict[str, float], float, float] | tuple[dict[str, float], float, float, str]
+"""Parts of a layer's time, bytes on the device and on the host beside the weights, and a note."""
+
+
 def plan(method: str, shape: ModelShape, machine: Machine, load: Load) -> Plan:
     """Memory and step time of one method; ConfigError for an unknown one."""
     if method not in _METHODS:
@@ -142,7 +146,7 @@ def _layer_ms(shape: ModelShape, machine: Machine, rows: int) -> float:
     return weights + machine.layer_us / 1e3
 
 
-def _stock(shape, machine, load):
+def _stock(shape: ModelShape, machine: Machine, load: Load) -> _Cost:
     held = load.batch * load.context * shape.kv_bytes
     group = shape.heads // shape.kv_heads
     # On a CPU: the cache grows by a copy, grouped heads are written out and read once more.
@@ -154,14 +158,14 @@ def _link_ms(machine: Machine, nbytes: float) -> float:
     return nbytes / machine.link_gbps / 1e6 + machine.link_us / 1e3
 
 
-def _dense(shape, machine, load):
+def _dense(shape: ModelShape, machine: Machine, load: Load) -> _Cost:
     held = load.batch * load.context * shape.kv_bytes
     attention = held / machine.attend_gbps / 1e6
     waiting = max(0.0, _link_ms(machine, held) - attention - _layer_ms(shape, machine, load.batch))
     return {"attention": attention, "waiting": waiting}, 2 * held, shape.full * held
 
 
-def _kvpr(shape, machine, load):
+def _kvpr(shape: ModelShape, machine: Machine, load: Load) -> _Cost:
     rows, tokens = load.batch, load.context
     held, inputs = rows * tokens * shape.kv_bytes, rows * tokens * shape.hidden * shape.item
     attention = held / machine.attend_gbps / 1e6
@@ -183,7 +187,7 @@ def _kvpr(shape, machine, load):
     return parts, 2 * held, shape.full * (held + inputs), note
 
 
-def _infinigen(shape, machine, load):
+def _infinigen(shape: ModelShape, machine: Machine, load: Load) -> _Cost:
     chosen = min(load.budget, load.context)
     partial = load.batch * load.context * shape.kv_heads * shape.head_dim * shape.item * load.partial
     recalled = load.batch * chosen * shape.kv_bytes
@@ -194,7 +198,7 @@ def _infinigen(shape, machine, load):
     return parts, shape.full * partial + 2 * recalled, shape.full * host
 
 
-def _hgca(shape, machine, load):
+def _hgca(shape: ModelShape, machine: Machine, load: Load) -> _Cost:
     chosen = min(load.budget, load.context)
     window, kept = chosen / 2, chosen / 2
     attention = load.batch * window * shape.kv_bytes / machine.attend_gbps / 1e6
@@ -204,7 +208,7 @@ def _hgca(shape, machine, load):
     return parts, shape.full * load.batch * window * shape.kv_bytes, shape.full * host
 
 
-def _scout(shape, machine, load):
+def _scout(shape: ModelShape, machine: Machine, load: Load) -> _Cost:
     chosen = min(load.budget, load.context)
     held = load.batch * load.context * shape.kv_bytes
     resident, digests = load.batch * chosen * shape.kv_bytes, held / load.block_size
@@ -222,7 +226,7 @@ def _scout(shape, machine, load):
     return parts, shape.full * (resident + digests), shape.full * held
 
 
-_METHODS: dict[str, Callable[..., tuple]] = {
+_METHODS: dict[str, Callable[[ModelShape, Machine, Load], _Cost]] = {
     "stock": _stock,
     "offloaded": _dense,
     "scout": _scout,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from scout_hf.errors import CacheStateError
+
 # The papers' models have 128 channels, of which a fifth are 26; of 32 channels 6 are too few to rank by.
 FEWEST = 16
+UNKNOWN = "no directions are known: call learn() first, then extend()"
 
 
 class PartialKeys:
@@ -46,22 +49,27 @@ class PartialKeys:
 
     def extend(self, keys: torch.Tensor) -> None:
         """Add the next tokens' keys, (batch, kv_heads, tokens, head_dim)."""
-        tokens = keys.shape[2]
+        tokens, basis = keys.shape[2], self._basis
+        if basis is None:
+            raise CacheStateError(UNKNOWN)
         if self._keys is None or self.length + tokens > self._keys.shape[2]:
             capacity = self.length + tokens + max(256, (self.length + tokens) // 8)
-            grown = keys.new_empty((*keys.shape[:2], capacity, self._basis.shape[-1]))
+            grown = keys.new_empty((*keys.shape[:2], capacity, basis.shape[-1]))
             if self._keys is not None:
                 grown[:, :, : self.length] = self._keys[:, :, : self.length]
             self._keys = grown
-        self._keys[:, :, self.length : self.length + tokens] = (keys.to(self._basis.dtype) @ self._basis).to(keys.dtype)
+        self._keys[:, :, self.length : self.length + tokens] = (keys.to(basis.dtype) @ basis).to(keys.dtype)
         self.length += tokens
 
     def scores(self, query: torch.Tensor) -> torch.Tensor:
         """Approximate q.k of queries (batch, query_heads, 1, head_dim): (batch, kv_heads, group, length)."""
-        batch, heads, _, dim = query.shape
-        grouped = query.reshape(batch, self._basis.shape[1], -1, dim).to(self._basis.dtype) @ self._basis
-        keys = self._keys[:, :, : self.length]
-        return (grouped.to(keys.dtype) @ keys.transpose(-1, -2)).to(self._basis.dtype)
+        basis, keys = self._basis, self._keys
+        if basis is None or keys is None:
+            raise CacheStateError(UNKNOWN)
+        batch, _, _, dim = query.shape
+        grouped = query.reshape(batch, basis.shape[1], -1, dim).to(basis.dtype) @ basis
+        keys = keys[:, :, : self.length]
+        return (grouped.to(keys.dtype) @ keys.transpose(-1, -2)).to(basis.dtype)
 
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens."""
@@ -69,7 +77,7 @@ class PartialKeys:
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Make row ``i`` what row ``rows[i]`` was."""
-        if self.known:
+        if self._basis is not None:
             rows = rows.to(self._basis.device)
             self._basis = self._basis[rows]
             self._keys = None if self._keys is None else self._keys[rows]

@@ -26,7 +26,7 @@ class Pick(NamedTuple):
         return torch.ones_like(self.ids, dtype=torch.bool) if self.valid is None else self.valid
 
 
-def everything(batch: int, heads: int, blocks: int, padding_mask: torch.Tensor | None, device) -> Pick:
+def everything(batch: int, heads: int, blocks: int, padding_mask: torch.Tensor | None, device: torch.device) -> Pick:
     """All blocks, for every row and head, those that are padding last; ``padding_mask`` as in :func:`choose`."""
     if padding_mask is None:
         return Pick(torch.arange(blocks, dtype=torch.int64, device=device).expand(batch, heads, blocks), None)
@@ -68,11 +68,13 @@ def choose(scores: torch.Tensor, count: int | torch.Tensor, sinks: int, padding_
     return Pick(best.indices, valid)
 
 
-def pack_lists(ids: torch.Tensor, valid: torch.Tensor) -> BlockLists:
+def pack_lists(ids: torch.Tensor, valid: torch.Tensor | None) -> BlockLists:
     """The usable entries of every list, in their order, packed to the front; on the CPU.
 
-    ``ids`` is (batch, kv_heads, n), ``valid`` bool of the same shape.
+    ``ids`` is (batch, kv_heads, n), ``valid`` bool of the same shape, or None where every entry counts.
     """
+    if valid is None:
+        return BlockLists(ids.cpu(), None)
     ids, valid = ids.cpu(), valid.cpu()
     counts = valid.sum(2)
     longest = int(counts.max()) if counts.numel() else 0

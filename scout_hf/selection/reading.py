@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from scout_hf.kernels.cpu.protocols import PagedStore
+
 # Keys are read and coded in parts, or a long prompt would need room for a copy of a whole layer.
 PART_TOKENS, SAMPLE_TOKENS = 4096, 8192
 FIRST = torch.tensor([0], dtype=torch.int64, device="cpu")
@@ -22,7 +24,7 @@ def in_parts(keys: torch.Tensor, padding_mask: torch.Tensor | None) -> Iterator[
         yield keys[:, :, part], None if padding_mask is None else padding_mask[:, part]
 
 
-def read_parts(store, first: int, last: int, padding_mask: torch.Tensor | None) -> Iterator[Blocks]:
+def read_parts(store: PagedStore, first: int, last: int, padding_mask: torch.Tensor | None) -> Iterator[Blocks]:
     """Blocks ``first:last`` of a PagedKV, copied; ``padding_mask`` is (batch, tokens) of bool or None."""
     step = max(1, PART_TOKENS // store.block_size)
     for start in range(first, last, step):
@@ -30,7 +32,7 @@ def read_parts(store, first: int, last: int, padding_mask: torch.Tensor | None) 
         yield _read(store, ids.expand(store.batch, -1), padding_mask)
 
 
-def read_sample(store, last: int, padding_mask: torch.Tensor | None) -> Blocks:
+def read_sample(store: PagedStore, last: int, padding_mask: torch.Tensor | None) -> Blocks:
     """Of the first ``last`` blocks those with real tokens, or some that lie evenly among them; each row its own."""
     most = max(1, SAMPLE_TOKENS // store.block_size)
     if padding_mask is None:
@@ -43,7 +45,7 @@ def read_sample(store, last: int, padding_mask: torch.Tensor | None) -> Blocks:
     keys, marks = _read(store, ids, padding_mask)
     held = torch.tensor([len(row) for row in rows], dtype=torch.int64, device="cpu")[:, None]
     held = held > torch.arange(ids.shape[1], dtype=torch.int64, device="cpu")
-    return keys, marks & held[:, :, None].to(marks.device)
+    return keys, None if marks is None else marks & held[:, :, None].to(marks.device)
 
 
 def _evenly(numbers: torch.Tensor, most: int) -> torch.Tensor:
@@ -51,7 +53,7 @@ def _evenly(numbers: torch.Tensor, most: int) -> torch.Tensor:
     return numbers[torch.arange(count, dtype=torch.int64, device="cpu") * (len(numbers) - 1) // max(1, count - 1)]
 
 
-def _read(store, ids: torch.Tensor, padding_mask: torch.Tensor | None) -> Blocks:
+def _read(store: PagedStore, ids: torch.Tensor, padding_mask: torch.Tensor | None) -> Blocks:
     """Blocks ``ids`` (batch, n) of every row."""
     shape = (store.batch, store.heads, ids.shape[1], store.block_size, store.head_dim)
     keys, values = (torch.empty(shape, dtype=store.dtype, device=store.device) for _ in range(2))

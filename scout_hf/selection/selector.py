@@ -5,18 +5,22 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from scout_hf.config import ScoutConfig
 from scout_hf.kernels.cpu import BlockLists, pages
+from scout_hf.kernels.cpu.protocols import PagedStore
 from scout_hf.kernels.device import KERNEL_DTYPES, MOST_CHANNELS, find_kernels
 from scout_hf.selection.auto import digest_for
 from scout_hf.selection.digest import Digest, make_digest
 from scout_hf.selection.pick import Pick, choose, everything, pack_lists
 from scout_hf.selection.reading import Blocks, in_parts, read_parts, read_sample
 from scout_hf.selection.table import DigestTable
+
+if TYPE_CHECKING:
+    from scout_hf.step import Step
 
 # Constants of a digest are taken from the first keys, and again while the context is short and has grown much.
 ENOUGH_TOKENS, GROWN = 4096, 8
@@ -105,10 +109,10 @@ class Selector:
         keys = keys.unflatten(2, (-1, self.config.block_size))
         if not self._fit_is_due(keys.shape[2]) or (self.blocks and past is None):
             return self._append(in_parts(keys, padding_mask))
-        if self.blocks:
-            before = past()
-            keys = torch.cat([before[0].unflatten(2, (-1, self.config.block_size)).to(keys.device), keys], dim=2)
-            padding_mask = None if padding_mask is None else torch.cat([before[1], padding_mask], dim=1)
+        if self.blocks and past is not None:
+            old, mask = past()
+            keys = torch.cat([old.unflatten(2, (-1, self.config.block_size)).to(keys.device), keys], dim=2)
+            padding_mask = None if padding_mask is None or mask is None else torch.cat([mask, padding_mask], dim=1)
         self._fit_again((keys, padding_mask), in_parts(keys, padding_mask))
 
     def _append(self, parts: Iterable[Blocks]) -> None:
@@ -135,16 +139,16 @@ class Selector:
         fitted = self._coded.fitted_blocks
         return fitted * self.config.block_size < ENOUGH_TOKENS and self.blocks + new >= GROWN * fitted
 
-    def extend_from(self, store, last: int, padding_mask: torch.Tensor | None) -> None:
+    def extend_from(self, store: PagedStore, last: int, padding_mask: torch.Tensor | None) -> None:
         """Digest the whole blocks of a PagedKV up to block ``last`` that have no digest yet.
 
         ``padding_mask`` is (batch, tokens) of bool or None.
         """
         if self._early is not None:
-            self._review_early(padding_mask)
+            self._review_early(self._early, padding_mask)
         self._extend_from(store, last, padding_mask)
 
-    def extend_early(self, store, last: int) -> None:
+    def extend_early(self, store: PagedStore, last: int) -> None:
         """The same outside a forward pass, where nobody says yet what is padding and no query was seen.
 
         The first ``extend_from`` after it, in a pass, makes again what it would have made otherwise.
@@ -154,29 +158,29 @@ class Selector:
             self._early = first if self._early is None else min(first, self._early)
             self._extend_from(store, last, None)
 
-    def _review_early(self, padding_mask: torch.Tensor | None) -> None:
-        first = self._early
+    def _review_early(self, first: int, padding_mask: torch.Tensor | None) -> None:
         made = slice(first * self.config.block_size, self.blocks * self.config.block_size)
         blind = not first and self._coded.fitted_blindly and self._query_power is not None
         if blind or (padding_mask is not None and not bool(padding_mask[:, made].all())):
             self.crop(first)
         self._early = None
 
-    def _extend_from(self, store, last: int, padding_mask: torch.Tensor | None) -> None:
+    def _extend_from(self, store: PagedStore, last: int, padding_mask: torch.Tensor | None) -> None:
         first, size = self.blocks, self.config.block_size
         if self.dense or first >= last:
             return
-        native = store.native() if self.digest.native == "minmax" else None
+        library, native = store.library, store.native() if self.digest.native == "minmax" else None
         covers = (
             padding_mask is None
             or padding_mask.is_cpu
             and padding_mask.stride(1) == 1
             and padding_mask.shape[0] == store.batch
         )
-        if native is not None and covers and (padding_mask is None or padding_mask.shape[1] >= last * size):
+        covers = covers and (padding_mask is None or padding_mask.shape[1] >= last * size)
+        if library is not None and native is not None and covers:
             shape = torch.Size((store.batch, store.heads, last - first, 2 * store.head_dim))
             codes = self.table.reserve(shape, store.dtype, store.device)
-            pages.minmax(store.library, native, first, last, padding_mask, codes)
+            pages.minmax(library, native, first, last, padding_mask, codes)
             self.table.grew(last - first)
             return
 
@@ -185,7 +189,7 @@ class Selector:
         else:
             self._append(read_parts(store, first, last, padding_mask))
 
-    def lists(self, step, query: torch.Tensor, store, blocks: int) -> BlockLists | None:
+    def lists(self, step: Step, query: torch.Tensor, store: PagedStore, blocks: int) -> BlockLists | None:
         """Blocks of a PagedKV to attend: the best of the first ``blocks`` and all newer ones; None for every block."""
         newest = store.blocks - blocks
         count = None if self.dense else self._count(step, blocks)
@@ -200,12 +204,10 @@ class Selector:
         picked = self.pick(step, query, blocks, store.heads)
         last = torch.arange(blocks, store.blocks, dtype=torch.int64, device=picked.ids.device)
         last = last.expand(*picked.ids.shape[:2], -1)
-        if picked.valid is None:
-            return BlockLists(torch.cat([picked.ids, last], dim=2).cpu(), None)
-        valid = torch.cat([picked.valid, torch.ones_like(last, dtype=torch.bool)], dim=2)
-        return pack_lists(torch.cat([picked.ids, last], dim=2), valid)
+        ids, valid = torch.cat([picked.ids, last], dim=2), picked.valid
+        return pack_lists(ids, None if valid is None else torch.cat([valid, torch.ones_like(last).bool()], dim=2))
 
-    def pick(self, step, query: torch.Tensor, blocks: int, kv_heads: int) -> Pick:
+    def pick(self, step: Step, query: torch.Tensor, blocks: int, kv_heads: int) -> Pick:
         """The blocks to attend, out of the first ``blocks``.
 
         Parameters
@@ -223,7 +225,7 @@ class Selector:
         return choose(scores, count, self.config.blocks(self.config.sinks), padding_mask)
 
     def rank(
-        self, step, query: torch.Tensor, blocks: int
+        self, step: Step, query: torch.Tensor, blocks: int
     ) -> tuple[torch.Tensor | None, int | torch.Tensor, torch.Tensor | None]:
         """How much each of the first ``blocks`` is wanted, and how many may be chosen; see :meth:`pick`.
 
@@ -241,13 +243,13 @@ class Selector:
             return None, blocks, padding_mask
         return self.scores(step, query, self.table.codes(blocks)), count, padding_mask
 
-    def count(self, step, blocks: int) -> int | torch.Tensor | None:
+    def count(self, step: Step, blocks: int) -> int | torch.Tensor | None:
         """How many of the first ``blocks`` may be chosen, for all rows or for each; None where all are."""
         count = None if self.dense else self._count(step, blocks)
         return None if not blocks or (isinstance(count, int) and count >= blocks) else count
 
     def scores(
-        self, step, query: torch.Tensor, codes: torch.Tensor, filled: torch.Tensor | None = None
+        self, step: Step, query: torch.Tensor, codes: torch.Tensor, filled: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Scores (batch, kv_heads, blocks) of float32 of these codes, of which the first ``filled`` (1,) count."""
         scores, size = None, self.config.block_size
@@ -257,15 +259,16 @@ class Selector:
             scores = step.backend.score(self.digest.native, self.digest.prepare(query), codes, block_size=size)
         return self.digest.score(query, codes) if scores is None else scores
 
-    def _count(self, step, blocks: int) -> int | torch.Tensor:
+    def _count(self, step: Step, blocks: int) -> int | torch.Tensor:
         budget = self.config.budget
         # Whole blocks that are attended anyway; after a crop there are fewer of them than the window has.
         recent = min(self.config.blocks(self.config.window), max(0, step.tokens // self.config.block_size - blocks))
         if isinstance(budget, int):
             return max(1, self.config.blocks(budget) - recent)
+        part = 1.0 if budget is None else budget
         if step.mask is None:
-            return max(1, self.config.blocks(math.ceil(budget * step.tokens)) - recent)
-        share = torch.ceil(torch.ceil(budget * step.row_tokens().double()) / self.config.block_size).long()
+            return max(1, self.config.blocks(math.ceil(part * step.tokens)) - recent)
+        share = torch.ceil(torch.ceil(part * step.row_tokens().double()) / self.config.block_size).long()
         return (share - recent).clamp(min=1)
 
     def crop(self, blocks: int) -> None:

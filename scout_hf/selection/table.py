@@ -12,14 +12,14 @@ SLACK_BLOCKS = 32
 class DigestTable:
     """Append-only codes, (batch, kv_heads, blocks, code), that can be cut and whose rows can be permuted."""
 
-    def __init__(self):
-        self._codes: torch.Tensor | None = None
+    def __init__(self) -> None:
+        self._codes = torch.empty((0, 0, 0, 0), dtype=torch.float32, device="cpu")
         self.blocks = 0
 
     @property
     def used_bytes(self) -> int:
         """Bytes of the codes, spare capacity included."""
-        return 0 if self._codes is None else self._codes.numel() * self._codes.element_size()
+        return self._codes.numel() * self._codes.element_size()
 
     def codes(self, blocks: int | None = None) -> torch.Tensor:
         """Codes of the first ``blocks`` blocks (all by default), a view."""
@@ -28,7 +28,7 @@ class DigestTable:
     @property
     def capacity(self) -> int:
         """Blocks that fit before the codes have to move."""
-        return 0 if self._codes is None else self._codes.shape[2]
+        return self._codes.shape[2]
 
     def all_codes(self) -> torch.Tensor:
         """The whole buffer, (batch, kv_heads, capacity, code); from ``blocks`` on undefined."""
@@ -46,7 +46,7 @@ class DigestTable:
     def reserve(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """All codes with room behind them for further ones of that shape, (batch, kv_heads, n, code)."""
         total = self.blocks + shape[2]
-        if self._codes is None or total > self._codes.shape[2]:
+        if not self.capacity or total > self.capacity:
             capacity = total + max(SLACK_BLOCKS, total // 8)
             grown = allocate_slab((*shape[:2], capacity, shape[3]), dtype, device)
             if self.blocks:
@@ -60,12 +60,12 @@ class DigestTable:
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Make row ``i`` what row ``rows[i]`` was."""
-        if self._codes is not None:
+        if self.capacity:
             self._codes = self._codes[rows.to(self._codes.device)]
 
     def fork(self) -> DigestTable:
         """An independent copy."""
         twin = DigestTable()
         twin.blocks = self.blocks
-        twin._codes = None if self._codes is None else self._codes.clone()
+        twin._codes = self._codes.clone()
         return twin

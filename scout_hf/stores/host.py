@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from scout_hf.errors import CacheStateError
@@ -11,6 +13,9 @@ from scout_hf.kernels.cpu.library import StoreArgs
 from scout_hf.stores.counted import counts
 from scout_hf.stores.pages import PagePool, PageTable
 from scout_hf.stores.streams import Links, Mark
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # On the device, for pages on their way.
 STAGED_BYTES = 64 << 20
@@ -35,7 +40,14 @@ class PagedKV:
     packed = False
 
     def __init__(
-        self, batch: int, heads: int, head_dim: int, block_size: int, dtype: torch.dtype, device, pinned: bool = False
+        self,
+        batch: int,
+        heads: int,
+        head_dim: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        pinned: bool = False,
     ):
         self.heads, self.head_dim, self.block_size = heads, head_dim, block_size
         self.dtype, self.device, self.pinned = dtype, torch.device(device), pinned
@@ -94,8 +106,9 @@ class PagedKV:
         if keys.dtype != self.dtype or values.dtype != self.dtype or not keys.device == values.device == self.device:
             keys, values = (part.to(self.device, self.dtype) for part in (keys, values))
         self._reserve(tokens)
-        if self.library is not None:
-            pages.append(self.library, self.native(), keys, values)
+        library, native = self.library, self.native()
+        if library is not None and native is not None:
+            pages.append(library, native, keys, values)
         else:
             self._write(keys, values)
         self.length += tokens
@@ -152,8 +165,9 @@ class PagedKV:
         keys, values : Tensor (batch, kv_heads, n, block_size, head_dim), contiguous
             Where they go; the unfilled end of a row's last block is undefined.
         """
-        if self.library is not None:
-            return pages.gather(self.library, self.native(), blocks, keys, values)
+        library, native = self.library, self.native()
+        if library is not None and native is not None:
+            return pages.gather(library, native, blocks, keys, values)
         batch, heads, count = blocks.shape
         numbers = self.table.ids.gather(1, blocks.reshape(batch, -1)).view(batch, heads, count)
         tiles = (numbers * heads + torch.arange(heads, dtype=torch.int64, device="cpu")[None, :, None]).mul_(2).view(-1)
@@ -198,7 +212,7 @@ class PagedKV:
         """Make row ``i`` what row ``rows[i]`` was (beam search, repeats); pages are shared until written to."""
         self.table.select_rows(rows.cpu())
 
-    def fork(self) -> PagedKV:
+    def fork(self) -> Self:
         """A second store over the same pages, copy on write."""
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__, table=self.table.fork(), _args=None, _described=None)

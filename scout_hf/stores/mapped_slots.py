@@ -30,7 +30,16 @@ class MappedSlots:
         Leading slots in use, the same in every row and head; None where they differ or only the device knows.
     """
 
-    def __init__(self, batch: int, heads: int, slots: int, block_size: int, head_dim: int, dtype, device):
+    def __init__(
+        self,
+        batch: int,
+        heads: int,
+        slots: int,
+        block_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
         shape = (batch, heads, slots, block_size, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from scout_hf.errors import UnsupportedModelError
@@ -9,6 +11,9 @@ from scout_hf.kernels.cpu.addresses import address
 from scout_hf.kernels.cpu.library import StoreArgs
 from scout_hf.stores.host import PagedKV
 from scout_hf.stores.pages import PagePool
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class PackedKV(PagedKV):
@@ -22,7 +27,9 @@ class PackedKV(PagedKV):
 
     packed = True
 
-    def __init__(self, batch: int, heads: int, head_dim: int, block_size: int, dtype: torch.dtype, device):
+    def __init__(
+        self, batch: int, heads: int, head_dim: int, block_size: int, dtype: torch.dtype, device: torch.device | str
+    ):
         if head_dim % 2:
             raise UnsupportedModelError(
                 f"host_dtype='int8' keeps channels in pairs, this model has heads of {head_dim}; use host_dtype=None"
@@ -111,7 +118,7 @@ class PackedKV(PagedKV):
         super().select_rows(rows)
         self.tail, self._kept = tail, (0, None)
 
-    def fork(self) -> PackedKV:
+    def fork(self) -> Self:
         tail = self.tail.clone()
         twin = super().fork()
         twin.tail = tail
@@ -135,7 +142,7 @@ def make_store(
     head_dim: int,
     block_size: int,
     dtype: torch.dtype,
-    device,
+    device: torch.device | str,
     host_dtype: str | None = None,
     pinned: bool = False,
 ) -> PagedKV:

@@ -6,6 +6,7 @@ import bisect
 import math
 import threading
 from collections import deque
+from collections.abc import Iterator
 
 import torch
 
@@ -133,7 +134,7 @@ class PagePool:
             content[here] = slab[local]
         self.write(targets, content)
 
-    def by_slab(self, ids: torch.Tensor):
+    def by_slab(self, ids: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor | slice, torch.Tensor | slice]]:
         """Yield (slab, where in ``ids``, ids within the slab) for every slab that ``ids`` (1-D) touches."""
         if len(self.slabs) == 1:
             yield self.slabs[0], slice(None), _as_run(ids)
@@ -146,7 +147,7 @@ class PagePool:
             if len(here):
                 yield slab, here, ids[here] - start
 
-    def runs(self, ids: torch.Tensor):
+    def runs(self, ids: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield views of (n, *page_shape) that are these pages (1-D) in order, as long as memory allows."""
         numbers = ids.tolist()
         begin = 0
@@ -297,6 +298,6 @@ class PageTable:
         if self.blocks:
             self.truncate(0)
 
-    def __del__(self):
+    def __del__(self) -> None:
         if self.__dict__.get("blocks"):
             self.pool.abandon(self.places, self.blocks)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from scout_hf.kernels.cpu.protocols import PagedStore
+
 EMPTY = -1
 
 
@@ -21,7 +23,16 @@ class ResidentSlots:
         Of the slots.
     """
 
-    def __init__(self, batch: int, heads: int, slots: int, block_size: int, head_dim: int, dtype, device):
+    def __init__(
+        self,
+        batch: int,
+        heads: int,
+        slots: int,
+        block_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
         shape = (batch, heads, slots, block_size, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -57,7 +68,7 @@ class ResidentSlots:
         is_wanted[:, :, blocks] = False
         return is_wanted.gather(2, torch.where(self.ids == EMPTY, blocks, self.ids))
 
-    def load(self, ids: torch.Tensor, valid: torch.Tensor, host) -> int:
+    def load(self, ids: torch.Tensor, valid: torch.Tensor, host: PagedStore) -> int:
         """Empty the slots and fill them with blocks of ``host`` (a PagedKV) and return how many came.
 
         ``ids`` is (batch, kv_heads, n), best first; what does not fit is left out. ``valid`` marks the real ones.
@@ -145,7 +156,7 @@ class Recall:
         self.blocks = int(real.sum())
         self.moved_bytes = self.blocks * 2 * resident.keys[0, 0, 0].numel() * resident.keys.element_size()
 
-    def addresses(self, host) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+    def addresses(self, host: PagedStore) -> tuple[torch.Tensor, torch.Tensor, int] | None:
         """What ``run`` would copy as bare memory: source and target addresses, and bytes of each copy.
 
         None where blocks must be unpacked or another device is the target.
@@ -160,7 +171,7 @@ class Recall:
         targets = [places + self.resident.keys.data_ptr(), places + self.resident.values.data_ptr()]
         return torch.cat([tiles, tiles + half]), torch.cat(targets), half
 
-    def run(self, host) -> None:
+    def run(self, host: PagedStore) -> None:
         """Copy from ``host`` (a PagedKV). Nothing reads these slots before the transfer is joined."""
         keys, values = _fetch(host, self.ids)
         self.put(keys[self.real], values[self.real])
@@ -188,7 +199,7 @@ def more_slots(slots: int, keys: torch.Tensor, values: torch.Tensor, ids: torch.
     return grown
 
 
-def _fetch(host, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _fetch(host: PagedStore, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (*ids.shape, host.block_size, host.head_dim)
     keys, values = (torch.empty(shape, dtype=host.dtype, device=host.device) for _ in range(2))
     host.gather(ids.cpu(), keys, values)

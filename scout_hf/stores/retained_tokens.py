@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from scout_hf.stores.packed import make_store
@@ -40,7 +42,14 @@ class RetainedTokens:
         """Entries of each row and head, (batch * heads,)."""
         return self.valid.sum(-1)
 
-    def add(self, keys, values, tokens: torch.Tensor, weights: torch.Tensor, valid: torch.Tensor) -> None:
+    def add(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        tokens: torch.Tensor,
+        weights: torch.Tensor,
+        valid: torch.Tensor,
+    ) -> None:
         """Keep more: keys and values (batch, heads, n, head_dim), the rest (batch, heads, n); ``valid`` marks them."""
         most = int(valid.sum(-1).max()) if valid.numel() else 0
         if not most:
@@ -70,11 +79,11 @@ class RetainedTokens:
         self.tokens = self.tokens.masked_fill(~self.valid, 0)
         self._compact()
 
-    def mark(self) -> tuple:
+    def mark(self) -> tuple[Any, ...]:
         """The present state, to go back to; holds no copy of anything."""
         return self.kv, self.kv.length, self.tokens, self.weights, self.valid, self.total
 
-    def rollback(self, mark: tuple) -> None:
+    def rollback(self, mark: tuple[Any, ...]) -> None:
         """Be what it was at the mark, wherever an addition after it was interrupted."""
         self.kv, length, self.tokens, self.weights, self.valid, self.total = mark
         self.kv.crop(length)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from scout_hf.stores.host import PagedKV
 from scout_hf.stores.packed import unpack
 
 
@@ -24,7 +25,7 @@ class WholeBlocks:
         Per row.
     """
 
-    def __init__(self, store):
+    def __init__(self, store: PagedKV):
         self.heads, self.head_dim, self.block_size = store.heads, store.head_dim, store.block_size
         self.dtype, self.device, self.packed, self.library = store.dtype, store.device, store.packed, store.library
         self.blocks = store.length // store.block_size

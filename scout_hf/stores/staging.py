@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 ROOM = 1.125
@@ -14,7 +16,7 @@ class Staging:
     a cache never sees another's.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._free: list[torch.Tensor] = []
         self._out: dict[int, torch.Tensor] = {}
 
@@ -52,5 +54,5 @@ class Staging:
         self._free.clear()
         self._out.clear()
 
-    def __deepcopy__(self, memo: dict) -> Staging:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Staging:
         return Staging()

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from scout_hf.kernels.cpu.protocols import Ticket
 from scout_hf.stores.emulated_link import EmulatedLink
+
+T = TypeVar("T")
 
 
 class Mark:
@@ -32,22 +35,22 @@ class Mark:
 
     def done(self) -> bool:
         """Whether the work is done."""
-        return self._event is None or self._event.query()
+        return self._event is None or bool(self._event.query())
 
 
 class Links:
     """The side streams of a patched model's devices, made at first use; a copy makes its own."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._streams: dict[tuple[torch.device, str], torch.cuda.Stream] = {}
         self._last: dict[torch.device, list[Mark]] = {}
         self._emulated, self._emulated_cpu = EmulatedLink(), EmulatedLink()
 
-    def limit(self, ticket: Any, nbytes: int, gbps: float | None) -> Any:
+    def limit(self, ticket: Ticket[T], nbytes: int, gbps: float | None) -> Ticket[T]:
         """The ticket of a transfer; with ``gbps``, of one over an emulated link that is no faster."""
         return self._emulated.limit(ticket, nbytes, gbps)
 
-    def limit_cpu(self, ticket: Any, nbytes: int, gbps: float | None) -> Any:
+    def limit_cpu(self, ticket: Ticket[T], nbytes: int, gbps: float | None) -> Ticket[T]:
         """The ticket of attention on the CPU; with ``gbps``, on an emulated one that reads KV no faster."""
         return self._emulated_cpu.limit(ticket, nbytes, gbps)
 
@@ -110,8 +113,8 @@ class Links:
         """Before a capture: what an earlier one left that failed is no part of this one."""
         self._last.pop(device, None)
 
-    def __deepcopy__(self, memo: dict) -> Links:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Links:
         return Links()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return Links, ()

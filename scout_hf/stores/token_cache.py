@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from scout_hf.errors import CacheStateError
 from scout_hf.stores.resident_slots import Recall, ResidentSlots
 
 ROOM = 1.125
+NOTHING = "no token was chosen: call plan() first, then put() what it asks for, then content() once"
 
 
 class StreamedTokens:
@@ -14,8 +16,9 @@ class StreamedTokens:
 
     used_bytes = 0
 
-    def __init__(self):
-        self.forget()
+    def __init__(self) -> None:
+        self._valid: torch.Tensor | None = None
+        self._here: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def planned(self) -> bool:
@@ -33,14 +36,15 @@ class StreamedTokens:
 
     def content(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys and values as they came, and which of them count; once."""
-        found = *self._here, self._valid
+        here, valid = self._here, self._valid
         self.forget()
-        return found
+        if here is None or valid is None:
+            raise CacheStateError(NOTHING)
+        return *here, valid
 
     def forget(self) -> None:
         """Nothing was chosen."""
-        self._valid: torch.Tensor | None = None
-        self._here: tuple[torch.Tensor, ...] = ()
+        self._valid = self._here = None
 
     def crop(self, length: int) -> None:
         """Nothing stays."""
@@ -117,6 +121,8 @@ class TokenCache:
 
     def put(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """What ``plan`` asked for is here, (tokens, head_dim) each, in the order of ``real.nonzero()``."""
+        if self._recall is None:
+            raise CacheStateError(NOTHING)
         # Planned until all of it is in its place: an interrupt must find it to forget.
         self._recall.put(keys[:, None], values[:, None])
         self._recall = None
@@ -131,6 +137,8 @@ class TokenCache:
     def content(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys and values (batch, kv_heads, slots, head_dim), and which of the slots were chosen; once."""
         chosen, self._chosen = self._chosen, None
+        if chosen is None:
+            raise CacheStateError(NOTHING)
         return *self._slots.content(), chosen[:, :, : self._slots.filled]
 
     def crop(self, length: int) -> None:
@@ -143,9 +151,9 @@ class TokenCache:
     def select_rows(self, rows: torch.Tensor) -> None:
         """Make row ``i`` what row ``rows[i]`` was."""
         self.forget()
-        slots, (_, *sizes) = self._take_slots(), self._sizes
+        slots, sizes = self._take_slots(), self._sizes
         slots.select_rows(rows)
-        self._sizes = (len(slots.ids), *sizes)
+        self._sizes = (len(slots.ids), *sizes[1:])
         self._slots = slots
 
     def fork(self) -> TokenCache:

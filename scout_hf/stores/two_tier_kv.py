@@ -41,7 +41,14 @@ class TwoTierKV:
     """
 
     def __init__(
-        self, batch: int, heads: int, head_dim: int, block_size: int, dtype: torch.dtype, device, host_dtype=None
+        self,
+        batch: int,
+        heads: int,
+        head_dim: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        host_dtype: str | None = None,
     ):
         self.block_size, self.device = block_size, torch.device(device)
         pinned = self.device.type == "cuda"

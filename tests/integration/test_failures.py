@@ -262,7 +262,9 @@ def test_not_waiting_for_a_job_is_seen(monkeypatch):
         delayed_jobs(monkeypatch)
         spoiled_buffers(monkeypatch)
         assert_equal(run(model, prompt(), new=3), expected)
-        monkeypatch.setattr("scout_hf.kernels.cpu.pool.Ticket.wait", lambda ticket: ticket._result and ticket._result())
+        monkeypatch.setattr(
+            "scout_hf.kernels.cpu.pool.PoolTicket.wait", lambda ticket: ticket._result and ticket._result()
+        )
         got = run(model, prompt(), new=3)
     assert not torch.equal(logits(got), logits(expected))
 

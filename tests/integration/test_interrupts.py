@@ -137,7 +137,7 @@ def test_an_interrupt_while_waiting_for_the_cpu(model, monkeypatch, settings, ca
         logits(model, ids[:, :39], cache)
         expected = [logits(model, ids[:, at : at + 1], twin) for twin in [cache.fork()] for at in range(39, 48)]
         delayed_jobs(monkeypatch)
-        for kind in (pool.Ticket, workers.Ticket):
+        for kind in (pool.PoolTicket, workers.WorkerTicket):
             monkeypatch.setattr(kind, "wait", interrupted(kind.wait))
         with pytest.raises(KeyboardInterrupt):
             logits(model, ids[:, 39:40], cache)

@@ -185,7 +185,7 @@ def test_an_interrupt_while_waiting(monkeypatch, name, call):
         cache = handle.new_cache()
         model(ids[:, :59], past_key_values=cache)
         delayed_jobs(monkeypatch)
-        for kind in (pool.Ticket, workers.Ticket):
+        for kind in (pool.PoolTicket, workers.WorkerTicket):
             monkeypatch.setattr(kind, "wait", interrupted(kind.wait))
         with pytest.raises(KeyboardInterrupt):
             model(ids[:, 59:], past_key_values=cache)

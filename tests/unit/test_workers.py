@@ -153,7 +153,7 @@ def test_copies_are_workers_of_their_own(workers):
     workers = Workers(2)
     workers.submit(int, "1").wait()
     for twin in (copy.deepcopy(workers), pickle.loads(pickle.dumps(workers))):
-        assert twin.threads == 2 and twin.needed and twin is not workers
+        assert twin.threads == 2 and twin is not workers
         assert twin.submit(threading.get_ident).wait() != workers.submit(threading.get_ident).wait()
         twin.close()
     assert workers.submit(int, "1").wait() == 1
@@ -252,7 +252,7 @@ def after():
             failed.wait()
         except ValueError:
             print("failed")
-    print(Workers(needed=False).submit(print, "not to be seen"))
+    print(Workers().offer(print, "not to be seen"))
 
 fresh, used = Workers(1), Workers(1)
 used.submit(int, "7").wait()

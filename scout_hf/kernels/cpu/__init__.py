@@ -10,10 +10,20 @@ from scout_hf.kernels.cpu.backend import Attended, BlockLists, CpuBackend
 from scout_hf.kernels.cpu.ipex_backend import IpexBackend, load_op
 from scout_hf.kernels.cpu.library import load_library
 from scout_hf.kernels.cpu.native_backend import NativeBackend
+from scout_hf.kernels.cpu.protocols import PagedStore, Ticket
 from scout_hf.kernels.cpu.torch_backend import TorchBackend
 from scout_hf.registry import Registry
 
-__all__ = ["Attended", "BlockLists", "CpuBackend", "backend_names", "find_backend", "make_backend"]
+__all__ = [
+    "Attended",
+    "BlockLists",
+    "CpuBackend",
+    "PagedStore",
+    "Ticket",
+    "backend_names",
+    "find_backend",
+    "make_backend",
+]
 
 _BACKENDS: Registry[CpuBackend] = Registry("cpu_backend", also=("auto",))
 for _backend in (NativeBackend, TorchBackend, IpexBackend):

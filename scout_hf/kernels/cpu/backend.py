@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from scout_hf.fusion import Partial
+from scout_hf.kernels.cpu.protocols import PagedStore, Ticket
 from scout_hf.kernels.cpu.workers import Workers
 
 
@@ -56,7 +57,7 @@ class CpuBackend(ABC):
     def attend_blocks(
         self,
         query: torch.Tensor,
-        store: Any,
+        store: PagedStore,
         lists: BlockLists | None,
         scale: float,
         softcap: float | None = None,
@@ -77,14 +78,22 @@ class CpuBackend(ABC):
             Tokens that are no padding, at least as many as the store has; None when all are real.
         """
 
-    def start(self, query, store, lists, scale, softcap=None, padding_mask=None) -> Any:
+    def start(
+        self,
+        query: torch.Tensor,
+        store: PagedStore,
+        lists: BlockLists | None,
+        scale: float,
+        softcap: float | None = None,
+        padding_mask: torch.Tensor | None = None,
+    ) -> Ticket[Attended]:
         """``attend_blocks`` in the background: a ticket whose ``wait()`` gives its result.
 
         Nothing that was handed over may change before the ticket is joined.
         """
         return self._workers.submit(self.attend_blocks, query, store, lists, scale, softcap, padding_mask)
 
-    def watches(self, query: torch.Tensor, store: Any) -> bool:
+    def watches(self, query: torch.Tensor, store: PagedStore) -> bool:
         """Whether :meth:`start_at` serves such a query and store."""
         return False
 
@@ -93,12 +102,12 @@ class CpuBackend(ABC):
         words: tuple[torch.Tensor, int, torch.Tensor],
         into: tuple[torch.Tensor, torch.Tensor],
         query: torch.Tensor,
-        store: Any,
+        store: PagedStore,
         lists: BlockLists,
         scale: float,
         softcap: float | None = None,
         padding_mask: torch.Tensor | None = None,
-    ) -> Any:
+    ) -> Ticket[Attended]:
         """``start``, but the job begins when a word says so: query and lists may be written until then.
 
         Parameters
@@ -152,7 +161,7 @@ class CpuBackend(ABC):
         """Scores (batch, kv_heads, blocks) of float32 of all these digests, as in ``select``; None if it has no way."""
         return None
 
-    def copy(self, sources: torch.Tensor, targets: torch.Tensor, copy_bytes: int, keep: Any) -> Any:
+    def copy(self, sources: torch.Tensor, targets: torch.Tensor, copy_bytes: int, keep: Any) -> Ticket[Any] | None:
         """Copies of ``copy_bytes`` bytes each between addresses, int64 on the CPU, in the background: a ticket.
 
         ``keep`` holds the memory on both sides. None if this backend has no way of its own.
@@ -167,8 +176,8 @@ class CpuBackend(ABC):
         """End the threads; they start again when needed."""
         self._workers.close()
 
-    def __deepcopy__(self, memo: dict) -> CpuBackend:
+    def __deepcopy__(self, memo: dict[int, Any]) -> CpuBackend:
         return type(self)(self.threads)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.threads,)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from importlib import metadata
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +17,7 @@ from scout_hf.errors import ConfigError
 from scout_hf.fusion import Partial, empty_like, fuse
 from scout_hf.kernels.attend import fold_group, unfold_group
 from scout_hf.kernels.cpu.backend import Attended, BlockLists, CpuBackend
+from scout_hf.kernels.cpu.protocols import PagedStore
 from scout_hf.kernels.cpu.torch_backend import TorchBackend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,7 +40,15 @@ class IpexBackend(CpuBackend):
         self._cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
         self._torch = TorchBackend(threads)
 
-    def attend_blocks(self, query, store, lists: BlockLists | None, scale, softcap=None, padding_mask=None) -> Attended:
+    def attend_blocks(
+        self,
+        query: torch.Tensor,
+        store: PagedStore,
+        lists: BlockLists | None,
+        scale: float,
+        softcap: float | None = None,
+        padding_mask: torch.Tensor | None = None,
+    ) -> Attended:
         if not _serves(query, store, softcap, padding_mask):
             return self._torch.attend_blocks(query, store, lists, scale, softcap, padding_mask)
         pages, filled = _entries(store, lists)
@@ -53,7 +63,15 @@ class IpexBackend(CpuBackend):
         super().close()
         self._torch.close()
 
-    def _attend_slab(self, query, slab, pages, filled, scale, softcap) -> Partial:
+    def _attend_slab(
+        self,
+        query: torch.Tensor,
+        slab: torch.Tensor,
+        pages: torch.Tensor,
+        filled: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+    ) -> Partial:
         # Every KV head is a sequence of its own, with one KV head: heads may have different blocks.
         heads, size = slab.shape[1], slab.shape[3]
         keys, values = slab.flatten(0, 1).unsqueeze(2).unbind(1)
@@ -81,15 +99,15 @@ class IpexBackend(CpuBackend):
 class _Allocations(TorchDispatchMode):
     """Keeps the tensors that a kernel allocates, in order. The op returns no LSE, but its scratch has all of it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.made = []
+        self.made: list[torch.Tensor] = []
 
     @classmethod
-    def is_infra_mode(cls):
+    def is_infra_mode(cls) -> bool:
         return True  # or a compilation in another thread would think that it is in this mode
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         self.made.append(made)
         return made
@@ -109,7 +127,7 @@ def _lse(made: list[torch.Tensor], tokens: torch.Tensor, shape: tuple[int, int, 
     return torch.where(used, top + total.log(), -torch.inf).logsumexp(-1)
 
 
-def _entries(store, lists: BlockLists | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _entries(store: PagedStore, lists: BlockLists | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Page of every list entry and how many of its tokens count, (batch, kv_heads, n) each; 0 for unused entries."""
     heads, blocks, size = store.heads, store.blocks, store.block_size
     if lists is None:
@@ -126,7 +144,7 @@ def _entries(store, lists: BlockLists | None) -> tuple[torch.Tensor, torch.Tenso
     return store.table.ids.gather(1, ids.flatten(1)).view(ids.shape), filled
 
 
-def _serves(query: torch.Tensor, store, softcap: float | None, padding_mask: torch.Tensor | None) -> bool:
+def _serves(query: torch.Tensor, store: PagedStore, softcap: float | None, padding_mask: torch.Tensor | None) -> bool:
     pool = store.table.pool
     if query.dtype != pool.dtype or pool.dtype not in DTYPES or PARTITION % store.block_size:
         return False
@@ -135,7 +153,7 @@ def _serves(query: torch.Tensor, store, softcap: float | None, padding_mask: tor
     return on_cpu and not beams and (padding_mask is None or bool(padding_mask[:, : store.length].all()))
 
 
-def load_op():
+def load_op() -> Any:
     """IPEX's paged attention, or ConfigError if this environment has none that fits."""
     needed = "cpu_backend='ipex' needs torch 2.8 and intel-extension-for-pytorch 2.8.0"
     try:

@@ -10,8 +10,10 @@ import functools
 import os
 import re
 import warnings
+from collections.abc import Callable
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -179,6 +181,22 @@ class Library:
     OSError
         If it is not whole, cannot be loaded or is of another version than this code.
     """
+
+    abi: Callable[[], int]
+    tile_bytes: Callable[[int, int, int], int]
+    isa_count: Callable[[], int]
+    isa_name: Callable[[int], bytes]
+    use_isa: Callable[[int], int]
+    current_isa: Callable[[], int]
+    set_team: Callable[[int], None]
+    # Pointers to their structure, and threads.
+    attend: Callable[[Any, int], int]
+    select: Callable[[Any, int], int]
+    append: Callable[[Any, int], int]
+    gather: Callable[[Any, int], int]
+    minmax: Callable[[Any, int], int]
+    read_tiles: Callable[[Any, int], int]
+    read_span: Callable[[int, int, int], int]
 
     def __init__(self, path: Path):
         self.path = path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ctypes import byref
+from typing import Any
 
 import torch
 
@@ -18,11 +19,13 @@ from scout_hf.kernels.cpu.library import (
     MAX_PARTS,
     SCORERS,
     AttendArgs,
+    Library,
     SelectArgs,
     check,
     load_library,
 )
-from scout_hf.kernels.cpu.pool import CopyArgs, NativePool, quick
+from scout_hf.kernels.cpu.pool import CopyArgs, NativePool, PoolTicket, quick
+from scout_hf.kernels.cpu.protocols import PagedStore, Ticket
 from scout_hf.kernels.cpu.torch_backend import TorchBackend
 
 
@@ -43,32 +46,63 @@ class NativeBackend(CpuBackend):
             self._submit = quick(self._library.handle, "scout_submit_attend")
             self._copy = quick(self._library.handle, "scout_submit_copy")
 
-    def attend_blocks(self, query, store, lists: BlockLists | None, scale, softcap=None, padding_mask=None) -> Attended:
-        args, partial, _ = self._describe(query, store, lists, scale, softcap, padding_mask)
-        if args is None:
+    def attend_blocks(
+        self,
+        query: torch.Tensor,
+        store: PagedStore,
+        lists: BlockLists | None,
+        scale: float,
+        softcap: float | None = None,
+        padding_mask: torch.Tensor | None = None,
+    ) -> Attended:
+        described = self._describe(query, store, lists, scale, softcap, padding_mask)
+        if described is None:
             return self._torch.attend_blocks(query, store, lists, scale, softcap, padding_mask)
-        check(self._library.attend(byref(args), torch.get_num_threads()), "blocks to attend")
+        library, args, partial, _ = described
+        check(library.attend(byref(args), torch.get_num_threads()), "blocks to attend")
         return Attended(partial, args.attended)
 
-    def start(self, query, store, lists: BlockLists | None, scale, softcap=None, padding_mask=None):
-        args, partial, keep = self._describe(query, store, lists, scale, softcap, padding_mask)
-        if args is None:
+    def start(
+        self,
+        query: torch.Tensor,
+        store: PagedStore,
+        lists: BlockLists | None,
+        scale: float,
+        softcap: float | None = None,
+        padding_mask: torch.Tensor | None = None,
+    ) -> Ticket[Attended]:
+        described = self._describe(query, store, lists, scale, softcap, padding_mask)
+        if described is None:
             return self._torch.start(query, store, lists, scale, softcap, padding_mask)
+        _, args, partial, keep = described
         return self._post(args, partial, (keep, store.memory()))
 
-    def watches(self, query, store) -> bool:
+    def watches(self, query: torch.Tensor, store: PagedStore) -> bool:
         # Where the pool has no threads, jobs run on the thread that waits for them; here none does.
         known = self._library is not None and _served(query) and store.native() is not None
         return known and self._pool.has_threads()
 
-    def start_at(self, words, into, query, store, lists: BlockLists, scale, softcap=None, padding_mask=None):
+    def start_at(
+        self,
+        words: tuple[torch.Tensor, int, torch.Tensor],
+        into: tuple[torch.Tensor, torch.Tensor],
+        query: torch.Tensor,
+        store: PagedStore,
+        lists: BlockLists,
+        scale: float,
+        softcap: float | None = None,
+        padding_mask: torch.Tensor | None = None,
+    ) -> Ticket[Attended]:
         flag, number, done = words
-        args, partial, keep = self._describe(query, store, lists, scale, softcap, padding_mask, Partial(*into))
+        described = self._describe(query, store, lists, scale, softcap, padding_mask, Partial(*into))
+        if described is None:
+            raise NotImplementedError("only where watches() says so")
+        _, args, partial, keep = described
         args.done, args.number = address(done, torch.int64), number
         at = {"flag": address(flag, torch.int64), "value": number}
         return self._post(args, partial, (keep, words, store.memory()), **at)
 
-    def _post(self, args: AttendArgs, partial: Partial, keep, **at: int):
+    def _post(self, args: AttendArgs, partial: Partial, keep: Any, **at: int) -> PoolTicket:
         def result() -> Attended:
             check(args.status, "blocks to attend")
             return Attended(partial, args.attended)
@@ -76,17 +110,27 @@ class NativeBackend(CpuBackend):
         # An interrupt may take the ticket and the store away while the job runs.
         return self._pool.submit(self._submit, args, keep=(keep, partial), result=result, **at)
 
-    def select(self, scorer, query, codes, count, sinks, newest, block_size, padding_mask) -> BlockLists | None:
+    def select(
+        self,
+        scorer: str,
+        query: torch.Tensor,
+        codes: torch.Tensor,
+        count: int | torch.Tensor,
+        sinks: int,
+        newest: int,
+        block_size: int,
+        padding_mask: torch.Tensor | None,
+    ) -> BlockLists | None:
         batch, heads, candidates = codes.shape[:3]
-        known = self._knows(scorer, query, codes, block_size, padding_mask)
-        if known is None:
+        library, known = self._library, self._knows(scorer, query, codes, block_size, padding_mask)
+        if library is None or known is None:
             return None
         if padding_mask is not None and (
             padding_mask.shape[0] != batch or padding_mask.shape[1] < candidates * block_size
         ):
             return None
-        wanted = None if isinstance(count, int) else count.to("cpu", torch.int32).contiguous()
-        most = min(count if wanted is None else int(wanted.max()), candidates)
+        wanted = count.to("cpu", torch.int32).contiguous() if isinstance(count, torch.Tensor) else None
+        most = min(int(count.max()) if isinstance(count, torch.Tensor) else count, candidates)
         ids = torch.empty((batch, heads, most + newest), dtype=torch.int32, device="cpu")
         counts = torch.empty((batch, heads), dtype=torch.int32, device="cpu")
         choice = {"blocks": address(ids, torch.int32), "counts": address(counts, torch.int32)}
@@ -99,31 +143,38 @@ class NativeBackend(CpuBackend):
                 "padding_mask": address(padding_mask, torch.bool, strided=True),
                 "padding_mask_stride": padding_mask.stride(0),
             }
-        self._select(query, codes, **known, **choice)
+        self._select(library, query, codes, **known, **choice)
         return BlockLists(ids, counts)
 
-    def score(self, scorer, query, codes, block_size=None) -> torch.Tensor | None:
-        known = self._knows(scorer, query, codes, block_size, None)
-        if known is None:
+    def score(self, scorer: str, query: torch.Tensor, codes: torch.Tensor, block_size: int = 1) -> torch.Tensor | None:
+        library, known = self._library, self._knows(scorer, query, codes, block_size, None)
+        if library is None or known is None:
             return None
         counts = torch.empty(codes.shape[:2], dtype=torch.int32, device="cpu")
         scores = torch.empty(codes.shape[:3], dtype=torch.float32, device="cpu")
         found = {"counts": address(counts, torch.int32), "scores": address(scores, torch.float32)}
-        self._select(query, codes, **known, **found)
+        self._select(library, query, codes, **known, **found)
         return scores
 
-    def _knows(self, scorer, query, codes, block_size, padding_mask) -> dict[str, int] | None:
+    def _knows(
+        self,
+        scorer: str,
+        query: torch.Tensor,
+        codes: torch.Tensor,
+        block_size: int,
+        padding_mask: torch.Tensor | None,
+    ) -> dict[str, int] | None:
         """What tells the library how to score, or None if it cannot."""
         if self._library is None or scorer not in SCORERS or not _served(query, codes, padding_mask):
             return None
         heads, dim, code = codes.shape[1], query.shape[3], codes.shape[3]
         if query.shape[0] != codes.shape[0] or codes.stride(2) != code or query.shape[1] % heads:
             return None
-        known = {"scorer": SCORERS[scorer], "block_size": block_size or 1, "code_dtype": DTYPES.get(codes.dtype, INT8)}
+        known = {"scorer": SCORERS[scorer], "block_size": block_size, "code_dtype": DTYPES.get(codes.dtype, INT8)}
         if scorer == "minmax":
             fits = codes.dtype in DTYPES and code == 2 * dim and dim % 8 == 0
         elif scorer == "sign":
-            fits = codes.dtype == torch.uint8 and dim % 8 == 0 and block_size and code == block_size * (dim // 8 + 1)
+            fits = codes.dtype == torch.uint8 and dim % 8 == 0 and code == block_size * (dim // 8 + 1)
             fits = fits and block_size <= MAX_BLOCK and dim <= MAX_HEAD_DIM
         else:
             packed = scorer == "dots4"
@@ -132,7 +183,7 @@ class NativeBackend(CpuBackend):
             fits = fits and dim <= code * (1 + packed) <= MAX_PARTS * dim and dim <= 2 * MAX_HEAD_DIM
         return known if fits else None
 
-    def _select(self, query: torch.Tensor, codes: torch.Tensor, **choice: int) -> None:
+    def _select(self, library: Library, query: torch.Tensor, codes: torch.Tensor, **choice: int) -> None:
         batch, heads, candidates, code = codes.shape
         query = query if query.stride(3) == 1 else query.contiguous()
         args = SelectArgs(
@@ -151,9 +202,9 @@ class NativeBackend(CpuBackend):
             candidates=candidates,
             **choice,
         )
-        check(self._library.select(byref(args), torch.get_num_threads()), "digests to score")
+        check(library.select(byref(args), torch.get_num_threads()), "digests to score")
 
-    def copy(self, sources, targets, copy_bytes, keep):
+    def copy(self, sources: torch.Tensor, targets: torch.Tensor, copy_bytes: int, keep: Any) -> Ticket[Any] | None:
         if self._library is None:
             return None
         if sources.shape != targets.shape:
@@ -171,12 +222,24 @@ class NativeBackend(CpuBackend):
         if self._library is not None:
             self._pool.close()
 
-    def _describe(self, query, store, lists, scale, softcap, padding_mask, into: Partial | None = None):
-        """Arguments of the native call, where its results will be, and what must live until it is over."""
-        served = self._library is not None and _served(query, padding_mask) and (lists is None or lists.ids.is_cpu)
-        native = store.native() if served else None
-        if native is None:
-            return None, None, None
+    def _describe(
+        self,
+        query: torch.Tensor,
+        store: PagedStore,
+        lists: BlockLists | None,
+        scale: float,
+        softcap: float | None,
+        padding_mask: torch.Tensor | None,
+        into: Partial | None = None,
+    ) -> tuple[Library, AttendArgs, Partial, Any] | None:
+        """The library, arguments of the call, where its results will be, and what must live until it is over.
+
+        None for what the library does not know.
+        """
+        library, served = self._library, _served(query, padding_mask) and (lists is None or lists.ids.is_cpu)
+        native = store.native() if served and library is not None else None
+        if native is None or library is None:
+            return None
         batch, _, queries, dim = query.shape
         if (batch, queries, dim) != (store.batch, 1, store.head_dim) or query.shape[1] % store.heads:
             raise CacheStateError(
@@ -222,7 +285,7 @@ class NativeBackend(CpuBackend):
                 ids = ids.new_zeros(1)
             lists = BlockLists(ids, counts)
             args.blocks = address(ids, torch.int32)
-        return args, Partial(out, lse), (query, lists, padding_mask)
+        return library, args, Partial(out, lse), (query, lists, padding_mask)
 
 
 def _served(query: torch.Tensor, *others: torch.Tensor | None) -> bool:

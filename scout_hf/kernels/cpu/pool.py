@@ -67,7 +67,7 @@ def quick(library: ctypes.CDLL, name: str) -> Callable[..., int]:
     return function
 
 
-class Ticket:
+class PoolTicket:
     """A submitted job; ``wait`` joins it and gives its result. To be joined by one thread at a time."""
 
     def __init__(self, threads: _Threads, held: Any, result: Any):
@@ -153,7 +153,7 @@ class NativePool:
         flag: int | None = None,
         value: int = 0,
         result: Any = None,
-    ) -> Ticket:
+    ) -> PoolTicket:
         """Start a job in the background, behind those submitted before.
 
         Parameters
@@ -168,7 +168,7 @@ class NativePool:
             Address of a 64-bit word; the job, and all behind it, waits until the word is ``value`` or greater.
         value : int
         result
-            What ``Ticket.wait`` returns; if it can be called, what it returns when it is, at the first wait.
+            What ``PoolTicket.wait`` returns; if it can be called, what it returns when it is, at the first wait.
 
         Raises
         ------
@@ -186,7 +186,7 @@ class NativePool:
         if threads is None or threads.process != os.getpid():
             threads = self._start()
         threads.release()
-        ticket = Ticket(threads, (args, keep), result)
+        ticket = PoolTicket(threads, (args, keep), result)
         # Before the job exists: an interrupt right after the call must not free memory that the job uses.
         threads.tickets[ticket] = None
         number = entry(threads.handle, ctypes.byref(args), flag, value)
@@ -218,10 +218,10 @@ class NativePool:
         if threads is not None:
             threads.stop()
 
-    def __deepcopy__(self, memo: dict) -> NativePool:
+    def __deepcopy__(self, memo: dict[int, Any]) -> NativePool:
         return NativePool(self.library, self.threads, self.spin_us, self.background)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _load, (self.library._name, self.threads, self.spin_us, self.background)
 
     def _start(self) -> _Threads:
@@ -243,15 +243,16 @@ class _Threads:
     threads before.
     """
 
-    def __init__(self, library: ctypes.CDLL, workers: int, spin_us: int):
+    def __init__(self, library: ctypes.CDLL, workers: int | None, spin_us: int):
         cpus = worker_cpus(workers)
         if cpus == usable_cpus():
             cpus = ()  # inherited
         self.library = library
         self.process = os.getpid()
-        self.tickets: dict[Ticket, None] = {}
+        self.tickets: dict[PoolTicket, None] = {}
         self._done = quick(library, "scout_pool_done")
         places = ((c_int * len(cpus))(*cpus), len(cpus))
+        self.handle: int | None
         if workers is None:
             self.handle = library.scout_pool_create_background(*places)
         else:

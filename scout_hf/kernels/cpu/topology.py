@@ -74,7 +74,8 @@ def worker_cpus(workers: int | None = None, root: Path = ROOT) -> tuple[int, ...
     """
     valid = usable_cpus()
     workers = spare_workers(root=root) if workers is None else workers
-    near = numa_nodes(root).get(current_node(root), ())
+    node = current_node(root)
+    near = () if node is None else numa_nodes(root).get(node, ())
     here = tuple(cpu for cpu in valid if cpu in near)
     return here if len(here) > workers else valid
 

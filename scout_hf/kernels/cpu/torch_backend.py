@@ -9,6 +9,7 @@ import torch
 from scout_hf.fusion import empty_like, fuse
 from scout_hf.kernels.attend import attend
 from scout_hf.kernels.cpu.backend import Attended, BlockLists, CpuBackend
+from scout_hf.kernels.cpu.protocols import PagedStore
 
 CHUNK_TOKENS = 1024
 
@@ -25,7 +26,15 @@ class TorchBackend(CpuBackend):
         super().__init__(threads)
         self._scratch = _Scratch()
 
-    def attend_blocks(self, query, store, lists: BlockLists | None, scale, softcap=None, padding_mask=None) -> Attended:
+    def attend_blocks(
+        self,
+        query: torch.Tensor,
+        store: PagedStore,
+        lists: BlockLists | None,
+        scale: float,
+        softcap: float | None = None,
+        padding_mask: torch.Tensor | None = None,
+    ) -> Attended:
         if lists is None:
             lists = BlockLists(_numbers(store.blocks).expand(store.batch, store.heads, -1), None)
         ids, parts, tokens = _used(lists), [], 0
@@ -44,8 +53,8 @@ class TorchBackend(CpuBackend):
             store.gather(some, keys, values)
             if unfilled and not plain:
                 # Weight 0 does not make garbage harmless.
-                where = (some == store.blocks - 1).nonzero(as_tuple=True)
-                keys[(*where, slice(-unfilled, None))] = values[(*where, slice(-unfilled, None))] = 0
+                rows, heads, entries = (some == store.blocks - 1).nonzero(as_tuple=True)
+                keys[rows, heads, entries, -unfilled:] = values[rows, heads, entries, -unfilled:] = 0
             keys, values, allowed = keys.flatten(2, 3), values.flatten(2, 3), None
             if plain and first + chunk >= count and unfilled:
                 keys, values = keys[:, :, :-unfilled], values[:, :, :-unfilled]
@@ -66,7 +75,9 @@ def _used(lists: BlockLists) -> torch.Tensor:
     return ids.masked_fill(_numbers(ids.shape[2]) >= lists.counts.unsqueeze(-1), 0)
 
 
-def _allowed(ids, first, counts, store, padding_mask) -> torch.Tensor:
+def _allowed(
+    ids: torch.Tensor, first: int, counts: torch.Tensor | None, store: PagedStore, padding_mask: torch.Tensor | None
+) -> torch.Tensor:
     """Which tokens of the blocks ``ids``, the entries of each list from ``first`` on, may be attended."""
     places = ids.unsqueeze(-1) * store.block_size + _numbers(store.block_size)
     allowed = places < store.length
@@ -88,12 +99,13 @@ class _Scratch(threading.local):
 
     buffer: torch.Tensor | None = None
 
-    def pair(self, blocks: torch.Size, store) -> tuple[torch.Tensor, torch.Tensor]:
+    def pair(self, blocks: torch.Size, store: PagedStore) -> tuple[torch.Tensor, torch.Tensor]:
         """Two undefined tensors (*blocks, block_size, head_dim) in the dtype of the store."""
         shape = (2, *blocks, store.block_size, store.head_dim)
         numbers = torch.Size(shape).numel()
-        fits = self.buffer is not None and self.buffer.dtype == store.dtype and self.buffer.device == store.device
-        if not fits or self.buffer.numel() < numbers:
-            self.buffer = torch.empty(numbers, dtype=store.dtype, device=store.device)
-        keys, values = self.buffer[:numbers].view(shape)
+        buffer = self.buffer
+        fits = buffer is not None and buffer.dtype == store.dtype and buffer.device == store.device
+        if buffer is None or not fits or buffer.numel() < numbers:
+            self.buffer = buffer = torch.empty(numbers, dtype=store.dtype, device=store.device)
+        keys, values = buffer[:numbers].view(shape)
         return keys, values

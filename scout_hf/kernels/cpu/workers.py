@@ -7,34 +7,36 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from scout_hf.errors import ThreadStartError
 
+T = TypeVar("T")
 
-class Ticket:
+
+class WorkerTicket(Generic[T]):
     """A submitted job; ``wait`` joins it and gives its result or raises its error."""
 
-    def __init__(self, future: Future, ran: list[int]):
-        self._future, self._ran = future, ran
+    def __init__(self, future: Future[T], ran: list[int]):
+        self.future, self.ran = future, ran
 
-    def wait(self) -> Any:
+    def wait(self) -> T:
         """The job's result; blocks until it is there."""
-        return self._future.result()
+        return self.future.result()
 
     def drain(self) -> bool:
         """Block until the job has ended, whatever came of it; whether it did so without an error."""
-        return self._future.exception() is None
+        return self.future.exception() is None
 
     def done(self) -> bool:
         """Whether the job has ended."""
-        return self._future.done()
+        return self.future.done()
 
     def times(self) -> tuple[int, int] | None:
         """When the job began and ended, ns of ``time.perf_counter_ns``; None until it has."""
-        return tuple(self._ran) if len(self._ran) == 2 else None
+        return (self.ran[0], self.ran[1]) if len(self.ran) == 2 else None
 
 
 class Workers:
@@ -44,41 +46,46 @@ class Workers:
     ----------
     threads : int or None
         Intra-op threads of torch inside the jobs; None leaves torch's setting.
-    needed : bool
-        Whether a job must run even while the interpreter ends, when no thread can be had: it then runs where it is
-        submitted. Else ``submit`` returns None.
     """
 
-    def __init__(self, threads: int | None = None, needed: bool = True):
-        self.threads, self.needed = threads, needed
+    def __init__(self, threads: int | None = None):
+        self.threads = threads
         self._pool: ThreadPoolExecutor | None = None
         self._setting = _Setting(threads)
         self._process = 0
-        self._last: Ticket | None = None
+        self._last: WorkerTicket[Any] | None = None
 
-    def submit(self, job: Callable[..., Any], *args: Any) -> Ticket | None:
+    def submit(self, job: Callable[..., T], *args: Any) -> WorkerTicket[T]:
         """Start ``job(*args)`` in the background, without gradients and without autocast.
+
+        While the interpreter ends, when no thread can be had, it runs here.
 
         Raises
         ------
         ThreadStartError
-            If the system gives no thread; the next call tries again. ``Ticket.wait`` may raise it as well.
+            If the system gives no thread; the next call tries again. ``WorkerTicket.wait`` may raise it as well.
         """
-        ticket = Ticket(Future(), [])
+        ticket = self.offer(job, *args)
+        if ticket is None:
+            ticket = WorkerTicket(Future(), [])
+            with torch.inference_mode(False):  # as in a thread of its own
+                _run(ticket.future, ticket.ran, None, None, job, args)
+            self._last = ticket
+        return ticket
+
+    def offer(self, job: Callable[..., T], *args: Any) -> WorkerTicket[T] | None:
+        """As :meth:`submit`, but None while the interpreter ends and no thread can be had."""
+        ticket: WorkerTicket[T] = WorkerTicket(Future(), [])
         try:
             self._post(ticket, job, args)
         except RuntimeError as error:
             # The pool may have the job all the same, for a thread that starts later: not if it is cancelled by then.
-            if ticket._future.cancel():
+            if ticket.future.cancel():
                 if "start new thread" in str(error):
                     raise _no_thread(error) from error
                 if "interpreter shutdown" not in str(error):
                     raise
-                if not self.needed:
-                    return None
-                ticket = Ticket(Future(), [])
-                with torch.inference_mode(False):  # as in a thread of its own
-                    _run(ticket._future, ticket._ran, None, None, job, args)
+                return None
         # Another thread may submit before this one returns: the ticket must be its own.
         self._last = ticket
         return ticket
@@ -93,7 +100,7 @@ class Workers:
         if pool is not None:
             pool.shutdown(wait=True)
 
-    def _post(self, ticket: Ticket, job: Callable[..., Any], args: tuple) -> None:
+    def _post(self, ticket: WorkerTicket[Any], job: Callable[..., Any], args: tuple[Any, ...]) -> None:
         pool = self._pool
         if pool is None or self._process != os.getpid():
             # A forked child inherits the pool, but not its thread.
@@ -102,7 +109,7 @@ class Workers:
         setting = self._setting
         try:
             # Nothing of self: its thread would keep it, and so itself, for ever.
-            pool.submit(_run, ticket._future, ticket._ran, setting, setting.default(), job, args)
+            pool.submit(_run, ticket.future, ticket.ran, setting, setting.default(), job, args)
         except RuntimeError as error:
             if "futures after shutdown" not in str(error):
                 raise
@@ -111,11 +118,11 @@ class Workers:
                 self._pool = None
             self._post(ticket, job, args)
 
-    def __deepcopy__(self, memo: dict) -> Workers:
-        return Workers(self.threads, self.needed)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Workers:
+        return Workers(self.threads)
 
-    def __reduce__(self):
-        return Workers, (self.threads, self.needed)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Workers, (self.threads,)
 
 
 class _Setting:
@@ -130,6 +137,8 @@ class _Setting:
 
     def take(self, default: int) -> None:
         """In the pool's thread."""
+        if self.own is None:
+            return
         put_back = threading.Thread(target=torch.set_num_threads, args=(default,))
         try:
             torch.set_num_threads(self.own)
@@ -153,24 +162,31 @@ def _no_thread(error: RuntimeError) -> ThreadStartError:
     )
 
 
-def _run(future: Future, ran: list[int], setting: _Setting | None, default: int | None, job: Any, args: tuple) -> None:
+def _run(
+    future: Future[Any],
+    ran: list[int],
+    setting: _Setting | None,
+    default: int | None,
+    job: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
     if not future.set_running_or_notify_cancel():
         return
     ran.append(time.perf_counter_ns())
     try:
-        if setting is not None and not setting.taken:
+        if setting is not None and default is not None and not setting.taken:
             setting.take(default)
         result = _bare(job, args)
     except BaseException as error:
         ran.append(time.perf_counter_ns())
         future.set_exception(error)
-        future = None  # else the error would hold itself, by its traceback
+        del future  # else the error would hold itself, by its traceback
     else:
         ran.append(time.perf_counter_ns())
         future.set_result(result)
 
 
-def _bare(job: Callable[..., Any], args: tuple) -> Any:
+def _bare(job: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     # Grad mode and autocast are per thread: without this a job would differ from the thread that submitted it.
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         return job(*args)

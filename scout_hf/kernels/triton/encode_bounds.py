@@ -95,13 +95,14 @@ def encode_bounds(
         A grid per channel: bounds are then int8 of so many ``bits``, else of the dtype of the keys.
     """
     batch, heads, blocks, size, dim = keys.shape
-    grid = step is not None
+    grid = middle is not None and step is not None
+    middle, step = (None if part is None else part.contiguous() for part in (middle, step))
     codes = torch.empty((batch, heads, blocks, 2 * dim), dtype=torch.int8 if grid else keys.dtype, device=keys.device)
     marks, strides = as_bytes(padding_mask)
     columns, padded = triton.next_power_of_2(dim), triton.next_power_of_2(size)
     with on_device_of(keys):
         _encode_bounds[(blocks, heads, batch)](
-            keys, marks, middle.contiguous() if grid else None, step.contiguous() if grid else None, codes,
+            keys, marks, middle, step, codes,
             *keys.stride()[:4], *strides, *codes.stride()[:2],
             SIZE=size, PADDED=padded, DIM=dim, COLUMNS=columns, ROWS=min(padded, max(1, TILE_ELEMENTS // columns)),
             HAS_PADDING_MASK=padding_mask is not None, HAS_GRID=grid, MOST=2 ** (bits - 1) - 1,

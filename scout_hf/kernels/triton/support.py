@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from typing import Any
 
 import torch
 import triton
@@ -40,7 +41,7 @@ def tanh(x):
     return tl.where(square < 0.0625, series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
 
 
-def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device: make it the tensor's for a launch."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 

@@ -31,18 +31,23 @@ class LayerInputs:
 
     def __init__(self, hidden: torch.Tensor, block_size: int, on_host: bool):
         batch, _, self.hidden_size = hidden.shape
-        self.on_host, self.block_size, self.dtype = on_host, block_size, hidden.dtype
+        self.block_size, self.dtype = block_size, hidden.dtype
         half, device = self.hidden_size // 2, hidden.device
-        kind = TwoTierKV if on_host else PagedKV
-        self.store = kind(batch, 1, half, block_size, hidden.dtype, device)
+        sizes = (batch, 1, half, block_size, hidden.dtype, device)
+        self.store: TwoTierKV | PagedKV = TwoTierKV(*sizes) if on_host else PagedKV(*sizes)
         self.written = Mark()
         # Each with its first token; None in a model that needs none.
         self._positions: list[tuple[int, torch.Tensor]] | None = []
 
     @property
+    def host(self) -> PagedKV | None:
+        """Where whole blocks are that go to the host; None if all stays on the device."""
+        return self.store.host if isinstance(self.store, TwoTierKV) else None
+
+    @property
     def blocks(self) -> int:
         """Whole blocks that can be used."""
-        return (self.store.host.length if self.on_host else self.store.length) // self.block_size
+        return (self.store if self.host is None else self.host).length // self.block_size
 
     def append(self, hidden: torch.Tensor, position_ids: torch.Tensor | None, first: int) -> None:
         """Add tokens from ``first`` on; those that do not follow what is known are of no use."""
@@ -60,7 +65,7 @@ class LayerInputs:
 
     def write_back(self, host_length: int, links: Links | None = None) -> None:
         """Let as many whole blocks be on the host as there are of keys and values; beside, with ``links``."""
-        if self.on_host and (tail := self.store.length - host_length) >= 0:
+        if isinstance(self.store, TwoTierKV) and (tail := self.store.length - host_length) >= 0:
             beside = links if self.store.device.type == "cuda" else None
             self.written = self.store.write_back(tail // self.block_size, beside)
 
@@ -87,7 +92,7 @@ class LayerInputs:
 
     def tier_bytes(self) -> dict[str, int]:
         """Bytes held, by tier."""
-        if self.on_host:
+        if isinstance(self.store, TwoTierKV):
             return {"host": self.store.host.used_bytes, "device": self.store.device_bytes}
         return {"device": self.store.used_bytes}
 
@@ -100,26 +105,25 @@ class LayerInputs:
 
     def mark(self) -> Any:
         """The present state, to go back to; holds no copy of anything."""
-        return self.store.mark() if self.on_host else self.store.length
+        return self.store.mark() if isinstance(self.store, TwoTierKV) else self.store.length
 
     def rollback(self, mark: Any) -> None:
         """Be what it was at the mark, wherever an append or a write-back after it was interrupted."""
         self.written.finish()
-        if self.on_host:
+        if isinstance(self.store, TwoTierKV):
             self.store.rollback(mark)
         else:
             self.store.crop(mark)
         self._cut_positions()
 
     def _cut_positions(self) -> None:
-        if self._positions:
-            self._positions = [(0, self.positions(self.store.length))]
+        if self._positions and (kept := self.positions(self.store.length)) is not None:
+            self._positions = [(0, kept)]
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Make row ``i`` what row ``rows[i]`` was."""
         self.store.select_rows(rows)
-        if self._positions:
-            all_of_it = self.positions(self.store.length)
+        if self._positions and (all_of_it := self.positions(self.store.length)) is not None:
             self._positions = [(0, all_of_it if len(all_of_it) == 1 else all_of_it[rows.to(all_of_it.device)])]
 
     def fork(self) -> LayerInputs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,9 @@ from scout_hf.methods.host_to_device import InFlightCopy, blocks_to_device
 from scout_hf.methods.kvpr.inputs import LayerInputs
 from scout_hf.split import Rates, best_split
 from scout_hf.step import Step
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 TRIAL_TOKENS = 256
 # What rounding may make of a key, in parts of the largest.
@@ -95,9 +98,9 @@ class KVPR(Dense):
             self._coming.append(self._bring(step, self._split, self._pieces()[0]))
 
     def prefilled(self, step: Step, query: torch.Tensor) -> None:
-        known = self.inputs is not None and self.inputs.blocks and self.kv.host.blocks
-        if self._rates is None and known:
-            self._rates = self._measure(step)
+        inputs = self.inputs
+        if self._rates is None and inputs is not None and inputs.blocks and self.kv.host.blocks:
+            self._rates = self._measure(step, inputs)
             if self._rates is None:
                 self.inputs = None
         if self._against is not None:
@@ -136,7 +139,7 @@ class KVPR(Dense):
         if self.inputs is not None:
             self.inputs.select_rows(rows)
 
-    def fork(self) -> KVPR:
+    def fork(self) -> Self:
         twin = super().fork()
         twin.inputs, twin._inputs_coming = self.inputs and self.inputs.fork(), None
         return twin
@@ -158,42 +161,42 @@ class KVPR(Dense):
             self.inputs.write_back(self.kv.host.length, None if step is None else step.links)
 
     def _attend_host(self, step: Step, query: torch.Tensor, first: int) -> Partial:
-        parts = []
-        if first:
-            parts.append(self._attend_anew(step, query, first * self.config.block_size))
+        parts, inputs = [], self.inputs
+        if first and inputs is not None:
+            parts.append(self._attend_anew(step, query, inputs, first * self.config.block_size))
         if first < self.kv.host.blocks:
             parts.append(super()._attend_host(step, query, first))
         return fuse(parts)
 
-    def _attend_anew(self, step: Step, query: torch.Tensor, tokens: int) -> Partial:
+    def _attend_anew(self, step: Step, query: torch.Tensor, inputs: LayerInputs, tokens: int) -> Partial:
         """Attention over the first ``tokens``, whose keys and values the layer makes while others are in flight."""
-        if self.inputs.on_host:
-            hidden = self.inputs.joined(self._wait(step, self._inputs_coming))
-        else:
-            hidden = self.inputs.read(tokens)
+        coming = self._inputs_coming
+        hidden = inputs.read(tokens) if coming is None else inputs.joined(self._wait(step, coming))
         begin = time.perf_counter()
-        keys, values = self._made_anew(step, hidden, tokens)
+        keys, values = self._made_anew(step, inputs, hidden, tokens)
         seconds = time.perf_counter() - begin
         self._apart += seconds
-        made = self._rates is not None
-        if made and self.kv.device.type == "cpu":
-            self._rates.computed(tokens, seconds)
+        rates = self._rates
+        if rates is not None and self.kv.device.type == "cpu":
+            rates.computed(tokens, seconds)
         result = attend(
             query, keys.to(self.dtype), values.to(self.dtype), *self.scoring, self.padding_mask(step, 0, tokens)
         )
-        if self.inputs.on_host:
-            step.counters.recalled(self.layer_idx, 0, self._inputs_coming.nbytes)
-            coming, self._inputs_coming = self._inputs_coming, None
+        if coming is not None:
+            step.counters.recalled(self.layer_idx, 0, coming.nbytes)
+            self._inputs_coming = None
             coming.give_back()
-        if made:
+        if rates is not None:
             step.counters.add("computed_anew", self.layer_idx, tokens)
         return result
 
-    def _made_anew(self, step: Step, hidden: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _made_anew(
+        self, step: Step, inputs: LayerInputs, hidden: torch.Tensor, tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the layer makes of ``hidden``; what it stored, and no further try, where it was changed since."""
         reason = "its weights are on no device now"
         try:
-            made = step.keys_values(self.layer_idx, hidden, self.inputs.positions(tokens))
+            made = step.keys_values(self.layer_idx, hidden, inputs.positions(tokens))
         except ScoutError as error:
             made, reason = None, str(error)
         if made is None:
@@ -210,10 +213,10 @@ class KVPR(Dense):
         return found
 
     def _bring_inputs(self, step: Step) -> None:
-        if self._split and self.inputs.on_host:
-            self.inputs.written.finish()
-            host, device = self.inputs.store.host, self.kv.device
-            link = self.config.link_gbps
+        inputs = self.inputs
+        if self._split and inputs is not None and (host := inputs.host) is not None:
+            inputs.written.finish()
+            device, link = self.kv.device, self.config.link_gbps
             self._inputs_coming = blocks_to_device(step, host, 0, self._split, slice(0, 1), device, link)
 
     def _drop_coming(self) -> None:
@@ -251,16 +254,16 @@ class KVPR(Dense):
             f"({kv} bytes), as in every model with two or more query heads per KV head"
         )
 
-    def _measure(self, step: Step) -> Rates | None:
+    def _measure(self, step: Step, inputs: LayerInputs) -> Rates | None:
         """What the link and the layer take per token; None where inputs do not make the keys that are stored."""
         # Inputs that stay on the device may be ahead of what the host has.
-        known = min(self.inputs.blocks, self.kv.host.blocks) * self.config.block_size
+        known = min(inputs.blocks, self.kv.host.blocks) * self.config.block_size
         tokens = min(TRIAL_TOKENS // self.config.block_size * self.config.block_size, known)
         self.written.finish()
-        hidden, stored = self.inputs.read(tokens), self.kv.read(0, tokens)
+        hidden, stored = inputs.read(tokens), self.kv.read(0, tokens)
         reason = None
         try:
-            made = step.keys_values(self.layer_idx, hidden, self.inputs.positions(tokens))
+            made = step.keys_values(self.layer_idx, hidden, inputs.positions(tokens))
             if made is None:
                 reason = "its family makes no keys from inputs, or its weights are on no device now"
             elif not all(self._same(step, a, b, tokens) for a, b in zip(made, stored)):
@@ -274,7 +277,7 @@ class KVPR(Dense):
         for _ in range(2):
             self._synchronise()
             begin = time.perf_counter()
-            step.keys_values(self.layer_idx, hidden, self.inputs.positions(tokens))
+            step.keys_values(self.layer_idx, hidden, inputs.positions(tokens))
             self._synchronise()
             seconds.append(time.perf_counter() - begin)
         begin = time.perf_counter()
@@ -284,8 +287,8 @@ class KVPR(Dense):
         self._synchronise()
         per_byte = (time.perf_counter() - begin) / coming.nbytes
         coming.give_back()
-        inputs, kv = (size * self.batch for size in self._sizes(self.inputs.hidden_size, self.inputs.dtype))
-        return Rates(input_s=inputs * per_byte, kv_s=kv * per_byte, compute_s=min(seconds) / tokens)
+        of_inputs, kv = (size * self.batch for size in self._sizes(inputs.hidden_size, inputs.dtype))
+        return Rates(input_s=of_inputs * per_byte, kv_s=kv * per_byte, compute_s=min(seconds) / tokens)
 
     def _same(self, step: Step, made: torch.Tensor, stored: torch.Tensor, tokens: int) -> bool:
         made = made.to(stored.dtype)

@@ -11,19 +11,30 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import ResidentMemoryError
 from scout_hf.fusion import Partial
+from scout_hf.kernels.cpu import Attended, Ticket
 from scout_hf.selection import Pick
 from scout_hf.step import Step
 from scout_hf.stores import TwoTierKV
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from scout_hf.graph import Clock
     from scout_hf.methods.scout.policy import TwoTierScout as Layer
+
+
+class Counted(NamedTuple):
+    """Blocks over all rows and KV heads: those that the CPU attends, and all that were chosen."""
+
+    cpu: int
+    chosen: int
 
 
 @dataclass(slots=True)
@@ -33,10 +44,9 @@ class StepState:
     pick: Any = None  # the chosen blocks, a Pick or a Choice
     missing: torch.Tensor | None = None  # which of them are not resident, where the host knows
     scores: torch.Tensor | None = None  # (batch, kv_heads, blocks): the order of those, where slots are too few
-    ticket: Any = None  # the CPU's job, where the host waits for it
+    ticket: Ticket[Attended] | None = None  # the CPU's job, where the host waits for it
     predicted: torch.Tensor | None = None  # the query that ``ahead`` got
-    share_blocks: int | None = None  # that the CPU attends, over rows and heads, where the host counts them
-    chosen_blocks: int | None = None  # all chosen ones likewise
+    counted: Counted | None = None  # blocks, where the host counts them
     attended: float | torch.Tensor = 0.0  # tokens per row and KV head
     started: bool = False  # the CPU has its job,
     guessed: bool = False  # with the predicted query
@@ -74,8 +84,8 @@ class StepExecutor(ABC):
         """Tell ``stats()`` of this attention."""
         state, index = layer.state, layer.layer_idx
         step.counters.attended(index, step.context(), state.attended)
-        if state.share_blocks is not None:
-            step.counters.cpu_share(index, state.share_blocks, state.chosen_blocks)
+        if state.counted is not None:
+            step.counters.cpu_share(index, *state.counted)
         if state.predicted is not None:
             step.counters.predicted(index, state.predicted, query)
 
@@ -86,6 +96,14 @@ class StepExecutor(ABC):
     @abstractmethod
     def recall(self, layer: Layer, step: Step, share: float | torch.Tensor) -> None:
         """Start to swap missing blocks in for residents not chosen, if the CPU has at least ``share`` of all chosen."""
+
+
+class CaptureExecutor(StepExecutor):
+    """The operations of a step that is being captured."""
+
+    @abstractmethod
+    def append(self, layer: Layer, step: Step, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """As ``Method.append``, where only the device knows how many tokens there are."""
 
 
 class Executor(StepExecutor):
@@ -109,7 +127,7 @@ class Executor(StepExecutor):
     def variant(self) -> str:
         """What runs, for reports."""
 
-    def captured(self, clock: Any) -> StepExecutor:
+    def captured(self, clock: Clock) -> CaptureExecutor:
         """The operations of a step that is being captured; for executors with a ``capture_key``."""
         raise NotImplementedError
 
@@ -133,7 +151,9 @@ class Executor(StepExecutor):
         """Move the tail's older blocks to the host; ``layer.written`` is the end of that."""
         layer.written = layer.kv.write_back(layer.window_blocks)
 
-    def past_chunks(self, layer: Layer, step: Step, past: int) -> Iterator | None:
+    def past_chunks(
+        self, layer: Layer, step: Step, past: int
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]] | None:
         """As ``Method.past_chunks``, if this executor has a way of its own."""
         return None
 
@@ -154,7 +174,7 @@ class Executor(StepExecutor):
     def pages_changed(self, layer: Layer, rows: bool = False) -> None:
         """The host's pages may be others than before, and with ``rows`` the batch as well."""
 
-    def fork(self) -> Executor:
+    def fork(self) -> Self:
         """One for a twin of the layer; nothing is in flight."""
         return copy.copy(self)
 

@@ -6,20 +6,21 @@ buffers are taken whole, of which only the device knows how much is filled.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from scout_hf.fusion import Partial
-from scout_hf.methods.scout.executor import StepExecutor
+from scout_hf.methods.scout.executor import CaptureExecutor
 from scout_hf.step import Step
 
 if TYPE_CHECKING:
+    from scout_hf.graph import Clock
     from scout_hf.methods.scout.executor_triton import TritonExecutor
     from scout_hf.methods.scout.policy import TwoTierScout as Layer
 
 
-class CapturedExecutor(StepExecutor):
+class CapturedExecutor(CaptureExecutor):
     """A view of a ``TritonExecutor`` while a step is captured; what the CPU does is asked for before each replay.
 
     Parameters
@@ -29,7 +30,7 @@ class CapturedExecutor(StepExecutor):
     clock : Clock
     """
 
-    def __init__(self, plain: TritonExecutor, clock: Any):
+    def __init__(self, plain: TritonExecutor, clock: Clock):
         self.plain, self.clock = plain, clock
 
     def append(self, layer: Layer, step: Step, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -38,17 +39,17 @@ class CapturedExecutor(StepExecutor):
 
     def select(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
         plain, clock, selector, state = self.plain, self.clock, layer.selector, layer.state
-        count, block_mask = selector.count(step, layer.kv.host.blocks), None
-        dense = count is None
-        if dense:
-            capacity, count = plain.wanted.shape[2], plain.handoff.mail.capacity
+        wanted, block_mask = selector.count(step, layer.kv.host.blocks), None
+        count = plain.handoff.mail.capacity if wanted is None else wanted
+        if wanted is None:
+            capacity = plain.wanted.shape[2]
             scores = torch.zeros((len(query), layer.kv_heads, capacity), dtype=torch.float32, device=query.device)
         else:
             scores = selector.scores(step, query, selector.table.all_codes(), clock.blocks)
         if step.mask is not None:
             block_mask = clock.block_mask(layer.config.block_size, scores.shape[2])
         state.pick = plain.choose(layer, layer.resident, scores, count, block_mask, clock.blocks)
-        if not dense and count > layer.resident.slots:
+        if wanted is not None and count > layer.resident.slots:
             state.scores = plain.order_of(layer, scores, block_mask)
 
     def ask_gate(self, layer: Layer) -> tuple[bool, bool]:
@@ -59,9 +60,9 @@ class CapturedExecutor(StepExecutor):
         self.plain.handoff.post(query.contiguous())
 
     def attend_device(self, layer: Layer, step: Step, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        tail = tuple(part.unflatten(2, (-1, layer.config.block_size)) for part in layer.kv.buffers())
+        keys, values = (part.unflatten(2, (-1, layer.config.block_size)) for part in layer.kv.buffers())
         where = {"first": self.clock.blocks, "lengths": self.clock.length}
-        return self.plain.attend(layer, query, tail, where, self.clock.padding_mask)
+        return self.plain.attend(layer, query, (keys, values), where, self.clock.padding_mask)
 
     def join_cpu(self, layer: Layer, step: Step, query: torch.Tensor) -> Partial | None:
         with step.counters.timed(layer.layer_idx, "join"):
@@ -78,7 +79,7 @@ class CapturedExecutor(StepExecutor):
         index = layer.layer_idx
         return None if layer.config.recall is None else self.clock.shares[index : index + 1]
 
-    def recall(self, layer: Layer, step: Step, share: torch.Tensor) -> None:
+    def recall(self, layer: Layer, step: Step, share: float | torch.Tensor) -> None:
         with layer.changing_residents() as slots:
             # What it reads was waited for before the replay, which ends with these copies.
             self.plain.swap(layer, step, slots, share)

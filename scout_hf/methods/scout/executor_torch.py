@@ -8,7 +8,8 @@ import torch
 
 from scout_hf.fusion import Partial, fuse
 from scout_hf.kernels.attend import attend
-from scout_hf.methods.scout.executor import Executor, resident_memory
+from scout_hf.kernels.cpu import BlockLists, PagedStore, Ticket
+from scout_hf.methods.scout.executor import Counted, Executor, resident_memory
 from scout_hf.selection import Pick, pack_lists
 from scout_hf.step import Step
 from scout_hf.stores import ResidentSlots
@@ -21,7 +22,7 @@ class TorchExecutor(Executor):
     """Residents are a ``ResidentSlots``; a recall runs on a thread beside."""
 
     variant = "torch"
-    _recall: Any = None
+    _recall: Ticket[Any] | None = None
 
     @property
     def recalling(self) -> bool:
@@ -35,12 +36,13 @@ class TorchExecutor(Executor):
     def submit_cpu(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
         state, host, pick = layer.state, layer.kv.host, layer.state.pick
         job = _job(layer, step, query)
-        state.started, state.share_blocks = True, int(job[2].counts.sum())
+        share = job[2].ids.numel() if job[2].counts is None else int(job[2].counts.sum())
         # Entries that pad out short rows do not count.
-        state.chosen_blocks = pick.ids.numel() if pick.valid is None else int(pick.valid.sum())
-        if state.share_blocks:
+        chosen = pick.ids.numel() if pick.valid is None else int(pick.valid.sum())
+        state.started, state.counted = True, Counted(share, chosen)
+        if share:
             ticket = step.backend.start(*job)
-            read = state.share_blocks * 2 * host.block_size * host.head_dim * layer.dtype.itemsize
+            read = share * 2 * host.block_size * host.head_dim * layer.dtype.itemsize
             state.ticket = step.links.limit_cpu(ticket, read, layer.config.cpu_gbps)
 
     def attend_device(self, layer: Layer, step: Step, query: torch.Tensor) -> list[Partial]:
@@ -87,23 +89,23 @@ class TorchExecutor(Executor):
     def adopt(self, slots: ResidentSlots, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         slots.adopt(first, keys, values)
 
-    def recall(self, layer: Layer, step: Step, share: float) -> None:
+    def recall(self, layer: Layer, step: Step, share: float | torch.Tensor) -> None:
         state, host = layer.state, layer.kv.host
-        if state.share_blocks < share * state.chosen_blocks:
+        if state.counted is None or state.counted.cpu < share * state.counted.chosen:
             return
         with layer.changing_residents() as resident:
             plan = resident.plan_recall(state.pick.ids, state.pick.valid_or_all(), host.blocks)
             if plan is not None:
-                places = plan.addresses(host)
+                places: tuple[torch.Tensor, torch.Tensor, int] | None = plan.addresses(host)
                 held = (resident.keys, resident.values, host.memory())
-                self._recall = places and step.backend.copy(*places, keep=held)
+                self._recall = None if places is None else step.backend.copy(*places, keep=held)
                 if self._recall is None:
                     self._recall = step.movers.submit(plan.run, host)
                 self._recall = step.links.limit(self._recall, plan.moved_bytes, layer.config.link_gbps)
                 step.counters.recalled(layer.layer_idx, plan.blocks, plan.moved_bytes)
 
     def join_recall(self, layer: Layer) -> None:
-        if self.recalling:
+        if self._recall is not None:
             with layer.changing_residents():
                 self._recall.wait()
                 # Only now: after an interrupt, a rollback must find the job to wait for it.
@@ -122,7 +124,9 @@ class TorchExecutor(Executor):
             self._recall = None
 
 
-def _job(layer: Layer, step: Step, query: torch.Tensor) -> tuple:
+def _job(
+    layer: Layer, step: Step, query: torch.Tensor
+) -> tuple[torch.Tensor, PagedStore, BlockLists, float, float | None, torch.Tensor | None]:
     lists = pack_lists(layer.state.pick.ids, layer.state.missing)
     padding_mask = None if step.mask is None else step.padding(lists.ids.device)
     return query.detach().cpu(), layer.kv.host, lists, *layer.scoring, padding_mask
@@ -142,7 +146,9 @@ def _attend_residents(layer: Layer, step: Step, query: torch.Tensor) -> Partial:
     return _attend(layer, query, keys, values, allowed)
 
 
-def _attend(layer: Layer, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, allowed) -> Partial:
+def _attend(
+    layer: Layer, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, allowed: torch.Tensor | None
+) -> Partial:
     tokens = keys.shape[2] if allowed is None else allowed.sum(dtype=torch.float32) / allowed.shape[:2].numel()
     layer.state.attended = layer.state.attended + tokens
     return attend(query, keys, values, *layer.scoring, allowed)

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from scout_hf.config import ScoutConfig
+from scout_hf.errors import ConfigError
 from scout_hf.fusion import Partial
 from scout_hf.kernels.device import KERNEL_DTYPES, MOST_CHANNELS, find_kernels
 from scout_hf.methods.base import PAST_CHUNK_TOKENS
 from scout_hf.methods.scout.executor import Executor, resident_memory
 from scout_hf.methods.scout.executor_captured import CapturedExecutor
-from scout_hf.methods.scout.handoff import Flags, Handoff, Mailbox, make_handoff
+from scout_hf.methods.scout.handoff import Flags, Handoff, Job, Mailbox, NoHandoff, make_handoff
 from scout_hf.selection import Pick
 from scout_hf.step import Step
 from scout_hf.stores import TwoTierKV
@@ -26,6 +27,9 @@ from scout_hf.stores.mapped_slots import MappedSlots
 from scout_hf.stores.streams import Mark
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from scout_hf.graph import Clock
     from scout_hf.methods.scout.policy import TwoTierScout as Layer
 
 SPARE_BLOCKS = 64
@@ -36,9 +40,9 @@ class TritonExecutor(Executor):
 
     Attributes
     ----------
-    handoff : Handoff or None
-        The way to the CPU and back; None before the first step of a batch.
-    wanted : Tensor (batch, kv_heads, blocks) of uint8, or None
+    handoff : Handoff
+        The way to the CPU and back.
+    wanted : Tensor (batch, kv_heads, blocks) of uint8
         Marks of the chosen blocks.
     pages : Tensor (batch, blocks) of int64, on the device
         Addresses of the host's pages.
@@ -48,11 +52,14 @@ class TritonExecutor(Executor):
 
     def __init__(self, config: ScoutConfig, kv: TwoTierKV):
         super().__init__(config, kv)
-        self.kernels = find_kernels(config.gpu_kernels, kv.device)
+        kernels = find_kernels(config.gpu_kernels, kv.device)
+        if kernels is None:
+            raise ConfigError(f"there are no kernels for {kv.device}; ask TritonExecutor.serves() first")
+        self.kernels = kernels
         if config.hand_over == "graph" and config.cpu_query == "auto":
             self.cpu_query = "real"  # no step that is replayed can compare
-        self.handoff: Handoff | None = None
-        self.wanted: torch.Tensor | None = None
+        self.handoff: Handoff = NoHandoff()
+        self.wanted = torch.zeros((kv.batch, 0, 0), dtype=torch.uint8, device=kv.device)
         self.pages = torch.zeros((kv.batch, 0), dtype=torch.int64, device=kv.device)
         self.recalled = Mark()
         self._block_bytes = 2 * kv.block_size * kv.host.head_dim * kv.host.dtype.itemsize
@@ -65,9 +72,9 @@ class TritonExecutor(Executor):
 
     @property
     def variant(self) -> str:
-        return "triton" if self.handoff is None else f"triton, {type(self.handoff).__name__}"
+        return "triton" if isinstance(self.handoff, NoHandoff) else f"triton, {type(self.handoff).__name__}"
 
-    def captured(self, clock: Any) -> CapturedExecutor:
+    def captured(self, clock: Clock) -> CapturedExecutor:
         return CapturedExecutor(self, clock)
 
     # -- the parts of a step --------------------------------------------------------------------------------------
@@ -92,7 +99,15 @@ class TritonExecutor(Executor):
         choice = self.choose(layer, slots, scores, count, block_mask)
         return choice, self.order_of(layer, scores, block_mask) if ordered else None, most
 
-    def choose(self, layer: Layer, slots: MappedSlots, scores: torch.Tensor, count, block_mask, filled=None) -> Any:
+    def choose(
+        self,
+        layer: Layer,
+        slots: MappedSlots,
+        scores: torch.Tensor,
+        count: int | torch.Tensor,
+        block_mask: torch.Tensor | None,
+        filled: torch.Tensor | None = None,
+    ) -> Any:
         """A ``Choice`` among the first ``filled`` blocks, by default all."""
         mail, sinks = self.handoff.mail, layer.config.blocks(layer.config.sinks)
         choice = self.kernels.Choice(self.wanted, mail.missing, mail.missing_counts, mail.chosen_counts)
@@ -109,15 +124,14 @@ class TritonExecutor(Executor):
     def _cover(self, slots: MappedSlots, blocks: int) -> None:
         """Let everything that is kept per block cover that many."""
         slots.reserve(blocks)
-        if self.wanted is None or self.wanted.shape[2] < blocks:
+        if self.wanted.shape[2] < blocks:
             self.wanted = torch.zeros_like(slots.slot_of, dtype=torch.uint8)
 
     def _mail(self, layer: Layer, step: Step, query: torch.Tensor, capacity: int) -> None:
         """Have a mailbox for such lists, with what the step before left in it taken out."""
         self._count_share(layer, step)
-        if self.handoff is None or self.handoff.lost or not self.handoff.mail.fits(query, capacity):
-            if self.handoff is not None:
-                self.handoff.drain()
+        if self.handoff.lost or not self.handoff.mail.fits(query, capacity):
+            self.handoff.drain()
             mail = Mailbox(query, layer.kv_heads, capacity + max(SPARE_BLOCKS, capacity // 8))
             wanted, device = layer.config.hand_over, query.device
             self.handoff = make_handoff(wanted, mail, self.kernels, step.backend, layer.kv.host, device)
@@ -136,10 +150,16 @@ class TritonExecutor(Executor):
         return self.attend(layer, query, layer.kv.tail_blocks(), where, padding_mask)
 
     def attend(
-        self, layer: Layer, query: torch.Tensor, tail: tuple, where: dict[str, Any], padding_mask: torch.Tensor | None
+        self,
+        layer: Layer,
+        query: torch.Tensor,
+        tail: tuple[torch.Tensor, torch.Tensor],
+        where: dict[str, Any],
+        padding_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Outputs and LSEs of the parts of tail and residents; ``where`` says which tokens the tail's blocks hold."""
-        spans, size = [(*tail, where)], layer.config.block_size
+        spans: list[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]] = [(*tail, where)]
+        size = layer.config.block_size
         if layer.resident is not None:
             spans.append((layer.resident.keys, layer.resident.values, {"ids": layer.resident.ids}))
         lists = query.shape[0] * layer.kv_heads
@@ -182,10 +202,10 @@ class TritonExecutor(Executor):
         """Tokens in tail and slots, mean over rows and heads; a number where all rows are alike."""
         slots, size, kv = layer.resident, layer.config.block_size, layer.kv
         if step.mask is None:
-            tail = kv.length - kv.host.length
+            newest = kv.length - kv.host.length
             if slots is None or slots.filled is not None:
-                return tail + (0 if slots is None else slots.filled * size)
-            return tail + (slots.ids >= 0).sum(dtype=torch.float32) * size / slots.ids[:, :, 0].numel()
+                return newest + (0 if slots is None else slots.filled * size)
+            return newest + (slots.ids >= 0).sum(dtype=torch.float32) * size / slots.ids[:, :, 0].numel()
         real = step.block_tokens(size, kv.device)
         tail = real[:, kv.host.blocks :].sum(dtype=torch.float32) / kv.batch
         if slots is None:
@@ -195,7 +215,7 @@ class TritonExecutor(Executor):
 
     def _count_share(self, layer: Layer, step: Step) -> None:
         """Count the share of the last step, as soon as the CPU has told of it."""
-        tokens = None if self.handoff is None else self.handoff.finished()
+        tokens = self.handoff.finished()
         if tokens is not None:
             mail = self.handoff.mail
             step.counters.add("attended", layer.layer_idx, tokens / mail.missing_counts.numel())
@@ -226,7 +246,7 @@ class TritonExecutor(Executor):
         slots.adopted(first)
         self.kernels.adopt_block(first, keys, values, slots.ids, slots.slot_of, slots.keys, slots.values)
 
-    def recall(self, layer: Layer, step: Step, share: float) -> None:
+    def recall(self, layer: Layer, step: Step, share: float | torch.Tensor) -> None:
         with layer.changing_residents() as slots:
             self.recalled = self.swap(layer, step, slots, share, layer.written)
 
@@ -286,9 +306,9 @@ class TritonExecutor(Executor):
             return mark
 
         pieces = -(-whole // (most * size)) if most else 0
-        coming = bring(0) if pieces else None
+        coming = bring(0) if pieces else Mark()
         for number in range(pieces):
-            here, coming = coming, bring(number + 1) if number + 1 < pieces else None
+            here, coming = coming, bring(number + 1) if number + 1 < pieces else Mark()
             here.before(kv.device)
             start = number * most * size
             stop = min(start + most * size, whole)
@@ -300,8 +320,7 @@ class TritonExecutor(Executor):
     # -- changes of the cache -------------------------------------------------------------------------------------
 
     def drop_job(self, layer: Layer) -> None:
-        if self.handoff is not None:
-            self.handoff.drain()
+        self.handoff.drain()
 
     def drain(self, layer: Layer) -> None:
         layer.written.finish()
@@ -309,17 +328,22 @@ class TritonExecutor(Executor):
 
     def pages_changed(self, layer: Layer, rows: bool = False) -> None:
         if rows:
-            self.handoff = self.wanted = None  # of the size of the batch before
+            self._forget_batch()
         self._map_pages(layer, 0)
 
-    def fork(self) -> TritonExecutor:
+    def _forget_batch(self) -> None:
+        """Let go of what has the size of a batch."""
+        self.handoff, self.wanted = NoHandoff(), self.wanted.new_zeros((0, 0, 0))
+
+    def fork(self) -> Self:
         twin = copy.copy(self)
-        twin.handoff, twin.wanted, twin.pages = None, None, self.pages.clone()
+        twin._forget_batch()
+        twin.pages = self.pages.clone()
         return twin
 
     # -- captured steps -------------------------------------------------------------------------------------------
 
-    def capture_key(self, layer: Layer, step: Step) -> tuple | None:
+    def capture_key(self, layer: Layer, step: Step) -> tuple[Any, ...] | None:
         budget, kv, selector = layer.config.budget, layer.kv, layer.selector
         ready = isinstance(self.handoff, Flags) and not self.handoff.lost
         if not ready or (isinstance(budget, float) and budget < 1.0):
@@ -347,11 +371,11 @@ class TritonExecutor(Executor):
 
     def abort_replay(self, layer: Layer) -> None:
         self.drop_job(layer)
-        self.handoff = None
+        self.handoff = NoHandoff()
 
 
-def _job(layer: Layer, padding_mask: torch.Tensor | None) -> tuple:
-    return layer.kv.host, *layer.scoring, padding_mask
+def _job(layer: Layer, padding_mask: torch.Tensor | None) -> Job:
+    return Job(layer.kv.host, *layer.scoring, padding_mask)
 
 
 def _best_first(choice: Any, scores: torch.Tensor) -> Any:

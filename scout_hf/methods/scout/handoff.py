@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from typing import Any
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
 from scout_hf.errors import CacheStateError
-from scout_hf.kernels.cpu import BlockLists
+from scout_hf.kernels.cpu import Attended, BlockLists, CpuBackend, PagedStore, Ticket
 from scout_hf.step import Step
+from scout_hf.stores.streams import Mark
 
 
 class Mailbox:
@@ -47,9 +49,9 @@ class Mailbox:
         pin = query.device.type == "cuda"
         batch, heads = query.shape[:2]
         self.query = torch.empty(query.shape, dtype=query.dtype, device="cpu", pin_memory=pin)
-        lists = {"dtype": torch.int32, "device": "cpu", "pin_memory": pin}
-        self.missing = torch.empty((batch, kv_heads, capacity), **lists)
-        self.missing_counts, self.chosen_counts = torch.zeros((2, batch, kv_heads), **lists)
+        self.missing = torch.empty((batch, kv_heads, capacity), dtype=torch.int32, device="cpu", pin_memory=pin)
+        counts = torch.zeros((2, batch, kv_heads), dtype=torch.int32, device="cpu", pin_memory=pin)
+        self.missing_counts, self.chosen_counts = counts
         self.out = torch.zeros(query.shape, dtype=torch.float32, device="cpu", pin_memory=pin)
         self.lse = torch.full((batch, heads, 1), -torch.inf, dtype=torch.float32, device="cpu", pin_memory=pin)
         # A line of the CPU's cache each: the one that a thread watches is not the one that another writes.
@@ -76,21 +78,27 @@ class Mailbox:
         return BlockLists(self.missing, self.missing_counts)
 
 
+class Job(NamedTuple):
+    """What the CPU needs beside lists and query, as ``CpuBackend.attend_blocks`` takes it."""
+
+    store: PagedStore
+    scale: float
+    softcap: float | None
+    padding_mask: torch.Tensor | None
+
+
 class Handoff(ABC):
     """CPU attention of one layer, at most one job at a time; its lists and query go through ``mail``.
 
     ``lost``: host and device no longer agree; nothing more may be started.
     """
 
-    def __init__(self, mail: Mailbox):
-        self.mail, self.lost = mail, False
+    mail: Mailbox
+    lost = False
 
     @abstractmethod
-    def start(self, step: Step, query: torch.Tensor, job: tuple) -> None:
-        """In stream order, after the lists were written to ``mail``: give the CPU this query.
-
-        ``job`` is what the backend needs besides: store, scale, softcap, padding mask or None.
-        """
+    def start(self, step: Step, query: torch.Tensor, job: Job) -> None:
+        """In stream order, after the lists were written to ``mail``: give the CPU this query."""
 
     @abstractmethod
     def result(self, step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -107,24 +115,55 @@ class Handoff(ABC):
     def drain(self) -> None:
         """Block until the CPU has nothing of this layer to do, and forget its result."""
 
+    # -- both halves of ``start``, for a step that is captured; only where the device waits by itself ----------------
+
+    def check(self) -> None:
+        """Raise CacheStateError if the stream once gave up waiting for the CPU."""
+
+    def post(self, query: torch.Tensor) -> None:
+        """The device's part of ``start``."""
+        raise NotImplementedError
+
+    def expect(self, step: Step, job: Job) -> None:
+        """The CPU's part of ``start``."""
+        raise NotImplementedError
+
+
+class NoHandoff(Handoff):
+    """Before the first step of a batch: there is no mailbox, and nothing to wait for."""
+
+    lost = True
+
+    def start(self, step: Step, query: torch.Tensor, job: Job) -> None:
+        raise NotImplementedError
+
+    def result(self, step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return None
+
+    def finished(self) -> int | None:
+        return None
+
+    def drain(self) -> None:
+        pass
+
 
 class Join(Handoff):
     """The main thread waits."""
 
     def __init__(self, mail: Mailbox):
-        super().__init__(mail)
-        self._ticket: Any = None
+        self.mail = mail
+        self._ticket: Ticket[Attended | None] | None = None
         self._tokens: int | None = None
 
-    def start(self, step: Step, query, job):
+    def start(self, step: Step, query: torch.Tensor, job: Job) -> None:
         self.mail.query.copy_(query, non_blocking=True)
         arrived = step.links.mark(query.device)
         self._ticket = step.movers.submit(_attend_when, arrived, step.backend, self.mail, job)
 
-    def result(self, step: Step):
+    def result(self, step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
         mail = self.mail
+        share = None if self._ticket is None else self._ticket.wait()
         # Only then: after an interrupt, a rollback must find the job to wait for it.
-        share = self._ticket.wait()
         self._ticket = None
         self._tokens = 0 if share is None else share.tokens
         if share is None:
@@ -134,14 +173,14 @@ class Join(Handoff):
         device = mail.number.device
         return mail.out.to(device, non_blocking=True), mail.lse.to(device, non_blocking=True)
 
-    def finished(self):
+    def finished(self) -> int | None:
         tokens, self._tokens = self._tokens, None
         return tokens
 
-    def uncounted(self):
+    def uncounted(self) -> None:
         self._tokens = None
 
-    def drain(self):
+    def drain(self) -> None:
         if self._ticket is not None:
             self._ticket.drain()
             self._ticket = None
@@ -150,13 +189,12 @@ class Join(Handoff):
 class Flags(Handoff):
     """The stream and the CPU's threads wait for each other's words."""
 
-    def __init__(self, mail: Mailbox, kernels: Any):
-        super().__init__(mail)
-        self._kernels = kernels
-        self._ticket: Any = None
+    def __init__(self, mail: Mailbox, kernels: ModuleType):
+        self.mail, self._kernels = mail, kernels
+        self._ticket: Ticket[Attended] | None = None
         self._posted, self._counts = 0, True
 
-    def start(self, step: Step, query, job):
+    def start(self, step: Step, query: torch.Tensor, job: Job) -> None:
         self.check()
         self.lost = True  # half way the device counts one more than the host
         # First the device: a word that comes before anybody watches for it is seen all the same.
@@ -165,7 +203,6 @@ class Flags(Handoff):
         self.lost = False
 
     def check(self) -> None:
-        """Raise CacheStateError if the stream once gave up waiting for the CPU."""
         mail = self.mail
         if int(mail.late):
             raise CacheStateError(
@@ -175,33 +212,31 @@ class Flags(Handoff):
             )
 
     def post(self, query: torch.Tensor) -> None:
-        """The device's part of ``start``."""
         self._kernels.post(query, self.mail.query, self.mail.flag, self.mail.number)
 
-    def expect(self, step: Step, job: tuple) -> None:
-        """The CPU's part of ``start``."""
+    def expect(self, step: Step, job: Job) -> None:
         mail = self.mail
         self._posted += 1
         words = (mail.flag, self._posted, mail.done)
         self._counts = True
         self._ticket = step.backend.start_at(words, (mail.out, mail.lse), mail.query, job[0], mail.lists(), *job[1:])
 
-    def result(self, step: Step):
+    def result(self, step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
         mail = self.mail
         self._kernels.wait(mail.done, mail.number, mail.late)
         return mail.out, mail.lse
 
-    def finished(self):
+    def finished(self) -> int | None:
         if self._ticket is None or not self._ticket.done():
             return None
         ticket, self._ticket = self._ticket, None
         tokens = ticket.wait().tokens
         return tokens if self._counts else None
 
-    def uncounted(self):
+    def uncounted(self) -> None:
         self._counts = False
 
-    def drain(self):
+    def drain(self) -> None:
         number, flag = self.mail.number, self.mail.flag
         if number.is_cuda:
             # What was posted arrives, and nothing on the device still waits for this mailbox; from a broken device
@@ -217,7 +252,9 @@ class Flags(Handoff):
             self._ticket = None
 
 
-def make_handoff(wanted: str, mail: Mailbox, kernels: Any, backend: Any, store: Any, device: torch.device) -> Handoff:
+def make_handoff(
+    wanted: str, mail: Mailbox, kernels: ModuleType, backend: CpuBackend, store: PagedStore, device: torch.device
+) -> Handoff:
     """The way of that name; ``auto`` is ``join``, and so are the others where one side cannot watch words."""
     knows_words = device.type != "cuda" or torch.version.hip is None
     if wanted in ("flags", "graph") and knows_words and backend.watches(mail.query, store):
@@ -225,9 +262,8 @@ def make_handoff(wanted: str, mail: Mailbox, kernels: Any, backend: Any, store: 
     return Join(mail)
 
 
-def _attend_when(arrived, backend, mail: Mailbox, job: tuple):
+def _attend_when(arrived: Mark, backend: CpuBackend, mail: Mailbox, job: Job) -> Attended | None:
     arrived.finish()
     if not bool(mail.missing_counts.any()):
         return None
-    store, *rest = job
-    return backend.attend_blocks(mail.query, store, mail.lists(), *rest)
+    return backend.attend_blocks(mail.query, job.store, mail.lists(), *job[1:])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 
 from scout_hf.config import ScoutConfig
@@ -9,13 +12,17 @@ from scout_hf.fusion import Partial
 from scout_hf.methods.base import Method
 from scout_hf.selection import Selector
 from scout_hf.step import Step
-from scout_hf.stores import make_store
+from scout_hf.stores import PagedKV, make_store
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class OneTierScout(Method):
     """No second copy of KV, no prediction: decode attends to the blocks that the real query picks."""
 
     name = "scout"
+    kv: PagedKV
 
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
         super().__init__(config, layer_idx, keys)
@@ -59,12 +66,12 @@ class OneTierScout(Method):
         super().select_rows(rows)
         self.selector.select_rows(rows)
 
-    def fork(self) -> OneTierScout:
+    def fork(self) -> Self:
         twin = super().fork()
         twin.selector = self.selector.fork()
         return twin
 
-    def slabs(self) -> list[torch.Tensor]:
+    def slabs(self) -> Sequence[torch.Tensor]:
         return self.kv.table.pool.slabs
 
     def tier_bytes(self) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,9 @@ from scout_hf.methods.scout.query_gate import QueryGate
 from scout_hf.methods.scout.recall_policy import RecallPolicy
 from scout_hf.selection import Pick, Selector
 from scout_hf.step import Step
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 DEFAULT_RESIDENT_TOKENS = 2048
 SPARE_BLOCKS = 64
@@ -63,10 +66,12 @@ class TwoTierScout(OffloadingMethod):
 
     @property
     def wants_ahead(self) -> bool:
-        ready = self.resident is not None and self.scoring is not None and self.kv.host.blocks > 0
+        ready = self.resident is not None and self.query_shape is not None and self.kv.host.blocks > 0
         return ready and self.config.layer_ahead
 
-    def ahead(self, step: Step, query: torch.Tensor) -> None:
+    def ahead(self, step: Step, query: torch.Tensor | None) -> None:
+        if query is None:
+            return
         state = self.state
         run = self.executor if step.clock is None else self.executor.captured(step.clock)
         query = state.predicted = query.to(self.dtype)
@@ -97,7 +102,7 @@ class TwoTierScout(OffloadingMethod):
         share = run.join_cpu(self, step, query) if state.started else None
         run.count(self, step, query)
         result = run.merge(here, share)
-        if state.checks and share is not None:
+        if state.checks and share is not None and state.predicted is not None:
             again = self.executor.attend_again(self, step, state.predicted)
             self.gate.judge(result, run.merge(here, again))
         if step.monitor is not None:
@@ -164,7 +169,7 @@ class TwoTierScout(OffloadingMethod):
             self.resident.select_rows(rows)
         self.executor.pages_changed(self, rows=True)
 
-    def fork(self) -> TwoTierScout:
+    def fork(self) -> Self:
         twin = super().fork()
         twin.selector, twin.gate = self.selector.fork(), self.gate.fork()
         twin.resident = self.resident and self.resident.fork()
@@ -188,7 +193,7 @@ class TwoTierScout(OffloadingMethod):
     # -- steps that are captured once and replayed ----------------------------------------------------------------
 
     def capture_key(self, step: Step) -> Any:
-        ready = self.resident is not None and self.scoring is not None
+        ready = self.resident is not None and self.query_shape is not None
         return self.executor.capture_key(self, step) if ready else None
 
     def before_replay(self, step: Step, padding_mask: torch.Tensor | None) -> float:
