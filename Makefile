@@ -4,7 +4,7 @@
 # make test-faults     an error at every line that changes a cache: 10 to 20 minutes on two cores; KEEP=10 tries every tenth point
 # make test-upstream   transformers' own generation tests on patched models, token by token and logit by logit as unpatched
 # make test-versions   what depends on transformers, on the oldest and an older one, each in an environment of its own
-# make lint            ruff: rules and format
+# make lint            ruff: rules and format; mypy: types of scout_hf and patches
 # make docs            the pages of docs/ as a site; a broken link fails
 
 PYTHON ?= python3
@@ -49,10 +49,16 @@ test-versions: $(VERSIONS:%=test-transformers-%)
 test-transformers-%: $(VENV)-%/.installed-test
 	$(call PYTEST,$(VENV)-$*) $(VERSIONED) $(SAME_EVERYWHERE:%=--ignore tests/integration/test_%.py)
 
+# The package as it is installed, of which mypy finds all parts: patches lies beside the others here.
+TYPED = build/typed
+
 lint: $(VENV)/.installed-test
-	$(VENV)/bin/pip install -q ruff
+	$(VENV)/bin/pip install -q -e ".[lint]"
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	rm -rf $(TYPED)/scout_hf && mkdir -p $(TYPED)/scout_hf
+	ln -sfn $(CURDIR)/scout_hf/* $(CURDIR)/patches $(TYPED)/scout_hf
+	cd $(TYPED) && $(abspath $(VENV))/bin/mypy --config-file $(CURDIR)/pyproject.toml -p scout_hf
 
 docs: $(VENV)/.installed
 	$(VENV)/bin/pip install -q -e ".[docs]"
