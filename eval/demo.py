@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import scout_hf
 from scout_hf.eval.decode_path import Session, ask_all
+from scout_hf.eval.options import Demo
 from scout_hf.eval.pocket import ANSWER_WORDS, TRAINED_TOKENS, Document, Fact, load_pocket, make_document
 from scout_hf.eval.pocket.tasks import usual_statements
 from scout_hf.eval.tables import tiers
@@ -32,10 +33,10 @@ copies all KV every step, in pages. The model has {parameters:.1f} million param
 by reading less."""
 
 
-def run(tokens: int, questions: int, seed: int, budget: int, block_size: int, console: Console | None = None) -> bool:
+def run(options: Demo, console: Console | None = None) -> bool:
     """Run the demo and print it; True if the exact mode answered everything as stock attention did."""
-    console = console or Console()
-    sparse = scout_hf.ScoutConfig(budget=budget, block_size=block_size)
+    console, tokens, questions = console or Console(), options.tokens, options.questions
+    sparse = scout_hf.ScoutConfig(budget=options.budget, block_size=options.block_size)
     modes = {
         STOCK: None,
         EXACT: replace(sparse, budget=None),
@@ -43,7 +44,7 @@ def run(tokens: int, questions: int, seed: int, budget: int, block_size: int, co
         "2 tiers": replace(sparse, split="cpu"),
     }
     model, tokenizer = load_pocket()
-    document = make_document(tokens, max(questions, usual_statements(tokens)), seed)
+    document = make_document(tokens, max(questions, usual_statements(tokens)), options.seed)
     every = len(document.facts) / questions
     asked = [document.facts[int(index * every)] for index in range(questions)]
     console.print(_excerpt(document, asked[0]))

@@ -49,11 +49,6 @@ class Trace:
     threads: Threads = 1
     seed: Seed = 0
 
-    def settings(self) -> dict[str, str | int | float | None]:
-        """What ``patch`` is given, None where it decides itself."""
-        names = ("split", "cpu_query", "budget", "resident", "link_gbps", "cpu_gbps")
-        return {name: getattr(self, name) for name in names}
-
 
 @dataclass(frozen=True)
 class Report:

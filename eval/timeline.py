@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,6 +13,7 @@ import scout_hf
 from scout_hf.diagnostics import MOVERS, Span, Trace, parts_of_spans
 from scout_hf.eval.bench import device as devices
 from scout_hf.eval.decode_path import tokenize
+from scout_hf.eval.options import Trace as Asked
 from scout_hf.eval.pocket import POCKET_MODELS, load_pocket, make_document
 from scout_hf.eval.pocket.tasks import usual_statements
 from scout_hf.eval.tables import Grid, three
@@ -28,42 +28,35 @@ NOTHING_BESIDE = (
 )
 
 
-def run(
-    out: Path,
-    model: str,
-    context: int,
-    method: str,
-    options: dict[str, Any],
-    steps: int,
-    device: str = "cpu",
-    seed: int = 0,
-    console: Console | None = None,
-) -> Trace:
+SETTINGS = ("split", "cpu_query", "budget", "resident", "link_gbps", "cpu_gbps")
+"""Options that ``patch`` is given, where they are."""
+
+
+def run(options: Asked, console: Console | None = None) -> Trace:
     """Trace the last decode steps of a short generation, and print what they were made of.
 
-    Arguments are those of ``scout-hf trace``. Further settings of ``patch`` are in ``options``; those that are None are
-    left at their defaults, or where two tiers show most: ``budget`` an eighth of the context, ``resident`` half of
-    that, ``split="cpu"`` on a CPU, and for ``scout`` ``cpu_query="predicted"``.
+    Settings that are None are left at their defaults, or where two tiers show most: ``budget`` an eighth of the
+    context, ``resident`` half of that, ``split="cpu"`` on a CPU, and for ``scout`` ``cpu_query="predicted"``.
 
     Raises FileNotFoundError for a model that is not there or cannot be loaded, ValueError for a device that there is
     not, or a context that the model does not take.
     """
-    console = console or Console()
-    place = devices.find(device)
-    net, ids = _subject(model, context, seed)
+    console, model, context, steps = console or Console(), options.model, options.context, options.steps
+    place = devices.find(options.device)
+    net, ids = _subject(model, context, options.seed)
     longest = getattr(net.config.get_text_config(decoder=True), "max_position_embeddings", None) or context + steps
     if context + steps > longest:
         raise ValueError(f"--context {context}: {model} takes {longest} tokens at most, decoded ones included")
     net, ids = net.to(place), ids.to(place)
-    budget = options.get("budget") or max(context // 8, 64)
+    budget = options.budget or max(context // 8, 64)
     usual = {"budget": budget, "resident": max(budget // 2, 32), "split": "cpu" if net.device.type == "cpu" else "auto"}
-    usual |= {"cpu_query": "predicted"} if method == "scout" else {}
-    given = usual | {name: value for name, value in options.items() if value is not None}
+    usual |= {"cpu_query": "predicted"} if options.method == "scout" else {}
+    given = usual | {name: value for name in SETTINGS if (value := getattr(options, name)) is not None}
     length = {"max_new_tokens": steps + 6, "min_new_tokens": steps + 6}
     # The path is looked at before the prompt is read.
-    with scout_hf.patch(net, method=method, **given) as handle, handle.trace(out, steps) as trace:
+    with scout_hf.patch(net, method=options.method, **given) as handle, handle.trace(options.out, steps) as trace:
         net.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **length)
-    console.print(_table(trace.spans, f"{method}, {type(net).__name__}, {context} tokens on {device}"))
+    console.print(_table(trace.spans, f"{options.method}, {type(net).__name__}, {context} tokens on {options.device}"))
     beside = any(span.kind in MOVERS for span in trace.spans)
     console.print(EXPLAINED if beside else NOTHING_BESIDE, highlight=False)
     console.print(f"{trace.path} for https://ui.perfetto.dev or chrome://tracing, {trace.image} to look at")

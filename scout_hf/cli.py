@@ -29,7 +29,7 @@ def demo(options: Demo) -> None:
     with evaluation(options.threads):
         from scout_hf.eval.demo import run
 
-        same = run(options.tokens, options.questions, options.seed, options.budget, options.block_size)
+        same = run(options)
     raise typer.Exit(0 if same else 1)
 
 
@@ -82,8 +82,7 @@ def trace(options: Trace) -> None:
     with evaluation(options.threads, options.device):
         from scout_hf.eval.timeline import run
 
-        where = (options.out, options.model, options.context, options.method)
-        run(*where, options.settings(), options.steps, options.device, options.seed)
+        run(options)
 
 
 @command(app, "plan", Plan)
@@ -97,7 +96,7 @@ def plan(options: Plan) -> None:
         elif options.check:
             plans.check(options.check, options.machine)
         else:
-            plans.show(options.model, options.gpu, options.machine, options.constants(), options.load())
+            plans.show(options)
 
 
 @command(app, "report", Report)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from scout_hf.diagnostics import usable_cpus
 from scout_hf.eval.fidelity import report
 from scout_hf.eval.fidelity.options import Fidelity
 from scout_hf.eval.fidelity.study import study
@@ -15,12 +14,7 @@ from scout_hf.eval.markdown import to_markdown, update
 
 def run(options: Fidelity, tell: Callable[[str], Any]) -> bool:
     """True if every cell was measured."""
-    if options.report:
-        record = report.load(options.report)
-    else:
-        jobs = options.jobs or len(usable_cpus())
-        where = (options.out, options.seed, options.questions, options.fresh)
-        record = study(options.quick, options.only, jobs, *where, tell)
+    record = report.load(options.report) if options.report else study(options, tell)
     report.show(record)
     if page := options.readme:
         tell(f"{page} {'changed' if update(page, COMMAND, to_markdown(parts(record))) else 'is up to date'}")

@@ -21,10 +21,12 @@ from tqdm import tqdm
 
 import scout_hf
 from scout_hf import ConfigError
+from scout_hf.diagnostics import usable_cpus
 from scout_hf.eval.bench.machine import describe
 from scout_hf.eval.fidelity import report
 from scout_hf.eval.fidelity.cells import MODES, QUICK, WHOLE, Cell, Effort, cells_of, keep, parse_filters, weight
 from scout_hf.eval.fidelity.measure import measure
+from scout_hf.eval.fidelity.options import Fidelity
 from scout_hf.eval.fidelity.plots import save_plots
 from scout_hf.eval.fidelity.subjects import available
 from scout_hf.eval.records import Journal
@@ -154,25 +156,14 @@ FIELDS = tuple(field.name for field in fields(Cell))
 JOURNAL, RECORD = "cells.jsonl", "fidelity.json"
 
 
-def study(
-    quick: bool,
-    only: Sequence[str],
-    jobs: int,
-    out: Path,
-    seed: int,
-    questions: int | None,
-    fresh: bool,
-    tell: Callable[[str], Any],
-) -> dict[str, Any]:
+def study(options: Fidelity, tell: Callable[[str], Any]) -> dict[str, Any]:
     """Measure a study, or what of it is not in ``out`` yet, and write ``fidelity.json`` and plots there; the record.
 
-    Arguments are the options of ``scout-hf fidelity``; results of single cells are kept in ``out`` as they come in, and
-    ``tell`` gets lines for the user.
+    Results of single cells are kept in ``out`` as they come in.
     """
-    filters = parse_filters(only)
-    effort = replace(QUICK if quick else WHOLE, seed=seed)
-    if questions is not None:
-        effort = replace(effort, questions=questions)
+    quick, out, filters = options.quick, options.out, parse_filters(options.only)
+    effort = replace(QUICK if quick else WHOLE, seed=options.seed)
+    effort = replace(effort, questions=options.questions or effort.questions)
     weights = available()
     if not weights:
         raise FileNotFoundError("there are no models to ask: install scout_hf with its data files")
@@ -180,10 +171,10 @@ def study(
     out.mkdir(parents=True, exist_ok=True)
     machine = describe()
     try:
-        journal = Journal(out / JOURNAL, report.RESULT, fresh, machine["commit"])
-        if not fresh:
+        journal = Journal(out / JOURNAL, report.RESULT, options.fresh, machine["commit"])
+        if not options.fresh:
             adopt(journal, out / RECORD, effort, weights)
-        results = run(cells, effort, weights, journal, jobs, tell)
+        results = run(cells, effort, weights, journal, options.jobs or len(usable_cpus()), tell)
     except KeyboardInterrupt:
         tell(f"stopped; what was measured is in {out / JOURNAL}, and the same command goes on from there")
         raise
@@ -191,7 +182,12 @@ def study(
         raise ValueError("no cell could be measured; see the lines above")
     record = {
         "study": "fidelity",
-        "settings": {"preset": "quick" if quick else "full", "only": list(only), **asdict(effort), "modes": MODES},
+        "settings": {
+            "preset": "quick" if quick else "full",
+            "only": list(options.only),
+            **asdict(effort),
+            "modes": MODES,
+        },
         "failed": len(cells) - len(results),
         "machine": machine,
         "weights": weights,

@@ -11,6 +11,7 @@ from typing import Any
 from scout_hf import ScoutConfig
 from scout_hf.errors import ConfigError, MissingFileError
 from scout_hf.eval import tables
+from scout_hf.eval.plan.options import Plan
 from scout_hf.eval.plan.show import check_tables, plan_tables
 from scout_hf.eval.records import read_record
 from scout_hf.files import read_json
@@ -56,21 +57,20 @@ def check(record: Path, machine: Path | None) -> None:
     tables.show(check_tables(checks.check(measured, found, facts)))
 
 
-def show(model: str, gpu: str, machine: Path | None, given: dict[str, float | None], load: tuple) -> None:
+def show(options: Plan) -> None:
     """Print what every method would take."""
+    given = {name: getattr(options, flag[2:].replace("-", "_")) for name, flag in FLAGS.items()}
+    given = {name: value for name, value in given.items() if value is not None}
     for name, value in given.items():
-        if value is not None and not 0 < value < math.inf:
+        if not 0 < value < math.inf:
             raise ConfigError(f"{FLAGS[name]} {value:g} is not allowed: a number above 0")
-    if machine is not None:
-        where = Machine.load(machine)
-    elif gpu in MACHINES:
-        where = MACHINES[gpu]
-    else:
+    gpu = options.gpu
+    if options.machine is None and gpu not in MACHINES:
         raise ConfigError(f"--gpu {gpu} is not known; there are {', '.join(MACHINES)}. For another machine {NEEDED}")
-    where = replace(where, **{name: value for name, value in given.items() if value is not None})
-    load = Load(*load)
-    ScoutConfig(budget=load.budget, block_size=load.block_size)
-    tables.show(plan_tables(_shape(model), where, load))
+    where = replace(MACHINES[gpu] if options.machine is None else Machine.load(options.machine), **given)
+    ScoutConfig(budget=options.budget, block_size=options.block_size)
+    load = Load(options.context, options.batch, options.budget, options.block_size, options.cpu_ratio)
+    tables.show(plan_tables(_shape(options.model), where, load))
 
 
 def _shape(model: str) -> ModelShape:

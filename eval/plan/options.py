@@ -35,12 +35,3 @@ class Plan:
     check: Annotated[Path | None, Option(help="A benchmark's JSON to hold predictions against.")] = None
     out: Annotated[Path, Option(help="Where --measure writes.")] = Path("machine.json")
     threads: Annotated[int | None, Option(min=1, help="Of torch, for --measure.")] = None
-
-    def constants(self) -> dict[str, float | None]:
-        """What is said of the machine, by the name that a ``Machine`` has for it; None where nothing is said."""
-        given = {"link_gbps": self.link, "cpu_gbps": self.dram, "layer_us": self.layer_us}
-        return given | {"device_gib": self.device_gib, "host_gib": self.host_gib}
-
-    def load(self) -> tuple[int, int, int, int, float]:
-        """What a ``Load`` is made of, in order."""
-        return self.context, self.batch, self.budget, self.block_size, self.cpu_ratio
