@@ -13,11 +13,11 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
-from scout_hf.cache import ScoutCache
+from scout_hf.cache import ScoutCache, ScoutLayer
 from scout_hf.compat.cache_names import CACHE, given_cache
 from scout_hf.methods import Method
 from scout_hf.step import Step, active_step
@@ -152,6 +152,20 @@ class Capture:
     graph: Captured | None = None
 
 
+class _Held(NamedTuple):
+    """The layers of a step's cache that hold tokens, what keeps them, and where: see ``Method.capture_key``."""
+
+    layers: list[ScoutLayer]
+    methods: list[Method]
+    kvs: list[TwoTierKV]
+
+    @classmethod
+    def of(cls, step: Step) -> _Held:
+        layers = step.cache.scout_layers
+        methods = [layer.method for layer in layers if layer.method is not None]
+        return cls(layers, methods, cast("list[TwoTierKV]", [method.kv for method in methods]))
+
+
 class _CaptureError(Exception):
     """A step could not be captured; the cause says why."""
 
@@ -200,19 +214,19 @@ class StepGraphs:
             # As models do themselves, but from a number of the host.
             inputs = next(given[name] for name in INPUTS if given.get(name) is not None)
             given["position_ids"] = torch.full((1, 1), step.tokens - 1, dtype=torch.int64, device=inputs.device)
-        methods = [layer.method for layer in step.cache.scout_layers if layer.method is not None]
-        key = None if self._failed else self._key(step, methods, given)
-        if key is None:
+        held = None if self._failed else _Held.of(step)
+        key = None if held is None else self._key(step, held, given)
+        if held is None or key is None:
             return self._forward(*args, **kwargs)
         capture = self._captures.setdefault(step.cache, Capture())
         capture.steps += 1
         if capture.steps <= WARM_STEPS:
             return self._forward(*args, **kwargs)
         try:
-            held = capture.graph
-            if held is not None and held.holds(step, key):
-                return self._run(step, methods, capture, held, given)
-            return self._finish(step, methods, self._capture(step, methods, capture, given, key))
+            captured = capture.graph
+            if captured is not None and captured.holds(step, key):
+                return self._run(step, held, capture, captured, given)
+            return self._finish(step, held, self._capture(step, held, capture, given, key))
         except _CaptureError as failed:
             # Nothing has moved on yet: the step can be made as usual.
             error = failed.__cause__ or failed
@@ -227,19 +241,19 @@ class StepGraphs:
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
-    def _key(self, step: Step, methods: list[Method], given: dict[str, Any]) -> Any:
+    def _key(self, step: Step, held: _Held, given: dict[str, Any]) -> Any:
         """What a captured step takes for given, or None where none can be."""
-        usual = step.queries == 1 and step.monitor is None and len(methods) == len(step.cache.layers)
+        usual = step.queries == 1 and step.monitor is None and len(held.methods) == len(step.cache.layers)
         usual = usual and not torch.is_grad_enabled()
         known = (*INPUTS, CACHE, "past_key_values", "attention_mask", "use_cache", "return_dict", "cache_position")
         usual = usual and "position_ids" in self._names and given.get("position_ids") is not None
         usual = usual and not self._asks_the_device()
         if not usual or any(value is not None for name, value in given.items() if name not in known):
             return None
-        layers = tuple(method.capture_key(step) for method in methods)
-        if None in layers or len({kv.host.blocks for kv in _tiers(methods)}) != 1:
+        layers = tuple(method.capture_key(step) for method in held.methods)
+        if None in layers or len({kv.host.blocks for kv in held.kvs}) != 1:
             return None
-        devices = {kv.device for kv in _tiers(methods)}
+        devices = {kv.device for kv in held.kvs}
         # Embeddings on another one would run once, when the step is captured, and not again.
         devices |= {given[name].device for name in INPUTS if given.get(name) is not None}
         if given_cache(given) is not step.cache or len(devices) != 1 or not can_capture(*devices):
@@ -255,10 +269,8 @@ class StepGraphs:
         grows = any(part.get("rope_type", part.get("type")) in ("dynamic", "longrope") for part in kinds)
         return grows or any(getattr(config, f"output_{what}", False) for what in ("hidden_states", "attentions"))
 
-    def _capture(
-        self, step: Step, methods: list[Method], capture: Capture, given: dict[str, Any], key: Any
-    ) -> Captured:
-        device = _tiers(methods)[0].device
+    def _capture(self, step: Step, held: _Held, capture: Capture, given: dict[str, Any], key: Any) -> Captured:
+        device = held.kvs[0].device
         if device.type == "cuda" and device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
         # Tensors that are written to in any mode.
@@ -268,12 +280,12 @@ class StepGraphs:
         graph = CudaGraph(device, self._streams.get(device))
         fixed = {name: value for name, value in given.items() if name not in (*INPUTS, "attention_mask")}
         try:
-            self._expect(step, methods, clock)
+            self._expect(step, held, clock)
             step.clock = clock
             step.links.forget_captured(device)
             output = graph.capture(lambda: self._forward(**fixed, **inputs), lambda: step.links.join_captured(device))
         except BaseException as error:
-            self._abort(step, methods, capture)
+            self._abort(step, held, capture)
             raise _CaptureError from error
         finally:
             step.clock = None
@@ -282,43 +294,36 @@ class StepGraphs:
         capture.graph = Captured(graph, clock, key, inputs, type(output), kept, step.tokens)
         return capture.graph
 
-    def _run(
-        self, step: Step, methods: list[Method], capture: Capture, captured: Captured, given: dict[str, Any]
-    ) -> Any:
+    def _run(self, step: Step, held: _Held, capture: Capture, captured: Captured, given: dict[str, Any]) -> Any:
         try:
-            for name, held in captured.inputs.items():
-                held.copy_(given[name], non_blocking=True)
-            self._expect(step, methods, captured.clock)
+            for name, fixed in captured.inputs.items():
+                fixed.copy_(given[name], non_blocking=True)
+            self._expect(step, held, captured.clock)
         except BaseException:
-            self._abort(step, methods, capture)
+            self._abort(step, held, capture)
             raise
-        return self._finish(step, methods, captured)
+        return self._finish(step, held, captured)
 
-    def _expect(self, step: Step, methods: list[Method], clock: Clock) -> None:
-        shares = [method.before_replay(step, clock.padding_mask_here) for method in methods]
-        clock.set(step.tokens, _tiers(methods)[0].host.blocks, shares)
+    def _expect(self, step: Step, held: _Held, clock: Clock) -> None:
+        shares = [method.before_replay(step, clock.padding_mask_here) for method in held.methods]
+        clock.set(step.tokens, held.kvs[0].host.blocks, shares)
 
-    def _finish(self, step: Step, methods: list[Method], captured: Captured) -> Any:
+    def _finish(self, step: Step, held: _Held, captured: Captured) -> Any:
         captured.graph.replay()
         captured.tokens = step.tokens
-        for layer, method in zip(step.cache.scout_layers, methods):
+        for layer, method in zip(held.layers, held.methods):
             layer.incoming = None
             method.after_replay(step)
         # The next run overwrites the tensors, not what the caller keeps of them.
         output = {name: value.clone() for name, value in captured.output.items()}
         return captured.kind(**output, **{CACHE: step.cache})
 
-    def _abort(self, step: Step, methods: list[Method], capture: Capture) -> None:
+    def _abort(self, step: Step, held: _Held, capture: Capture) -> None:
         """The step that the CPU expects will not run: nothing may wait for it."""
         capture.graph = None
-        for device in {kv.device for kv in _tiers(methods)}:
+        for device in {kv.device for kv in held.kvs}:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # the step before may still be running
-        for layer, method in zip(step.cache.scout_layers, methods):
+        for layer, method in zip(held.layers, held.methods):
             layer.incoming = None
             method.abort_replay()
-
-
-def _tiers(methods: list[Method]) -> list[TwoTierKV]:
-    """Where these methods keep KV; see ``Method.capture_key``."""
-    return cast("list[TwoTierKV]", [method.kv for method in methods])
