@@ -195,9 +195,8 @@ class TestKilled:
         assert len(measured) == len(CELLS) - done and lines(path) == len(CELLS)
         assert told == [f"{done} of {len(CELLS)} cells are measured already"]
 
-    @pytest.mark.parametrize(
-        "after", [pytest.param(0, id="at its start"), pytest.param(1, id="while it measures", marks=pytest.mark.full)]
-    )
+    @pytest.mark.full
+    @pytest.mark.parametrize("after", [0, 1], ids=["at its start", "while it measures"])
     def test_ctrl_c_ends_it_at_once_and_in_order(self, tmp_path, after):
         """To the whole group, as a terminal does: workers say nothing, and nobody waits for what they are at."""
         out = tmp_path / "study"

@@ -43,7 +43,7 @@ MODELS = {"llama-3-8b": TINY | {"model_type": "llama"}, "qwen3-14b": TINY | {"mo
 SIZES = {"device": DEVICE, "context": (512,), "steps": 3, "budget": 128, "block_size": 16, "threads": 1}
 ONE = {"model": ("llama-3-8b",), "batch": (1,)}
 KERNEL_SIZES = {"head_dim": 16, "batch": (1,), "context": (32,), "block_size": (16,), "selected": 32}
-KERNEL_SIZES |= {"cache_tokens": 64, "selected_batch": 1, "score_tokens": (64,), "score_batch": 1, "repeat": 3}
+KERNEL_SIZES |= {"cache_tokens": 64, "selected_batch": 1, "score_tokens": (64,), "score_batch": 1, "repeat": 1}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -107,6 +107,7 @@ def test_perplexity_is_that_of_the_targets_alone(loaded):
     assert found == pytest.approx(math.exp(losses[-train.TARGETS :].mean()), rel=1e-3)
 
 
+@pytest.mark.full
 def test_the_training_command_ends_with_a_model_and_its_record(tmp_path, monkeypatch):
     files = corpus.training_files()[:12]
     monkeypatch.setattr(corpus, "training_files", lambda: files)

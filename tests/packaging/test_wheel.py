@@ -98,6 +98,9 @@ class TestBothWheels:
         files = ("model.safetensors", "config.json", "tokenizer.json", "training.json")
         assert {f"scout_hf/eval/{folder}/{file}" for file in files} <= {*names_in(built)}
 
+    def test_words_and_pages_are_inside(self, built):
+        assert {"scout_hf/eval/pocket/vocabulary.json", "scout_hf/eval/report/page.html.jinja"} <= {*names_in(built)}
+
     def test_every_module_of_the_checkout_is_inside(self, built):
         homes = {"scout_hf": "scout_hf", "eval": "scout_hf/eval", "patches": "scout_hf/patches"}
         expected = {
