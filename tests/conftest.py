@@ -8,6 +8,7 @@ Of a grid marked ``thin(n)`` every n-th diagonal runs, see ``cells.py``, of what
 runs all of it, ``--full-only`` the rest.
 """
 
+import gc
 import os
 
 import pytest
@@ -32,6 +33,16 @@ def pytest_collection_modifyitems(config, items):
         wanted = {item.nodeid for item in items} - wanted
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in wanted])
     items[:] = [item for item in items if item.nodeid in wanted]
+
+
+def pytest_collection_finish(session):
+    """What is imported and collected by now lasts as long as the process: no later collection looks through it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure(config):
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from tests.integration.common import (  # noqa: E402
     run,
 )
 from tests.integration.disturbances import late  # noqa: E402
+from tests.integration.executors import count_every_share  # noqa: E402
 from tests.libraries import ISAS  # noqa: E402
 from tests.triton import reference  # noqa: E402
 
@@ -75,18 +76,19 @@ def decode(way, inputs, options, new=60, model=None):
     ids=str,
 )
 @pytest.mark.thin(2)
-def test_captured_steps_do_what_plain_ones_do(graphs, inputs, options):
+def test_captured_steps_do_what_plain_ones_do(graphs, monkeypatch, inputs, options):
+    count_every_share(monkeypatch)
     options = SPARSE | options
     # "auto" compares queries, which no captured step does: it takes the real one.
     plain = options | ({"cpu_query": "real"} if options["cpu_query"] == "auto" else {})
-    expected, theirs = decode("flags", inputs, plain)
+    expected, theirs = decode("flags", inputs, plain, new=36)
     assert not graphs.made
-    got, ours = decode("graph", inputs, options)
+    got, ours = decode("graph", inputs, options, new=36)
     assert_close(got, expected, 2e-6)
-    assert replays(graphs) >= 50 and len(graphs.made) <= 8
+    assert replays(graphs) >= 26 and len(graphs.made) <= 8
     assert (ours.recalled_blocks > 0) == (theirs.recalled_blocks > 0)
     for one, other in zip(ours.layers, theirs.layers):
-        assert one.attended_tokens == pytest.approx(other.attended_tokens, rel=0.02)  # less the last share
+        assert one.attended_tokens == pytest.approx(other.attended_tokens, rel=0.03)  # less the last share
         assert one.recalled_bytes == one.recalled_blocks * 2 * options["block_size"] * 8 * 4
         if options["recall"] == 1 and options["budget"] == 24:
             assert one.recalled_blocks == pytest.approx(other.recalled_blocks, rel=0.3)
@@ -95,9 +97,9 @@ def test_captured_steps_do_what_plain_ones_do(graphs, inputs, options):
 
 def test_most_steps_are_one_launch(graphs):
     """Write-back alone makes nothing void; outgrown buffers do."""
-    got, _ = decode("graph", prompt(1, 60), EXACT, new=200)
-    assert_close(got, run(llama(), prompt(1, 60), new=200))
-    assert len(graphs.made) <= 6 and replays(graphs) >= 190
+    got, _ = decode("graph", prompt(1, 60), EXACT, new=120)
+    assert_close(got, run(llama(), prompt(1, 60), new=120))
+    assert len(graphs.made) <= 6 and replays(graphs) >= 110
 
 
 @pytest.mark.parametrize("way", ["join", "flags", "graph"])
@@ -152,9 +154,9 @@ def test_what_is_kept_of_a_step_stays(graphs):
 
 
 def test_late_jobs_change_nothing(graphs, monkeypatch):
-    expected, _ = decode("graph", left_padded(0, 13), SPARSE)
+    expected, _ = decode("graph", left_padded(0, 13), SPARSE, new=24)
     late(monkeypatch)
-    assert_equal(decode("graph", left_padded(0, 13), SPARSE)[0], expected)
+    assert_equal(decode("graph", left_padded(0, 13), SPARSE, new=24)[0], expected)
 
 
 def test_a_step_that_cannot_be_captured_is_made_as_usual(graphs, monkeypatch):
@@ -164,10 +166,10 @@ def test_a_step_that_cannot_be_captured_is_made_as_usual(graphs, monkeypatch):
         real(graph, lambda: None, join)
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    expected, _ = decode("flags", prompt(2, 60), SPARSE)
+    expected, _ = decode("flags", prompt(2, 60), SPARSE, new=24)
     monkeypatch.setattr(graphs, "capture", fail)
     with pytest.warns(UserWarning, match="continues without graphs, .* not permitted"):
-        got, _ = decode("graph", prompt(2, 60), SPARSE)
+        got, _ = decode("graph", prompt(2, 60), SPARSE, new=24)
     assert_close(got, expected, 2e-6)
     assert len(graphs.made) == 1
 
@@ -179,7 +181,7 @@ def test_a_number_read_back_is_no_step_to_capture(monkeypatch):
         reference.KERNELS, "merge", lambda parts, *more: merge(parts * float(parts.sum() > -1e9), *more)
     )
     with pytest.warns(UserWarning, match="_local_scalar_dense"):
-        decode("graph", prompt(), SPARSE)
+        decode("graph", prompt(), SPARSE, new=24)
 
 
 @pytest.mark.parametrize("at", ["capture", "replay"])
@@ -299,8 +301,8 @@ def test_a_share_of_the_context_with_padding_far_away(monkeypatch):
     """Counts per row are known on the host and needed on the device."""
     monkeypatch.setattr("scout_hf.padding._is_far", lambda mask: True)
     options = SPARSE | {"budget": 0.3}
-    expected, _ = decode("join", left_padded(0, 13), options)
-    assert_close(decode("flags", left_padded(0, 13), options)[0], expected, 2e-6)
+    expected, _ = decode("join", left_padded(0, 13), options, new=24)
+    assert_close(decode("flags", left_padded(0, 13), options, new=24)[0], expected, 2e-6)
 
 
 def test_steps_that_run_again_are_traced(graphs, tmp_path):

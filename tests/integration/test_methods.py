@@ -111,10 +111,10 @@ DISTURBED = [
 def test_not_one_logit_changes(monkeypatch, backend, disturb, name, inputs):
     model = llama()
     with scout_hf.patch(model, **ALL[name], **backend):
-        expected = run(model, inputs, new=18)
+        expected = run(model, inputs, new=12)
         disturb(monkeypatch)
         for _ in range(2):
-            assert_equal(run(model, inputs, new=18), expected)
+            assert_equal(run(model, inputs, new=12), expected)
 
 
 def late_by(monkeypatch, seconds):
@@ -199,12 +199,12 @@ def test_two_threads_with_one_patched_model(name):
     model = llama()
     inputs = [prompt(1, 60, seed=seed) for seed in range(4)]
     with scout_hf.patch(model, **ALL[name]):
-        expected = [run(model, ids, new=20) for ids in inputs]
+        expected = [run(model, ids, new=10) for ids in inputs]
         found = [None] * len(inputs)
 
         def go(which):
             for number in range(which, len(inputs), 2):
-                found[number] = run(model, inputs[number], new=20)
+                found[number] = run(model, inputs[number], new=10)
 
         threads = [threading.Thread(target=go, args=(which,)) for which in range(2)]
         for thread in threads:
@@ -302,7 +302,7 @@ def test_what_infinigen_keeps_on_the_device_need_not_come_again(settings, change
         options = {"method_options": {"alpha": 2.0, "keep": keep}, "block_size": 8, "window": 8} | settings
         with scout_hf.patch(model, method="infinigen", **options) as handle:
             torch.manual_seed(0)
-            found.append(run(model, inputs, new=40, **changes))
+            found.append(run(model, inputs, new=20, **changes))
             stats = handle.stats()
             moved.append((stats.recalled_bytes, stats.attended_tokens))
     assert_close(found[1], found[0])

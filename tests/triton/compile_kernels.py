@@ -1,6 +1,7 @@
 """Compiles every kernel launch of a round of calls for GPUs that need not be there. A program: run it without a GPU.
 
-Usage: python -m tests.triton.compile_kernels [capability ...], 80 and 90 by default. Prints a line per kernel compiled.
+Usage: python -m tests.triton.compile_kernels [--once] [capability ...], 80 and 90 by default. Prints a line per kernel
+compiled; with ``--once`` only the first launch of each kernel is, and of each way of prefetching.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ TYPES = {
     torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages")
+ONCE = "--once"
 seen: set[tuple] = set()
 capabilities: list[int] = []
 
@@ -51,6 +53,8 @@ def compile_instead(kernel: JITFunction, *args, grid, warmup, **options):
     signature = {name: "constexpr" if name in fixed else type_of(value) for name, value in given.items()}
     chosen = {name: value for name, value in options.items() if name in OPTIONS}
     key = (kernel.fn.__name__, tuple(signature.items()), tuple(fixed.items()), tuple(chosen.items()))
+    if ONCE in sys.argv:
+        key = (kernel.fn.__name__, fixed.get("PREFETCH"))
     if key in seen:
         return
     seen.add(key)
@@ -113,7 +117,7 @@ def digests() -> None:
 
 
 def main() -> None:
-    capabilities.extend(int(given) for given in sys.argv[1:] or (80, 90))
+    capabilities.extend([int(given) for given in sys.argv[1:] if given != ONCE] or (80, 90))
     JITFunction.run = compile_instead
     calls()
 

@@ -44,6 +44,7 @@ def check_signs(digest, keys, padding_mask, codes, expected):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim, size, blocks", [*zip((*DIMS, 128), SIZES, (1, 7, 5, 3, 2, 1)), (128, 8, 3), (24, 32, 2)])
 @pytest.mark.parametrize("name", BOUNDS)
+@pytest.mark.thin(3)
 def test_bounds(name, dim, size, blocks, dtype):
     _, keys = draw(dim + size, 2, 1, 1, blocks, size, dim, dtype)
     for padding_mask in (None, some_padding(2, blocks, size)):
@@ -73,6 +74,7 @@ def test_bounds_on_the_grid_itself():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim, size, blocks", [*zip((*DIMS, 128), SIZES, (1, 11, 5, 3, 1, 2))])
+@pytest.mark.thin(2)
 def test_signs(dim, size, blocks, dtype):
     query, keys = draw(dim + size, 2, 1, 2, blocks, size, dim, dtype)
     for padding_mask in (None, some_padding(2, blocks, size)):

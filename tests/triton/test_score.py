@@ -190,6 +190,7 @@ def test_part_of_a_larger_buffer(scorer):
 
 @pytest.mark.parametrize("known", [0, 1, 7, 13, 20])
 @pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.thin(2)
 def test_blocks_that_do_not_exist_yet(scorer, known):
     query, codes = example(scorer)
     expected = score(scorer, query, codes, 8)

@@ -126,14 +126,14 @@ def test_no_key_that_may_be_seen_at_all(softcap):
     assert bool((out == 0).all()) and bool((lse == -torch.inf).all())
 
 
-@pytest.mark.parametrize("softcap", [None, 5.0])
-def test_no_keys_at_all(softcap):
+def test_no_keys_at_all():
     # In a process of its own: the kernel of torch divides by the number of keys, which ends the process.
-    code = f"""
+    code = """
 import torch
 from scout_hf.kernels.attend import attend
-out, lse = attend(torch.ones(2, 4, 3, 32), torch.ones(2, 2, 0, 32), torch.ones(2, 2, 0, 32), 0.2, {softcap})
-assert out.shape == (2, 4, 3, 32) and bool((out == 0).all()) and bool((lse == -torch.inf).all())
+for softcap in (None, 5.0):
+    out, lse = attend(torch.ones(2, 4, 3, 32), torch.ones(2, 2, 0, 32), torch.ones(2, 2, 0, 32), 0.2, softcap)
+    assert out.shape == (2, 4, 3, 32) and bool((out == 0).all()) and bool((lse == -torch.inf).all())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.returncode, done.stderr)

@@ -174,7 +174,7 @@ def test_any_sequence_of_operations(name, dtype, monkeypatch):
     poison(monkeypatch)
     machine = type("Machine", (Operations,), {"name": name, "dtype": dtype})
     quick = settings(
-        max_examples=20,
+        max_examples=12,
         stateful_step_count=20,
         deadline=None,
         database=None,

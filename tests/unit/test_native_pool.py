@@ -602,5 +602,5 @@ def test_an_interrupt_ends_a_wait_and_the_ticket_can_still_be_drained(library_pa
 
 def test_under_stress(tmp_path):
     program = compile_to(tmp_path / "stress", f"-I{PACKAGE / 'native'}", ROOT / "tests" / "native" / "pool_stress.cpp")
-    ran = subprocess.run([program, "2"], capture_output=True, text=True, timeout=300)
+    ran = subprocess.run([program, "1"], capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stdout + ran.stderr
