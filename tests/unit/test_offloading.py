@@ -24,6 +24,7 @@ from scout_hf.stores.emulated_link import EmulatedLink
 from scout_hf.stores.retained_tokens import RetainedTokens
 from scout_hf.stores.staging import Staging
 from scout_hf.stores.streams import Links
+from scout_hf.stores.token_cache import TokenCache
 from tests.unit.naive import QUICK, attention, poison
 from tests.unit.worlds import World, stock_model
 
@@ -182,6 +183,40 @@ def test_all_channels_make_exact_scores():
     assert torch.equal(twin.scores(query[[1, 1], :, :1])[0], twin.scores(query[[1, 1], :, :1])[1])
 
 
+def test_partial_keys_outlive_the_growth_of_their_buffer():
+    generator = torch.Generator().manual_seed(0)
+    query, keys = (torch.randn(1, 2, tokens, 16, generator=generator).double() for tokens in (30, 700))
+    partial = PartialKeys(1.0)
+    partial.learn(query)
+    for part in keys.split([10, 290, 1, 399], dim=2):
+        partial.extend(part)
+    assert (partial.scores(query[:, :, :1]) - query[:, :, :1] @ keys.transpose(2, 3)).abs().max() <= 1e-12
+
+
+def test_tokens_that_did_not_come_are_asked_for_again():
+    ids = torch.arange(12).reshape(1, 2, 6)
+    tokens, valid = TokenCache(1, 2, 4, torch.float32, CPU), torch.ones(1, 2, 6, dtype=torch.bool)
+    tokens.plan(ids[:, :, :4], valid[:, :, :4], 12)
+    tokens.put(*torch.ones(2, 8, 4))
+    for _ in range(2):
+        asked, real = tokens.plan(ids[:, :, 2:], valid[:, :, 2:], 12)
+        assert [row[here].tolist() for row, here in zip(asked[0], real[0])] == [[4, 5], [10, 11]]
+        tokens.forget()
+
+
+def test_a_fork_of_kept_tokens_has_slots_of_its_own():
+    ids, valid = torch.tensor([[[0, 1]]]), torch.ones(1, 1, 2, dtype=torch.bool)
+    tokens = TokenCache(1, 1, 4, torch.float32, CPU)
+    tokens.plan(ids, valid, 4)
+    tokens.put(*torch.ones(2, 2, 4))
+    twin = tokens.fork()
+    twin.plan(ids + 2, valid, 4)
+    twin.put(*torch.full((2, 2, 4), 7.0))
+    assert tokens.plan(ids, valid, 4) is None
+    keys, values, chosen = tokens.content()
+    assert torch.equal(keys[chosen], torch.ones(2, 4)) and torch.equal(values[chosen], keys[chosen])
+
+
 def test_few_channels_serve_queries_of_few_directions():
     """Queries in 16 dimensions of 64: as many directions tell all; the same number of channels would not."""
     generator = torch.Generator().manual_seed(0)
@@ -314,6 +349,31 @@ def test_methods_say_whether_they_are_exact():
     assert not exact("hgca", budget=None) and not exact("hgca", method_options={"threshold": 0})
     assert exact("hgca", budget=None, method_options={"threshold": 0})
     assert not exact("scout", split="cpu", budget=None) and exact("scout", budget=None)
+
+
+@pytest.mark.parametrize("name", ["dense", "dense, head by head", "kvpr"])
+def test_what_was_begun_before_a_further_turn_is_begun_again(name):
+    """The first layer's copy starts in the step before; then a turn of many tokens comes, whose blocks it lacks."""
+    world = World(name, 1)
+    for seed, tokens in enumerate((50, 1, 1, 21, 1, 1)):
+        world.check(tokens, seed, True)
+
+
+def test_kvpr_cuts_positions_with_their_tokens():
+    world = World("kvpr", 1)
+    world.check(40, 0, True)
+    world.crop(20)
+    world.check(100, 1, True)
+    world.check(1, 2, True)
+
+
+def test_kvpr_moves_positions_with_their_rows():
+    world, swapped = World("kvpr", 2, [0, 9]), torch.tensor([1, 0])
+    world.check(60, 0, True)
+    for cache in (world.stock, world.scout):
+        cache.batch_select_indices(swapped)
+    world.mask = world.mask[swapped]
+    world.check(1, 1, True)
 
 
 @pytest.mark.parametrize("budget, most", [(40, 40), (0.5, 60)])
