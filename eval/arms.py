@@ -100,6 +100,7 @@ FOLDED = "stock folded"
 
 CPU_DECODE = {name: STOCK[name] for name in ("stock", FOLDED)} | _by_name(
     Arm("scout", {"split": "off"}),
+    Arm("scout exact", {"split": "off", "budget": None}),
     Arm("scout int8", {"split": "off", "host_dtype": "int8"}),
 )
 

@@ -25,7 +25,7 @@ from scout_hf.eval.bench.timing import interleave, timed
 from scout_hf.eval.caches import DTYPE, Caches, fill, kv_bytes, kv_bytes_per_token, tensor_bytes
 from scout_hf.stores import allocate_slab
 
-STOCK, SCOUT, INT8 = "stock", "scout", "scout int8"
+STOCK, SCOUT, EXACT, INT8 = "stock", "scout", "scout exact", "scout int8"
 Mode = tuple[LlamaForCausalLM, Caches]
 FIRST_TOKENS = 8
 """In the cache before the first step of a context of 0: what a step costs that has nothing to attend to."""
@@ -96,7 +96,7 @@ def _decode(modes: dict[str, Mode], context: int, repeat: int, seed: int, tell) 
     kv = context * kv_bytes_per_token(config)
     # Stock attention copies one layer's keys and values in every step; folded, it uses the same cache.
     together = 2.7 * kv + SPARE_BYTES < psutil.virtual_memory().available
-    groups = [list(modes)] if together else [[STOCK, FOLDED], [SCOUT], [INT8]]
+    groups = [list(modes)] if together else [[STOCK, FOLDED], [SCOUT], [EXACT], [INT8]]
     found: dict[str, dict[str, Any]] = {}
     for names in groups:
         tell(f"context {context}: filling caches for {', '.join(names)}")
@@ -104,7 +104,7 @@ def _decode(modes: dict[str, Mode], context: int, repeat: int, seed: int, tell) 
     ratios = {
         f"{stock}/{ours}": found[stock]["median_ms"] / found[ours]["median_ms"]
         for stock in (STOCK, FOLDED)
-        for ours in (SCOUT, INT8)
+        for ours in (SCOUT, EXACT, INT8)
     }
     return {"context": context, "kv_bytes": kv, "interleaved": together, "modes": found, "ratios": ratios}
 

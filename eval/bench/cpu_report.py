@@ -8,8 +8,8 @@ from typing import Any
 from scout_hf.eval.tables import Grid, median, short, three
 
 COLOURS = {
-    "read": "#8c8c8c", "sequential": "#333333", "native": "#1f77b4", "scout": "#1f77b4", "int8": "#2ca02c",
-    "scout int8": "#2ca02c", "torch": "#d62728", "stock": "#d62728", "stock folded": "#ff7f0e",
+    "read": "#8c8c8c", "sequential": "#333333", "native": "#1f77b4", "scout": "#1f77b4", "scout exact": "#9467bd",
+    "int8": "#2ca02c", "scout int8": "#2ca02c", "torch": "#d62728", "stock": "#d62728", "stock folded": "#ff7f0e",
 }  # fmt: skip
 LABELS = {
     "sequential": "memory read in order",
@@ -72,11 +72,14 @@ def decode_tables(record: dict[str, Any]) -> Iterator[Grid | str]:
             place, last = "" if index else str(row["context"]), index == len(row["modes"]) - 1
             table.add(place, name, median(one), str(one["n"]), *figures, f"{one['gb_per_s']:.1f}", end=last)
     yield table
-    names = (name.replace("stock folded", "folded").replace("scout int8", "int8")
-             for name in record["contexts"][0]["ratios"])  # fmt: skip
-    table = Grid("ratios of times", ("context", *names))
+    ours = dict.fromkeys(name.split("/")[1] for name in record["contexts"][0]["ratios"])
+    table = Grid("ratios of times", ("context", "", *(f"/ {name}" for name in ours)), 2)
     for row in record["contexts"]:
-        table.add(str(row["context"]), *(f"{ratio:.2f}" for ratio in row["ratios"].values()))
+        theirs = list(dict.fromkeys(name.split("/")[0] for name in row["ratios"]))
+        for name in theirs:
+            ratios = (f"{row['ratios'][f'{name}/{mine}']:.2f}" for mine in ours)
+            place = "" if name != theirs[0] else str(row["context"])
+            table.add(place, name, *ratios, end=name == theirs[-1])
     yield table
     rate = f"{record['read']['gb_per_s']:.1f} GB/s"
     yield f"memory read in order: {rate}; the weights alone take {record['weights_read_ms']:.1f} ms at that rate\n"

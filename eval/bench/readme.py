@@ -18,7 +18,8 @@ from scout_hf.eval.tables import Grid, short
 MODES = {
     "stock": "stock `sdpa`",
     "stock folded": "stock with the GQA group folded",
-    "scout": "scout_hf",
+    "scout": "scout_hf, budget 2048",
+    "scout exact": "scout_hf, `budget=None`",
     "scout int8": "scout_hf, int8",
 }
 KERNELS = {"native": "native", "read": "bare read of the same tiles", "torch": "torch", "int8": "int8"}
@@ -27,9 +28,11 @@ SHOWN = (4096, 16384)
 
 
 def _decode(record: dict[str, Any]) -> Iterator[Grid | str]:
-    table = Grid("", ("context", *MODES.values()))
+    # Older records have no exact mode.
+    shown = {name: title for name, title in MODES.items() if name in record["contexts"][0]["modes"]}
+    table = Grid("", ("context", *shown.values()))
     for row in record["contexts"]:
-        table.add(short(row["context"]), *(f"{row['modes'][name]['median_ms']:.0f} ms" for name in MODES))
+        table.add(short(row["context"]), *(f"{row['modes'][name]['median_ms']:.0f} ms" for name in shown))
     yield table
     prompt, share = record["prefill"], {one["kind"]: one for one in record["memory"]}
     if prompt and share:

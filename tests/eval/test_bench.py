@@ -96,10 +96,10 @@ def test_decode_record_is_complete(decode_record):
     check_numbers(decode_record)
     assert [row["context"] for row in decode_record["contexts"]] == [0, 256]
     for row in decode_record["contexts"]:
-        assert set(row["modes"]) == {"stock", "stock folded", "scout", "scout int8"}
-        assert len(row["ratios"]) == 4 and row["interleaved"]
+        assert set(row["modes"]) == {"stock", "stock folded", "scout", "scout exact", "scout int8"}
+        assert len(row["ratios"]) == 6 and row["interleaved"]
     long = decode_record["contexts"][1]["modes"]
-    assert long["stock"]["kv_share"] == 1 and 0.2 < long["scout"]["kv_share"] < 0.4
+    assert long["stock"]["kv_share"] == long["scout exact"]["kv_share"] == 1 and 0.2 < long["scout"]["kv_share"] < 0.4
     assert long["scout int8"]["kv_read_bytes"] < long["scout"]["kv_read_bytes"] < long["stock"]["kv_read_bytes"]
     assert long["scout"]["digest_bytes"] > 0 and long["stock"]["copied_bytes"] > 2 * long["stock"]["kv_read_bytes"] - 1
     assert decode_record["prefill"]["ratios"]["scout/stock"] > 0
