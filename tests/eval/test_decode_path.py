@@ -7,7 +7,8 @@ from transformers import DynamicCache
 import scout_hf
 from scout_hf import ScoutConfig
 from scout_hf.eval import baselines
-from scout_hf.eval.decode_path import answer, ask_all, prefill, tokenize
+from scout_hf.eval.caches import caches_of
+from scout_hf.eval.decode_path import answer, answers, ask_all, prefill, tokenize
 from scout_hf.eval.pocket import ANSWER_WORDS, make_document
 from scout_hf.selection import digest_names
 
@@ -66,6 +67,19 @@ def test_forks_do_not_touch_each_other_or_the_cache(pocket, options):
     assert cache.get_seq_length() == DOCUMENT.tokens
     assert torch.equal(before.logits, again.logits)
     assert not torch.equal(before.logits, other.logits)
+
+
+@pytest.mark.parametrize("options", [{}, SPARSE[0]], ids=str)
+def test_questions_asked_together_leave_the_cache_as_it_is(pocket, options):
+    model, tokenizer = pocket
+    ids = tokenize(tokenizer, DOCUMENT.text)
+    asked = [tokenize(tokenizer, fact.question)[0].tolist() for fact in DOCUMENT.facts[:3]]
+    with caches_of(model, **options) as caches:
+        cache = prefill(model, caches.new(), ids)
+        first, again = (answers(model, cache, asked, [0] * 3, ANSWER_WORDS, rows=2).ids for _ in range(2))
+        alone = [answers(model, cache, [one], [0], ANSWER_WORDS, rows=1).ids[0] for one in asked]
+    assert cache.get_seq_length() == DOCUMENT.tokens
+    assert first == again == alone and len({*map(tuple, first)}) == 3
 
 
 @pytest.mark.parametrize("options", SPARSE, ids=str)

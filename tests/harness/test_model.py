@@ -223,6 +223,13 @@ def test_prompts_that_are_too_long_are_cut_row_by_row(pocket_path, truncation, o
     assert mask[1].tolist() == [0] * 6 + [1] * 2 and (ids[1, :6] == lm.tokenizer.pad_token_id).all()
 
 
+def test_rows_that_are_cut_are_padded_on_the_side_that_is_asked_for(pocket_path):
+    lm = scout(pocket_path, budget=None)
+    ids, mask = lm.tok_batch_encode([" ".join(["one"] * 12), "three four"], padding_side="right", left_truncate_len=8)
+    assert mask.tolist() == [[1] * 8, [1] * 2 + [0] * 6]
+    assert lm.tokenizer.decode(ids[1, :2]) == "three four" and (ids[1, 2:] == lm.tokenizer.pad_token_id).all()
+
+
 def test_generate_cuts_the_middle_of_a_prompt(pocket_path):
     """The fact stands at the start: it survives the cut of the middle, and not a cut from the left."""
     filler = make_document(600, 1, seed=5).text

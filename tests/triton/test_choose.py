@@ -188,6 +188,7 @@ def test_a_run_of_blocks_comes_in_order():
 def test_a_token_goes_where_the_device_says(dtype):
     tail = torch.full((2, 2, 3, 48, 80), torch.nan, dtype=dtype)
     new = draw(0, 2, 1, 6, 80, dtype=dtype).transpose(1, 2).unflatten(1, (2, 3)).unbind(1)
+    new = new[0], new[1].contiguous()  # as of a projection of keys and values together, and of one of its own
     append_token(*new, *tail, torch.tensor([7 * 16 + 21]).int(), torch.tensor([7]).int(), 16)
     assert torch.equal(tail[0, :, :, 20:21], new[0]) and torch.equal(tail[1, :, :, 20:21], new[1])
     assert int(tail.isnan().any(-1).sum()) == 2 * 2 * 3 * 47

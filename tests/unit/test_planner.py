@@ -57,6 +57,14 @@ def test_what_is_held_where():
     assert "link is faster" in kvpr.note and kvpr.parts["recomputed"] == 0
 
 
+@pytest.mark.parametrize("method", methods())
+def test_a_machine_without_a_gpu_has_one_memory(method):
+    held, there = plan(method, MHA, replace(H100, gpu=False), Load(65536, 8)), plan(method, MHA, H100, Load(65536, 8))
+    assert held.host_bytes == 0
+    # Scout has no residents beside there.
+    assert max(there.device_bytes, there.host_bytes) <= held.device_bytes <= there.device_bytes + there.host_bytes
+
+
 def test_kvpr_pays_without_gqa_alone():
     for load in (Load(4096, 1), Load(32768, 16)):
         assert plan("kvpr", MHA, H100, load).step_ms < plan("dense", MHA, H100, load).step_ms

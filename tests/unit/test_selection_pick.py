@@ -207,8 +207,9 @@ def test_no_open_block_at_all():
             assert counts_of(7, padding=padding, **options) == [0] * BATCH
 
 
-def test_a_dense_layer_keeps_no_digests():
-    selector, step, query = selector_for(83, dense_layers=(0,))
+@pytest.mark.parametrize("options", [{"dense_layers": (0,)}, {"budget": None}, {"budget": 1.0}], ids=str)
+def test_a_dense_layer_keeps_no_digests(options):
+    selector, step, query = selector_for(83, **options)
     assert selector.dense and selector.blocks == 0 and selector.table.used_bytes == 0
     assert not Selector(ScoutConfig(dense_layers=(0,)), 1, KEYS).dense
 

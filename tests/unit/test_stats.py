@@ -69,6 +69,17 @@ def test_nothing_measured_is_none_or_zero_never_an_error():
     assert summarise(counters, "scout", True, {}).cpu_ratio is None
 
 
+def test_what_a_device_counted_before_a_reset_is_forgotten():
+    counters = Counters()
+    tally = counters.recall_tally(1, torch.device("cpu"), 1000)
+    tally += 5
+    counters.reset()
+    assert summarise(counters, "scout", False, {}).recalled_blocks == 0
+    tally += 2
+    stats = summarise(counters, "scout", False, {})
+    assert (stats.recalled_blocks, stats.recalled_bytes) == (2, 2000)
+
+
 def test_a_snapshot_does_not_follow_the_counters():
     counters = two_layers()
     stats = summarise(counters, "scout", False, {})
