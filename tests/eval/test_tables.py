@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from scout_hf.eval.markdown import to_markdown
-from scout_hf.eval.tables import Grid, by, mib, short, three, tiers
+from scout_hf.eval.tables import Grid, by, median, mib, short, three, tiers
 
 
 def table():
@@ -36,6 +36,7 @@ def test_a_terminal_shows_the_title_and_a_line_where_it_is_asked_for(tight):
 
 def test_figures():
     assert [three(value) for value in (None, 0.123, 12.34, 123.4)] == ["-", "0.12", "12.3", "123"]
+    assert median({"median_ms": 12.34, "q1_ms": 9.876, "q3_ms": 123.4}) == "12.3 (9.88-123)"
     assert [short(count) for count in (0, 1000, 1024, 131072)] == ["0", "1000", "1k", "128k"]
     assert [mib(count) for count in (1 << 19, 10 << 20)] == ["0.5", "10"]
     assert tiers({"host": 3 << 20, "digests": 0, "device": 1 << 19}) == "host 3.0 + device 0.5"

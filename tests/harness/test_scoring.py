@@ -108,6 +108,15 @@ def test_shared_contexts_are_prefilled_once_and_every_other_token_is_decoded():
     assert stats.steps == sum(ticks) == decode_steps(alone) == 3 + 1
 
 
+def test_as_many_continuations_as_contexts_go_to_their_own():
+    """Longest first, which here is not the order of the contexts; then two of one context and none of the other."""
+    model, first, second = tiny("llama"), words(1, 20), words(2, 19)
+    for pairs in ([(first, [5]), (second, words(3, 4))], [(first, [5]), *((second, words(seed, 4)) for seed in (3, 4))]):
+        expected = [dense(model, *pair) for pair in pairs]
+        with caches_of(model, ScoutConfig(budget=None)) as caches:
+            assert_scores(score_pairs(model, pairs, caches.new, 2), expected, 1e-5)
+
+
 def test_rows_that_are_done_leave():
     model = tiny("llama")
     pairs = [(words(seed, 20), words(seed + 50, length)) for seed, length in enumerate((30, 2, 2, 1))]
