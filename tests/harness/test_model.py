@@ -194,8 +194,8 @@ def test_tallies_of_processes_and_of_request_types():
     first.add(Tally(1, 0.5, 20, 3.0, {"host": 3, "digests": 3}, 5.0, 30.0), at_once=True)
     assert (first.prefill_seconds, first.decode_seconds, first.decode_tokens) == (1.0, 3.0, 40)
     assert first.kv_bytes == {"host": 3, "digests": 3} and first.as_dict()["attended_share"] == 0.25
-    first.add(Tally(decode_seconds=1.0))
-    assert first.as_dict()["tokens_per_second"] == 10
+    first.add(Tally(decode_seconds=1.0, kv_bytes={"host": 4}))
+    assert first.as_dict()["tokens_per_second"] == 10 and first.kv_bytes == {"host": 3, "digests": 3}
 
 
 @pytest.mark.parametrize(

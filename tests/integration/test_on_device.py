@@ -118,6 +118,23 @@ def test_not_waiting_is_seen(monkeypatch, way):
     assert not torch.equal(logits(got), logits(expected))
 
 
+def test_a_fork_and_its_original_find_their_own_pages():
+    """Both write blocks of the same numbers, which a further turn of many tokens reads by way of the device."""
+    model, turns = llama(), [prompt(1, 40, seed) for seed in range(5)]
+    with torch.no_grad():
+        expected = [
+            model(torch.cat([turns[at] for at in way], dim=1)).logits[:, -40:] for way in ((0, 1, 3), (0, 2, 4))
+        ]
+        with scout_hf.patch(model, **TWO_TIERS) as handle:
+            cache = handle.new_cache()
+            model(turns[0], past_key_values=cache)
+            both = cache, cache.fork()
+            for each, turn in zip(both, turns[1:3]):
+                model(turn, past_key_values=each)
+            for each, turn, logits_there in zip(both, turns[3:], expected):
+                assert (model(turn, past_key_values=each).logits - logits_there).abs().max() <= 3e-6
+
+
 @pytest.mark.parametrize("call", [0, 3])
 def test_an_interrupt_in_the_middle_of_a_step(monkeypatch, way, call):
     tiny, count = llama(), []
