@@ -111,7 +111,8 @@ def test_shared_contexts_are_prefilled_once_and_every_other_token_is_decoded():
 def test_as_many_continuations_as_contexts_go_to_their_own():
     """Longest first, which here is not the order of the contexts; then two of one context and none of the other."""
     model, first, second = tiny("llama"), words(1, 20), words(2, 19)
-    for pairs in ([(first, [5]), (second, words(3, 4))], [(first, [5]), *((second, words(seed, 4)) for seed in (3, 4))]):
+    letter, sentence, other = (first, [5]), (second, words(3, 4)), (second, words(4, 4))
+    for pairs in ([letter, sentence], [letter, sentence, other]):
         expected = [dense(model, *pair) for pair in pairs]
         with caches_of(model, ScoutConfig(budget=None)) as caches:
             assert_scores(score_pairs(model, pairs, caches.new, 2), expected, 1e-5)

@@ -123,7 +123,7 @@ def test_a_fork_and_its_original_find_their_own_pages():
     model, turns = llama(), [prompt(1, 40, seed) for seed in range(5)]
     with torch.no_grad():
         expected = [
-            model(torch.cat([turns[at] for at in way], dim=1)).logits[:, -40:] for way in ((0, 1, 3), (0, 2, 4))
+            model(torch.cat([turns[at] for at in path], dim=1)).logits[:, -40:] for path in ((0, 1, 3), (0, 2, 4))
         ]
         with scout_hf.patch(model, **TWO_TIERS) as handle:
             cache = handle.new_cache()
@@ -131,8 +131,8 @@ def test_a_fork_and_its_original_find_their_own_pages():
             both = cache, cache.fork()
             for each, turn in zip(both, turns[1:3]):
                 model(turn, past_key_values=each)
-            for each, turn, logits_there in zip(both, turns[3:], expected):
-                assert (model(turn, past_key_values=each).logits - logits_there).abs().max() <= 3e-6
+            for each, turn, right in zip(both, turns[3:], expected):
+                assert (model(turn, past_key_values=each).logits - right).abs().max() <= 3e-6
 
 
 @pytest.mark.parametrize("call", [0, 3])
