@@ -161,7 +161,7 @@ def use_references(monkeypatch, cuda: Cuda) -> SimpleNamespace:
     def kernel(name, function):
         return lambda *args, **kwargs: cuda.launch(name, function, args, kwargs)
 
-    plain = {"Choice", "parts_for", "INTERPRETED", "run_of_blocks", "encode", "score"}
+    plain = {"Choice", "kv_splits_for", "INTERPRETED", "run_of_blocks", "encode", "score"}
     kernels = {name: value if name in plain else kernel(name, value) for name, value in vars(reference.KERNELS).items()}
     kernels["copy_blocks"] = _reads_pinned(kernels["copy_blocks"])
     kernels = SimpleNamespace(**kernels)

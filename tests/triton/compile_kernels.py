@@ -79,9 +79,11 @@ def calls() -> None:
         marks = {"starts": lengths.expand(2), "padding_mask": torch.ones(2, 128, dtype=torch.bool)}
         tiles = [Tile()] if dtype == torch.float32 else [*PLAIN, *PREFETCHING]
         for tile in tiles:
-            kernels.attend_blocks(query, keys, keys, 0.1, ids=ids, tile=tile, parts=3)
-        out, lse = kernels.attend_blocks(query, keys, keys, 0.1, 50.0, lengths=lengths, first=7, parts=3, **marks)
-        kernels.attend_blocks(query, keys[:, :, 0], keys[:, :, 1], 0.1, pages=ids, parts=3)
+            kernels.attend_blocks(query, keys, keys, 0.1, ids=ids, tile=tile, num_kv_splits=3)
+        out, lse = kernels.attend_blocks(
+            query, keys, keys, 0.1, 50.0, lengths=lengths, first=7, num_kv_splits=3, **marks
+        )
+        kernels.attend_blocks(query, keys[:, :, 0], keys[:, :, 1], 0.1, pages=ids, num_kv_splits=3)
         kernels.append_token(keys[:, :, 0, :1], keys[:, :, 1, :1], keys[:, :, 0], keys[:, :, 1], lengths, lengths, 32)
         kernels.merge(out, lse, dtype=dtype)
         kernels.merge(out, lse, query.float(), lse[:, :, :1].contiguous(), torch.zeros(8 * group))

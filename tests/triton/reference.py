@@ -21,7 +21,7 @@ from scout_hf.stores.mapped_slots import MappedSlots
 from tests.unit.naive import poison
 
 
-def parts_for(device, lists, listed, block_size):
+def kv_splits_for(device, lists, listed, block_size):
     return 2 if listed > 1 else 1
 
 
@@ -145,7 +145,7 @@ def wait(word, number, late, turns=1 << 25):
 
 
 KERNELS = SimpleNamespace(
-    attend_blocks=attend_blocks, parts_for=parts_for, merge=merge, choose=choose, Choice=Choice,
+    attend_blocks=attend_blocks, kv_splits_for=kv_splits_for, merge=merge, choose=choose, Choice=Choice,
     adopt_block=adopt_block, append_token=append_token,
     score=lambda *args, **options: None, encode=lambda *args: None, plan_recall=plan_recall, copy_blocks=copy_blocks,
     run_of_blocks=run_of_blocks, post=post, wait=wait, INTERPRETED=True,

@@ -13,7 +13,7 @@ import triton.language as tl  # noqa: E402
 
 from scout_hf.fusion import Partial, fuse  # noqa: E402
 from scout_hf.kernels.attend import attend  # noqa: E402
-from scout_hf.kernels.triton.attend import attend_blocks, parts_for  # noqa: E402
+from scout_hf.kernels.triton.attend import attend_blocks, kv_splits_for  # noqa: E402
 from scout_hf.kernels.triton.merge import merge  # noqa: E402
 from scout_hf.kernels.triton.prefetch import row_ahead  # noqa: E402
 from scout_hf.kernels.triton.tuning import Tile  # noqa: E402
@@ -103,7 +103,7 @@ def test_listed_blocks_are_attended_as_in_float64(case, dtype):
     for names in ((), ("starts", "lengths"), ("padding_mask", "lengths")):
         chosen = {name: given[name] for name in names}
         out, lse = attend_blocks(
-            query, keys, values, dim**-0.5, ids=ids, parts=parts, tile=Tile(tokens=tokens), **chosen
+            query, keys, values, dim**-0.5, ids=ids, num_kv_splits=parts, tile=Tile(tokens=tokens), **chosen
         )
         assert out.shape == (batch, heads * group, parts, dim) and lse.shape == out.shape[:3]
         got, log = merge(out, lse)
@@ -114,7 +114,7 @@ def test_listed_blocks_are_attended_as_in_float64(case, dtype):
 def test_soft_caps(softcap):
     query = draw(0, 2, 4, 1, 64) * 4
     keys, values = draw(1, 2, 2, 3, 32, 64), draw(2, 2, 2, 3, 32, 64)
-    out, lse = merge(*attend_blocks(query, keys, values, 0.3, softcap, parts=2))
+    out, lse = merge(*attend_blocks(query, keys, values, 0.3, softcap, num_kv_splits=2))
     everything = torch.ones(2, 2, 1, 96, dtype=torch.bool)
     compare(out, lse, query, flat(keys), flat(values), 0.3, everything, softcap)
 
@@ -125,9 +125,13 @@ def test_a_run_of_blocks_counts_from_its_first():
     keys[:, :, 2, 5:], values[:, :, 2, 5:] = torch.nan, torch.nan  # nobody has written there
     lengths = torch.tensor([7 * 16 + 2 * 16 + 5], dtype=torch.int32)
     starts = torch.tensor([0, 7 * 16 + 9], dtype=torch.int32)
-    out, lse = merge(*attend_blocks(query, keys, values, 0.125, first=7, lengths=lengths, starts=starts, parts=2))
+    out, lse = merge(
+        *attend_blocks(query, keys, values, 0.125, first=7, lengths=lengths, starts=starts, num_kv_splits=2)
+    )
     first = torch.tensor([7], dtype=torch.int32)
-    same, _ = merge(*attend_blocks(query, keys, values, 0.125, first=first, lengths=lengths, starts=starts, parts=2))
+    same, _ = merge(
+        *attend_blocks(query, keys, values, 0.125, first=first, lengths=lengths, starts=starts, num_kv_splits=2)
+    )
     assert torch.equal(out, same)
     ids = torch.arange(7, 10).expand(2, 2, 3)
     allowed = allowed_tokens(ids, 16, starts, lengths.expand(2))
@@ -140,7 +144,7 @@ def test_blocks_in_a_pool_are_found_by_their_pages():
     pages = torch.stack([torch.randperm(20, generator=generator(row), device="cpu")[:listed] for row in range(2)])
     pages = pages.to(DEVICE)[:, None].expand(batch, heads, listed)
     query = draw(1, batch, 4, 1, dim, dtype=torch.bfloat16)
-    out, lse = merge(*attend_blocks(query, pool[:, :, 0], pool[:, :, 1], 0.1, pages=pages, parts=2))
+    out, lse = merge(*attend_blocks(query, pool[:, :, 0], pool[:, :, 1], 0.1, pages=pages, num_kv_splits=2))
     gathered = pool[pages[:, 0]].permute(3, 0, 2, 1, 4, 5)
     everything = torch.ones(batch, heads, 1, listed * size, dtype=torch.bool)
     compare(out, lse, query, gathered[0].flatten(2, 3), gathered[1].flatten(2, 3), 0.1, everything)
@@ -151,14 +155,14 @@ def test_views_with_strides_need_no_copy():
     buffer = draw(0, 2, 2, 2, 8, 16, 64)
     keys, values = buffer[0, :, :, 1:5], buffer[1, :, :, 1:5]
     query = draw(1, 2, 1, 4, 64).transpose(1, 2)
-    out, lse = merge(*attend_blocks(query, keys, values, 0.125, parts=1))
+    out, lse = merge(*attend_blocks(query, keys, values, 0.125, num_kv_splits=1))
     compare(out, lse, query, flat(keys), flat(values), 0.125, torch.ones(2, 2, 1, 64, dtype=torch.bool))
 
 
 def test_empty_lists_give_nothing():
     query, keys = draw(0, 1, 2, 1, 64), torch.full((1, 1, 2, 16, 64), torch.nan)
     ids = torch.full((1, 1, 2), -1, dtype=torch.int32)
-    out, lse = attend_blocks(query, keys, keys, 1.0, ids=ids, parts=3)
+    out, lse = attend_blocks(query, keys, keys, 1.0, ids=ids, num_kv_splits=3)
     assert bool((out == 0).all()) and bool((lse == -torch.inf).all())
     out, lse = merge(out, lse)
     assert bool((out == 0).all()) and bool((lse == -torch.inf).all())
@@ -167,14 +171,14 @@ def test_empty_lists_give_nothing():
 def test_what_is_not_a_number_reaches_the_result():
     query, keys, values = draw(0, 1, 2, 1, 64), draw(1, 1, 1, 4, 16, 64), draw(2, 1, 1, 4, 16, 64)
     keys[0, 0, 2, 3, 7] = torch.nan
-    out, _ = merge(*attend_blocks(query, keys, values, 0.1, parts=2))
+    out, _ = merge(*attend_blocks(query, keys, values, 0.1, num_kv_splits=2))
     assert bool(out.isnan().any())
 
 
 def test_scores_far_apart_do_not_overflow():
     query = torch.full((1, 1, 1, 64), 30.0)
     keys, values = draw(1, 1, 1, 4, 16, 64) * 30, draw(2, 1, 1, 4, 16, 64)
-    out, lse = merge(*attend_blocks(query, keys, values, 1.0, parts=4))
+    out, lse = merge(*attend_blocks(query, keys, values, 1.0, num_kv_splits=4))
     assert bool(out.isfinite().all()) and bool(lse.isfinite().all())
     compare(out, lse, query, flat(keys), flat(values), 1.0, torch.ones(1, 1, 1, 64, dtype=torch.bool))
 
@@ -220,11 +224,11 @@ def test_a_list_is_cut_into_as_many_parts_as_keep_the_chip_busy(monkeypatch):
     from scout_hf.kernels.triton import attend
 
     monkeypatch.setattr(attend, "multiprocessors", lambda device: 132)
-    assert parts_for(torch.device("cpu"), 8, 64, 32) == 8  # of 256 tokens each, no smaller
-    assert parts_for(torch.device("cpu"), 128, 64, 32) == 3
-    assert parts_for(torch.device("cpu"), 1024, 64, 32) == 1
-    assert parts_for(torch.device("cpu"), 1, 10**5, 32) == 32
-    assert parts_for(torch.device("cpu"), 1, 1, 16) == 1
+    assert kv_splits_for(torch.device("cpu"), 8, 64, 32) == 8  # of 256 tokens each, no smaller
+    assert kv_splits_for(torch.device("cpu"), 128, 64, 32) == 3
+    assert kv_splits_for(torch.device("cpu"), 1024, 64, 32) == 1
+    assert kv_splits_for(torch.device("cpu"), 1, 10**5, 32) == 32
+    assert kv_splits_for(torch.device("cpu"), 1, 1, 16) == 1
 
 
 def test_the_prefetched_rows_are_those_of_the_list():
@@ -269,7 +273,7 @@ def test_lists_may_be_of_either_integer():
     query, keys, values = draw(0, 1, 2, 1, 64), draw(1, 1, 1, 4, 16, 64), draw(2, 1, 1, 4, 16, 64)
     ids = whole(3, 0, 9, 1, 1, 4)
     lengths = torch.tensor([100], dtype=torch.int32)
-    one, two = (attend_blocks(query, keys, values, 0.1, ids=ids.to(kind), lengths=lengths, parts=1)[0]
+    one, two = (attend_blocks(query, keys, values, 0.1, ids=ids.to(kind), lengths=lengths, num_kv_splits=1)[0]
                 for kind in (torch.int32, torch.int64))  # fmt: skip
     assert torch.equal(one, two)
 

@@ -2,7 +2,7 @@
 
 from scout_hf.kernels.triton import prefetch, tuning
 from scout_hf.kernels.triton.append import append_token
-from scout_hf.kernels.triton.attend import attend_blocks, parts_for
+from scout_hf.kernels.triton.attend import attend_blocks, kv_splits_for
 from scout_hf.kernels.triton.choose import Choice, choose
 from scout_hf.kernels.triton.encode import encode
 from scout_hf.kernels.triton.flags import post, wait
@@ -13,5 +13,5 @@ from scout_hf.kernels.triton.support import INTERPRETED
 
 __all__ = [
     "INTERPRETED", "Choice", "adopt_block", "append_token", "attend_blocks", "choose", "copy_blocks", "encode", "merge",
-    "parts_for", "plan_recall", "post", "prefetch", "run_of_blocks", "score", "tuning", "wait",
+    "kv_splits_for", "plan_recall", "post", "prefetch", "run_of_blocks", "score", "tuning", "wait",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Decode attention over listed blocks: split over the list, with the log-sum-exp of every part (Flash-Decoding).
+"""Decode attention over listed blocks: the list is split, with the log-sum-exp of every split (Flash-Decoding).
 
 Query heads of one GQA group are the rows of one tensor-core tile, so a block is read once for all of them. Natural
 logarithm at the boundary, base 2 inside.
@@ -14,7 +14,7 @@ from scout_hf.kernels.triton.prefetch import LINE_BYTES, OFF, ask_for, row_ahead
 from scout_hf.kernels.triton.support import INTERPRETED, LN2, LOG2E, MIN_ROWS, dot, multiprocessors, on_device_of, tanh
 from scout_hf.kernels.triton.tuning import Tile, tile_for
 
-MOST_PARTS = 32
+MAX_KV_SPLITS = 32
 
 
 @triton.jit(do_not_specialize=["first", "listed"])
@@ -24,7 +24,7 @@ def _attend(
     keys_b, keys_h, keys_n, keys_t,
     values_b, values_h, values_n, values_t,
     pages_b, pages_h, ids_b, ids_h, lengths_b, mask_b, out_h,
-    listed, first, parts, scale, softcap,
+    listed, first, num_kv_splits, scale, softcap,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
     HAS_PAGES: tl.constexpr, HAS_IDS: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_STARTS: tl.constexpr,
@@ -32,7 +32,7 @@ def _attend(
     PREFETCH: tl.constexpr, AHEAD: tl.constexpr, BYTES: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     row, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
-    part = tl.program_id(1)
+    split = tl.program_id(1)
     group, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     inside, within = group < GROUP, column < DIM
     keys += row.to(tl.int64) * keys_b + head.to(tl.int64) * keys_h
@@ -44,12 +44,12 @@ def _attend(
         first = tl.load(first_at)
     q = tl.load(asked, mask=inside[:, None] & within[None, :], other=0.0)
 
-    highest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    e_max = tl.full([ROWS], float("-inf"), tl.float32)
+    e_sum = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     tiles = tl.cdiv(listed * BLOCK, TILE)
-    each = tl.cdiv(tiles, parts)
-    for tile in range(part * each, tl.minimum(part * each + each, tiles)):
+    each = tl.cdiv(tiles, num_kv_splits)
+    for tile in range(split * each, tl.minimum(split * each + each, tiles)):
         token = tile * TILE + tl.arange(0, TILE)
         entry, offset = token // BLOCK, token % BLOCK
         real = entry < listed
@@ -79,21 +79,21 @@ def _attend(
         if HAS_SOFTCAP:
             scores = softcap * tanh(scores / softcap)
         scores = tl.where(real[None, :], scores * LOG2E, float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, 1))
+        new_max = tl.maximum(e_max, tl.max(scores, 1))
         # Where nothing was seen yet, minus infinity must not meet itself.
-        base = tl.where(higher == float("-inf"), 0.0, higher)
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)
         weights = tl.exp2(scores - base[:, None])
-        keep = tl.exp2(highest - base)
-        total = total * keep + tl.sum(weights, 1)
+        keep = tl.exp2(e_max - base)
+        e_sum = e_sum * keep + tl.sum(weights, 1)
         v = tl.load(values + (page * values_n + offset * values_t)[:, None] + column[None, :], mask=mask, other=0.0)
-        sums = sums * keep[:, None] + dot(weights.to(v.dtype), v)
-        highest = higher
+        acc = acc * keep[:, None] + dot(weights.to(v.dtype), v)
+        e_max = new_max
 
-    empty = total == 0.0
-    result = sums / tl.where(empty, 1.0, total)[:, None]
-    index = (row * KV_HEADS * GROUP + head * GROUP + group).to(tl.int64) * out_h + part
+    empty = e_sum == 0.0
+    result = acc / tl.where(empty, 1.0, e_sum)[:, None]
+    index = (row * KV_HEADS * GROUP + head * GROUP + group).to(tl.int64) * out_h + split
     tl.store(out + index[:, None] * DIM + column[None, :], result, mask=inside[:, None] & within[None, :])
-    logs = tl.where(empty, float("-inf"), (highest + tl.log2(tl.where(empty, 1.0, total))) * LN2)
+    logs = tl.where(empty, float("-inf"), (e_max + tl.log2(tl.where(empty, 1.0, e_sum))) * LN2)
     tl.store(lse + index, logs, mask=inside)
 
 
@@ -111,10 +111,10 @@ def attend_blocks(
     lengths: torch.Tensor | None = None,
     padding_mask: torch.Tensor | None = None,
     into: tuple[torch.Tensor, torch.Tensor] | None = None,
-    parts: int | None = None,
+    num_kv_splits: int | None = None,
     tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Partial attention of one query per row over the blocks of a list, cut into parts.
+    """Partial attention of one query per row over the blocks of a list, in splits.
 
     Parameters
     ----------
@@ -134,30 +134,30 @@ def attend_blocks(
         First token of each row, and the one behind its last; ``lengths`` may have one element for all rows.
     padding_mask : Tensor (batch, tokens) of bool, or None
         Tokens that are no padding; must cover all listed blocks up to ``lengths``.
-    into : (Tensor (batch, query_heads, parts, head_dim), Tensor (batch, query_heads, parts)) of float32, or None
-        Where results go: contiguous buffers, or views of some parts of such.
-    parts : int or None
-        Into how many parts the list is cut; None for as many as the chip is busy with.
+    into : tuple of two Tensors of float32, or None
+        Where results go, as they are returned: contiguous buffers, or views of some splits of such.
+    num_kv_splits : int or None
+        Into how many splits the list is cut; None for as many as the chip is busy with.
     tile : Tile or None
         Sizes that the kernel is compiled for; None for what was found best for these shapes.
 
     Returns
     -------
-    out : Tensor (batch, query_heads, parts, head_dim) of float32
-        Exactly 0 for a part without tokens.
-    lse : Tensor (batch, query_heads, parts) of float32
-        Natural; -inf for a part without tokens.
+    out : Tensor (batch, query_heads, num_kv_splits, head_dim) of float32
+        Exactly 0 for a split without tokens.
+    lse : Tensor (batch, query_heads, num_kv_splits) of float32
+        Natural; -inf for a split without tokens.
     """
     batch, query_heads, _, dim = query.shape
     kv_heads, size = keys.shape[1], keys.shape[-2]
     listed = keys.shape[2] if pages is None else pages.shape[2]
     if into is not None:
-        parts = into[1].shape[2]
-    elif parts is None:
-        parts = parts_for(query.device, batch * kv_heads, listed, size)
+        num_kv_splits = into[1].shape[2]
+    elif num_kv_splits is None:
+        num_kv_splits = kv_splits_for(query.device, batch * kv_heads, listed, size)
     if into is None:
-        out = torch.empty((batch, query_heads, parts, dim), dtype=torch.float32, device=query.device)
-        into = out, torch.empty((batch, query_heads, parts), dtype=torch.float32, device=query.device)
+        out = torch.empty((batch, query_heads, num_kv_splits, dim), dtype=torch.float32, device=query.device)
+        into = out, torch.empty((batch, query_heads, num_kv_splits), dtype=torch.float32, device=query.device)
     out, lse = into
     group, row = query_heads // kv_heads, dim * keys.element_size()
     tile = tile or tile_for(query, keys)
@@ -167,12 +167,12 @@ def attend_blocks(
     places = [keys.stride(), values.stride()]
     strides = [stride[:4] if pages is None else (0, stride[1], stride[0], stride[2]) for stride in places]
     with on_device_of(query):
-        _attend[(batch * kv_heads, parts)](
+        _attend[(batch * kv_heads, num_kv_splits)](
             query, keys, values, *given, out, lse,
             query.stride(0), query.stride(1), *strides[0], *strides[1],
             *(given[0].stride()[:2]), *(given[1].stride()[:2]),
             0 if lengths is None or len(lengths) == 1 else lengths.stride(0), given[5].stride(0), lse.stride(1),
-            listed, first if at is None else 0, parts, scale, 1.0 if softcap is None else softcap,
+            listed, first if at is None else 0, num_kv_splits, scale, 1.0 if softcap is None else softcap,
             kv_heads, group, dim, size,
             max(MIN_ROWS, triton.next_power_of_2(group)), triton.next_power_of_2(dim), max(tile.tokens, MIN_ROWS),
             pages is not None, ids is not None, at is not None, starts is not None,
@@ -183,7 +183,7 @@ def attend_blocks(
     return out, lse
 
 
-def parts_for(device: torch.device, lists: int, listed: int, block_size: int) -> int:
-    """Parts that keep all multiprocessors busy, of some hundred tokens at least."""
+def kv_splits_for(device: torch.device, lists: int, listed: int, block_size: int) -> int:
+    """Splits that keep all multiprocessors busy, of some hundred tokens at least."""
     wanted = -(-2 * multiprocessors(device) // lists)
-    return max(1, min(wanted, listed * block_size // 256, MOST_PARTS))
+    return max(1, min(wanted, listed * block_size // 256, MAX_KV_SPLITS))

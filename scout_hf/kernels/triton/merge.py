@@ -21,32 +21,32 @@ def _merge(
     part, column = tl.arange(0, PARTS), tl.arange(0, COLUMNS)
     within = column < DIM
     part_logs = tl.load(logs + place * parts_h + part, mask=part < count, other=float("-inf"))
-    highest = tl.max(part_logs, 0)
+    e_max = tl.max(part_logs, 0)
     if HAS_MORE:
         more_log = tl.load(more_logs + place)
-        highest = tl.maximum(highest, more_log)
+        e_max = tl.maximum(e_max, more_log)
     if HAS_SINKS:
         sink = tl.load(sinks + head % heads).to(tl.float32)
-        highest = tl.maximum(highest, sink)
-    base = tl.where(highest == float("-inf"), 0.0, highest)
+        e_max = tl.maximum(e_max, sink)
+    base = tl.where(e_max == float("-inf"), 0.0, e_max)
     weights = tl.exp(part_logs - base)
-    total = tl.sum(weights, 0)
+    e_sum = tl.sum(weights, 0)
     # A part without tokens may lie in memory that nobody has written to.
     mask = (part_logs != float("-inf"))[:, None] & within[None, :]
     values = tl.load(parts + (place * parts_h + part)[:, None] * DIM + column[None, :], mask=mask, other=0.0)
-    sums = tl.sum(weights[:, None] * values, 0)
+    acc = tl.sum(weights[:, None] * values, 0)
     if HAS_MORE:
         more_logs = tl.zeros([COLUMNS], tl.float32) + more_log
         mask = (more_logs != float("-inf")) & within
         values = tl.load(more + place * more_h + column, mask=mask, other=0.0).to(tl.float32)
-        sums += tl.exp(more_logs - base) * values
-        total += tl.exp(more_log - base)
+        acc += tl.exp(more_logs - base) * values
+        e_sum += tl.exp(more_log - base)
     if HAS_SINKS:
-        total += tl.exp(sink - base)
-    empty = total == 0.0
-    total = tl.where(empty, 1.0, total)
-    tl.store(out + place * DIM + column, (sums / total).to(out.dtype.element_ty), mask=within)
-    tl.store(lse + place, tl.where(empty, float("-inf"), tl.log(total) + base))
+        e_sum += tl.exp(sink - base)
+    empty = e_sum == 0.0
+    e_sum = tl.where(empty, 1.0, e_sum)
+    tl.store(out + place * DIM + column, (acc / e_sum).to(out.dtype.element_ty), mask=within)
+    tl.store(lse + place, tl.where(empty, float("-inf"), tl.log(e_sum) + base))
 
 
 def merge(

@@ -163,7 +163,7 @@ class TritonExecutor(Executor):
         if layer.resident is not None:
             spans.append((layer.resident.keys, layer.resident.values, {"ids": layer.resident.ids}))
         lists = query.shape[0] * layer.kv_heads
-        parts = [self.kernels.parts_for(query.device, lists, keys.shape[2], size) for keys, _, _ in spans]
+        parts = [self.kernels.kv_splits_for(query.device, lists, keys.shape[2], size) for keys, _, _ in spans]
         out = torch.empty((*query.shape[:2], sum(parts), query.shape[3]), dtype=torch.float32, device=query.device)
         lse, first = torch.empty(out.shape[:3], dtype=torch.float32, device=query.device), 0
         for count, (keys, values, where) in zip(parts, spans):

@@ -205,26 +205,26 @@ struct Attend {
   void merge(int list, int row, int head) {
     const int D = a.store.head_dim;
     const int64_t first = first_item[list], last = first_item[list + 1];
-    float sums[SCOUT_MAX_HEAD_DIM];
+    float acc[SCOUT_MAX_HEAD_DIM];
     for (int g = 0; g < group; g++) {
-      float most = -INFINITY, total = 0.0f;
+      float e_max = -INFINITY, e_sum = 0.0f;
       for (int64_t i = first; i < last; i++) {
         const float max = partials[i * stride + group * D + g];
-        most = max > most ? max : most;
+        e_max = max > e_max ? max : e_max;
       }
-      memset(sums, 0, sizeof(float) * D);
+      memset(acc, 0, sizeof(float) * D);
       for (int64_t i = first; i < last; i++) {
         const float *partial = partials + i * stride, max = partial[group * D + g], sum = partial[group * D + group + g];
-        const float factor = max == most ? 1.0f : expf(max - most);
-        total += sum * factor;
-        for (int d = 0; d < D; d++) sums[d] += partial[g * D + d] * factor;
+        const float factor = max == e_max ? 1.0f : expf(max - e_max);
+        e_sum += sum * factor;
+        for (int d = 0; d < D; d++) acc[d] += partial[g * D + d] * factor;
       }
-      const bool empty = most == -INFINITY && !(total != total);
-      const float scale = empty ? 0.0f : 1.0f / total;
-      for (int d = 0; d < D; d++) sums[d] *= scale;
+      const bool empty = e_max == -INFINITY && !(e_sum != e_sum);
+      const float scale = empty ? 0.0f : 1.0f / e_sum;
+      for (int d = 0; d < D; d++) acc[d] *= scale;
       const int64_t which = (int64_t)row * a.query_heads + head * group + g;
-      scout::write_numbers(sums, D, a.out_dtype, a.out, which * D);
-      if (a.lse) a.lse[which] = empty ? -INFINITY : most + logf(total);
+      scout::write_numbers(acc, D, a.out_dtype, a.out, which * D);
+      if (a.lse) a.lse[which] = empty ? -INFINITY : e_max + logf(e_sum);
     }
   }
 
