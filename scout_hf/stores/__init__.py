@@ -1,4 +1,4 @@
-"""Where keys and values live: pages with reference counts, paged host memory, slots on the device."""
+"""KV storage: reference-counted pages, paged host memory, block slots on the device."""
 
 from scout_hf.stores.host import PagedKV
 from scout_hf.stores.memory import allocate_slab, huge_page_bytes

@@ -1,4 +1,4 @@
-"""Counting what several stores hold together: pages that they share are counted once."""
+"""Count the bytes of several stores, shared page pools once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SEEN: ContextVar[set[Any] | None] = ContextVar("pools seen", default=None)
 
 @contextmanager
 def each_pool_once() -> Iterator[None]:
-    """Within the block every pool of pages adds to ``used_bytes`` once, whichever of its stores is asked first."""
+    """Context manager: each page pool counts in the ``used_bytes`` of only the first of its stores that is asked."""
     token = _SEEN.set(set())
     try:
         yield
@@ -21,7 +21,7 @@ def each_pool_once() -> Iterator[None]:
 
 
 def counts(pool: Any) -> bool:
-    """Whether ``pool`` is to be counted now."""
+    """Whether ``pool`` has not been counted yet."""
     seen = _SEEN.get()
     if seen is None:
         return True

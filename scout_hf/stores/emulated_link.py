@@ -1,4 +1,4 @@
-"""Another machine's link, or CPU, over tiers that share one memory: work takes as long as it would there."""
+"""Emulate the link or CPU of another machine on one memory: work takes as long as it would take there."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ T = TypeVar("T")
 
 
 class EmulatedLink:
-    """Books work one after another, transfers or reading; safe to use from several threads."""
+    """A serial resource with limited bandwidth (a link, or CPU reads); thread-safe."""
 
     def __init__(self) -> None:
         self._free_at = 0.0
         self._lock = threading.Lock()
 
     def limit(self, ticket: Ticket[T], nbytes: int, gbps: float | None) -> Ticket[T]:
-        """A ticket that is done when ``ticket`` is, and not before ``nbytes`` more have crossed at ``gbps``."""
+        """A ticket that ends with ``ticket``, but not before ``nbytes`` more have crossed at ``gbps`` (GB/s)."""
         if gbps is None:
             return ticket
         with self._lock:
@@ -32,26 +32,26 @@ class EmulatedLink:
 
 
 class LimitedTicket(Ticket[T_co]):
-    """A transfer over an emulated link, which is busy with it from ``begin`` to ``due`` (``time.perf_counter``)."""
+    """A transfer that occupies an emulated link from ``begin`` to ``due`` (seconds of ``time.perf_counter``)."""
 
     def __init__(self, ticket: Ticket[T_co], due: float, begin: float):
         self._ticket, self.due, self.begin = ticket, due, begin
 
     def wait(self) -> T_co:
-        """The transfer's result, once it has crossed."""
+        """The transfer's result; blocks until ``due``."""
         result = self._ticket.wait()
         if (left := self.due - time.perf_counter()) > 0:
             time.sleep(left)
         return result
 
     def drain(self) -> bool:
-        """Block until the memory is no longer written to; whether the transfer got through."""
+        """Block until the memory is no longer written to; returns whether the transfer succeeded."""
         return self._ticket.drain()
 
     def done(self) -> bool:
-        """Whether it has crossed."""
+        """Whether the transfer has ended and ``due`` is past."""
         return self._ticket.done() and time.perf_counter() >= self.due
 
     def times(self) -> tuple[int, int]:
-        """What the link is busy with it, ns."""
+        """When the transfer began and ended on the emulated link, ns."""
         return int(self.begin * 1e9), int(self.due * 1e9)

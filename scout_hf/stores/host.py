@@ -1,4 +1,4 @@
-"""Keys and values of one layer in pages: append, read, share, cut. The host tier, and the only one without a GPU."""
+"""Paged keys and values of one layer: the host tier, and the only tier without a GPU."""
 
 from __future__ import annotations
 
@@ -17,24 +17,37 @@ from scout_hf.stores.streams import Links, Mark
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# On the device, for pages on their way.
+# Device memory for pages in an in-flight write-back.
 STAGED_BYTES = 64 << 20
 
 
 class PagedKV:
     """Paged keys and values of a batch; all rows have the same length.
 
-    A page holds one block of one row: ``(kv_heads, 2, block_size, head_dim)``, keys then values, so that one head's
+    A page holds one block of one row: ``(kv_heads, 2, block_size, head_dim)``, keys then values, so that one KV head's
     block is one contiguous tile.
 
     Parameters
     ----------
     batch, heads, head_dim, block_size : int
-        KV heads, not query heads; tokens per block.
-    dtype, device
-        Of the tensors that come and go.
+        Rows, KV heads (not query heads), channels per head, tokens per block.
+    dtype : torch.dtype
+    device : torch.device or str
+        Of the pages, and of the tensors that are appended and read.
     pinned : bool
-        Whether a GPU reads and writes the pages by itself.
+        Pin the pages, so that a GPU can read and write them directly.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf.stores import PagedKV
+    >>> store = PagedKV(batch=1, heads=2, head_dim=8, block_size=4, dtype=torch.float32, device="cpu")
+    >>> keys, values = torch.randn(2, 1, 2, 6, 8)
+    >>> store.append(keys, values)
+    >>> store.length, store.blocks
+    (6, 2)
+    >>> bool((store.read(2, 6)[0] == keys[:, :, 2:6]).all())
+    True
     """
 
     packed = False
@@ -72,16 +85,16 @@ class PagedKV:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the pages in use, those shared with forks counted once; 0 the second time in ``each_pool_once``."""
+        """Bytes of the pool's used pages, forks included; 0 after the first call within ``each_pool_once``."""
         pool = self.table.pool
         return pool.used_pages * pool.page_bytes if counts(pool) else 0
 
     def memory(self) -> tuple[torch.Tensor, ...]:
-        """All that ``native()`` points to."""
+        """The tensors whose memory ``native()`` points to."""
         return (self.table.places, *self.table.pool.slabs)
 
     def native(self) -> StoreArgs | None:
-        """This store as the native library sees it, valid until it is next changed; None where that cannot be."""
+        """The store as a struct of the native library, valid until the next change; None if it cannot be served."""
         if self.library is None:
             return None
         if self._args is None:
@@ -95,13 +108,25 @@ class PagedKV:
         return self._args
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store new tokens of every row; (batch, kv_heads, tokens, head_dim) each."""
+        """Append new tokens to every row.
+
+        Parameters
+        ----------
+        keys, values : Tensor (batch, kv_heads, tokens, head_dim)
+            Converted to the store's dtype and device if needed.
+
+        Raises
+        ------
+        CacheStateError
+            If a shape does not fit.
+        """
         tokens = keys.shape[2]
         expected = (self.batch, self.heads, tokens, self.head_dim)
         if keys.shape != expected or values.shape != expected:
             raise CacheStateError(
                 f"got keys {tuple(keys.shape)} and values {tuple(values.shape)}; this store takes {self.batch} rows "
-                f"of {self.heads} KV heads with {self.head_dim} channels, as many values as keys"
+                f"of {self.heads} KV heads with {self.head_dim} channels, as many values as keys. Pass both as "
+                "(batch, kv_heads, tokens, head_dim), before heads are repeated for GQA"
             )
         if keys.dtype != self.dtype or values.dtype != self.dtype or not keys.device == values.device == self.device:
             keys, values = (part.to(self.device, self.dtype) for part in (keys, values))
@@ -114,18 +139,19 @@ class PagedKV:
         self.length += tokens
 
     def append_beside(self, keys: torch.Tensor, values: torch.Tensor, links: Links) -> Mark:
-        """Store whole blocks from a device, each page by one copy, while the device goes on.
+        """Append whole blocks from a device asynchronously, on the write-back stream.
 
         Parameters
         ----------
         keys, values : Tensor (batch, kv_heads, n * block_size, head_dim)
-            On the device; they may be overwritten as soon as this returns. The store ends with a whole block.
+            On the device; may be overwritten once this returns. The store must end with a whole block.
         links : Links
+            Provides the stream.
 
         Returns
         -------
         Mark
-            The end of the copies.
+            The end of the copies; nothing may read these blocks on the host before it.
         """
         first, tokens = self.blocks, keys.shape[2]
         self._reserve(tokens)
@@ -134,7 +160,7 @@ class PagedKV:
         for start in range(0, tokens // self.block_size, step):
             part = slice(start * self.block_size, (start + step) * self.block_size)
             blocks = [given[:, :, part].unflatten(2, (-1, self.block_size)) for given in (keys, values)]
-            # In the order of pages: (batch, n, kv_heads, 2, block_size, head_dim).
+            # In page layout: (batch, n, kv_heads, 2, block_size, head_dim).
             staged = torch.stack(blocks, dim=3).transpose(1, 2).contiguous()
             pages = self.table.ids[:, first + start : first + start + staged.shape[1]]
             with links.beside("write-back", keys.device, staged) as copied:
@@ -148,7 +174,7 @@ class PagedKV:
         return done
 
     def _reserve(self, tokens: int) -> None:
-        # Pages that an append took which then failed: the last page must be the one that is written to.
+        # Drop pages that a failed append allocated: the last page must be the one that is written to.
         self.table.truncate(self.blocks)
         if self.length % self.block_size:
             self.table.own_last()
@@ -161,9 +187,9 @@ class PagedKV:
         Parameters
         ----------
         blocks : Tensor (batch, kv_heads, n) of int64
-            Block numbers per row and head, on the CPU.
+            Block numbers per row and KV head, on the CPU.
         keys, values : Tensor (batch, kv_heads, n, block_size, head_dim), contiguous
-            Where they go; the unfilled end of a row's last block is undefined.
+            Output; undefined where the last block of the store is not filled.
         """
         library, native = self.library, self.native()
         if library is not None and native is not None:
@@ -192,7 +218,7 @@ class PagedKV:
                 flat_values.index_copy_(0, where, flat.index_select(0, local + 1))
 
     def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of tokens ``start:stop`` as (batch, kv_heads, stop - start, head_dim) each, newly made."""
+        """A copy of tokens ``start:stop``: keys and values, (batch, kv_heads, stop - start, head_dim) each."""
         first, last = start // self.block_size, -(-stop // self.block_size)
         shape = (self.batch, self.heads, last - first, self.block_size, self.head_dim)
         keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
@@ -209,7 +235,7 @@ class PagedKV:
             self.table.truncate(self.blocks)
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Make row ``i`` what row ``rows[i]`` was (beam search, repeats); pages are shared until written to."""
+        """Replace row ``i`` by the former row ``rows[i]``, for every ``i``; pages are shared, copy on write."""
         self.table.select_rows(rows.cpu())
 
     def fork(self) -> Self:

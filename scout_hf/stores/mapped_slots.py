@@ -1,4 +1,4 @@
-"""Resident slots whose bookkeeping lies on the device too, so that a decode step never asks the host about it."""
+"""Resident slots with their bookkeeping on the device, so that a decode step needs no host sync."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ SPARE_BLOCKS = 64
 
 
 class MappedSlots:
-    """Block slots per row and KV head, with a map in either direction.
+    """Block slots per row and KV head, with maps from slot to block and from block to slot.
 
     Parameters
     ----------
     batch, heads, slots, block_size, head_dim : int
-        Sizes.
-    dtype, device
-        Of the slots.
+        Rows, KV heads, slots per row and KV head, tokens per block, channels per head.
+    dtype : torch.dtype
+    device : torch.device
 
     Attributes
     ----------
@@ -25,9 +25,9 @@ class MappedSlots:
     ids : Tensor (batch, kv_heads, slots) of int32
         The block in each slot, ``EMPTY`` for none.
     slot_of : Tensor (batch, kv_heads, capacity) of int32
-        The slot of each block, ``EMPTY`` for none; with spare capacity blocks than there are.
+        The slot of each block, ``EMPTY`` for none; with spare capacity.
     filled : int or None
-        Leading slots in use, the same in every row and head; None where they differ or only the device knows.
+        Leading slots in use; None if that differs between rows or heads, or only the device knows it.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class MappedSlots:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes that the slots and their maps take, used or not."""
+        """Bytes of all slots and maps, used or not."""
         numbers = self.ids.numel() + self.slot_of.numel()
         return 2 * self.keys.numel() * self.keys.element_size() + 4 * numbers
 
     def reserve(self, blocks: int) -> None:
-        """Let ``slot_of`` cover that many blocks."""
+        """Enlarge ``slot_of`` to at least ``blocks`` blocks."""
         if blocks > self.slot_of.shape[2]:
             capacity = blocks + max(SPARE_BLOCKS, blocks // 8)
             grown = torch.full((*self.ids.shape[:2], capacity), EMPTY, dtype=torch.int32, device=self.ids.device)
@@ -68,30 +68,30 @@ class MappedSlots:
             self.slot_of = grown
 
     def adopted(self, first: int) -> None:
-        """Block ``first`` has been taken into an empty slot of every row and head that had one."""
+        """Note that block ``first`` was copied into an empty slot of every row and KV head that had one."""
         if self.filled is not None:
             self.filled = min(self.filled + 1, self.slots)
         self._blocks = max(self._blocks, first + 1)
 
     def recalled(self, blocks: int) -> None:
-        """Some empty slots may have been filled, with blocks below that number."""
+        """Note that a recall may have filled empty slots with blocks below ``blocks``."""
         self._blocks = max(self._blocks, blocks)
         if self.filled != self.slots:
             self.filled = None
 
     def clear(self, blocks: int) -> None:
-        """Empty all slots, for a text of that many blocks."""
+        """Empty all slots, for a context of ``blocks`` blocks."""
         self.reserve(blocks)
         self.ids.fill_(EMPTY)
         self.slot_of.fill_(EMPTY)
         self.filled, self._blocks = 0, blocks
 
     def grow(self, slots: int) -> None:
-        """Have that many slots, the new ones empty; what is held keeps its slot."""
+        """Enlarge to ``slots`` slots; the new ones are empty, residents keep their slots."""
         self.keys, self.values, self.ids = more_slots(slots, self.keys, self.values, self.ids)
 
     def crop(self, blocks: int) -> None:
-        """Forget residents from block ``blocks`` on."""
+        """Empty the slots of blocks from ``blocks`` on."""
         if blocks < self._blocks:
             self.filled = None
             self.ids.masked_fill_(self.ids >= blocks, EMPTY)
@@ -99,7 +99,7 @@ class MappedSlots:
             self._blocks = blocks
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Make row ``i`` what row ``rows[i]`` was."""
+        """Replace row ``i`` by the former row ``rows[i]``, for every ``i``."""
         rows = rows.to(self.ids.device)
         parts = (self.keys, self.values, self.ids, self.slot_of)
         self.keys, self.values, self.ids, self.slot_of = (part[rows] for part in parts)

@@ -1,4 +1,4 @@
-"""Memory for slabs: on huge pages where the system gives them, pinned where a GPU reads it; how many of them came."""
+"""Allocate slabs: on huge pages where the system has them, pinned where a GPU reads them."""
 
 from __future__ import annotations
 
@@ -16,24 +16,43 @@ import torch
 from scout_hf.errors import HostMemoryError, PinnedMemoryError
 
 HUGE_BYTES = 2 << 20
-# By address; looked at when there is no memory for one more.
+# All slabs in host memory, by address; for error messages.
 _slabs: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
 
 
 def allocate_slab(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pinned: bool = False
 ) -> torch.Tensor:
-    """A tensor of undefined content; on the CPU, one of several huge pages or more asks the system for such pages.
+    """Allocate a tensor of undefined content, on huge pages if it lies on the CPU and has 4 MiB or more.
 
-    Scattered blocks are read up to half again as fast from huge pages. Memory is only taken as it is written to, but
-    ``pinned`` memory, which a GPU reads and writes by itself, at once.
+    Scattered blocks are read up to 1.5 times as fast from huge pages. The system commits memory on first write;
+    pinned memory at once.
+
+    Parameters
+    ----------
+    shape : tuple of int
+    dtype : torch.dtype
+    device : torch.device
+    pinned : bool
+        Pin the memory, so that a GPU can read and write it directly.
+
+    Returns
+    -------
+    Tensor
 
     Raises
     ------
     HostMemoryError
-        If the system does not give that much memory of the host.
+        If there is not enough host memory.
     PinnedMemoryError
-        If the driver does not pin that much.
+        If the driver cannot pin that much.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf.stores import allocate_slab
+    >>> allocate_slab((4, 16), torch.float32, torch.device("cpu")).shape
+    torch.Size([4, 16])
     """
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
@@ -46,7 +65,7 @@ def allocate_slab(
     except PinnedMemoryError:
         raise
     except (OSError, MemoryError, OverflowError, RuntimeError) as error:
-        # Torch says it with a RuntimeError, which may also be of something else.
+        # Torch reports lack of memory as a RuntimeError; other RuntimeErrors pass through.
         if isinstance(error, RuntimeError) and not re.search("memory|overflow", str(error)):
             raise
         raise HostMemoryError(_no_memory(bytes_needed, error)) from error
@@ -56,7 +75,7 @@ def allocate_slab(
 
 
 def held_bytes() -> int:
-    """Bytes of all slabs in host memory that are alive, used or not, of every cache in this process."""
+    """Bytes of all live slabs in host memory, used or not, over all caches of this process."""
     return sum(slab.nbytes for slab in list(_slabs.values()))
 
 
@@ -65,7 +84,7 @@ def _no_memory(bytes_needed: int, error: Exception) -> str:
     return (
         f"no host memory for {_gib(bytes_needed)} more ({error}): scout_hf holds {_gib(held_bytes())} in slabs, "
         f"{_gib(memory.available)} of this machine's {_gib(memory.total)} are free, and limits such as `ulimit -v` may "
-        'leave less; let go of caches that are no longer needed, use host_dtype="int8", a shorter context or fewer rows'
+        'leave less; delete caches that are no longer needed, use host_dtype="int8", a shorter context or fewer rows'
     )
 
 
@@ -79,13 +98,13 @@ def _map_huge(bytes_needed: int, pinned: bool = False) -> torch.Tensor:
     try:
         memory.madvise(mmap.MADV_HUGEPAGE)
     except OSError:
-        pass  # a kernel without them: ordinary pages do
+        pass  # no huge pages in this kernel: ordinary pages do
     held = (ctypes.c_char * len(memory)).from_buffer(memory)
     first = -ctypes.addressof(held) % HUGE_BYTES
     if pinned:
         address = ctypes.addressof(held) + first
         _pin(address, bytes_needed)
-        # The driver must let go before the system takes the memory back: until then this keeps the mapping.
+        # Unpin before the mapping is freed: the finalizer keeps the mapping until then.
         weakref.finalize(held, _unpin, address, memory).atexit = False
     return torch.frombuffer(held, dtype=torch.uint8, count=bytes_needed, offset=first)
 
@@ -94,11 +113,11 @@ def _pin(address: int, bytes_needed: int) -> None:
     # Portable: for every GPU of the process.
     status = int(torch.cuda.cudart().cudaHostRegister(address, bytes_needed, 1))
     if status:
-        # The runtime remembers an error until the next call that looks; that shall not be somebody else's.
+        # CUDA keeps the error until the next call that checks: make that call here, not in unrelated code.
         with contextlib.suppress(RuntimeError, AssertionError):
             torch.zeros(1, dtype=torch.float32, device="cuda")
         raise PinnedMemoryError(
-            f"the driver does not pin {bytes_needed / 2**30:.1f} GiB of host memory (CUDA error {status}); allowed is "
+            f"cannot pin {bytes_needed / 2**30:.1f} GiB of host memory (CUDA error {status}); allowed is "
             'what `ulimit -l` and free memory leave: raise the limit, use host_dtype="int8", or shorten the context'
         )
 
@@ -108,9 +127,27 @@ def _unpin(address: int, mapping: mmap.mmap) -> None:
 
 
 def huge_page_bytes(slabs: list[torch.Tensor], smaps: Path = Path("/proc/self/smaps")) -> int:
-    """Bytes of the mappings that hold these slabs which the system has put on huge pages; 0 where it cannot say.
+    """Bytes of these slabs that the system has put on huge pages (Linux).
 
-    Reads a file that lists all mappings of the process: milliseconds, not for a decode step.
+    Reads the list of all mappings of the process, which takes milliseconds: not for a decode step.
+
+    Parameters
+    ----------
+    slabs : list of Tensor
+    smaps : Path
+        The kernel's list of mappings.
+
+    Returns
+    -------
+    int
+        0 where the system does not report it.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf.stores import allocate_slab, huge_page_bytes
+    >>> huge_page_bytes([allocate_slab((4, 16), torch.float32, torch.device("cpu"))])
+    0
     """
     large = [slab for slab in slabs if slab.device.type == "cpu" and slab.nbytes >= 2 * HUGE_BYTES]
     if not large:
@@ -127,5 +164,5 @@ def huge_page_bytes(slabs: list[torch.Tensor], smaps: Path = Path("/proc/self/sm
             inside = any(low <= place < high for place in places)
         elif inside and line.startswith("AnonHugePages:"):
             total += int(line.split()[1]) * 1024
-    # The system may have joined neighbouring mappings.
+    # The kernel may have merged neighbouring mappings.
     return min(total, sum(slab.nbytes for slab in large))

@@ -1,4 +1,4 @@
-"""Pages of int8: half the bytes of a bf16 store, a little loss. Blocks are packed when they are full."""
+"""An int8 KV store: half the bytes of bf16, with a small quantisation error. Blocks are packed when they are full."""
 
 from __future__ import annotations
 
@@ -19,10 +19,32 @@ if TYPE_CHECKING:
 class PackedKV(PagedKV):
     """Paged keys and values in int8: one scale per channel and block for keys, one per token for values.
 
-    The block that is being filled stays as it came, in ``tail`` (batch, kv_heads, 2, block_size, head_dim). A packed
-    tile holds keys as [head_dim / 2][block][2], values as [block / 4][head_dim][4], then bf16 scales of the keys'
-    channels and of the values' tokens, filled up to a multiple of 64 bytes: the order in which integer dot products
-    want them.
+    The partly filled last block stays unpacked in ``tail`` (batch, kv_heads, 2, block_size, head_dim). A packed tile
+    holds keys as [head_dim / 2][block][2], values as [block / 4][head_dim][4], then bf16 scales of the keys' channels
+    and of the values' tokens, padded to a multiple of 64 bytes: the layout that integer dot products read.
+
+    Parameters
+    ----------
+    batch, heads, head_dim, block_size : int
+        Rows, KV heads, channels per head (even), tokens per block.
+    dtype : torch.dtype
+    device : torch.device or str
+        Of the tensors that are appended and read.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If ``head_dim`` is odd.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf.stores import PackedKV
+    >>> store = PackedKV(1, 2, 8, 16, torch.float32, "cpu")
+    >>> keys = torch.randn(1, 2, 16, 8)
+    >>> store.append(keys, keys)
+    >>> bool((store.read(0, 16)[0] - keys).abs().max() < 0.05)
+    True
     """
 
     packed = True
@@ -32,7 +54,7 @@ class PackedKV(PagedKV):
     ):
         if head_dim % 2:
             raise UnsupportedModelError(
-                f"host_dtype='int8' keeps channels in pairs, this model has heads of {head_dim}; use host_dtype=None"
+                f"host_dtype='int8' needs an even head_dim, and this model has head_dim={head_dim}; use host_dtype=None"
             )
         super().__init__(batch, heads, head_dim, block_size, dtype, device)
         self.tail = torch.empty((batch, heads, 2, block_size, head_dim), dtype=dtype, device=device)
@@ -60,7 +82,7 @@ class PackedKV(PagedKV):
         if self.length % self.block_size + keys.shape[2] < self.block_size:
             super().append(keys, values)
             return
-        # A block gets full and the tail starts again: an append that fails, or is taken back, needs it as it was.
+        # The block fills up and the tail is reused: keep the old tail for an append that fails or is rolled back.
         before, kept = self.length, self.tail
         self._kept = (before, kept)
         try:
@@ -82,7 +104,7 @@ class PackedKV(PagedKV):
         batch, heads, count = blocks.shape
         whole = self.length // self.block_size
         if whole:
-            # Block by block of all heads: the way without a compiler need not be fast.
+            # Unpacks whole tiles; this path (no native library) need not be fast.
             pages = self.table.ids.gather(1, blocks.clamp(max=whole - 1).reshape(batch, -1)).reshape(-1)
             which = torch.arange(heads, dtype=torch.int64, device="cpu").view(1, heads, 1)
             which = which.expand(batch, heads, count).reshape(-1)
@@ -146,16 +168,41 @@ def make_store(
     host_dtype: str | None = None,
     pinned: bool = False,
 ) -> PagedKV:
-    """A store that keeps keys and values as they come, or as int8 where ``host_dtype`` says so.
+    """Create a paged KV store.
 
-    ``pinned``: whether a GPU reads and writes the pages by itself; it cannot unpack, so never for int8.
+    Parameters
+    ----------
+    batch, heads, head_dim, block_size : int
+        Rows, KV heads, channels per head, tokens per block.
+    dtype : torch.dtype
+    device : torch.device or str
+    host_dtype : "int8" or None
+        ``"int8"`` for a :class:`PackedKV`, None for a :class:`PagedKV` in ``dtype``.
+    pinned : bool
+        Pin the pages, so that a GPU can access them directly. Ignored for int8, which the GPU kernels cannot unpack.
+
+    Returns
+    -------
+    PagedKV
+
+    Raises
+    ------
+    UnsupportedModelError
+        For int8 with an odd ``head_dim``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf.stores import make_store
+    >>> type(make_store(1, 2, 8, 4, torch.bfloat16, "cpu", host_dtype="int8")).__name__
+    'PackedKV'
     """
     sizes = (batch, heads, head_dim, block_size, dtype, device)
     return PackedKV(*sizes) if host_dtype == "int8" else PagedKV(*sizes, pinned=pinned)
 
 
 def tile_bytes(block_size: int, head_dim: int) -> int:
-    """Bytes of one head's packed block."""
+    """Bytes of one KV head's packed block."""
     return -(-(2 * block_size * head_dim + 2 * (block_size + head_dim)) // 64) * 64
 
 
@@ -189,7 +236,7 @@ def unpack(
 
 
 def _scales(numbers: torch.Tensor, along: int) -> torch.Tensor:
-    """The smallest bf16 scales that bring numbers within -127 to 127."""
+    """The smallest bf16 scales for which the quantised numbers fit into -127 to 127."""
     exact = numbers.float().abs().amax(dim=along, keepdim=True) / 127
     nearest = exact.to(torch.bfloat16)
     above = torch.nextafter(nearest, torch.full_like(nearest, torch.inf))
@@ -199,5 +246,5 @@ def _scales(numbers: torch.Tensor, along: int) -> torch.Tensor:
 def _quantise(numbers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     inverse = torch.where(scales > 0, 1 / scales.float(), 0.0)
     scaled = numbers.float() * inverse
-    # Away from zero at a half, as the native code does.
+    # Halves round away from zero, as in the native code.
     return (scaled + torch.full_like(scaled, 0.5).copysign(scaled)).trunc().to(torch.int8)

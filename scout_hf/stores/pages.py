@@ -1,4 +1,4 @@
-"""Fixed-size pages in slabs that never move, and tables of pages that share them by reference count."""
+"""Fixed-size pages in slabs that never move, and page tables that share pages by reference count."""
 
 from __future__ import annotations
 
@@ -16,25 +16,39 @@ MIN_SLAB_PAGES = 64
 
 
 class PagePool:
-    """Pages of one shape, in slabs. A slab is never copied or resized; the pool grows by adding one.
+    """Pages of one shape, allocated in slabs. The pool grows by adding slabs; slabs are never copied or resized.
+
+    Thread-safe: caches forked from one prefix share a pool. An interrupted call can leak pages, but never frees a page
+    twice or while it is referenced.
 
     Parameters
     ----------
     page_shape : tuple of int
         Shape of one page.
-    dtype, device
-        Of the slabs.
+    dtype : torch.dtype
+        Data type of the slabs.
+    device : torch.device
+        Device of the slabs.
     pinned : bool
-        Whether a GPU reads and writes the slabs by itself.
+        Pin the slabs, so that a GPU can read and write them directly.
 
-    Safe to use from several threads: caches forked from one prefix share a pool. An error at any point costs some pages
-    at worst: none is ever given back twice, or while somebody holds it.
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf.stores import PagePool
+    >>> pool = PagePool((2, 4), torch.float32, torch.device("cpu"))
+    >>> ids = pool.allocate(3)
+    >>> pool.used_pages, pool.page_bytes
+    (3, 32)
+    >>> pool.release(ids)
+    >>> pool.used_pages
+    0
     """
 
     def __init__(self, page_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pinned: bool = False):
         self.page_shape, self.pinned = tuple(page_shape), pinned
         self.dtype, self.device = dtype, torch.device(device)
-        # Slabs, the number of each one's first page, and pages in all: one object, for they change together.
+        # Slabs, first page id of each slab, total pages: one object, because they change together.
         self._layout: tuple[tuple[torch.Tensor, ...], tuple[int, ...], int] = ((), (), 0)
         self._fresh = 0
         self._free: list[int] = []
@@ -44,17 +58,17 @@ class PagePool:
 
     @property
     def slabs(self) -> tuple[torch.Tensor, ...]:
-        """Where the pages are."""
+        """The tensors that hold the pages, (pages, *page_shape) each."""
         return self._layout[0]
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """The number of each slab's first page."""
+        """First page id of each slab."""
         return self._layout[1]
 
     @property
     def pages(self) -> int:
-        """Pages of all slabs, used or not."""
+        """Capacity in pages, over all slabs."""
         return self._layout[2]
 
     @property
@@ -64,19 +78,19 @@ class PagePool:
 
     @property
     def used_pages(self) -> int:
-        """Pages that some table holds.
+        """Pages with at least one reference.
 
-        Never waits for the calling thread itself: a signal handler may ask for statistics while its own thread is
-        changing the pool. Then pages of tables that are gone may count still.
+        Never deadlocks: a signal handler may ask for it while its own thread holds the pool's lock. The result may then
+        still include pages of deleted tables.
         """
-        # By asking first, not by trying to take it: an interrupt right behind that would leave it taken for good.
+        # Check before acquiring, instead of a non-blocking acquire: an interrupt after that would never release it.
         if not self._lock.locked():
             with self._lock:
                 self._reap()
         return self._fresh - len(self._free)
 
     def addresses(self, ids: torch.Tensor) -> torch.Tensor:
-        """Where these pages are in memory: int64, in the shape of ``ids``."""
+        """Memory addresses of these pages, int64 in the shape of ``ids``."""
         if len(self.slabs) == 1:
             return ids * self.page_bytes + self.slabs[0].data_ptr()
         starts = torch.tensor(self.starts, dtype=torch.int64, device="cpu")
@@ -85,9 +99,22 @@ class PagePool:
         return (ids - starts[which]) * self.page_bytes + places[which]
 
     def allocate(self, count: int) -> torch.Tensor:
-        """``count`` page ids with one reference each, int64 on the CPU; contents are undefined.
+        """Allocate pages with one reference each; their contents are undefined.
 
-        Recycled pages come first where they suffice; otherwise the ids are one ascending run in one slab.
+        Parameters
+        ----------
+        count : int
+            Number of pages.
+
+        Returns
+        -------
+        Tensor (count,) of int64, on the CPU
+            Page ids: recycled pages if there are enough, else one ascending run within one slab.
+
+        Raises
+        ------
+        HostMemoryError, PinnedMemoryError
+            If a new slab cannot be allocated or pinned.
         """
         with self._lock:
             self._reap()
@@ -106,36 +133,37 @@ class PagePool:
             self._references.index_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
 
     def release(self, ids: torch.Tensor) -> None:
-        """Drop one reference for every occurrence in ``ids``; pages without any are recycled."""
+        """Drop one reference for every occurrence in ``ids``; pages without references are recycled."""
         with self._lock:
             self._drop(ids)
 
     def abandon(self, places: torch.Tensor, blocks: int) -> None:
-        """``release`` a table's pages at the next allocation: it may be collected inside any other call, even that one.
+        """``release`` a deleted table's pages at the next allocation.
 
-        ``places`` is cut later: during a collection no view of it may be made.
+        The garbage collector may call this inside any other call of the pool, so it neither takes the lock nor makes a
+        view of ``places``.
         """
         self._abandoned.append((places, blocks))
 
     def shared(self, ids: torch.Tensor) -> torch.Tensor:
-        """Which of these pages have more than one reference."""
+        """Which of these pages have more than one reference; bool in the shape of ``ids``."""
         with self._lock:
             return self._references[ids] > 1
 
     def write(self, ids: torch.Tensor, content: torch.Tensor) -> None:
-        """Fill whole pages: ``content`` is (len(ids), *page_shape), any strides."""
+        """Overwrite whole pages; ``content`` is (len(ids), *page_shape) with any strides."""
         for slab, here, local in self.by_slab(ids):
             slab[local] = content[here]
 
     def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
-        """Copy pages one to one, also across slabs."""
+        """Copy page ``sources[i]`` to page ``targets[i]``, also across slabs."""
         content = torch.empty((len(sources), *self.page_shape), dtype=self.dtype, device=self.device)
         for slab, here, local in self.by_slab(sources):
             content[here] = slab[local]
         self.write(targets, content)
 
     def by_slab(self, ids: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor | slice, torch.Tensor | slice]]:
-        """Yield (slab, where in ``ids``, ids within the slab) for every slab that ``ids`` (1-D) touches."""
+        """Yield (slab, indices into ``ids``, indices into the slab) for every slab that ``ids`` (1-D) touches."""
         if len(self.slabs) == 1:
             yield self.slabs[0], slice(None), _as_run(ids)
             return
@@ -148,7 +176,7 @@ class PagePool:
                 yield slab, here, ids[here] - start
 
     def runs(self, ids: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yield views of (n, *page_shape) that are these pages (1-D) in order, as long as memory allows."""
+        """Yield the pages ``ids`` (1-D) in order, as views (n, *page_shape) of runs that are contiguous in memory."""
         numbers = ids.tolist()
         begin = 0
         for end in range(1, len(numbers) + 1):
@@ -185,7 +213,7 @@ class PagePool:
         slab = allocate_slab((size, *self.page_shape), self.dtype, self.device, self.pinned)
         references = torch.zeros(pages + size, dtype=torch.int32, device="cpu")
         references[:pages] = self._references[:pages]
-        # Counters of pages that are not there do no harm.
+        # Before the layout: counters of pages that do not exist yet do no harm.
         self._references = references
         self._layout = ((*slabs, slab), (*starts, pages), pages + size)
 
@@ -194,7 +222,7 @@ class PagePool:
 
 
 def _as_run(ids: torch.Tensor) -> torch.Tensor | slice:
-    """``ids`` as a slice where they ascend by one, so that indexing gives a view instead of a copy."""
+    """``ids`` as a slice if they ascend by one, so that indexing gives a view instead of a copy."""
     if ids.dim() == 1 and len(ids) > 1:
         first = int(ids[0])
         if int(ids[-1]) - first == len(ids) - 1 and bool((ids[1:] - ids[:-1] == 1).all()):
@@ -203,19 +231,36 @@ def _as_run(ids: torch.Tensor) -> torch.Tensor | slice:
 
 
 class PageTable:
-    """The pages of each row of a batch, in order.
+    """The page table of a batch: the pages of each row, in order.
 
-    Rows and tables may share pages; every holder counts. Whoever writes to the last page of a row asks
-    ``own_last`` first.
+    Rows and tables may share pages by reference count. Call ``own_last`` before writing to the last page of a row
+    (copy on write).
+
+    Parameters
+    ----------
+    pool : PagePool
+    batch : int
+        Rows.
 
     Attributes
     ----------
-    ids : Tensor (batch, blocks) of int64 on the CPU
-        Page numbers.
-    addresses : Tensor (batch, blocks) of int64 on the CPU
-        Where the pages are in memory.
-    places : Tensor (2, batch, capacity) of int64 on the CPU
-        Both, with spare capacity; another tensor whenever one that a reader may hold would have to change its shape.
+    ids : Tensor (batch, blocks) of int64, on the CPU
+        Page ids.
+    addresses : Tensor (batch, blocks) of int64, on the CPU
+        Memory addresses of the pages.
+    places : Tensor (2, batch, capacity) of int64, on the CPU
+        Ids and addresses with spare capacity. Replaced, never resized: a job in flight may still read the old tensor.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf.stores import PagePool, PageTable
+    >>> table = PageTable(PagePool((4,), torch.float32, torch.device("cpu")), batch=2)
+    >>> table.extend(3).shape
+    torch.Size([2, 3])
+    >>> twin = table.fork()
+    >>> bool((twin.ids == table.ids).all()), table.pool.used_pages
+    (True, 6)
     """
 
     def __init__(self, pool: PagePool, batch: int):
@@ -226,10 +271,12 @@ class PageTable:
 
     @property
     def ids(self) -> torch.Tensor:
+        """Page ids, (batch, blocks) of int64 on the CPU."""
         return self.places[0, :, : self.blocks]
 
     @property
     def addresses(self) -> torch.Tensor:
+        """Memory addresses of the pages, (batch, blocks) of int64 on the CPU."""
         return self.places[1, :, : self.blocks]
 
     @property
@@ -238,7 +285,7 @@ class PageTable:
         return self.places.shape[1]
 
     def extend(self, blocks: int) -> torch.Tensor:
-        """Append ``blocks`` fresh pages to every row and return them, (batch, blocks)."""
+        """Append ``blocks`` new pages to every row and return their ids, (batch, blocks)."""
         new = self.pool.allocate(self.batch * blocks).view(self.batch, blocks)
         addresses, places = self.pool.addresses(new), self.places
         first, last = self.blocks, self.blocks + blocks
@@ -262,7 +309,7 @@ class PageTable:
             self.pool.release(gone)
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Make row ``i`` what row ``rows[i]`` was; moves page numbers, not data."""
+        """Replace row ``i`` by the former row ``rows[i]``, for every ``i``; shares pages, copies no data."""
         chosen, before = self.places[:, rows], self.ids
         self.pool.retain(chosen[0, :, : self.blocks])
         self._last_is_ours = False
@@ -270,7 +317,7 @@ class PageTable:
         self.pool.release(before)
 
     def fork(self) -> PageTable:
-        """A second table over the same pages; either copies a page before writing to it."""
+        """A second table over the same pages, copy on write."""
         twin = PageTable(self.pool, self.batch)
         twin.places = self.places.clone()
         twin._last_is_ours = self._last_is_ours = False
@@ -279,7 +326,7 @@ class PageTable:
         return twin
 
     def own_last(self) -> None:
-        """Give every row a last page of its own, copying the shared ones."""
+        """Copy the last page of every row whose last page is shared."""
         if self._last_is_ours or not self.blocks:
             return
         last = self.ids[:, -1]
@@ -288,13 +335,13 @@ class PageTable:
             old = last[shared]
             new = self.pool.allocate(len(old))
             self.pool.copy_pages(old, new)
-            # Number and address by one operation: a page of others must not be written to under the number of ours.
+            # Id and address in one operation: with only one of them set, a write would hit the shared page.
             self.places[:, shared, self.blocks - 1] = torch.stack([new, self.pool.addresses(new)])
             self.pool.release(old)
         self._last_is_ours = True
 
     def release(self) -> None:
-        """Give all pages back."""
+        """Release all pages."""
         if self.blocks:
             self.truncate(0)
 

@@ -1,4 +1,4 @@
-"""What a method can keep a layer's keys and values in."""
+"""The interface of a layer's KV store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,19 @@ if TYPE_CHECKING:
 
 
 class KVStore(Protocol):
-    """Keys and values of a batch whose rows are equally long; :class:`PagedKV` and :class:`TwoTierKV` are such."""
+    """Keys and values of a batch whose rows have the same length.
+
+    :class:`PagedKV` and :class:`TwoTierKV` implement it; a method's ``kv`` may be any object that does.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf.stores import KVStore, PagedKV
+    >>> store: KVStore = PagedKV(1, 2, 8, 4, torch.float32, "cpu")
+    >>> store.append(torch.ones(1, 2, 5, 8), torch.ones(1, 2, 5, 8))
+    >>> store.length
+    5
+    """
 
     @property
     def batch(self) -> int:
@@ -22,7 +34,7 @@ class KVStore(Protocol):
         """Tokens per row."""
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store new tokens of every row; (batch, kv_heads, tokens, head_dim) each."""
+        """Append new tokens to every row; keys and values are (batch, kv_heads, tokens, head_dim) each."""
 
     def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of tokens ``start:stop``, (batch, kv_heads, stop - start, head_dim) each."""
@@ -31,7 +43,7 @@ class KVStore(Protocol):
         """Keep the first ``length`` tokens."""
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Make row ``i`` what row ``rows[i]`` was."""
+        """Replace row ``i`` by the former row ``rows[i]``, for every ``i``; ``rows`` is (new_batch,) of int64."""
 
     def fork(self) -> Self:
-        """A second store that is independent of this one."""
+        """An independent copy; it may share memory, copy on write."""

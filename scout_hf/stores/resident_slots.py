@@ -1,4 +1,4 @@
-"""The resident part of one layer: a fixed number of block slots next to the model (ScoutAttention 3.1)."""
+"""Resident blocks of one layer: a fixed number of block slots on the device (ScoutAttention, section 3.1)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,37 @@ EMPTY = -1
 
 
 class ResidentSlots:
-    """Block slots per row and KV head.
-
-    Slots fill from the front; ``filled`` of them are in use. ``ids`` (batch, kv_heads, slots) says which block each
-    holds, ``EMPTY`` for none (rows of a padded batch have fewer blocks than others).
+    """Block slots per row and KV head; they fill from the front.
 
     Parameters
     ----------
     batch, heads, slots, block_size, head_dim : int
-        Sizes.
-    dtype, device
-        Of the slots.
+        Rows, KV heads, slots per row and KV head, tokens per block, channels per head.
+    dtype : torch.dtype
+    device : torch.device
+
+    Attributes
+    ----------
+    keys, values : Tensor (batch, kv_heads, slots, block_size, head_dim)
+    ids : Tensor (batch, kv_heads, slots) of int64
+        The block in each slot, ``EMPTY`` for none (rows of a padded batch have fewer blocks than others).
+    filled : int
+        Leading slots in use.
+    gaps : bool
+        Whether one of those may be empty.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf.stores import PagedKV, ResidentSlots
+    >>> host = PagedKV(1, 1, 8, 4, torch.float32, "cpu")
+    >>> host.append(*torch.randn(2, 1, 1, 16, 8))
+    >>> slots = ResidentSlots(1, 1, 2, 4, 8, torch.float32, torch.device("cpu"))
+    >>> best = torch.tensor([[[3, 0, 1]]])
+    >>> slots.load(best, torch.ones_like(best, dtype=torch.bool), host)
+    2
+    >>> slots.ids.tolist()
+    [[[3, 0]]]
     """
 
     def __init__(
@@ -47,7 +67,7 @@ class ResidentSlots:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes that the slots take, used or not."""
+        """Bytes of all slots, used or not."""
         return 2 * self.keys.numel() * self.keys.element_size()
 
     def content(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,21 +82,32 @@ class ResidentSlots:
         return present.gather(2, ids)
 
     def among(self, wanted: torch.Tensor, valid: torch.Tensor, blocks: int) -> torch.Tensor:
-        """Slots that hold one of the ``wanted`` that are ``valid``, (batch, kv_heads, n); (batch, kv_heads, slots)."""
+        """Which slots hold one of the valid ``wanted`` blocks, (batch, kv_heads, n); bool (batch, kv_heads, slots)."""
         is_wanted = torch.zeros((*wanted.shape[:2], blocks + 1), dtype=torch.bool, device=wanted.device)
         is_wanted.scatter_(2, torch.where(valid, wanted, blocks), True)
         is_wanted[:, :, blocks] = False
         return is_wanted.gather(2, torch.where(self.ids == EMPTY, blocks, self.ids))
 
     def load(self, ids: torch.Tensor, valid: torch.Tensor, host: PagedStore) -> int:
-        """Empty the slots and fill them with blocks of ``host`` (a PagedKV) and return how many came.
+        """Replace the content of all slots by blocks of the host.
 
-        ``ids`` is (batch, kv_heads, n), best first; what does not fit is left out. ``valid`` marks the real ones.
+        Parameters
+        ----------
+        ids : Tensor (batch, kv_heads, n) of int64
+            Block numbers, best first; those beyond the number of slots are ignored.
+        valid : Tensor (batch, kv_heads, n) of bool
+            False for entries to ignore.
+        host : PagedKV
+
+        Returns
+        -------
+        int
+            Blocks copied, over all rows and KV heads.
         """
         count = min(ids.shape[2], self.slots)
         chosen, valid = ids[:, :, :count], valid[:, :, :count]
         keys, values = _fetch(host, torch.where(valid, chosen, 0))
-        # No slot names what it does not hold yet.
+        # Ids last: a slot must never name a block that it does not hold yet.
         self.ids.fill_(EMPTY)
         self.keys[:, :, :count] = keys
         self.values[:, :, :count] = values
@@ -85,9 +116,9 @@ class ResidentSlots:
         return int(valid.sum())
 
     def adopt(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Take block ``first`` straight from the device, in every row and head that has a free slot.
+        """Copy block ``first``, which is leaving the tail, into a free slot of every row and KV head that has one.
 
-        ``keys`` and ``values`` are (batch, kv_heads, block_size, head_dim).
+        ``keys`` and ``values`` are (batch, kv_heads, block_size, head_dim), on the device.
         """
         if not self.gaps:
             if self.filled < self.slots:
@@ -103,10 +134,20 @@ class ResidentSlots:
         self.filled = max(self.filled, int(slots.max()) + 1 if len(slots) else 0)
 
     def plan_recall(self, wanted: torch.Tensor, valid: torch.Tensor, blocks: int) -> Recall | None:
-        """Swap in the wanted blocks that are missing for residents that are not wanted; numbers now, data later.
+        """Assign slots of blocks that are not wanted to wanted blocks that are missing; the data follows later.
 
-        ``wanted`` (batch, kv_heads, n) is best first, all below ``blocks``. The slots' contents are undefined until the
-        returned transfer has run. None when nothing is missing.
+        Parameters
+        ----------
+        wanted : Tensor (batch, kv_heads, n) of int64
+            Block numbers below ``blocks``, best first.
+        valid : Tensor (batch, kv_heads, n) of bool
+            False for entries to ignore.
+        blocks : int
+
+        Returns
+        -------
+        Recall or None
+            The transfer; those slots are undefined until it has run. None if nothing is missing.
         """
         missing = valid & ~self.holds(wanted, blocks)
         leaving = ~self.among(wanted, valid, blocks)
@@ -114,7 +155,7 @@ class ResidentSlots:
         if not pairs:
             return None
         incoming = missing.to(torch.int8).argsort(dim=2, descending=True, stable=True)[:, :, :pairs]
-        # Empty slots before those of blocks that are merely not wanted now.
+        # Empty slots first, then slots of blocks that are not wanted now.
         rank = leaving.to(torch.int8) + (self.ids == EMPTY)
         slots = rank.argsort(dim=2, descending=True, stable=True)[:, :, :pairs]
         real = missing.gather(2, incoming) & leaving.gather(2, slots)
@@ -125,18 +166,18 @@ class ResidentSlots:
         return Recall(self, ids, slots, real)
 
     def grow(self, slots: int) -> None:
-        """Have that many slots, the new ones empty."""
+        """Enlarge to ``slots`` slots; the new ones are empty."""
         self.keys, self.values, self.ids = more_slots(slots, self.keys, self.values, self.ids)
 
     def crop(self, blocks: int) -> None:
-        """Forget residents from block ``blocks`` on."""
+        """Empty the slots of blocks from ``blocks`` on."""
         gone = self.ids >= blocks
         if bool(gone.any()):
             self.gaps = True
             self.ids.masked_fill_(gone, EMPTY)
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Make row ``i`` what row ``rows[i]`` was."""
+        """Replace row ``i`` by the former row ``rows[i]``, for every ``i``."""
         rows = rows.to(self.ids.device)
         self.keys, self.values, self.ids = self.keys[rows], self.values[rows], self.ids[rows]
 
@@ -149,7 +190,7 @@ class ResidentSlots:
 
 
 class Recall:
-    """One planned transfer of host blocks into slots; ``run`` moves the data, once, on any thread."""
+    """A planned recall of host blocks into slots; call ``run`` once, on any thread, to copy the data."""
 
     def __init__(self, resident: ResidentSlots, ids: torch.Tensor, slots: torch.Tensor, real: torch.Tensor):
         self.resident, self.ids, self.slots, self.real = resident, ids, slots, real
@@ -157,9 +198,9 @@ class Recall:
         self.moved_bytes = self.blocks * 2 * resident.keys[0, 0, 0].numel() * resident.keys.element_size()
 
     def addresses(self, host: PagedStore) -> tuple[torch.Tensor, torch.Tensor, int] | None:
-        """What ``run`` would copy as bare memory: source and target addresses, and bytes of each copy.
+        """The copies of ``run`` as raw memory: source addresses, target addresses, bytes of each copy.
 
-        None where blocks must be unpacked or another device is the target.
+        None if the blocks must be unpacked or the slots are not on the CPU.
         """
         slots = self.resident.keys
         if host.library is None or host.packed or not slots.is_cpu or slots.dtype != host.dtype:
@@ -172,26 +213,26 @@ class Recall:
         return torch.cat([tiles, tiles + half]), torch.cat(targets), half
 
     def run(self, host: PagedStore) -> None:
-        """Copy from ``host`` (a PagedKV). Nothing reads these slots before the transfer is joined."""
+        """Copy the blocks from ``host`` (a PagedKV). Nothing may read these slots before the recall is joined."""
         keys, values = _fetch(host, self.ids)
         self.put(keys[self.real], values[self.real])
 
     def put(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Fill the slots of what is ``real`` with what came otherwise, (blocks, block_size, head_dim) each."""
+        """Fill the slots; ``keys`` and ``values`` (n, block_size, head_dim) are in the order of ``real.nonzero()``."""
         rows, heads, which = self.real.nonzero(as_tuple=True)
         slots = self.slots[rows, heads, which]
         self.resident.keys[rows, heads, slots] = keys
         self.resident.values[rows, heads, slots] = values
 
     def forget(self) -> None:
-        """Nothing will come: the slots are empty."""
+        """Cancel the recall: mark its slots as empty."""
         rows, heads, which = self.real.nonzero(as_tuple=True)
         self.resident.gaps = True
         self.resident.ids[rows, heads, self.slots[rows, heads, which]] = EMPTY
 
 
 def more_slots(slots: int, keys: torch.Tensor, values: torch.Tensor, ids: torch.Tensor) -> list[torch.Tensor]:
-    """The three with that many slots in the third dimension, the new ones empty."""
+    """The three tensors enlarged to ``slots`` in dimension 2; the new slots are empty."""
     grown = []
     for held, empty in ((keys, 0), (values, 0), (ids, EMPTY)):
         fresh = held.new_full((*held.shape[:2], slots - held.shape[2], *held.shape[3:]), empty)

@@ -1,4 +1,4 @@
-"""Chosen single tokens of every row and KV head, copied together so that the CPU reads nothing else."""
+"""Retained single tokens of every row and KV head, copied into pages of their own, so the CPU reads only those."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from scout_hf.stores.packed import make_store
 
 
 class RetainedTokens:
-    """Keys and values of the tokens that each head keeps, as pages of a store with one row per row and head.
+    """Keys and values of the tokens that each KV head retains; every (row, head) pair is one row of a paged store.
 
     Parameters
     ----------
     batch, heads, head_dim, block_size : int
-        KV heads; tokens per page.
+        Rows, KV heads, channels per head, tokens per page.
     dtype : torch.dtype
 
     Attributes
     ----------
     kv : PagedKV
-        ``batch * heads`` rows of one head; all equally long, shorter ones filled up.
-    padding_mask : Tensor (batch * heads, length) of bool
-        What is no filling, and was not dropped.
+        ``batch * heads`` rows of one head, all of one length; shorter ones are filled up with invalid entries.
+    valid : Tensor (batch * heads, length) of bool
+        False for filler and for dropped entries.
     tokens, weights : Tensor (batch * heads, length)
-        Position of each entry, and the weight it was kept for.
+        Position of each entry, and the attention weight for which it was retained.
     total : int
-        Entries over all rows and heads.
+        Valid entries over all rows and heads.
     """
 
     def __init__(self, batch: int, heads: int, head_dim: int, block_size: int, dtype: torch.dtype):
@@ -39,7 +39,7 @@ class RetainedTokens:
         self.total = 0
 
     def counts(self) -> torch.Tensor:
-        """Entries of each row and head, (batch * heads,)."""
+        """Valid entries of each row and head, (batch * heads,)."""
         return self.valid.sum(-1)
 
     def add(
@@ -50,11 +50,21 @@ class RetainedTokens:
         weights: torch.Tensor,
         valid: torch.Tensor,
     ) -> None:
-        """Keep more: keys and values (batch, heads, n, head_dim), the rest (batch, heads, n); ``valid`` marks them."""
+        """Retain the ``valid`` ones of further tokens.
+
+        Parameters
+        ----------
+        keys, values : Tensor (batch, heads, n, head_dim)
+        tokens : Tensor of int64, broadcastable to (batch, heads, n)
+            Positions.
+        weights : Tensor (batch, heads, n)
+        valid : Tensor (batch, heads, n) of bool
+            Which of them to retain.
+        """
         most = int(valid.sum(-1).max()) if valid.numel() else 0
         if not most:
             return
-        # Those that are kept to the front, in their order.
+        # Valid entries first, in order.
         order = valid.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :most]
         parts = [part.gather(2, order.unsqueeze(-1).expand(-1, -1, -1, part.shape[-1])) for part in (keys, values)]
         self.kv.append(*(part.flatten(0, 1).unsqueeze(1) for part in parts))
@@ -65,7 +75,7 @@ class RetainedTokens:
         self.total += int(valid.sum())
 
     def limit(self, most: torch.Tensor) -> None:
-        """Drop the lightest entries of heads that hold more than ``most`` (batch,) of their row."""
+        """Drop the entries of lowest weight where a head holds more than ``most`` (batch,) of its row."""
         over = self.counts() > (allowed := most.repeat_interleave(self.heads))
         if bool(over.any()):
             rank = self.weights.masked_fill(~self.valid, -1.0).argsort(dim=-1, descending=True, stable=True).argsort(-1)
@@ -75,40 +85,40 @@ class RetainedTokens:
     def crop(self, length: int) -> None:
         """Drop the tokens from ``length`` on."""
         self.valid = self.valid & (self.tokens < length)
-        # Entries that do not count are looked up all the same: they must name a token that there is.
+        # Invalid entries are used as indices too: they must stay in range.
         self.tokens = self.tokens.masked_fill(~self.valid, 0)
         self._compact()
 
     def mark(self) -> tuple[Any, ...]:
-        """The present state, to go back to; holds no copy of anything."""
+        """The current state for ``rollback``, by reference (no copies)."""
         return self.kv, self.kv.length, self.tokens, self.weights, self.valid, self.total
 
     def rollback(self, mark: tuple[Any, ...]) -> None:
-        """Be what it was at the mark, wherever an addition after it was interrupted."""
+        """Restore the state of ``mark``, also after an interrupted ``add``."""
         self.kv, length, self.tokens, self.weights, self.valid, self.total = mark
         self.kv.crop(length)
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Make row ``i`` what row ``rows[i]`` was."""
+        """Replace row ``i`` by the former row ``rows[i]``, for every ``i``."""
         rows = (rows.cpu()[:, None] * self.heads + torch.arange(self.heads, dtype=torch.int64, device="cpu")).flatten()
         self.kv.select_rows(rows)
         self.tokens, self.weights, self.valid = self.tokens[rows], self.weights[rows], self.valid[rows]
         self.total = int(self.valid.sum())
 
     def fork(self) -> RetainedTokens:
-        """An independent copy that shares pages."""
+        """An independent copy that shares pages, copy on write."""
         twin = object.__new__(RetainedTokens)
         twin.__dict__.update(self.__dict__, kv=self.kv.fork())
         return twin
 
     def _compact(self) -> None:
-        """After entries were dropped: copy together what is left where that is much less than what is held."""
+        """After a drop: copy the valid entries into a new store if most entries are invalid."""
         self.total = int(self.valid.sum())
         left, length = int(self.counts().max()) if len(self.valid) else 0, self.valid.shape[1]
         if length <= 2 * left + self.kv.block_size:
             return
         order = self.valid.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :left]
-        # Another store: a mark may want the present one back.
+        # A new store: ``rollback`` may need the current one.
         kv = make_store(self.kv.batch, 1, self.kv.head_dim, self.kv.block_size, self.kv.dtype, "cpu")
         where = order[:, None, :, None].expand(-1, 1, -1, kv.head_dim)
         if left:

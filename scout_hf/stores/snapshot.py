@@ -1,4 +1,4 @@
-"""Whole blocks of a store that stay as they are while the store goes on."""
+"""A read-only snapshot of a store's whole blocks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from scout_hf.stores.packed import unpack
 
 
 class WholeBlocks:
-    """The whole blocks that a PagedKV has now; the block that is being filled is not among them.
+    """The whole blocks that a PagedKV has now, without its partly filled last block.
 
-    Their pages are held: a store that would write to one after a crop copies it first, and none is handed out again
-    before this object is gone. So another thread may read them whatever happens to the store: appends, crops,
-    reordered rows, forks, its end.
+    It holds references to the pages: they are copied on write, and not recycled before this object is deleted. So
+    another thread may read them while the store is changed, cropped, reordered, forked or deleted.
 
     Parameters
     ----------
@@ -37,12 +36,12 @@ class WholeBlocks:
         return self.blocks * self.block_size
 
     def addresses(self, row: int, head: int) -> torch.Tensor:
-        """Where the tiles of one KV head of one row are in memory, (blocks,) of int64."""
+        """Memory addresses of the tiles of one KV head of one row, (blocks,) of int64."""
         tile_bytes = self._table.pool.page_bytes // self.heads
         return self._table.addresses[row] + head * tile_bytes
 
     def read(self, row: int, head: int, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of blocks ``first:last``, (last - first, block_size, head_dim) each, newly made."""
+        """A copy of blocks ``first:last``: keys and values, (last - first, block_size, head_dim) each."""
         shape = (last - first, self.block_size, self.head_dim)
         keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         for slab, here, local in self._table.pool.by_slab(self._table.ids[row, first:last]):

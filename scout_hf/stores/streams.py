@@ -1,6 +1,6 @@
-"""Work beside a device's main stream: write-back and recall, each on a stream of its own, ordered by events.
+"""CUDA side streams: write-back and recall each run on their own stream, ordered by events.
 
-On a CPU there is nothing beside: the same calls do the work at once, so that one code serves both.
+On a CPU the same calls run the work synchronously, so that one code path serves both.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 
 class Mark:
-    """The end of some work on a stream; ``None`` stands for work that is done."""
+    """The end of some work on a stream, as an event; ``None`` means that the work is done."""
 
     def __init__(self, event: torch.cuda.Event | None = None):
         self._event = event
 
     def before(self, device: torch.device) -> None:
-        """Let what is launched from now on, on the device's current stream, begin after this work."""
+        """Make later launches on the device's current stream wait for this work."""
         if self._event is not None:
             torch.cuda.current_stream(device).wait_event(self._event)
 
@@ -39,7 +39,7 @@ class Mark:
 
 
 class Links:
-    """The side streams of a patched model's devices, made at first use; a copy makes its own."""
+    """The side streams of a patched model's devices, created at first use. A copy creates its own."""
 
     def __init__(self) -> None:
         self._streams: dict[tuple[torch.device, str], torch.cuda.Stream] = {}
@@ -47,15 +47,15 @@ class Links:
         self._emulated, self._emulated_cpu = EmulatedLink(), EmulatedLink()
 
     def limit(self, ticket: Ticket[T], nbytes: int, gbps: float | None) -> Ticket[T]:
-        """The ticket of a transfer; with ``gbps``, of one over an emulated link that is no faster."""
+        """The ticket of a transfer; with ``gbps``, delayed to an emulated link of that bandwidth in GB/s."""
         return self._emulated.limit(ticket, nbytes, gbps)
 
     def limit_cpu(self, ticket: Ticket[T], nbytes: int, gbps: float | None) -> Ticket[T]:
-        """The ticket of attention on the CPU; with ``gbps``, on an emulated one that reads KV no faster."""
+        """The ticket of CPU attention; with ``gbps``, delayed to an emulated CPU that reads KV at that rate in GB/s."""
         return self._emulated_cpu.limit(ticket, nbytes, gbps)
 
     def mark(self, device: torch.device) -> Mark:
-        """The end of what the device's current stream has been given so far."""
+        """The end of all work launched so far on the device's current stream."""
         if device.type != "cuda":
             return Mark()
         return Mark(torch.cuda.current_stream(device).record_event())
@@ -64,29 +64,29 @@ class Links:
     def beside(
         self, name: str, device: torch.device, *tensors: torch.Tensor, after: Mark | None = None
     ) -> Iterator[Mark]:
-        """Launch the block's work on the stream of that name, behind all that the current stream has been given.
+        """Context manager: launch its body on a side stream, after all work launched so far on the current stream.
 
         Parameters
         ----------
         name : str
-            Work of one name runs in order.
+            Name of the side stream. Work on one stream runs in order.
         device : torch.device
         *tensors
-            Device memory that the work uses and that may be given back before it is done.
+            Device memory that the work uses and that may be freed before the work ends.
         after : Mark or None
-            Other work that it needs.
+            Other work to wait for.
 
         Yields
         ------
         Mark
-            The end of this work, once the block is left.
+            The end of this work; valid once the context is left.
         """
         mark = Mark()
         if device.type != "cuda":
             yield mark
             return
         captured = torch.cuda.is_current_stream_capturing()
-        # A stream that takes part in a capture is closed to all other work.
+        # A stream that takes part in a capture accepts no other work.
         key = (device, f"captured {name}" if captured else name)
         stream = self._streams.get(key)
         if stream is None:
@@ -105,12 +105,12 @@ class Links:
                 self._last.setdefault(device, []).append(mark)
 
     def join_captured(self, device: torch.device) -> None:
-        """While a graph is captured: let it end only with all the work beside."""
+        """During a graph capture: make the graph wait for all work on side streams."""
         for mark in self._last.pop(device, []):
             mark.before(device)
 
     def forget_captured(self, device: torch.device) -> None:
-        """Before a capture: what an earlier one left that failed is no part of this one."""
+        """Before a graph capture: forget the side-stream work of an earlier capture that failed."""
         self._last.pop(device, None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Links:

@@ -1,4 +1,4 @@
-"""Single tokens that came from the host: used once, or kept on the device until others take their places."""
+"""Single recalled tokens on the device: used once, or kept until other tokens take their slots."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import torch
 from scout_hf.errors import CacheStateError
 from scout_hf.stores.resident_slots import Recall, ResidentSlots
 
-ROOM = 1.125
-NOTHING = "no token was chosen: call plan() first, then put() what it asks for, then content() once"
+GROWTH = 1.125
+NOTHING = "no tokens are planned: call plan() first, then put() the tokens that it returned, then content() once"
 
 
 class StreamedTokens:
-    """Tokens that come for one attention and are gone; the same calls as those of :class:`TokenCache`."""
+    """Recalled tokens that are used by one attention and not kept; the interface of :class:`TokenCache`."""
 
     used_bytes = 0
 
@@ -22,20 +22,20 @@ class StreamedTokens:
 
     @property
     def planned(self) -> bool:
-        """Whether something was chosen that has not been asked for yet."""
+        """Whether a plan waits for ``content``."""
         return self._valid is not None
 
     def plan(self, ids: torch.Tensor, valid: torch.Tensor, tokens: int) -> tuple[torch.Tensor, None]:
-        """All of them must come."""
+        """Every chosen token must be recalled."""
         self._valid = valid
         return ids, None
 
     def put(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """They are here, (batch, kv_heads, n, head_dim) each."""
+        """Accept the recalled keys and values, (batch, kv_heads, n, head_dim) each."""
         self._here = keys, values
 
     def content(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys and values as they came, and which of them count; once."""
+        """The keys and values given to ``put``, and which of them are valid; may be called once."""
         here, valid = self._here, self._valid
         self.forget()
         if here is None or valid is None:
@@ -43,26 +43,27 @@ class StreamedTokens:
         return *here, valid
 
     def forget(self) -> None:
-        """Nothing was chosen."""
+        """Drop the plan."""
         self._valid = self._here = None
 
     def crop(self, length: int) -> None:
-        """Nothing stays."""
+        """Drop the plan; nothing else is kept."""
         self.forget()
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Nothing stays."""
+        """Drop the plan; nothing else is kept."""
         self.forget()
 
     def fork(self) -> StreamedTokens:
-        """Another one."""
+        """A new, empty object: nothing is kept between attentions."""
         return StreamedTokens()
 
 
 class TokenCache:
-    """Keys and values of each row's and KV head's chosen tokens; only those cross the link that are not here yet.
+    """Chosen tokens of each row and KV head; only those that are not resident yet are recalled.
 
-    ``plan`` what is to come, ``put`` it when it is here, or ``forget`` it; then ``content`` is what was chosen.
+    Call ``plan`` with the chosen tokens, ``put`` with the ones that it reports missing (or ``forget``), then
+    ``content``.
 
     Parameters
     ----------
@@ -85,71 +86,71 @@ class TokenCache:
 
     @property
     def planned(self) -> bool:
-        """Whether something was chosen that has not been asked for yet."""
+        """Whether a plan waits for ``content``."""
         return self._chosen is not None
 
     def plan(self, ids: torch.Tensor, valid: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Hold these tokens from now on, and say which must come; None for none.
+        """Make these tokens resident, and return those that must be recalled; None if there are none.
 
         Parameters
         ----------
         ids : Tensor (batch, kv_heads, chosen) of int64
-            All below ``tokens``, each once.
+            Distinct token positions below ``tokens``.
         valid : Tensor of bool, of the same shape
-            Which of them count.
+            False for entries to ignore.
         tokens : int
-            How many there are to choose from.
+            Tokens that could be chosen.
 
         Returns
         -------
         ids, real : Tensor (batch, kv_heads, n)
-            Tokens, and which of them are missing.
+            Token positions, and which of them must be recalled.
         """
         self.forget()
         slots = self._take_slots()
         if ids.shape[2] > slots.slots:
-            slots.grow(int(ids.shape[2] * ROOM))
+            slots.grow(int(ids.shape[2] * GROWTH))
         self._recall = slots.plan_recall(ids, valid, tokens)
         self._chosen = slots.among(ids, valid, tokens)
         self._slots = slots
         return None if self._recall is None else (self._recall.ids, self._recall.real)
 
     def _take_slots(self) -> ResidentSlots:
-        """The slots, to be put back when they are changed: until then there are none, and all must come again."""
+        """Take the slots out, to be put back once changed: after an error there are none, and all is recalled again."""
         slots, self._slots = self._slots, ResidentSlots(*self._sizes)
         return slots
 
     def put(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """What ``plan`` asked for is here, (tokens, head_dim) each, in the order of ``real.nonzero()``."""
+        """Store the tokens that ``plan`` reported missing, (n, head_dim) each, in the order of ``real.nonzero()``."""
         if self._recall is None:
             raise CacheStateError(NOTHING)
-        # Planned until all of it is in its place: an interrupt must find it to forget.
+        # Still planned until all of it is stored: after an interrupt, ``forget`` must find it.
         self._recall.put(keys[:, None], values[:, None])
         self._recall = None
 
     def forget(self) -> None:
-        """What ``plan`` asked for will not come."""
+        """Drop the plan: its missing tokens will not arrive."""
         self._chosen = None
         if self._recall is not None:
             self._recall.forget()
             self._recall = None
 
     def content(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys and values (batch, kv_heads, slots, head_dim), and which of the slots were chosen; once."""
+        """Keys and values (batch, kv_heads, slots, head_dim), and which slots were chosen; may be called once."""
         chosen, self._chosen = self._chosen, None
         if chosen is None:
             raise CacheStateError(NOTHING)
         return *self._slots.content(), chosen[:, :, : self._slots.filled]
 
     def crop(self, length: int) -> None:
-        """Let go of the tokens from ``length`` on."""
+        """Drop the tokens from ``length`` on."""
         self.forget()
         slots = self._take_slots()
         slots.crop(length)
         self._slots = slots
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Make row ``i`` what row ``rows[i]`` was."""
+        """Replace row ``i`` by the former row ``rows[i]``, for every ``i``."""
         self.forget()
         slots, sizes = self._take_slots(), self._sizes
         slots.select_rows(rows)

@@ -1,4 +1,4 @@
-"""Two tiers of one layer: whole blocks in host memory, the newest tokens on the device. Write-back is append-only."""
+"""Two-tier KV of one layer: whole blocks in host memory, the newest tokens on the device. Write-back only appends."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from scout_hf.stores.streams import Links, Mark
 
 
 class Tail(NamedTuple):
-    """The newest tokens, on the device; one object, since it changes as a whole.
+    """The newest tokens, on the device; one object, because its parts change together.
 
     first, tokens : int
-        The first token that is here and not on the host, and how many there are.
+        Position of the first token of the tail, and number of tokens.
     buffer : Tensor (2, batch, kv_heads, capacity, head_dim)
         Keys and values, with spare capacity.
     spoiled : Tensor or None
-        The buffer of an earlier tail that is being written over.
+        The buffer of an earlier tail that is being overwritten.
     """
 
     first: int
@@ -28,16 +28,30 @@ class Tail(NamedTuple):
 
 
 class TwoTierKV:
-    """Host pages for the tokens before the tail, a device tail for the others; nothing is held twice.
+    """The newest tokens in a tail on the device, all older ones in host pages; no token is stored twice.
 
     Parameters
     ----------
     batch, heads, head_dim, block_size : int
-        KV heads, not query heads; tokens per block.
-    dtype, device
-        Of the keys and values as the model makes them.
+        Rows, KV heads (not query heads), channels per head, tokens per block.
+    dtype : torch.dtype
+    device : torch.device or str
+        Of the model's keys and values, and of the tail.
     host_dtype : "int8" or None
-        What the host keeps; None for the same.
+        Data type of the host pages; None for ``dtype``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf.stores import TwoTierKV
+    >>> kv = TwoTierKV(batch=1, heads=2, head_dim=8, block_size=4, dtype=torch.float32, device="cpu")
+    >>> keys = torch.randn(1, 2, 14, 8)
+    >>> kv.append(keys, keys)
+    >>> _ = kv.write_back(window_blocks=1)
+    >>> kv.host.length, kv.length
+    (8, 14)
+    >>> bool((kv.read(0, 14)[0] == keys).all())
+    True
     """
 
     def __init__(
@@ -71,7 +85,7 @@ class TwoTierKV:
         return self._tail.buffer.numel() * self._tail.buffer.element_size()
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Put new tokens into the tail; (batch, kv_heads, tokens, head_dim) each. Nothing moves to the host."""
+        """Append new tokens, (batch, kv_heads, tokens, head_dim) each, to the tail; the host is not written."""
         first, here, buffer, _ = self._tail
         tokens = here + keys.shape[2]
         if tokens > buffer.shape[3]:
@@ -83,11 +97,11 @@ class TwoTierKV:
         self._tail = Tail(first, tokens, buffer)
 
     def grew(self, tokens: int) -> None:
-        """So many tokens have been put into :meth:`buffers` by others."""
+        """Count ``tokens`` tokens that a kernel has written into :meth:`buffers`."""
         self._tail = self._tail._replace(tokens=self._tail.tokens + tokens)
 
     def buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tail's whole buffers, (batch, kv_heads, capacity, head_dim) each, a whole number of blocks."""
+        """The tail's buffers, (batch, kv_heads, capacity, head_dim) each; capacity is a whole number of blocks."""
         return self._tail.buffer[0], self._tail.buffer[1]
 
     def tail(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,13 +110,16 @@ class TwoTierKV:
         return buffer[0, :, :, :tokens], buffer[1, :, :, :tokens]
 
     def tail_blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tail in blocks, views of (batch, kv_heads, n, block_size, head_dim); the end of the last is undefined."""
+        """The tail in blocks, views (batch, kv_heads, n, block_size, head_dim); undefined behind the last token."""
         used = -(-self._tail.tokens // self.block_size) * self.block_size
         keys, values = self._tail.buffer[:, :, :, :used].unflatten(3, (-1, self.block_size))
         return keys, values
 
     def full_blocks(self, window_blocks: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The whole blocks of the tail that are older than the newest ``window_blocks`` whole ones, or None."""
+        """The tail's whole blocks except the newest ``window_blocks``; None if there are none.
+
+        Keys and values, views of (batch, kv_heads, n * block_size, head_dim) each.
+        """
         count = self._tail.tokens // self.block_size - window_blocks
         if count <= 0:
             return None
@@ -110,10 +127,21 @@ class TwoTierKV:
         return keys[:, :, : count * self.block_size], values[:, :, : count * self.block_size]
 
     def write_back(self, window_blocks: int, links: Links | None = None, in_place: bool = False) -> Mark:
-        """Move what ``full_blocks`` names to the host, once; never called between a job's start and its join.
+        """Move the ``full_blocks`` to the host. Never call it while a CPU job of this layer is in flight.
 
-        With ``links`` beside what else the device does: nothing on the host may read those blocks before the mark.
-        ``in_place`` for a captured step, which knows the buffer: it stays the same one.
+        Parameters
+        ----------
+        window_blocks : int
+            Newest whole blocks that stay on the device.
+        links : Links or None
+            Copy asynchronously, on the write-back stream; None to block.
+        in_place : bool
+            Keep the same tail buffer, whose address a captured graph holds.
+
+        Returns
+        -------
+        Mark
+            The end of the copies: nothing on the host may read those blocks before it.
         """
         blocks = self.full_blocks(window_blocks)
         if blocks is None:
@@ -121,7 +149,7 @@ class TwoTierKV:
         first, tokens, buffer, _ = self._tail
         moved, mark = blocks[0].shape[2], Mark()
         left, capacity = tokens - moved, (window_blocks + 2) * self.block_size
-        # All that may fail comes before the store grows.
+        # Everything that can fail comes before the host store grows.
         rest = self._reserve(capacity)
         rest[:, :, :, :left] = buffer[:, :, :, moved:tokens]
         if links is None:
@@ -137,13 +165,13 @@ class TwoTierKV:
         return mark
 
     def mark(self) -> Tail:
-        """The present state, to go back to; holds no copy of anything."""
+        """The current state for ``rollback``, by reference (no copies)."""
         return self._tail
 
     def rollback(self, mark: Tail) -> None:
-        """Be what it was at the mark, wherever an append or a write-back after it was interrupted."""
+        """Restore the state of ``mark``, also after an interrupted append or write-back."""
         now = self._tail
-        # What is on the host and still in the tail was on its way there.
+        # Tokens that are in both tiers belong to an interrupted write-back.
         self.host.crop(now.first)
         if now.first != mark.first and (now.buffer is mark.buffer or now.spoiled is mark.buffer):
             self.crop(mark.first + mark.tokens)
@@ -152,10 +180,7 @@ class TwoTierKV:
         self._tail = mark
 
     def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of tokens ``start:stop`` on the device, (batch, kv_heads, stop - start, head_dim) each.
-
-        Newly made: the tail's buffer moves on.
-        """
+        """A copy of tokens ``start:stop`` on the device: keys and values, (batch, kv_heads, stop - start, head_dim)."""
         border = self.host.length
         keys, values = self.tail()
         tail = (keys[:, :, max(start - border, 0) : max(stop - border, 0)],
@@ -168,7 +193,7 @@ class TwoTierKV:
         return torch.cat([held[0], tail[0]], dim=2), torch.cat([held[1], tail[1]], dim=2)
 
     def crop(self, length: int) -> None:
-        """Keep the first ``length`` tokens; a block cut in two comes back to the tail."""
+        """Keep the first ``length`` tokens; if that cuts a host block, its rest moves back to the tail."""
         first, tokens, buffer, _ = self._tail
         if length >= first:
             self._tail = Tail(first, min(tokens, length - first), buffer)
@@ -181,19 +206,19 @@ class TwoTierKV:
         self._tail = Tail(first, length - first, buffer)
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Make row ``i`` what row ``rows[i]`` was."""
+        """Replace row ``i`` by the former row ``rows[i]``, for every ``i``."""
         buffer = self._tail.buffer[:, rows.to(self.device)]
         self.host.select_rows(rows)
         self._tail = self._tail._replace(buffer=buffer)
 
     def fork(self) -> TwoTierKV:
-        """A second store that shares the host pages, copy on write, and has a tail of its own."""
+        """A second store that shares the host pages, copy on write, with its own copy of the tail."""
         tail = self._tail._replace(buffer=self._tail.buffer.clone())
         twin = object.__new__(TwoTierKV)
         twin.__dict__.update(self.__dict__, host=self.host.fork(), _tail=tail)
         return twin
 
     def _reserve(self, tokens: int) -> torch.Tensor:
-        """A buffer for at least so many tokens, of undefined content."""
+        """A tail buffer for at least ``tokens`` tokens, of undefined content."""
         like = self._tail.buffer
         return like.new_empty((*like.shape[:3], -(-tokens // self.block_size) * self.block_size, like.shape[4]))

@@ -210,7 +210,7 @@ class TestPinned:
 
     def test_a_driver_that_refuses_leaves_nothing_behind(self, driver):
         driver.answer = 2
-        with pytest.raises(PinnedMemoryError, match="does not pin 0.0 GiB .*CUDA error 2.*host_dtype"):
+        with pytest.raises(PinnedMemoryError, match="cannot pin 0.0 GiB .*CUDA error 2.*host_dtype"):
             allocate_slab((3 * HUGE_BYTES,), torch.uint8, CPU, pinned=True)
         gc.collect()
         assert [call[0] for call in driver.calls] == ["pin"]
