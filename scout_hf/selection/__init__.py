@@ -1,4 +1,4 @@
-"""Choosing blocks: digests that stand for a block, their scores against a query, and the pick within a budget."""
+"""Block selection: a digest per block, scores of digests against a query, and the top-k blocks within a budget."""
 
 from scout_hf.selection.auto import check_digest, digest_for
 from scout_hf.selection.digest import Digest, digest_names, make_digest, register_digest

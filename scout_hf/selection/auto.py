@@ -1,4 +1,4 @@
-"""Which digest a layer uses when none is named."""
+"""The choice of a digest for ``digest="auto"``."""
 
 from __future__ import annotations
 
@@ -10,27 +10,67 @@ from scout_hf.kernels.cpu.library import load_library
 from scout_hf.selection.digest import find_digest
 
 AUTO = "auto"
-# From this share of the context on, min/max finds what matters as well, in a fraction of the time.
+# With a budget of at least this share of the context, min/max selects as well, in a fraction of the time.
 EASY_SHARE = 0.5
 
 
 def digest_for(config: ScoutConfig, keys: torch.Tensor) -> str:
-    """The name of the digest for a layer with such keys, (batch, kv_heads, tokens, head_dim).
+    """The name of the digest for a layer.
 
-    ``auto`` is the sign code where native code scores it and the budget is small enough to need it, else min/max.
-    ConfigError if a digest was named that cannot code such keys.
+    ``"auto"`` gives min/max for a share budget of 0.5 or more and where no native code scores sign codes, else ``"sign"``.
+
+    Parameters
+    ----------
+    config : ScoutConfig
+    keys : Tensor (batch, kv_heads, tokens, head_dim)
+        Keys of the layer, for head size and device.
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    ConfigError
+        If the named digest is unknown or cannot encode keys of this head size.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf import ScoutConfig
+    >>> from scout_hf.selection import digest_for
+    >>> digest_for(ScoutConfig(digest="minmax"), torch.zeros(1, 2, 4, 64))
+    'minmax'
     """
     if config.digest != AUTO:
         check_digest(config.digest, keys.shape[-1])
         return config.digest
     easy = isinstance(config.budget, float) and config.budget >= EASY_SHARE
     library = load_library() if keys.device.type == "cpu" else None
-    # Without table shuffles a sign code takes thirty times as long as min/max.
+    # Without byte shuffles (SIMD) a sign code takes thirty times as long as min/max.
     native = library is not None and library.isa != "base"
     return "sign" if native and not easy and find_digest("sign").serves(keys.shape[-1]) else "minmax"
 
 
 def check_digest(name: str, head_dim: int | None) -> None:
-    """ConfigError unless there is such a digest and it can code keys of that size; None where it is not known yet."""
+    """Check that a digest is known and can encode keys of a head size.
+
+    Parameters
+    ----------
+    name : str
+        ``ScoutConfig.digest``.
+    head_dim : int or None
+        None if it is not known yet.
+
+    Raises
+    ------
+    ConfigError
+        If the digest is unknown or cannot encode such keys.
+
+    Examples
+    --------
+    >>> from scout_hf.selection import check_digest
+    >>> check_digest("sign", 128)
+    """
     if name != AUTO and not find_digest(name).serves(head_dim or 8):
-        raise ConfigError(f"digest={name!r} cannot code this model's head size of {head_dim}; try digest='minmax'")
+        raise ConfigError(f"digest={name!r} cannot encode this model's head_dim={head_dim}; try digest='minmax'")

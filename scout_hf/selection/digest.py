@@ -1,4 +1,4 @@
-"""What a digest must be able to do, and the digests known by name."""
+"""The interface of a digest, and the registry of digests by name."""
 
 from __future__ import annotations
 
@@ -10,12 +10,38 @@ from scout_hf.registry import Registry
 
 
 class Digest(ABC):
-    """A small code per block of keys from which a query's interest in the block can be estimated.
+    """A small code per block of keys, from which the block's score against a query is computed.
 
-    One object serves one layer of one cache. A subclass sets ``name`` and is registered with :func:`register_digest`.
-    ``native`` names the way in which native code scores these codes, where there is one. A digest that needs constants
-    takes them in ``fit``, for every row and KV head its own, so that a row is coded as if it were alone; codes made
-    before another ``fit`` are void.
+    One object serves one layer of one cache. Subclass it, set ``name``, implement ``encode`` and ``score``, and
+    register it with :func:`register_digest`.
+
+    Attributes
+    ----------
+    name : str
+        Value of ``ScoutConfig(digest=...)``.
+    native : str or None
+        Name of the native scorer for these codes (see ``CpuBackend.select``), if there is one.
+    needs_fit : bool
+        Whether ``fit`` must run before ``encode``. It computes constants per row and KV head, so that a row is encoded
+        independently of the batch. Codes of an earlier ``fit`` are void.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf.selection import Digest
+    >>> class MeanKey(Digest):
+    ...     name = "mean"
+    ...
+    ...     def encode(self, keys, padding_mask):
+    ...         return keys.mean(3)
+    ...
+    ...     def score(self, query, codes):
+    ...         grouped = query.unflatten(1, (codes.shape[1], -1)).sum(2)
+    ...         return (codes @ grouped.transpose(-1, -2)).squeeze(-1).float()
+    >>> digest = MeanKey()
+    >>> codes = digest.encode(torch.randn(1, 2, 3, 4, 8), None)
+    >>> digest.score(torch.randn(1, 4, 1, 8), codes).shape
+    torch.Size([1, 2, 3])
     """
 
     name: str = ""
@@ -24,31 +50,37 @@ class Digest(ABC):
 
     @classmethod
     def serves(cls, head_dim: int) -> bool:
-        """Whether keys of that size can be coded."""
+        """Whether keys of that head size can be encoded."""
         return True
 
     def fit(
         self, keys: torch.Tensor, padding_mask: torch.Tensor | None, query_power: torch.Tensor | None, scale: float
     ) -> None:
-        """Take constants from keys of whole blocks, as ``encode`` gets them; of a long context, from a sample.
+        """Compute constants from keys; of a long context, from a sample.
 
-        ``query_power`` (batch, kv_heads, head_dim) of float32 is the mean square of a prompt's queries per channel,
-        over the GQA group; None where no queries were seen. ``scale`` turns q.k into what goes into the softmax.
+        Parameters
+        ----------
+        keys, padding_mask
+            Whole blocks, as in :meth:`encode`.
+        query_power : Tensor (batch, kv_heads, head_dim) of float32, or None
+            Mean square of the prompt's queries per channel, over the GQA group; None if no queries were seen.
+        scale : float
+            Factor on q.k before the softmax.
         """
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Make the constants of row ``i`` those that row ``rows[i]`` had."""
+        """Replace the constants of row ``i`` by those of the former row ``rows[i]``, for every ``i``."""
 
     @abstractmethod
     def encode(self, keys: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
-        """Codes of whole blocks.
+        """Encode whole blocks.
 
         Parameters
         ----------
         keys : Tensor (batch, kv_heads, blocks, block_size, head_dim)
             Keys as they are attended (after RoPE).
         padding_mask : Tensor (batch, blocks, block_size) of bool, or None
-            Tokens that are no padding; None when all are real.
+            False for padding; None if there is none.
 
         Returns
         -------
@@ -57,21 +89,29 @@ class Digest(ABC):
 
     @abstractmethod
     def score(self, query: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """Interest of each KV head in each block, (batch, kv_heads, blocks) of float32, larger is better.
+        """Score every block for every KV head.
 
-        ``query`` is (batch, query_heads, 1, head_dim), ``codes`` (batch, kv_heads, blocks, code). Query heads of one
-        GQA group are reduced to one score.
+        Parameters
+        ----------
+        query : Tensor (batch, query_heads, 1, head_dim)
+            The query heads of a GQA group are reduced to one score.
+        codes : Tensor (batch, kv_heads, blocks, code)
+
+        Returns
+        -------
+        Tensor (batch, kv_heads, blocks) of float32
+            Larger is better.
         """
 
     def prepare(self, query: torch.Tensor) -> torch.Tensor:
-        """The query as native code of that name wants it; by default as it is."""
+        """The query in the form that the ``native`` scorer takes; unchanged by default."""
         return query
 
 
 def repeat_real(keys: torch.Tensor, padding_mask: torch.Tensor) -> torch.Tensor:
-    """Keys whose padding tokens are copies of the first real token of their block; both as ``encode`` gets them.
+    """Keys with each padding token replaced by the first real token of its block; arguments as in ``encode``.
 
-    For codes that have no way to say that a token does not exist.
+    For codes that cannot represent padding.
     """
     first = padding_mask.to(torch.uint8).argmax(-1, keepdim=True)
     place = torch.where(
@@ -84,20 +124,72 @@ _DIGESTS: Registry[Digest] = Registry("digest", also=("auto",))
 
 
 def register_digest(digest: type[Digest]) -> type[Digest]:
-    """Make a digest available as ``ScoutConfig(digest=name)``; usable as a class decorator."""
+    """Register a digest for ``ScoutConfig(digest=name)``; usable as a class decorator.
+
+    Parameters
+    ----------
+    digest : type of Digest
+
+    Returns
+    -------
+    type of Digest
+        The same class.
+
+    Raises
+    ------
+    ConfigError
+        If its ``name`` is empty or taken, or it is not a subclass of :class:`Digest`.
+
+    Examples
+    --------
+    >>> from scout_hf.selection import MinMax, digest_names, register_digest
+    >>> @register_digest
+    ... class MyMinMax(MinMax):
+    ...     name = "my-minmax"
+    >>> "my-minmax" in digest_names()
+    True
+    """
     return _DIGESTS.register(digest, Digest)
 
 
 def digest_names() -> tuple[str, ...]:
-    """Names that ``ScoutConfig(digest=...)`` takes."""
+    """Allowed values of ``ScoutConfig(digest=...)``.
+
+    Examples
+    --------
+    >>> from scout_hf.selection import digest_names
+    >>> "minmax" in digest_names()
+    True
+    """
     return _DIGESTS.names()
 
 
 def find_digest(name: str) -> type[Digest]:
-    """The digest of that name, or ConfigError with the names there are."""
+    """The digest class of that name; ConfigError with the known names if there is none."""
     return _DIGESTS.find(name)
 
 
 def make_digest(name: str) -> Digest:
-    """A new object of the digest of that name, or ConfigError with the names there are."""
+    """Create a digest by name.
+
+    Parameters
+    ----------
+    name : str
+        A registered name, not ``"auto"``.
+
+    Returns
+    -------
+    Digest
+
+    Raises
+    ------
+    ConfigError
+        If the name is unknown; the message lists the known ones.
+
+    Examples
+    --------
+    >>> from scout_hf.selection import make_digest
+    >>> make_digest("minmax").name
+    'minmax'
+    """
     return find_digest(name)()

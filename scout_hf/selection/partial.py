@@ -1,4 +1,4 @@
-"""A few directions that tell which keys a query will attend to: partial queries and keys (InfiniGen, 2406.19707)."""
+"""Partial keys: scores from a few directions of the head dimension (InfiniGen, arXiv 2406.19707, section 4)."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import torch
 
 from scout_hf.errors import CacheStateError
 
-# The papers' models have 128 channels, of which a fifth are 26; of 32 channels 6 are too few to rank by.
+# The paper's models keep a fifth of 128 channels, which is 26; a fifth of 32 channels would be too few to rank by.
 FEWEST = 16
-UNKNOWN = "no directions are known: call learn() first, then extend()"
+UNKNOWN = "no directions have been learned: call learn() first, then extend()"
 
 
 class PartialKeys:
-    """Keys in the directions that the prompt's queries point to most, for tokens ``[0, length)``.
+    """Keys of tokens ``[0, length)``, projected onto the principal directions of the prompt's queries.
 
-    InfiniGen skews query and key weights offline by a singular value decomposition, then keeps the channels with the
-    largest queries. Rotary embeddings come between weights and scores, and no rotation of the weights passes through
-    them; so the directions are taken after them, per row and KV head, from the queries of the prompt itself.
+    InfiniGen rotates query and key weights offline by a singular value decomposition, then keeps the channels with the
+    largest queries. With rotary embeddings, which are applied after the weights, that is not possible. So the
+    directions are computed after the rotary embedding, per row and KV head, from the queries of the prompt.
 
     Parameters
     ----------
     ratio : float
-        Share of the channels that is kept, 16 of them at least.
+        Share of the channels to keep, in (0, 1]; at least 16 channels.
     """
 
     def __init__(self, ratio: float):
@@ -36,19 +36,19 @@ class PartialKeys:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of keys and directions."""
+        """Bytes of partial keys and directions."""
         return sum(part.numel() * part.element_size() for part in (self._basis, self._keys) if part is not None)
 
     def learn(self, vectors: torch.Tensor) -> None:
-        """Choose the directions from queries, or keys, (batch, kv_heads, n, head_dim); zeros tell nothing."""
+        """Compute the directions from queries (or keys), (batch, kv_heads, n, head_dim); zero vectors are ignored."""
         wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
         channels = wide.shape[-1]
         kept = min(channels, max(FEWEST, round(self.ratio * channels)))
-        # Of the Gram matrix the largest eigenvalues come last.
+        # eigh sorts eigenvalues in ascending order.
         self._basis = torch.linalg.eigh(wide.transpose(-1, -2) @ wide).eigenvectors[..., channels - kept :]
 
     def extend(self, keys: torch.Tensor) -> None:
-        """Add the next tokens' keys, (batch, kv_heads, tokens, head_dim)."""
+        """Append the keys of the next tokens, (batch, kv_heads, tokens, head_dim)."""
         tokens, basis = keys.shape[2], self._basis
         if basis is None:
             raise CacheStateError(UNKNOWN)
@@ -62,7 +62,7 @@ class PartialKeys:
         self.length += tokens
 
     def scores(self, query: torch.Tensor) -> torch.Tensor:
-        """Approximate q.k of queries (batch, query_heads, 1, head_dim): (batch, kv_heads, group, length)."""
+        """Approximate q.k, (batch, kv_heads, group, length), of queries (batch, query_heads, 1, head_dim)."""
         basis, keys = self._basis, self._keys
         if basis is None or keys is None:
             raise CacheStateError(UNKNOWN)
@@ -76,7 +76,7 @@ class PartialKeys:
         self.length = min(self.length, length)
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Make row ``i`` what row ``rows[i]`` was."""
+        """Replace row ``i`` by the former row ``rows[i]``, for every ``i``."""
         if self._basis is not None:
             rows = rows.to(self._basis.device)
             self._basis = self._basis[rows]

@@ -1,4 +1,4 @@
-"""The blocks that a decode step attends to, per row and KV head, within a budget."""
+"""Top-k block selection per row and KV head, within a budget."""
 
 from __future__ import annotations
 
@@ -10,24 +10,31 @@ from scout_hf.kernels.cpu import BlockLists
 
 
 class Pick(NamedTuple):
-    """Chosen blocks.
+    """The chosen blocks of a decode step.
 
     ids : Tensor (batch, kv_heads, n) of int64
-        Block numbers, best first; distinct within a row and head.
+        Block numbers, best first; distinct within a row and KV head.
     valid : Tensor (batch, kv_heads, n) of bool, or None
-        False where a row has fewer blocks to offer than others; None when every entry counts.
+        False for entries to ignore, where a row has fewer blocks than others; None if all are valid.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf.selection import Pick
+    >>> Pick(torch.tensor([[[2, 0]]]), None).valid_or_all()
+    tensor([[[True, True]]])
     """
 
     ids: torch.Tensor
     valid: torch.Tensor | None
 
     def valid_or_all(self) -> torch.Tensor:
-        """``valid``, as a tensor in either case."""
+        """``valid``, all True if it is None."""
         return torch.ones_like(self.ids, dtype=torch.bool) if self.valid is None else self.valid
 
 
 def everything(batch: int, heads: int, blocks: int, padding_mask: torch.Tensor | None, device: torch.device) -> Pick:
-    """All blocks, for every row and head, those that are padding last; ``padding_mask`` as in :func:`choose`."""
+    """All blocks, for every row and KV head, blocks of only padding last; ``padding_mask`` as in :func:`choose`."""
     if padding_mask is None:
         return Pick(torch.arange(blocks, dtype=torch.int64, device=device).expand(batch, heads, blocks), None)
     order = padding_mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)
@@ -36,18 +43,29 @@ def everything(batch: int, heads: int, blocks: int, padding_mask: torch.Tensor |
 
 
 def choose(scores: torch.Tensor, count: int | torch.Tensor, sinks: int, padding_mask: torch.Tensor | None) -> Pick:
-    """The best-scored blocks, sinks always among them.
+    """The top-k blocks by score; sinks are always chosen.
 
     Parameters
     ----------
     scores : Tensor (batch, kv_heads, blocks) of float32
         Larger is better; overwritten.
     count : int or Tensor (batch,)
-        Blocks to choose, for all rows or for each.
+        Blocks to choose (k), for all rows or for each.
     sinks : int
-        Leading real blocks of a row that are always chosen, as far as ``count`` goes.
+        Leading real blocks of a row that are always chosen; they count towards ``count``.
     padding_mask : Tensor (batch, blocks) of bool, or None
-        Blocks with at least one token that is no padding; None when all have.
+        False for blocks of only padding; None if there are none.
+
+    Returns
+    -------
+    Pick
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf.selection import choose
+    >>> choose(torch.tensor([[[0.1, 0.4, 0.3, 0.2]]]), count=2, sinks=1, padding_mask=None).ids
+    tensor([[[0, 1]]])
     """
     blocks = scores.shape[2]
     if padding_mask is None:
@@ -69,9 +87,26 @@ def choose(scores: torch.Tensor, count: int | torch.Tensor, sinks: int, padding_
 
 
 def pack_lists(ids: torch.Tensor, valid: torch.Tensor | None) -> BlockLists:
-    """The usable entries of every list, in their order, packed to the front; on the CPU.
+    """Pack the valid entries of every list to the front, in order; on the CPU.
 
-    ``ids`` is (batch, kv_heads, n), ``valid`` bool of the same shape, or None where every entry counts.
+    Parameters
+    ----------
+    ids : Tensor (batch, kv_heads, n)
+        Block numbers.
+    valid : Tensor (batch, kv_heads, n) of bool, or None
+        None if all entries are valid.
+
+    Returns
+    -------
+    BlockLists
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf.selection import pack_lists
+    >>> lists = pack_lists(torch.tensor([[[7, 3, 5]]]), torch.tensor([[[True, False, True]]]))
+    >>> lists.ids.tolist(), lists.counts.tolist()
+    ([[[7, 5]]], [[2]])
     """
     if valid is None:
         return BlockLists(ids.cpu(), None)

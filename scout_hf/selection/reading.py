@@ -1,4 +1,4 @@
-"""Keys of a store's blocks as digests take them: in parts, and a sample of a long context."""
+"""Read keys for digests: in parts of bounded size, and a sample of a long context."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from scout_hf.kernels.cpu.protocols import PagedStore
 
-# Keys are read and coded in parts, or a long prompt would need room for a copy of a whole layer.
+# Encoding in parts avoids a copy of a whole layer for a long prompt.
 PART_TOKENS, SAMPLE_TOKENS = 4096, 8192
 FIRST = torch.tensor([0], dtype=torch.int64, device="cpu")
 Blocks = tuple[torch.Tensor, torch.Tensor | None]
-"""Keys (batch, kv_heads, n, block_size, head_dim) and which tokens are real, (batch, n, block_size) of bool or None."""
+"""Keys (batch, kv_heads, n, block_size, head_dim) and their padding mask, (batch, n, block_size) of bool or None."""
 
 
 def in_parts(keys: torch.Tensor, padding_mask: torch.Tensor | None) -> Iterator[Blocks]:
-    """Views of the same blocks, some after the other."""
+    """Split blocks into parts of at most ``PART_TOKENS`` tokens; views."""
     step = max(1, PART_TOKENS // keys.shape[3])
     for first in range(0, keys.shape[2], step):
         part = slice(first, first + step)
@@ -33,13 +33,13 @@ def read_parts(store: PagedStore, first: int, last: int, padding_mask: torch.Ten
 
 
 def read_sample(store: PagedStore, last: int, padding_mask: torch.Tensor | None) -> Blocks:
-    """Of the first ``last`` blocks those with real tokens, or some that lie evenly among them; each row its own."""
+    """A sample of at most ``SAMPLE_TOKENS`` tokens, evenly spaced over each row's real blocks before ``last``."""
     most = max(1, SAMPLE_TOKENS // store.block_size)
     if padding_mask is None:
         every = torch.arange(last, dtype=torch.int64, device="cpu")
         return _read(store, _evenly(every, most).expand(store.batch, -1), None)
     real = padding_mask[:, : last * store.block_size].unflatten(1, (-1, store.block_size)).any(-1).cpu()
-    # A row of nothing but padding shows a block of it.
+    # A row of only padding contributes one block of padding.
     rows = [_evenly(row.nonzero()[:, 0] if row.any() else FIRST, most) for row in real]
     ids = pad_sequence(rows, batch_first=True)
     keys, marks = _read(store, ids, padding_mask)

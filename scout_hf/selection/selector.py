@@ -1,4 +1,4 @@
-"""Selection for one layer: keeps the digests of its whole blocks and picks among them within the budget."""
+"""Selection of one layer: keeps the digests of its whole blocks and chooses the top-k within the budget."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ from scout_hf.selection.table import DigestTable
 if TYPE_CHECKING:
     from scout_hf.step import Step
 
-# Constants of a digest are taken from the first keys, and again while the context is short and has grown much.
+# A digest is fitted to the first keys, and again each time a short context has grown GROWN-fold.
 ENOUGH_TOKENS, GROWN = 4096, 8
 POWER_QUERIES = 512
 
 
 class Coded(NamedTuple):
-    """Codes and what they were made with; one object, since either is void without the other.
+    """Codes and the digest that made them; one object, because codes are void with another digest.
 
     digest, table : Digest, DigestTable
-    fitted_blocks, fitted_blindly : int, bool
-        Blocks that the digest has its constants from, and whether no query had been seen then.
+    fitted_blocks : int
+        Blocks that the digest was fitted to.
+    fitted_blindly : bool
+        Whether it was fitted before any query was seen.
     """
 
     digest: Digest
@@ -49,7 +51,18 @@ class Selector:
     config : ScoutConfig
     layer_idx : int
     keys : Tensor (batch, kv_heads, tokens, head_dim)
-        The first keys that the layer gets: their size and device. Not stored.
+        The layer's first keys, for size, dtype and device. Not stored.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf import ScoutConfig
+    >>> from scout_hf.selection import Selector
+    >>> keys = torch.randn(1, 2, 64, 32)
+    >>> selector = Selector(ScoutConfig(block_size=16), 0, keys)
+    >>> selector.extend(keys, None)
+    >>> selector.blocks
+    4
     """
 
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
@@ -57,18 +70,18 @@ class Selector:
         self._coded = Coded(make_digest(digest_for(config, keys)), DigestTable())
         served = keys.dtype in KERNEL_DTYPES and keys.shape[-1] <= MOST_CHANNELS
         self._kernels = find_kernels(config.gpu_kernels, keys.device) if served else None
-        self._early: int | None = None  # the first block digested before a pass said what is padding
+        self._early: int | None = None  # first block encoded before its padding mask was known
         self._query_power: torch.Tensor | None = None
         self._scale = keys.shape[-1] ** -0.5
 
     @property
     def digest(self) -> Digest:
-        """What codes blocks."""
+        """The digest that encodes blocks."""
         return self._coded.digest
 
     @property
     def table(self) -> DigestTable:
-        """The codes."""
+        """The codes of all encoded blocks."""
         return self._coded.table
 
     @property
@@ -77,14 +90,21 @@ class Selector:
         return self.table.blocks
 
     def observe(self, query: torch.Tensor, kv_heads: int, scale: float, mask: torch.Tensor | None) -> None:
-        """Learn how large queries are per channel, from those of a prompt, (batch, query_heads, tokens, head_dim).
+        """Measure the mean square of a prompt's queries per channel, for digests that are fitted.
 
-        ``scale`` is that of the softmax, ``mask`` (batch, tokens so far) of bool or None, padding False.
+        Parameters
+        ----------
+        query : Tensor (batch, query_heads, tokens, head_dim)
+        kv_heads : int
+        scale : float
+            Factor on q.k before the softmax.
+        mask : Tensor (batch, tokens so far) of bool, or None
+            False for padding.
         """
         self._scale = scale
         if self.dense or not self.digest.needs_fit:
             return
-        # The last ones resemble those of decoding most, and a few hundred are enough.
+        # The last queries resemble those of decoding most; a few hundred are enough.
         recent = query[:, :, -POWER_QUERIES:].float().square()
         if mask is not None:
             real = mask[:, None, -recent.shape[2] :, None].to(recent.device)
@@ -99,10 +119,14 @@ class Selector:
         padding_mask: torch.Tensor | None,
         past: Callable[[], tuple[torch.Tensor, torch.Tensor | None]] | None = None,
     ) -> None:
-        """Digest further whole blocks.
+        """Encode further whole blocks.
 
-        ``keys`` is (batch, kv_heads, n * block_size, head_dim), ``padding_mask`` (batch, n, block_size) of bool or
-        None; ``past`` gives both for the blocks digested before, for a digest that takes its constants again.
+        Parameters
+        ----------
+        keys : Tensor (batch, kv_heads, n * block_size, head_dim)
+        padding_mask : Tensor (batch, n, block_size) of bool, or None
+        past : callable, or None
+            Returns the keys and padding mask of all earlier blocks; called if the digest must be fitted again.
         """
         if self.dense:
             return
@@ -126,7 +150,7 @@ class Selector:
             raise
 
     def _fit_again(self, sample: Blocks, parts: Iterable[Blocks]) -> None:
-        """Constants from a sample, and codes of everything with them; if that fails, nothing has changed."""
+        """Fit to a sample and encode all blocks again; on an error nothing has changed."""
         fresh = copy.copy(self)
         fresh._coded = Coded(copy.copy(self.digest), DigestTable())
         fresh.digest.fit(*sample, self._query_power, self._scale)
@@ -140,7 +164,7 @@ class Selector:
         return fitted * self.config.block_size < ENOUGH_TOKENS and self.blocks + new >= GROWN * fitted
 
     def extend_from(self, store: PagedStore, last: int, padding_mask: torch.Tensor | None) -> None:
-        """Digest the whole blocks of a PagedKV up to block ``last`` that have no digest yet.
+        """Encode the whole blocks of a PagedKV before block ``last`` that are not encoded yet.
 
         ``padding_mask`` is (batch, tokens) of bool or None.
         """
@@ -149,9 +173,9 @@ class Selector:
         self._extend_from(store, last, padding_mask)
 
     def extend_early(self, store: PagedStore, last: int) -> None:
-        """The same outside a forward pass, where nobody says yet what is padding and no query was seen.
+        """As ``extend_from``, but outside a forward pass: padding mask and queries are not known yet.
 
-        The first ``extend_from`` after it, in a pass, makes again what it would have made otherwise.
+        The next ``extend_from`` encodes those blocks again if padding or queries would have changed their codes.
         """
         if not self.dense:
             first = 0 if self._fit_is_due(last - self.blocks) else self.blocks
@@ -190,7 +214,7 @@ class Selector:
             self._append(read_parts(store, first, last, padding_mask))
 
     def lists(self, step: Step, query: torch.Tensor, store: PagedStore, blocks: int) -> BlockLists | None:
-        """Blocks of a PagedKV to attend: the best of the first ``blocks`` and all newer ones; None for every block."""
+        """The blocks of a PagedKV to attend: the top-k of the first ``blocks`` and all newer ones; None for all."""
         newest = store.blocks - blocks
         count = None if self.dense else self._count(step, blocks)
         if count is None or not blocks or (isinstance(count, int) and count >= blocks):
@@ -208,16 +232,20 @@ class Selector:
         return pack_lists(ids, None if valid is None else torch.cat([valid, torch.ones_like(last).bool()], dim=2))
 
     def pick(self, step: Step, query: torch.Tensor, blocks: int, kv_heads: int) -> Pick:
-        """The blocks to attend, out of the first ``blocks``.
+        """Choose the top-k of the first ``blocks``.
 
         Parameters
         ----------
         step : Step
-            Says how long the context is, for a share budget, and which tokens are padding.
+            For the context length (share budgets) and the padding mask.
         query : Tensor (batch, query_heads, 1, head_dim)
         blocks : int
-            Blocks open to selection; what is newer is attended anyway.
+            Candidate blocks; newer ones are always attended.
         kv_heads : int
+
+        Returns
+        -------
+        Pick
         """
         scores, count, padding_mask = self.rank(step, query, blocks)
         if scores is None:
@@ -227,11 +255,11 @@ class Selector:
     def rank(
         self, step: Step, query: torch.Tensor, blocks: int
     ) -> tuple[torch.Tensor | None, int | torch.Tensor, torch.Tensor | None]:
-        """How much each of the first ``blocks`` is wanted, and how many may be chosen; see :meth:`pick`.
+        """Scores of the first ``blocks`` blocks, and the top-k size; arguments as in :meth:`pick`.
 
         Returns
         -------
-        scores : Tensor (batch, kv_heads, blocks) of float32, or None where all are chosen
+        scores : Tensor (batch, kv_heads, blocks) of float32, or None if all blocks are chosen
         count : int or Tensor (batch,)
         padding_mask : Tensor (batch, blocks) of bool, or None
         """
@@ -244,14 +272,14 @@ class Selector:
         return self.scores(step, query, self.table.codes(blocks)), count, padding_mask
 
     def count(self, step: Step, blocks: int) -> int | torch.Tensor | None:
-        """How many of the first ``blocks`` may be chosen, for all rows or for each; None where all are."""
+        """The top-k size among the first ``blocks``, for all rows or for each; None if all are chosen."""
         count = None if self.dense else self._count(step, blocks)
         return None if not blocks or (isinstance(count, int) and count >= blocks) else count
 
     def scores(
         self, step: Step, query: torch.Tensor, codes: torch.Tensor, filled: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Scores (batch, kv_heads, blocks) of float32 of these codes, of which the first ``filled`` (1,) count."""
+        """Scores (batch, kv_heads, blocks) of float32; undefined from block ``filled`` (1,) on, if that is given."""
         scores, size = None, self.config.block_size
         if self.digest.native and self._kernels is not None:
             scores = self._kernels.score(self.digest.native, self.digest.prepare(query), codes, size, count=filled)
@@ -261,7 +289,7 @@ class Selector:
 
     def _count(self, step: Step, blocks: int) -> int | torch.Tensor:
         budget = self.config.budget
-        # Whole blocks that are attended anyway; after a crop there are fewer of them than the window has.
+        # Whole blocks of the window, which are always attended; after a crop there may be fewer than configured.
         recent = min(self.config.blocks(self.config.window), max(0, step.tokens // self.config.block_size - blocks))
         if isinstance(budget, int):
             return max(1, self.config.blocks(budget) - recent)
@@ -272,11 +300,11 @@ class Selector:
         return (share - recent).clamp(min=1)
 
     def crop(self, blocks: int) -> None:
-        """Forget digests from block ``blocks`` on."""
+        """Drop the codes of blocks from ``blocks`` on."""
         self.table.crop(blocks)
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Make row ``i`` what row ``rows[i]`` was."""
+        """Replace row ``i`` by the former row ``rows[i]``, for every ``i``."""
         self.table.select_rows(rows)
         if self.blocks and self.digest.needs_fit:
             self.digest.select_rows(rows)

@@ -1,11 +1,11 @@
 """One bit per key channel and token: signs of rotated, balanced keys, with a scale per token.
 
-A block is found through single tokens, so the code keeps every token. Keys are centred and balanced per channel,
-rotated by a fixed random rotation, and reduced to their signs and one scale per token, so that ``scale * (signs . q)``
-estimates q.k without bias (the estimator of RaBitQ, arXiv 2405.12497). Balance divides a key channel by
-``sqrt(std(k) / rms(q))``, which makes the estimate's error smallest and independent of the channels' own scales;
-without it a few large channels would own every bit. At head_dim 128 a block of 32 takes 1.06 times the bytes of min/max
-in bf16.
+A block may matter because of a single token, so the code keeps every token. Keys are centred and balanced per channel,
+rotated by a fixed random rotation, and reduced to their signs and one scale per token. ``scale * (signs . q)`` is then
+an unbiased estimate of q.k (the estimator of RaBitQ, arXiv 2405.12497). Balancing divides a key channel by
+``sqrt(std(k) / rms(q))``, which minimises the error and makes it independent of the scale of each channel; without it
+a few large channels would determine every bit. At head_dim 128, a block of 32 tokens takes 1.06 times the bytes of
+min/max in bf16.
 """
 
 from __future__ import annotations
@@ -20,22 +20,32 @@ from scout_hf.selection.digest import Digest, register_digest, repeat_real
 
 ROTATION_SEED = 0x5C0
 CHUNK_TOKENS, FIT_TOKENS = 1024, 4096
-# The error of one bit per channel has 0.57 of the variance of q.k where keys have no structure, so the best guess of a
-# product is 1 / 1.57 of its unbiased estimate there, and more where they have some.
+# For keys without structure, the error of one bit per channel has 0.57 of the variance of q.k, so the best estimate of
+# a product is 1 / 1.57 of the unbiased one; for structured keys it is larger.
 SHRINKAGE = 0.7
-# A channel that hardly moved, or was hardly asked for, while constants were taken may be later; it may not outweigh all
-# others then. Importance is the product of both, which does not depend on how a model scales its channels.
+# Lower limits for channels with little variance, or small queries, in the sample: they may grow later and must not
+# dominate then. Importance is the product of both, which does not depend on how a model scales its channels.
 CONSTANT, UNIMPORTANT = 1e-4, 0.01
-# The scale's byte: 4 bits of exponent and 4 of mantissa, cut out of a float32 whose typical value is 1.
+# The byte of a scale: 4 bits of exponent and 4 of mantissa, cut out of a float32 whose typical value is 1.
 EXPONENT_BASE, KEPT_FROM = 120 << 23, 19
 
 
 @register_digest
 class SignCode(Digest):
-    """Score of a block: its estimated log-sum-exp for each query head, base 2, summed over the GQA group.
+    """Score of a block: the estimated log-sum-exp of its logits, base 2, summed over the query heads of the GQA group.
 
-    The code of a block is uint8: ``head_dim / 8`` rows of one byte per token, bit ``i`` of row ``j`` the sign of
-    channel ``8 j + i``, then one byte per token with its scale. A padding token repeats a real one of its block.
+    The code of a block is uint8: ``head_dim / 8`` rows of one byte per token, where bit ``i`` of row ``j`` is the sign
+    of channel ``8 j + i``; then one byte per token with its scale. Padding is encoded as a real token of its block.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf.selection import SignCode
+    >>> digest, keys = SignCode(), torch.randn(1, 2, 3, 4, 8)
+    >>> digest.fit(keys, None, None, 8**-0.5)
+    >>> codes = digest.encode(keys, None)
+    >>> digest.score(torch.randn(1, 4, 1, 8), codes).shape
+    torch.Size([1, 2, 3])
     """
 
     name = "sign"
@@ -58,7 +68,7 @@ class SignCode(Digest):
             least = UNIMPORTANT * (spread * power).mean(-1, keepdim=True)
             balance = torch.maximum(spread, least / power)
             balance = (balance / torch.maximum(power, least / balance)).sqrt()
-        # Typical scales of tokens are about 1 in their byte.
+        # Normalised so that a typical scale is about 1.
         typical = (spread / balance).square().mean(-1, keepdim=True).sqrt()
         self.mean, self.divisor = mean, balance * typical
         self.factor = balance * typical * (scale * SHRINKAGE * math.log2(math.e))
@@ -84,7 +94,7 @@ class SignCode(Digest):
         return codes
 
     def prepare(self, query: torch.Tensor) -> torch.Tensor:
-        """The query in the space of the codes, float32 of the same shape; products are exponents of base 2."""
+        """The query in the space of the codes, float32 of the same shape; products are logits in base 2."""
         batch, heads, dim = self.factor.shape
         grouped = query.float().view(batch, heads, -1, dim) * self.factor[:, :, None]
         return (grouped @ self.rotation).view(query.shape)
@@ -100,7 +110,7 @@ class SignCode(Digest):
             part = codes[:, :, first : first + step]
             signs = _unpack(part[..., : size * (dim // 8)], size).flatten(2, 3)
             scale = byte_to_scale(part[..., size * (dim // 8) :])
-            # sum over channels of +-q is twice the sum over those with bit 1, less the sum over all.
+            # The sum over channels of +-q is twice the sum over those with bit 1, minus the sum over all.
             dots = (2 * torch.matmul(signs, turned) - turned.sum(2, keepdim=True)).unflatten(2, (-1, size))
             logits = dots * scale[..., None] * math.log(2)
             scores[:, :, first : first + step] = logits.logsumexp(3).sum(-1) / math.log(2)
@@ -117,14 +127,14 @@ def random_rotation(dim: int) -> torch.Tensor:
 def moments(keys: torch.Tensor, padding_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of real tokens per row, KV head and channel, (batch, kv_heads, head_dim) of float32.
 
-    Of a long text, over some thousand tokens that lie evenly in it.
+    For a long context, over a few thousand evenly spaced tokens.
     """
     found = []
     for row, tokens in enumerate(keys.flatten(2, 3)):
         real = torch.arange(tokens.shape[1], dtype=torch.int64, device=keys.device)
         if padding_mask is not None and bool(padding_mask[row].any()):
             real = real[padding_mask[row].flatten()]
-        # A prompt may have a token that is not finite; it must not make all codes useless.
+        # One token that is not finite must not spoil all codes.
         some = tokens[:, real[:: max(1, len(real) // FIT_TOKENS)]].float().nan_to_num(0.0, 0.0, 0.0)
         found.append(torch.std_mean(some, dim=1, correction=0))
     spread, mean = (torch.stack(part) for part in zip(*found))
@@ -138,12 +148,12 @@ def scale_to_byte(scale: torch.Tensor) -> torch.Tensor:
 
 
 def byte_to_scale(byte: torch.Tensor) -> torch.Tensor:
-    """What a byte of :func:`scale_to_byte` stands for, float32."""
+    """Undo :func:`scale_to_byte`; float32."""
     return ((byte.to(torch.int32) << KEPT_FROM) + EXPONENT_BASE).view(torch.float32)
 
 
 def _no_less(sizes: torch.Tensor, share: float) -> torch.Tensor:
-    """Sizes of channels, none below that share of their mean."""
+    """Clamp the sizes of channels from below, to ``share`` of their mean."""
     return torch.maximum(sizes, share * sizes.mean(-1, keepdim=True)).clamp(min=1e-12)
 
 

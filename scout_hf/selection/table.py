@@ -1,4 +1,4 @@
-"""The codes of all whole blocks of one layer, in order, contiguous per row and head so that scoring is one product."""
+"""The codes of all whole blocks of one layer, contiguous per row and KV head, so that scoring is one product."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ SLACK_BLOCKS = 32
 
 
 class DigestTable:
-    """Append-only codes, (batch, kv_heads, blocks, code), that can be cut and whose rows can be permuted."""
+    """A growing table of codes, (batch, kv_heads, blocks, code), with spare capacity.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf.selection import DigestTable
+    >>> table = DigestTable()
+    >>> table.append(torch.zeros(1, 2, 3, 16))
+    >>> table.blocks, table.codes().shape
+    (3, torch.Size([1, 2, 3, 16]))
+    """
 
     def __init__(self) -> None:
         self._codes = torch.empty((0, 0, 0, 0), dtype=torch.float32, device="cpu")
@@ -27,24 +37,24 @@ class DigestTable:
 
     @property
     def capacity(self) -> int:
-        """Blocks that fit before the codes have to move."""
+        """Blocks that fit before the buffer is reallocated."""
         return self._codes.shape[2]
 
     def all_codes(self) -> torch.Tensor:
-        """The whole buffer, (batch, kv_heads, capacity, code); from ``blocks`` on undefined."""
+        """The whole buffer, (batch, kv_heads, capacity, code); undefined from ``blocks`` on."""
         return self._codes
 
     def append(self, codes: torch.Tensor) -> None:
-        """Add the codes of further blocks, (batch, kv_heads, n, code)."""
+        """Append the codes of further blocks, (batch, kv_heads, n, code)."""
         self.reserve(codes.shape, codes.dtype, codes.device)[:, :, self.blocks :] = codes
         self.grew(codes.shape[2])
 
     def grew(self, blocks: int) -> None:
-        """So many further codes have been put where there was room."""
+        """Count ``blocks`` further blocks, whose codes were written into the spare capacity."""
         self.blocks += blocks
 
     def reserve(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """All codes with room behind them for further ones of that shape, (batch, kv_heads, n, code)."""
+        """Make capacity for codes of ``shape`` (batch, kv_heads, n, code); returns a view of all, the new ones last."""
         total = self.blocks + shape[2]
         if not self.capacity or total > self.capacity:
             capacity = total + max(SLACK_BLOCKS, total // 8)
@@ -59,7 +69,7 @@ class DigestTable:
         self.blocks = min(self.blocks, blocks)
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Make row ``i`` what row ``rows[i]`` was."""
+        """Replace row ``i`` by the former row ``rows[i]``, for every ``i``."""
         if self.capacity:
             self._codes = self._codes[rows.to(self._codes.device)]
 
