@@ -17,7 +17,7 @@ EASY_SHARE = 0.5
 def digest_for(config: ScoutConfig, keys: torch.Tensor) -> str:
     """The name of the digest for a layer.
 
-    ``"auto"`` gives min/max for a share budget of 0.5 or more and where no native code scores sign codes, else ``"sign"``.
+    ``"auto"`` is the sign code, but min/max for a share budget of 0.5 or more or without a fast native scorer.
 
     Parameters
     ----------
