@@ -49,13 +49,13 @@ __all__ = [
     "unpatch",
 ]
 
-# Imported at first use: torch and transformers take seconds, which `scout-hf --help` need not wait for.
+# Imported at first use: torch and transformers take seconds to import, which would slow down `scout-hf --help`.
 _ROOMS = {"cache": "ScoutCache", "config": "ScoutConfig", "recall_intervals": "RecallIntervals", "stats": "Stats"}
 _HOME = {name: room for room, name in _ROOMS.items()} | dict.fromkeys(("Handle", "patch", "unpatch"), "patching")
 _HOME["CACHE"] = "compat.cache_names"
 
 
-# Python started in a checkout finds this folder before the installed package; patches/ and eval/ lie beside it there.
+# In a checkout, patches/ and eval/ lie beside this folder; Python finds it before the installed package.
 _CHECKOUT = Path(__file__).parents[1]
 if all((_CHECKOUT / name).is_file() for name in ("setup.py", "patches/registry.py", "eval/__init__.py")):
     __path__.append(str(_CHECKOUT))

@@ -1,4 +1,4 @@
-"""Versions and hardware in plain words, for bug reports."""
+"""Versions and hardware, for bug reports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import scout_hf
 
 
 def facts() -> Iterator[tuple[str, str]]:
-    """What a line of ``scout-hf version`` is called, and what it says."""
+    """Name and value of each line of ``scout-hf version``."""
     yield "scout_hf", scout_hf.__version__
     yield "transformers", _version("transformers")
     yield "torch", _version("torch")
@@ -32,7 +32,7 @@ def _native() -> str:
     from scout_hf.kernels.cpu.library import load_library
 
     with warnings.catch_warnings():
-        # This line says what the warning would.
+        # The line itself says what the warning would say.
         warnings.simplefilter("ignore")
         library = load_library()
     if library is None:

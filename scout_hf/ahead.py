@@ -1,7 +1,7 @@
-"""What a layer would make of a hidden state, by its own parts and beside the forward pass.
+"""Queries, keys and values that a layer would compute from a hidden state, by its own modules, outside its forward.
 
-Nothing but speed depends on it: a layer whose parts were replaced, wrapped, or may not be called now is not predicted,
-and attends with its real query.
+Only speed depends on it: a layer whose modules were replaced or wrapped, or cannot be called now, is not predicted and
+attends with its real query.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from scout_hf.patches.quiet import has_hooks, is_replaced
 
 
 class Parts:
-    """The layers of a patched model, asked one by one.
+    """Computes queries, keys and values of single layers of a patched model.
 
     Parameters
     ----------
@@ -31,9 +31,9 @@ class Parts:
     def query(
         self, step: Any, index: int, hidden: torch.Tensor, given: dict[str, Any], method: Any
     ) -> torch.Tensor | None:
-        """The query that layer ``index`` would attend with if ``hidden`` were its input; None if it cannot be told.
+        """The query of layer ``index`` if ``hidden`` were its input; None if it cannot be predicted.
 
-        ``given`` are the keyword arguments that the layer before received.
+        ``given`` are the keyword arguments that the previous layer received.
         """
         layer = self._family.layers(self._decoder)[index]
         places = given.get("position_ids"), given.get("position_embeddings")
@@ -43,20 +43,20 @@ class Parts:
             query = self._family.query(self._decoder, layer, hidden, *places)
             made, known = (query.shape[1], query.shape[3]), method.query_shape
             if known is not None and made != known:
-                raise ValueError(f"its parts make a query of {made} heads and channels, and it attends with {known}")
+                raise ValueError(f"its modules make a query of {made} heads and channels, but it attends with {known}")
         except MemoryError:
             raise
         except Exception as error:
-            step.counters.note("prediction", f"off, and the real query used: {error}", index)
+            step.counters.note("prediction", f"off, the real query is used: {error}", index)
             return None
         return query
 
     def keys_values(
         self, index: int, hidden: torch.Tensor, position_ids: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What layer ``index`` makes of the inputs it had; None while its weights are elsewhere.
+        """Keys and values of layer ``index`` for these inputs; None while its weights are not on a device.
 
-        Raises ScoutError where its parts are not those that its family knows.
+        Raises ScoutError if its modules are not those that its family expects.
         """
         layer = self._family.layers(self._decoder)[index]
         if not self._family.available(layer):
@@ -69,7 +69,7 @@ class Parts:
             raise UnsupportedModelError(f"layer {index} was changed: {error}") from error
 
     def untouched(self, index: int) -> bool:
-        """Whether nothing but the layer's own code has a say in the keys that it stores now."""
+        """Whether only the layer's own code determines its keys: no hooks of others, no replaced functions."""
         layer = self._family.layers(self._decoder)[index]
         before = [getattr(hook, "func", hook) for hook in layer._forward_pre_hooks.values()]
         ours = all(getattr(hook, "__module__", "").startswith("scout_hf.") for hook in before)

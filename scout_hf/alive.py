@@ -1,4 +1,4 @@
-"""Which caches of a model are alive, and what they hold together."""
+"""Which caches of a model are alive, and how many bytes they hold together."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from scout_hf.stores.counted import each_pool_once
 
 
 class AliveCaches:
-    """Caches that have been served, and their forks, for as long as somebody holds them."""
+    """Weak references to the caches that a patched model has used, and to their forks."""
 
     def __init__(self) -> None:
         self._caches: dict[int, weakref.ref[Any]] = {}
 
     def add(self, cache: Any) -> None:
-        """Remember a ScoutCache, without keeping it."""
+        """Add a ScoutCache; only a weak reference is kept."""
         key = id(cache)
         if key not in self._caches:
             caches = self._caches
@@ -23,7 +23,7 @@ class AliveCaches:
             cache.seen_by = weakref.ref(self)
 
     def held(self) -> tuple[int, dict[str, int]]:
-        """How many hold something, and bytes by tier; a page that forks share counts once."""
+        """How many caches hold tokens, and their bytes by tier; a page that forks share counts once."""
         alive = [cache for cache in (known() for known in list(self._caches.values())) if cache is not None]
         # copy.copy of a cache shares its layers.
         alive = list({id(cache.layers): cache for cache in alive}.values())

@@ -1,7 +1,7 @@
-"""The functions registered with transformers: attention over a ScoutCache, and its mask. Everything else falls through.
+"""The attention and mask functions that are registered with transformers. Without a ScoutCache they call stock ones.
 
-The implementation that a model had before is part of the registered name (``scout_over_sdpa``), so that models sharing
-a config object and forward passes without a ScoutCache find their own attention without any state.
+The registered name contains the model's previous implementation (``scout_over_sdpa``), so that forward passes without
+a ScoutCache find their own attention without any state, also in models that share a config object.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from scout_hf.plain_attention import attention_function, prompt_function, prompt
 from scout_hf.prefill import prefill
 from scout_hf.step import Step, active_step
 
-# Arguments that change which keys are seen, or how; none comes from a plain causal attention layer.
+# Arguments that change which keys are attended, or how; plain causal attention layers pass none of them.
 UNSERVED = frozenset({"sliding_window", "position_bias", "indices", "block_indices", "sinks"})
 
 
 def register_over(name: AttentionName) -> None:
-    """Let transformers find scout_hf's functions under ``name``, over the implementation that it reads as."""
+    """Register scout_hf's attention and mask functions under ``name.key``."""
     if not is_registered(name):
         AttentionInterface.register(name.key, functools.partial(scout_attention, str(name)))
         AttentionMaskInterface.register(name.key, functools.partial(scout_mask, str(name)))
 
 
 def is_registered(name: AttentionName) -> bool:
-    """Whether transformers finds scout_hf's attention under ``name``; who loads kernels may register others there."""
+    """Whether scout_hf's attention is registered under ``name``; loading hub kernels may have replaced it."""
     return getattr(AttentionInterface._global_mapping.get(name.key), "func", None) is scout_attention
 
 
@@ -59,19 +59,19 @@ def scout_attention(
     method = layer.method
     if method is None or layer.incoming is not key:
         raise UnsupportedModelError(
-            f"{type(module).__name__} changes keys between cache.update() and attention, which scout_hf cannot follow; "
-            "unpatch the model, or report the family"
+            f"{type(module).__name__} changes keys between cache.update() and attention, which scout_hf does not "
+            "support; unpatch the model, or report the family"
         )
     layer.incoming = None
     if not UNSERVED.isdisjoint(kwargs) and (unknown := [name for name in UNSERVED if kwargs.get(name) is not None]):
         raise UnsupportedModelError(
             f"{type(module).__name__} attends with {', '.join(sorted(unknown))} on layer {module.layer_idx}, whose "
-            "cache layer is a plain full-attention one; scout_hf cannot follow that: unpatch the model"
+            "cache layer is a plain full-attention one; scout_hf does not support that: unpatch the model"
         )
     if query.shape[2] != step.queries:
         raise UnsupportedInputError(
             f"{type(module).__name__} got {query.shape[2]} tokens in a pass that began with {step.queries}: the model "
-            "puts tokens of its own between, which a ScoutCache cannot follow; use a DynamicCache for this call"
+            "inserts tokens, which a ScoutCache does not support; use a DynamicCache for this call"
         )
     scale = kwargs.get("scaling")
     method.scoring = Scoring(query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("softcap"))
@@ -91,7 +91,7 @@ def scout_attention(
         step.allowed = allowed_by(step, attention_mask) if special else None
     if kwargs.get("dropout") and method.length > step.queries:
         _tell_of_dropout(step, kwargs["dropout"])
-    # Entering autocast's switch costs more than a small attention: only where it is on.
+    # Switching autocast off costs more than a small attention: do it only where it is on.
     mixed = torch.is_autocast_enabled(query.device.type)
     with torch.autocast(query.device.type, enabled=False) if mixed else contextlib.nullcontext():
         real = query if query.dtype == method.dtype else query.to(method.dtype)
@@ -110,9 +110,9 @@ def scout_attention(
 
 @torch.compiler.disable
 def scout_mask(previous: str, *args: Any, **kwargs: Any) -> Any:
-    """Mask function as transformers calls it: scout layers take a causal one from the step, all others as it is."""
+    """Mask function as transformers calls it: scout layers need no causal mask, all others get the stock one."""
     step = active_step()
-    # Who registers attention without masks gets none.
+    # Attention that was registered without a mask function gets no mask.
     stock = ALL_MASK_ATTENTION_FUNCTIONS.get(previous, _no_mask)
     if step is None or kwargs.get("local_size") is not None:
         return stock(*args, **kwargs)
@@ -131,18 +131,18 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
 
 
 def _tell_of_dropout(step: Step, share: float) -> None:
-    """Once per handle, whose tallies the notes are."""
+    """Warn once per handle, whose counters hold the notes."""
     if ("dropout", None) not in step.counters.notes:
-        told = (
-            f"the model is in training mode with an attention dropout of {share}, which a pass over what a ScoutCache "
-            "holds leaves out; call model.eval(), or use a DynamicCache for stock attention with dropout"
+        message = (
+            f"the model is in training mode with an attention dropout of {share}; passes over tokens that a ScoutCache "
+            "holds leave it out. Call model.eval(), or use a DynamicCache for stock attention with dropout"
         )
-        step.counters.note("dropout", told)
-        warnings.warn(f"scout_hf: {told}", RuntimeWarning, stacklevel=2)
+        step.counters.note("dropout", message)
+        warnings.warn(f"scout_hf: {message}", RuntimeWarning, stacklevel=2)
 
 
 def _checked(method: Method, result: Partial, query: torch.Tensor) -> Partial:
-    """What a method's ``attend`` gave; its author is told if it is nothing to go on with."""
+    """The result of a method's ``attend``; ScoutError if it is no Partial of the right shape."""
     if not isinstance(result, Partial) or not result.out.shape[:3] == result.lse.shape == query.shape[:3]:
         shapes = "" if not isinstance(result, Partial) else f" of {tuple(result.out.shape)}, {tuple(result.lse.shape)}"
         raise ScoutError(

@@ -1,4 +1,4 @@
-"""The name under which transformers finds scout_hf's attention: to all who read it, the name there was before."""
+"""The name under which transformers finds scout_hf's attention, and that reads as the model's previous one."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ PREFIX = "scout_over_"
 
 
 class AttentionName(str):
-    """The implementation that a model had, which looks itself up as another.
+    """A string that reads as the previous implementation and hashes as the name of scout_hf's attention.
 
-    Models, masks, continuous batching, checks of settings and users read ``config._attn_implementation`` and decide by
-    its text, which stays that of ``before``. A registry finds ``key`` under it, as dictionaries ask for the hash first;
-    so does every other dictionary or set, which is why ``name in {"sdpa"}`` is False and ``name in ["sdpa"]`` is True.
-    Copies and pickles are plain strings: a config taken from a patched model knows nothing of the patch. A shallow copy
-    of that config has the very name, which stands for a patch in its own config alone, and reads as a plain string in
-    every way once that patch is gone.
+    Models, masks and users compare ``config._attn_implementation`` with other strings, so its text stays that of
+    ``before``. Dictionaries compare hashes first, so a registry finds ``key``. Hence ``name in {"sdpa"}`` is False and
+    ``name in ["sdpa"]`` is True. Deep copies and pickles are plain strings: a config copied from a patched model is
+    stock. A shallow copy of the config shares this object, which means a patch in its own config only, and behaves as a
+    plain string once that patch is removed.
 
     Parameters
     ----------
     before : str or None
-        The implementation of the config; models take None as eager.
+        The previous implementation; None means eager.
     config : PreTrainedConfig
-        The one that it is for.
+        The config that this name is for.
 
     Attributes
     ----------
     patches : set of int
-        Those of models that share the config, each by a number of its own.
+        Patches of the models that share the config, by id.
     """
 
     __slots__ = ("_config", "hashes", "before", "key", "patches")
@@ -43,11 +42,11 @@ class AttentionName(str):
         name = super().__new__(cls, before or "eager")
         name.before, name.key, name.patches = before, PREFIX + str(name), set()
         name._config = weakref.ref(config)
-        name.hashes = hash(str(name)), hash(name.key)  # every layer asks, at every step
+        name.hashes = hash(str(name)), hash(name.key)  # looked up by every layer in every step
         return name
 
     def is_of(self, config: Any) -> bool:
-        """Whether it is this very config's, not that of one which was copied."""
+        """Whether it was made for this config, not for the one that this was copied from."""
         return self._config() is config
 
     def __hash__(self) -> int:
@@ -64,7 +63,7 @@ class AttentionName(str):
 
 
 def name_over(config: Any) -> AttentionName:
-    """The name for one patch more of a config, which is one of its ``patches`` once it is there."""
+    """The name for one more patch of a config; the caller adds the patch to ``patches``."""
     current = config._attn_implementation_internal
     if not isinstance(current, AttentionName):
         return AttentionName(current, config)
@@ -72,7 +71,7 @@ def name_over(config: Any) -> AttentionName:
 
 
 def name_under(config: Any, patch: int) -> str | None:
-    """What remains without this patch; all that somebody has set since stays."""
+    """The implementation without this patch; a name that was set after the patch stays."""
     current = config._attn_implementation_internal
     if not isinstance(current, AttentionName) or not current.is_of(config):
         return current

@@ -1,4 +1,4 @@
-"""A cache that generate() of a patched model made, and that no forward pass with its hooks has used yet."""
+"""Detects that generate() of a patched model runs without the hooks of the patch."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 
 
 class Awaited:
-    """Shared by a cache and its layers; says once that hooks did not run."""
+    """Shared by a cache that generate() made and its layers; warns once if the hooks did not run."""
 
     def __init__(self, model_name: str):
-        self._name, self._told = model_name, False
+        self._name, self._warned = model_name, False
         self.reached = False
 
     def filled_outside(self) -> None:
-        """A layer got tokens in a pass that no hook has opened."""
-        if not self.reached and not self._told:
-            self._told = True
+        """A layer got tokens in a pass without hooks."""
+        if not self.reached and not self._warned:
+            self._warned = True
             warnings.warn(
                 f"generate() of the patched {self._name} does not reach the hooks of scout_hf, so that it attends to "
-                "everything and nothing is counted: something calls another model, was compiled before patch(), or has "
-                "removed the hooks; patch the very model that runs, after all other changes to it",
+                "everything and counts nothing: it calls another model, was compiled before patch(), or the hooks were "
+                "removed; patch the model that runs, after all other changes to it",
                 stacklevel=2,
             )
 
@@ -33,6 +33,6 @@ def await_hooks(cache: Any, model_name: str) -> None:
 
 
 def hooks_reached(cache: Any) -> None:
-    """A pass with this ScoutCache has come to the hooks."""
+    """A pass with this ScoutCache ran the hooks."""
     if cache.awaited is not None:
         cache.awaited.reached, cache.awaited = True, None

@@ -1,4 +1,4 @@
-"""The transformers side of the cache: a Cache whose full-attention layers are kept by a method. Nothing else here."""
+"""``ScoutCache``: a transformers Cache whose full-attention layers are kept by a method."""
 
 from __future__ import annotations
 
@@ -29,30 +29,31 @@ from scout_hf.stores.staging import Staging
 
 
 class ScoutCache(Cache):
-    """KV cache for a patched model's ``generate(cache=...)``; full-attention layers follow the method.
+    """KV cache for a patched model. The method of ``scout_config`` keeps the full-attention layers.
 
-    Before transformers 5.24 the argument is called ``past_key_values``; ``scout_hf.CACHE`` is its name in the release
-    that is installed: ``generate(ids, **{scout_hf.CACHE: cache})``.
+    Pass it as ``scout_hf.CACHE``, the argument's name in the installed transformers (``cache``, before 5.24
+    ``past_key_values``). A model that is not patched attends to all of its tokens.
 
-    A model that is not patched attends to all of it: right, and no faster.
-
-    Sliding-window, chunked and linear layers keep their stock cache layers. In the forward pass of a patched model
-    only the new tokens' keys and values are handed on; anywhere else ``update`` behaves like that of DynamicCache.
-
-    In training mode attention dropout applies to a whole prompt only; decode steps and later turns leave it out, and a
-    warning says so once.
+    Sliding-window, chunked and linear layers keep their stock cache layers. Inside the forward pass of a patched model
+    ``update`` returns only the new keys and values; elsewhere it behaves as in DynamicCache. In training mode only
+    first prompts have attention dropout; a warning says so once.
 
     Parameters
     ----------
     config : PreTrainedConfig
         ``model.config``.
     scout_config : ScoutConfig, optional
-        Settings; single fields may be given by keyword instead, ``ScoutCache(model.config, budget=1024)``.
+        Settings; single fields may be given by keyword instead.
 
     Raises
     ------
     ConfigError
         If a setting is not allowed, or a recall profile belongs to another model.
+
+    Examples
+    --------
+    >>> cache = scout_hf.ScoutCache(model.config, budget=1024)
+    >>> tokens = model.generate(**inputs, **{scout_hf.CACHE: cache}, max_new_tokens=8)
     """
 
     def __init__(self, config: Any, scout_config: ScoutConfig | None = None, **options: Any):
@@ -63,12 +64,12 @@ class ScoutCache(Cache):
             )
         if getattr(config, "is_encoder_decoder", False):
             raise ConfigError(
-                f"{type(config).__name__} is of an encoder-decoder model; ScoutCache serves decoder-only ones"
+                f"{type(config).__name__} is of an encoder-decoder model; ScoutCache takes decoder-only models"
             )
         text = config.get_text_config(decoder=True)
         layers = DynamicCache(config=text).layers
         self.guard = ChangeGuard()
-        # The model's, as the config says it: layers that share another's KV have none here.
+        # Number of layers by the config: layers that share the KV of another have no cache layer.
         self.depth = layers_of(text, len(layers))
         check_names(self.scout_config, text, len(layers))
         for index, layer in enumerate(layers):
@@ -83,7 +84,7 @@ class ScoutCache(Cache):
         if not self.scout_layers:
             warnings.warn(
                 f"every layer of this {text.model_type} model has a sliding window or no attention at all: there is "
-                "nothing for scout_hf to do, and the cache behaves like DynamicCache",
+                "nothing for scout_hf to do; the cache behaves like DynamicCache",
                 stacklevel=2,
             )
 
@@ -94,7 +95,7 @@ class ScoutCache(Cache):
 
     @property
     def is_initialized(self) -> bool:
-        """Whether it holds tokens; models that take images ask it whether their prompt is still to come."""
+        """Whether it holds tokens. Models that take images read this to detect the first pass."""
         layers = self.scout_layers
         return any(layer.is_initialized for layer in layers) if layers else super().is_initialized
 
@@ -105,7 +106,7 @@ class ScoutCache(Cache):
         return any(isinstance(layer, CacheLayerMixin) and not getattr(layer, "is_sliding", False) for layer in others)
 
     def keep_windows_whole(self) -> None:
-        """Let sliding layers keep all tokens, as generate() has it for drafts where such layers cannot be cropped."""
+        """Let sliding-window layers keep all tokens, so that drafts can be cropped; stock generate() does the same."""
         for index, layer in enumerate(self.layers):
             if isinstance(layer, DynamicSlidingWindowLayer):
                 self.layers[index] = DynamicLayer()
@@ -125,8 +126,8 @@ class ScoutCache(Cache):
         Returns
         -------
         DynamicCache
-            Keys and values of its own, on the device of their layer; neither cache sees what happens to the other.
-            What ``host_dtype="int8"`` has rounded stays rounded. Sliding windows and linear states come along.
+            Copies of keys and values, on the device of their layer; with ``host_dtype="int8"`` the rounded ones.
+            Sliding windows and linear states are copied too.
 
         Raises
         ------
@@ -135,7 +136,7 @@ class ScoutCache(Cache):
 
         Notes
         -----
-        Not while another thread runs a pass with this cache: what is read may be half of before, half of after.
+        Do not call it while another thread runs a pass with this cache: some layers may lack the new tokens.
 
         Examples
         --------
@@ -151,7 +152,7 @@ class ScoutCache(Cache):
         return describe(self, self.scout_layers, settings, self.tier_bytes())
 
     def tier_bytes(self) -> dict[str, int]:
-        """Bytes held, by tier: ``host``, ``device``, ``digests``; ``stock`` for layers left to transformers."""
+        """Bytes held by tier: ``host``, ``device``, ``digests``, and ``stock`` for layers left to transformers."""
         total: dict[str, int] = {}
         for layer in self.layers:
             if isinstance(layer, ScoutLayer):
@@ -167,16 +168,16 @@ class ScoutCache(Cache):
         return total
 
     def huge_page_bytes(self) -> int:
-        """Bytes of KV in host memory that the system has put on huge pages; takes milliseconds."""
+        """Bytes of KV in host memory that lie on huge pages. Takes milliseconds."""
         methods = [layer.method for layer in self.scout_layers if layer.method]
         return huge_page_bytes([slab for method in methods for slab in method.slabs()])
 
     def fork(self) -> ScoutCache:
-        """An independent continuation of the same prefix; pages are shared until written to. Same as deepcopy."""
+        """A copy that continues independently; both share pages until one writes to them. Same as ``copy.deepcopy``."""
         return copy.deepcopy(self)
 
     def reset(self) -> None:
-        """Forget all tokens; also the way on after a change that was left half way."""
+        """Remove all tokens. Also makes a cache usable again after an interrupted change."""
         self.guard.refuse_in_pass("reset()")
         self.guard.torn = "reset()"
         self.guard.leave_pass()
@@ -186,14 +187,14 @@ class ScoutCache(Cache):
         self.guard.torn = None
 
     def crop(self, tokens_to_remove: int | torch.Tensor) -> None:
-        """Remove as many tokens as a number <= 0 says, in all layers; see ``ScoutLayer.crop``."""
+        """Remove the last ``-tokens_to_remove`` tokens of every row, in all layers; see ``ScoutLayer.crop``."""
         self.guard.between_passes("crop()")
         tokens_to_remove = int(tokens_to_remove)
         with self.guard.changing("crop()"):
             super().crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Make row ``i`` what row ``beam_idx[i]`` was, in all layers."""
+        """Replace row ``i`` by row ``beam_idx[i]``, in all layers."""
         self._change_rows("reorder_cache", beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -208,14 +209,14 @@ class ScoutCache(Cache):
         self.guard.between_passes(f"{operation}()")
         known = [layer.method.batch for layer in self.scout_layers if layer.method]
         if known and isinstance(rows, torch.Tensor):
-            # Wrong numbers are told of here, before a layer has changed.
+            # Raises for wrong row numbers before any layer has changed.
             rows = torch.arange(known[0], dtype=torch.int64, device="cpu")[rows.cpu()]
         with self.guard.changing(f"{operation}()"):
             self.padding.forget()
             getattr(super(), operation)(rows)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens per row of a layer; ends a pass that an interrupt left half way."""
+        """Tokens per row of a layer, padding included. Rolls back a pass that was interrupted."""
         self.guard.end_interrupted_pass()
         return super().get_seq_length(layer_idx)
 
@@ -244,25 +245,25 @@ class ScoutCache(Cache):
                 layer.method.drain()
 
     def end_step(self) -> None:
-        """A forward pass got through: drop what was started for it and not used."""
+        """Called after a forward pass that succeeded: drop jobs that it started and did not use."""
         for layer in self.scout_layers:
             if layer.method is not None:
                 layer.method.end_step()
 
     def mark(self) -> list[Any]:
-        """The state of every layer, to go back to with ``rollback``; costs no copy of keys and values."""
+        """The state of every layer, for ``rollback``. No keys or values are copied."""
         self.guard.between_passes("another forward pass")
         # Stock attention layers replace their tensors at every update, so their attributes are a snapshot.
         return [layer.mark() if isinstance(layer, ScoutLayer) else dict(layer.__dict__) for layer in self.layers]
 
     def rollback(self, marks: list[Any]) -> None:
-        """Make every layer what it was at ``mark``, after a forward pass that raised."""
+        """Restore the state of every layer at ``mark``, after a forward pass that failed."""
         self.guard.torn, torn = "a forward pass", None
         self.guard.leave_pass()
         self.drain()
         for device in {getattr(layer.method.kv, "device", None) for layer in self.scout_layers if layer.method}:
             if device is not None and device.type == "cuda":
-                torch.cuda.synchronize(device)  # copies whose mark was lost end before their pages are others'
+                torch.cuda.synchronize(device)  # in-flight copies end before their pages are reused
         self.staging.forget()
         self.padding.forget()
         for layer, mark in zip(self.layers, marks):
@@ -275,7 +276,7 @@ class ScoutCache(Cache):
 
 
 class ScoutLayer(ReadableLayer):
-    """One full-attention layer: translates the cache contract of transformers into calls on a method."""
+    """One full-attention layer: translates calls of transformers into calls of a method."""
 
     is_compileable = False
     is_croppable = True
@@ -294,7 +295,7 @@ class ScoutLayer(ReadableLayer):
         self._begin(key_states)
 
     def _begin(self, key_states: torch.Tensor) -> Method:
-        # Stock layers have both from their first tokens on.
+        # Attributes that stock layers have once they hold tokens.
         self.dtype, self.device = key_states.dtype, key_states.device
         self.sizes = key_states.shape[1], key_states.shape[3]
         self.method = method = make_method(self.config, self.layer_idx, key_states)
@@ -304,7 +305,7 @@ class ScoutLayer(ReadableLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> KV:
         """Store new tokens, (batch, kv_heads, tokens, head_dim) each.
 
-        Returns the same two tensors inside a patched forward pass, the whole keys and values anywhere else.
+        Returns the same two tensors inside a patched forward pass, all keys and values anywhere else.
         """
         step = active_step()
         inside = step is not None and step.cache.guard is self.guard
@@ -329,18 +330,18 @@ class ScoutLayer(ReadableLayer):
         if self.awaited is not None:
             self.awaited.filled_outside()
         was_empty = method.length == 0
-        # Other layers may have these tokens already, so that going back would not make the cache whole.
+        # Other layers may have these tokens already, so that a rollback of this layer would not be enough.
         with self.guard.changing("update()"):
             method.append(keys.detach(), values.detach())
             method.flush()
             return (keys, values) if was_empty else method.read_all()
 
     def mark(self) -> Any:
-        """The present state, to go back to; None for one without tokens."""
+        """The present state, for ``rollback``; None without tokens."""
         return self.method.mark() if self.method and self.method.length else None
 
     def rollback(self, mark: Any) -> None:
-        """Be what it was at the mark, wherever a pass was interrupted."""
+        """Restore the state at ``mark``, wherever a pass was interrupted."""
         self.incoming = None
         if mark is None or self.method is None:
             self.reset()
@@ -361,7 +362,7 @@ class ScoutLayer(ReadableLayer):
         return method.length if method else 0
 
     def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
-        """Length and offset of the keys that a mask must cover; a tensor of positions counts by its length."""
+        """Length and offset of the keys that a mask must cover; ``query_length`` may be a tensor of positions."""
         queries = query_length if isinstance(query_length, int) else query_length.shape[0]
         return self.get_seq_length() + queries, 0
 
@@ -386,7 +387,7 @@ class ScoutLayer(ReadableLayer):
 
     @keeps_tensors
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Make row ``i`` what row ``beam_idx[i]`` was."""
+        """Replace row ``i`` by row ``beam_idx[i]``."""
         self.guard.refuse_in_pass("reorder_cache()")
         if self.method and not _is_identity(beam_idx, self.method.batch):
             self.method.select_rows(beam_idx)
@@ -401,14 +402,14 @@ class ScoutLayer(ReadableLayer):
 
     @keeps_tensors
     def batch_select_indices(self, indices: torch.Tensor | Sequence[int]) -> None:
-        """Keep the rows ``indices``, numbers or a bool per row."""
+        """Keep the rows ``indices``: row numbers, or a bool per row."""
         self.guard.refuse_in_pass("batch_select_indices()")
         if self.method:
             indices = torch.as_tensor(indices, device="cpu")
             self.method.select_rows(indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices)
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Remove all tokens."""
         self.guard.refuse_in_pass("reset()")
         if self.method:
             self.method.drain()
@@ -430,7 +431,7 @@ class ScoutLayer(ReadableLayer):
 
 
 def check_names(config: ScoutConfig, text_config: Any, layers: int) -> None:
-    """Raise ConfigError unless everything that ``config`` names exists and fits a model of that many layers."""
+    """Raise ConfigError if ``config`` names something unknown, or does not fit a model of so many layers."""
     find_method(config.method).check(config)
     check_digest(config.digest, getattr(text_config, "head_dim", None))
     find_backend(config.cpu_backend)

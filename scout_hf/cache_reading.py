@@ -1,4 +1,4 @@
-"""How a ScoutCache reads to whoever expects a DynamicCache: tensors per layer, iteration, a stock copy, its repr."""
+"""Reading a ScoutCache as a DynamicCache: tensors per layer, iteration, a stock copy, the repr."""
 
 from __future__ import annotations
 
@@ -17,34 +17,33 @@ KV = tuple[torch.Tensor, torch.Tensor]
 
 
 def refuse_saving(held: Any, protocol: SupportsIndex) -> NoReturn:
-    """The ``__reduce_ex__`` of what lives in pages, which are this process's own."""
+    """The ``__reduce_ex__`` of objects that hold pages of this process."""
     raise SavingError(
         f"a {type(held).__name__} cannot be pickled, saved or sent to another process. Save cache.to_dynamic(), a "
-        "DynamicCache that goes on with the unpatched model, or stay in this process and go on from cache.fork(). A "
-        "file that was being written for it is not usable"
+        "DynamicCache for the unpatched model, or stay in this process and continue from cache.fork(). A file that was "
+        "being written for it is incomplete"
     )
 
 
 class ReadableLayer(CacheLayerMixin):
-    """A stock layer's ``keys``, ``values`` and ``is_initialized``, over what a subclass gives with ``read``."""
+    """The ``keys``, ``values`` and ``is_initialized`` of a stock layer, on top of ``read`` of a subclass."""
 
     layer_idx: int = -1
     method: Any = None
 
     @abstractmethod
     def read(self) -> KV | tuple[None, None]:
-        """Keys and values of all tokens, (batch, kv_heads, length, head_dim) each, newly made; None before the first.
+        """Copies of the keys and values of all tokens, (batch, kv_heads, length, head_dim) each; None without tokens.
 
-        They are the reader's own: writing into them changes nothing here.
-        Not while another thread runs a pass with this cache: it may be half of before, half of after.
+        Do not call it while another thread runs a pass with this cache: some tokens may be missing.
         """
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """Keys of all tokens, (batch, kv_heads, length, head_dim); None before the first.
+        """Keys of all tokens, (batch, kv_heads, length, head_dim); None without tokens.
 
-        A copy, gathered from all tiers at every access: slow, and ``layer.keys[...] = x`` writes into the copy alone.
-        To change tensors take ``cache.to_dynamic()``. ``read`` gives keys and values for the price of one.
+        Every access gathers a copy from all tiers: it is slow, and ``layer.keys[...] = x`` does not change the cache.
+        Use ``cache.to_dynamic()`` to change tensors, and ``read`` for keys and values at once.
         """
         return self.read()[0]
 
@@ -71,17 +70,17 @@ class ReadableLayer(CacheLayerMixin):
         self._refuse("is_initialized", value)
 
     def _refuse(self, name: str, value: Any) -> None:
-        # The __init__ of transformers sets all three to what an empty layer reads as.
+        # The __init__ of transformers sets all three to the values of an empty layer.
         if self.method is None and (value is None or value is False):
             return
         raise CacheStateError(
             f"{name} of layer {self.layer_idx} cannot be set: a ScoutCache keeps KV in pages and in several tiers. "
-            "Add tokens with cache.update(), take some away with cache.crop(), or change the tensors of "
+            "Add tokens with cache.update(), remove tokens with cache.crop(), or change the tensors of "
             "cache.to_dynamic()"
         )
 
     def to_dynamic(self) -> DynamicLayer:
-        """A stock layer of the same tokens; neither sees what happens to the other."""
+        """A stock layer with copies of the same tokens."""
         twin, (keys, values) = DynamicLayer(), self.read()
         if keys is not None and values is not None:
             twin.lazy_initialization(keys, values)
@@ -91,7 +90,7 @@ class ReadableLayer(CacheLayerMixin):
     __reduce_ex__ = refuse_saving
 
     def __copy__(self) -> ReadableLayer:
-        # A shallow copy of a stock layer goes on by itself as well: its tensors are replaced, never written to.
+        # Shallow copies of stock layers are independent too: stock layers replace their tensors, never write to them.
         return copy.deepcopy(self)
 
     def __repr__(self) -> str:
@@ -99,14 +98,14 @@ class ReadableLayer(CacheLayerMixin):
 
 
 def iterate(cache: Cache) -> Iterator[tuple[Any, ...]]:
-    """What the installed release's DynamicCache gives layer by layer; each is gathered when its turn comes."""
+    """What iterating over the installed release's DynamicCache gives; a layer is gathered when it is reached."""
     for layer in cache.layers:
         stock = layer.to_dynamic() if isinstance(layer, ReadableLayer) else layer
         yield from _dynamic([stock])
 
 
 def copy_as_dynamic(cache: Cache) -> DynamicCache:
-    """A DynamicCache of the same tokens; layers left to transformers are copied as they are."""
+    """A DynamicCache of the same tokens; stock layers are deep-copied."""
     return _dynamic(
         [layer.to_dynamic() if isinstance(layer, ReadableLayer) else copy.deepcopy(layer) for layer in cache.layers]
     )

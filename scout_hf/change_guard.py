@@ -1,4 +1,4 @@
-"""Whether what belongs together was changed together: marks that stand while a change runs."""
+"""Detects changes of a cache that were interrupted, so that some of its layers changed and others did not."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 from scout_hf.errors import CacheStateError
 from scout_hf.step import Step, active_step, set_active_step
 
-LINEAR = "a forward pass failed half way, and linear-attention layers, which cannot go back,"
+LINEAR = "a forward pass failed, and linear-attention layers, which cannot be rolled back,"
 
 
 class ChangeGuard:
-    """Of one cache, known to it, to its layers, and to shallow copies, which have the same layers.
+    """State of one cache, shared with its layers and with shallow copies, which have the same layers.
 
     Attributes
     ----------
     torn : str or None
-        What is being changed. Where it stands and nothing runs, that change was interrupted.
+        The change that is running. If it is set and nothing runs, that change was interrupted.
     open_pass : Step or None
-        The forward pass that is running, or was left by an interrupt.
+        The forward pass that is running or was interrupted.
     """
 
     def __init__(self) -> None:
@@ -28,20 +28,20 @@ class ChangeGuard:
         self.open_pass: Step | None = None
 
     def check(self) -> None:
-        """Raise CacheStateError if a change was left half way."""
+        """Raise CacheStateError if a change was interrupted."""
         if self.torn is not None:
             raise CacheStateError(
                 f"this cache cannot be used any more: {self.torn} left it half changed, and its layers no longer fit "
-                "together; empty it with cache.reset(), start with a new ScoutCache, or go on with a fork made before"
+                "together; empty it with cache.reset(), start with a new ScoutCache, or use a fork made before"
             )
 
     def ready(self) -> None:
-        """Take back a pass that an interrupt left half way; CacheStateError if the cache is not whole after that."""
+        """Roll back a pass that was interrupted; CacheStateError if the cache is inconsistent after that."""
         self.end_interrupted_pass()
         self.check()
 
     def refuse_in_pass(self, what: str) -> None:
-        """Raise CacheStateError while a thread is inside a pass, which goes on unharmed."""
+        """Raise CacheStateError while a thread is inside a pass; the pass is not disturbed."""
         step = self.open_pass
         if step is not None and step.is_running():
             where = "this thread" if step is active_step() else "another thread"
@@ -52,32 +52,32 @@ class ChangeGuard:
             )
 
     def between_passes(self, what: str) -> None:
-        """``ready`` for ``what`` changes the cache; CacheStateError in a pass that is running."""
+        """``ready`` before the change ``what``; CacheStateError while a pass is running."""
         self.refuse_in_pass(what)
         self.ready()
 
     @contextlib.contextmanager
     def changing(self, what: str) -> Iterator[None]:
-        """While the block runs, and for good if it does not get through, the cache is torn."""
+        """Mark the cache as torn while the block runs; an error or interrupt leaves it torn."""
         self.check()
         self.torn = what
         yield
         self.torn = None
 
     def enter_pass(self, step: Step) -> None:
-        """The calling thread is in this pass from now on."""
+        """Enter this pass in the calling thread."""
         self.open_pass = step
         set_active_step(step)
 
     def leave_pass(self) -> None:
-        """The calling thread is in no pass any more, and the last one cannot be taken back."""
-        # In this order an interrupt between the two leaves a pass that is found and taken back.
+        """Leave the pass of the calling thread; it can no longer be rolled back."""
+        # In this order a pass that is interrupted in between is found and rolled back.
         if self.open_pass is not None and active_step() is self.open_pass:
             set_active_step(None)
         self.open_pass = None
 
     def end_interrupted_pass(self) -> None:
-        """Take back a pass that an interrupt left half way, in whatever thread."""
+        """Roll back a pass that was interrupted in any thread."""
         if self.open_pass is not None and not self.open_pass.is_running():
             self.open_pass.abort()
 

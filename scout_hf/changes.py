@@ -1,4 +1,4 @@
-"""Changes to a model, each with its undoing, which may run before the change was made, and twice."""
+"""Changes to a model that can be undone. Undoing works also before the change was made, and twice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 class Attribute:
-    """A value under a name in a module's own ``__dict__``, over what is there when this is made.
+    """Sets a name in a module's ``__dict__``, and restores what was there when this object was made.
 
     Parameters
     ----------
@@ -20,7 +20,7 @@ class Attribute:
     name : str
     value : object
     keep_others : bool
-        Whether what somebody else has put there since stays, instead of what was there before.
+        Keep a value that somebody else has set there since, instead of restoring the one before.
     """
 
     def __init__(self, module: nn.Module, name: str, value: Any, keep_others: bool = False):
@@ -39,7 +39,7 @@ class Attribute:
 
 
 class Hook:
-    """What ``register``, a method of a module with its arguments, hangs into that module."""
+    """Registers a hook with ``register``, a method of a module, and removes it."""
 
     def __init__(self, register: Callable[..., RemovableHandle], function: Callable[..., Any], **options: Any):
         self._register, self._function, self._options = register, function, options
@@ -54,28 +54,28 @@ class Hook:
 
 
 class Changes:
-    """Changes that belong together, and are copied with the model that they were made to.
+    """Changes that are undone together, and copied with their model.
 
-    What ``contextlib.ExitStack`` is for, with two differences: a copy undoes the changes of the copied model, not of
-    the original, and after an error all of them can be undone again.
+    Unlike ``contextlib.ExitStack``, a deep copy undoes the changes of the copied model, and after an error all changes
+    can be undone again.
     """
 
     def __init__(self) -> None:
         self._made: list[AbstractContextManager[Any]] = []
 
     def make(self, change: AbstractContextManager[Any]) -> None:
-        """Make a change by entering it; one that fails or is interrupted halfway is undone with the others."""
+        """Enter a change; one that fails or is interrupted is undone with the others."""
         self._made.append(change)
         change.__enter__()
 
     def undo(self) -> None:
-        """Undo all, the newest first, and forget them; after an error (see :func:`call_all`) none is forgotten."""
+        """Undo all, the newest first, and drop them; after an error (see :func:`call_all`) all are kept."""
         call_all(*(functools.partial(change.__exit__, None, None, None) for change in reversed(self._made)))
         self._made.clear()
 
 
 def call_all(*functions: Callable[[], Any]) -> None:
-    """Call all of them, whatever they raise, then raise the first error, or an interrupt before any other."""
+    """Call all functions, whatever they raise; then raise the first error, an interrupt before other errors."""
     errors: list[BaseException] = []
     for function in functions:
         try:

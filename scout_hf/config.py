@@ -1,4 +1,4 @@
-"""Every setting of scout_hf, documented and checked in one place."""
+"""``ScoutConfig``: all settings, documented and checked."""
 
 from __future__ import annotations
 
@@ -26,78 +26,83 @@ class ScoutConfig:
     Parameters
     ----------
     method : str, default "scout"
-        The published method to run; see ``scout_hf.methods.method_names()``. ``dense`` and ``kvpr`` are exact and take
-        no budget; ``infinigen`` and ``hgca`` attend to a part. All but ``scout`` always keep two tiers.
+        The method; see ``scout_hf.methods.method_names()``. ``dense`` and ``kvpr`` are exact and take no budget;
+        ``scout``, ``infinigen`` and ``hgca`` are sparse. All but ``scout`` always keep two tiers.
     method_options : dict or None, default None
-        Settings of that method alone; each is documented at its class, an unknown one is refused with those there are.
+        Settings of that method alone, documented at its class.
     budget : int, float or None, default 2048
         Tokens attended per decode step, layer and KV head: an int counts tokens (at least one block), a float in
-        (0, 1] is a share of each row's context, ``None`` attends to everything. Sinks and window are part of it, and
-        kept also where they exceed it; the block that is being filled is not. On two tiers a step also attends
-        residents that it did not choose, as the paper does, so that it may exceed the budget by the CPU's share.
+        (0, 1] is a share of each row's context, ``None`` attends to everything. Sinks and window count in the budget,
+        and are attended even where they exceed it; the block that is being filled does not count. On two tiers a step
+        also attends residents that are not in its top-k, as in the paper; it can exceed the budget by the CPU's share.
     block_size : int, default 32
         Tokens per block, the unit of selection, storage and transfer: 8, 16, 32, 64, 128 or 256.
     sinks : int, default 4
-        Tokens at the start of each row that are always attended, as whole blocks; of a padded row that starts inside
-        a block, the first counts as a whole one.
+        Tokens at the start of each row that are always attended, rounded up to whole blocks. In a padded row that
+        starts inside a block, that block counts as a whole one.
     window : int, default 32
         Most recent tokens that are always attended, rounded up to whole blocks (plus the block being filled).
     dense_layers : int or tuple of int, default ()
         Layers that attend to everything: the first n, or the listed indices.
     digest : str, default "auto"
-        What represents a block during selection. ``minmax``: the paper's, bounds per channel. ``minmax-int8``: the same
-        in half the bytes. ``minmax-sub``: bounds per 8 tokens in 4 bits. ``sign``: one bit per channel and token, close
-        to the true attention mass. ``auto``: ``sign`` where native code scores it and the budget is below half of the
-        context, else ``minmax``. Others by ``scout_hf.selection.register_digest``.
+        What represents a block during selection. ``minmax``: minimum and maximum per channel, as in the paper.
+        ``minmax-int8``: the same in half the bytes. ``minmax-sub``: bounds per 8 tokens in 4 bits. ``sign``: one bit
+        per channel and token, scored as attention mass. ``auto``: ``sign`` where native code scores it and the budget
+        is below half of the context, else ``minmax``. ``scout_hf.selection.register_digest`` adds others.
     split : {"auto", "cpu", "off"}, default "auto"
-        Where KV lives. ``auto``: host memory plus a resident part on the GPU when the model is on a GPU, otherwise one
-        tier. ``cpu``: two tiers, both in host memory (every rule of the GPU path, without a GPU). ``off``: one tier on
-        the model's device.
+        Where KV lies. ``auto``: two tiers (host memory, and resident blocks on the GPU) if the model is on a GPU, else
+        one tier. ``cpu``: two tiers, both in host memory: the GPU path without a GPU. ``off``: one tier on the model's
+        device.
     layer_ahead : bool, default True
-        Two tiers: select blocks one layer ahead, with a predicted query (ScoutAttention 3.2), and start the CPU's share
-        there too, as ``cpu_query`` says. ``False`` selects in the layer itself with the real query. One tier never
-        predicts.
+        Two tiers: select blocks one layer ahead, with a predicted query (ScoutAttention, section 3.2); ``cpu_query``
+        says whether the CPU starts there too. ``False``: select in the layer itself with the real query. One tier
+        never predicts.
     cpu_query : {"auto", "predicted", "real"}, default "auto"
-        With ``layer_ahead``: the query that the CPU's share attends with. ``predicted`` is the paper's. ``real`` limits
-        the approximation to the selection, at the price of a shorter window for the CPU. ``auto`` compares both in a
-        layer's first step and in every 4th, and uses the predicted one in layers whose output it changes by no more
-        than a twentieth: only there does the CPU start a layer ahead.
+        With ``layer_ahead``: the query that the CPU attends with. ``predicted``: as in the paper; the CPU starts one
+        layer ahead. ``real``: only the selection is approximate, and the CPU has less time. ``auto``: compare both in a
+        layer's first step and in every 4th, and use the predicted query where it changes the layer's output by at most
+        5 %.
     recall : float, int, RecallIntervals or None, default 0.12
-        Two tiers: when wanted blocks are copied to the GPU. A float in (0, 1] recalls a layer once the CPU's share of
-        its selected tokens reaches about that (layers take turns, so that their transfers do not meet); an int
-        recalls every so many steps; ``RecallIntervals`` (from ``handle.profile_recall``) gives each layer its own
-        interval; ``None`` never recalls.
+        Two tiers: when selected blocks are copied to the GPU (ScoutAttention, section 3.4). A float in (0, 1]: a layer
+        recalls once about that share of its selected tokens is on the CPU (layers take turns, so that their transfers
+        do not overlap). An int: every so many steps. ``RecallIntervals`` (from ``handle.profile_recall``): an interval
+        per layer. ``None``: never.
     resident : int or None, default None
-        Two tiers: tokens per layer and KV head kept on the GPU. ``None``: the budget, or 2048 where that is ``None``.
-        A number above any context keeps everything there; memory is taken as the context grows.
+        Two tiers: resident tokens on the GPU per layer and KV head. ``None``: the budget, or 2048 where that is
+        ``None``. Memory is allocated as the context grows, so a number above any context keeps all KV resident.
     threads : int or None, default None
-        Threads of the CPU's share on two tiers, never more than spare cores. ``None``: as many as torch uses.
+        Two tiers: threads that attend on the CPU, at most the number of spare cores. ``None``: as many as torch uses.
     host_dtype : {None, "int8"}, default None
-        How keys and values are kept in host memory. ``None``: as the model makes them. ``int8``: half the bytes of
-        bf16 and a faster CPU, with one scale per channel and block for keys and one per token for values; never exact.
+        How keys and values are stored in host memory. ``None``: in the model's dtype. ``int8``: half the bytes of bf16,
+        and faster on the CPU; keys have one scale per channel and block, values one per token. Never exact.
     cpu_backend : str, default "auto"
-        Which implementation attends on the CPU; see ``scout_hf.kernels.cpu.backend_names()``.
+        The implementation of attention on the CPU; see ``scout_hf.kernels.cpu.backend_names()``.
     gpu_kernels : {"auto", "torch", "triton"}, default "auto"
-        Two tiers: what computes on the device. ``auto``: Triton where it can run, else torch's operations, which wait
-        for the device several times per layer. With ``host_dtype="int8"``, float64 or heads above 256 always torch.
+        Two tiers: kernels on the GPU. ``auto``: Triton where it can run, else torch operations, which synchronise with
+        the GPU several times per layer. ``host_dtype="int8"``, float64 and a head_dim above 256 always use torch.
     hand_over : {"auto", "join", "flags", "graph"}, default "auto"
-        Two tiers with Triton: how the CPU's share is started and comes back. ``join``: an event starts it, the main
-        thread waits for it. ``flags``: device and CPU threads wait for each other by words in pinned memory, the main
-        thread only launches; needs the native CPU library. ``graph``: the same, and a whole decode step is captured
-        once and run again in one launch, where it can be: all layers on two tiers of one GPU, a budget in tokens or
-        None; ``cpu_query="auto"`` is ``"real"`` there. ``auto`` is ``join``.
+        Two tiers with Triton: how GPU and CPU synchronise. ``join``: a CUDA event starts the CPU's job, and the main
+        thread waits for it. ``flags``: GPU and CPU threads wait for each other by flags in pinned memory, and the main
+        thread never waits; needs the native CPU library. ``graph``: as ``flags``, with the decode step captured as a
+        CUDA graph; needs all layers on two tiers of one GPU and a budget in tokens or None, and ``cpu_query="auto"``
+        means ``"real"``. ``auto`` is ``join``.
     link_gbps, cpu_gbps : float or None, default None
-        Two tiers in one memory (``split="cpu"``): let KV cross from the host's tier to the device's, and the CPU
-        attend its share, at most this fast, in GB/s of KV, to see what another machine would do. ``None``: no limit.
+        With ``split="cpu"``: emulate another machine by limiting copies of KV between the tiers (``link_gbps``) and
+        attention on the CPU (``cpu_gbps``) to so many GB/s of KV. ``None``: no limit.
     monitor : bool or float, default False
-        Measure what sparse decoding loses: exact attention of the real query, beside the sparse one, in idle CPU time;
-        see ``Stats.fidelity``. A float in (0, 1] is the share of (layer, KV head) pairs looked at per decode step.
-        ``True`` looks at one pair in every eighth step; 1.0 at everything, within the step. No output ever changes.
+        Measure what sparse decoding loses, by exact attention of the real query in idle CPU time; see
+        ``Stats.fidelity``. A float in (0, 1] is the share of (layer, KV head) pairs measured per decode step; ``True``
+        measures one pair in every eighth step; 1.0 measures all pairs, within the step. Outputs never change.
 
     Raises
     ------
     ConfigError
         Names the field, the value given, what is allowed and what to try.
+
+    Examples
+    --------
+    >>> config = scout_hf.ScoutConfig(budget=1024, block_size=16)
+    >>> handle = scout_hf.patch(model, config)
     """
 
     method: str = "scout"
@@ -135,7 +140,7 @@ class ScoutConfig:
             object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         for name, example in (("method", "scout"), ("digest", "minmax"), ("cpu_backend", "auto")):
             if not isinstance(getattr(self, name), str):
-                self._refuse(name, "the name of a registered one, as a string", repr(example))
+                self._refuse(name, "a registered name, as a string", repr(example))
         if not _is_int(self.block_size) or self.block_size not in BLOCK_SIZES:
             self._refuse("block_size", f"one of {_listed(BLOCK_SIZES)}", "32, or 16 for short contexts")
         self._check_budget()
@@ -166,17 +171,34 @@ class ScoutConfig:
             self._refuse("threads", "None, or a whole number of threads from 1 up", "None, torch's own setting")
         self._check_dense_layers()
         if not isinstance(self.monitor, bool) and not (isinstance(self.monitor, float) and 0.0 < self.monitor <= 1.0):
-            told = "True, False, or the share of (layer, KV head) pairs looked at per step, a float in (0, 1]"
-            self._refuse("monitor", told, "True, one pair in every eighth step, or 1.0, all pairs in every step")
+            allowed = "True, False, or the share of (layer, KV head) pairs measured per step, a float in (0, 1]"
+            self._refuse("monitor", allowed, "True, one pair in every eighth step, or 1.0, all pairs in every step")
 
     @classmethod
     def from_options(cls, config: ScoutConfig | None = None, **options: Any) -> ScoutConfig:
-        """A config from keyword options, or from another config with some fields replaced.
+        """A config from keyword options, or another config with some fields replaced.
+
+        Parameters
+        ----------
+        config : ScoutConfig, optional
+            Where the other fields come from; by default the defaults.
+        **options
+            Fields by name.
+
+        Returns
+        -------
+        ScoutConfig
 
         Raises
         ------
         ConfigError
-            For an unknown field or a ``config`` that is no ScoutConfig.
+            If a field is unknown or its value not allowed, or ``config`` is not a ScoutConfig.
+
+        Examples
+        --------
+        >>> base = scout_hf.ScoutConfig(block_size=16)
+        >>> scout_hf.ScoutConfig.from_options(base, budget=512).block_size
+        16
         """
         if config is None:
             return cls(**options)
@@ -188,7 +210,7 @@ class ScoutConfig:
         return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)} | options)
 
     def is_dense(self, layer_idx: int) -> bool:
-        """Whether this layer attends to everything, by ``budget=None`` or 1.0, or by ``dense_layers``."""
+        """Whether this layer attends to all tokens, by ``budget`` (None or 1.0) or ``dense_layers``."""
         return self.budget is None or self.budget == 1.0 or self.names_dense(layer_idx)
 
     def names_dense(self, layer_idx: int) -> bool:
@@ -198,7 +220,7 @@ class ScoutConfig:
         return layer_idx in self.dense_layers
 
     def blocks(self, tokens: int) -> int:
-        """Whole blocks that hold ``tokens``."""
+        """How many blocks hold ``tokens`` tokens, rounded up."""
         return -(-tokens // self.block_size)
 
     def _check_budget(self) -> None:
@@ -239,7 +261,7 @@ class ScoutConfig:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of other libraries, such as NumPy's, as Python's own."""
+    """Numbers of other libraries, such as NumPy, as Python's int or float."""
     if type(value) in (bool, int, float) or not isinstance(value, numbers.Real):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)

@@ -1,8 +1,14 @@
-"""What can go wrong, by name. Every message says what was given, what is allowed and what to try."""
+"""The exceptions of scout_hf. Messages say what was given, what is allowed and what to try.
+
+>>> try:
+...     scout_hf.patch(model, budget=-1)
+... except scout_hf.ConfigError as error:
+...     print(error)
+"""
 
 
 class ScoutError(Exception):
-    """Base of every error that scout_hf raises on its own account."""
+    """Base class of all errors of scout_hf."""
 
 
 class ConfigError(ScoutError, ValueError):
@@ -10,23 +16,23 @@ class ConfigError(ScoutError, ValueError):
 
 
 class MissingFileError(ConfigError, FileNotFoundError):
-    """A file that a setting names is not there."""
+    """A file that a setting names is missing."""
 
 
 class UnsupportedModelError(ScoutError, TypeError):
-    """The model's attention cannot be served; the message says why and what works."""
+    """The model's attention is not supported; the message says why, and what works."""
 
 
 class UnsupportedInputError(ScoutError, ValueError):
-    """This forward pass cannot be served with a ScoutCache (training, custom masks, ...)."""
+    """This forward pass cannot use a ScoutCache (gradients, custom masks, ...)."""
 
 
 class CacheStateError(ScoutError, RuntimeError):
-    """The cache is not in a state in which the operation makes sense."""
+    """The cache cannot do this in its present state, or does not fit the call."""
 
 
 class SavingError(ScoutError, TypeError):
-    """What cannot be pickled was about to be, for a file or another process."""
+    """An object that cannot be pickled, such as a ScoutCache, was to be saved or sent to another process."""
 
 
 class PatchError(ScoutError, RuntimeError):
@@ -34,20 +40,20 @@ class PatchError(ScoutError, RuntimeError):
 
 
 class NativeInputError(ScoutError, TypeError):
-    """A tensor that native code would read or write by its address is not what that code takes it for."""
+    """A tensor for native code has the wrong dtype, shape, strides or device."""
 
 
 class HostMemoryError(ScoutError, MemoryError):
-    """The system does not give as much host memory as the cache needs."""
+    """The system does not provide the host memory that the cache needs."""
 
 
 class PinnedMemoryError(HostMemoryError):
-    """The driver does not pin as much host memory as the cache needs."""
+    """The driver does not pin the host memory that the cache needs."""
 
 
 class ResidentMemoryError(ScoutError, MemoryError):
-    """The device has less memory than the resident blocks of a layer need."""
+    """The GPU lacks memory for the resident blocks of a layer."""
 
 
 class ThreadStartError(ScoutError, RuntimeError):
-    """The system does not start a thread that work in the background needs; later it may."""
+    """The system starts no more threads for background work; a later call tries again."""

@@ -1,4 +1,4 @@
-"""patch(model): what is changed in a model so that it runs with a ScoutCache, and its exact removal."""
+"""``patch(model)`` and its exact removal."""
 
 from __future__ import annotations
 
@@ -35,35 +35,46 @@ ATTENTIONS = ("auto", "sdpa")
 def patch(
     model: torch.nn.Module, config: ScoutConfig | None = None, *, attention: str = "auto", **options: Any
 ) -> Handle:
-    """Let ``model.generate()`` keep and attend its KV cache the way ``config`` says.
+    """Make ``model.generate()`` use a :class:`ScoutCache`: paged KV, and block-sparse attention in decode steps.
 
     Parameters
     ----------
     model : PreTrainedModel
-        A causal language model, also inside torch.compile, PEFT or DistributedDataParallel; changed in place, undone by
-        ``handle.remove()``.
+        A causal language model; it may be wrapped by torch.compile, PEFT or DistributedDataParallel. It is changed in
+        place; ``handle.remove()`` undoes that.
     config : ScoutConfig, optional
-        Settings; single fields may be given by keyword instead: ``patch(model, budget=2048)``.
+        Settings. Single fields can be given by keyword: ``patch(model, budget=2048)``.
     attention : {"auto", "sdpa"}, default "auto"
-        What the model's attention is taken for. ``auto``: as it is where that is known to be plain, softmax over what a
-        causal mask leaves; functions that users registered or replaced are refused. ``sdpa``: as plain, whatever it is;
-        a prompt goes through transformers' sdpa then (eager, for soft caps and sinks) if the function is not known.
+        ``auto`` accepts transformers' own attention functions, which are plain causal softmax attention, and refuses
+        functions that users registered or replaced. ``sdpa`` accepts any function as plain softmax attention; if it is
+        not one of transformers', prompts run through transformers' sdpa (eager for softcaps and sinks).
 
     Returns
     -------
     Handle
-        Also a context manager that removes the patch at its end.
+        Statistics and removal. As a context manager it removes the patch at the end of the block.
 
     Raises
     ------
     ConfigError
-        For a setting that is not allowed.
+        If a setting is not allowed.
     UnsupportedModelError
-        For a model whose attention cannot be served.
+        If the model's attention is not supported.
     PatchError
         If the model is patched already.
 
-    In all three cases the model stays as it was.
+    Notes
+    -----
+    After an error the model is unchanged.
+
+    Examples
+    --------
+    >>> handle = scout_hf.patch(model, budget=2048)
+    >>> tokens = model.generate(**inputs, max_new_tokens=64)
+    >>> handle.remove()
+
+    >>> with scout_hf.patch(model, budget=None) as handle:
+    ...     tokens = model.generate(**inputs, max_new_tokens=64)
     """
     if attention not in ATTENTIONS:
         raise ConfigError(f"attention={attention!r} is not allowed: attention takes 'auto' or 'sdpa'; try 'auto'")
@@ -89,12 +100,28 @@ def patch(
 
 
 def unpatch(model: torch.nn.Module) -> None:
-    """Undo ``patch(model)``. Raises PatchError if the model is not patched."""
+    """Undo ``patch(model)``, as ``handle.remove()`` does.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A patched model, or a wrapper that ``patch`` accepts.
+
+    Raises
+    ------
+    PatchError
+        If the model is not patched, or one of its forward passes is running in this thread.
+
+    Examples
+    --------
+    >>> handle = scout_hf.patch(model)
+    >>> scout_hf.unpatch(model)
+    """
     model = unwrapped(model)
     _drop_leftovers(model)
     handle = model.__dict__.get(HANDLE)
     if handle is None:
-        raise PatchError("this model is not patched: nothing to undo")
+        raise PatchError("this model is not patched: there is nothing to undo")
     if handle.model is not model:
         raise PatchError("this is a shallow copy of a patched model: unpatch the model that it was copied from")
     handle.remove()
@@ -107,7 +134,23 @@ _ALREADY = (
 
 
 class Handle:
-    """What ``patch`` returns: statistics, profiling and removal. Copies of the model carry copies of it."""
+    """What ``patch`` returns: statistics, profiling, tracing and removal.
+
+    A deep copy of a patched model has a handle of its own.
+
+    Attributes
+    ----------
+    model : PreTrainedModel
+        The patched model, without wrappers.
+    config : ScoutConfig
+        The settings of the patch.
+
+    Examples
+    --------
+    >>> with scout_hf.patch(model, budget=2048) as handle:
+    ...     tokens = model.generate(**inputs, max_new_tokens=64)
+    ...     print(handle.stats())
+    """
 
     def __init__(self, model: torch.nn.Module, config: ScoutConfig, family: Any, any_attention: bool = False):
         self.model, self.config, self._family = model, config, family
@@ -120,56 +163,125 @@ class Handle:
 
     @property
     def exact(self) -> bool:
-        """Whether these settings attend to everything with the real query."""
+        """Whether decode steps with these settings are exact: they attend to all tokens with the real query."""
         return self._hooks.is_exact(self.config)
 
     def stats(self) -> Stats:
-        """What was attended, where, and what it cost, since ``patch`` or ``reset_stats``; prints as a table."""
+        """What was attended, where, and what it cost, since ``patch`` or ``reset_stats``.
+
+        Returns
+        -------
+        Stats
+            Prints as a table; ``to_dict()`` gives plain values.
+
+        Examples
+        --------
+        >>> tokens = model.generate(**inputs, max_new_tokens=8)
+        >>> handle.stats().steps
+        7
+        """
         hooks, counters = self._hooks, self._hooks.counters
         hooks.monitor.collect(wait=True)
         exact = counters.approximate_steps == 0 if counters.steps else self.exact
         return summarise(counters, self.config.method, exact, dict(hooks.kv_bytes), hooks.huge_page_bytes)
 
     def reset_stats(self) -> None:
-        """Start counting again at 0."""
+        """Set all counters to 0."""
         self._hooks.monitor.forget()
         self._hooks.counters.reset()
 
     def new_cache(self, **options: Any) -> ScoutCache:
-        """An empty cache for this model, with single settings replaced by keyword."""
+        """An empty cache for this model.
+
+        Parameters
+        ----------
+        **options
+            Fields of ``ScoutConfig`` that replace the patch's settings for this cache.
+
+        Returns
+        -------
+        ScoutCache
+
+        Raises
+        ------
+        ConfigError
+            If a setting is not allowed.
+
+        Examples
+        --------
+        >>> cache = handle.new_cache(budget=512)
+        >>> tokens = model.generate(**inputs, **{scout_hf.CACHE: cache}, max_new_tokens=64)
+        """
         cache = ScoutCache(self.model.config, self.config, **options)
         self._hooks.counters.alive.add(cache)
         return cache
 
     def profile_recall(self, prompts: Any, steps: int = 48, threshold: float | None = None) -> RecallIntervals:
-        """Measure recall intervals per layer on prompts; see :func:`scout_hf.recall_profile.profile_recall`."""
+        """Measure a recall interval per layer on prompts (ScoutAttention, section 3.4).
+
+        Decodes from every prompt without recall, and finds for how many steps each layer's CPU share stays under the
+        threshold. The steps count in ``stats()``.
+
+        Parameters
+        ----------
+        prompts : sequence of Tensor (tokens,) or (1, tokens), or of list of int
+            Token ids without padding, longer than the budget.
+        steps : int
+            Decode steps per prompt.
+        threshold : float or None
+            Highest CPU share allowed, in (0, 1]. ``None``: ``config.recall`` if that is a float, else 0.12.
+
+        Returns
+        -------
+        RecallIntervals
+
+        Raises
+        ------
+        ConfigError
+            On one tier, for another method than ``scout``, or for prompts that are no token ids or fit the budget.
+        PatchError
+            If the patch was removed.
+
+        Examples
+        --------
+        >>> handle = scout_hf.patch(model, split="cpu", budget=64, block_size=16)
+        >>> handle.profile_recall([ids], steps=8).save("recall.json")
+        """
         if self.model.__dict__.get(HANDLE) is not self:
             raise PatchError("this patch was removed; patch the model again to profile it")
         return profile_recall(self, prompts, steps, threshold)
 
     def trace(self, path: str | os.PathLike[str], steps: int = 2) -> contextlib.AbstractContextManager[Trace]:
-        """``with handle.trace("step.json"): model.generate(...)`` writes a timeline of its last decode steps.
+        """Record a timeline of the last decode steps in a ``with`` block.
 
         Parameters
         ----------
         path : str or path
-            Chrome trace events, for https://ui.perfetto.dev or chrome://tracing; beside it a picture of the last step,
-            the same name with ``.png``. Written when the block ends without an error, whole or not at all.
+            File for the Chrome trace events (https://ui.perfetto.dev, chrome://tracing), ending in ``.json``. A picture
+            of the last step is written beside it, ending in ``.png``. Both are written when the block ends without an
+            error.
         steps : int
-            Decode steps to keep, the last ones, of the thread that decodes first in the block.
+            How many of the last decode steps to keep. Only the thread that decodes first in the block is recorded.
 
         Returns
         -------
         context manager of Trace
-            ``path``, ``image``, and, once the block has ended, ``spans`` and ``events``.
+            ``path``, ``image`` and, after the block, ``spans`` and ``events``.
 
         Raises
         ------
         ConfigError
-            For a wrong number, or a path that cannot be written, when the block is entered; when it ends, if nothing
-            was decoded, or without matplotlib, which only the picture takes.
+            On entry, for a wrong ``steps`` or a path that cannot be written. On exit, if nothing was decoded, or if
+            matplotlib is missing, which the picture needs.
         PatchError
             If the patch was removed, or a trace is being recorded already.
+
+        Examples
+        --------
+        >>> with handle.trace("step.json") as trace:
+        ...     tokens = model.generate(**inputs, max_new_tokens=8)
+        >>> trace.spans[0].kind
+        'step'
         """
         self._check_traceable()
         return record(self, path, steps)
@@ -181,14 +293,20 @@ class Handle:
             raise PatchError("a trace of this model is being recorded already; end that `with` block first")
 
     def remove(self) -> None:
-        """Give the model back exactly as it was, between two passes: one in another thread is waited for.
+        """Restore the model exactly as it was before ``patch``.
 
-        A running ``generate()`` continues with stock attention over what its cache holds.
+        Waits for forward passes in other threads. A ``generate()`` that is running there continues with stock
+        attention over all that its cache holds.
 
         Raises
         ------
         PatchError
-            The second time, and from inside a forward pass of the model (a hook).
+            If the patch was removed already, or from inside a forward pass of the model (a hook).
+
+        Examples
+        --------
+        >>> handle = scout_hf.patch(model)
+        >>> handle.remove()
         """
         if self.model.__dict__.get(HANDLE) is not self:
             raise PatchError("this patch was removed already")
@@ -212,7 +330,7 @@ class Handle:
     # -- installation -------------------------------------------------------------------------------------------
 
     def _install(self) -> None:
-        # First, and taken away last: unpatch() finds a handle whose removal was interrupted.
+        # Set first and deleted last, so that unpatch() finds a handle whose removal was interrupted.
         if self.model.__dict__.setdefault(HANDLE, self) is not self:
             raise PatchError(_ALREADY)  # by another thread, since patch() looked
         self._changes.make(self._names)
@@ -235,7 +353,7 @@ class Handle:
 
 
 def _drop_leftovers(model: torch.nn.Module) -> None:
-    """Take off what a shallow copy of a patched model has of it, once that patch is gone."""
+    """Delete the attributes that a shallow copy took from a patched model, once that patch is removed."""
     own = model.__dict__
     handle = own.get(HANDLE)
     if handle is not None and handle.model is not model and handle.model.__dict__.get(HANDLE) is not handle:

@@ -1,4 +1,4 @@
-"""Recall intervals measured per layer, as JSON that is checked against the model it belongs to (ScoutAttention 3.4)."""
+"""Recall intervals per layer (ScoutAttention, section 3.4), saved as JSON and checked against the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _REMEDY = "handle.profile_recall(prompts).save(path)"
 
 
 def _budget(value: Any) -> None:
-    """None, tokens, or a share."""
+    """None, a number of tokens, or a share of the context."""
     if value is not None:
         number(1e-6, 1.0)(value) if isinstance(value, float) else count(1)(value)
 
@@ -39,18 +39,29 @@ _RULE = fields(
 
 @dataclass(frozen=True)
 class RecallIntervals:
-    """Steps between recalls, one number per layer.
+    """Decode steps between two recalls, per layer. ``handle.profile_recall`` measures them.
 
     Parameters
     ----------
     intervals : tuple of int
-        ``intervals[i]`` is the number of decode steps between two recalls of layer ``i``; 0 means never.
+        Of layer ``i``: decode steps between two recalls; 0 means never.
     threshold : float
-        The CPU share that the profile kept every layer under (beta of the paper).
+        The CPU share that every layer stayed under in the profile, in (0, 1]; beta of the paper.
     model_type : str
         ``config.model_type`` of the profiled model; checked when the profile is used.
     budget, block_size
-        The settings it was measured with; kept for the record.
+        The settings of the profile, for the record only.
+
+    Raises
+    ------
+    ConfigError
+        If a value is not allowed.
+
+    Examples
+    --------
+    >>> intervals = scout_hf.RecallIntervals((8, 0, 16, 4), threshold=0.12, model_type="llama")
+    >>> intervals.save("recall.json")
+    >>> config = scout_hf.ScoutConfig(recall=scout_hf.RecallIntervals.load("recall.json"))
     """
 
     intervals: tuple[int, ...]
@@ -70,17 +81,44 @@ class RecallIntervals:
                 raise ConfigError(f"{name}={value!r:.80} is not allowed: {what}{error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the profile as JSON; a reader never sees half a file."""
+        """Write the profile as JSON, atomically.
+
+        Parameters
+        ----------
+        path : str or path
+
+        Raises
+        ------
+        OSError
+            If the folder is missing or cannot be written to.
+
+        Examples
+        --------
+        >>> scout_hf.RecallIntervals((8, 4), threshold=0.12, model_type="llama").save("recall.json")
+        """
         write_text(path, json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RecallIntervals:
         """Read a profile that ``save`` wrote.
 
+        Parameters
+        ----------
+        path : str or path
+
+        Returns
+        -------
+        RecallIntervals
+
         Raises
         ------
         ConfigError
-            If the file is not such a profile, or (also a FileNotFoundError) is not there.
+            If the file is not such a profile. A missing file is a FileNotFoundError as well.
+
+        Examples
+        --------
+        >>> scout_hf.RecallIntervals.load("recall.json").threshold
+        0.12
         """
         data = read_json(path, _RULE, f"make a profile ({FORMAT}) with {_REMEDY}", LARGEST_FILE)
         del data["format"]
@@ -91,7 +129,7 @@ class RecallIntervals:
         if (self.model_type, len(self.intervals)) != (model_type, layers):
             raise ConfigError(
                 f"the recall profile was measured on a {self.model_type!r} model with {len(self.intervals)} layers, "
-                f"this is {model_type!r} with {layers}; profile this model with handle.profile_recall(prompts)"
+                f"this model is {model_type!r} with {layers}; profile this model with handle.profile_recall(prompts)"
             )
 
 
@@ -103,12 +141,12 @@ def intervals_below(threshold: float, ratios: list[list[float]]) -> tuple[int, .
     threshold : float
         Highest CPU share allowed.
     ratios : list of list of float
-        ``ratios[layer][step]``: mean CPU share of that layer, so many steps after its residents were chosen.
+        ``ratios[layer][step]``: mean CPU share of that layer, ``step`` decode steps after its residents were chosen.
 
     Returns
     -------
     tuple of int
-        At least 1 per layer; 0 (never) for a layer that no step brought over the threshold.
+        At least 1 per layer; 0 (never) for a layer that stayed under the threshold in all steps.
     """
     found = []
     for layer in ratios:

@@ -1,4 +1,4 @@
-"""Recall intervals from a profile of the model on given prompts (ScoutAttention 3.4)."""
+"""Profiles recall intervals of a model on prompts (ScoutAttention, section 3.4)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ WHOLE = (torch.int64, torch.int32)
 
 
 def profile_recall(handle: Any, prompts: Sequence[Any], steps: int, threshold: float | None) -> RecallIntervals:
-    """Decode from every prompt with recall off and find how long each layer stays under the threshold.
+    """Decode from every prompt without recall, and find for how many steps each layer stays under the threshold.
 
-    A layer that is over it at once gets an interval of one step, the shortest there is.
+    A layer that exceeds it in the first step gets an interval of 1.
 
     Parameters
     ----------
     handle : Handle
         Of a model patched with two tiers.
     prompts : sequence of Tensor (tokens,) or (1, tokens), or of lists of int
-        Token ids without padding; long enough that not all blocks fit the budget. Their steps count in ``stats()``.
+        Token ids without padding, longer than the budget. Their decode steps count in ``stats()``.
     steps : int
         Decode steps per prompt.
     threshold : float or None
@@ -36,25 +36,30 @@ def profile_recall(handle: Any, prompts: Sequence[Any], steps: int, threshold: f
     Raises
     ------
     ConfigError
-        On one tier, where nothing is ever recalled, or for prompts that do not fit.
+        On one tier, for another method than ``scout``, or for prompts that are no token ids or fit the budget.
+
+    Examples
+    --------
+    >>> handle = scout_hf.patch(model, split="cpu", budget=64, block_size=16)
+    >>> handle.profile_recall([ids], steps=8).intervals
     """
     if not isinstance(steps, int) or steps < 1:
-        raise ConfigError(f"steps={steps!r} is not allowed: a whole number of decode steps from 1 up, 48 by default")
+        raise ConfigError(f"steps={steps!r} is not allowed: steps takes a whole number from 1 up; try 48")
     if handle.config.method != Scout.name:
         raise ConfigError(f"method={handle.config.method!r} has no recall intervals; patch with method='scout'")
     if not Scout.has_two_tiers(handle.config, handle.model.device):
-        raise ConfigError("there is nothing to recall on one tier; patch with split='cpu', or move the model to a GPU")
+        raise ConfigError("one tier has nothing to recall; patch with split='cpu', or move the model to a GPU")
     if threshold is None:
         threshold = handle.config.recall if isinstance(handle.config.recall, float) else DEFAULT_THRESHOLD
     if not isinstance(threshold, float) or not 0.0 < threshold <= 1.0:
-        raise ConfigError(f"threshold={threshold!r} is not allowed: a float in (0, 1], 0.12 in the paper")
+        raise ConfigError(f"threshold={threshold!r} is not allowed: a float in (0, 1]; try 0.12, as in the paper")
     histories = [_history(handle, ids, steps) for ids in _token_ids(prompts, handle.model.device)]
     depth = handle.model.config.get_text_config(decoder=True).num_hidden_layers
     mean = [_mean([history.get(layer, []) for history in histories]) for layer in range(depth)]
     if not any(ratio > 0 for layer in mean for ratio in layer):
         raise ConfigError(
-            "the CPU had nothing to do on these prompts: all their blocks are resident; pass prompts longer than the "
-            "budget, or patch with a smaller one"
+            "the CPU had nothing to attend on these prompts: all their blocks are resident; pass prompts longer than "
+            "the budget, or patch with a smaller budget"
         )
     return RecallIntervals(
         intervals=intervals_below(threshold, mean),
@@ -67,7 +72,25 @@ def profile_recall(handle: Any, prompts: Sequence[Any], steps: int, threshold: f
 
 @contextmanager
 def cpu_share_history(handle: Any) -> Iterator[dict[int, list[float]]]:
-    """Within this, the share of chosen blocks that the CPU attended, by layer, one number per decode step."""
+    """Record the CPU's share of selected blocks in a ``with`` block.
+
+    Parameters
+    ----------
+    handle : Handle
+        Of a model patched with two tiers.
+
+    Returns
+    -------
+    context manager of dict of int to list of float
+        By layer, one number in [0, 1] per decode step; empty on one tier.
+
+    Examples
+    --------
+    >>> with cpu_share_history(handle) as shares:
+    ...     tokens = model.generate(**inputs, max_new_tokens=8)
+    >>> len(shares[0])  # of layer 0
+    7
+    """
     counters = handle._hooks.counters
     history = counters.history = {}
     try:
@@ -107,7 +130,7 @@ def _token_ids(prompts: Sequence[Any], device: torch.device) -> list[torch.Tenso
         if not row or not ids.numel() or ids.dtype not in WHOLE:
             raise ConfigError(
                 f"a prompt has shape {tuple(ids.shape)} and dtype {ids.dtype}; pass each by itself, without padding, "
-                "as whole numbers of shape (tokens,) or (1, tokens)"
+                "as integers of shape (tokens,) or (1, tokens)"
             )
         found.append(ids.view(1, -1))
     return found

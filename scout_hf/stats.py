@@ -1,4 +1,4 @@
-"""The statistics of a patched model: what its counters come to, as one frozen value."""
+"""``Stats``: the statistics of a patched model, from its counters."""
 
 from __future__ import annotations
 
@@ -15,32 +15,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What sparse decoding lost on the samples of the monitor (``ScoutConfig(monitor=...)``), as means over them.
+    """What sparse decoding lost: means over the samples of the monitor (``ScoutConfig(monitor=...)``).
 
-    A sample is one KV head of one row in one decode step of a layer: exact attention of the real query over all keys
-    and values as they are stored (with ``host_dtype="int8"`` the rounded ones), for the query heads of its GQA group.
-    Learnt sinks without a key (gpt-oss) are left out on both sides. Sums are those of the kernels in use: what loses
-    nothing has an error of their rounding.
+    A sample is one KV head of one row, in one decode step of one layer. It compares the step's attention output with
+    exact attention of the real query, for the query heads of that GQA group. Exact attention reads keys and values as
+    they are stored, with ``host_dtype="int8"`` the rounded ones. Learnt sinks (gpt-oss) are left out on both sides.
+    Where nothing was lost, errors are rounding errors of the kernels in use.
 
     Attributes
     ----------
     samples, skipped : int
-        Samples measured, and those left out because the CPU had no idle time for them, or failed.
+        Samples measured, and samples skipped because the CPU had no idle time or the measurement failed.
     mass : float
-        Attention mass captured: the share of the real query's softmax on tokens that the step attended. What is
-        missing to 1 is lost by selection.
+        Captured attention mass: the real query's softmax weight, in [0, 1], on tokens that the step attended.
     output_error : float
-        ``|o - o_exact| / |o_exact|`` (L2 over the channels of a query head) of the layer's attention output.
+        ``|o - o_exact| / |o_exact|`` of the layer's attention output, L2 norm over the channels of a query head.
     selection_error : float
-        The same if every attended block had been attended with the real query: the part that selection is to blame
-        for. Equal to ``output_error`` but for rounding where nothing was predicted.
+        The same for ``o_real``, the output over the attended blocks with the real query: the error of selection alone.
     prediction_error : float or None
-        ``|o - o_real| / |o_exact|``, ``o_real`` being that output: what the CPU's share adds by using a predicted
-        query. Only over samples in which it did.
+        ``|o - o_real| / |o_exact|``: the error added by attending with a predicted query. None if no sample did.
     block_recall : float or None
-        Share of the attended whole blocks that are among the blocks of largest true mass, as many as were attended.
+        Share of the attended whole blocks that are among the same number of blocks of largest true attention mass.
     cost_ms : float
-        CPU time per decode step, of all threads.
+        Milliseconds of CPU time per decode step, all threads together.
+
+    Examples
+    --------
+    >>> handle = scout_hf.patch(model, budget=64, monitor=1.0)
+    >>> tokens = model.generate(**inputs, max_new_tokens=8)
+    >>> handle.stats().fidelity.mass
     """
 
     samples: int
@@ -59,7 +62,7 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class LayerStats:
-    """One layer's means per decode step; None where nothing was measured."""
+    """Means of one layer per decode step, fields as in :class:`Stats`; None where nothing was measured."""
 
     layer: int
     context_tokens: float
@@ -74,47 +77,56 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class Stats:
-    """What a patched model did since ``patch`` or the last ``reset_stats``.
+    """What a patched model did since ``patch`` or the last ``reset_stats``; prints as a table.
 
     Attributes
     ----------
-    method, exact
-        The method, and whether every decode step was exact by its settings.
+    method : str
+    exact : bool
+        Whether the settings of all decode steps were exact.
     steps : int
         Decode steps.
     prefill_tokens : int
-        Tokens per row that came in several at a time.
+        Tokens per row in passes with several new tokens (prompts, next turns, drafts to verify).
     context_tokens, attended_tokens : float
-        Means per decode step over layers, rows and KV heads; padding is not counted.
+        Tokens in the context and tokens attended: means per decode step over layers, rows and KV heads, without
+        padding.
     cpu_ratio : float or None
-        Share of the selected blocks that the CPU attended, on two tiers.
+        Share of the selected blocks that the CPU attended, in [0, 1]; None on one tier.
     cosine : float or None
-        Cosine of predicted to real query, sampled, over the layers that predict.
+        Cosine similarity of predicted and real query, sampled, over the layers that predict.
     join_wait_ms : float
-        Time per decode step that the model waited for the CPU's share, all layers together.
+        Milliseconds per decode step that the main thread waited for the CPU or a copy, all layers together.
     recalled_blocks, recalled_bytes : int
-        Copied to the device in decode steps, in all: recalled blocks, or what else the method brings there.
-    kv_bytes : dict
-        Bytes of the newest cache by tier: ``host``, ``device``, ``digests``, ``stock`` (layers left to transformers);
-        measured after a prompt and every 16 decode steps, and told also when it is gone.
+        Blocks and bytes that decode steps copied to the device, in all.
+    kv_bytes : dict of str to int
+        Bytes of the newest cache by tier: ``host``, ``device``, ``digests``, ``stock`` (layers left to transformers).
+        Measured after a prompt and every 16 decode steps; kept when the cache is deleted.
     huge_page_bytes : int
-        Of its host memory, what lies on huge pages, which scattered blocks are read faster from; read after a prompt.
+        Bytes of that cache's host memory on huge pages, where scattered blocks are read faster. Measured after a
+        prompt.
     layers : tuple of LayerStats
     fidelity : Fidelity or None
-        What was lost, over all samples of all layers; None without a monitor, and until its first sample. Each layer
-        has its own.
+        What sparse decoding lost, over the samples of all layers; None without a monitor or before its first sample.
     notes : tuple of str
-        What the method has to say, such as why it does not do what it is for.
-    stock_passes : dict
-        Forward passes that ran stock attention instead, by the reason; none of the other numbers counts them.
-    alive_bytes, alive_caches : dict, int
-        Bytes by tier of all caches of this patch that hold tokens and that somebody still has, forks included, and how
-        many these are. Pages that forks share count once; as it is when asked, ``reset_stats`` or not.
+        Remarks, such as why a method does not save anything on this model.
+    stock_passes : dict of str to int
+        Forward passes that ran stock attention, by reason. No other number counts them.
+    alive_bytes : dict of str to int
+        Bytes by tier, now, of all caches of this patch that hold tokens and are still referenced, forks included. A
+        page that forks share counts once. ``reset_stats`` does not change it.
+    alive_caches : int
+        How many caches these are.
     prefill_tokens_per_second, decode_tokens_per_second : float or None
-        Of passes with several tokens per row (prompts, next turns, drafts to verify) and of decode steps; all rows
-        together, padding included. A pass takes until the next one of the same ``generate()`` begins, so that sampling
-        and all else in between is in it; the last one of a call takes until its own end, and on a device, which would
-        have to be waited for, is left out. The first pass, which warms up, is in it.
+        Tokens of all rows, padding included, per second of wall time in passes with several new tokens and in decode
+        steps. A pass lasts until the next one of the same ``generate()`` begins, so that sampling is included. The
+        last pass of a call lasts until its own end; on a GPU it is left out. Warm-up passes are included.
+
+    Examples
+    --------
+    >>> stats = handle.stats()
+    >>> print(stats)
+    >>> share = stats.attended_tokens / stats.context_tokens
     """
 
     method: str
@@ -140,7 +152,17 @@ class Stats:
     decode_tokens_per_second: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain values, those of the layers and of the monitor too; ``json.dumps`` takes it."""
+        """All fields as plain values, layers and fidelity included.
+
+        Returns
+        -------
+        dict
+            Of numbers, strings, lists, tuples and dicts; ``json.dumps`` accepts it.
+
+        Examples
+        --------
+        >>> json.dumps(handle.stats().to_dict())
+        """
         return asdict(self)
 
     def __str__(self) -> str:

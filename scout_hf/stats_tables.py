@@ -1,4 +1,4 @@
-"""What statistics look like in print."""
+"""The tables that ``print(stats)`` shows."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ def _layer_table(stats: Stats) -> Table:
         "brought": lambda layer: in_bytes(layer.recalled_bytes) if layer.recalled_bytes else None,
     }
     cells = {name: [say(layer) for layer in stats.layers] for name, say in columns.items()}
-    # What a method has none of needs no column.
-    cells = {name: told for name, told in cells.items() if any(told)}
+    # Columns without a value are left out.
+    cells = {name: column for name, column in cells.items() if any(column)}
     table = Table(title="per layer", title_justify="left")
     for name in cells:
         table.add_column(name, justify="right")
@@ -115,12 +115,12 @@ def _layer_table(stats: Stats) -> Table:
 
 
 def percent(share: float) -> str:
-    """Two digits of a small share, so that rounding is told from loss."""
+    """A share in percent; below 0.1 % in powers of ten, so that rounding errors are visible as such."""
     return f"{share:.1%}" if share >= 0.001 or share == 0 else f"{share:.0e}"
 
 
 def in_bytes(count: float) -> str:
-    """A count with its unit."""
+    """A number of bytes with its unit."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

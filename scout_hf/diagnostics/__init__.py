@@ -1,9 +1,9 @@
-"""What benchmarks and other tools may look into: this machine's CPUs and memory, what steps did, and how they ran.
+"""Measurements for benchmarks and other tools: the CPUs and memory of this machine, and what decode steps did.
 
 >>> from scout_hf.diagnostics import cpu_share_history
 >>> with cpu_share_history(handle) as shares:
-...     model.generate(**inputs, max_new_tokens=32)
->>> shares[0]  # of layer 0, one number per decode step
+...     tokens = model.generate(**inputs, max_new_tokens=32)
+>>> shares[0]  # layer 0, one number per decode step
 """
 
 from __future__ import annotations
@@ -28,8 +28,15 @@ __all__ = [
 
 
 def native_isa() -> str | None:
-    """The instruction set that the native library computes with; None where there is no native library.
+    """The instruction set that the native library uses.
 
+    Returns
+    -------
+    str or None
+        None without a native library.
+
+    Examples
+    --------
     >>> native_isa()
     'avx2'
     """
@@ -38,9 +45,20 @@ def native_isa() -> str | None:
 
 
 def variant_of(cache: Any) -> str:
-    """What really serves a ScoutCache: the class of its method, what it runs on, and how that hands over to the CPU.
+    """The implementation that a ScoutCache uses: its method's class, the kernels, and how GPU and CPU synchronise.
 
+    Parameters
+    ----------
+    cache : ScoutCache
+        With tokens.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
     >>> variant_of(cache)
-    'Scout (triton, Flags)'
+    'OneTierScout'
     """
     return cache.scout_layers[-1].method.variant

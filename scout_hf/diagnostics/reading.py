@@ -1,4 +1,4 @@
-"""Bare reads of memory, the yardstick of attention on a CPU."""
+"""Read bandwidth of memory, the limit of attention on a CPU."""
 
 from __future__ import annotations
 
@@ -14,12 +14,23 @@ from scout_hf.kernels.cpu.library import AttendArgs, load_library
 
 
 class MemoryReader:
-    """Bare reads of memory by the native library: everything is fetched and added up, nothing else is computed.
+    """Reads memory with the native library: loads all of it and adds it up, nothing else.
 
     Parameters
     ----------
     threads : int
-        One reads on the calling thread; several cost some ten microseconds to wake.
+        1: the calling thread. More take some ten microseconds to wake.
+
+    Raises
+    ------
+    ConfigError
+        Without the native library.
+
+    Examples
+    --------
+    >>> reader = MemoryReader(threads=1)
+    >>> reader.span(torch.zeros(1 << 20))
+    >>> reader.close()
     """
 
     def __init__(self, threads: int):
@@ -30,14 +41,22 @@ class MemoryReader:
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
     def span(self, tensor: torch.Tensor) -> None:
-        """Read a contiguous tensor from its start to its end."""
+        """Read a contiguous CPU tensor from start to end."""
         start, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
         share = -(-size // self._threads // 4096) * 4096
         parts = [(start + at, min(share, size - at), 1) for at in range(0, size, share)]
         self._all(self._library.read_span, parts)
 
     def tiles(self, store: PagedStore, lists: BlockLists) -> None:
-        """Read the tiles of a PagedKV that attention over these lists (int32, contiguous, no counts) would read."""
+        """Read the tiles of a PagedKV that attention over block lists would read.
+
+        Parameters
+        ----------
+        store : PagedKV
+            On the CPU.
+        lists : BlockLists
+            ``ids`` is contiguous int32; without counts.
+        """
         count = lists.ids.shape[2]
         share = -(-count // self._threads)
         parts = []

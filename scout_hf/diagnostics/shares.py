@@ -1,4 +1,4 @@
-"""What a decode step is made of, by the main thread's time."""
+"""How the main thread spends a decode step."""
 
 from __future__ import annotations
 
@@ -21,13 +21,34 @@ PARTS = {
 
 
 def step_shares(model: Any, handle: Any, cache: Any, step: Callable[[], Any], steps: int = 4) -> dict[str, float]:
-    """Take some more steps, and give the share of each of ``PARTS`` in them.
+    """Run some decode steps, and measure the share of each of ``PARTS`` in the main thread's time.
 
-    A part is the main thread's time in it, less what it calls of the others; with a GPU that would be the time of
-    launches. Without a patch (``handle`` is None) stock attention and a stock cache are watched.
+    Parameters
+    ----------
+    model : PreTrainedModel
+        On the CPU: on a GPU this would measure launches only.
+    handle : Handle or None
+        None for a model that is not patched.
+    cache : ScoutCache or DynamicCache
+        That the steps use.
+    step : callable
+        Runs one decode step.
+    steps : int
+        How many to run.
 
-    >>> step_shares(model, handle, cache, lambda: model(ids, past_key_values=cache))["wait"]
-    0.21
+    Returns
+    -------
+    dict of str to float
+        By the names in ``PARTS``, shares in [0, 1]. Nested calls count for the inner part only.
+
+    Notes
+    -----
+    Resets the statistics of the handle.
+
+    Examples
+    --------
+    >>> shares = step_shares(model, handle, cache, lambda: model(ids, **{scout_hf.CACHE: cache}))
+    >>> shares["attention"], shares["selection"]
     """
     if handle is not None:
         handle.reset_stats()
@@ -46,14 +67,14 @@ def step_shares(model: Any, handle: Any, cache: Any, step: Callable[[], Any], st
 
 
 class Clock:
-    """Seconds by name; within a call of one name, calls of another count for that one alone."""
+    """Seconds by name; nested calls count for the inner name only."""
 
     def __init__(self) -> None:
         self.spent: dict[str, float] = defaultdict(float)
         self._inner: list[float] = []
 
     def around(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The same call, its time added to ``name``."""
+        """``call``, with its time added to ``name``."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             begin = time.perf_counter()
@@ -97,7 +118,7 @@ def _watched(model: Any, handle: Any, cache: Any, clock: Clock) -> Iterator[None
         for owner, attribute in wrapped:
             delattr(owner, attribute)
         if before is not None:
-            # Without the entry of this table alone, unless there was one: it would hide what others register later.
+            # Keep an entry of this table only if there was one: it would hide what others register later.
             del ALL_ATTENTION_FUNCTIONS[name]
             if ALL_ATTENTION_FUNCTIONS.get(name) is not before:
                 ALL_ATTENTION_FUNCTIONS[name] = before

@@ -1,4 +1,4 @@
-"""What the spans of a trace say of decode steps, in figures."""
+"""Figures about decode steps from the spans of a trace."""
 
 from __future__ import annotations
 
@@ -7,16 +7,30 @@ from collections.abc import Sequence
 from scout_hf.trace import Span
 
 MOVERS = ("attention", "copy")
-"""Kinds of jobs that run beside the main thread."""
+"""Kinds of spans of jobs that run in the background."""
 
 
 def parts_of_spans(spans: Sequence[Span]) -> dict[str, float | int]:
-    """What the steps of a trace were made of.
+    """Times and overlap of the decode steps in a trace.
 
-    ``steps``, and per step ``step_ms`` and ``wait_ms`` (of the main thread, for the CPU or a copy). For jobs of the
-    kinds ``attention`` and ``copy``, where there are any: ``<kind>_jobs`` and ``<kind>_ms`` per step, what share of
-    that time the main thread did not wait (``<kind>_hidden``), and what share of the jobs was asked for before their
-    layer began (``<kind>_ahead``).
+    Parameters
+    ----------
+    spans : sequence of Span
+        ``trace.spans``, with at least one step.
+
+    Returns
+    -------
+    dict of str to float or int
+        ``steps``; per step ``step_ms``, and ``wait_ms``: the main thread's wait for the CPU or a copy. For each kind in
+        ``MOVERS`` that has jobs: ``<kind>_jobs`` and ``<kind>_ms`` per step; ``<kind>_hidden``, the share of that time
+        in which the main thread did not wait; ``<kind>_ahead``, the share of jobs submitted before their layer began.
+
+    Examples
+    --------
+    >>> with handle.trace("step.json") as trace:
+    ...     tokens = model.generate(**inputs, max_new_tokens=8)
+    >>> parts_of_spans(trace.spans)["steps"]
+    2
     """
     whole = [span for span in spans if span.kind == "step"]
     waits = [span for span in spans if span.kind == "join"]
@@ -24,7 +38,7 @@ def parts_of_spans(spans: Sequence[Span]) -> dict[str, float | int]:
     found["wait_ms"] = _ms(waits) / len(whole)
     for kind in MOVERS:
         jobs = [span for span in spans if span.kind == kind and not span.lane.startswith("GPU")]
-        # An emulated CPU or link stands for the one that did the work.
+        # Spans of an emulated CPU or link replace those of the job that did the work.
         jobs = [span for span in jobs if "emulated" in span.lane] or jobs
         if jobs:
             waited = sum(_both(job, wait) for job in jobs for wait in waits) / 1e6
@@ -45,7 +59,7 @@ def _both(one: Span, other: Span) -> int:
 
 
 def _layer_begin(spans: Sequence[Span], steps: Sequence[Span], job: Span) -> int | None:
-    """When the layer of a job began, in the step that the job was asked for in."""
+    """When the layer of a job began, in the step in which the job was submitted."""
     step = next((step for step in steps if job.submitted is not None and step.begin <= job.submitted <= step.end), None)
     layers = [span.begin for span in spans if span.kind == "layer" and span.layer == job.layer]
     return None if step is None else next((begin for begin in layers if step.begin <= begin <= step.end), None)
