@@ -4,14 +4,16 @@ One word is one token, so a document's length in tokens is its number of words, 
 before anything is tokenized.
 """
 
-import json
 from pathlib import Path
+
+from scout_hf.files import read_json
+from scout_hf.rules import table, text
 
 PAD, UNKNOWN, BEGIN, END = "<pad>", "<unk>", "<bos>", "<eos>"
 SPECIAL = (PAD, UNKNOWN, BEGIN, END)
 SIZE = 512
 
-_WORDS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+_WORDS = read_json(Path(__file__).with_suffix(".json"), table(text()), "install the package again")
 GROUPS = (SPECIAL, *(tuple(words.split()) for words in _WORDS.values()))
 """All of them, in the order of token ids."""
 

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 import scout_hf  # noqa: E402
 from scout_hf.methods.scout import handoff  # noqa: E402
 from scout_hf.methods.scout.executor_triton import TritonExecutor  # noqa: E402
-from scout_hf.stores.link import Links  # noqa: E402
+from scout_hf.stores.streams import Links  # noqa: E402
 from tests.integration.common import (
     LOSSY,
     MODES,
