@@ -1,4 +1,4 @@
-"""Will it fit, will it pay: memory and step time of every method, for any machine."""
+"""Estimates of memory and step time per method, model and machine: does it fit, and is it faster than stock?"""
 
 from scout_hf.planner.cost import (
     GIB,

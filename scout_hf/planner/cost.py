@@ -1,8 +1,7 @@
-"""Will it fit, will it pay: memory and step time of every method from a small cost model.
+"""A cost model: memory and step time of every method.
 
-A step is layers one after the other. What a method does beside the device (the CPU's share, the link) overlaps with as
-much of the device's work as its structure allows: Scout and whatever crosses the link begin one layer ahead, HGCA's
-CPU in the same layer.
+A step runs the layers in sequence. CPU attention and transfers over the link overlap with as much device work as the
+method allows: Scout and all transfers start one layer ahead, HGCA's CPU attention in the same layer.
 """
 
 from __future__ import annotations
@@ -20,10 +19,30 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked: tokens of context, rows, and scout's settings.
+    """A workload: context length, batch and settings.
 
-    ``cpu_ratio`` is the CPU's share of the chosen blocks with recall (ScoutAttention reports 8 % at a threshold of
-    12 %), ``recalled`` the share of them that is recalled per step; ``partial`` InfiniGen's share of channels.
+    Attributes
+    ----------
+    context : int
+        Tokens per row.
+    batch : int
+        Rows.
+    budget : int
+        Tokens attended per row and KV head.
+    block_size : int
+        Tokens per block.
+    cpu_ratio : float
+        Share of the chosen blocks that the CPU attends (ScoutAttention reports 8 % at a recall threshold of 12 %).
+    recalled : float
+        Share of the chosen blocks that is recalled per step.
+    partial : float
+        InfiniGen's share of channels.
+
+    Examples
+    --------
+    >>> from scout_hf.planner import Load
+    >>> Load(context=65536, batch=4).budget
+    2048
     """
 
     context: int
@@ -37,17 +56,25 @@ class Load:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a method takes.
+    """Estimated memory and step time of a method; made by :func:`plan`.
 
     Attributes
     ----------
+    method : str
     device_bytes, host_bytes : float
-        Weights included.
+        Bytes per tier, weights included.
     parts : dict
-        ms of a step, by what takes them: ``weights``, ``overhead``, ``attention``, ``selection``, ``recomputed``,
-        and ``waiting``, what of CPU and link is not hidden.
+        Milliseconds of a step by cause: ``weights``, ``overhead``, ``attention``, ``selection``, ``recomputed``, and
+        ``waiting`` (CPU and link time that does not overlap with device work).
     fits : bool
+        Whether both tiers fit into the machine's memory.
     note : str
+
+    Examples
+    --------
+    >>> from scout_hf.planner import Plan
+    >>> Plan("scout", 1e9, 4e9, {"weights": 5.0, "attention": 1.5}, fits=True).step_ms
+    6.5
     """
 
     method: str
@@ -59,38 +86,98 @@ class Plan:
 
     @property
     def step_ms(self) -> float:
-        """All parts together."""
+        """Milliseconds of a step: the sum of ``parts``."""
         return sum(self.parts.values())
 
 
 _Cost = tuple[dict[str, float], float, float] | tuple[dict[str, float], float, float, str]
-"""Parts of a layer's time, bytes on the device and on the host beside the weights, and a note."""
+"""Milliseconds of a layer by cause; bytes of KV and digests on the device and on the host; a note."""
 
 
 def plan(method: str, shape: ModelShape, machine: Machine, load: Load) -> Plan:
-    """Memory and step time of one method; ConfigError for an unknown one."""
+    """Estimate memory and step time of one method.
+
+    Parameters
+    ----------
+    method : str
+        One of :func:`methods`.
+    shape : ModelShape
+    machine : Machine
+    load : Load
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    ConfigError
+        If the planner does not know the method.
+
+    Examples
+    --------
+    >>> from scout_hf.planner import MACHINES, SHAPES, Load, plan
+    >>> plan("scout", SHAPES["llama-3-8b"], MACHINES["h100"], Load(context=131072)).fits
+    True
+    """
     if method not in _METHODS:
         raise ConfigError(f"method={method!r} is not known to the planner; it knows {', '.join(_METHODS)}")
     return _Sum(shape, machine, load).of(method, *_METHODS[method](shape, machine, load))
 
 
 def methods() -> tuple[str, ...]:
-    """What :func:`plan` knows."""
+    """The methods that :func:`plan` knows.
+
+    Examples
+    --------
+    >>> from scout_hf.planner import methods
+    >>> "scout" in methods() and "stock" in methods()
+    True
+    """
     return tuple(_METHODS)
 
 
 def largest_batch(method: str, shape: ModelShape, machine: Machine, load: Load, most: int = 4096) -> int:
-    """The most rows that fit; 0 if not even one does."""
+    """The largest batch that fits, up to ``most``; 0 if not even one row does.
+
+    Other parameters as in :func:`plan`.
+
+    Examples
+    --------
+    >>> from scout_hf.planner import MACHINES, SHAPES, Load, largest_batch
+    >>> given = SHAPES["llama-3-8b"], MACHINES["h100"], Load(context=65536)
+    >>> largest_batch("scout", *given) > largest_batch("stock", *given)
+    True
+    """
     return _largest(lambda batch: plan(method, shape, machine, replace(load, batch=batch)).fits, most)
 
 
 def longest_context(method: str, shape: ModelShape, machine: Machine, load: Load, most: int = 1 << 24) -> int:
-    """The most tokens that fit."""
+    """The longest context that fits, in tokens, up to ``most``.
+
+    Other parameters as in :func:`plan`.
+
+    Examples
+    --------
+    >>> from scout_hf.planner import MACHINES, SHAPES, Load, longest_context
+    >>> given = SHAPES["llama-3-8b"], MACHINES["rtx-4090"], Load(context=1)
+    >>> longest_context("scout", *given) > longest_context("stock", *given)
+    True
+    """
     return _largest(lambda context: plan(method, shape, machine, replace(load, context=context)).fits, most)
 
 
 def break_even(method: str, shape: ModelShape, machine: Machine, load: Load, most: int = 1 << 22) -> int | None:
-    """The least context, a power of two from 1024 on, at which the method is faster than stock; None if never."""
+    """The shortest context at which the method is faster than stock: a power of two from 1024 to ``most``, or None.
+
+    Other parameters as in :func:`plan`.
+
+    Examples
+    --------
+    >>> from scout_hf.planner import MACHINES, SHAPES, Load, break_even
+    >>> break_even("stock", SHAPES["llama-3-8b"], MACHINES["h100"], Load(context=1024)) is None
+    True
+    """
     context = 1024
     while context <= most:
         at = replace(load, context=context)
@@ -109,13 +196,13 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
 
 
 class _Sum:
-    """Puts the layers of a step together."""
+    """Sums the layers of a step."""
 
     def __init__(self, shape: ModelShape, machine: Machine, load: Load):
         self.shape, self.machine, self.load = shape, machine, load
 
     def of(self, method: str, layer: dict[str, float], device: float, host: float, note: str = "") -> Plan:
-        """From the parts of one full layer in ms, and bytes of KV on the device and the host."""
+        """The plan, from the parts of one full layer in ms, and bytes of KV on the device and the host."""
         shape, machine, load = self.shape, self.machine, self.load
         windowed = load.batch * shape.window * shape.kv_bytes
         parts = {name: shape.full * ms for name, ms in layer.items()}
@@ -138,7 +225,7 @@ def _overhead_ms(shape: ModelShape, machine: Machine) -> float:
 
 
 def _layer_ms(shape: ModelShape, machine: Machine, rows: int) -> float:
-    """What the device does in a layer besides attention."""
+    """Device time of a layer without attention and selection."""
     weights = max(
         shape.layer_weights / machine.weights_gbps / 1e6,
         rows * shape.layer_weights / shape.item * 2 / machine.products_tflops / 1e9,
@@ -149,7 +236,7 @@ def _layer_ms(shape: ModelShape, machine: Machine, rows: int) -> float:
 def _stock(shape: ModelShape, machine: Machine, load: Load) -> _Cost:
     held = load.batch * load.context * shape.kv_bytes
     group = shape.heads // shape.kv_heads
-    # On a CPU: the cache grows by a copy, grouped heads are written out and read once more.
+    # On a CPU: stock copies the cache to grow it, and writes and reads repeated KV heads.
     traffic = (3 + 2 * group if group > 1 else 3) / 11 if not machine.gpu else 1.0
     return {"attention": traffic * held / machine.stock_gbps / 1e6}, shape.full * held, 0.0
 
@@ -169,7 +256,7 @@ def _kvpr(shape: ModelShape, machine: Machine, load: Load) -> _Cost:
     rows, tokens = load.batch, load.context
     held, inputs = rows * tokens * shape.kv_bytes, rows * tokens * shape.hidden * shape.item
     attention = held / machine.attend_gbps / 1e6
-    products = rows * 2 * shape.hidden * 2 * shape.kv_heads * shape.head_dim  # FLOP of a token's keys and values
+    products = rows * 2 * shape.hidden * 2 * shape.kv_heads * shape.head_dim  # FLOP of the keys and values of a token
     rates = Rates(
         input_s=inputs / tokens / machine.link_gbps / 1e9,
         kv_s=held / tokens / machine.link_gbps / 1e9,
@@ -181,7 +268,7 @@ def _kvpr(shape: ModelShape, machine: Machine, load: Load) -> _Cost:
     waiting = max(0.0, 1e3 * layer_seconds(rates, tokens, split) - 1e3 * rates.other_s - again)
     parts = {"attention": attention, "recomputed": again, "waiting": waiting}
     if inputs >= held:
-        # None are kept then.
+        # The method then stores no inputs.
         return parts, 2 * held, shape.full * held, "nothing recomputed: inputs are no smaller than KV"
     note = f"{split} tokens recomputed" if split else "nothing recomputed: the link is faster than that"
     return parts, 2 * held, shape.full * (held + inputs), note
@@ -219,7 +306,7 @@ def _scout(shape: ModelShape, machine: Machine, load: Load) -> _Cost:
         return parts, 0.0, shape.full * (held + codes)
     attention, selection = resident / machine.attend_gbps / 1e6, digests / machine.score_gbps / 1e6
     share = load.cpu_ratio * resident / machine.cpu_gbps / 1e6 + 2 * machine.link_us / 1e3
-    # A recall has a whole step, and all layers' share the link.
+    # A recall may take a whole step, but the recalls of all layers share the link.
     share = max(share, _link_ms(machine, load.recalled * resident))
     busy = attention + selection + _layer_ms(shape, machine, load.batch)
     parts = {"attention": attention, "selection": selection, "waiting": max(0.0, share - busy)}

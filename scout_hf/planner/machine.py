@@ -1,4 +1,4 @@
-"""What a machine can do: rates and memory, from data sheets or measured."""
+"""Rates and memory of a machine, from data sheets or measured."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from scout_hf.files import read_json, write_text
 from scout_hf.rules import flag, number, table, text
 
 LARGEST = 1e12
-"""Of any constant."""
+"""Upper limit of any constant."""
 LARGEST_FILE = 1 << 20
-# What kernels reach of a data sheet's bandwidth and arithmetic.
+# Share of a data sheet's bandwidth and arithmetic that kernels reach.
 REACHED = {"weights": 0.85, "attention": 0.8, "scoring": 0.7, "products": 0.6}
 
 
@@ -27,7 +27,7 @@ class Machine:
     ----------
     name : str
     device_gib, host_gib : float
-        Memory beside the model, and of the host; equal memory counts once on a machine without a GPU.
+        Memory of the device and of the host in GiB. Without a GPU only ``device_gib`` counts.
     weights_gbps, attend_gbps, score_gbps : float
         GB/s at which the device reads weights in a step, KV in attention, and digests in scoring.
     stock_gbps : float
@@ -36,13 +36,25 @@ class Machine:
     products_tflops : float
         Of matrix products with many rows.
     layer_us, step_us : float
-        What a layer and a step cost besides: launches, Python, norms.
+        Other microseconds per layer and per step: launches, Python, norms.
     link_gbps, link_us : float
-        Host to device, and what a transfer takes to begin.
+        Host-to-device bandwidth in GB/s, and latency of a transfer in microseconds.
     cpu_gbps : float
-        GB/s of KV that the host attends.
+        GB/s of KV in CPU attention.
     gpu : bool
-        Without one there is one tier, and nothing crosses a link.
+        False for a machine without a GPU: one tier, no link.
+
+    Raises
+    ------
+    ConfigError
+        For a constant that is not a number above 0.
+
+    Examples
+    --------
+    >>> from dataclasses import replace
+    >>> from scout_hf.planner import MACHINES
+    >>> replace(MACHINES["h100"], name="h100 with slow link", link_gbps=12.0).link_gbps
+    12.0
     """
 
     name: str
@@ -66,22 +78,22 @@ class Machine:
             known = isinstance(value, (int, float)) and not isinstance(value, bool)
             if field.type in ("float", float) and not (known and 0 < value <= LARGEST):
                 raise ConfigError(
-                    f"{field.name}={value!r} is not allowed: a number above 0; try that of a machine there is, such as "
-                    f"h100 or what `scout-hf plan --measure` finds"
+                    f"{field.name}={value!r} is not allowed: take a number above 0; try the value of a known machine, such "
+                    "as h100, or what `scout-hf plan --measure` finds"
                 )
 
     def save(self, path: Path, **facts: Any) -> None:
-        """Write as JSON, with more facts beside the constants."""
+        """Write the constants and further ``facts`` to a JSON file."""
         write_text(path, json.dumps({"machine": asdict(self), **facts}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Machine:
-        """Read what ``save`` wrote; ConfigError if it is something else, or not there."""
+        """Read a file that ``save`` wrote; ConfigError if it is missing or not valid."""
         return cls.load_with_facts(path)[0]
 
     @classmethod
     def load_with_facts(cls, path: Path) -> tuple[Machine, dict[str, float]]:
-        """The same, and the facts that it was saved with, none or more."""
+        """As ``load``, and the further facts in the file."""
         held = {field.name: number(1e-12, LARGEST) for field in fields(cls)} | {"name": text(200), "gpu": flag}
         gpu = {"gpu": held.pop("gpu")}
         rule = rules.fields({"machine": rules.fields(held, gpu, closed=True)}, {"facts": table(number())})
@@ -105,6 +117,6 @@ MACHINES = {
         _gpu("rtx-4090", 24, 1008, 165, 24), _gpu("rtx-3090", 24, 936, 71, 24),
     )
 }  # fmt: skip
-"""By name: data-sheet memory, bandwidth and dense bf16 arithmetic times what kernels reach of them; PCIe as it goes in
-practice; 100 GB/s of attention on the CPU and 0.3 ms of launches per layer, the figures of ScoutAttention and of plain
-transformers. Better measured."""
+"""Known machines by name. From data sheets: memory, and bandwidth and dense bf16 arithmetic times the share that
+kernels reach. Assumed: practical PCIe bandwidth, 100 GB/s of CPU attention (ScoutAttention) and 0.3 ms of launches per layer (plain
+transformers). Measured values are better: ``scout-hf plan --measure``."""

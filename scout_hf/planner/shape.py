@@ -1,4 +1,4 @@
-"""Sizes of a decoder, of known ones and from a config."""
+"""Sizes of a decoder: known models, and from a config."""
 
 from __future__ import annotations
 
@@ -10,7 +10,26 @@ from scout_hf.errors import ConfigError
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder; ``windowed`` layers keep a window of tokens whatever the context."""
+    """Sizes of a decoder.
+
+    Attributes
+    ----------
+    name : str
+    layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary : int
+        As in a transformers config.
+    tied : bool
+        Whether input and output embeddings share their weights.
+    item : int
+        Bytes per number (2 for bf16).
+    windowed, window : int
+        Number of sliding-window layers, and tokens of that window.
+
+    Examples
+    --------
+    >>> from scout_hf.planner import SHAPES
+    >>> SHAPES["llama-3-8b"].kv_bytes
+    4096
+    """
 
     name: str
     layers: int
@@ -27,7 +46,7 @@ class ModelShape:
 
     @property
     def kv_bytes(self) -> int:
-        """Of one token in one layer."""
+        """Bytes of keys and values of one token in one layer."""
         return 2 * self.kv_heads * self.head_dim * self.item
 
     @property
@@ -53,19 +72,30 @@ class ModelShape:
 
     @classmethod
     def of(cls, config: Any, name: str = "") -> ModelShape:
-        """From a config of transformers, or the dict of its JSON.
+        """Read the sizes from a config.
+
+        Parameters
+        ----------
+        config : PretrainedConfig or dict
+            A config of transformers, or its JSON as a dict.
+        name : str
+            Defaults to the model type.
+
+        Returns
+        -------
+        ModelShape
 
         Raises
         ------
         ConfigError
-            For a config that lacks sizes or has impossible ones, for latent attention, which ``patch`` refuses, and for
-            a mixture of experts, whose weights per step depend on the routing.
+            If sizes are missing or invalid; for latent attention, which ``patch`` refuses; and for a mixture of
+            experts, whose weights per step depend on the routing.
         """
         given = config if isinstance(config, dict) else config.get_text_config(decoder=True).to_dict()
         given = given.get("text_config", given)
         name = name or given.get("model_type", "this config")
         if any(given.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
-            raise ConfigError(f"{name} is a mixture of experts, which the planner does not know")
+            raise ConfigError(f"{name} is a mixture of experts, which has no cost model here; give a dense decoder")
         if given.get("kv_lora_rank"):
             raise ConfigError(f"{name} has latent attention (kv_lora_rank), which scout_hf.patch() refuses")
 
@@ -75,13 +105,13 @@ class ModelShape:
                 raise ConfigError(f"{name} has no {' or '.join(keys)}; give the config.json of a decoder")
             value = default if key is None else given[key]
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} has {key}={value!r}; a whole number from 1 up is allowed")
+                raise ConfigError(f"{name} has {key}={value!r}; it must be a whole number from 1 up")
             return value
 
         heads, hidden, types = size("num_attention_heads"), size("hidden_size"), given.get("layer_types") or []
         kv_heads = size("num_key_value_heads", default=heads)
         if heads % kv_heads:
-            raise ConfigError(f"{name} has {heads} query heads for {kv_heads} KV heads: not the same number for each")
+            raise ConfigError(f"{name} has {heads} query heads for {kv_heads} KV heads; it must be a multiple of them")
         return cls(
             name,
             size("num_hidden_layers"),
