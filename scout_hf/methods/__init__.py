@@ -1,4 +1,4 @@
-"""Published ways of attending over KV that does not fit beside the model, by name."""
+"""Published methods of attention over KV that does not fit on the device, by name."""
 
 from scout_hf.methods.base import Method, make_method, method_names, register_method
 from scout_hf.methods.dense import Dense

@@ -1,6 +1,6 @@
-"""The four join points that a method fills in, and the methods known by name.
+"""The interface of a method, and the registry of methods by name.
 
-One object serves one layer of one cache. It owns its stores; everything else is handed to it with the step.
+One object serves one layer of one cache. It owns its stores; everything else comes with the ``step`` argument.
 """
 
 from __future__ import annotations
@@ -27,47 +27,67 @@ PAST_CHUNK_TOKENS = 4096
 
 
 class Scoring(NamedTuple):
-    """How a layer turns q.k into a score: factor, and soft cap or None."""
+    """How a layer computes logits from q.k: scale, and soft cap or None."""
 
     scale: float
     softcap: float | None
 
 
 class Method(ABC):
-    """What one layer keeps and how it attends; subclass, set ``name``, register.
+    """What one layer stores and how it attends. To add a method: subclass, set ``name``, register.
 
     Parameters
     ----------
     config : ScoutConfig
     layer_idx : int
     keys : Tensor (batch, kv_heads, tokens, head_dim)
-        The first keys that the layer gets: sizes, dtype and device. Not stored.
+        The layer's first keys, for sizes, dtype and device. Not stored.
 
     Attributes
     ----------
-    kv : PagedKV or TwoTierKV
-        Where the layer's KV is; anything with ``append, read, crop, select_rows, fork, length``.
+    kv : KVStore
+        The layer's KV, such as a ``PagedKV`` or ``TwoTierKV``; set it in ``__init__``.
     scoring : Scoring
-        Learnt from the layer's own attention call; not a number until the first one.
+        Scale and soft cap, taken from the layer's first attention call; the scale is NaN before.
     query_shape : tuple of int or None
-        Query heads and head dimension, learnt there as well; None until then.
+        Query heads and head_dim, taken from the same call; None before.
 
     Notes
     -----
-    What a method finds in a ``step``: ``mask``, None where no token is padding, else ``padding(device)`` says which
-    tokens are real, (batch, tokens) of bool; ``context()``, the mean of real tokens; ``backend``, which attends to host
-    blocks; ``counters``, for ``stats()``: ``attended(layer, context, tokens)`` in every decode step,
-    ``recalled(layer, blocks, nbytes)``, ``timed(layer, "join")`` around waiting, ``note(about, text)``.
+    A ``step`` offers: ``mask`` (None if there is no padding) and ``padding(device)``, the padding mask (batch, tokens)
+    of bool; ``context()``, the mean number of real tokens; ``backend``, which attends host blocks; ``counters`` for
+    ``stats()``: ``attended(layer, context, tokens)`` in every decode step, ``recalled(layer, blocks, nbytes)``,
+    ``timed(layer, "join")`` around waiting, ``note(about, text)``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf.kernels import attend
+    >>> from scout_hf.methods import Method
+    >>> from scout_hf.stores import PagedKV
+    >>> class Plain(Method):
+    ...     name = "plain"
+    ...
+    ...     def __init__(self, config, layer_idx, keys):
+    ...         super().__init__(config, layer_idx, keys)
+    ...         batch, heads, _, dim = keys.shape
+    ...         self.kv = PagedKV(batch, heads, dim, config.block_size, keys.dtype, keys.device)
+    ...
+    ...     def attend(self, step, query):
+    ...         return attend(query, *self.read_all(), *self.scoring)
+    ...
+    ...     def tier_bytes(self):
+    ...         return {"device": self.kv.used_bytes}
     """
 
     name: str = ""
     kv: KVStore
     options: ClassVar[dict[str, Any]] = {}
-    """What ``ScoutConfig(method_options=...)`` may set, with defaults."""
+    """Allowed keys of ``ScoutConfig(method_options=...)``, with defaults."""
     needs_query = True
-    """Whether ``ahead`` is handed a predicted query; one that needs none is called for the first layer as well."""
+    """Whether ``ahead`` gets a predicted query; if not, it is also called for the first layer, with None."""
     takes_inputs = False
-    """Whether ``step.inputs`` shall hold the hidden states that enter a layer."""
+    """Whether ``step.inputs`` must hold the hidden states that enter a layer."""
 
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
         self.config, self.layer_idx = config, layer_idx
@@ -78,12 +98,12 @@ class Method(ABC):
 
     @classmethod
     def create(cls, config: ScoutConfig, layer_idx: int, keys: torch.Tensor) -> Method:
-        """The object for one layer; override to choose between variants by device."""
+        """Create the object for one layer; override to choose between variants, such as by device."""
         return cls(config, layer_idx, keys)
 
     @classmethod
     def check(cls, config: ScoutConfig) -> None:
-        """Raise ConfigError for settings that this method cannot serve; extend for more."""
+        """Raise ConfigError for settings that this method does not support; extend it for further checks."""
         if unknown := sorted(set(config.method_options or ()) - set(cls.options)):
             known = ", ".join(f"{name} (default {value!r})" for name, value in cls.options.items()) or "none"
             raise ConfigError(
@@ -92,48 +112,70 @@ class Method(ABC):
 
     @classmethod
     def is_exact(cls, config: ScoutConfig, device: torch.device) -> bool:
-        """Whether every decode step attends to everything with the real query, for a model on that device."""
+        """Whether every decode step is exact (all tokens, real query), for a model on that device."""
         return False
 
-    # -- the join points, in the order of a decode step ---------------------------------------------------------
+    # -- hooks, in the order of a decode step -------------------------------------------------------------------
 
     def ahead(self, step: Step, query: torch.Tensor | None) -> None:
-        """One layer before this one: the predicted query (batch, query_heads, 1, head_dim) is known.
+        """Called during the previous layer, with this layer's predicted query (batch, query_heads, 1, head_dim).
 
-        A method that needs no query gets None, its first layer during the last layer of the step before.
+        Start here what can overlap with that layer. If ``needs_query`` is False, ``query`` is None, and the first layer
+        is called during the last layer of the previous step.
         """
 
     @property
     def wants_ahead(self) -> bool:
-        """Whether ``ahead`` would make use of being called now."""
+        """Whether ``ahead`` should be called now."""
         return False
 
     def observe(self, step: Step, query: torch.Tensor) -> None:
-        """After ``append`` of several tokens and before ``settle``: queries (batch, query_heads, tokens, head_dim)."""
+        """Called after ``append`` of several tokens: their queries, (batch, query_heads, tokens, head_dim)."""
 
     @abstractmethod
     def attend(self, step: Step, query: torch.Tensor) -> Partial:
-        """In a decode step, after ``append``: attention of the real query (batch, query_heads, 1, head_dim)."""
+        """Attention of a decode step, after ``append``.
+
+        Parameters
+        ----------
+        step : Step
+        query : Tensor (batch, query_heads, 1, head_dim)
+            The real query.
+
+        Returns
+        -------
+        Partial
+            Output and natural LSE.
+        """
 
     def settle(self, step: Step) -> None:
-        """After this layer's attention: the only place where KV moves between tiers."""
+        """Called after this layer's attention; the only hook that may move KV between tiers."""
 
     def end_step(self) -> None:
-        """The whole forward pass is through: drop what ``ahead`` started and no attention used."""
+        """Called after the forward pass: drop work that ``ahead`` started and no attention used."""
 
     def flush(self) -> None:
-        """After tokens came in outside a forward pass: bring the tiers in order."""
+        """Called after tokens were appended outside a forward pass: write back, update digests."""
 
     def prefilled(self, step: Step, query: torch.Tensor) -> None:
-        """A prompt or a part of it is in, and settled; ``query`` is that of its last token."""
+        """Called after ``settle`` of a prompt or a chunk of it; ``query`` is that of its last token."""
 
-    # -- what all methods share ---------------------------------------------------------------------------------
+    # -- shared by all methods ----------------------------------------------------------------------------------
 
     def attend_many(self, step: Step, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Partial:
-        """Exact attention of several new tokens over all that is cached and over themselves, causally if not told else.
+        """Exact attention of several new tokens over the cache and each other (chunked prefill, next turns, drafts).
 
-        ``query`` is (batch, query_heads, queries, head_dim); ``keys`` and ``values`` are the new tokens', already
-        appended. Chunked prefill, next turns and the verification of drafted tokens come here.
+        Parameters
+        ----------
+        step : Step
+            With ``step.allowed`` as the mask; causal if that is None.
+        query : Tensor (batch, query_heads, queries, head_dim)
+        keys, values : Tensor (batch, kv_heads, queries, head_dim)
+            Of the new tokens, already appended.
+
+        Returns
+        -------
+        Partial
         """
         queries, parts = query.shape[2], []
         past = self.kv.length - queries
@@ -155,16 +197,16 @@ class Method(ABC):
         return fuse(parts) if parts else empty_like(query)
 
     def past_chunks(self, step: Step, past: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """The first ``past`` tokens in pieces: first token, keys and values (batch, kv_heads, tokens, head_dim) each.
+        """Yield the first ``past`` tokens in chunks: position, keys, values, (batch, kv_heads, tokens, head_dim) each.
 
-        A piece is valid until the next one is asked for.
+        A chunk is valid until the next one is requested.
         """
         for start in range(0, past, PAST_CHUNK_TOKENS):
             yield start, *self.kv.read(start, min(start + PAST_CHUNK_TOKENS, past))
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, step: Step | None = None) -> None:
-        """Store new tokens, (batch, kv_heads, tokens, head_dim) each; ``step`` is the forward pass they come in."""
-        # Autocast makes keys and values of different dtypes, and not the same ones in every pass.
+        """Append new tokens, (batch, kv_heads, tokens, head_dim) each; ``step`` is None outside a forward pass."""
+        # Under autocast the dtypes of keys and values differ, also from pass to pass.
         if keys.dtype != self.dtype or values.dtype != self.dtype:
             keys, values = keys.to(self.dtype), values.to(self.dtype)
         self.kv.append(keys, values)
@@ -189,93 +231,161 @@ class Method(ABC):
         self.kv.crop(length)
 
     def mark(self) -> Any:
-        """The present state, to go back to when a pass fails; holds no copy of keys and values."""
+        """The current state for ``rollback``, by reference (no copies of KV)."""
         return self.length
 
     def rollback(self, mark: Any) -> None:
-        """Be what it was at the mark, wherever the pass after it was interrupted.
+        """Restore the state of ``mark`` after a failed pass.
 
-        Any line of ``append``, ``ahead``, ``attend``, ``observe``, ``settle`` and ``prefilled`` may be the last one
-        that ran: what is made from keys and values is either right after this, or made again when it is next needed.
+        The pass may have been interrupted at any line of ``append``, ``ahead``, ``attend``, ``observe``, ``settle`` and
+        ``prefilled``. Data derived from KV must be valid afterwards, or be computed again when it is next needed.
         """
         self.drain()
         if self.length > mark:
             self.crop(mark)
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Make row ``i`` what row ``rows[i]`` was."""
+        """Replace row ``i`` by the former row ``rows[i]``, for every ``i``."""
         self.drain()
         self.kv.select_rows(rows)
 
     def fork(self) -> Self:
-        """A twin that shares what can be shared and is independent in every other way."""
+        """An independent copy; shares pages, copy on write."""
         self.drain()
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__, kv=self.kv.fork())
         return twin
 
     def drain(self) -> None:
-        """Wait for work in flight and drop its results."""
+        """Wait for all work in flight and drop its results."""
 
     def slabs(self) -> Sequence[torch.Tensor]:
-        """The memory that KV in host memory lies in."""
+        """The slabs of the KV in host memory."""
         return ()
 
     @property
     def variant(self) -> str:
-        """What really runs, for reports."""
+        """The variant that runs, for reports."""
         return type(self).__name__
 
     # -- decode steps that are captured once and replayed, see scout_hf.graph -------------------------------------
     #
-    # A method that has a key finds ``step.clock`` in the pass that is captured, and keeps ``kv`` as a ``TwoTierKV``.
+    # A method with a capture key gets ``step.clock`` in the captured pass; its ``kv`` must be a ``TwoTierKV``.
 
     def capture_key(self, step: Step) -> Any:
-        """What a captured step of this layer takes for given, and is void without; None if it cannot be captured."""
+        """All that a captured step of this layer assumes; a change voids the capture. None: it cannot be captured."""
         return None
 
     def before_replay(self, step: Step, padding_mask: torch.Tensor | None) -> float:
-        """On the host, before a captured step runs, also in the pass that captures it: let it find what it waits for.
+        """Called on the host before each replay, and before the capture: start the CPU work that the step waits for.
 
-        ``padding_mask`` is (batch, capacity) of bool on the CPU. Returns this layer's entry of ``step.clock.shares``.
+        Parameters
+        ----------
+        step : Step
+        padding_mask : Tensor (batch, capacity) of bool, on the CPU, or None
+
+        Returns
+        -------
+        float
+            This layer's entry of ``step.clock.shares``.
         """
-        raise NotImplementedError(f"method {self.name!r} has a capture_key and no before_replay")
+        raise NotImplementedError(f"method {self.name!r} returns a capture_key but defines no before_replay")
 
     def after_replay(self, step: Step) -> None:
-        """On the host, behind a captured step that is on its way: count what it did, move full blocks."""
+        """Called on the host after the launch of a replay: update counters, write back full blocks."""
 
     def abort_replay(self) -> None:
-        """The step that ``before_replay`` was called for will not run."""
+        """Called if the replay after ``before_replay`` does not run."""
 
     @abstractmethod
     def tier_bytes(self) -> dict[str, int]:
-        """Bytes held, by what holds them: ``host``, ``device``, ``digests``."""
+        """Bytes of KV per tier, and of digests: keys ``host``, ``device``, ``digests``."""
 
 
 _METHODS: Registry[Method] = Registry("method")
 
 
 def register_method(method: type[Method]) -> type[Method]:
-    """Make a method available as ``ScoutConfig(method=name)``; usable as a class decorator."""
+    """Register a method for ``ScoutConfig(method=name)``; usable as a class decorator.
+
+    Parameters
+    ----------
+    method : type of Method
+
+    Returns
+    -------
+    type of Method
+        The same class.
+
+    Raises
+    ------
+    ConfigError
+        If its ``name`` is empty or taken, or it is not a complete subclass of :class:`Method`.
+
+    Examples
+    --------
+    >>> from scout_hf.methods import Dense, method_names, register_method
+    >>> @register_method
+    ... class MyDense(Dense):
+    ...     name = "my-dense"
+    >>> "my-dense" in method_names()
+    True
+    """
     return _METHODS.register(method, Method)
 
 
 def method_names() -> tuple[str, ...]:
-    """Names that ``ScoutConfig(method=...)`` takes."""
+    """Allowed values of ``ScoutConfig(method=...)``.
+
+    Examples
+    --------
+    >>> from scout_hf.methods import method_names
+    >>> "scout" in method_names()
+    True
+    """
     return _METHODS.names()
 
 
 def find_method(name: str) -> type[Method]:
-    """The method of that name, or ConfigError with the names there are."""
+    """The method class of that name; ConfigError with the known names if there is none."""
     return _METHODS.find(name)
 
 
 def _complete(made: Method) -> Method:
     if getattr(made, "kv", None) is None:
-        raise ConfigError(f"method {made.name!r} has no self.kv after __init__; set a store, such as stores.PagedKV")
+        raise ConfigError(
+            f"method {made.name!r} has not set self.kv in __init__; set it to a store, such as stores.PagedKV"
+        )
     return made
 
 
 def make_method(config: ScoutConfig, layer_idx: int, keys: torch.Tensor) -> Method:
-    """The configured method for one layer, sized by its first keys (batch, kv_heads, tokens, head_dim)."""
+    """Create the configured method for one layer.
+
+    Parameters
+    ----------
+    config : ScoutConfig
+    layer_idx : int
+    keys : Tensor (batch, kv_heads, tokens, head_dim)
+        The layer's first keys, for sizes, dtype and device. Not stored.
+
+    Returns
+    -------
+    Method
+
+    Raises
+    ------
+    ConfigError
+        If the method is unknown or has set no ``kv``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf import ScoutConfig
+    >>> from scout_hf.methods import make_method
+    >>> method = make_method(ScoutConfig(method="dense"), 0, torch.zeros(1, 2, 4, 64))
+    >>> method.append(torch.ones(1, 2, 5, 64), torch.ones(1, 2, 5, 64))
+    >>> method.length
+    5
+    """
     return _complete(find_method(config.method).create(config, layer_idx, keys))

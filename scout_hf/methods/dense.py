@@ -1,4 +1,4 @@
-"""Exact offloading: in every decode step all KV crosses to the device, one layer ahead (HeadInfer, 2502.12574)."""
+"""Exact offloading: every decode step copies all KV to the device, one layer ahead (HeadInfer, arXiv 2502.12574)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,18 @@ if TYPE_CHECKING:
 
 @register_method
 class Dense(OffloadingMethod):
-    """All KV on the host but the newest blocks; write-back is append-only, so that nothing goes there twice.
+    """Exact offloading: all KV but the newest blocks is on the host, and copied to the device in every decode step.
 
-    While a layer is attended the next one's KV comes into a second buffer; that of the first layer comes during the
-    last one of the step before. ``method_options={"heads": n}`` brings ``n`` KV heads at a time, so that the device
+    While a layer is attended, the next layer's KV is copied into a second buffer; the first layer's KV during the last
+    layer of the previous step. ``method_options={"heads": n}`` copies ``n`` KV heads at a time, so that the device
     holds three pieces of that size instead of two whole layers.
+
+    Examples
+    --------
+    >>> from scout_hf import ScoutConfig
+    >>> from scout_hf.methods import Dense
+    >>> config = ScoutConfig(method="dense", method_options={"heads": 2})
+    >>> Dense.check(config)
     """
 
     name = "dense"
@@ -34,7 +41,7 @@ class Dense(OffloadingMethod):
 
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
         super().__init__(config, layer_idx, keys)
-        # Under way, in the order of use.
+        # In-flight copies, in the order of use.
         self._coming: list[InFlightCopy] = []
 
     @classmethod
@@ -43,7 +50,7 @@ class Dense(OffloadingMethod):
         heads = (config.method_options or {}).get("heads")
         if heads is not None and (isinstance(heads, bool) or not isinstance(heads, int) or heads < 1):
             raise ConfigError(
-                f"heads={heads!r} is not allowed: the KV heads brought at a time, 1 or more; try None, all"
+                f"heads={heads!r} is not allowed: heads is the number of KV heads per copy, 1 or more; try None for all"
             )
 
     @classmethod
@@ -80,11 +87,11 @@ class Dense(OffloadingMethod):
     # -- the parts of a step ------------------------------------------------------------------------------------
 
     def _first_block(self, step: Step) -> int:
-        """The first block that is streamed."""
+        """The first block to copy."""
         return 0
 
     def _pieces(self) -> list[slice]:
-        """The KV heads of each transfer."""
+        """The KV heads of each copy."""
         most = self.settings["heads"] or self.kv_heads
         return [slice(first, min(first + most, self.kv_heads)) for first in range(0, self.kv_heads, most)]
 
@@ -94,10 +101,10 @@ class Dense(OffloadingMethod):
         return blocks_to_device(step, host, first, host.blocks, heads, self.kv.device, self.config.link_gbps)
 
     def _attend_host(self, step: Step, query: torch.Tensor, first: int) -> Partial:
-        """Attention over the host's blocks from ``first`` on, piece by piece, with the next one in flight."""
+        """Attention over the host blocks from ``first`` on, piece by piece, while the next piece is in flight."""
         pieces, group, size = self._pieces(), query.shape[1] // self.kv_heads, self.config.block_size
         if self._coming and self._coming[0].what != (first, self.kv.host.blocks, pieces[0]):
-            self._drop_coming()  # begun before tokens came in another way
+            self._drop_coming()  # started before tokens were appended outside a step
         if not self._coming:
             self._coming.append(self._bring(step, first, pieces[0]))
         padding_mask, parts = self.padding_mask(step, first * size, self.kv.host.length), []

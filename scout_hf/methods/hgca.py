@@ -1,4 +1,4 @@
-"""HGCA (arXiv 2507.03153): a dense window on the device, sparse attention over older tokens on the CPU beside it."""
+"""HGCA (arXiv 2507.03153): dense attention over a window on the device, sparse CPU attention over older tokens."""
 
 from __future__ import annotations
 
@@ -24,19 +24,26 @@ WINDOW_TOKENS = 1024
 
 @register_method
 class HGCA(OffloadingMethod):
-    """Window and CPU attend in the same layer with the real query.
+    """HGCA: window and CPU attention run in the same layer, with the real query.
 
-    The weight of a token in the window is a moving average of what it gets there, ``alpha`` of it new; a pass of
-    several tokens counts by its mean. When a block leaves the window, each KV head keeps the tokens that weigh at least
-    ``threshold / n``, ``n`` being the tokens weighed, and the ``least`` heaviest at any rate; the others are never
-    attended again, until a pass of several tokens weighs all of them again over the whole host. With GQA a token weighs
-    what its heaviest query head gives it (the prototype has one query head per KV head, and keeps groups of heads
-    equally long, which batches change; here each head has its own).
+    Each token in the window has a weight: an exponential moving average of its attention weights, with factor
+    ``alpha`` for the new one; a pass of several tokens contributes its mean. When a block leaves the window, each KV
+    head retains the tokens with a weight of at least ``threshold / n`` (``n`` tokens weighed), and in any case the
+    ``least`` tokens of largest weight. The others are not attended again, unless a later pass of several tokens, which
+    weighs all tokens on the host, retains them. With GQA a token's weight is the maximum over the query heads of its
+    group. (The prototype has one query head per KV head, and groups of heads retain equally many tokens, which depends
+    on the batch; here each head has its own list.)
 
-    The window is ``resident`` tokens, half the budget by default. What the budget leaves beside it limits the tokens
-    kept (the prototype has no limit; ``budget=None`` sets none).
+    The window is ``resident`` tokens, by default half of the budget. The rest of the budget limits the retained tokens
+    (the prototype has no limit; nor has ``budget=None``).
 
-    ``method_options``: ``alpha`` (0.5), ``threshold`` (0.5; 0 keeps everything, which is exact), ``least`` (10).
+    ``method_options``: ``alpha`` (0.5), ``threshold`` (0.5; 0 retains everything, which is exact), ``least`` (10).
+
+    Examples
+    --------
+    >>> from scout_hf import ScoutConfig
+    >>> from scout_hf.methods import HGCA
+    >>> HGCA.check(ScoutConfig(method="hgca", method_options={"alpha": 0.3}))
     """
 
     name = "hgca"
@@ -47,7 +54,7 @@ class HGCA(OffloadingMethod):
         batch, heads, _, dim = keys.shape
         wide = torch.promote_types(keys.dtype, torch.float32)
         self.kept = RetainedTokens(batch, heads, dim, config.block_size, keys.dtype)
-        # Of the tokens in the window, and of those before.
+        # Weights of the tokens in the window, and of those on the host.
         self._weights = torch.zeros((batch, heads, 0), dtype=wide, device=keys.device)
         self._past = torch.zeros((batch, heads, 0), dtype=wide, device="cpu")
         self._ticket: Ticket[Attended] | None = None
@@ -64,7 +71,7 @@ class HGCA(OffloadingMethod):
         least = settings["least"]
         if isinstance(least, bool) or not isinstance(least, int) or least < 0:
             raise ConfigError(
-                f"least={least!r} is not allowed: a number of tokens, 0 or more; try {cls.options['least']}"
+                f"least={least!r} is not allowed: least takes a number of tokens, 0 or more; try {cls.options['least']}"
             )
 
     @classmethod
@@ -77,11 +84,11 @@ class HGCA(OffloadingMethod):
         marks, held = self.kept.valid, self.kept.total / (self.batch * self.kv_heads)
         if held:
             if step.mask is not None:
-                # What was kept may be padding in this step.
+                # A retained token may be padding in this step.
                 padding = step.padding(torch.device("cpu")).repeat_interleave(self.kv_heads, dim=0)
                 marks = marks & padding.gather(1, self.kept.tokens)
                 held = int(marks.sum()) / (self.batch * self.kv_heads)
-            # One row of one head each, as the kept tokens lie.
+            # The layout of the retained tokens: each (row, KV head) is a row with one head.
             grouped = query.detach().cpu().reshape(self.batch * self.kv_heads, -1, 1, query.shape[3])
             ticket = step.backend.start(grouped, self.kept.kv, None, *self.scoring, marks)
             read = self.kept.total * 2 * query.shape[3] * self.dtype.itemsize
@@ -105,7 +112,7 @@ class HGCA(OffloadingMethod):
         return fuse(parts)
 
     def observe(self, step: Step, query: torch.Tensor) -> None:
-        """Weigh all tokens by the queries of this pass, window and host each for itself."""
+        """Compute the weights of all tokens from the queries of this pass, separately for window and host."""
         new = None if step.mask is None else step.padding(query.device)[:, -step.queries :]
         keys, held = self.kv.tail()[0], self.kv.host.length
         weighed = mean_weights(query, keys, *self.scoring, self.padding_mask(step, held), new, causal=True)
@@ -127,7 +134,7 @@ class HGCA(OffloadingMethod):
             self._weights = self._weights[:, :, : length - held]
 
     def mark(self) -> Any:
-        # All of these are made again where they change.
+        # All of these are replaced, not changed in place.
         return super().mark(), self.kept, self.kept.mark(), self._past, self._weights
 
     def rollback(self, mark: Any) -> None:
@@ -165,7 +172,7 @@ class HGCA(OffloadingMethod):
         return int(budget * self.kv.length) // 2 if isinstance(budget, float) else budget // 2
 
     def _weigh(self, new: torch.Tensor) -> None:
-        """Let what the window's tokens got now, (batch, kv_heads, tail), into their averages."""
+        """Update the moving averages with the attention weights of the tail, (batch, kv_heads, tail)."""
         known, alpha = self._weights.shape[2], self.settings["alpha"]
         old, now = self._weights, new[:, :, :known]
         average = torch.where(old.isinf(), now, alpha * now + (1 - alpha) * old)
@@ -183,7 +190,7 @@ class HGCA(OffloadingMethod):
     def _write_back(self, step: Step | None) -> None:
         missing = self.kv.length - self.kv.host.length - self._weights.shape[2]
         if missing:
-            # Tokens from outside a forward pass: no less than the average, until a pass weighs them.
+            # Tokens appended outside a forward pass get infinite weight until a pass weighs them.
             self._weights = torch.nn.functional.pad(self._weights, (0, missing), value=torch.inf)
         self.window_blocks = self.config.blocks(self._window_tokens())
         full = self.kv.full_blocks(self.window_blocks)
@@ -212,12 +219,12 @@ class HGCA(OffloadingMethod):
         padding_mask: torch.Tensor | None,
         weighed: int | torch.Tensor,
     ) -> None:
-        """Keep what is heavy enough of the tokens from ``first`` on; all on the CPU."""
+        """Retain the tokens of sufficient weight, from position ``first`` on; all tensors are on the CPU."""
         rank = weights.argsort(dim=-1, descending=True, stable=True).argsort(-1)
         threshold = 0.0 if self.config.names_dense(self.layer_idx) else self.settings["threshold"]
         valid, most = (weights >= threshold / weighed) | (rank < self.settings["least"]), self._most(step)
         if padding_mask is not None and (threshold or most is not None):
-            # Where everything is kept, a later mask may uncover what this one hides.
+            # If everything is retained, keep padding too: a later mask may differ.
             valid = valid & padding_mask[:, 0]
         tokens = torch.arange(first, first + weights.shape[2], dtype=torch.int64, device="cpu")
         self.kept.add(keys, values, tokens, weights, valid)
@@ -225,7 +232,7 @@ class HGCA(OffloadingMethod):
             self.kept.limit(most)
 
     def _most(self, step: Step | None) -> torch.Tensor | None:
-        """Tokens that the budget leaves beside the window, by row."""
+        """The budget minus the window, in tokens per row; None for no limit."""
         budget, beside = self.config.budget, self.config.blocks(self._window_tokens()) * self.config.block_size
         if budget is None or self.config.is_dense(self.layer_idx):
             return None

@@ -1,4 +1,4 @@
-"""What the host holds on its way to the device, for methods that compute there alone."""
+"""In-flight host-to-device copies, for methods that attend only on the device."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from scout_hf.stores.streams import Links, Mark
 
 
 class InFlightCopy:
-    """In-flight copies of keys and values: ``wait`` for them, or ``drain`` them; then ``give_back``, once.
+    """An in-flight copy of keys and values: ``wait`` for it or ``drain`` it, then ``give_back`` its buffer, once.
 
     Attributes
     ----------
     what : tuple
-        Who asked for what, to tell whether it still is what is needed.
+        Identifies the copied range, to check that it is the one needed.
     nbytes : int
-        What crosses the link.
+        Bytes that cross the link.
     """
 
     def __init__(self, what: tuple[Any, ...], buffer: torch.Tensor, ticket: Ticket[Mark | None], staging: Staging):
@@ -37,11 +37,11 @@ class InFlightCopy:
         return self._buffer[0], self._buffer[1]
 
     def give_back(self) -> None:
-        """The device has been given all work on it."""
+        """Return the buffer; all work that uses it must have been launched."""
         self._staging.give_back(self._buffer)
 
     def drain(self) -> None:
-        """Nobody will use it; returns when nothing writes to it any more, and ``give_back`` is next."""
+        """Block until nothing writes to the buffer any more; for a copy that is not used. ``give_back`` follows."""
         self._ticket.drain()
 
 
@@ -53,13 +53,21 @@ def blocks_to_device(
     Parameters
     ----------
     step : Step
-        Its cache's staging memory takes them.
+        Its cache's staging buffers receive the copy.
     host : PagedKV
-        Neither changed nor cropped until the copy has been waited for or dropped.
+        Must not be changed until the copy has been waited for or drained.
+    first, last : int
+        Blocks.
     heads : slice
-        With start and stop.
+        KV heads; with start and stop.
+    device : torch.device
     gbps : float or None
-        Limit of an emulated link.
+        Bandwidth of an emulated link in GB/s.
+
+    Returns
+    -------
+    InFlightCopy
+        Keys and values, (batch, heads, tokens, head_dim) each.
     """
     size, dim = host.block_size, host.head_dim
     shape = (2, host.batch, heads.stop - heads.start, (last - first) * size, dim)
@@ -86,10 +94,18 @@ def tokens_to_device(
     gbps: float | None = None,
     real: torch.Tensor | None = None,
 ) -> InFlightCopy:
-    """Start copying single tokens to the device; ``ids`` is (batch, kv_heads, n) of int64 on the CPU.
+    """Start copying single tokens to the device; other parameters as in :func:`blocks_to_device`.
 
-    ``real`` (bool of that shape) picks some of them: keys and values are (picked, head_dim) then, in the order of
-    ``real.nonzero()``. Otherwise like :func:`blocks_to_device`.
+    Parameters
+    ----------
+    ids : Tensor (batch, kv_heads, n) of int64, on the CPU
+        Token positions.
+    real : Tensor (batch, kv_heads, n) of bool, or None
+        Which of them to copy; keys and values are then (copied, head_dim), in the order of ``real.nonzero()``.
+
+    Returns
+    -------
+    InFlightCopy
     """
     size, dim, heads = host.block_size, host.head_dim, host.heads
     offsets = (torch.arange(heads, dtype=torch.int64, device="cpu")[None, :, None] * (2 * size) + ids % size).flatten()
@@ -157,7 +173,7 @@ def _carry(
     links: Links,
     free: Mark,
 ) -> Mark:
-    """On a thread beside: to another device by way of pinned memory and a stream, behind ``free``."""
+    """On a worker thread: copy to the device through pinned memory and a side stream, after ``free``."""
     if buffer.device.type == "cpu":
         read(buffer)
         return Mark()

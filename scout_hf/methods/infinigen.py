@@ -1,4 +1,4 @@
-"""InfiniGen's way (arXiv 2406.19707): predict the next layer's important tokens, recall them, attend on the device."""
+"""InfiniGen (arXiv 2406.19707): predict the next layer's important tokens, recall them, attend on the device."""
 
 from __future__ import annotations
 
@@ -23,17 +23,25 @@ if TYPE_CHECKING:
 
 @register_method
 class InfiniGen(OffloadingMethod):
-    """Single tokens, chosen one layer ahead from partial queries and keys, cross the link in every step.
+    """InfiniGen: recall single tokens in every step, chosen one layer ahead from partial queries and keys.
 
-    A token counts as important where its approximate score is within ``alpha`` of the best one of its query head. Every
-    KV head of a row recalls as many as its heads count on average, at most what the budget leaves beside the window;
-    each its own best ones. With GQA a token is worth the weight that its group's query heads give it together (the
-    paper has one query head per KV head).
+    A token is important if its approximate score is within ``alpha`` of the best score of its query head. All KV heads
+    of a row recall the same number of tokens, each its own top-k: the mean number of important tokens over the row's
+    query heads, limited to the budget minus the window. With GQA, tokens are ranked by the sum of their attention
+    weights over the group (the paper has one query head per KV head).
 
-    ``method_options``: ``alpha`` (4.0; None to fill the budget always), ``ratio`` (0.2), the share of the channels that
-    scores are made from, 16 at least, ``keep`` (False, as published; True lets what was recalled stay on the device
-    until other tokens take its place, so that only what is not there crosses, at the price of the budget's memory in
-    every layer).
+    ``method_options``:
+
+    * ``alpha`` (4.0): None always fills the budget.
+    * ``ratio`` (0.2): share of the channels of partial keys; at least 16 channels.
+    * ``keep`` (False, as published): True keeps recalled tokens on the device until others replace them. Only tokens
+      that are not resident are then copied, but every layer needs device memory for the budget.
+
+    Examples
+    --------
+    >>> from scout_hf import ScoutConfig
+    >>> from scout_hf.methods import InfiniGen
+    >>> InfiniGen.check(ScoutConfig(method="infinigen", method_options={"keep": True}))
     """
 
     name = "infinigen"
@@ -42,7 +50,7 @@ class InfiniGen(OffloadingMethod):
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
         super().__init__(config, layer_idx, keys)
         self.partial = PartialKeys(self.settings["ratio"])
-        self._guessed_from = 0  # tokens whose keys stood in for queries that nobody had seen yet
+        self._guessed_from = 0  # tokens whose keys replaced queries, if no query was seen
         self._coming: InFlightCopy | None = None
         sizes = (self.batch, self.kv_heads, keys.shape[-1], self.dtype, keys.device)
         self.tokens = TokenCache(*sizes) if self.settings["keep"] else StreamedTokens()
@@ -60,7 +68,7 @@ class InfiniGen(OffloadingMethod):
             if isinstance(value, bool) or not isinstance(value, (int, float, type(None))) or not fits(value):
                 raise ConfigError(f"{name}={value!r} is not allowed: {name} takes {allowed}; try {cls.options[name]}")
         if not isinstance(keep := settings["keep"], bool):
-            raise ConfigError(f"keep={keep!r} is not allowed: True or False; try False, as published")
+            raise ConfigError(f"keep={keep!r} is not allowed: keep takes True or False; try False, as published")
 
     @classmethod
     def is_exact(cls, config: ScoutConfig, device: torch.device) -> bool:
@@ -195,7 +203,7 @@ class InfiniGen(OffloadingMethod):
             self.tokens.put(*came)
 
     def choose_tokens(self, step: Step, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens per row and KV head, best first, (batch, kv_heads, n), and which of them count."""
+        """The chosen tokens, best first, (batch, kv_heads, n) of int64, and which of these entries are valid."""
         held, shape = self.kv.host.length, (self.batch, self.kv_heads)
         padding_mask = self.padding_mask(step, 0, held)
         if not self._wants_partial():
@@ -209,7 +217,7 @@ class InfiniGen(OffloadingMethod):
             scores = self.scoring.softcap * torch.tanh(scores / self.scoring.softcap)
         if padding_mask is not None:
             scores = scores.masked_fill(~padding_mask, -torch.inf)
-        # A row of padding alone has no weights.
+        # A row of only padding has no weights.
         weights = scores.log_softmax(-1).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
         count = self._most(step, padding_mask)
         if (alpha := self.settings["alpha"]) is not None:
@@ -228,7 +236,7 @@ class InfiniGen(OffloadingMethod):
         return best.indices, (order < count[:, None, None]) & (best.values > -torch.inf)
 
     def _most(self, step: Step, padding_mask: torch.Tensor | None) -> torch.Tensor:
-        """Tokens that the budget leaves for the host, by row."""
+        """The budget minus the window, in tokens per row."""
         budget, device, beside = self.config.budget, self.kv.device, self.window_blocks * self.config.block_size
         if isinstance(budget, float):
             context = torch.full((self.batch,), step.tokens, dtype=torch.int64, device=device)
@@ -241,7 +249,7 @@ class InfiniGen(OffloadingMethod):
         return (total - beside).clamp(min=1)
 
     def _catch_up(self) -> None:
-        """Partial keys of tokens that came in outside a forward pass, or before any query was seen."""
+        """Compute the missing partial keys: of tokens from outside a forward pass, or from before the first query."""
         held = self.kv.host.length
         if self.partial.length < held:
             self.written.finish()

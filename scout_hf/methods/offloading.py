@@ -1,4 +1,4 @@
-"""What methods share that keep whole blocks in host memory and the newest tokens on the device."""
+"""Base class of methods that keep whole blocks in host memory and the newest tokens on the device."""
 
 from __future__ import annotations
 
@@ -20,10 +20,16 @@ SCOUTS_OWN = ("host_dtype", "monitor", "digest", "recall", "cpu_query", "hand_ov
 
 
 class OffloadingMethod(Method):
-    """Host pages and a device tail; full blocks older than ``window_blocks`` go to the host once.
+    """Host pages and a device tail; whole blocks are written back once they leave the window.
 
-    Subclasses attend to what is on the host; all of them keep two tiers, also on a machine without a GPU.
-    ``written`` is the end of the last write-back: what reads the host waits for it.
+    Subclasses attend the blocks on the host. They keep two tiers also on a machine without a GPU.
+
+    Attributes
+    ----------
+    window_blocks : int
+        Newest whole blocks that stay on the device.
+    written : Mark
+        The end of the last write-back; wait for it before reading the host.
     """
 
     kv: TwoTierKV
@@ -41,7 +47,7 @@ class OffloadingMethod(Method):
         for name in SCOUTS_OWN:
             if (value := getattr(config, name)) != getattr(ScoutConfig, name):
                 raise ConfigError(
-                    f"{name}={value!r} is not possible with method={cls.name!r}: only scout knows it; leave it out"
+                    f"{name}={value!r} is not possible with method={cls.name!r}: it belongs to 'scout'; leave it out"
                 )
         if config.split == "off":
             raise ConfigError(
@@ -92,5 +98,5 @@ class OffloadingMethod(Method):
         return attend(query, keys, values, *self.scoring, self.padding_mask(step, self.kv.host.length))
 
     def padding_mask(self, step: Step, first: int, last: int | None = None) -> torch.Tensor | None:
-        """Which of the tokens from ``first`` on are no padding, (batch, 1, 1, tokens); None where all are."""
+        """The padding mask of tokens ``first:last``, (batch, 1, 1, tokens) of bool; None if there is no padding."""
         return None if step.mask is None else step.padding(self.kv.device)[:, None, None, first:last]

@@ -78,8 +78,8 @@ class Machine:
             known = isinstance(value, (int, float)) and not isinstance(value, bool)
             if field.type in ("float", float) and not (known and 0 < value <= LARGEST):
                 raise ConfigError(
-                    f"{field.name}={value!r} is not allowed: take a number above 0; try the value of a known machine, such "
-                    "as h100, or what `scout-hf plan --measure` finds"
+                    f"{field.name}={value!r} is not allowed: take a number above 0; try the value of a known "
+                    "machine, such as h100, or what `scout-hf plan --measure` finds"
                 )
 
     def save(self, path: Path, **facts: Any) -> None:
@@ -118,5 +118,5 @@ MACHINES = {
     )
 }  # fmt: skip
 """Known machines by name. From data sheets: memory, and bandwidth and dense bf16 arithmetic times the share that
-kernels reach. Assumed: practical PCIe bandwidth, 100 GB/s of CPU attention (ScoutAttention) and 0.3 ms of launches per layer (plain
-transformers). Measured values are better: ``scout-hf plan --measure``."""
+kernels reach. Assumed: practical PCIe bandwidth, 100 GB/s of CPU attention (ScoutAttention), and 0.3 ms of launches
+per layer (plain transformers). Measured values are better: ``scout-hf plan --measure``."""

@@ -343,7 +343,7 @@ def test_kvpr_notices_what_it_cannot_make(monkeypatch):
         monkeypatch.setattr(handle._hooks.parts, "keys_values", lambda *given: [part * 1.01 for part in make(*given)])
         assert_close(run(model, prompt(1, 90), new=6), expected)
         (note,) = handle.stats().notes
-        assert "do not make the keys" in note and note.endswith("(layers 0 to 3)")
+        assert "differ from the stored ones" in note and note.endswith("(layers 0 to 3)")
         assert handle.stats().kv_bytes == dense_bytes
         assert not handle._hooks.counters.sums["computed_anew"]
 
@@ -387,7 +387,7 @@ def test_rates_that_emulate_nothing_are_told():
         scout_hf.ScoutConfig(split="off", link_gbps=1.0)
     with scout_hf.patch(llama(), cpu_gbps=1.0) as handle:
         run(handle.model, prompt(), new=3)
-        assert "emulate nothing" in handle.stats().notes[0]
+        assert "have no effect" in handle.stats().notes[0]
 
 
 UNCOVERING = {"one tier": ONE_TIER, "two tiers": TWO_TIERS, **EXACT_METHODS}

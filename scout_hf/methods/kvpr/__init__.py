@@ -1,4 +1,4 @@
-"""KVPR (arXiv 2411.17089): recompute a part of KV while the rest crosses the link."""
+"""KVPR (arXiv 2411.17089): recompute a part of KV while the rest is copied to the device."""
 
 from scout_hf.methods.kvpr.kvpr import KVPR
 

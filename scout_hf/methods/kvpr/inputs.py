@@ -1,4 +1,4 @@
-"""What entered a layer, token by token, kept so that its keys and values can be made again."""
+"""The hidden states that entered a layer, stored so that keys and values can be recomputed."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from scout_hf.stores.streams import Links, Mark
 class LayerInputs:
     """Hidden states of tokens ``[0, length)`` and their positions.
 
-    Pages of a store hold them as one head: the first half of the channels as its keys, the second as its values.
+    They are stored in pages as one KV head: the first half of the channels as keys, the second half as values.
 
     Parameters
     ----------
     hidden : Tensor (batch, tokens, hidden_size)
-        The first ones: sizes, dtype and device. Not stored.
+        The first hidden states, for sizes, dtype and device. Not stored.
     block_size : int
     on_host : bool
-        Whether whole blocks go to the host, else all stays on the device.
+        Write whole blocks back to the host; if False, everything stays on the device.
 
     Attributes
     ----------
     written : Mark
-        The end of the last write-back: what reads the host waits for it.
+        The end of the last write-back; wait for it before reading the host.
     """
 
     def __init__(self, hidden: torch.Tensor, block_size: int, on_host: bool):
@@ -36,51 +36,51 @@ class LayerInputs:
         sizes = (batch, 1, half, block_size, hidden.dtype, device)
         self.store: TwoTierKV | PagedKV = TwoTierKV(*sizes) if on_host else PagedKV(*sizes)
         self.written = Mark()
-        # Each with its first token; None in a model that needs none.
+        # (first token, positions) of each append; None in a model without position ids.
         self._positions: list[tuple[int, torch.Tensor]] | None = []
 
     @property
     def host(self) -> PagedKV | None:
-        """Where whole blocks are that go to the host; None if all stays on the device."""
+        """The host store of whole blocks; None if everything stays on the device."""
         return self.store.host if isinstance(self.store, TwoTierKV) else None
 
     @property
     def blocks(self) -> int:
-        """Whole blocks that can be used."""
+        """Whole blocks that can be recomputed from."""
         return (self.store if self.host is None else self.host).length // self.block_size
 
     def append(self, hidden: torch.Tensor, position_ids: torch.Tensor | None, first: int) -> None:
-        """Add tokens from ``first`` on; those that do not follow what is known are of no use."""
+        """Append tokens from position ``first`` on; ignored unless they follow the stored ones."""
         if first != self.store.length:
             return
         halves = hidden.to(self.dtype).unflatten(2, (2, -1))
         if position_ids is None:
             self._positions = None
         elif self._positions is not None:
-            # Those of an append that failed.
+            # Drop the positions of an append that failed.
             while self._positions and self._positions[-1][0] >= first:
                 self._positions.pop()
             self._positions.append((first, position_ids.to(self.store.device)))
         self.store.append(halves[:, None, :, 0], halves[:, None, :, 1])
 
     def write_back(self, host_length: int, links: Links | None = None) -> None:
-        """Let as many whole blocks be on the host as there are of keys and values; beside, with ``links``."""
+        """Write whole blocks back up to ``host_length`` tokens; on a side stream with ``links``."""
         if isinstance(self.store, TwoTierKV) and (tail := self.store.length - host_length) >= 0:
             beside = links if self.store.device.type == "cuda" else None
             self.written = self.store.write_back(tail // self.block_size, beside)
 
     def read(self, tokens: int) -> torch.Tensor:
-        """The first ``tokens``, (batch, tokens, hidden_size) on the device."""
+        """The first ``tokens`` hidden states, (batch, tokens, hidden_size) on the device."""
         self.written.finish()
         return self.joined(self.store.read(0, tokens))
 
     @staticmethod
     def joined(halves: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """Hidden states (batch, tokens, hidden_size) of both halves, (batch, 1, tokens, hidden_size / 2) each."""
+        """Join two halves, (batch, 1, tokens, hidden_size / 2) each, to hidden states (batch, tokens, hidden_size)."""
         return torch.cat([half[:, 0] for half in halves], dim=-1)
 
     def positions(self, tokens: int) -> torch.Tensor | None:
-        """Positions of the first ``tokens``, (1 or batch, tokens), by axis at the end; None in a model without."""
+        """Position ids of the first ``tokens``, (1 or batch, tokens[, axes]); None in a model without position ids."""
         if self._positions is None:
             return None
         if self._positions[0][1].shape[1] < tokens:
@@ -91,7 +91,7 @@ class LayerInputs:
         return self._positions[0][1][:, :tokens]
 
     def tier_bytes(self) -> dict[str, int]:
-        """Bytes held, by tier."""
+        """Bytes per tier."""
         if isinstance(self.store, TwoTierKV):
             return {"host": self.store.host.used_bytes, "device": self.store.device_bytes}
         return {"device": self.store.used_bytes}
@@ -104,11 +104,11 @@ class LayerInputs:
         self._cut_positions()
 
     def mark(self) -> Any:
-        """The present state, to go back to; holds no copy of anything."""
+        """The current state for ``rollback``, by reference (no copies)."""
         return self.store.mark() if isinstance(self.store, TwoTierKV) else self.store.length
 
     def rollback(self, mark: Any) -> None:
-        """Be what it was at the mark, wherever an append or a write-back after it was interrupted."""
+        """Restore the state of ``mark``, also after an interrupted append or write-back."""
         self.written.finish()
         if isinstance(self.store, TwoTierKV):
             self.store.rollback(mark)
@@ -121,13 +121,13 @@ class LayerInputs:
             self._positions = [(0, kept)]
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Make row ``i`` what row ``rows[i]`` was."""
+        """Replace row ``i`` by the former row ``rows[i]``, for every ``i``."""
         self.store.select_rows(rows)
         if self._positions and (all_of_it := self.positions(self.store.length)) is not None:
             self._positions = [(0, all_of_it if len(all_of_it) == 1 else all_of_it[rows.to(all_of_it.device)])]
 
     def fork(self) -> LayerInputs:
-        """An independent copy that shares pages."""
+        """An independent copy that shares pages, copy on write."""
         twin = object.__new__(LayerInputs)
         positions = None if self._positions is None else list(self._positions)
         twin.__dict__.update(self.__dict__, store=self.store.fork(), _positions=positions)

@@ -1,4 +1,4 @@
-"""KVPR (arXiv 2411.17089): exact offloading that recomputes a part of KV while the rest crosses the link."""
+"""KVPR (arXiv 2411.17089): exact offloading that recomputes a part of KV while the rest is copied."""
 
 from __future__ import annotations
 
@@ -22,24 +22,33 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 TRIAL_TOKENS = 256
-# What rounding may make of a key, in parts of the largest.
+# Tolerated rounding error of recomputed keys, relative to the largest.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @register_method
 class KVPR(Dense):
-    """Of the first ``l`` tokens the layer's inputs come instead of KV, and the layer makes their keys and values again.
+    """KVPR: for the first ``l`` tokens, copy the layer's inputs instead of KV and recompute keys and values.
 
-    Inputs are half as large as the KV of a model without GQA, and come first; while KV of the other tokens crosses, the
-    device computes. ``l`` is chosen per layer and step so that both take equally long, from the rates of the link and
-    the layer, measured when the prompt is in and on a CPU in every step. Where inputs are no smaller than KV (two or
-    more query heads per KV head) nothing can be gained: ``l`` is 0, which ``stats().notes`` tells, no inputs are kept,
-    and the method is ``dense``. It also is where a layer's keys are not what its inputs make (dynamic rotary
-    embeddings, tokens from outside a forward pass).
+    Without GQA, inputs are half as large as KV. They are copied first; the device recomputes while the KV of the other
+    tokens is in flight. ``l`` is chosen per layer and step so that both take the same time. The rates of link and layer
+    are measured after the prompt, and on a CPU in every step.
 
-    ``method_options``: ``inputs`` ("host"; "device" keeps them there, at the price of its memory, and needs no link
-    for them), ``share`` (None; a float in [0, 1] fixes ``l`` as that share of the tokens on the host), ``heads`` as
-    with ``dense``.
+    If inputs are no smaller than KV (two or more query heads per KV head), nothing can be gained: ``l`` is 0, no inputs
+    are stored, the method works as ``dense``, and ``stats().notes`` says so. The same holds if recomputed keys differ
+    from the stored ones (dynamic rotary embeddings, tokens from outside a forward pass).
+
+    ``method_options``:
+
+    * ``inputs`` ("host"): "device" keeps the inputs in device memory, without a copy per step.
+    * ``share`` (None): a float in [0, 1] fixes ``l`` to that share of the tokens on the host.
+    * ``heads``: as for ``dense``.
+
+    Examples
+    --------
+    >>> from scout_hf import ScoutConfig
+    >>> from scout_hf.methods import KVPR
+    >>> KVPR.check(ScoutConfig(method="kvpr", method_options={"share": 0.25}))
     """
 
     name = "kvpr"
@@ -49,7 +58,7 @@ class KVPR(Dense):
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
         super().__init__(config, layer_idx, keys)
         self.inputs: LayerInputs | None = None
-        self._against: str | None = None  # why no inputs are kept
+        self._against: str | None = None  # why no inputs are stored
         self._rates: Rates | None = None
         self._split = 0
         self._apart = 0.0  # seconds of this attention that were waited or recomputed
@@ -60,10 +69,10 @@ class KVPR(Dense):
         super().check(config)
         settings = cls.options | (config.method_options or {})
         if settings["inputs"] not in ("host", "device"):
-            raise ConfigError(f"inputs={settings['inputs']!r} is not allowed: one of 'host', 'device'; try 'host'")
+            raise ConfigError(f"inputs={settings['inputs']!r} is not allowed: take 'host' or 'device'; try 'host'")
         share = settings["share"]
         if share is not None and not (isinstance(share, float) and 0.0 <= share <= 1.0):
-            raise ConfigError(f"share={share!r} is not allowed: None, or a float in [0, 1]; try None, the best one")
+            raise ConfigError(f"share={share!r} is not allowed: take None or a float in [0, 1]; try None")
 
     # -- join points --------------------------------------------------------------------------------------------
 
@@ -75,12 +84,17 @@ class KVPR(Dense):
             self.remember(*entered, before)
 
     def remember(self, hidden: torch.Tensor, position_ids: torch.Tensor | None, first: int | None = None) -> None:
-        """Keep the inputs (batch, tokens, hidden_size) of tokens from ``first`` on, by default of the newest.
+        """Store the inputs of tokens; for code that fills a cache outside a forward pass.
 
-        For whoever fills a cache outside a forward pass; ``position_ids`` is (1 or batch, tokens).
+        Parameters
+        ----------
+        hidden : Tensor (batch, tokens, hidden_size)
+        position_ids : Tensor (1 or batch, tokens), or None
+        first : int or None
+            Position of the first token; None for the newest tokens.
         """
         first = self.kv.length - hidden.shape[1] if first is None else first
-        # A layer may be entered from another device than its own.
+        # The inputs of a layer may come from another device.
         hidden = hidden.to(self.kv.device)
         if self.inputs is None:
             self._against = self._against or self._cannot_pay(hidden)
@@ -111,7 +125,7 @@ class KVPR(Dense):
         result = super().attend(step, query)
         if self.kv.device.type == "cpu" and self._rates is not None:
             end = time.perf_counter()
-            # The rest of a layer lies between two attentions.
+            # The time between two attentions is the rest of a layer.
             before = step.shared.get(self.name)
             if before is not None:
                 self._rates.did_besides(end - before - self._apart)
@@ -163,17 +177,17 @@ class KVPR(Dense):
     def _attend_host(self, step: Step, query: torch.Tensor, first: int) -> Partial:
         parts, inputs = [], self.inputs
         if first and inputs is not None:
-            parts.append(self._attend_anew(step, query, inputs, first * self.config.block_size))
+            parts.append(self._attend_recomputed(step, query, inputs, first * self.config.block_size))
         if first < self.kv.host.blocks:
             parts.append(super()._attend_host(step, query, first))
         return fuse(parts)
 
-    def _attend_anew(self, step: Step, query: torch.Tensor, inputs: LayerInputs, tokens: int) -> Partial:
-        """Attention over the first ``tokens``, whose keys and values the layer makes while others are in flight."""
+    def _attend_recomputed(self, step: Step, query: torch.Tensor, inputs: LayerInputs, tokens: int) -> Partial:
+        """Attention over the first ``tokens``, whose KV is recomputed while other KV is in flight."""
         coming = self._inputs_coming
         hidden = inputs.read(tokens) if coming is None else inputs.joined(self._wait(step, coming))
         begin = time.perf_counter()
-        keys, values = self._made_anew(step, inputs, hidden, tokens)
+        keys, values = self._recompute(step, inputs, hidden, tokens)
         seconds = time.perf_counter() - begin
         self._apart += seconds
         rates = self._rates
@@ -190,11 +204,11 @@ class KVPR(Dense):
             step.counters.add("computed_anew", self.layer_idx, tokens)
         return result
 
-    def _made_anew(
+    def _recompute(
         self, step: Step, inputs: LayerInputs, hidden: torch.Tensor, tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the layer makes of ``hidden``; what it stored, and no further try, where it was changed since."""
-        reason = "its weights are on no device now"
+        """Keys and values recomputed from ``hidden``; if that fails, the stored ones, and none is recomputed later."""
+        reason = "the weights of the layer are not loaded"
         try:
             made = step.keys_values(self.layer_idx, hidden, inputs.positions(tokens))
         except ScoutError as error:
@@ -220,7 +234,7 @@ class KVPR(Dense):
             self._inputs_coming = blocks_to_device(step, host, 0, self._split, slice(0, 1), device, link)
 
     def _drop_coming(self) -> None:
-        self._split = 0  # first: what it needs may be gone when an error ends this
+        self._split = 0  # first: after an error below, the inputs may be gone
         super()._drop_coming()
         coming = self._inputs_coming
         if coming is not None:
@@ -241,7 +255,7 @@ class KVPR(Dense):
         return split // self.config.block_size
 
     def _sizes(self, hidden_size: int, dtype: torch.dtype) -> tuple[int, int]:
-        """Bytes of a row's token that cross the link: as inputs, and as keys and values."""
+        """Bytes per token and row to copy: as inputs, and as keys and values."""
         inputs = hidden_size * dtype.itemsize if self.settings["inputs"] == "host" else 0
         return inputs, 2 * self.kv_heads * self.kv.host.head_dim * self.dtype.itemsize
 
@@ -255,8 +269,8 @@ class KVPR(Dense):
         )
 
     def _measure(self, step: Step, inputs: LayerInputs) -> Rates | None:
-        """What the link and the layer take per token; None where inputs do not make the keys that are stored."""
-        # Inputs that stay on the device may be ahead of what the host has.
+        """Time per token of link and layer; None if recomputed keys and values differ from the stored ones."""
+        # Inputs that stay on the device may cover more tokens than the host.
         known = min(inputs.blocks, self.kv.host.blocks) * self.config.block_size
         tokens = min(TRIAL_TOKENS // self.config.block_size * self.config.block_size, known)
         self.written.finish()
@@ -265,9 +279,9 @@ class KVPR(Dense):
         try:
             made = step.keys_values(self.layer_idx, hidden, inputs.positions(tokens))
             if made is None:
-                reason = "its family makes no keys from inputs, or its weights are on no device now"
+                reason = "this model family cannot recompute keys from inputs, or the layer's weights are not loaded"
             elif not all(self._same(step, a, b, tokens) for a, b in zip(made, stored)):
-                reason = "its inputs do not make the keys and values that it stored"
+                reason = "recomputed keys and values differ from the stored ones"
         except ScoutError as error:
             reason = str(error)
         if reason is not None:

@@ -1,4 +1,4 @@
-"""ScoutAttention (arXiv 2603.27138): what is attended where, apart from how it is done on a device."""
+"""ScoutAttention (arXiv 2603.27138): the policy (what is attended where), and executors per device."""
 
 from scout_hf.methods.scout.variants import Scout
 

@@ -1,7 +1,7 @@
-"""What the policy of two tiers asks of whoever carries it out, and what both know of a decode step so far.
+"""The interface between the two-tier policy and its executors, and the state of a decode step.
 
-An executor keeps what belongs to its device and to its way of talking to the CPU. What it works on is the layer's, and
-handed to it: cache, digests, residents and the state of the step.
+An executor owns device-specific state and the hand-over to the CPU. Cache, digests, residents and step state belong to
+the layer, which is passed to every operation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Counted(NamedTuple):
-    """Blocks over all rows and KV heads: those that the CPU attends, and all that were chosen."""
+    """Blocks over all rows and KV heads: attended by the CPU, and chosen in total."""
 
     cpu: int
     chosen: int
@@ -39,49 +39,49 @@ class Counted(NamedTuple):
 
 @dataclass(slots=True)
 class StepState:
-    """One decode step of one layer, from ``ahead`` to ``settle``; replaced as a whole."""
+    """State of one decode step of one layer, from ``ahead`` to ``settle``; replaced as a whole."""
 
     pick: Any = None  # the chosen blocks, a Pick or a Choice
-    missing: torch.Tensor | None = None  # which of them are not resident, where the host knows
-    scores: torch.Tensor | None = None  # (batch, kv_heads, blocks): the order of those, where slots are too few
-    ticket: Ticket[Attended] | None = None  # the CPU's job, where the host waits for it
-    predicted: torch.Tensor | None = None  # the query that ``ahead`` got
-    counted: Counted | None = None  # blocks, where the host counts them
+    missing: torch.Tensor | None = None  # which of them are not resident, if the host knows it
+    scores: torch.Tensor | None = None  # (batch, kv_heads, blocks): ranks them if slots are too few
+    ticket: Ticket[Attended] | None = None  # the CPU job, if the host waits for it
+    predicted: torch.Tensor | None = None  # the query given to ``ahead``
+    counted: Counted | None = None  # block counts, if the host knows them
     attended: float | torch.Tensor = 0.0  # tokens per row and KV head
-    started: bool = False  # the CPU has its job,
-    guessed: bool = False  # with the predicted query
-    checks: bool = False  # both queries are compared
+    started: bool = False  # the CPU job is submitted
+    guessed: bool = False  # it uses the predicted query
+    checks: bool = False  # this step compares both queries
 
 
 class StepExecutor(ABC):
-    """The operations of one decode step, in their order; they read and write ``layer.state``."""
+    """The operations of one decode step, in order; they read and write ``layer.state``."""
 
     @abstractmethod
     def select(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
-        """Choose blocks: ``pick``, and what is needed of ``missing`` and ``scores``."""
+        """Choose the top-k blocks: set ``pick``, and ``missing`` and ``scores`` if needed."""
 
     def ask_gate(self, layer: Layer) -> tuple[bool, bool]:
-        """Whether the CPU may start with the predicted query, and whether to compare it with the real one."""
+        """Whether CPU attention may use the predicted query, and whether to compare it with the real one."""
         return layer.gate.in_prediction(), layer.gate.checking
 
     @abstractmethod
     def submit_cpu(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
-        """Let the CPU attend to the missing blocks with this query; ``started``."""
+        """Start CPU attention over the missing blocks with ``query``; set ``started``."""
 
     @abstractmethod
     def attend_device(self, layer: Layer, step: Step, query: torch.Tensor) -> Any:
-        """Attention to residents and tail, in the form that :meth:`merge` takes; adds to ``attended``."""
+        """Attention over residents and tail, in the form that :meth:`merge` takes; adds to ``attended``."""
 
     @abstractmethod
     def join_cpu(self, layer: Layer, step: Step, query: torch.Tensor) -> Partial | None:
-        """The CPU's share on the device, None where there is none."""
+        """Wait for CPU attention; its result on the device, or None if there is none."""
 
     @abstractmethod
     def merge(self, here: Any, share: Partial | None) -> Partial:
-        """One result of the device's and the CPU's."""
+        """Merge the results of device and CPU by their LSE."""
 
     def count(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
-        """Tell ``stats()`` of this attention."""
+        """Count this attention for ``stats()``."""
         state, index = layer.state, layer.layer_idx
         step.counters.attended(index, step.context(), state.attended)
         if state.counted is not None:
@@ -90,20 +90,23 @@ class StepExecutor(ABC):
             step.counters.predicted(index, state.predicted, query)
 
     def recall_share(self, layer: Layer, step: Step) -> float | torch.Tensor | None:
-        """The CPU's share from which on this step recalls; None if it does not. Once a step."""
+        """The recall threshold on the CPU's share of blocks; None for no recall. Call once per step."""
         return layer.recall_policy.next(step.tokens)
 
     @abstractmethod
     def recall(self, layer: Layer, step: Step, share: float | torch.Tensor) -> None:
-        """Start to swap missing blocks in for residents not chosen, if the CPU has at least ``share`` of all chosen."""
+        """Start a recall of missing blocks if the CPU attends at least ``share`` of the chosen ones.
+
+        They replace residents that were not chosen.
+        """
 
 
 class CaptureExecutor(StepExecutor):
-    """The operations of a step that is being captured."""
+    """The operations of a decode step during graph capture."""
 
     @abstractmethod
     def append(self, layer: Layer, step: Step, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """As ``Method.append``, where only the device knows how many tokens there are."""
+        """As ``Method.append``, but only the device knows the number of tokens."""
 
 
 class Executor(StepExecutor):
@@ -112,7 +115,7 @@ class Executor(StepExecutor):
     Attributes
     ----------
     cpu_query : str
-        ``ScoutConfig.cpu_query``, as far as this executor can follow it.
+        ``ScoutConfig.cpu_query``, or the closest that this executor supports.
     recalling : bool
         Whether a recall may be in flight.
     """
@@ -125,57 +128,57 @@ class Executor(StepExecutor):
     @property
     @abstractmethod
     def variant(self) -> str:
-        """What runs, for reports."""
+        """Name of the executor, for reports."""
 
     def captured(self, clock: Clock) -> CaptureExecutor:
-        """The operations of a step that is being captured; for executors with a ``capture_key``."""
+        """The operations for graph capture; for executors with a ``capture_key``."""
         raise NotImplementedError
 
     @abstractmethod
     def attend_again(self, layer: Layer, step: Step, query: torch.Tensor) -> Partial | None:
-        """The CPU's share once more with another query, uncounted."""
+        """Run the CPU attention of this step again with another query; not counted."""
 
     @abstractmethod
     def load_residents(self, layer: Layer, step: Step, query: torch.Tensor, slots: Any) -> Any:
-        """Fill ``slots``, or new ones for None, with the blocks that this query chooses, best first."""
+        """Fill ``slots`` (new ones if None) with the top-k blocks of this query."""
 
     @abstractmethod
     def adopt(self, slots: Any, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Put block ``first``, which is leaving the tail, into free slots."""
+        """Copy block ``first``, which is leaving the tail, into free slots."""
 
     @abstractmethod
     def join_recall(self, layer: Layer) -> None:
-        """What comes now finds recalled blocks in their slots."""
+        """Make later work wait until recalled blocks are in their slots."""
 
     def write_back(self, layer: Layer, step: Step | None) -> None:
-        """Move the tail's older blocks to the host; ``layer.written`` is the end of that."""
+        """Write the tail's older blocks back to the host; sets ``layer.written``."""
         layer.written = layer.kv.write_back(layer.window_blocks)
 
     def past_chunks(
         self, layer: Layer, step: Step, past: int
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]] | None:
-        """As ``Method.past_chunks``, if this executor has a way of its own."""
+        """As ``Method.past_chunks``; None for the default."""
         return None
 
     @abstractmethod
     def seen(self, layer: Layer) -> list[Pick]:
-        """The blocks that this step attended."""
+        """The blocks that this step attended, besides the tail."""
 
     # -- changes of the cache -----------------------------------------------------------------------------------
 
     @abstractmethod
     def drop_job(self, layer: Layer) -> None:
-        """Wait until the CPU does nothing for this layer, and forget its result."""
+        """Wait for the CPU job of this layer and drop its result."""
 
     @abstractmethod
     def drain(self, layer: Layer) -> None:
-        """Wait for copies; residents whose blocks did not come are gone."""
+        """Wait for in-flight copies; drop the residents if a recall failed."""
 
     def pages_changed(self, layer: Layer, rows: bool = False) -> None:
-        """The host's pages may be others than before, and with ``rows`` the batch as well."""
+        """Called after the host's page table has changed; ``rows``: the batch as well."""
 
     def fork(self) -> Self:
-        """One for a twin of the layer; nothing is in flight."""
+        """An executor for a fork of the layer; nothing is in flight."""
         return copy.copy(self)
 
     # -- captured steps, see ``Method`` ---------------------------------------------------------------------------
@@ -185,10 +188,10 @@ class Executor(StepExecutor):
         return None
 
     def before_replay(self, layer: Layer, step: Step, padding_mask: torch.Tensor | None) -> None:
-        """As ``Method.before_replay``, but for the recall."""
+        """As ``Method.before_replay``, without the recall threshold."""
 
     def after_replay(self, layer: Layer, step: Step) -> None:
-        """As ``Method.after_replay``; the new token is in the tail."""
+        """As ``Method.after_replay``; the tail already counts the new token."""
 
     def abort_replay(self, layer: Layer) -> None:
         """As ``Method.abort_replay``."""
@@ -196,11 +199,11 @@ class Executor(StepExecutor):
 
 @contextlib.contextmanager
 def resident_memory(layer: Layer, slots: int) -> Iterator[None]:
-    """A device without the memory for so many slots says which setting asked for them."""
+    """Context manager: turn out-of-memory errors for ``slots`` slots into a ResidentMemoryError with advice."""
     try:
         yield
     except RuntimeError as error:
-        # Torch says it with a RuntimeError, which may also be of something else.
+        # Torch reports lack of memory as a RuntimeError; other RuntimeErrors pass through.
         if "memory" not in str(error):
             raise
         kv, config = layer.kv, layer.config
@@ -208,5 +211,5 @@ def resident_memory(layer: Layer, slots: int) -> Iterator[None]:
         raise ResidentMemoryError(
             f"no memory on {kv.device} for {wanted} bytes of resident blocks in layer {layer.layer_idx} ({error}): "
             f"resident={config.resident!r} and budget={config.budget!r} keep {slots * kv.block_size} tokens per layer "
-            "and KV head on the device; set a smaller resident (tokens): the CPU attends to what is not resident"
+            "and KV head on the device; set a smaller resident (tokens): the CPU attends blocks that are not resident"
         ) from error

@@ -1,7 +1,7 @@
-"""The operations of a decode step that is captured to be replayed, see :mod:`scout_hf.graph`.
+"""The operations of a decode step during graph capture, see :mod:`scout_hf.graph`.
 
-A replay runs no Python: numbers that change from step to step are read on the device, from the step's clock, and
-buffers are taken whole, of which only the device knows how much is filled.
+A replay runs no Python. Numbers that change from step to step are read on the device, from the step's clock; kernels
+get whole buffers, and only the device knows how much of them is filled.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 class CapturedExecutor(CaptureExecutor):
-    """A view of a ``TritonExecutor`` while a step is captured; what the CPU does is asked for before each replay.
+    """A ``TritonExecutor`` during capture. CPU work is submitted before each replay, by ``before_replay``.
 
     Parameters
     ----------
     plain : TritonExecutor
-        Keeps all that stays.
+        Holds all state.
     clock : Clock
     """
 
@@ -73,7 +73,7 @@ class CapturedExecutor(CaptureExecutor):
         return self.plain.merge(here, share)
 
     def count(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
-        """Nothing: a capture is no step, and replays are counted behind each of them."""
+        """Nothing: a capture is not a step, and replays are counted in ``after_replay``."""
 
     def recall_share(self, layer: Layer, step: Step) -> torch.Tensor | None:
         index = layer.layer_idx
@@ -81,5 +81,5 @@ class CapturedExecutor(CaptureExecutor):
 
     def recall(self, layer: Layer, step: Step, share: float | torch.Tensor) -> None:
         with layer.changing_residents() as slots:
-            # What it reads was waited for before the replay, which ends with these copies.
+            # ``before_replay`` waits for the host data that this reads; the graph ends after these copies.
             self.plain.swap(layer, step, slots, share)

@@ -1,4 +1,4 @@
-"""Scout's two tiers with torch's operations, on any device: the host waits for every result that it needs."""
+"""The torch executor of two-tier Scout, for any device: the host syncs for every result that it needs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class TorchExecutor(Executor):
-    """Residents are a ``ResidentSlots``; a recall runs on a thread beside."""
+    """Executor with torch operations: residents in a ``ResidentSlots``, recalls on a worker thread."""
 
     variant = "torch"
     _recall: Ticket[Any] | None = None
@@ -37,7 +37,7 @@ class TorchExecutor(Executor):
         state, host, pick = layer.state, layer.kv.host, layer.state.pick
         job = _job(layer, step, query)
         share = job[2].ids.numel() if job[2].counts is None else int(job[2].counts.sum())
-        # Entries that pad out short rows do not count.
+        # Invalid entries fill up short rows and do not count.
         chosen = pick.ids.numel() if pick.valid is None else int(pick.valid.sum())
         state.started, state.counted = True, Counted(share, chosen)
         if share:
@@ -56,7 +56,7 @@ class TorchExecutor(Executor):
             return None
         with step.counters.timed(layer.layer_idx, "join"):
             share = state.ticket.wait()
-        # Only now: after an interrupt, a rollback must find the job to wait for it.
+        # Cleared only now: after an interrupt, a rollback must still find the job to wait for.
         state.ticket = None
         state.attended += share.tokens / (query.shape[0] * layer.kv_heads)
         return Partial(*(part.to(query.device) for part in share.partial))
@@ -108,7 +108,7 @@ class TorchExecutor(Executor):
         if self._recall is not None:
             with layer.changing_residents():
                 self._recall.wait()
-                # Only now: after an interrupt, a rollback must find the job to wait for it.
+                # Cleared only now: after an interrupt, a rollback must still find the job to wait for.
                 self._recall = None
 
     # -- changes of the cache -------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Scout's two tiers with the device's half in Triton kernels: a sync-free decode step, which only launches.
+"""The Triton executor of two-tier Scout: a sync-free decode step.
 
-Chosen blocks, slots and their maps stay on the device, lists and queries go to the CPU through a :class:`Mailbox`,
-write-back and recall run on streams of their own.
+Chosen blocks, slots and their maps stay on the device. Block lists and queries go to the CPU through a
+:class:`Mailbox`. Write-back and recall run on side streams.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ SPARE_BLOCKS = 64
 
 
 class TritonExecutor(Executor):
-    """Residents are a ``MappedSlots``; nothing waits for the device in a decode step.
+    """Executor with Triton kernels: residents in a ``MappedSlots``, no host sync in a decode step.
 
     Attributes
     ----------
     handoff : Handoff
-        The way to the CPU and back.
+        Hand-over of CPU attention.
     wanted : Tensor (batch, kv_heads, blocks) of uint8
-        Marks of the chosen blocks.
+        1 for each chosen block.
     pages : Tensor (batch, blocks) of int64, on the device
-        Addresses of the host's pages.
+        Addresses of the host pages.
     recalled : Mark
         The end of the last recall.
     """
@@ -54,10 +54,10 @@ class TritonExecutor(Executor):
         super().__init__(config, kv)
         kernels = find_kernels(config.gpu_kernels, kv.device)
         if kernels is None:
-            raise ConfigError(f"there are no kernels for {kv.device}; ask TritonExecutor.serves() first")
+            raise ConfigError(f"there are no Triton kernels for {kv.device}; check TritonExecutor.serves() first")
         self.kernels = kernels
         if config.hand_over == "graph" and config.cpu_query == "auto":
-            self.cpu_query = "real"  # no step that is replayed can compare
+            self.cpu_query = "real"  # a replayed step cannot compare both queries
         self.handoff: Handoff = NoHandoff()
         self.wanted = torch.zeros((kv.batch, 0, 0), dtype=torch.uint8, device=kv.device)
         self.pages = torch.zeros((kv.batch, 0), dtype=torch.int64, device=kv.device)
@@ -66,7 +66,7 @@ class TritonExecutor(Executor):
 
     @classmethod
     def serves(cls, config: ScoutConfig, keys: torch.Tensor) -> bool:
-        """Whether the kernels run there, and know such keys and pages."""
+        """Whether the kernels run on the device of ``keys`` and support their dtype, head_dim and host pages."""
         known = config.host_dtype is None and keys.dtype in KERNEL_DTYPES and keys.shape[-1] <= MOST_CHANNELS
         return known and find_kernels(config.gpu_kernels, keys.device) is not None
 
@@ -85,14 +85,14 @@ class TritonExecutor(Executor):
     def _choose(
         self, layer: Layer, step: Step, query: torch.Tensor, slots: MappedSlots, loading: bool = False
     ) -> tuple[Any, torch.Tensor | None, int]:
-        """The choice, what orders it where that is needed, and the most blocks that a list can get."""
+        """The choice, scores that rank it if needed, and the largest top-k size of a list."""
         blocks = layer.kv.host.blocks
         scores, count, block_mask = layer.selector.rank(step, query, blocks)
         most = min(blocks, count if isinstance(count, int) else int(count.max()))
         if isinstance(count, torch.Tensor):
             count = count.to(query.device, non_blocking=True)
         self._mail(layer, step, query, most)
-        self._cover(slots, blocks + 1)  # a block that is adopted must not outgrow what a recall looks at
+        self._cover(slots, blocks + 1)  # + 1: a block may be adopted before the recall
         ordered = scores is not None and (loading or most > slots.slots)
         if scores is None:
             scores = torch.zeros((len(query), layer.kv_heads, blocks), dtype=torch.float32, device=query.device)
@@ -108,13 +108,13 @@ class TritonExecutor(Executor):
         block_mask: torch.Tensor | None,
         filled: torch.Tensor | None = None,
     ) -> Any:
-        """A ``Choice`` among the first ``filled`` blocks, by default all."""
+        """Choose the top-k of the first ``filled`` blocks (by default all); a ``Choice``."""
         mail, sinks = self.handoff.mail, layer.config.blocks(layer.config.sinks)
         choice = self.kernels.Choice(self.wanted, mail.missing, mail.missing_counts, mail.chosen_counts)
         return self.kernels.choose(scores, count, sinks, block_mask, slots.slot_of, mail.capacity, filled, choice)
 
     def order_of(self, layer: Layer, scores: torch.Tensor, block_mask: torch.Tensor | None) -> torch.Tensor:
-        """The scores, those of sinks infinite; for :meth:`recall` once the blocks are chosen."""
+        """The scores, with infinity for sinks, to rank blocks in :meth:`recall`; changes ``scores``."""
         sinks = layer.config.blocks(layer.config.sinks)
         if block_mask is None:
             scores[:, :, :sinks] = torch.inf
@@ -122,13 +122,13 @@ class TritonExecutor(Executor):
         return scores.masked_fill_((block_mask & (block_mask.cumsum(1) <= sinks))[:, None], torch.inf)
 
     def _cover(self, slots: MappedSlots, blocks: int) -> None:
-        """Let everything that is kept per block cover that many."""
+        """Enlarge the per-block tensors to at least ``blocks`` blocks."""
         slots.reserve(blocks)
         if self.wanted.shape[2] < blocks:
             self.wanted = torch.zeros_like(slots.slot_of, dtype=torch.uint8)
 
     def _mail(self, layer: Layer, step: Step, query: torch.Tensor, capacity: int) -> None:
-        """Have a mailbox for such lists, with what the step before left in it taken out."""
+        """Provide a mailbox for lists of ``capacity`` blocks; counts the result of the previous step first."""
         self._count_share(layer, step)
         if self.handoff.lost or not self.handoff.mail.fits(query, capacity):
             self.handoff.drain()
@@ -138,7 +138,7 @@ class TritonExecutor(Executor):
 
     def submit_cpu(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
         layer.state.started = True
-        # The CPU reads what the last write-back has brought.
+        # The CPU reads blocks of the last write-back.
         layer.written.before(query.device)
         padding_mask = None if step.mask is None else step.padding(torch.device("cpu"))
         self.handoff.start(step, query.contiguous(), _job(layer, padding_mask))
@@ -157,7 +157,7 @@ class TritonExecutor(Executor):
         where: dict[str, Any],
         padding_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Outputs and LSEs of the parts of tail and residents; ``where`` says which tokens the tail's blocks hold."""
+        """Partial outputs and LSEs of tail and residents; ``where`` gives the positions of the tail."""
         spans: list[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]] = [(*tail, where)]
         size = layer.config.block_size
         if layer.resident is not None:
@@ -199,7 +199,7 @@ class TritonExecutor(Executor):
         return [Pick(ids.clamp(min=0).long(), ids >= 0), Pick(missing.to(ids.device), used.to(ids.device))]
 
     def _tokens_here(self, layer: Layer, step: Step) -> float | torch.Tensor:
-        """Tokens in tail and slots, mean over rows and heads; a number where all rows are alike."""
+        """Tokens in tail and slots, mean over rows and KV heads; a tensor if only the device knows it."""
         slots, size, kv = layer.resident, layer.config.block_size, layer.kv
         if step.mask is None:
             newest = kv.length - kv.host.length
@@ -214,7 +214,7 @@ class TritonExecutor(Executor):
         return tail + held.masked_fill(slots.ids < 0, 0).sum(dtype=torch.float32) / slots.ids[:, :, 0].numel()
 
     def _count_share(self, layer: Layer, step: Step) -> None:
-        """Count the share of the last step, as soon as the CPU has told of it."""
+        """Count the CPU attention of the last step, if it has finished."""
         tokens = self.handoff.finished()
         if tokens is not None:
             mail = self.handoff.mail
@@ -237,7 +237,7 @@ class TritonExecutor(Executor):
             slots.ids, slots.slot_of, choice if scores is None else _best_first(choice, scores)
         )
         self.kernels.copy_blocks(self.pages, moves, slots.keys, slots.values)
-        # A row of a padded batch may have fewer blocks to offer.
+        # A row of a padded batch may have fewer blocks.
         slots.filled = min(slots.slots, most) if step.mask is None else None
         return slots
 
@@ -253,7 +253,7 @@ class TritonExecutor(Executor):
     def swap(
         self, layer: Layer, step: Step, slots: MappedSlots, share: float | torch.Tensor, after: Mark | None = None
     ) -> Mark:
-        """Move missing blocks into slots of others, if the CPU has that share; the end of the copies."""
+        """Recall missing blocks if the CPU's share is at least ``share``; returns the end of the copies."""
         tally, choice = self.recall_tally(layer, step), layer.state.pick
         if layer.state.scores is not None:
             choice = _best_first(choice, layer.state.scores)
@@ -264,7 +264,7 @@ class TritonExecutor(Executor):
         return mark
 
     def recall_tally(self, layer: Layer, step: Step) -> torch.Tensor:
-        """Where the device counts the blocks that come."""
+        """The device counter of recalled blocks."""
         return step.counters.recall_tally(layer.layer_idx, layer.kv.device, self._block_bytes)
 
     def join_recall(self, layer: Layer) -> None:
@@ -278,7 +278,7 @@ class TritonExecutor(Executor):
         self._map_pages(layer, first)
 
     def _map_pages(self, layer: Layer, first: int) -> None:
-        """Bring the addresses of pages from block ``first`` on to the device."""
+        """Copy the addresses of pages from block ``first`` on to the device."""
         addresses, device = layer.kv.host.table.addresses, self.pages.device
         rows, blocks = addresses.shape
         if rows != self.pages.shape[0] or blocks > self.pages.shape[1]:
@@ -286,11 +286,11 @@ class TritonExecutor(Executor):
             self.pages = torch.zeros((rows, blocks + max(SPARE_BLOCKS, blocks // 8)), dtype=torch.int64, device=device)
         new = addresses[:, first:].contiguous()
         if device.type == "cuda":
-            new = new.pin_memory()  # else the copy would wait for the device
+            new = new.pin_memory()  # a copy from pageable memory would sync
         self.pages[:, first:blocks].copy_(new, non_blocking=True)
 
     def past_chunks(self, layer: Layer, step: Step, past: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """What is on the host comes over the link while the piece before is attended, into two buffers in turn."""
+        """Copy host blocks into two alternating buffers, each chunk while the previous one is attended."""
         kv, size, heads = layer.kv, layer.config.block_size, layer.kv_heads
         whole = min(past, kv.host.length)
         most = min(PAST_CHUNK_TOKENS, whole) // size
@@ -332,7 +332,7 @@ class TritonExecutor(Executor):
         self._map_pages(layer, 0)
 
     def _forget_batch(self) -> None:
-        """Let go of what has the size of a batch."""
+        """Drop the buffers whose size depends on the batch."""
         self.handoff, self.wanted = NoHandoff(), self.wanted.new_zeros((0, 0, 0))
 
     def fork(self) -> Self:
@@ -359,7 +359,9 @@ class TritonExecutor(Executor):
     def before_replay(self, layer: Layer, step: Step, padding_mask: torch.Tensor | None) -> None:
         self.handoff.check()
         self._count_share(layer, step)
-        self.recall_tally(layer, step)  # made before a capture, which would make it again in every replay
+        self.recall_tally(
+            layer, step
+        )  # allocate it before a capture: a captured allocation would reset it in every replay
         layer.written.before(self.pages.device)
         self.recalled.before(self.pages.device)
         self.recalled = Mark()
@@ -379,7 +381,7 @@ def _job(layer: Layer, padding_mask: torch.Tensor | None) -> Job:
 
 
 def _best_first(choice: Any, scores: torch.Tensor) -> Any:
-    """The same ``Choice`` with the missing blocks of every list in the order of ``scores``."""
+    """The same ``Choice`` with the missing blocks of every list sorted by ``scores``, best first."""
     missing, counts = (part.to(scores.device, non_blocking=True) for part in (choice.missing, choice.missing_counts))
     place = torch.arange(missing.shape[2], dtype=torch.int64, device=scores.device)
     used = place < counts[..., None]

@@ -1,8 +1,8 @@
-"""How device and CPU hand a layer's CPU attention to each other: the memory between them, and two ways to wait.
+"""Hand-over of a layer's CPU attention between device and CPU: the shared memory, and two ways to synchronise.
 
-``join``: an event says when query and lists have arrived, a Python thread waits for it and starts the CPU, and the main
-thread waits for the result before it launches anything that needs it. ``flags``: the stream itself raises a word that
-the CPU's threads watch, and waits for theirs; the main thread only launches.
+``join``: a Python thread waits for an event that marks the arrival of query and lists, and starts the CPU; the main
+thread waits for the result before it launches work that needs it. ``flags``: the stream sets a flag that CPU threads
+poll, and polls theirs; the main thread only launches.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from scout_hf.stores.streams import Mark
 
 
 class Mailbox:
-    """Lists and query on their way to the CPU, its share on the way back; pinned where the device is a GPU.
+    """Host buffers for query and block lists to the CPU, and its result back; pinned if the device is a GPU.
 
     Parameters
     ----------
     query : Tensor (batch, query_heads, 1, head_dim)
-        For its sizes, dtype and device.
+        For sizes, dtype and device.
     kv_heads, capacity : int
         Lists per row, and blocks that a list can hold.
 
     Attributes
     ----------
-    query : Tensor as given
+    query : Tensor (batch, query_heads, 1, head_dim)
     missing : Tensor (batch, kv_heads, capacity) of int32
-        Blocks that the CPU is to attend.
+        Blocks for the CPU to attend.
     missing_counts, chosen_counts : Tensor (batch, kv_heads) of int32
-        Entries of ``missing``; blocks chosen in all.
+        Entries of ``missing``; number of all chosen blocks.
     out, lse : Tensor (batch, query_heads, 1, head_dim), (batch, query_heads, 1) of float32
-        The CPU's share.
+        Result of CPU attention.
     flag, done, late : Tensor (1,) of int64
-        Number of the query that has arrived, of the share that is finished, and of one that did not come in time.
+        Number of the last query that arrived, of the last finished job, and of a job that timed out (0 for none).
     number : Tensor (1,) of int64
-        On the device: queries posted.
+        On the device: number of queries posted.
     """
 
     def __init__(self, query: torch.Tensor, kv_heads: int, capacity: int):
@@ -54,13 +54,13 @@ class Mailbox:
         self.missing_counts, self.chosen_counts = counts
         self.out = torch.zeros(query.shape, dtype=torch.float32, device="cpu", pin_memory=pin)
         self.lse = torch.full((batch, heads, 1), -torch.inf, dtype=torch.float32, device="cpu", pin_memory=pin)
-        # A line of the CPU's cache each: the one that a thread watches is not the one that another writes.
+        # One CPU cache line per word, against false sharing.
         words = torch.zeros((3, 16), dtype=torch.int64, device="cpu", pin_memory=pin)
         self.flag, self.done, self.late = (line[:1] for line in words)
         self.number = torch.zeros(1, dtype=torch.int64, device=query.device)
         if pin:
-            # The allocator of pinned memory does not see what Triton launches: a copy on this stream lets it wait for
-            # the stream before it gives this memory to others.
+            # The pinned-memory allocator does not see Triton launches: with a copy on this stream, it waits for the
+            # stream before it reuses this memory.
             for part in (self.query, self.missing, self.missing_counts, self.out, self.lse, words):
                 part.to(query.device, non_blocking=True)
 
@@ -70,16 +70,16 @@ class Mailbox:
         return self.missing.shape[2]
 
     def fits(self, query: torch.Tensor, capacity: int) -> bool:
-        """Whether such a query and lists of that many blocks have their place here."""
+        """Whether the buffers fit such a query and lists of ``capacity`` blocks."""
         return self.query.shape == query.shape and self.query.dtype == query.dtype and capacity <= self.capacity
 
     def lists(self) -> BlockLists:
-        """The lists as attention on the CPU takes them."""
+        """The missing blocks as ``BlockLists``."""
         return BlockLists(self.missing, self.missing_counts)
 
 
 class Job(NamedTuple):
-    """What the CPU needs beside lists and query, as ``CpuBackend.attend_blocks`` takes it."""
+    """The arguments of ``CpuBackend.attend_blocks`` other than query and lists."""
 
     store: PagedStore
     scale: float
@@ -88,9 +88,9 @@ class Job(NamedTuple):
 
 
 class Handoff(ABC):
-    """CPU attention of one layer, at most one job at a time; its lists and query go through ``mail``.
+    """CPU attention of one layer, at most one job at a time; lists and query go through ``mail``.
 
-    ``lost``: host and device no longer agree; nothing more may be started.
+    ``lost`` is True if host and device have lost sync; then no further job may be started.
     """
 
     mail: Mailbox
@@ -98,39 +98,39 @@ class Handoff(ABC):
 
     @abstractmethod
     def start(self, step: Step, query: torch.Tensor, job: Job) -> None:
-        """In stream order, after the lists were written to ``mail``: give the CPU this query."""
+        """In stream order, after the lists were written to ``mail``: start the CPU job with this query."""
 
     @abstractmethod
     def result(self, step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """In stream order, once: out and LSE of the share, where the device reads them; None where it is empty."""
+        """In stream order, once: output and LSE of the job, readable by the device; None if the lists are empty."""
 
     @abstractmethod
     def finished(self) -> int | None:
-        """Tokens that the last share attended, over rows and KV heads, once; None while it is not known."""
+        """Tokens that the last job attended, over rows and KV heads; reported once, None if not known yet."""
 
     def uncounted(self) -> None:
-        """The running job is not to be told of by ``finished``."""
+        """Exclude the running job from ``finished``."""
 
     @abstractmethod
     def drain(self) -> None:
-        """Block until the CPU has nothing of this layer to do, and forget its result."""
+        """Block until the CPU job of this layer has ended, and drop its result."""
 
-    # -- both halves of ``start``, for a step that is captured; only where the device waits by itself ----------------
+    # -- the two halves of ``start``, for captured steps; only with flags ---------------------------------------------
 
     def check(self) -> None:
-        """Raise CacheStateError if the stream once gave up waiting for the CPU."""
+        """Raise CacheStateError if the stream has timed out waiting for the CPU."""
 
     def post(self, query: torch.Tensor) -> None:
-        """The device's part of ``start``."""
+        """The device part of ``start``: copy the query and set the flag, in stream order."""
         raise NotImplementedError
 
     def expect(self, step: Step, job: Job) -> None:
-        """The CPU's part of ``start``."""
+        """The CPU part of ``start``: submit the job that waits for the flag."""
         raise NotImplementedError
 
 
 class NoHandoff(Handoff):
-    """Before the first step of a batch: there is no mailbox, and nothing to wait for."""
+    """The state before the first step of a batch: no mailbox, no job."""
 
     lost = True
 
@@ -148,7 +148,7 @@ class NoHandoff(Handoff):
 
 
 class Join(Handoff):
-    """The main thread waits."""
+    """Hand-over in which the main thread waits for the result."""
 
     def __init__(self, mail: Mailbox):
         self.mail = mail
@@ -163,7 +163,7 @@ class Join(Handoff):
     def result(self, step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
         mail = self.mail
         share = None if self._ticket is None else self._ticket.wait()
-        # Only then: after an interrupt, a rollback must find the job to wait for it.
+        # Cleared only now: after an interrupt, a rollback must still find the job to wait for.
         self._ticket = None
         self._tokens = 0 if share is None else share.tokens
         if share is None:
@@ -187,7 +187,7 @@ class Join(Handoff):
 
 
 class Flags(Handoff):
-    """The stream and the CPU's threads wait for each other's words."""
+    """Hand-over in which the stream and the CPU threads poll each other's flags."""
 
     def __init__(self, mail: Mailbox, kernels: ModuleType):
         self.mail, self._kernels = mail, kernels
@@ -196,8 +196,8 @@ class Flags(Handoff):
 
     def start(self, step: Step, query: torch.Tensor, job: Job) -> None:
         self.check()
-        self.lost = True  # half way the device counts one more than the host
-        # First the device: a word that comes before anybody watches for it is seen all the same.
+        self.lost = True  # between the two calls the device's count is ahead of the host's
+        # The device first: a flag that is set before the job polls it is still seen.
         self.post(query)
         self.expect(step, job)
         self.lost = False
@@ -239,12 +239,12 @@ class Flags(Handoff):
     def drain(self) -> None:
         number, flag = self.mail.number, self.mail.flag
         if number.is_cuda:
-            # What was posted arrives, and nothing on the device still waits for this mailbox; from a broken device
-            # nothing comes any more.
+            # After the sync all posted queries have arrived, and no kernel waits for this mailbox. A broken device
+            # raises, and sends nothing any more.
             with contextlib.suppress(RuntimeError):
                 torch.cuda.synchronize(number.device)
         if int(flag) < self._posted:
-            # What was expected will never be posted: let the CPU's threads go on, over lists that are still right.
+            # The query will never be posted: set the flag to release the CPU threads; the lists are still valid.
             self.lost = True
             flag.fill_(self._posted)
         if self._ticket is not None:
@@ -255,7 +255,7 @@ class Flags(Handoff):
 def make_handoff(
     wanted: str, mail: Mailbox, kernels: ModuleType, backend: CpuBackend, store: PagedStore, device: torch.device
 ) -> Handoff:
-    """The way of that name; ``auto`` is ``join``, and so are the others where one side cannot watch words."""
+    """Create the hand-over of that name. ``auto`` is ``join``, as are the others where a side cannot poll flags."""
     knows_words = device.type != "cuda" or torch.version.hip is None
     if wanted in ("flags", "graph") and knows_words and backend.watches(mail.query, store):
         return Flags(mail, kernels)

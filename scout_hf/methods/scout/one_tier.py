@@ -1,4 +1,4 @@
-"""Scout where there is only one memory: block-sparse attention with the real query over one paged copy of KV."""
+"""Scout on one tier: block-sparse attention with the real query over one paged KV store."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class OneTierScout(Method):
-    """No second copy of KV, no prediction: decode attends to the blocks that the real query picks."""
+    """Decode attends the blocks that the real query selects; no second tier, no predicted query."""
 
     name = "scout"
     kv: PagedKV
@@ -53,7 +53,7 @@ class OneTierScout(Method):
 
     def prefilled(self, step: Step, query: torch.Tensor) -> None:
         if self.config.link_gbps or self.config.cpu_gbps:
-            step.counters.note("scout", "one tier: link_gbps and cpu_gbps emulate nothing; try split='cpu'")
+            step.counters.note("scout", "one tier: link_gbps and cpu_gbps have no effect; try split='cpu'")
 
     def rollback(self, mark: int) -> None:
         self.crop(mark)

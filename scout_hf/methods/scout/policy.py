@@ -1,4 +1,4 @@
-"""Scout on two tiers: what is attended where and when. How it is done on a device is the executor's part."""
+"""Two-tier Scout: what is attended where and when. The executor does it on the device."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ if TYPE_CHECKING:
 
 DEFAULT_RESIDENT_TOKENS = 2048
 SPARE_BLOCKS = 64
-NO_SHARE = 2.0  # the CPU never has that much of what is chosen
+NO_SHARE = 2.0  # above any share of the CPU: no recall
 
 
 class TwoTierScout(OffloadingMethod):
-    """Two tiers of one layer (Algorithm 1 of the paper).
+    """Two tiers of one layer (ScoutAttention, Algorithm 1).
 
-    ``ahead`` (in the layer before) picks blocks with the predicted query and, where that query is trusted, starts the
-    CPU on those that are not resident; ``attend`` adds all residents and the tail with the real query; ``settle``
-    writes back and recalls.
+    ``ahead`` (during the previous layer) selects blocks with the predicted query and, if its prediction is accurate,
+    starts CPU attention over those that are not resident. ``attend`` adds residents and tail with the real query.
+    ``settle`` writes back and recalls.
 
     Parameters
     ----------
     config, layer_idx, keys
-        As of ``Method``.
+        As for ``Method``.
     executor : type of Executor
-        What the device's half is done with.
+        Implements the device's part.
 
     Attributes
     ----------
     resident : ResidentSlots, MappedSlots or None
-        Blocks that stay on the device; None before they are chosen.
+        Blocks on the device; None before they are loaded.
     state : StepState
-        What is known of the step that is running.
+        State of the current step.
     """
 
     name = "scout"
@@ -62,7 +62,7 @@ class TwoTierScout(OffloadingMethod):
         self.resident: Any = None
         self.state = StepState()
 
-    # -- join points --------------------------------------------------------------------------------------------
+    # -- hooks --------------------------------------------------------------------------------------------------
 
     @property
     def wants_ahead(self) -> bool:
@@ -122,7 +122,7 @@ class TwoTierScout(OffloadingMethod):
                 run.recall(self, step, share)
         self.state = StepState()
         if self.resident is not None and self._by_share() and self.slots() > 1.25 * self.resident.slots:
-            # A share budget has outgrown its slots: the next attention chooses residents again.
+            # A share budget has outgrown its slots: the next attention loads residents again.
             self.executor.join_recall(self)
             self.resident = None
 
@@ -157,7 +157,7 @@ class TwoTierScout(OffloadingMethod):
 
     @contextlib.contextmanager
     def changing_residents(self) -> Iterator[Any]:
-        """The residents, gone if the block fails: a slot may name what it does not hold. All are chosen again then."""
+        """Yield the residents. An error drops them, as slots may be inconsistent; they are loaded again later."""
         resident, self.resident = self.resident, None
         yield resident
         self.resident = resident
@@ -204,7 +204,7 @@ class TwoTierScout(OffloadingMethod):
     def after_replay(self, step: Step) -> None:
         self.kv.grew(1)
         self.executor.after_replay(self, step)
-        # A block so new takes an empty slot after the step's recall, in a plain step before it.
+        # Here the new block is adopted after the step's recall; in an eager step, before it.
         self._write_back(step)
         self.state = StepState()
 
@@ -222,7 +222,7 @@ class TwoTierScout(OffloadingMethod):
         return [] if self.resident is None else self.executor.seen(self)
 
     def slots(self) -> int:
-        """Blocks of a row and KV head that stay on the device: what is set, but not many more than there are."""
+        """Slots per row and KV head: as configured, but not many more than there are blocks."""
         tokens, held = self._resident_tokens(), self.kv.host.blocks
         if isinstance(tokens, float):
             return self.config.blocks(max(self.config.block_size, int(tokens * self.kv.length)))
@@ -235,7 +235,7 @@ class TwoTierScout(OffloadingMethod):
         return isinstance(self._resident_tokens(), float)
 
     def _grow_slots(self) -> None:
-        """Let the next block find a free slot while the setting has more, as if all had been there from the start."""
+        """Add slots for further blocks, up to the configured number."""
         if self.resident is None or self._by_share() or self.kv.host.blocks < self.resident.slots:
             return
         slots = self.slots()
@@ -244,7 +244,7 @@ class TwoTierScout(OffloadingMethod):
                 resident.grow(slots)
 
     def _load_residents(self, step: Step, query: torch.Tensor) -> None:
-        resident, self.resident = self.resident, None  # gone if this fails
+        resident, self.resident = self.resident, None  # stays None if this fails
         self.resident = self.executor.load_residents(self, step, query, resident)
         self.recall_policy.steps = 0
 

@@ -1,4 +1,4 @@
-"""Whether the CPU may attend with a layer's predicted queries, from how far off they have been."""
+"""Whether CPU attention may use a layer's predicted queries, decided by their past error."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from scout_hf.fusion import Partial
 from scout_hf.stores.streams import Mark
 
 CHECK_EVERY = 4
-# Relative error of the layer's output, mean over rows and heads. Selection alone costs about as much.
+# Relative error of the layer's output, mean over rows and heads. Block selection alone causes about as much.
 TOLERATED = 0.05
 
 
 class QueryGate:
-    """One layer's rule for the query of the CPU's share.
+    """One layer's choice between predicted and real query for CPU attention.
 
-    ``auto`` compares both queries in the first step in which the CPU has a share, and in every 4th of all: while the
-    predicted one would change the layer's output by no more than a twentieth, it is used; otherwise, and in the steps
-    that compare, the real one.
+    ``auto`` compares both in the first step with CPU attention, and in every 4th step. The predicted query is used
+    while it changes the layer's output by at most 5 %; otherwise, and in steps that compare, the real one.
 
     Parameters
     ----------
@@ -34,7 +33,7 @@ class QueryGate:
         self._coming: tuple[torch.Tensor, Mark] | None = None
 
     def in_prediction(self) -> bool:
-        """At the start of a step, before the real query is known: whether to start with the predicted one."""
+        """At the start of a step: whether to start CPU attention early, with the predicted query."""
         if self.rule != "auto":
             return self.rule == "predicted"
         if self._coming is not None and self._coming[1].done():
@@ -45,7 +44,7 @@ class QueryGate:
         return not self.checking and self.error is not None and self.error <= TOLERATED
 
     def judge(self, real: Partial, predicted: Partial) -> None:
-        """Learn from a step attended with both, out (batch, query_heads, 1, head_dim) each; on a GPU a little later."""
+        """Update the error from the outputs of both queries; on a GPU asynchronously."""
         size = real.out.float().norm(dim=-1).clamp(min=1e-30)
         error = ((predicted.out - real.out).float().norm(dim=-1) / size).mean()
         if error.is_cuda:

@@ -1,4 +1,4 @@
-"""When a layer recalls: brings blocks that it wants and the CPU attends back to the device."""
+"""When a layer recalls blocks that the CPU attends to the device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from scout_hf.recall_intervals import RecallIntervals
 
 
 class RecallPolicy:
-    """One layer's rule, as a share of the CPU: a step recalls in which the CPU has at least so much of what is chosen.
+    """One layer's recall rule: a threshold per step on the CPU's share of the chosen blocks.
 
     Parameters
     ----------
@@ -19,7 +19,7 @@ class RecallPolicy:
     Attributes
     ----------
     steps : int
-        Decode steps since residents were chosen.
+        Decode steps since the residents were loaded.
     """
 
     def __init__(self, rule: float | int | RecallIntervals | None, layer_idx: int):
@@ -27,15 +27,20 @@ class RecallPolicy:
         self.layer_idx, self.steps = layer_idx, 0
 
     def next(self, tokens: int) -> float | None:
-        """The share for one more step, which makes a context of so many tokens; None if it does not recall at all.
+        """The threshold for the next step; None if it does not recall.
 
-        Layers that drift alike would all recall in the same steps, and wait for a link that is idle in the others: a
-        share is lower and higher than the rule's by turns, layer by layer, and intervals have different phases.
+        Layers that drift alike would recall in the same steps and compete for the link. So the threshold alternates
+        between 0.75 and 1.25 times the rule, shifted by layer, and intervals have a phase that depends on the layer.
+
+        Parameters
+        ----------
+        tokens : int
+            Context length of the step.
         """
         self.steps += 1
         if self.rule is None:
             return None
         if isinstance(self.rule, float):
-            # Rounded as on a device, where a captured step compares in float32.
+            # Rounded to float32, in which a captured step compares.
             return float(np.float32(self.rule * (0.75 if (tokens + self.layer_idx) % 2 else 1.25)))
         return 0.0 if self.rule > 0 and (self.steps + self.layer_idx) % self.rule == 0 else None

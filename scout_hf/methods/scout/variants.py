@@ -1,4 +1,4 @@
-"""ScoutAttention (arXiv 2603.27138), in the variant that the machine and the settings call for."""
+"""ScoutAttention (arXiv 2603.27138): the choice of the variant by device and settings."""
 
 from __future__ import annotations
 
@@ -15,11 +15,22 @@ from scout_hf.methods.scout.policy import TwoTierScout
 
 @register_method
 class Scout(TwoTierScout):
-    """One tier without a GPU; two with one, in Triton kernels where they run and with torch's operations elsewhere."""
+    """ScoutAttention: one tier on a CPU; two tiers on a GPU, with Triton kernels if they run there, else with torch.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf import ScoutConfig
+    >>> from scout_hf.methods import Scout
+    >>> Scout.has_two_tiers(ScoutConfig(), torch.device("cuda"))
+    True
+    >>> type(Scout.create(ScoutConfig(), 0, torch.zeros(1, 2, 4, 64))).__name__
+    'OneTierScout'
+    """
 
     @classmethod
     def check(cls, config: ScoutConfig) -> None:
-        super(OffloadingMethod, cls).check(config)  # what other methods refuse is for this one
+        super(OffloadingMethod, cls).check(config)  # without the check for settings of other methods
 
     @classmethod
     def is_exact(cls, config: ScoutConfig, device: torch.device) -> bool:
@@ -28,7 +39,7 @@ class Scout(TwoTierScout):
 
     @staticmethod
     def has_two_tiers(config: ScoutConfig, device: torch.device) -> bool:
-        """Whether a layer on that device gets two tiers."""
+        """Whether a layer on ``device`` gets two tiers."""
         return config.split == "cpu" or (config.split == "auto" and device.type != "cpu")
 
     @classmethod
