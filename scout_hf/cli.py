@@ -1,4 +1,4 @@
-"""The command line. Everything heavy is imported inside the commands, so that --help answers at once."""
+"""The command line. Heavy imports are inside the commands, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def trace(options: Trace) -> None:
 
 @command(app, "plan", Plan)
 def plan(options: Plan) -> None:
-    # Only what is measured takes torch.
+    # Only --measure needs torch.
     with evaluation(options.threads) if options.measure else told():
         from scout_hf.eval.plan import command as plans
 

@@ -1,4 +1,4 @@
-"""Commands whose options are the fields of a dataclass: name, type, limits, default and help, each said once."""
+"""Commands whose options are the fields of a dataclass, with type, limits, default and help."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def command(
     Parameters
     ----------
     app : Typer
-        What the command is added to.
+        Gets the command.
     name : str
     options : type
         A dataclass whose docstring is the help. Its fields are annotated as typer's parameters are:

@@ -1,4 +1,4 @@
-"""What commands share: paths that are looked at first, errors that end in one line, threads, a benchmark's record."""
+"""What commands share: checks of paths, errors in one line, the number of threads, the record of a benchmark."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import typer
 def benchmark(
     out: Path | None, threads: int | None, goes_on: bool = False, device: str | None = None
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Gives what to call with the record of a benchmark; the rest as in ``evaluation``.
+    """As ``evaluation``; yields a function that prints the record of a benchmark and saves it in ``out``.
 
-    ``goes_on``: what was measured is in ``out``, and the same command resumes.
+    ``goes_on``: the benchmark saves results in ``out`` as it runs, and the same command resumes an interrupted run.
     """
     with told():
         if out:
@@ -36,7 +36,7 @@ def benchmark(
         try:
             yield finish
         except KeyboardInterrupt as error:
-            kept = f"; {out} has what was measured, and the same command resumes from it" if out and goes_on else ""
+            kept = f"; {out} has the results so far, and the same command resumes from them" if out and goes_on else ""
             typer.echo(f"stopped{kept}", err=True)
             raise typer.Exit(130) from error
 
@@ -55,11 +55,11 @@ def must_be_there(*files: Path | None) -> None:
 
     for path in files:
         if path and not path.is_file():
-            raise MissingFileError(f"{path} is not there, or no file")
+            raise MissingFileError(f"{path} is missing, or is not a file")
 
 
 def must_lead_to_a_folder(option: str, value: str) -> None:
-    """Of a name or a path, the path: names are looked at by whoever knows them."""
+    """Check a value that is a name or a path, if it is a path: it must be a folder with a config.json."""
     from scout_hf.errors import MissingFileError
 
     if (os.sep in value or (os.altsep or os.sep) in value) and not Path(value, "config.json").is_file():
@@ -72,18 +72,18 @@ def must_run(option: str, program: str | None) -> None:
     from scout_hf.errors import MissingFileError
 
     if program and not shutil.which(program):
-        raise MissingFileError(f"{option} {program} is not there, or cannot be run")
+        raise MissingFileError(f"{option} {program} is missing, or is not executable")
 
 
 @contextmanager
 def told() -> Iterator[None]:
-    """A wrong setting or file ends in its message and exit code 2, not in a traceback."""
+    """Print the message of a wrong setting or file and exit with code 2, without a traceback."""
     from scout_hf.errors import ScoutError
 
     try:
         yield
     except BrokenPipeError:
-        # Whoever reads has seen enough, as head does: typer ends without a word.
+        # The reader, such as head, closed the pipe: typer exits silently.
         raise
     except (ScoutError, OSError, ValueError) as error:
         tell(f"error: {error}")
@@ -92,7 +92,7 @@ def told() -> Iterator[None]:
 
 @contextmanager
 def evaluation(threads: int | None, device: str | None = None) -> Iterator[None]:
-    """The same, with so many torch threads; ``device``: one that must be there."""
+    """As ``told``, with ``threads`` torch threads; raises if there is no such ``device``."""
     with told():
         import torch
 

@@ -1,4 +1,4 @@
-"""Running sums of what was attended, where, and what it cost. No call here waits for a device."""
+"""Running sums of what was attended, where, and what it cost. No call here synchronises with a device."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ SAMPLE_EVERY = 8
 class Counters:
     """Running sums per layer, filled by the methods while a model decodes.
 
-    Sums are floats or 0-dimensional tensors, so that a tally on a GPU is only read when somebody asks.
+    Sums are floats or 0-dimensional tensors; those on a GPU are only read by ``stats()``.
     """
 
     def __init__(self) -> None:
         self._recalls: dict[tuple[int, torch.device, int], torch.Tensor] = {}
-        # About the state, not about what was done: they stay when sums start again at 0.
+        # These describe the present state: reset() keeps them.
         self.notes: dict[tuple[str, int | None], str] = {}
         self.alive, self.pace = AliveCaches(), Pace()
         self.reset()
 
     def reset(self) -> None:
-        """Start from nothing."""
+        """Set all sums to 0."""
         self.steps = self.approximate_steps = self.prefill_tokens = 0
         self.sums: dict[str, dict[int, float | torch.Tensor]] = defaultdict(lambda: defaultdict(float))
         self.history: dict[int, list[float]] | None = None
@@ -43,7 +43,7 @@ class Counters:
         self.sums[name][layer] = self.sums[name][layer] + amount
 
     def note(self, about: str, text: str, layer: int | None = None) -> None:
-        """Something that whoever reads the statistics should know: the newest per subject and layer."""
+        """A remark for the statistics; a newer one about the same subject and layer replaces it."""
         self.notes[about, layer] = text
 
     def fell_back(self, reason: str) -> None:
@@ -51,7 +51,7 @@ class Counters:
         self.stock_passes[reason] = self.stock_passes.get(reason, 0) + 1
 
     def all_notes(self) -> Iterator[str]:
-        """One line for what is said of several layers."""
+        """All notes, one line each; equal notes about several layers are merged."""
         layers: dict[tuple[str, str], list[int]] = {}
         for (about, layer), text in self.notes.items():
             layers.setdefault((about, text), []).extend([] if layer is None else [layer])
@@ -69,7 +69,7 @@ class Counters:
         self.add("exact_passes", layer, 1)
 
     def cpu_share(self, layer: int, blocks: float, selected: float | torch.Tensor) -> None:
-        """The CPU attended ``blocks`` of ``selected`` chosen blocks, over all rows and heads."""
+        """The CPU attended ``blocks`` of ``selected`` selected blocks, over all rows and heads."""
         self.add("cpu_blocks", layer, blocks)
         self.add("selected_blocks", layer, selected)
         if self.history is not None:
@@ -81,14 +81,14 @@ class Counters:
         self.add("recalled_bytes", layer, moved_bytes)
 
     def recall_tally(self, layer: int, device: torch.device, block_bytes: int) -> torch.Tensor:
-        """A number on the device, (1,) of int64, to which kernels add the blocks that they recall; it never moves."""
+        """A counter on the device, (1,) of int64, to which kernels add recalled blocks; its address never changes."""
         key = (layer, device, block_bytes)
         if key not in self._recalls:
             self._recalls.setdefault(key, torch.zeros(1, dtype=torch.int64, device=device))
         return self._recalls[key]
 
     def collect(self) -> None:
-        """Add what devices have counted by themselves."""
+        """Add the counters on devices."""
         for (layer, _, block_bytes), tally in list(self._recalls.items()):
             blocks = int(tally)
             tally.sub_(blocks)
@@ -115,7 +115,7 @@ class Counters:
 
 
 def _runs(numbers: list[int]) -> str:
-    """Numbers in order, neighbours as spans: 0 to 2, 5."""
+    """Sorted numbers, consecutive ones as ranges: 0 to 2, 5."""
     runs: list[list[int]] = []
     for number in sorted(set(numbers)):
         if runs and number == runs[-1][-1] + 1:

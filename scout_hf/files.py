@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and JSON that is bounded and checked before anybody uses it."""
+"""Atomic writing of files, and reading of JSON with limits and checks."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from scout_hf.errors import ConfigError, MissingFileError
 LARGEST_BYTES = 256 << 20
 DEEPEST = 40
 LARGEST_NUMBER = 1e18
-# A string up to its end or the end of the text, so that brackets inside of strings do not count.
+# A string up to its end or the end of the text, so that brackets inside strings do not count.
 _TOKENS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
 
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str], binary: bool = False) -> Iterator[IO[Any]]:
-    """An open file whose content becomes ``path`` at the end of the block; an error or interrupt leaves nothing.
+    """An open file that replaces ``path`` at the end of the block; after an error or interrupt ``path`` is unchanged.
 
-    It is a new file of a name nobody can know before, in the same folder, so that a link planted there is not followed,
-    and a reader sees the old file or the new one. What ``path`` was keeps its permissions; a new file gets the usual.
+    The text goes to a new file with a random name in the same folder, so that planted links are not followed and
+    readers see the old file or the new one. An existing ``path`` keeps its permissions.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ def whole_file(path: str | os.PathLike[str], binary: bool = False) -> Iterator[I
         If its folder is missing or cannot be written to.
     """
     path = Path(path)
-    # Names have a longest length, which the whole of a long one would exceed.
+    # File names have a maximum length: take only a part of a long one.
     scratch = path.with_name(f".{path.name[:40]}.{secrets.token_hex(16)}.part")
     try:
         with _create(scratch, path, binary) as file:
@@ -56,7 +56,7 @@ def whole_file(path: str | os.PathLike[str], binary: bool = False) -> Iterator[I
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Make a file of this text, all of it or nothing; see :func:`whole_file`."""
+    """Write a text file atomically; see :func:`whole_file`."""
     with whole_file(path) as file:
         file.write(text)
 
@@ -66,7 +66,7 @@ def _create(scratch: Path, path: Path, binary: bool) -> IO[Any]:
     try:
         number = os.open(scratch, flags, 0o666)
     except OSError as error:
-        # The name of the scratch file would tell nobody anything.
+        # Name the file that the caller knows, not the scratch file.
         raise OSError(error.errno, error.strerror, str(path)) from error
     try:
         before = path.lstat() if os.path.lexists(path) else None
@@ -79,7 +79,7 @@ def _create(scratch: Path, path: Path, binary: bool) -> IO[Any]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """So that the new name is on disk too; some systems do not open folders."""
+    """Write the new name to disk too; some systems cannot open folders."""
     with contextlib.suppress(OSError):
         number = os.open(folder, os.O_RDONLY)
         try:
@@ -89,10 +89,10 @@ def _sync_folder(folder: Path) -> None:
 
 
 def check_timeline_path(path: Path, *others: Path) -> None:
-    """Raise ConfigError if ``path`` is no place for a timeline, or the others cannot be written beside it."""
+    """Raise ConfigError if a timeline cannot be written to ``path``, or the others beside it."""
     if path.suffix != ".json" or not path.parent.is_dir() or any(each.is_dir() for each in (path, *others)):
         raise ConfigError(
-            f"path={str(path)!r} is not allowed: a file in a folder that exists, ending in .json; try 'step.json'"
+            f"path={str(path)!r} is not allowed: path takes a .json file in a folder that exists; try 'step.json'"
         )
     try:
         with tempfile.TemporaryFile(dir=path.parent):
@@ -110,32 +110,32 @@ def read_json(
     largest_bytes: int = LARGEST_BYTES,
     infinite: bool = False,
 ) -> Any:
-    """What a file of JSON holds, if it keeps the rule.
+    """The value in a JSON file, checked by a rule.
 
     Parameters
     ----------
     path : path-like
         An ordinary file.
     rule : callable
-        Raises ValueError that says what is wrong; see :mod:`scout_hf.rules`.
+        Raises ValueError if the value is wrong; see :mod:`scout_hf.rules`.
     remedy : str
-        What to do about a wrong file; a part of the message.
+        What to do about a wrong file; part of the error message.
     largest_bytes : int
-        Of the file.
+        Maximum size of the file.
     infinite : bool
-        Whether numbers may be infinite, not a number or beyond ``LARGEST_NUMBER``, as in other people's files.
+        Whether to accept infinities, NaN and numbers beyond ``LARGEST_NUMBER``, as files of other programs have them.
 
     Raises
     ------
     MissingFileError
         If there is no such file.
     ConfigError
-        If it cannot be read, is too large or too deep, is no JSON, or breaks the rule. Both name the file.
+        If it cannot be read, is too large, is nested too deep, is not JSON, or breaks the rule.
     """
     name = os.fspath(path)
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("it is no ordinary file")
+            raise ValueError("it is not a regular file")
         with open(path, "rb") as file:
             held = file.read(largest_bytes + 1)
         if len(held) > largest_bytes:
@@ -143,7 +143,7 @@ def read_json(
         found = parse_json(held, infinite)
         rule(found)
     except FileNotFoundError as error:
-        raise MissingFileError(f"{name} is not there; {remedy}") from error
+        raise MissingFileError(f"{name} is missing; {remedy}") from error
     except OSError as error:
         raise ConfigError(f"{name} cannot be read: {error.strerror or error}; {remedy}") from error
     except ValueError as error:
@@ -152,23 +152,23 @@ def read_json(
 
 
 def parse_json(held: bytes | str, infinite: bool = False) -> Any:
-    """The value in this text; ValueError for what is no JSON, is nested too deep, or has numbers without an end."""
+    """The value in a JSON text; ValueError if it is not JSON, nested too deep, or has numbers that are too large."""
     try:
         text = held if isinstance(held, str) else held.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"it is no text in UTF-8 ({error.reason} at byte {error.start})") from error
+        raise ValueError(f"it is not UTF-8 text ({error.reason} at byte {error.start})") from error
     depth = deepest = 0
     for token in _TOKENS.finditer(text):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
         deepest = max(deepest, depth)
     if deepest > DEEPEST:
-        raise ValueError(f"it is nested {deepest} deep, {DEEPEST} at most is allowed")
+        raise ValueError(f"it is nested {deepest} deep; at most {DEEPEST} is allowed")
     try:
         if infinite:
             return json.loads(text)
         return json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_finite_int)
     except json.JSONDecodeError as error:
-        raise ValueError(f"it is no whole JSON ({error})") from error
+        raise ValueError(f"it is not valid JSON ({error})") from error
 
 
 def _refuse(name: str) -> float:
@@ -181,5 +181,5 @@ def _finite(digits: str) -> float:
 
 
 def _finite_int(digits: str) -> int:
-    # Before it is a number: thousands of digits take long.
+    # Check before converting: thousands of digits take long.
     return int(digits) if len(digits) < 20 else int(_refuse(digits))

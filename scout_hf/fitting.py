@@ -1,4 +1,4 @@
-"""Whether a cache fits the model that it is given to, told of before anything is stored."""
+"""Checks that a cache fits its model, before anything is stored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scout_hf.errors import CacheStateError
 
 
 def layers_of(text_config: Any, default: int | None = None) -> int | None:
-    """Layers of a model, those that share another's KV included; early exit lowers the number while it drafts."""
+    """Number of layers of a model, with those that share the KV of another; early-exit drafting lowers it."""
     return getattr(text_config, "num_hidden_layers", default)
 
 
@@ -20,20 +20,20 @@ def refuse_other_depth(cache: Any, text_config: Any) -> None:
     if cache.depth != wanted:
         raise CacheStateError(
             f"the cache was made for a model of {cache.depth} layers and was given to one of {wanted}: some layers "
-            "would lack tokens that others have; use a cache of this very model, handle.new_cache() or "
+            "would lack tokens that others have; use a cache of this model, handle.new_cache() or "
             "ScoutCache(model.config)"
         )
 
 
 def refuse_other_sizes(batch: int, sizes: tuple[int, int], keys: torch.Tensor, layer_idx: int) -> None:
-    """Raise CacheStateError unless new keys (batch, kv_heads, tokens, head_dim) have the rows and sizes held."""
+    """Raise CacheStateError unless new keys (batch, kv_heads, tokens, head_dim) fit the rows and sizes in the cache."""
     rows, heads, _, head_dim = keys.shape
     if rows == batch and heads == sizes[0] and head_dim == sizes[1]:
         return
     if (heads, head_dim) != sizes:
         raise CacheStateError(
             f"layer {layer_idx} of the cache holds {sizes[0]} KV heads with {sizes[1]} channels and got {heads} with "
-            f"{head_dim}: it was filled by another model; use a cache of this very model, handle.new_cache() or "
+            f"{head_dim}: it was filled by another model; use a cache of this model, handle.new_cache() or "
             "ScoutCache(model.config)"
         )
     raise CacheStateError(

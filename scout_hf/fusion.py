@@ -9,12 +9,14 @@ import torch
 
 
 class Partial(NamedTuple):
-    """Attention over a part of the keys.
+    """Attention over a subset of the keys.
 
+    Attributes
+    ----------
     out : Tensor (batch, query_heads, queries, head_dim)
-        Softmax-weighted values of this part; exactly 0 where the part is empty.
+        Softmax-weighted values over this subset; exactly 0 where it is empty.
     lse : Tensor (batch, query_heads, queries), float32 or float64
-        Natural log of the sum of exponentials of this part's scores; -inf where the part is empty.
+        Natural log of the sum of exponentials of the scores; -inf where the subset is empty.
     """
 
     out: torch.Tensor
@@ -22,9 +24,22 @@ class Partial(NamedTuple):
 
 
 def fuse(partials: Sequence[Partial]) -> Partial:
-    """Attention over the union of disjoint parts (online softmax; FlashAttention, ScoutAttention 3.3).
+    """Merge attention over disjoint subsets of the keys (online softmax; ScoutAttention, section 3.3).
 
-    Computed in float32, or float64 where the LSE is float64; a NaN in any part reaches the result.
+    Parameters
+    ----------
+    partials : sequence of Partial
+        At least one; equal shapes.
+
+    Returns
+    -------
+    Partial
+        Attention over the union, in the dtype of the LSE. A single partial is returned as it is. NaN propagates.
+
+    Examples
+    --------
+    >>> both = fuse([attend(query, keys[:, :, :60], values[:, :, :60], scale, None),
+    ...              attend(query, keys[:, :, 60:], values[:, :, 60:], scale, None)])
     """
     if len(partials) == 1:
         return partials[0]
@@ -38,6 +53,6 @@ def fuse(partials: Sequence[Partial]) -> Partial:
 
 
 def empty_like(query: torch.Tensor) -> Partial:
-    """The partial over no keys at all, for a query of shape (batch, query_heads, queries, head_dim)."""
+    """The partial over no keys, for a query of shape (batch, query_heads, queries, head_dim)."""
     out = torch.zeros_like(query, dtype=torch.promote_types(query.dtype, torch.float32))
     return Partial(out, out.new_full(query.shape[:-1], -torch.inf))

@@ -1,4 +1,4 @@
-"""What ``generate()`` of a patched model works with: a ScoutCache, where it can."""
+"""The cache of ``generate()`` on a patched model: a ScoutCache where possible."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ PREPARE = "_prepare_cache_for_generation"
 
 
 class CacheForGenerate:
-    """``_prepare_cache_for_generation`` that gives a new ScoutCache, or, where one cannot serve, what was given before.
+    """Replaces ``_prepare_cache_for_generation``: makes a ScoutCache, or the stock cache where that is not possible.
 
     Parameters
     ----------
     model : PreTrainedModel
-        Before this is installed in it.
+        Without this replacement.
     new_cache : callable
+        Makes an empty ScoutCache.
     hooks : PassHooks
     """
 
-    # An object, not a closure: a copy of the model must prepare for itself.
+    # An object, not a closure: a deep copy of the model needs its own.
     def __init__(self, model: PreTrainedModel, new_cache: Callable[[], ScoutCache], hooks: PassHooks):
         self._model, self._new_cache, self._hooks = model, new_cache, hooks
         self._before = model.__dict__.get(PREPARE)
@@ -38,7 +39,7 @@ class CacheForGenerate:
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
     ) -> Any:
         prepare = self._before or functools.partial(getattr(type(self._model), PREPARE), self._model)
-        if self._hooks.running.ended:  # in a shallow copy of a model whose patch is gone
+        if self._hooks.running.ended:  # in a shallow copy of a model whose patch was removed
             return prepare(generation_config, model_kwargs, generation_mode, *args, **kwargs)
         self._hooks.counters.pace.new_call()
         reason = reason_to_generate_with_stock(self._model, generation_config, model_kwargs)

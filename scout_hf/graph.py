@@ -1,7 +1,7 @@
-"""A whole decode step in one launch: captured once as a CUDA graph, run again while what it takes for given holds.
+"""Captures a decode step as a CUDA graph and replays it while its assumptions hold.
 
-A captured step runs no Python, so all that changes from step to step lies on the device, in a :class:`Clock`, and what
-the host keeps is brought up to date beside it. Where a step cannot be captured it runs as usual.
+A replay runs no Python. So all numbers that change from step to step are on the device, in a :class:`Clock`, and the
+host's state is updated around the replay. Steps that cannot be captured run as usual.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from scout_hf.methods import Method
 from scout_hf.step import Step, active_step
 from scout_hf.stores import TwoTierKV
 
-# Steps that run as usual first: kernels are compiled and buffers take their sizes.
+# Steps that run without a graph first, to compile kernels and allocate buffers.
 WARM_STEPS = 2
 SPARE_TOKENS = 1024
 INPUTS = ("input_ids", "inputs_embeds", "position_ids")
 
 
 class Clock:
-    """What a captured step reads instead of numbers of the host.
+    """Numbers on the device that a captured step reads instead of host values.
 
     Parameters
     ----------
     layers : int
     device : torch.device
     mask : Tensor (batch, tokens) of bool, or None
-        Tokens so far that are no padding.
+        Padding mask of the tokens so far, False for padding.
 
     Attributes
     ----------
     length, blocks : Tensor (1,) of int32
         Tokens per row with the new one; whole blocks on the host.
     shares : Tensor (layers,) of float32
-        The CPU's share from which on a layer recalls.
+        The CPU share at which a layer recalls.
     padding_mask, padding_mask_here : Tensor (batch, capacity) of bool, or None
-        False for padding, with capacity for tokens to come, none of which are any; and the same on the CPU.
+        The padding mask with spare capacity for tokens to come, all True; and the same on the CPU.
     """
 
     def __init__(self, layers: int, device: torch.device, mask: torch.Tensor | None):
@@ -75,7 +75,7 @@ class Clock:
         return self._block_masks[key]
 
     def set(self, tokens: int, blocks: int, shares: list[float]) -> None:
-        """In stream order: where the next step stands."""
+        """Set the numbers of the next step, in stream order."""
         self.length.fill_(tokens)
         self.blocks.fill_(blocks)
         if shares != self._shares:
@@ -85,16 +85,16 @@ class Clock:
 
 
 class CudaGraph:
-    """One captured graph of a CUDA device, captured on the stream given."""
+    """A CUDA graph, captured on ``stream``."""
 
     def __init__(self, device: torch.device, stream: Any = None):
         self.device, self._stream = device, stream
         self._graph = torch.cuda.CUDAGraph()
 
     def capture(self, run: Callable[[], Any], join: Callable[[], None]) -> Any:
-        """Capture what ``run`` launches, and what ``join`` adds at its end; what ``run`` returns is filled later."""
+        """Capture what ``run`` and then ``join`` launch. Tensors that ``run`` returns are filled by ``replay``."""
         pool, before = torch.cuda.graph_pool_handle(), torch.cuda.current_stream(self.device)
-        # Relaxed: kernels may be loaded at their first launch, which is here.
+        # Relaxed, since kernels may be loaded at their first launch, which is here.
         how = {"pool": pool, "stream": self._stream, "capture_error_mode": "relaxed"}
         try:
             with torch.cuda.device(self.device), torch.cuda.graph(self._graph, **how):
@@ -103,7 +103,7 @@ class CudaGraph:
                 finally:
                     join()
         except BaseException:
-            # torch ends a failed capture half way (before 2.12).
+            # torch before 2.12 does not clean up after a failed capture.
             torch.cuda.set_stream(before)
             with contextlib.suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(self.device.index, pool)
@@ -111,20 +111,20 @@ class CudaGraph:
         return result
 
     def replay(self) -> None:
-        """Launch it on the current stream."""
+        """Launch the graph on the current stream."""
         self._graph.replay()
 
 
 def can_capture(device: torch.device) -> bool:
-    """Whether steps on that device can be captured."""
+    """Whether steps on this device can be captured."""
     return device.type == "cuda"
 
 
 @dataclass
 class Captured:
-    """A step that was captured, and what it takes for given.
+    """A captured step and its assumptions.
 
-    ``output`` is filled by every replay; it becomes an output of the class ``kind``. ``tokens`` is the length of the
+    ``output`` is filled by every replay and returned as an output of class ``kind``. ``tokens`` is the length of the
     last step that ran.
     """
 
@@ -137,7 +137,7 @@ class Captured:
     tokens: int
 
     def holds(self, step: Step, key: Any) -> bool:
-        """Whether this step would be what was captured, one token later."""
+        """Whether a replay computes this step."""
         if self.key != key:
             return False
         mask = self.clock.padding_mask
@@ -146,14 +146,14 @@ class Captured:
 
 @dataclass
 class Capture:
-    """Of one cache: steps so far that could be captured, and the one that was."""
+    """State of one cache: how many of its steps could be captured, and the captured one."""
 
     steps: int = 0
     graph: Captured | None = None
 
 
 class _Held(NamedTuple):
-    """The layers of a step's cache that hold tokens, what keeps them, and where: see ``Method.capture_key``."""
+    """The layers of a step's cache that hold tokens, with their methods and stores; see ``Method.capture_key``."""
 
     layers: list[ScoutLayer]
     methods: list[Method]
@@ -171,14 +171,14 @@ class _CaptureError(Exception):
 
 
 class StepGraphs:
-    """``forward`` of a decoder that captures and runs its decode steps; to be installed in its place.
+    """Replaces the ``forward`` of a decoder: captures and replays its decode steps.
 
     Parameters
     ----------
     forward : callable
-        What the decoder did before; accelerate may have wrapped it.
+        The previous ``forward``, which accelerate may have wrapped.
     config : PreTrainedConfig
-        Of the decoder.
+        Config of the decoder.
     """
 
     def __init__(self, forward: Callable[..., Any], config: Any):
@@ -190,8 +190,8 @@ class StepGraphs:
         self._captures: weakref.WeakKeyDictionary[ScoutCache, Capture] = weakref.WeakKeyDictionary()
         self._streams: dict[torch.device, Any] = {}
         self._failed = False
-        # Jobs of two threads that are expected in one order and posted in another would wait for each other: all passes
-        # with a ScoutCache take turns here, captured or not.
+        # Jobs of two threads, expected in one order and posted in another, would deadlock: all passes with a ScoutCache
+        # take turns here, captured or not.
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -211,7 +211,7 @@ class StepGraphs:
     def _pass(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = {**dict(zip(self._names, args)), **kwargs}
         if step.mask is None and given.get("position_ids") is None:
-            # As models do themselves, but from a number of the host.
+            # As models do, but computed from a host number.
             inputs = next(given[name] for name in INPUTS if given.get(name) is not None)
             given["position_ids"] = torch.full((1, 1), step.tokens - 1, dtype=torch.int64, device=inputs.device)
         held = None if self._failed else _Held.of(step)
@@ -228,7 +228,7 @@ class StepGraphs:
                 return self._run(step, held, capture, captured, given)
             return self._finish(step, held, self._capture(step, held, capture, given, key))
         except _CaptureError as failed:
-            # Nothing has moved on yet: the step can be made as usual.
+            # No state has changed yet: the step can run without a graph.
             error = failed.__cause__ or failed
             if not isinstance(error, Exception):
                 raise error from None
@@ -242,7 +242,7 @@ class StepGraphs:
     # -- a step ---------------------------------------------------------------------------------------------------
 
     def _key(self, step: Step, held: _Held, given: dict[str, Any]) -> Any:
-        """What a captured step takes for given, or None where none can be."""
+        """The assumptions of a captured step, or None if this step cannot be captured."""
         usual = step.queries == 1 and step.monitor is None and len(held.methods) == len(step.cache.layers)
         usual = usual and not torch.is_grad_enabled()
         known = (*INPUTS, CACHE, "past_key_values", "attention_mask", "use_cache", "return_dict", "cache_position")
@@ -254,7 +254,7 @@ class StepGraphs:
         if None in layers or len({kv.host.blocks for kv in held.kvs}) != 1:
             return None
         devices = {kv.device for kv in held.kvs}
-        # Embeddings on another one would run once, when the step is captured, and not again.
+        # Embeddings on another device would run during capture only, not in replays.
         devices |= {given[name].device for name in INPUTS if given.get(name) is not None}
         if given_cache(given) is not step.cache or len(devices) != 1 or not can_capture(*devices):
             return None
@@ -262,7 +262,7 @@ class StepGraphs:
         return inputs, step.mask is None, torch.is_inference_mode_enabled(), layers
 
     def _asks_the_device(self) -> bool:
-        """Whether the model itself makes steps that no graph can hold, or gives out more than its last states."""
+        """Whether the model synchronises with the device in a step, or returns more than its last hidden state."""
         config = self._config
         ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
         kinds = [ropes, *(part for part in ropes.values() if isinstance(part, dict))]
@@ -273,7 +273,7 @@ class StepGraphs:
         device = held.kvs[0].device
         if device.type == "cuda" and device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
-        # Tensors that are written to in any mode.
+        # These tensors are also written to outside inference mode.
         with torch.inference_mode(False), torch.no_grad():
             clock = Clock(len(step.cache.layers), device, step.mask)
             inputs = {name: given[name].clone() for name in INPUTS if given.get(name) is not None}
@@ -289,7 +289,7 @@ class StepGraphs:
             raise _CaptureError from error
         finally:
             step.clock = None
-        # Without the cache, which would keep itself alive.
+        # Without the cache, which would keep itself alive through its capture.
         kept = {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
         capture.graph = Captured(graph, clock, key, inputs, type(output), kept, step.tokens)
         return capture.graph
@@ -314,12 +314,12 @@ class StepGraphs:
         for layer, method in zip(held.layers, held.methods):
             layer.incoming = None
             method.after_replay(step)
-        # The next run overwrites the tensors, not what the caller keeps of them.
+        # The next replay overwrites these tensors: the caller gets copies.
         output = {name: value.clone() for name, value in captured.output.items()}
         return captured.kind(**output, **{CACHE: step.cache})
 
     def _abort(self, step: Step, held: _Held, capture: Capture) -> None:
-        """The step that the CPU expects will not run: nothing may wait for it."""
+        """Cancel the step that the CPU expects, so that nothing waits for it."""
         capture.graph = None
         for device in {kv.device for kv in held.kvs}:
             if device.type == "cuda":

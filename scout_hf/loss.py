@@ -1,4 +1,4 @@
-"""What a sparse decode step lost, from a partial of every block with the real query. No tally and no thread here."""
+"""What a sparse decode step lost, computed from one partial per block with the real query."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ NAMES = (
     "recall_samples",
     "block_recall",
 )
-"""What :func:`lost` sums; the counts stand before what they belong to."""
+"""Names of the sums of :func:`lost`; a count comes before the sums that it divides."""
 
 
 class Sample(NamedTuple):
-    """What is needed to judge one decode step of one layer, for some KV heads; nothing of it changes any more.
+    """All that is needed to measure one decode step of one layer for some KV heads; immutable.
 
     blocks : WholeBlocks
     heads : tuple of int
-        KV heads looked at, ``n`` of them.
+        The ``n`` KV heads to measure.
     query, out : Tensor (batch, n, group, head_dim)
-        The real query, and what the step made of it, before the sinks of gpt-oss.
+        The real query, and the step's attention output before learnt sinks (gpt-oss).
     keys, values : Tensor (batch, n, tail, head_dim)
-        Tokens behind the whole blocks, always attended.
+        Tokens after the whole blocks, always attended.
     attended : Tensor (batch, n, blocks) of bool
         Blocks that the step attended.
     padding_mask : Tensor (batch, tokens) of bool, or None
-        Tokens that are no padding.
+        False for padding.
     predicted : bool
-        Whether a part of the blocks was attended with a predicted query.
+        Whether some of the blocks were attended with a predicted query.
     scale, softcap
         As in :func:`scout_hf.kernels.attend.attend`.
     """
@@ -82,25 +82,25 @@ def measure(sample: Sample, attend_each: Callable[..., Partial]) -> torch.Tensor
 
 
 def lost(parts: Partial, tail: Partial, attended: torch.Tensor, out: torch.Tensor, predicted: bool) -> torch.Tensor:
-    """What one KV head of one row lost in one step.
+    """What one KV head of one row lost in one decode step.
 
     Parameters
     ----------
     parts : Partial, out (blocks, group, head_dim) and lse (blocks, group)
-        Attention of the real query over every whole block by itself.
+        Attention of the real query over each whole block separately.
     tail : Partial, out (group, head_dim) and lse (group,)
-        Over the tokens behind them.
+        Attention over the tokens after them.
     attended : Tensor (blocks,) of bool
         Blocks that the step attended; the tail always is.
     out : Tensor (group, head_dim)
-        What the step produced.
+        The step's attention output.
     predicted : bool
-        Whether a part was attended with another query than the real one.
+        Whether some of the blocks were attended with a predicted query.
 
     Returns
     -------
     Tensor (len(NAMES),)
-        Means over the group, with counts to sum: 1 where there was something to measure. No value is waited for.
+        Means over the GQA group, and counts: 1 where there was something to measure. Does not synchronise.
     """
     count = len(attended)
     lse = torch.cat([parts.lse, tail.lse[None]])
@@ -108,7 +108,7 @@ def lost(parts: Partial, tail: Partial, attended: torch.Tensor, out: torch.Tenso
     weights = (lse - total).exp()
     seen = torch.cat([attended, attended.new_ones(1)]).to(weights.dtype).unsqueeze(1) * weights
     mass = seen.sum(0)
-    # Two unions at once: everything, and what the step attended.
+    # Merge twice at once: over all blocks, and over the attended ones.
     both = torch.stack([weights, seen]).permute(2, 0, 1)
     outs = both[:, :, :count] @ parts.out.transpose(0, 1) + both[:, :, count:] * tail.out.unsqueeze(1)
     exact, same = outs.unbind(1)
@@ -118,7 +118,7 @@ def lost(parts: Partial, tail: Partial, attended: torch.Tensor, out: torch.Tenso
     def error(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         return torch.where(norm > 0, (one - other).norm(dim=-1) / norm, 0.0).mean()
 
-    # By the sum of the group's masses, in logarithms: most masses are too small for the numbers.
+    # By the sum of the group's masses, in log space: most masses underflow.
     best = (parts.lse - total).logsumexp(1).argsort(descending=True, stable=True)
     chosen = attended.sum()
     hits = (attended[best] & (torch.arange(count, dtype=torch.int64, device=best.device) < chosen)).sum()

@@ -1,7 +1,7 @@
-"""The online fidelity monitor: on sampled steps, layers and KV heads, exact attention beside the sparse one.
+"""The online fidelity monitor: exact attention beside the sparse one, on sampled steps, layers and KV heads.
 
-A sample holds copies and pages that nobody writes to any more (``stores/snapshot.py``), so that nothing has to wait for
-a job: neither a crop nor a fork nor the end of the cache.
+A sample holds copies, and pages that are not written to any more (``stores/snapshot.py``). So crops, forks and the end
+of the cache need not wait for it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 SPARSE_EVERY = 8
 MOST_PENDING = 64
-"""Samples that may wait for their turn; further ones are skipped, and counted."""
+"""Samples that may be queued; further ones are skipped and counted."""
 
 
 class _Pending(NamedTuple):
@@ -44,11 +44,11 @@ class _Pending(NamedTuple):
 
 
 class Monitor:
-    """Takes samples while a model decodes, and adds what was lost to the tallies.
+    """Takes samples while a model decodes, and adds what was lost to the counters.
 
-    On the CPU a Python thread runs one sample at a time: natively on a thread of the lowest priority, with torch in
-    chunks that begin while the backend has nothing to do. ``ScoutConfig(monitor=1.0)``, and KV on a GPU, are measured
-    within the step.
+    A Python thread measures one sample at a time: with native code on a thread of the lowest priority, with torch in
+    chunks that begin while the CPU backend is idle. With ``ScoutConfig(monitor=1.0)`` or KV on a GPU, samples are
+    measured within the step.
     """
 
     def __init__(self) -> None:
@@ -69,17 +69,17 @@ class Monitor:
         attended: Callable[[], list[Any] | None],
         predicted: bool,
     ) -> None:
-        """Look at a decode step of one layer if it is its turn.
+        """Sample a decode step of one layer if it is the turn of one of its KV heads.
 
         Parameters
         ----------
         step : Step
         method : Method
-            Of the layer; ``result`` is what it makes of the real ``query`` (batch, query_heads, 1, head_dim).
+            Of the layer; ``result`` is its output for the real ``query`` (batch, query_heads, 1, head_dim).
         attended : callable
-            The blocks attended, as a list of ``BlockLists`` and ``Pick``; None for all.
+            Returns the attended blocks, as a list of ``BlockLists`` and ``Pick``; None for all.
         predicted : bool
-            Whether a part was attended with a predicted query.
+            Whether some of the blocks were attended with a predicted query.
         """
         if step.watched is None:
             step.watched = planned(step.cache, step.counters.steps)
@@ -100,7 +100,7 @@ class Monitor:
             else:
                 each = self._natively(sample) if native else functools.partial(attend_each, busy=step.backend.busy)
                 ticket = self._workers.offer(self._measure, sample, each)
-                if ticket is None:  # the interpreter ends
+                if ticket is None:  # the interpreter is shutting down
                     counters.add("monitor_skipped", layer, len(heads) * len(query))
                 else:
                     self._pending.append(_Pending(ticket, layer, len(heads) * len(query), counters))
@@ -109,7 +109,7 @@ class Monitor:
         counters.add("monitor_ms", layer, (time.perf_counter() - began) * 1e3)
 
     def collect(self, wait: bool = False) -> None:
-        """Add the results that are there to the tallies; with ``wait``, those of all samples taken so far."""
+        """Add finished results to the counters; with ``wait``, wait for all samples taken so far."""
         if not self._pending:
             return
         with self._lock:
@@ -129,12 +129,12 @@ class Monitor:
                 self._pending.popleft()
 
     def forget(self) -> None:
-        """Drop all samples that are not in the tallies yet."""
+        """Drop all samples that are not in the counters yet."""
         with self._lock:
             self._pending.clear()
 
     def close(self) -> None:
-        """Add samples that are running and end the threads; they start again when needed."""
+        """Wait for running samples and end the threads; they start again when needed."""
         self.collect(wait=True)
         self._workers.close()
         if self._pool is not None:
@@ -149,7 +149,7 @@ class Monitor:
         return functools.partial(attend_each_native, pool=self._pool)
 
     def _measure(self, sample: Sample, each: Callable[..., Partial]) -> tuple[list[float], float]:
-        """In the Python thread: the sums, and the milliseconds of CPU time that they took."""
+        """Runs in the Python thread: the sums, and the milliseconds of CPU time that they took."""
         pool = self._pool
         began, before = time.thread_time(), pool.cpu_ms if pool else 0.0
         sums = measure(sample, each).tolist()
@@ -164,7 +164,7 @@ class Monitor:
         # Whatever goes wrong here must not end somebody's generation.
         counters.add("monitor_skipped", layer, pairs)
         counters.note(
-            "monitor", f"a sample was not measured, the next is tried again ({type(error).__name__}: {error})"
+            "monitor", f"a sample was not measured, later ones are tried again ({type(error).__name__}: {error})"
         )
         if not self._warned:
             self._warned = True
@@ -181,7 +181,7 @@ def _everything(setting: bool | float) -> bool:
 
 
 def planned(cache: Any, decode_step: int) -> dict[int, tuple[int, ...]]:
-    """KV heads to look at in a decode step (from 1), by layer; all pairs come by in turn, see ``_scattered``."""
+    """KV heads to sample in a decode step (from 1), by layer; all pairs take turns, see ``_scattered``."""
     setting = cache.scout_config.monitor
     methods = [layer.method for layer in cache.scout_layers if layer.method is not None]
     pairs = sum(method.kv_heads for method in methods)
@@ -201,9 +201,9 @@ def planned(cache: Any, decode_step: int) -> dict[int, tuple[int, ...]]:
 
 @functools.lru_cache(maxsize=8)
 def _scattered(layers: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
-    """All pairs of a layer and one of its heads, layers first, so that a few in a row lie all over the model.
+    """All pairs of a layer and a head, ordered so that a few successive pairs are spread over the model.
 
-    Layers may lose very differently: in order of number, a short run would see the first ones only.
+    Layers lose very different amounts, and in numerical order a short run would sample the first ones only.
     """
     found = []
     for turn in range(max(heads for _, heads in layers)):
@@ -215,7 +215,7 @@ def _scattered(layers: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
 
 
 def _stride(count: int) -> int:
-    """What visits all of so many things, taken again and again, and lies near the golden section of them."""
+    """A step that visits all of ``count`` items before it repeats, near the golden section of ``count``."""
     able = [step for step in range(1, count + 1) if math.gcd(step, count) == 1]
     return min(able, key=lambda step: abs(step - 0.618 * count))
 
@@ -254,9 +254,9 @@ def _marks(attended: list[Any] | None, heads: list[int], rows: int, blocks: int,
         ids = ids[:, heads].to(device, torch.int64)
         if used is not None:
             used = used[:, heads].to(device)
-            if used.dim() == 2:  # how many of a packed list
+            if used.dim() == 2:  # counts of packed lists
                 used = torch.arange(ids.shape[2], dtype=torch.int64, device=device) < used.unsqueeze(2)
             ids = ids.masked_fill(~used, blocks)
-        # What is not a whole block, and empty slots, go to a place behind.
+        # Blocks that are not whole, and empty slots, go to an extra column.
         marks.scatter_(2, ids.masked_fill((ids < 0) | (ids > blocks), blocks), True)
     return marks[:, :, :blocks]

@@ -1,4 +1,4 @@
-"""The names that let transformers find scout_hf's attention, on all configs of one decoder; put on and taken off."""
+"""Sets and removes the attention names of scout_hf on all configs of one decoder."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from scout_hf.plain_attention import is_of_transformers, seen, why_not_plain
 
 
 class AttentionNames:
-    """Names over the implementations of a decoder's configs, as long as what is below them is plain attention.
+    """Attention names on a decoder's configs, on top of implementations that are plain attention.
 
     Parameters
     ----------
     decoder : Module
     layers : iterable of Module
     any_attention : bool
-        Take any attention for plain.
+        Accept any attention as plain.
     """
 
     def __init__(self, decoder: torch.nn.Module, layers: Iterable[torch.nn.Module], any_attention: bool):
         inside = [module for layer in layers for module in layer.modules() if "config" in module.__dict__]
         configs = [_config_of(module) for module in (decoder, *inside)]
         self._configs = list({id(config): config for config in configs}.values())
-        # One of each kind attends as all of them do.
+        # One module per class and config stands for all of them.
         attending = [module for module in inside if hasattr(module, "layer_idx")]
         self._kinds = list({(type(m), id(_config_of(m))): m for m in attending}.values())
         self._any = any_attention
@@ -36,20 +36,20 @@ class AttentionNames:
 
     @property
     def foreign(self) -> bool:
-        """Whether code that is not of transformers attends, and nobody has said that it is plain."""
+        """Whether code outside transformers attends, and ``any_attention`` is not set."""
         return not self._any and not all(is_of_transformers(module) for module in self._kinds)
 
     def put_on(self) -> None:
-        """Raises UnsupportedModelError, before anything is changed, if attention is not known to be plain."""
+        """Set the names. Raises UnsupportedModelError, before any change, if attention is not known to be plain."""
         if (found := self._not_plain()) is not None:
             raise UnsupportedModelError(found)
         for config in self._configs:
             self._put_on(config)
 
     def renew(self) -> None:
-        """Put names on where somebody has set others; raises PatchError if what is attended with is not plain now.
+        """Set the names again where they were changed. Raises PatchError if attention is no longer known to be plain.
 
-        Copies of a model have plain names at first.
+        A copy of a model starts with stock names.
         """
         if (found := self._not_plain()) is not None:
             raise PatchError(f"the attention implementation was changed after patch(): {found}")
@@ -61,7 +61,7 @@ class AttentionNames:
                 register_over(name)
 
     def take_off(self) -> None:
-        """Leave what was there before, or what somebody has set since; of names that are not on, nothing changes."""
+        """Restore the previous implementations, except where somebody has set another one since."""
         for config in self._configs:
             config._attn_implementation_internal = name_under(config, id(self))
 
@@ -73,7 +73,7 @@ class AttentionNames:
         self.take_off()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Functions of users may have no name to be pickled by.
+        # Functions of users may not be picklable.
         return self.__dict__ | {"_seen": None}
 
     def _put_on(self, config: Any) -> None:
@@ -93,7 +93,7 @@ class AttentionNames:
                 return (
                     f"{type(module).__name__} is not known to attend plainly: {reason}. Prompts would follow its rule "
                     "and decode steps would not; use transformers' own, as by model.set_attn_implementation('sdpa'), "
-                    "or patch(model, attention='sdpa') if it is plain softmax attention all the same"
+                    "or patch(model, attention='sdpa') if it is plain softmax attention"
                 )
         self._seen = now
         return None

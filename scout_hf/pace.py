@@ -1,4 +1,4 @@
-"""How fast passes follow each other, by the clock on the wall: no call here waits for a device."""
+"""Tokens per second of wall time. No call here synchronises with a device."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ import torch
 class Pace:
     """Tokens and seconds of passes with several tokens per row ("prefill") and of decode steps ("decode").
 
-    A pass takes until the next one of the same ``generate()`` begins, which waits for the tokens of the one before:
-    sampling and all else in between is in it. The last of a call has none after it and takes until its own end; on a
-    device, where work outlasts the call that started it, it is left out.
+    A pass lasts until the next one of the same ``generate()`` begins, which needs its tokens; so sampling is included.
+    The last pass of a call lasts until its own end; on a GPU, where launches return early, it is left out.
     """
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Start from nothing."""
+        """Set all sums to 0."""
         self._sums = {"prefill": [0, 0.0], "decode": [0, 0.0]}
         self._last: dict[int, _Pass] = {}
 
     def new_call(self) -> None:
-        """The calling thread begins a ``generate()``: what comes next has nothing to do with what was before."""
+        """The calling thread begins a ``generate()``, which ends its previous pass."""
         last = self._last.pop(threading.get_ident(), None)
         if last is not None:
             _add(self._sums, last, last.end)
@@ -40,7 +39,7 @@ class Pace:
         self._last[thread] = this
 
     def end(self) -> None:
-        """The calling thread's pass got through; one that does not is not counted."""
+        """The calling thread's pass succeeded; passes that fail are not counted."""
         last = self._last.get(threading.get_ident())
         if last is not None:
             last.done, last.end = True, time.perf_counter() if last.waits else None
@@ -61,7 +60,7 @@ class _Pass:
     __slots__ = ("begun", "cache", "done", "end", "queries", "rows", "tokens", "waits")
 
     def __init__(self, step: Any, inputs: torch.Tensor):
-        # Not the cache itself, which must not live on for this.
+        # The id, not the cache: it must not be kept alive for this.
         self.cache, self.tokens, self.queries, self.rows = id(step.cache), step.tokens, step.queries, inputs.shape[0]
         self.waits = _waits(inputs)
         self.done = False
@@ -69,13 +68,13 @@ class _Pass:
         self.begun = time.perf_counter()
 
     def leads_to(self, other: _Pass) -> bool:
-        """Whether ``other`` goes on where this one ended; a prompt after a decoded token may be hours later."""
-        goes_on = other.cache == self.cache and other.tokens == self.tokens + other.queries
-        return goes_on and (other.queries == 1 or self.queries > 1)
+        """Whether ``other`` continues this pass; a prompt after a decode step may come hours later and does not."""
+        continues = other.cache == self.cache and other.tokens == self.tokens + other.queries
+        return continues and (other.queries == 1 or self.queries > 1)
 
 
 def _waits(inputs: torch.Tensor) -> bool:
-    """Whether a pass ends when its work does."""
+    """Whether a call returns only when its work is done, as on a CPU."""
     return inputs.is_cpu
 
 

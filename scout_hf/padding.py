@@ -1,4 +1,4 @@
-"""Which tokens of a batch are padding, known on the host, so that no decode step has to ask the device for it."""
+"""The padding mask of a batch, kept on the host, so that decode steps need not read it from the device."""
 
 from __future__ import annotations
 
@@ -13,37 +13,42 @@ SPARE_TOKENS = 256
 
 
 class Padding:
-    """What a cache remembers of the masks that came with its tokens; copies of the cache begin without.
+    """The padding mask of a cache's tokens. Copies of the cache start without one.
 
-    A mask on a GPU is read once. After that one more token per row is taken to be no padding and all others to be what
-    they were, which is compared on the GPU and looked at a step later.
+    A mask on a GPU is read once. After that each decode step assumes one more real token per row and no other change.
+    This is compared on the GPU, and the result is read one step later.
     """
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """The rows are others now."""
-        # Where there is no last mask, the others say nothing.
+        """Forget the mask, since rows have changed."""
+        # Without a last mask the other attributes are not used.
         self._last: torch.Tensor | None = None
         self._tokens = -1
         self._known: torch.Tensor | None = None
         self._compared: tuple[torch.Tensor, Mark] | None = None
 
     def of(self, mask: torch.Tensor | None, rows: int, tokens: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The mask of a forward pass as bool (batch, tokens), where it came and on the CPU; None where all are real.
+        """The padding mask of a forward pass, on its own device and on the CPU; None without padding.
 
         Parameters
         ----------
         mask : Tensor (batch, tokens) or None
-            As the model gets it.
+            The ``attention_mask`` of the model.
         rows, tokens : int
-            Of the inputs; tokens per row with those that are cached.
+            Rows of the inputs; tokens per row, cached ones included.
+
+        Returns
+        -------
+        tuple of Tensor (batch, tokens) of bool, or None
+            False for padding.
 
         Raises
         ------
         UnsupportedInputError
-            If the mask has another size, or in the step before was another one than taken for granted.
+            If the mask has another size, or the mask of the previous step was not the assumed one.
         """
         if mask is None:
             self.forget()
@@ -79,9 +84,9 @@ class Padding:
         if not bool(same):
             self.forget()
             raise UnsupportedInputError(
-                "the attention_mask of the last decode step was not the one before it and one real token more per row, "
-                "as a mask on a GPU is taken to be; the output ignored the difference. Pass such a mask on the CPU, or "
-                "with a pass of several tokens"
+                "the attention_mask of the last decode step was not the one before it plus one real token per row, as "
+                "scout_hf assumes for masks on a GPU; the output ignored the difference. Pass such a mask on the CPU, "
+                "or with a pass of several tokens"
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Padding:

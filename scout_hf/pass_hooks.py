@@ -1,4 +1,4 @@
-"""The hooks of a patched model: what is done when a forward pass begins, before each of its layers, and at its end."""
+"""The hooks of a patched model: at the begin of a forward pass, before each layer, and at the end."""
 
 from __future__ import annotations
 
@@ -35,27 +35,27 @@ BYTES_EVERY = 16
 
 
 class PassHooks:
-    """Opens a step where a pass with a ScoutCache begins, lets methods work ahead in it, and closes it at its end.
+    """Opens a step when a pass with a ScoutCache begins, lets methods work one layer ahead, and closes it at the end.
 
     Parameters
     ----------
     model : PreTrainedModel
     config : ScoutConfig
-        Of the patch; settings of a pass are those of its cache.
+        Settings of the patch; a pass uses those of its cache.
     family : Family
     names : AttentionNames
-        Renewed in each pass.
+        Checked and renewed in each pass.
 
     Attributes
     ----------
     backend, movers, links, counters, monitor
-        What all steps of this model share, see :class:`scout_hf.step.Step`.
+        Shared by all steps of this model, see :class:`scout_hf.step.Step`.
     running : RunningPasses
-        Passes that are running now, in any thread.
+        Passes that are running, in any thread.
     tracer : Tracer or None
-        What records the decode steps now.
+        Records decode steps while a trace is open.
     kv_bytes, huge_page_bytes
-        As last measured, see :class:`scout_hf.Stats`.
+        Last measurements, see :class:`scout_hf.Stats`.
     """
 
     def __init__(self, model: Any, config: ScoutConfig, family: Any, names: AttentionNames):
@@ -64,7 +64,7 @@ class PassHooks:
         self._text_config = model.config.get_text_config(decoder=True)
         self.parts = Parts(family, self._decoder)
         self.backend = make_backend(config.cpu_backend, config.threads)
-        # For transfers that the backend cannot make itself, apart from the jobs that attend.
+        # Threads for transfers that the backend cannot make, separate from attention jobs.
         self.movers, self.links = Workers(), Links()
         self.counters, self.monitor = Counters(), Monitor()
         self.running = RunningPasses()
@@ -74,8 +74,8 @@ class PassHooks:
         self.huge_page_bytes = 0
 
     def install(self, changes: Changes) -> None:
-        """Hang the hooks into the model."""
-        # The outer model opens the pass too: multi-modal models make their masks before the decoder is called.
+        """Register the hooks."""
+        # The outer model opens the pass too: multi-modal models make their masks before they call the decoder.
         for module in {id(m): m for m in (self._model, self._decoder)}.values():
             changes.make(Hook(module.register_forward_pre_hook, self.open, with_kwargs=True))
             changes.make(Hook(module.register_forward_hook, self.close, with_kwargs=True, always_call=True))
@@ -84,24 +84,24 @@ class PassHooks:
             changes.make(Hook(layer.register_forward_pre_hook, hook, with_kwargs=True))
 
     def end(self) -> None:
-        """End threads and what waits for them; they start again when needed."""
+        """End all threads and an open trace; threads start again when needed."""
         tracing = () if self.tracer is None else (self.tracer.close,)
         call_all(*tracing, self.monitor.close, self._wait_for_devices, self.backend.close, self.movers.close)
 
     def is_exact(self, config: ScoutConfig) -> bool:
-        """Whether these settings attend to everything with the real query."""
+        """Whether decode steps with these settings attend to all tokens with the real query."""
         return find_method(config.method).is_exact(config, self._model.device)
 
     def _wait_for_devices(self) -> None:
-        # Jobs that a stream still waits for must not be dropped.
+        # Jobs that a stream waits for must not be dropped.
         for device in {weight.device for weight in self._decoder.parameters() if weight.is_cuda}:
             torch.cuda.synchronize(device)
 
     @keeps_tensors
     def open(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        """Before the model or its decoder: a pass begins, or goes on inside one."""
+        """Before the model or its decoder: open a pass, unless it runs inside one."""
         if kwargs is None:
-            return  # torch calls hooks like that which are being removed
+            return  # torch calls a hook this way while it is being removed
         given = named_arguments(module, args, kwargs)
         cache = given_cache(given)
         step = active_step()
@@ -113,13 +113,15 @@ class PassHooks:
                 return
             if step.is_running():
                 raise UnsupportedInputError(
-                    "a forward pass with a ScoutCache called a patched model again from inside itself (a hook?); give "
-                    "the inner call to an unpatched model, or make it before or after"
+                    "a forward pass with a ScoutCache called a patched model again from inside itself (a hook?); use "
+                    "an unpatched model for the inner call, or make it before or after the pass"
                 )
-            # Left behind by an interrupt, which no hook of torch sees.
+            # It was interrupted; torch calls no hooks for interrupts.
             step.abort()
         if UNREAD and isinstance(given.get(UNREAD), ScoutCache):
-            raise UnsupportedInputError(f"{UNREAD}=ScoutCache(...): this release of transformers calls it {CACHE}")
+            raise UnsupportedInputError(
+                f"{UNREAD}=ScoutCache(...) is ignored by this release of transformers; pass it as {CACHE}"
+            )
         if self.running.ended:
             return
         if not isinstance(cache, ScoutCache):
@@ -170,7 +172,7 @@ class PassHooks:
 
     @keeps_tensors
     def close(self, module: torch.nn.Module, args: tuple[Any, ...], *given: Any) -> None:
-        """After the model or its decoder, with an output or with an error: the pass ends with the outermost."""
+        """After the model or its decoder, with an output or an error: the outermost call closes the pass."""
         output = given[-1]
         step = active_step()
         if step is None or step.backend is not self.backend:
@@ -195,7 +197,7 @@ class PassHooks:
             self.kv_bytes = step.cache.tier_bytes()
         if step.queries == step.tokens > 1:
             self.huge_page_bytes = step.cache.huge_page_bytes()
-        # Last: whoever gets an error instead of the output has a cache without these tokens.
+        # Last, so that after an error above the cache is rolled back.
         step.cache.guard.leave_pass()
         self.running.leave(step)
 
@@ -203,7 +205,7 @@ class PassHooks:
     def before_layer(
         self, index: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> None:
-        """Before a layer: keep its inputs for methods that take them, and let the next layer work ahead."""
+        """Before a layer: keep its inputs for methods that need them, and let the next layer work ahead."""
         step = active_step()
         layers = self._family.layers(self._decoder)
         if step is None or kwargs is None or index >= len(step.cache.layers):
@@ -228,13 +230,13 @@ class PassHooks:
 
 
 def is_patched(decoder: torch.nn.Module) -> bool:
-    """Whether a decoder has hooks of a patch, of whatever model it is a part."""
+    """Whether a decoder has hooks of a patch, also one of another model that shares it."""
     hooks = decoder._forward_pre_hooks.values()
     return any(isinstance(getattr(hook, "__self__", None), PassHooks) for hook in hooks)
 
 
 def _calling_frame() -> FrameType | None:
-    """The frame of the module call whose pre-hook asks; None under torch.compile, which has none."""
+    """The frame of the module call that runs this pre-hook; None under torch.compile."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_name not in ("inner", "_call_impl"):
         frame = frame.f_back

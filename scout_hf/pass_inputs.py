@@ -1,4 +1,4 @@
-"""The arguments of a forward pass by their names, and which of them a ScoutCache cannot serve."""
+"""The arguments of a forward pass by name, and checks that a ScoutCache supports them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scout_hf.errors import UnsupportedInputError
 
 
 def named_arguments(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Positional arguments of the module's ``forward`` among those by keyword."""
+    """All arguments of the module's ``forward`` by name."""
     if not args:
         return kwargs
     names = list(inspect.signature(type(module).forward).parameters)[1:]
@@ -19,18 +19,18 @@ def named_arguments(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
 
 
 def refuse_unservable(module: torch.nn.Module, given: dict[str, Any], inputs: torch.Tensor) -> None:
-    """Raise UnsupportedInputError for a mask, an output or gradients that no ScoutCache gives."""
+    """Raise UnsupportedInputError for masks, outputs or gradients that a ScoutCache does not support."""
     mask = given.get("attention_mask")
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
         kind = f"{mask.dim()}-D" if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise UnsupportedInputError(
-            f"attention_mask is {kind}; a ScoutCache takes a 2-D padding mask (batch, tokens), since a custom pattern "
-            "cannot be kept block-sparse; use a DynamicCache for this call"
+            f"attention_mask is {kind}; a ScoutCache takes a 2-D padding mask (batch, tokens), not a custom pattern; "
+            "use a DynamicCache for this call"
         )
     if given.get("output_attentions"):
         raise UnsupportedInputError(
-            "output_attentions=True cannot be served from a ScoutCache: no attention weights exist; use a DynamicCache "
-            "for this call"
+            "output_attentions=True is not supported with a ScoutCache: attention weights are never computed in whole; "
+            "use a DynamicCache for this call"
         )
     if torch.is_grad_enabled() and (inputs.requires_grad or _learns(module)):
         raise UnsupportedInputError(

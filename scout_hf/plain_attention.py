@@ -1,7 +1,7 @@
-"""Which attention is known to be plain: softmax over what a causal mask leaves, the same in prompts and decode steps.
+"""Which attention functions are known to be plain causal softmax attention.
 
-Decode steps attend by scout_hf's own kernels, prompts by the function that the model had. Where that function does
-something else, the two would follow different rules, so that only what is known is taken.
+Decode steps use scout_hf's kernels, prompts the model's own attention function. If that function computes something
+else, the two would differ. So only known functions are accepted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _EAGER, _TABLE = "eager_attention_forward", "ALL_ATTENTION_FUNCTIONS"
 
 
 def attention_function(name: str, module: torch.nn.Module) -> Callable[..., tuple[Any, ...]]:
-    """What ``module`` attends with under the implementation ``name``, as its model's file looks it up."""
+    """The attention function of ``module`` under the implementation ``name``, looked up as its model's file does."""
     # Base classes are searched too: users and FSDP subclass attention in modules of their own.
     homes = [sys.modules.get(cls.__module__) for cls in type(module).__mro__]
     table = next((found for home in homes if (found := getattr(home, _TABLE, None)) is not None), None)
@@ -37,9 +37,9 @@ def attention_function(name: str, module: torch.nn.Module) -> Callable[..., tupl
 
 
 def prompt_function(name: str, module: torch.nn.Module, special: bool) -> tuple[str, Callable[..., tuple[Any, ...]]]:
-    """The implementation that a whole prompt goes through: the one of the model where it is plain and its masks known.
+    """Name and function of the implementation for a whole prompt: the model's own if it is known to be plain.
 
-    Else sdpa, or eager attention, which alone knows soft caps and sinks (``special``).
+    Else sdpa, or eager attention for softcaps and sinks (``special``).
     """
     name = name.removeprefix("paged|")
     if name != "flex_attention" and why_not_plain(name, module) is None:
@@ -54,13 +54,13 @@ def prompt_function(name: str, module: torch.nn.Module, special: bool) -> tuple[
 
 
 def prompt_mask_function(name: str) -> Callable[..., Any]:
-    """What makes masks for the function that ``prompt_function`` gives."""
+    """The mask function that belongs to the function of ``prompt_function``."""
     mask = ALL_MASK_ATTENTION_FUNCTIONS.get(name.removeprefix("paged|"))
     return mask if mask is not None and _is_known(name) and _is_of(mask, "transformers") else sdpa_mask
 
 
 def why_not_plain(name: str, module: torch.nn.Module) -> str | None:
-    """What is not known of how ``module`` attends under the implementation ``name``, or None where all is."""
+    """Why the attention of ``module`` under the implementation ``name`` is not known to be plain, or None if it is."""
     name = name.removeprefix("paged|")
     if not _is_known(name):
         return f"its attention implementation {name!r} is none of transformers' own"
@@ -74,12 +74,12 @@ def why_not_plain(name: str, module: torch.nn.Module) -> str | None:
     if mask is not None and not _is_of(mask, "transformers"):
         return f"the mask function of its attention implementation {name!r} was replaced by {_origin(mask)}"
     if name == "eager" and getattr(module, "reorder_and_upcast_attn", False):
-        return "reorder_and_upcast_attn=True lets its eager attention go another way; sdpa takes no notice of it"
+        return "reorder_and_upcast_attn=True changes its eager attention; sdpa ignores that setting"
     return None
 
 
 def seen(name: str, module: torch.nn.Module) -> tuple[Any, ...]:
-    """What must stay the same for ``why_not_plain`` to say the same again; cheap."""
+    """A cheap key: while it is unchanged, so is the answer of ``why_not_plain``."""
     name = str(name)
     try:
         function = attention_function(name, module)
@@ -89,7 +89,7 @@ def seen(name: str, module: torch.nn.Module) -> tuple[Any, ...]:
 
 
 def is_of_transformers(module: torch.nn.Module) -> bool:
-    """Whether the class of ``module`` attends by code of transformers; users replace ``forward`` too."""
+    """Whether the ``forward`` of the class of ``module`` is code of transformers; users replace it too."""
     return f"{_home(module)}.".startswith("transformers.")
 
 
@@ -104,7 +104,7 @@ def _home(module: torch.nn.Module) -> str:
 
 
 def _is_of(function: Any, package: str) -> bool:
-    """Whether the code of ``function``, and of all that it wraps, is from that package, whatever it says of itself."""
+    """Whether the code of ``function``, and of all that it wraps, is from ``package``, whatever its ``__module__``."""
     while function is not None:
         origin = _code_home(function)
         if origin != package and not origin.startswith(f"{package}."):
@@ -118,7 +118,7 @@ def _code_home(function: Any) -> str:
 
 
 def _origin(function: Any) -> str:
-    # By its code: wrappers take over the names of what they wrap.
+    # From its code object: wrappers copy the name of the wrapped function.
     code = getattr(_called(function), "__code__", None)
     name = type(function).__name__ if code is None else code.co_name
     return f"{name} of {_code_home(function) or type(function).__module__}"

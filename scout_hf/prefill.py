@@ -1,4 +1,4 @@
-"""The first pass over a prompt, through the kernel the model had before, without a square mask unless it takes one."""
+"""Attention of a whole prompt with the model's own kernel, if possible without a mask over queries and keys."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def prefill(
     stock : callable
         The model's previous attention function.
     name : str
-        Its name; eager attention is not causal by itself, flash kernels take no mask over queries and keys.
+        Its name. Eager attention is not causal without a mask; flash kernels take no mask over queries and keys.
     module, query, keys, values, kwargs
-        As transformers hands them to an attention function; query is (batch, query_heads, tokens, head_dim).
+        Arguments of an attention function of transformers; query is (batch, query_heads, tokens, head_dim).
     mask : Tensor (batch, tokens) of bool, or None
-        Tokens that are no padding.
+        Padding mask, False for padding.
 
     Returns
     -------
@@ -56,12 +56,12 @@ def prefill(
             # In the dtype of the kernel's answer: autocast may change it.
             out = part.new_zeros((query.shape[0], query.shape[2], *part.shape[2:]))
         out[rows, start:] = part
-    # A chunk of nothing but padding has no tokens to run the kernel on.
+    # Only padding: there is nothing to run the kernel on.
     return query.new_zeros(query.shape).transpose(1, 2) if out is None else out
 
 
 def left_padding(mask: torch.Tensor) -> torch.Tensor | None:
-    """Padding tokens in front of each row, (batch,), or None where padding is anywhere else."""
+    """Number of padding tokens at the start of each row, (batch,); None if padding is elsewhere too."""
     starts = (~mask).sum(-1)
     expected = torch.arange(mask.shape[1], dtype=torch.int64, device=mask.device) >= starts[:, None]
     return starts if bool((mask == expected).all()) else None
@@ -85,7 +85,7 @@ def _masked(
         allowed = (order[first:last, None] >= order[None, :last])[None, None]
         if mask is not None:
             allowed = allowed & mask[:, None, None, :last]
-            # A query with nothing before it but padding sees itself: its output is never used, and it stays finite.
+            # A padding query attends to itself: its output is not used, but must be finite.
             itself = order[first:last, None] == order[None, :last]
             allowed = allowed | (itself & ~allowed.any(-1, keepdim=True))
         if not takes_bool_mask:

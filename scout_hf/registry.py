@@ -1,4 +1,4 @@
-"""Implementations known by name, one registry per setting that takes a name."""
+"""Registries of implementations by name, one per setting that takes a name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from scout_hf.errors import ConfigError
 
 
 class Named(Protocol):
-    """What a registry holds: classes that give themselves a name."""
+    """A class with a ``name``."""
 
     name: str
 
@@ -23,9 +23,9 @@ class Registry(Generic[T]):
     Parameters
     ----------
     setting : str
-        The field of ScoutConfig that names one, for messages.
+        The field of ScoutConfig that takes such a name, for error messages.
     also : tuple of str
-        Further values that the setting takes and the caller resolves, such as "auto".
+        Further values of the setting that the caller resolves, such as "auto".
     """
 
     def __init__(self, setting: str, also: tuple[str, ...] = ()):
@@ -33,7 +33,7 @@ class Registry(Generic[T]):
         self._classes: dict[str, type[T]] = {}
 
     def register(self, given: type[T], base: type[Any]) -> type[T]:
-        """Add a subclass of ``base`` that sets ``name``; ConfigError if it is none or the name is taken."""
+        """Add a subclass of ``base`` that sets ``name``; ConfigError if it is not one, or the name is taken."""
         if not isinstance(given, type) or not issubclass(given, base) or not given.name:
             raise ConfigError(
                 f"{given!r} is no {self.setting}: register a subclass of {base.__name__} that sets a name"
@@ -52,7 +52,7 @@ class Registry(Generic[T]):
         return (*self.also, *sorted(self._classes))
 
     def find(self, name: str) -> type[T]:
-        """The class of that name, or ConfigError with the names there are."""
+        """The class of that name; ConfigError lists the known names."""
         if name not in self._classes:
             known = ", ".join(map(repr, self.names()))
             near = difflib.get_close_matches(name, self.names(), 1) if isinstance(name, str) else []

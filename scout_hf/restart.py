@@ -1,4 +1,4 @@
-"""Models that drop their cache to begin again: LongRoPE changes the angles of all positions at a length."""
+"""Models that drop their cache and prefill again: LongRoPE changes the angles of all positions at a certain length."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ PREPARE_INPUTS = "prepare_inputs_for_generation"
 
 
 class RestartingInputs:
-    """``prepare_inputs_for_generation`` under which a ScoutCache that the model drops is emptied and filled again.
+    """Replaces ``prepare_inputs_for_generation``: empties and refills a ScoutCache that the model drops.
 
-    Phi-3, Phi-4 and PhiMoE leave out the cache of the pass that first goes beyond
-    ``original_max_position_embeddings``, a long prompt's as well; the pass would make a DynamicCache, and the rest of
-    ``generate()`` would be stock.
+    Phi-3, Phi-4 and PhiMoE drop the cache in the first pass beyond ``original_max_position_embeddings``, also in a long
+    prompt. That pass would make a DynamicCache, and the rest of ``generate()`` would be stock.
     """
 
-    # An object, not a closure: a copy of the model must prepare for itself.
+    # An object, not a closure: a deep copy of the model needs its own.
     def __init__(self, prepare: Callable[..., dict[str, Any]]):
         self._prepare = prepare
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """generate() reads what a model takes off this function."""
+        """Signature of the replaced function, from which generate() reads the model's arguments."""
         return inspect.signature(self._prepare)
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -34,7 +33,7 @@ class RestartingInputs:
         cache = given_cache(kwargs)
         if isinstance(cache, ScoutCache) and given_cache(inputs) is None:
             if kwargs.get("next_sequence_length") is not None:
-                # Older releases go on with the newest token alone, as if the cache were still there.
+                # Older releases pass only the newest token, as if the cache were still there.
                 inputs = self._prepare(*args, **kwargs | {"next_sequence_length": None})
             cache.reset()
             inputs[CACHE] = cache

@@ -1,4 +1,4 @@
-"""A model of an unknown family is tried once, on a few tokens, before patch() returns."""
+"""A trial run of models of unknown families, on a few tokens, before patch() returns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from scout_hf.patches.quiet import compiled_from
 TOKENS = 6
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 HISTORY = 2**16
-"""Elements of the largest buffer that a layer would write to; packed weights are larger, and are not written to."""
+"""Buffers of more elements are taken for packed weights, which no pass writes to, and are not copied."""
 
 _HOOKS = (
     "_forward_pre_hooks",
@@ -33,16 +33,15 @@ _HOOKS = (
 
 
 def check_unknown_family(model: Any, family: Any, handle_of: Callable[[Any], Any], foreign: bool) -> None:
-    """Compare patched with stock logits on a short prompt and one decode step; known families pass unseen.
+    """Compare patched with stock logits on a short prompt and one decode step.
 
-    Not where code that is not of transformers attends (``foreign``), whatever the family is called. What runs is a twin
-    of the model without its hooks, patched for the moment by ``handle_of(twin)``: nobody who watches or steers the
-    model sees the trial.
+    Known families are not tried, unless code outside transformers attends (``foreign``). The trial runs on a twin of
+    the model without hooks, patched by ``handle_of(twin)``, so that hooks of users do not see it.
 
     Raises
     ------
     UnsupportedModelError
-        If the model cannot run with a ScoutCache, or answers differently.
+        If the model cannot run with a ScoutCache, or its logits differ.
     """
     if not isinstance(family, ProbeFamily) and not foreign:
         return
@@ -59,7 +58,7 @@ def check_unknown_family(model: Any, family: Any, handle_of: Callable[[Any], Any
     if not error <= allowed:
         raise UnsupportedModelError(
             f"{name} is of an unknown family and its patched logits differ by {error:.2g} (allowed {allowed:.2g}): its "
-            "attention does something that scout_hf cannot follow; use it unpatched"
+            "attention does something that scout_hf does not support; use it unpatched"
         )
 
 
@@ -73,7 +72,7 @@ def _trial(model: Any, name: str, handle: Any) -> tuple[torch.Tensor, torch.Tens
             second = model(input_ids=ids[:, -1:], **{CACHE: cache}, use_cache=True).logits[:, -1]
             return first, second, model(input_ids=ids, use_cache=False).logits
     except ScoutError as error:
-        raise UnsupportedModelError(f"{name} is of an unknown family and cannot be served: {error}") from error
+        raise UnsupportedModelError(f"{name} is of an unknown family and is not supported: {error}") from error
     except Exception as error:
         raise UnsupportedModelError(
             f"{name} is of an unknown family and its trial run failed ({type(error).__name__}: {error}); add "
@@ -82,7 +81,7 @@ def _trial(model: Any, name: str, handle: Any) -> tuple[torch.Tensor, torch.Tens
 
 
 def twin(module: nn.Module) -> nn.Module:
-    """The same weights in modules of their own, without hooks and with copies of what a pass could write to."""
+    """A model with the same weights in new modules, without hooks, and with copies of buffers that a pass may write."""
     while (inner := compiled_from(module)) is not None:
         module = inner
     view = object.__new__(type(module))
@@ -91,7 +90,7 @@ def twin(module: nn.Module) -> nn.Module:
     own.update((hooks, OrderedDict()) for hooks in _HOOKS)
     own["_compiled_call_impl"] = None
     if "rope_deltas" in own:
-        own["rope_deltas"] = None  # the shift of the last prompt's images; the trial has none
+        own["rope_deltas"] = None  # offset of the last prompt's images, which the trial does not have
     own["_modules"] = {name: child if child is None else twin(child) for name, child in module._modules.items()}
     own["_buffers"] = {name: _own(buffer) for name, buffer in module._buffers.items()}
     for name in ("forward", "_old_forward"):
@@ -105,7 +104,7 @@ def _own(buffer: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _bound_to(view: nn.Module, module: nn.Module, function: Any) -> Any:
-    """A function that somebody, such as accelerate, stored on the module, for the twin."""
+    """The same function for the twin; accelerate and others store functions on modules."""
     if isinstance(function, MethodType) and function.__self__ is module:
         return MethodType(function.__func__, view)
     if isinstance(function, functools.partial) and function.args[:1] == (module,):

@@ -1,8 +1,8 @@
 """How many tokens to recompute: the cost model of KVPR (arXiv 2411.17089, section 3.2), one layer ahead.
 
-The paper lets a layer's transfers begin with the layer: inputs first, then the rest beside the computing,
-``l * input_s + max(l * compute_s, (n - l) * kv_s)``. Here they begin one layer before, so that in the long run link and
-device are both busy all the time, and a layer takes as long as the slower one of them.
+In the paper a layer's transfers begin with the layer: inputs first, then KV beside the recomputation,
+``l * input_s + max(l * compute_s, (n - l) * kv_s)``. Here they begin one layer earlier, so that link and device are
+both always busy, and a layer takes as long as the slower of the two.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class Rates:
     Attributes
     ----------
     input_s, kv_s : float
-        Per token: for its inputs, and for its keys and values, to cross the link.
+        Per token: transfer of its inputs; transfer of its keys and values.
     compute_s : float
-        Per token: for keys and values to be made from the inputs.
+        Per token: computing keys and values from the inputs.
     other_s : float
-        Per layer: what the device does besides.
+        Per layer: all other work of the device.
     """
 
     input_s: float
@@ -32,22 +32,22 @@ class Rates:
     other_s: float = 0.0
 
     def computed(self, tokens: int, seconds: float) -> None:
-        """A step computed so many tokens in that time."""
+        """Update ``compute_s`` after a step that recomputed ``tokens`` tokens in ``seconds``."""
         self.compute_s += NEW_SHARE * (seconds / tokens - self.compute_s)
 
     def did_besides(self, seconds: float) -> None:
-        """What a layer took without waiting and computing again."""
+        """Update ``other_s`` with the time of a layer without waiting and recomputation."""
         self.other_s += (NEW_SHARE if self.other_s else 1.0) * (seconds - self.other_s)
 
 
 def layer_seconds(rates: Rates, tokens: int, split: int) -> float:
-    """What a layer takes when the first ``split`` of its ``tokens`` are recomputed."""
+    """Seconds of a layer if the first ``split`` of its ``tokens`` are recomputed."""
     link = split * rates.input_s + (tokens - split) * rates.kv_s
     return max(link, split * rates.compute_s + rates.other_s)
 
 
 def best_split(rates: Rates, tokens: int, most: int) -> int:
-    """The split of least :func:`layer_seconds`, at most ``most``: where link and device take equally long."""
+    """The split, at most ``most``, with the least :func:`layer_seconds`: link and device take equally long."""
     if rates.input_s >= rates.kv_s:
         return 0
     crossing = (tokens * rates.kv_s - rates.other_s) / (rates.compute_s + rates.kv_s - rates.input_s)

@@ -1,4 +1,4 @@
-"""One forward pass of a patched model: which cache, which padding, and what the layers share while it runs."""
+"""One forward pass of a patched model: its cache, its padding mask, and what its layers share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ACTIVE = threading.local()
 
 
 def active_step() -> Step | None:
-    """The forward pass that the calling thread is in, if it runs with a ScoutCache."""
+    """The forward pass with a ScoutCache that runs in the calling thread, or None."""
     return getattr(_ACTIVE, "step", None)
 
 
@@ -35,9 +35,9 @@ def set_active_step(step: Step | None) -> None:
 
 
 class Inputs(NamedTuple):
-    """What enters a layer: hidden states (batch, queries, hidden_size), and their positions, (1 or batch, queries).
+    """Inputs of a layer: hidden states (batch, queries, hidden_size), and their positions (1 or batch, queries).
 
-    Positions of several axes, as images have them, are (1 or batch, queries, axes).
+    Positions with several axes, as for images, are (1 or batch, queries, axes).
     """
 
     hidden: torch.Tensor
@@ -45,20 +45,20 @@ class Inputs(NamedTuple):
 
 
 def grid_positions(position_ids: torch.Tensor | None) -> torch.Tensor | None:
-    """Positions by axis, as a decoder gets them, put token by token; None where they have one axis.
+    """Positions with several axes, moved to (batch, queries, axes); None for positions with one axis.
 
-    The decoders of transformers take (3, batch, queries), or (4, batch, queries) with those of a text first, for masks.
+    Decoders of transformers take (3, batch, queries), or (4, batch, queries) with text positions for masks first.
     """
     return None if position_ids is None or position_ids.dim() != 3 else position_ids[-3:].movedim(0, -1)
 
 
 def makes_nothing(layer: int, hidden: torch.Tensor, position_ids: torch.Tensor | None) -> None:
-    """``Step.keys_values`` of a pass whose layers cannot be asked."""
+    """``Step.keys_values`` of a pass whose layers cannot compute keys and values from inputs."""
 
 
 @dataclass
 class Step:
-    """What every layer of one forward pass may ask.
+    """State of one forward pass, shared by its layers.
 
     Parameters
     ----------
@@ -67,37 +67,38 @@ class Step:
     queries : int
         New tokens per row; 1 is a decode step.
     tokens : int
-        Tokens per row once this pass is through, padding included.
-    mask, mask_here : Tensor (batch, tokens so far) of bool, or None
-        Which tokens exist, padding False, and the same on the CPU; None when all do.
+        Tokens per row after this pass, padding included.
+    mask, mask_here : Tensor (batch, tokens) of bool, or None
+        Padding mask, False for padding, and the same on the CPU; None without padding.
     backend, movers, links, counters
-        CPU attention, the thread that moves recalled blocks or waits for a device, the side streams of devices, and the
-        handle's tallies.
+        CPU attention, threads that move recalled blocks or wait for a device, side streams of devices, and the counters
+        of the handle.
     root : Module
-        The module whose call is this pass; modules inside it run within the pass.
+        The module whose call opened this pass.
     marks : list
-        The state of the cache's layers before this pass, to go back to if it fails.
-    monitor : Monitor or None
-        What looks at sampled layers of a decode step, and ``watched``, the KV heads whose turn it is, by layer.
+        The state of the cache's layers before this pass, for a rollback.
+    monitor, watched
+        The fidelity monitor or None, and the KV heads to sample in this step, by layer.
     inputs : dict of Inputs by layer, or None
-        Of the layers that have begun; None where the method takes none.
+        Inputs of the layers that have begun; None if the method needs none.
     positions : Tensor (1 or batch, queries, axes), or None
-        Where tokens of images are, for a method that takes inputs.
+        Positions of image tokens, for a method that needs inputs.
     keys_values : callable
-        ``(layer, hidden, position_ids)`` to the keys and values that the layer makes of such inputs, (batch, kv_heads,
-        tokens, head_dim) each; None while its weights are not on a device.
+        ``(layer, hidden, position_ids)`` to the keys and values that the layer computes from such inputs, (batch,
+        kv_heads, tokens, head_dim) each; None while its weights are not on a device.
     plain_masks : list
-        Masks over queries and keys that were made in this pass and are causal and padding alone.
+        Masks over queries and keys of this pass that are just causal and padding.
     allowed : Tensor (1 or batch, 1, 1 or queries, tokens) of bool, or None
-        In a pass of several tokens over a past, for the layer at hand: what each query sees, where that is not causal.
+        For the current layer, in a pass of several tokens over cached ones: which tokens each query may attend to, if
+        that is not causal.
     shared : dict
-        What layers of this pass tell each other, by method.
+        What layers of this pass share, by method.
     depth : int
         Nested modules of this pass that are still running.
     clock : Clock or None
-        The numbers of a step that is being captured to be run many times; see :mod:`scout_hf.graph`.
+        Numbers of a step that is being captured; see :mod:`scout_hf.graph`.
     frame : frame or None
-        Of the call that this pass is, to tell a pass that is running from one that was interrupted.
+        Frame of the call that opened this pass; shows whether it is still running.
     """
 
     cache: ScoutCache
@@ -129,7 +130,7 @@ class Step:
         return self.frame is not None and self._is_under(sys._getframe(1))
 
     def is_running(self) -> bool:
-        """Whether some thread is inside this pass, the calling one first; False for one left by an interrupt."""
+        """Whether any thread is inside this pass; False if it was interrupted."""
         if self.frame is None:
             return False
         return self._is_under(sys._getframe(1)) or any(map(self._is_under, sys._current_frames().values()))
@@ -140,14 +141,14 @@ class Step:
         return frame is not None
 
     def abort(self) -> None:
-        """End a pass that did not get through; the cache is as it was before."""
+        """End a pass that failed, and roll the cache back."""
         self.cache.rollback(self.marks)
 
     @property
     def real_mask(self) -> torch.Tensor:
-        """``mask`` of a pass that has one."""
+        """``mask``; ValueError without padding."""
         if self.mask is None:
-            raise ValueError("no token of this pass is padding: ask for `step.mask is None` first")
+            raise ValueError("this pass has no padding mask: check `step.mask is None` first")
         return self.mask
 
     def padding(self, device: torch.device) -> torch.Tensor:
@@ -155,7 +156,7 @@ class Step:
         if device not in self._masks:
             mask = self.real_mask if self.mask_here is None or device.type != "cpu" else self.mask_here
             if device.type == "cuda" and mask.device.type == "cpu":
-                mask = mask.pin_memory()  # else the copy would wait for the device
+                mask = mask.pin_memory()  # copies from pageable memory would synchronise
             self._masks[device] = mask.to(device, non_blocking=True)
         return self._masks[device]
 
@@ -167,7 +168,7 @@ class Step:
         return self._masks[key]
 
     def block_tokens(self, block_size: int, device: torch.device) -> torch.Tensor:
-        """Tokens of each block that are no padding, (batch, blocks) of int64."""
+        """Number of tokens in each block that are no padding, (batch, blocks) of int64."""
         key = ("block tokens", block_size, device)
         if key not in self._masks:
             self._masks[key] = self.token_mask(block_size, device).sum(-1)
@@ -181,7 +182,7 @@ class Step:
         return self._masks[key]
 
     def token_mask(self, block_size: int, device: torch.device) -> torch.Tensor:
-        """``mask`` cut into blocks, (batch, blocks, block_size), missing tokens of the last block False."""
+        """``mask`` in blocks, (batch, blocks, block_size); the last block is filled up with False."""
         key = (block_size, device)
         if key not in self._masks:
             batch, tokens = self.real_mask.shape
@@ -190,9 +191,9 @@ class Step:
         return self._masks[key]
 
     def context(self) -> float | torch.Tensor:
-        """Tokens per row that are no padding, mean over the rows; a number where all rows are alike."""
+        """Tokens per row that are no padding, mean over the rows; a Python number without padding."""
         return self.tokens if self.mask is None else self.row_tokens().float().mean()
 
     def row_tokens(self) -> torch.Tensor:
-        """Tokens of each row that are no padding, (batch,) on the CPU where they are known there."""
+        """Number of tokens in each row that are no padding, (batch,), on the CPU if the mask is known there."""
         return (self.real_mask if self.mask_here is None else self.mask_here).sum(-1)

@@ -1,4 +1,4 @@
-"""Why a forward pass of a patched model runs stock attention: what ``stats()`` counts and a warning tells once."""
+"""Why a forward pass of a patched model runs stock attention, for ``stats()`` and a warning."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _NONE, _UNUSED = "no cache was given", "use_cache=False"
 _MADE = "use_cache=True without a cache makes a DynamicCache"
 _UNUSED_BY_DEFAULT = "use_cache=False in the model's generation_config"
 MEANT = (_NONE, _UNUSED)
-"""Reasons of passes that whoever calls the model without a cache wants; nothing to warn of."""
+"""Reasons that the caller chose, such as a call without a cache; no warning."""
 
 
 def reason_to_generate_with_stock(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> str | None:
-    """Why this ``generate()`` gets no ScoutCache of its own, or None where it does, or where one was given."""
+    """Why this ``generate()`` uses no ScoutCache; None if it makes one or was given one."""
     given = given_cache(model_kwargs)
     if given is not None:
         return None if isinstance(given, ScoutCache) else _given(given)
     if generation_config.use_cache is False:
-        # That of the call is another object, also where nothing was given.
+        # The call has a config of its own, even if nothing was given.
         return _UNUSED_BY_DEFAULT if model.generation_config.use_cache is False else _UNUSED
     if generation_config.cache_implementation not in (None, "dynamic"):
         return f"cache_implementation={generation_config.cache_implementation!r}"
@@ -33,34 +33,34 @@ def reason_to_generate_with_stock(model: Any, generation_config: Any, model_kwar
 
 
 class StockWarnings:
-    """Says once for each reason that a patched model runs stock attention."""
+    """Warns, once for each reason, that a patched model runs stock attention."""
 
     def __init__(self, model_name: str):
         self._name = model_name
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def tell(self, reason: str) -> None:
-        """For whoever called the caller."""
-        if reason in MEANT or reason in self._told:
+        """Warn; the warning names the line that called the caller."""
+        if reason in MEANT or reason in self._warned:
             return
-        self._told.add(reason)
+        self._warned.add(reason)
         warnings.warn(
-            f"this call of the patched {self._name} runs stock attention: {reason}. Its answers are right, but "
-            "scout_hf is not used. To use it, leave that out, or pass handle.new_cache(). Told once; "
+            f"this call of the patched {self._name} runs stock attention: {reason}. Its output is right, but scout_hf "
+            "is not used. To use it, leave that out, or pass handle.new_cache(). This warning comes once; "
             "handle.stats() counts such passes",
             stacklevel=3,
         )
 
 
 def explain(cache: Any, reason: str) -> None:
-    """Let passes with this cache be counted under ``reason``."""
+    """Count passes with this cache under ``reason``."""
     if cache is not None:
         setattr(cache, _REASON, reason)
 
 
 def reason_of_pass(given: dict[str, Any]) -> str:
-    """What a forward pass without a ScoutCache is counted under, by the named arguments of its call."""
-    # Its name for continuous batching, in all releases.
+    """The reason under which a forward pass without a ScoutCache is counted, from its named arguments."""
+    # Continuous batching uses this name in all releases.
     cache = given_cache(given) if given.get(NEW) is None else given[NEW]
     if (reason := getattr(cache, _REASON, None)) is not None:
         return reason

@@ -1,7 +1,7 @@
-"""A timeline of decode steps: what the main thread, the CPU's threads, copies and a GPU did, and when.
+"""Timelines of decode steps: what the main thread, CPU threads, copies and a GPU did, and when.
 
-Nothing is recorded outside ``with handle.trace(...)``: the recorder hangs itself into the objects of a step while one
-runs, so that other steps cost nothing.
+The recorder replaces methods of the objects of a step while that step runs inside ``with handle.trace(...)``. Other
+steps cost nothing.
 """
 
 from __future__ import annotations
@@ -26,16 +26,29 @@ from scout_hf.trace_device import DeviceClocks
 
 MAIN, POOL, COPIES, LINK, SLOW_CPU = "main thread", "CPU pool", "copies", "link (emulated)", "CPU (emulated)"
 SPANS = {"ahead": "ahead", "attend": "attend", "settle": "settle", "before_replay": "ahead", "after_replay": "settle"}
-"""Calls of a method that are told of, and as what; the last two stand for the others where a graph runs the step."""
+"""Recorded calls of a method and their kinds; the last two replace the others in steps that a CUDA graph runs."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Something that took from ``begin`` to ``end``, in ns of ``time.perf_counter_ns``.
+    """One event of a timeline. Times are in ns of ``time.perf_counter_ns``.
 
-    ``kind`` is ``step``, ``layer``, ``ahead``, ``attend``, ``settle``, ``join``, ``attention`` (a job of the CPU),
-    ``copy``, or ``device`` (a step on a GPU); ``layer`` the layer that it is for, None for a step; ``submitted`` when
-    the main thread asked for it, None for what it does itself.
+    Attributes
+    ----------
+    lane : str
+        Where it ran, such as ``main thread`` or ``CPU pool``.
+    kind : str
+        ``step``, ``layer``, ``ahead``, ``attend``, ``settle``, ``join``, ``attention`` (a job on the CPU), ``copy``, or
+        ``device`` (a step on a GPU).
+    layer : int or None
+        The layer that it is for; None for a step.
+    begin, end : int
+    submitted : int or None
+        When the main thread submitted the job; None for what it does itself.
+
+    Examples
+    --------
+    >>> waited = sum(span.end - span.begin for span in trace.spans if span.kind == "join")
     """
 
     lane: str
@@ -47,7 +60,7 @@ class Span:
 
 
 class _Recorded:
-    """One step: what is known of it, and those that have not told yet when they ran."""
+    """The spans of one step, and jobs whose times are not known yet."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
@@ -61,11 +74,11 @@ class _Recorded:
         kind: str,
         layer: int | None,
     ) -> None:
-        """A span of which ``times`` tells begin and end, or None until it can."""
+        """Add a span whose begin and end ``times`` returns, or None until they are known."""
         self._unknown.append((times, submitted, lane, kind, layer))
 
     def ask(self) -> None:
-        """Ask those that have not told."""
+        """Add the spans whose times have become known."""
         unknown, self._unknown = self._unknown, []
         for times, submitted, lane, kind, layer in unknown:
             if (found := times()) is None:
@@ -80,7 +93,7 @@ class Tracer:
     Parameters
     ----------
     layers : sequence of Module
-        Of the decoder, for hooks that are there until ``close``. Without any, nothing is ever recorded.
+        Of the decoder; they have hooks until ``close``. Without layers nothing is recorded.
     steps : int
     """
 
@@ -96,7 +109,7 @@ class Tracer:
         self._hooks: list[Any] = []
         for index, layer in enumerate(layers):
             self._devices.append(next((weight.device for weight in layer.parameters()), torch.device("cpu")))
-            # Before the hook that works ahead: that is a part of the layer it runs in.
+            # Before the hook that works ahead, which is part of the layer that it runs in.
             enter = functools.partial(self._enter, index)
             self._hooks.append(layer.register_forward_pre_hook(enter, prepend=True))
             self._hooks.append(layer.register_forward_hook(functools.partial(self._leave, index)))
@@ -110,7 +123,7 @@ class Tracer:
         return bool(self._hooks)
 
     def spans(self) -> list[Span]:
-        """All that is kept, in the order of steps; a job that has not ended is left out. Waits for GPUs."""
+        """All spans in the order of steps, without jobs that have not ended. Waits for GPUs."""
         self._clocks.settle()
         for step in self._steps:
             step.ask()
@@ -119,13 +132,13 @@ class Tracer:
     # -- a step ---------------------------------------------------------------------------------------------------
 
     def begin(self, step: Any) -> None:
-        """A decode step begins; those of other threads than the first one are left alone."""
+        """A decode step begins; those of other threads than the first one are not recorded."""
         self._thread = self._thread or threading.get_ident()
         if threading.get_ident() != self._thread or not self.open:
             return
         self._end()
         for recorded in self._steps:
-            recorded.ask()  # the native pool forgets in time
+            recorded.ask()  # the native pool keeps times of recent jobs only
         for layer in step.cache.scout_layers:
             for name in SPANS:
                 if hasattr(layer.method, name):
@@ -142,12 +155,12 @@ class Tracer:
         self._began, self._marked = time.perf_counter_ns(), self._clocks.mark(self._devices[0])
 
     def end(self) -> None:
-        """The step is over, however it ended."""
+        """The step has ended, with or without an error."""
         if threading.get_ident() == self._thread:
             self._end()
 
     def close(self) -> None:
-        """Take everything away again; what was recorded stays."""
+        """Remove hooks and replaced methods; recorded steps are kept."""
         self._end()
         for hook in self._hooks:
             hook.remove()
@@ -163,14 +176,14 @@ class Tracer:
             now.spans.insert(0, Span(MAIN, "step", None, self._began, time.perf_counter_ns()))
             self._steps.append(now)
 
-    # -- what is hung in --------------------------------------------------------------------------------------------
+    # -- replaced methods --------------------------------------------------------------------------------------------
 
     def _recording(self) -> _Recorded | None:
-        """The running step, in the thread that is traced; asked once, since another thread may end the block."""
+        """The running step, in the thread that is traced; read once, since another thread may end the block."""
         return self._now if threading.get_ident() == self._thread else None
 
     def _replace(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
-        """Let ``owner.name(...)`` be ``around(step, the one before, ...)`` until the step ends."""
+        """Replace ``owner.name(...)`` by ``around(step, previous, ...)`` until the step ends."""
         before, own = getattr(owner, name), name in owner.__dict__
 
         def replaced(*args: Any, **kwargs: Any) -> Any:
@@ -219,7 +232,7 @@ class Tracer:
         return ticket
 
     def _moved(self, now: _Recorded, before: Callable[..., Any], *args: Any) -> Any:
-        # What is given a backend attends with it, and does not copy.
+        # Jobs that get a backend attend; others copy.
         attends = any(isinstance(arg, CpuBackend) for arg in args)
         lane, kind = (POOL, "attention") if attends else (COPIES, "copy")
         return self._job(lane, kind, now, before, *args)
@@ -245,7 +258,7 @@ class Tracer:
     def _on_device(
         self, now: _Recorded, device: torch.device, mark: Any, kind: str, layer: int | None, stream: str = ""
     ) -> None:
-        """What the device's current stream was given since ``mark``."""
+        """Add a span for the work on the device's current stream since ``mark``."""
         end = None if mark is None else self._clocks.mark(device)
         if end is not None:
             lane = " ".join(filter(None, (f"GPU {device.index or 0}", stream)))
@@ -253,14 +266,21 @@ class Tracer:
 
 
 class Trace:
-    """What ``with handle.trace(path)`` gives: files that are written when the block ends.
+    """Result of ``with handle.trace(path)``, complete when the block has ended.
 
     Attributes
     ----------
     path, image : Path
-        The timeline for Perfetto or chrome://tracing, and a picture of it.
+        The timeline for Perfetto or chrome://tracing, and a picture of its last step.
     spans : list of Span
-        The same, once the block has ended.
+        The timeline; empty inside the block.
+
+    Examples
+    --------
+    >>> with handle.trace("step.json") as trace:
+    ...     tokens = model.generate(**inputs, max_new_tokens=8)
+    >>> trace.image.name
+    'step.png'
     """
 
     def __init__(self, path: Path):
@@ -269,7 +289,7 @@ class Trace:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """The spans as ``path`` has them, in Chrome's trace event format."""
+        """The spans in Chrome's trace event format, as in ``path``."""
         from scout_hf.trace_files import trace_events
 
         return trace_events(self.spans)
@@ -283,9 +303,9 @@ def record(handle: Any, path: str | os.PathLike[str], steps: int) -> Iterator[Tr
     from scout_hf.trace_picture import draw
 
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ConfigError(f"steps={steps!r} is not allowed: a number of decode steps from 1 up; try 2")
+        raise ConfigError(f"steps={steps!r} is not allowed: steps takes a whole number from 1 up; try 2")
     if not isinstance(path, (str, os.PathLike)):
-        raise ConfigError(f"path={path!r} is not allowed: a file's name, ending in .json; try 'step.json'")
+        raise ConfigError(f"path={path!r} is not allowed: path takes the name of a .json file; try 'step.json'")
     trace = Trace(Path(path))
     check_timeline_path(trace.path, trace.image)
     handle._check_traceable()
@@ -297,9 +317,9 @@ def record(handle: Any, path: str | os.PathLike[str], steps: int) -> Iterator[Tr
         tracer.close()
     trace.spans = tracer.spans()
     if not trace.spans:
-        raise ConfigError("nothing was decoded with a ScoutCache inside the block: no step to write; generate() in it")
+        raise ConfigError("nothing was decoded with a ScoutCache inside the block; call generate() inside it")
     write(trace.spans, trace.path)
     config, shape = handle.config, type(handle.model).__name__
     rates = {"link": config.link_gbps, "CPU": config.cpu_gbps}
-    told = [f"{name} emulated at {rate:g} GB/s" for name, rate in rates.items() if rate is not None]
-    draw(trace.spans, trace.image, ", ".join([shape, config.method, *told]))
+    emulated = [f"{name} emulated at {rate:g} GB/s" for name, rate in rates.items() if rate is not None]
+    draw(trace.spans, trace.image, ", ".join([shape, config.method, *emulated]))

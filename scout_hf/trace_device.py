@@ -1,7 +1,7 @@
-"""When work on a GPU began and ended, told in the time of the host.
+"""When work on a GPU began and ended, in host time.
 
-Marks are events on streams, which cost the host about a microsecond each and wait for nothing. They are read once,
-when recording is over: one more event, whose end the host sees, ties the device's clock to its own.
+Marks are CUDA events, which cost the host about a microsecond each and do not synchronise. They are read when recording
+is over. One more event, whose end the host observes, relates the device's clock to the host's.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import torch
 
 
 class DeviceClocks:
-    """Marks on the streams of any number of devices; other devices than GPUs have none."""
+    """Marks on the streams of GPUs; other devices have none."""
 
     def __init__(self) -> None:
         self._anchors: dict[torch.device, tuple[torch.cuda.Event, int] | None] = {}
 
     def mark(self, device: torch.device) -> torch.cuda.Event | None:
-        """The end of what the device's current stream has been given so far; None where that has no time.
+        """Mark the end of the work on the device's current stream; None for a CPU or during graph capture.
 
-        An event in a captured graph belongs to the graph, and cannot be asked.
+        An event in a captured graph cannot be queried.
         """
         if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return None
@@ -33,7 +33,7 @@ class DeviceClocks:
     def between(
         self, device: torch.device, begin: torch.cuda.Event, end: torch.cuda.Event
     ) -> Callable[[], tuple[int, int] | None]:
-        """Asks for the time from one mark to the next, in ns of ``time.perf_counter_ns``; None until ``settle``."""
+        """A function that returns the times of two marks, in ns of ``time.perf_counter_ns``; None until ``settle``."""
 
         def times() -> tuple[int, int] | None:
             if (known := self._anchors[device]) is None:
@@ -45,11 +45,11 @@ class DeviceClocks:
         return times
 
     def settle(self) -> None:
-        """Wait for all devices that were marked, and read their clocks."""
+        """Wait for all marked devices, and read their clocks."""
         for device in self._anchors:
             torch.cuda.synchronize(device)
             anchor = torch.cuda.Event(enable_timing=True)
             anchor.record(torch.cuda.current_stream(device))
-            while not anchor.query():  # a thread that sleeps would notice later
+            while not anchor.query():  # poll: a sleeping thread would notice later
                 pass
             self._anchors[device] = anchor, time.perf_counter_ns()

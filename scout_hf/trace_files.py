@@ -1,4 +1,4 @@
-"""A recorded timeline as Chrome trace events, which Perfetto opens, as a file of JSON."""
+"""A recorded timeline as a JSON file of Chrome trace events, which Perfetto opens."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _ORDER = (MAIN, "GPU", POOL, COPIES, LINK, SLOW_CPU)
 
 
 def lanes_of(spans: list[Span]) -> list[str]:
-    """The lanes of these spans from top to bottom."""
+    """The lanes of these spans, top to bottom."""
     lanes = {span.lane for span in spans}
     return sorted(lanes, key=lambda lane: (_ORDER.index("GPU" if lane.startswith("GPU") else lane), lane))
 
 
 def trace_events(spans: list[Span]) -> list[dict[str, Any]]:
-    """Chrome's trace event format, times in microseconds from the first step on.
+    """Events in Chrome's trace event format, in microseconds since the first step.
 
-    Arrows ("flow events") lead from where a job was asked for to the job.
+    Arrows ("flow events") lead from where a job was submitted to the job.
     """
     origin = min((span.begin for span in spans), default=0)
     lanes = lanes_of(spans)

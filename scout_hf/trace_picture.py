@@ -1,4 +1,4 @@
-"""A recorded timeline as a picture: its last step, one row per lane."""
+"""A picture of the last step of a timeline, one row per lane."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ COLOURS = {
 }
 MEANINGS = {
     "layer": "a layer, all of it",
-    "ahead": "predict, select, start the next layer's share",
+    "ahead": "predict, select, start the next layer's CPU job",
     "attend": "attend, fuse",
     "join": "wait for the CPU or a copy",
     "settle": "write back, recall",
     "attention": "the CPU's share of a layer",
     "copy": "a copy between the tiers",
 }
-# What lies on top of what: waiting is a part of attending, and that of a layer.
+# Drawing order: waiting is part of attending, which is part of a layer.
 HEIGHTS = {"layer": 0.86, "ahead": 0.5, "attend": 0.5, "settle": 0.5, "join": 0.36, "attention": 0.4, "copy": 0.4}
 JOBS = (POOL, COPIES, LINK, SLOW_CPU)
 INCHES_PER_LAYER, NARROWEST, WIDEST = 0.8, 14, 40
 CHARACTER = 0.07
-"""Inches, of the small print."""
+"""Width of a character of the labels, in inches."""
 
 
 def draw(spans: list[Span], path: Path, about: str = "") -> None:
-    """Draw the last step; ``about`` says in the title of what.
+    """Draw the last step; ``about`` is the start of the title.
 
     Raises
     ------
@@ -50,7 +50,7 @@ def draw(spans: list[Span], path: Path, about: str = "") -> None:
         from matplotlib.patches import Patch
     except ImportError as error:
         raise ConfigError(
-            f"{path} takes matplotlib: pip install 'scout_hf[bench]'; the timeline itself was written beside it"
+            f"{path} needs matplotlib: pip install 'scout_hf[bench]'; the timeline itself was written beside it"
         ) from error
     last = [span for span in spans if span.kind == "step"][-1]
     shown = [span for span in spans if span.end > last.begin and span.begin < last.end and span.kind in COLOURS]
@@ -65,13 +65,13 @@ def draw(spans: list[Span], path: Path, about: str = "") -> None:
 
     for span in sorted(shown, key=lambda span: list(HEIGHTS).index(span.kind)):
         row, high, colour = lanes.index(span.lane), HEIGHTS[span.kind], COLOURS[span.kind]
-        # As wide as a line at least; one emulated job begins where another ends.
+        # At least as wide as a line; emulated jobs are adjacent, so they get white edges.
         edge = {"layer": "#999999"}.get(span.kind, "white" if span.lane in (LINK, SLOW_CPU) else colour)
         at = (span.begin - last.begin) / 1e6, (span.end - span.begin) / 1e6
         axes.broken_barh([at], (row - high / 2, high), color=colour, edgecolor=edge, lw=0.7)
         if span.lane in (POOL, COPIES) and span.submitted is not None:
             asked = (span.submitted - last.begin) / 1e6
-            # From below the parts of the layer that asked for it, to the job.
+            # From the layer that submitted it to the job.
             axes.plot([asked, at[0]], [lanes.index(MAIN) + 0.25, row - high / 2], color=colour, lw=0.8, alpha=0.7)
     for lane in lanes:
         parts = [span for span in shown if span.lane == lane and (span.kind == "layer" or lane in JOBS)]
@@ -81,14 +81,14 @@ def draw(spans: list[Span], path: Path, about: str = "") -> None:
     handles = [Patch(color=COLOURS[kind], label=MEANINGS[kind]) for kind in kinds]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
     title = f"{about + ': ' if about else ''}a decode step of {length:.2f} ms"
-    title += "; jobs bear the layer that they are for, lines show where they were started"
+    title += "; jobs are labelled with their layer, lines show where they were submitted"
     axes.set_title(title, fontsize=10, loc="left")
     with whole_file(path, binary=True) as file:
         figure.savefig(file, format="png")
 
 
 def _label(axes: Any, spans: Iterable[Span], step: Span, row: int, ms_per_inch: float) -> None:
-    """Layers by name where there is room; jobs that lie close by number, one above the other."""
+    """Label layers where there is space, and jobs by layer number, on two levels if they are close."""
     taken = [-1e9, -1e9]
     for span in sorted(spans, key=lambda span: span.begin):
         if span.layer is None:
@@ -103,7 +103,7 @@ def _label(axes: Any, spans: Iterable[Span], step: Span, row: int, ms_per_inch: 
         half = (len(text) + 1) * CHARACTER * ms_per_inch / 2
         for level, right in enumerate(taken):
             if middle - half >= right:
-                # Jobs stand below the lines that lead to them.
+                # Below the job, clear of the line that leads to it.
                 axes.text(middle, row + 0.22 + 0.14 * level, text, ha="center", va="top", fontsize=7)
                 taken[level] = middle + half
                 break

@@ -43,9 +43,7 @@ def measure(out: Path, tell: Callable[[str], Any]) -> None:
 def check(record: Path, machine: Path | None) -> None:
     """Print predictions beside what was measured."""
     if not record.is_file():
-        raise MissingFileError(
-            f"--check {record} is not there; give the JSON of `scout-hf bench methods` or cpu-decode"
-        )
+        raise MissingFileError(f"--check {record} is missing; give the JSON of `scout-hf bench methods` or cpu-decode")
     if machine is None:
         raise ConfigError(f"--check takes the constants of the machine that was measured: {NEEDED}")
     found, facts = Machine.load_with_facts(machine)

@@ -13,7 +13,7 @@ FILES = ("methods", "fidelity", "cpu_decode", "cpu_kernel", "gpu_decode", "gpu_k
 def find(given: Sequence[Path], out: Path | None = None) -> list[Path]:
     """Files that were given, and those of known names in folders that were; ConfigError without any."""
     if missing := [path for path in given if not path.exists()]:
-        raise ConfigError(f"{missing[0]} is not there; give JSON files of `scout-hf bench` or `fidelity`, or folders")
+        raise ConfigError(f"{missing[0]} is missing; give JSON files of `scout-hf bench` or `fidelity`, or folders")
     found = [path for one in given for path in ([one] if one.is_file() else [one / f"{name}.json" for name in FILES])]
     found = [path for path in found if path.exists()]
     if not found:

@@ -1,1 +1,1 @@
-"""Where releases of transformers and wrappers of models differ, each difference in one place."""
+"""Differences between releases of transformers and between wrappers of models."""

@@ -1,4 +1,4 @@
-"""What transformers calls the KV cache among a model's arguments and outputs: another word since 5.24."""
+"""The name of the KV cache among a model's arguments and outputs, which changed in transformers 5.24."""
 
 from __future__ import annotations
 
@@ -9,15 +9,28 @@ from transformers import GenerationMixin
 
 NEW, OLD = "cache", "past_key_values"
 CACHE = NEW if NEW in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else OLD
-"""The name that the installed release uses itself: ``model(ids, **{CACHE: cache})``, ``output[CACHE]``."""
-# A name that models of an older release would take without a look at it.
+"""The cache's name in the installed release: ``model(ids, **{CACHE: cache})``, ``output[CACHE]``."""
+# A name that models of an older release accept and ignore.
 UNREAD = NEW if CACHE == OLD else None
 
 
 def given_cache(arguments: dict[str, Any]) -> Any:
-    """The cache among the named arguments of a call, under any name that the installed release takes, or None.
+    """The cache among the named arguments of a call, under any name that the installed release accepts.
 
-    Newer releases still take the old name, unless the new one is there too, and change it within ``forward``, where
-    hooks do not see it.
+    Newer releases accept the old name if the new one is not given, and rename it inside ``forward``, after the hooks.
+
+    Parameters
+    ----------
+    arguments : dict
+        Arguments of the model by name.
+
+    Returns
+    -------
+    Cache or None
+
+    Examples
+    --------
+    >>> given_cache({"past_key_values": cache}) is cache
+    True
     """
     return arguments.get(CACHE if CACHE in arguments else OLD)

@@ -1,4 +1,4 @@
-"""Running code that keeps tensors from one forward pass to the next, whatever mode the caller is in."""
+"""Running code that keeps tensors between forward passes, independent of the caller's mode."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 
 def keeps_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: outside torch.compile, whose graphs cannot hold our state, and outside inference mode.
+    """Decorator: runs a function outside torch.compile, whose graphs cannot hold state, and outside inference mode.
 
-    A tensor made under ``torch.inference_mode()`` cannot be written to outside it, so that a cache filled there could
-    not be continued anywhere else.
+    A tensor made under ``torch.inference_mode()`` cannot be written to outside it, so a cache filled there could not be
+    used outside.
     """
 
     @torch.compiler.disable

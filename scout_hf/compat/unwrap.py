@@ -1,4 +1,4 @@
-"""The model inside what people put around it: where ``generate()`` runs, and where a patch belongs."""
+"""The transformers model inside wrappers, which is the one to patch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from scout_hf.errors import UnsupportedModelError
 
 
 def unwrapped(model: Any) -> Any:
-    """The transformers model in ``torch.compile``, PEFT, DataParallel and DistributedDataParallel, in any order.
+    """The transformers model inside ``torch.compile``, PEFT, DataParallel and DistributedDataParallel, in any order.
 
     Raises
     ------
     UnsupportedModelError
-        For other modules around a model, also if they hand on all of its attributes: a patch put on them would have no
-        effect on what they hold.
+        For other wrappers, also if they forward all attributes of the model: a patch of the wrapper would not reach it.
     """
     while (inner := _inside(model)) is not model:
         model = inner
@@ -52,11 +51,11 @@ def _refuse_wrapper(model: torch.nn.Module) -> None:
     if held:
         path, part = held[0]
         raise UnsupportedModelError(
-            f"{kind} is a wrapper that scout_hf does not know, around a {type(part).__name__}; patch the model itself, "
+            f"{kind} is an unknown wrapper around a {type(part).__name__}; patch the model inside it, "
             f"scout_hf.patch(model.{path}), and {kind} runs it patched"
         )
     if hasattr(model, "config"):
         raise UnsupportedModelError(
-            f"{kind} is no transformers model (PreTrainedModel), though it has the config of one; if it is a wrapper, "
-            "patch the model inside it"
+            f"{kind} is not a transformers model (PreTrainedModel), though it has the config of one; if it is a "
+            "wrapper, patch the model inside it"
         )

@@ -163,7 +163,7 @@ def test_command(tmp_path):
     for path, told in (
         (trace, "no result of"),
         (half, "half.json cannot be used"),
-        (tmp_path / "no", "not there"),
+        (tmp_path / "no", "is missing"),
     ):
         result = CliRunner().invoke(app, ["report", str(path), "--out", str(tmp_path / "c.html")])
         assert result.exit_code == 2 and told in result.stderr and not (tmp_path / "c.html").exists()

@@ -179,7 +179,7 @@ def test_a_config_file_and_tasks_of_ones_own_work_too(data, pocket_path, tmp_pat
 @pytest.mark.parametrize(
     ("line", "metric", "message"),
     [
-        (b"{oops", "qa_f1", "line 3: it is no whole JSON"),
+        (b"{oops", "qa_f1", "line 3: it is not valid JSON"),
         (b"[1, 2]", "qa_f1", "line 3: a JSON object .* this is a list"),
         (b'{"context": "c", "answers": ["a"]}', "qa_f1", "line 3: 'input' must be a string, it is None"),
         (b'{"input": "i", "context": 3, "answers": ["a"]}', "qa_f1", "line 3: 'context' must be a string, it is 3"),
@@ -189,7 +189,7 @@ def test_a_config_file_and_tasks_of_ones_own_work_too(data, pocket_path, tmp_pat
         (b'{"input": "i", "context": "c", "answers": ["a"]}', "get_classification_with_score", "line 3: 'all_classes'"),
         (b'{"input": "i", "context": "c", "answers": ["4"]}', "get_retrieval_with_score", "line 3: .*Paragraph"),
         (b'{"input": "i", "context": "c", "answers": ["4"]}', "get_retrieval_zh_with_score", "line 3: 'answers'"),
-        (b'{"input": "\xff"}', "qa_f1", "line 3: it is no text in UTF-8"),
+        (b'{"input": "\xff"}', "qa_f1", "line 3: it is not UTF-8 text"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path, line, metric, message):

@@ -97,7 +97,7 @@ def test_a_bias_on_the_scores_is_refused_where_it_cannot_be_obeyed(hooks):
         cache = handle.new_cache()
         model()(prompt(1, 20), **{CACHE: cache})
         for length in (5, 1):
-            with pytest.raises(UnsupportedModelError, match="adds numbers to the scores"):
+            with pytest.raises(UnsupportedModelError, match="adds a bias to the scores"):
                 model()(prompt(1, length), **{CACHE: cache})
             assert cache.get_seq_length() == 20
 

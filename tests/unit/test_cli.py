@@ -52,16 +52,16 @@ def test_help_imports_nothing_heavy(words, tmp_path):
 
 
 MISSING = {
-    "report": (["report"], "eval/results is not there"),
-    "report of a file": (["report", "no.json"], "no.json is not there"),
+    "report": (["report"], "eval/results is missing"),
+    "report of a file": (["report", "no.json"], "no.json is missing"),
     "report of nothing": (["report", "empty"], "no results in empty"),
     "a page in the place of a folder": (["report", "half.json", "--out", "empty"], "empty is a folder"),
-    "fidelity": (["fidelity", "--report", "no.json"], "no.json is not there"),
-    "readme": (["fidelity", "--report", "half.json", "--readme", "no.md"], "no.md is not there"),
-    "plan of no machine": (["plan", "--machine", "no.json"], "no.json is not there"),
+    "fidelity": (["fidelity", "--report", "no.json"], "no.json is missing"),
+    "readme": (["fidelity", "--report", "half.json", "--readme", "no.md"], "no.md is missing"),
+    "plan of no machine": (["plan", "--machine", "no.json"], "no.json is missing"),
     "plan of half a machine": (["plan", "--machine", "half.json"], "half.json cannot be used"),
     "plan of no model": (["plan", "--model", "no/config.json"], "neither known nor a config.json"),
-    "plan to check no record": (["plan", "--check", "no.json"], "no.json is not there"),
+    "plan to check no record": (["plan", "--check", "no.json"], "no.json is missing"),
     "plan on no GPU": (["plan", "--gpu", "h999"], "--gpu h999 is not known"),
     "a file in the place of a folder": (["bench", "cpu-kernel", "--out", "half.json"], "half.json"),
     "trace to no folder": (["trace", "--out", "no/step.json"], "no/step.json"),
@@ -69,7 +69,7 @@ MISSING = {
     "methods of no model": (["bench", "methods", "--shape", "./no"], "--shape ./no is not the folder of a model"),
     "no interpreter": (
         ["bench", "methods", "--kvpress-python", "no/python"],
-        "--kvpress-python no/python is not there",
+        "--kvpress-python no/python is missing",
     ),
     "data in a file": (["lm-eval", "make-data", "half.json"], "half.json"),
     "trace to another name": (["trace", "--out", "step.txt"], "step.txt"),

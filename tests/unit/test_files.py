@@ -194,14 +194,14 @@ def test_brackets_inside_of_strings_are_no_nesting(tmp_path):
 
 
 def test_no_file_a_folder_a_pipe_and_a_file_that_is_not_ours_are_told_apart(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.*is not there; try another") as caught:
+    with pytest.raises(FileNotFoundError, match="nowhere.*is missing; try another") as caught:
         read_json(tmp_path / "nowhere", anything, "try another")
     assert isinstance(caught.value, ConfigError)
-    with pytest.raises(ConfigError, match="no ordinary file"):
+    with pytest.raises(ConfigError, match="not a regular file"):
         read_json(tmp_path, anything, "try another")
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe")
-        with pytest.raises(ConfigError, match="no ordinary file"):
+        with pytest.raises(ConfigError, match="not a regular file"):
             read_json(tmp_path / "pipe", anything, "try another")
     if hasattr(os, "geteuid") and os.geteuid():
         (tmp_path / "locked").write_text("{}")

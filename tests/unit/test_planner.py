@@ -159,7 +159,7 @@ def test_wrong_input_names_what_there_is(tmp_path):
         path.write_text(held)
         with pytest.raises(ConfigError, match="machine.json cannot be used.*--measure"):
             Machine.load(path)
-    with pytest.raises(ConfigError, match="none.json is not there.*--measure"):
+    with pytest.raises(ConfigError, match="none.json is missing.*--measure"):
         Machine.load(tmp_path / "none.json")
 
 
