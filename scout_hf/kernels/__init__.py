@@ -1,4 +1,4 @@
-"""Attention kernels and the seams that pick one. Nothing above this room is imported here."""
+"""Attention kernels, and the choice of an implementation. Imports no package that is built on kernels."""
 
 from scout_hf.kernels.attend import attend
 from scout_hf.kernels.device import find_kernels

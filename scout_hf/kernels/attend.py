@@ -1,4 +1,4 @@
-"""Attention over tensors that are at hand, with the log-sum-exp that fusing needs. The torch path, CPU and GPU."""
+"""Attention with torch, on CPU and GPU, that also returns the log-sum-exp (LSE) for merging."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import torch
 from scout_hf.errors import UnsupportedInputError
 from scout_hf.fusion import Partial, empty_like
 
-# Numbers of float32: 256 MiB.
+# float32 scores per chunk: 256 MiB.
 MOST_SCORES = 1 << 26
 
 _gpu_flash = torch.ops.aten._scaled_dot_product_flash_attention
 _cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-# Before torch 2.9 the op takes query heads for KV heads and reads past the end of the keys.
+# Before torch 2.9 the op has no GQA support: it reads past the end of the keys.
 _GROUPS_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
 
 
@@ -44,7 +44,22 @@ def attend(
     Returns
     -------
     Partial
-        Output in the dtype of the kernel (at least that of the query), LSE natural; empty rows are 0 and -inf.
+        Output, (batch, query_heads, queries, head_dim), in the dtype of the query or wider; natural LSE, (batch,
+        query_heads, queries). A query without allowed keys gets 0 and -inf.
+
+    Raises
+    ------
+    UnsupportedInputError
+        If ``allowed`` does not broadcast.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf.kernels import attend
+    >>> query, keys = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 5, 8)
+    >>> result = attend(query, keys, keys, scale=8**-0.5)
+    >>> result.out.shape, result.lse.shape
+    (torch.Size([1, 4, 1, 8]), torch.Size([1, 4, 1]))
     """
     if not keys.shape[2]:
         return empty_like(query)
@@ -66,13 +81,13 @@ def _check_mask(allowed: torch.Tensor, most: tuple[int, ...]) -> None:
 
 
 def fold_group(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """Query heads of one GQA group as queries of their KV head: (batch, kv_heads, group * queries, head_dim)."""
+    """Turn the query heads of a GQA group into queries: (batch, kv_heads, group * queries, head_dim)."""
     batch, heads, queries, dim = query.shape
     return query.reshape(batch, kv_heads, heads // kv_heads * queries, dim)
 
 
 def unfold_group(partial: Partial, query: torch.Tensor) -> Partial:
-    """Undo :func:`fold_group` on a result, for the query it came from."""
+    """Undo :func:`fold_group` on a result; ``query`` is the unfolded query."""
     return Partial(partial.out.reshape(query.shape), partial.lse.reshape(query.shape[:3]))
 
 
@@ -99,13 +114,13 @@ def _flash_on_cpu(
         bias = bias.expand(given.shape[0], -1, -1, -1)
     out, lse = _cpu_flash(given, keys, values, 0.0, causal, attn_mask=bias, scale=scale)
     if allowed is not None:
-        # The op answers 0 for the LSE of a row without keys.
+        # The op returns an LSE of 0 for a query without keys.
         lse = lse.masked_fill(~allowed.any(-1).expand(lse.shape), -torch.inf)
     return unfold_group(Partial(out, lse), query) if folded else Partial(out, lse)
 
 
 def _flash_serves(query: torch.Tensor, keys: torch.Tensor, softcap: float | None, allowed: torch.Tensor | None) -> bool:
-    """Whether the flash kernel of torch's CUDA builds takes this: it knows no mask, and heads in steps of 8."""
+    """Whether torch's CUDA flash kernel supports this: no mask, head_dim a multiple of 8."""
     half, dim = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
     plain = softcap is None and allowed is None and query.shape[2] > 1
     recent = query.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(query.device) >= (8, 0)
@@ -129,7 +144,7 @@ def _by_products(
     allowed: torch.Tensor | None,
     causal: bool,
 ) -> Partial:
-    """In pieces of the queries, so that scores never take more than so much memory."""
+    """Attention by matrix products, in chunks of queries to bound the memory of the scores."""
     queries, tokens = query.shape[2], keys.shape[2]
     step = max(1, MOST_SCORES // max(1, query.shape[0] * query.shape[1] * tokens))
     parts = []

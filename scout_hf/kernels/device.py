@@ -1,4 +1,4 @@
-"""The seam for kernels on the device: Triton where it is there and the tensors are where it can run."""
+"""The choice of device kernels: Triton if it is installed and runs on the device."""
 
 from __future__ import annotations
 
@@ -15,19 +15,31 @@ KERNEL_DTYPES, MOST_CHANNELS = (torch.bfloat16, torch.float16, torch.float32), 2
 
 
 def find_kernels(wanted: str, device: torch.device) -> ModuleType | None:
-    """The package of Triton kernels, or None where torch does the work.
+    """The module of Triton kernels, or None to use torch.
 
     Parameters
     ----------
     wanted : {"auto", "torch", "triton"}
-        ``auto``: Triton on a GPU of compute capability 8.0 or newer (or of AMD) where it can be imported.
+        ``ScoutConfig.gpu_kernels``. ``"auto"``: Triton, if installed, on a GPU of AMD or of compute capability 8.0 or
+        newer.
     device : torch.device
-        Of the tensors.
+        Device of the tensors.
+
+    Returns
+    -------
+    module or None
 
     Raises
     ------
     ConfigError
-        If Triton is asked for and cannot run here.
+        For ``"triton"`` where it cannot run.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf.kernels import find_kernels
+    >>> find_kernels("auto", torch.device("cpu")) is None
+    True
     """
     if wanted == "torch" or (wanted == "auto" and not _by_default(device)):
         return None

@@ -1,4 +1,4 @@
-"""How much attention each key gets: the weights that a fused kernel never shows, over a window or in bounded pieces."""
+"""Attention weights per key, which fused kernels do not return."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from scout_hf.fusion import Partial
 
-# Numbers of float32: 4 MiB, so that they stay in a CPU's cache.
+# float32 scores per chunk: 4 MiB, to fit into a CPU cache.
 MOST_SCORES = 1 << 20
 
 
@@ -18,7 +18,7 @@ def attend_weighing(
     softcap: float | None = None,
     allowed: torch.Tensor | None = None,
 ) -> tuple[Partial, torch.Tensor]:
-    """Attention of one query per row, and what every key got of it.
+    """Attention of one query per row, and the attention weight of every key.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ def attend_weighing(
     -------
     Partial
     Tensor (batch, kv_heads, tokens), float32 at least
-        Softmax weights over these keys, the largest of each GQA group.
+        Softmax weights over these keys; the maximum over each GQA group.
     """
     scores = _scores(query, keys, scale, softcap, allowed)
     lse = torch.logsumexp(scores, dim=-1)
@@ -50,7 +50,7 @@ def mean_weights(
     real: torch.Tensor | None = None,
     causal: bool = False,
 ) -> torch.Tensor:
-    """What every key gets on average over several queries, (batch, kv_heads, tokens), the largest of each GQA group.
+    """The mean attention weight of every key over several queries.
 
     Parameters
     ----------
@@ -58,9 +58,14 @@ def mean_weights(
     keys : Tensor (batch, kv_heads, tokens, head_dim)
     allowed : Tensor of bool, broadcastable to (batch, kv_heads, 1, tokens), or None
     real : Tensor (batch, queries) of bool, or None
-        Queries that count.
+        False for queries to ignore (padding).
     causal : bool
-        The queries are the last of the tokens.
+        Causal mask; the queries are the last tokens.
+
+    Returns
+    -------
+    Tensor (batch, kv_heads, tokens), float32 at least
+        The maximum over each GQA group.
     """
     batch, heads, queries, _ = query.shape
     tokens, wide = keys.shape[2], torch.promote_types(query.dtype, torch.float32)
@@ -76,7 +81,7 @@ def mean_weights(
             seen = before if allowed is None else before & allowed[..., :visible]
         weights = _scores(query[:, :, first:last], keys[:, :, :visible], scale, softcap, seen).softmax(-1)
         if allowed is not None:
-            weights = weights.nan_to_num_(0.0)  # of a query that sees nothing
+            weights = weights.nan_to_num_(0.0)  # NaN for a fully masked query
         if real is not None:
             weights = weights.mul_(real[:, None, None, first:last, None])
         total[..., :visible] += weights.sum(3)

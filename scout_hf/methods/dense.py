@@ -57,7 +57,7 @@ class Dense(OffloadingMethod):
     def is_exact(cls, config: ScoutConfig, device: torch.device) -> bool:
         return True
 
-    # -- join points --------------------------------------------------------------------------------------------
+    # -- hooks --------------------------------------------------------------------------------------------------
 
     @property
     def wants_ahead(self) -> bool:

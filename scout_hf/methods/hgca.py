@@ -78,7 +78,7 @@ class HGCA(OffloadingMethod):
     def is_exact(cls, config: ScoutConfig, device: torch.device) -> bool:
         return config.budget in (None, 1.0) and (config.method_options or {}).get("threshold") == 0
 
-    # -- join points --------------------------------------------------------------------------------------------
+    # -- hooks --------------------------------------------------------------------------------------------------
 
     def attend(self, step: Step, query: torch.Tensor) -> Partial:
         marks, held = self.kept.valid, self.kept.total / (self.batch * self.kv_heads)

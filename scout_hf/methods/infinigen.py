@@ -74,7 +74,7 @@ class InfiniGen(OffloadingMethod):
     def is_exact(cls, config: ScoutConfig, device: torch.device) -> bool:
         return config.budget in (None, 1.0)
 
-    # -- join points --------------------------------------------------------------------------------------------
+    # -- hooks --------------------------------------------------------------------------------------------------
 
     @property
     def wants_ahead(self) -> bool:

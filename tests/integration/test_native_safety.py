@@ -182,5 +182,5 @@ def test_what_is_not_what_the_library_reads_is_refused(way, name, change):
     call(**given)
     if way == "copy":
         given = {each: torch.zeros(2, dtype=torch.int64) for each in given}
-    with pytest.raises(NativeInputError, match="was about to read .* it takes .* in host memory"):
+    with pytest.raises(NativeInputError, match="native code got .* it takes .* in host memory"):
         call(**given | {name: change(given[name])})

@@ -108,7 +108,7 @@ def test_a_library_that_was_cut_off(tmp_path):
         name = line.split(" True 1 ")[0]
         assert "runs without its native CPU library: it cannot be loaded" in line and str(tmp_path / name) in line, line
         if name.isdigit() and int(name) >= 20:
-            assert f"{name} has {int(name)} bytes where its headers promise" in line and "--force-reinstall" in line
+            assert f"{name} has {int(name)} bytes, but its headers declare" in line and "--force-reinstall" in line
 
 
 class TestInThisProcess:
@@ -130,7 +130,7 @@ class TestInThisProcess:
     def test_a_file_that_is_none_of_ours(self, tmp_path, monkeypatch, content):
         path = tmp_path / "_scout_cpu.so"
         if content == "another version":
-            reason = f"has interface {library.ABI}, this code needs 1000000"
+            reason = f"has ABI version {library.ABI}, this code needs 1000000"
             monkeypatch.setattr(library, "ABI", 10**6)
             path = LIBRARY.path
         elif content == "another library":

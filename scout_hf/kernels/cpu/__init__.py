@@ -1,6 +1,6 @@
-"""The seam for attention over host pages: one interface, the best implementation this machine has.
+"""CPU attention over host pages: one interface, several backends.
 
-``auto`` takes the first that works here; a name forces one.
+``auto`` takes the native backend if its library is installed, else torch.
 """
 
 from __future__ import annotations
@@ -31,17 +31,39 @@ for _backend in (NativeBackend, TorchBackend, IpexBackend):
 
 
 def backend_names() -> tuple[str, ...]:
-    """Names that ``ScoutConfig(cpu_backend=...)`` takes."""
+    """Allowed values of ``ScoutConfig(cpu_backend=...)``.
+
+    Examples
+    --------
+    >>> from scout_hf.kernels.cpu import backend_names
+    >>> backend_names()
+    ('auto', 'ipex', 'native', 'torch')
+    """
     return _BACKENDS.names()
 
 
 def find_backend(name: str = "auto") -> type[CpuBackend]:
-    """The backend of that name.
+    """The backend class of that name.
+
+    Parameters
+    ----------
+    name : str
+        One of :func:`backend_names`.
+
+    Returns
+    -------
+    type of CpuBackend
 
     Raises
     ------
     ConfigError
-        If there is none of that name, or the one asked for cannot work here.
+        If the name is unknown, or that backend cannot run here.
+
+    Examples
+    --------
+    >>> from scout_hf.kernels.cpu import find_backend
+    >>> find_backend("torch").__name__
+    'TorchBackend'
     """
     if name == "auto":
         return NativeBackend if load_library() is not None else TorchBackend
@@ -57,5 +79,33 @@ def find_backend(name: str = "auto") -> type[CpuBackend]:
 
 
 def make_backend(name: str = "auto", threads: int | None = None) -> CpuBackend:
-    """A backend of that name; ``threads`` for work in the background. Raises like :func:`find_backend`."""
+    """Create a backend.
+
+    Parameters
+    ----------
+    name : str
+        One of :func:`backend_names`.
+    threads : int or None
+        Threads for background jobs; None leaves the number to the backend.
+
+    Returns
+    -------
+    CpuBackend
+
+    Raises
+    ------
+    ConfigError
+        As :func:`find_backend`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf.kernels.cpu import make_backend
+    >>> from scout_hf.stores import PagedKV
+    >>> store = PagedKV(1, 2, 8, 4, torch.float32, "cpu")
+    >>> store.append(*torch.randn(2, 1, 2, 6, 8))
+    >>> attended = make_backend("torch").attend_blocks(torch.randn(1, 4, 1, 8), store, None, scale=8**-0.5)
+    >>> attended.tokens, attended.partial.out.shape
+    (12, torch.Size([1, 4, 1, 8]))
+    """
     return find_backend(name)(threads)

@@ -1,4 +1,4 @@
-"""The one place where a tensor becomes an address: native code believes it, so what it will read is checked before."""
+"""Convert tensors to addresses for native code, which cannot check them: dtype, device and layout are checked here."""
 
 from __future__ import annotations
 
@@ -8,27 +8,31 @@ from scout_hf.errors import NativeInputError
 
 
 def address(tensor: torch.Tensor, *dtypes: torch.dtype, strided: bool = False) -> int:
-    """Where the first number of a tensor in host memory is.
+    """The address of a tensor in host memory.
 
     Parameters
     ----------
     tensor : Tensor
     *dtypes : torch.dtype
-        What the native code can take it for.
+        Allowed dtypes.
     strided : bool
-        Whether the code is told all strides but the last, which is 1; else the tensor must be contiguous.
+        Allow any strides but the last, which must be 1; else the tensor must be contiguous.
+
+    Returns
+    -------
+    int
 
     Raises
     ------
     NativeInputError
-        If it is of another dtype, elsewhere, or in another order.
+        If the tensor has another dtype, is not in host memory, or has other strides.
     """
     if tensor.dtype in dtypes and tensor.is_cpu and (tensor.stride(-1) == 1 if strided else tensor.is_contiguous()):
         return tensor.data_ptr()
     names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     raise NativeInputError(
-        f"native code was about to read {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} with strides "
+        f"native code got {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} with strides "
         f"{tensor.stride()} on {tensor.device}; it takes {names} in host memory, "
-        f"{'the last stride 1' if strided else 'contiguous'}. Convert it where a method or digest of your own made it, "
-        "else please report this"
+        f"{'the last stride 1' if strided else 'contiguous'}. If a method or digest of your own made this tensor, "
+        "convert it there; else please report this"
     )

@@ -1,4 +1,4 @@
-"""What attention over host blocks must be able to do, whoever computes it."""
+"""The interface of a CPU backend: attention over host blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ class BlockLists(NamedTuple):
     ids : Tensor (batch, kv_heads, n) of int32
         Distinct block numbers, each list packed to the front; the store's partly filled block, if listed, stands last.
     counts : Tensor (batch, kv_heads) of int32, or None
-        Entries that each list uses; None for all.
+        Used entries of each list; None for all.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf.kernels.cpu import BlockLists
+    >>> ids = torch.tensor([[[0, 2], [1, 0]]], dtype=torch.int32)
+    >>> lists = BlockLists(ids, counts=torch.tensor([[2, 1]], dtype=torch.int32))
     """
 
     ids: torch.Tensor
@@ -26,12 +33,23 @@ class BlockLists(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """What a backend gives back.
+    """Result of CPU attention.
 
     partial : Partial
         Output (batch, query_heads, 1, head_dim) and natural LSE (batch, query_heads, 1).
     tokens : int
         Tokens attended, over all rows and KV heads.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf.kernels.cpu import Attended, make_backend
+    >>> from scout_hf.stores import PagedKV
+    >>> store = PagedKV(1, 1, 8, 4, torch.float32, "cpu")
+    >>> store.append(*torch.randn(2, 1, 1, 5, 8))
+    >>> result: Attended = make_backend("torch").attend_blocks(torch.randn(1, 2, 1, 8), store, None, scale=1.0)
+    >>> result.tokens
+    5
     """
 
     partial: Partial
@@ -39,12 +57,25 @@ class Attended(NamedTuple):
 
 
 class CpuBackend(ABC):
-    """Attention of one query per row over blocks of a paged store; safe to call from several threads.
+    """Attention of one query per row over blocks of a paged store; thread-safe.
 
     Parameters
     ----------
     threads : int or None
-        Threads for work in the background; None leaves it to the backend.
+        Threads for background jobs; None leaves the number to the backend.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf.kernels.cpu import CpuBackend, make_backend
+    >>> from scout_hf.stores import PagedKV
+    >>> store = PagedKV(1, 1, 8, 4, torch.float32, "cpu")
+    >>> store.append(*torch.randn(2, 1, 1, 5, 8))
+    >>> backend: CpuBackend = make_backend("torch", threads=1)
+    >>> ticket = backend.start(torch.randn(1, 2, 1, 8), store, None, scale=1.0)
+    >>> ticket.wait().tokens
+    5
+    >>> backend.close()
     """
 
     name: str = ""
@@ -69,13 +100,16 @@ class CpuBackend(ABC):
         ----------
         query : Tensor (batch, query_heads, 1, head_dim)
         store : PagedKV
-            Where the blocks are.
         lists : BlockLists or None
-            None for every block.
+            None for all blocks.
         scale, softcap
             As in :func:`scout_hf.kernels.attend.attend`.
         padding_mask : Tensor (batch, tokens) of bool, or None
-            Tokens that are no padding, at least as many as the store has; None when all are real.
+            False for padding; must cover the tokens of the store. None if there is no padding.
+
+        Returns
+        -------
+        Attended
         """
 
     def start(
@@ -87,14 +121,18 @@ class CpuBackend(ABC):
         softcap: float | None = None,
         padding_mask: torch.Tensor | None = None,
     ) -> Ticket[Attended]:
-        """``attend_blocks`` in the background: a ticket whose ``wait()`` gives its result.
+        """Run ``attend_blocks`` in the background; parameters as there.
 
-        Nothing that was handed over may change before the ticket is joined.
+        No argument may change before the ticket is joined.
+
+        Returns
+        -------
+        Ticket of Attended
         """
         return self._workers.submit(self.attend_blocks, query, store, lists, scale, softcap, padding_mask)
 
     def watches(self, query: torch.Tensor, store: PagedStore) -> bool:
-        """Whether :meth:`start_at` serves such a query and store."""
+        """Whether :meth:`start_at` supports this query and store."""
         return False
 
     def start_at(
@@ -108,17 +146,26 @@ class CpuBackend(ABC):
         softcap: float | None = None,
         padding_mask: torch.Tensor | None = None,
     ) -> Ticket[Attended]:
-        """``start``, but the job begins when a word says so: query and lists may be written until then.
+        """As ``start``, but the job begins when a flag is set; query and lists may be written until then.
 
         Parameters
         ----------
         words : (Tensor, int, Tensor)
-            Word of int64 that becomes the number when the job may begin, the number, and a word that becomes the number
-            when the job has ended, whatever came of it.
+            Flag (int64) that starts the job when it reaches the number; the number; flag (int64) that the job sets to
+            the number when it has ended, also after an error.
         into : (Tensor, Tensor)
-            Contiguous float32 for output and LSE.
-        query, store, lists, scale, softcap, padding_mask : as above
-            ``lists`` with counts.
+            Output and LSE, contiguous float32.
+        query, store, lists, scale, softcap, padding_mask
+            As in :meth:`attend_blocks`; ``lists`` must have counts.
+
+        Returns
+        -------
+        Ticket of Attended
+
+        Raises
+        ------
+        NotImplementedError
+            Where :meth:`watches` is False.
         """
         raise NotImplementedError
 
@@ -133,47 +180,65 @@ class CpuBackend(ABC):
         block_size: int,
         padding_mask: torch.Tensor | None,
     ) -> BlockLists | None:
-        """The best-scored blocks in ascending order, sinks always among them, and behind them the newest blocks.
-
-        None if this backend has no way of its own to score such digests; the caller then scores and chooses with torch.
+        """The top-k blocks by score in ascending order, sinks included, followed by the newest blocks.
 
         Parameters
         ----------
         scorer : str
-            How to score, a digest's ``native`` name. ``"minmax"``: bounds as of :class:`MinMax`. ``"sign"``: uint8
-            codes as of :class:`SignCode`. ``"dots"``: the query is one vector of weights per KV head, (batch, kv_heads,
-            1, n), codes are one or several rows of ``n`` floats or int8, of which the best product counts.
-            ``"dots4"``: the same with two whole numbers of four bits per byte, the lower half first.
+            A digest's ``native`` name. ``"minmax"``: bounds of :class:`MinMax`. ``"sign"``: uint8 codes of
+            :class:`SignCode`. ``"dots"``: the query is one vector of weights per KV head, (batch, kv_heads, 1, n),
+            codes are one or several rows of ``n`` floats or int8, and the largest dot product is the score.
+            ``"dots4"``: the same with two 4-bit integers per byte, the lower half first.
         query : Tensor (batch, query_heads, 1, head_dim)
-            Already in the space of the codes.
+            As returned by ``Digest.prepare``.
         codes : Tensor (batch, kv_heads, blocks, code)
-            Digests of the blocks open to choice.
+            Digests of the candidate blocks.
         count : int or Tensor (batch,)
-            Blocks to choose, for all rows or for each.
-        sinks, newest : int
-            Leading real blocks that are always chosen; blocks behind those open to choice that are always listed.
+            Blocks to choose (k), for all rows or for each.
+        sinks : int
+            Leading real blocks that are always chosen.
+        newest : int
+            Blocks after the candidates, which are always listed.
         block_size : int
-        padding_mask : as above
+        padding_mask
+            As in :meth:`attend_blocks`.
+
+        Returns
+        -------
+        BlockLists or None
+            None if this backend cannot score such digests; the caller then uses torch.
         """
         return None
 
     def score(self, scorer: str, query: torch.Tensor, codes: torch.Tensor, block_size: int = 1) -> torch.Tensor | None:
-        """Scores (batch, kv_heads, blocks) of float32 of all these digests, as in ``select``; None if it has no way."""
+        """Scores, (batch, kv_heads, blocks) of float32, as in :meth:`select`; None if not supported."""
         return None
 
     def copy(self, sources: torch.Tensor, targets: torch.Tensor, copy_bytes: int, keep: Any) -> Ticket[Any] | None:
-        """Copies of ``copy_bytes`` bytes each between addresses, int64 on the CPU, in the background: a ticket.
+        """Copy memory in the background.
 
-        ``keep`` holds the memory on both sides. None if this backend has no way of its own.
+        Parameters
+        ----------
+        sources, targets : Tensor (n,) of int64, on the CPU
+            Addresses.
+        copy_bytes : int
+            Bytes of each copy.
+        keep
+            Objects that own the memory; kept alive until the copies have ended.
+
+        Returns
+        -------
+        Ticket or None
+            None if not supported.
         """
         return None
 
     def busy(self) -> bool:
-        """Whether torch works in the background; what can wait for it should."""
+        """Whether a background job runs torch operations; less urgent work should wait."""
         return self._workers.busy()
 
     def close(self) -> None:
-        """End the threads; they start again when needed."""
+        """End the threads; a later job starts them again."""
         self._workers.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CpuBackend:

@@ -1,4 +1,4 @@
-"""Attention over every block by itself: one partial per block, which tells the mass of each and fuses to any union."""
+"""Attention over every block separately: one partial per block, with its LSE; any union of blocks can be merged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAUSE_S = 0.0005
 
 
 def natively(query: torch.Tensor, blocks: Any) -> bool:
-    """Whether the native library can attend such a query over these blocks (a WholeBlocks)."""
+    """Whether the native library supports this query and these blocks (a WholeBlocks)."""
     return blocks.library is not None and query.is_cpu and query.dtype in DTYPES
 
 
@@ -35,7 +35,7 @@ def attend_each_native(
     padding_mask: torch.Tensor | None,
     pool: NativePool | None,
 ) -> Partial:
-    """Partials of one KV head of one row by the native library.
+    """One partial per block, for one KV head of one row, with the native library.
 
     Parameters
     ----------
@@ -46,9 +46,9 @@ def attend_each_native(
     scale, softcap
         As in :func:`scout_hf.kernels.attend.attend`.
     padding_mask : Tensor (blocks, block_size) of bool, contiguous, or None
-        Tokens that are no padding; None when all are real.
+        False for padding; None if there is none.
     pool : NativePool or None
-        Where to run, waiting for the end; None for the calling thread and torch's team.
+        Pool to run on (the call blocks until the end); None for the calling thread and torch's OpenMP team.
 
     Returns
     -------
@@ -59,7 +59,7 @@ def attend_each_native(
     group, dim = query.shape
     out = torch.empty((len(addresses), group, dim), dtype=torch.float32, device="cpu")
     lse = torch.empty((len(addresses), group), dtype=torch.float32, device="cpu")
-    # Every block is a row of a batch with one KV head, and all rows have the same query.
+    # Describe every block as a row of a batch with one KV head; all rows have the same query.
     store = pages.store_args(1, dim, blocks.block_size, blocks.dtype, blocks.packed)
     store.pages, store.pages_stride, store.batch = address(addresses, torch.int64), 1, len(addresses)
     store.length = blocks.block_size
@@ -80,7 +80,7 @@ def attend_each_native(
     if pool is None:
         check(blocks.library.attend(byref(args), torch.get_num_threads()), "blocks to attend")
     else:
-        # An interrupt may end this call while the job still runs.
+        # Kept alive: an interrupt may end this call while the job still runs.
         keep = (query, blocks, addresses, padding_mask, out, lse)
         pool.submit(quick(blocks.library.handle, "scout_submit_attend"), args, keep=keep).wait()
         check(args.status, "blocks to attend")
@@ -97,10 +97,10 @@ def attend_each(
     padding_mask: torch.Tensor | None,
     busy: Callable[[], bool] | None = None,
 ) -> Partial:
-    """The same with torch, on the device of the blocks, some thousand tokens at a time.
+    """As :func:`attend_each_native`, with torch on the device of the blocks, a few thousand tokens at a time.
 
-    ``busy`` says whether more urgent work is running: each chunk waits until it is not. The result has the dtype of
-    the query, float32 at least.
+    ``busy`` returns whether more urgent work is running; each chunk waits until it returns False. The result has the
+    dtype of the query, float32 at least.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     query, chunk, parts = query.to(wide), max(1, CHUNK_TOKENS // blocks.block_size), []

@@ -1,7 +1,7 @@
-"""Attention over host blocks with Intel's extension for PyTorch (IPEX) 2.8, which exists for torch 2.8 only.
+"""The IPEX CPU backend (Intel Extension for PyTorch 2.8, for torch 2.8 only).
 
-Slower than a kernel of our own and retired upstream; here for those who run that stack. Nothing of it is imported
-before somebody asks for the backend, since importing it re-registers operators of torch and prints about it.
+Slower than the native backend and retired upstream; kept for users of that stack. IPEX is imported only on request,
+because the import re-registers torch operators and prints warnings.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from scout_hf.kernels.cpu.protocols import PagedStore
 from scout_hf.kernels.cpu.torch_backend import TorchBackend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PARTITION = 128  # tokens that the kernel attends at a time; a block must not straddle two of them
+PARTITION = 128  # tokens per partition of the kernel; a block must not span two partitions
 
 
 class IpexBackend(CpuBackend):
-    """IPEX's paged attention, reading the blocks where they lie; torch where that kernel cannot serve.
+    """IPEX's paged attention, directly on the pages; torch where that kernel does not apply.
 
-    That is under padding, in float64 or mixed dtypes, for blocks of a size that does not divide 128, and under a soft
-    cap for four rows or more of one KV head. Output in the dtype of the query, or float32 where the pages are spread
-    over several slabs.
+    Torch is used with padding, for float64 or mixed dtypes, for block sizes that do not divide 128, and with a soft cap
+    for four or more rows with one KV head. The output has the dtype of the query, or float32 if the pages lie in
+    several slabs.
     """
 
     name = "ipex"
@@ -72,12 +72,13 @@ class IpexBackend(CpuBackend):
         scale: float,
         softcap: float | None,
     ) -> Partial:
-        # Every KV head is a sequence of its own, with one KV head: heads may have different blocks.
+        # Pass every KV head as a sequence with one KV head, since heads may attend different blocks.
         heads, size = slab.shape[1], slab.shape[3]
         keys, values = slab.flatten(0, 1).unsqueeze(2).unbind(1)
         table = pages * heads + torch.arange(heads, dtype=torch.int64, device="cpu")[:, None]
         if (filled[..., 1:] > filled[..., :-1]).any():
-            # Full blocks, then the partly filled one, then those of other slabs: the kernel stops after the last token.
+            # The kernel reads the first `lengths` tokens: full blocks first, then the partly filled one, then blocks of
+            # other slabs.
             filled, order = filled.sort(dim=-1, descending=True, stable=True)
             table = table.gather(-1, order)
         tokens = filled.sum(-1).flatten()
@@ -85,8 +86,8 @@ class IpexBackend(CpuBackend):
         grouped = fold_group(query, heads).flatten(0, 1).contiguous()
         out, unused = torch.empty_like(grouped), torch.empty(0, dtype=torch.int32, device="cpu")
         table, lengths = table.flatten(0, 1).int().contiguous(), tokens.int()
-        # A window of all tokens changes nothing but keeps the kernel for beams away, which takes four sequences that
-        # begin with one block for beams of one length. A soft cap forbids a window; no cap is -1 (0 is a wrong answer).
+        # A window over all tokens avoids the kernel for beam search, which mistakes four sequences with the same first
+        # block for beams of one length. A soft cap excludes a window; -1 means no cap (0 gives wrong results).
         window, cap = (longest, -1.0) if softcap is None else (-1, float(softcap))
         how = (unused, scale, table, lengths, size, longest, None, window, 1.0, 1.0, cap)
         with _Allocations() as scratch:
@@ -97,7 +98,7 @@ class IpexBackend(CpuBackend):
 
 
 class _Allocations(TorchDispatchMode):
-    """Keeps the tensors that a kernel allocates, in order. The op returns no LSE, but its scratch has all of it."""
+    """Records the tensors that a kernel allocates, in order. The op returns no LSE, but its scratch tensors hold it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +106,7 @@ class _Allocations(TorchDispatchMode):
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        return True  # or a compilation in another thread would think that it is in this mode
+        return True  # else a compilation in another thread would see this mode
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -114,12 +115,12 @@ class _Allocations(TorchDispatchMode):
 
 
 def _lse(made: list[torch.Tensor], tokens: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
-    """LSE from the largest score and the sum of exponentials of every partition, the kernel's first two tensors."""
+    """LSE from the e_max and e_sum of every partition, the first two tensors that the kernel allocates."""
     expected = (*shape[:2], shape[2] + 1)
     if [tuple(part.shape) for part in made[:2]] != [expected] * 2:
         raise ConfigError(
-            "cpu_backend='ipex' finds another kernel of intel-extension-for-pytorch at work than the one it takes the "
-            f"log-sum-exp from: it made {[tuple(part.shape) for part in made[:2]]} instead of two {expected}. "
+            "cpu_backend='ipex' found another kernel of intel-extension-for-pytorch than the one that it supports: its "
+            f"scratch tensors are {[tuple(part.shape) for part in made[:2]]} instead of two {expected}. "
             "Try cpu_backend='auto'"
         )
     top, total = (part[..., :-1] for part in made[:2])
@@ -128,7 +129,7 @@ def _lse(made: list[torch.Tensor], tokens: torch.Tensor, shape: tuple[int, int, 
 
 
 def _entries(store: PagedStore, lists: BlockLists | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Page of every list entry and how many of its tokens count, (batch, kv_heads, n) each; 0 for unused entries."""
+    """Page id and number of tokens of every list entry, (batch, kv_heads, n) each; 0 for unused entries."""
     heads, blocks, size = store.heads, store.blocks, store.block_size
     if lists is None:
         ids = torch.arange(blocks, dtype=torch.int64, device="cpu").expand(store.batch, heads, -1)
@@ -154,7 +155,7 @@ def _serves(query: torch.Tensor, store: PagedStore, softcap: float | None, paddi
 
 
 def load_op() -> Any:
-    """IPEX's paged attention, or ConfigError if this environment has none that fits."""
+    """IPEX's paged attention; ConfigError if it is not installed in the supported version."""
     needed = "cpu_backend='ipex' needs torch 2.8 and intel-extension-for-pytorch 2.8.0"
     try:
         found = metadata.version("intel_extension_for_pytorch")
@@ -164,10 +165,10 @@ def load_op() -> Any:
     if found is None or found.split("+")[0] != "2.8.0" or not torch.__version__.startswith("2.8."):
         raise ConfigError(
             f"{needed}; found torch {torch.__version__} and {extension}. "
-            "Try cpu_backend='auto', which takes the fastest there is here"
+            "Try cpu_backend='auto', which takes the fastest that is installed"
         )
     try:
-        # By version it should load; the extension itself exits the interpreter where it does not like the machine.
+        # The version fits, but on an unsupported machine the extension exits the interpreter.
         importlib.import_module("intel_extension_for_pytorch")
         return torch.ops.torch_ipex.single_query_cached_kv_attention.default
     except (Exception, SystemExit) as error:

@@ -1,6 +1,6 @@
-"""The native CPU library: where it is, what its structs look like, which instruction set it uses.
+"""The native CPU library: loading, struct layouts, instruction sets.
 
-``load_library()`` gives None where the package was installed without a compiler; a warning says so once.
+``load_library()`` returns None, with one warning, if the package was installed without a compiler.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class AttendArgs(ctypes.Structure):
 
 
 class SelectArgs(ctypes.Structure):
-    """``scout_select_args``: the best-scored blocks, ascending, then the newest."""
+    """``scout_select_args``: the top-k blocks in ascending order, then the newest."""
 
     _fields_ = [
         ("query", c_void_p),
@@ -110,7 +110,7 @@ class SelectArgs(ctypes.Structure):
 
 
 class AppendArgs(ctypes.Structure):
-    """``scout_append_args``: new tokens into pages that are there already."""
+    """``scout_append_args``: write new tokens into allocated pages."""
 
     _fields_ = [
         ("store", StoreArgs),
@@ -123,7 +123,7 @@ class AppendArgs(ctypes.Structure):
 
 
 class GatherArgs(ctypes.Structure):
-    """``scout_gather_args``: blocks as plain keys and values."""
+    """``scout_gather_args``: blocks to unpacked keys and values."""
 
     _fields_ = [
         ("store", StoreArgs),
@@ -179,7 +179,7 @@ class Library:
     Raises
     ------
     OSError
-        If it is not whole, cannot be loaded or is of another version than this code.
+        If the file is truncated, cannot be loaded, or has another ABI version.
     """
 
     abi: Callable[[], int]
@@ -189,7 +189,7 @@ class Library:
     use_isa: Callable[[int], int]
     current_isa: Callable[[], int]
     set_team: Callable[[int], None]
-    # Pointers to their structure, and threads.
+    # Each takes a pointer to its struct and a number of threads.
     attend: Callable[[Any, int], int]
     select: Callable[[Any, int], int]
     append: Callable[[Any, int], int]
@@ -207,7 +207,7 @@ class Library:
             function.restype, function.argtypes = result, arguments
             setattr(self, name.removeprefix("scout_"), function)
         if self.abi() != ABI:
-            raise OSError(f"{path} has interface {self.abi()}, this code needs {ABI}; reinstall scout_hf")
+            raise OSError(f"{path} has ABI version {self.abi()}, this code needs {ABI}; reinstall scout_hf")
         entry = _openmp_entry()
         if entry is not None:
             self.set_team(entry)
@@ -222,7 +222,7 @@ class Library:
         return self.isa_name(self.current_isa()).decode()
 
     def choose_isa(self, name: str) -> None:
-        """Use another one, for the whole process. ConfigError if this machine does not have it."""
+        """Set the instruction set for the whole process; ConfigError if this machine lacks it."""
         if name not in self.isas():
             raise ConfigError(
                 f"{ISA_VARIABLE}={name!r} is not allowed: this machine runs {', '.join(self.isas())}; unset it for the "
@@ -233,10 +233,10 @@ class Library:
 
 @functools.cache
 def load_library() -> Library | None:
-    """The library that was installed with the package, or None, with a warning at the first call, if there is none.
+    """The library that was installed with the package; None, with a warning at the first call, if there is none.
 
-    The environment variable ``SCOUT_HF_ISA`` forces an instruction set, ``SCOUT_HF_LIBRARY`` another file; an empty
-    one means to do without.
+    The environment variable ``SCOUT_HF_ISA`` sets the instruction set, ``SCOUT_HF_LIBRARY`` the file; if the latter is
+    empty, no library is used.
     """
     path = find_library()
     reason, cure = "it was installed without a C++ compiler, or for another platform", "reinstall"
@@ -263,7 +263,7 @@ def load_library() -> Library | None:
 
 
 def find_library() -> Path | None:
-    """Where the library is, if anywhere."""
+    """The path of the library, or None."""
     given = os.environ.get(PATH_VARIABLE)
     if given is not None:
         return Path(given) if given else None
@@ -274,7 +274,7 @@ def find_library() -> Path | None:
 
 
 def check(status: int, what: str) -> None:
-    """Raise for a status that the callers' own checks should have made impossible."""
+    """Raise RuntimeError for an error status; the checks of the callers should make that impossible."""
     if status:
         raise RuntimeError(
             f"scout_hf's native library refused {what}: {STATUS.get(status, status)}; please report this"
@@ -282,9 +282,9 @@ def check(status: int, what: str) -> None:
 
 
 def _openmp_entry() -> int | None:
-    """Address of GOMP_parallel in the OpenMP library that torch has loaded, so that both share one team of threads."""
+    """Address of GOMP_parallel in the OpenMP library that torch has loaded, to share one team of threads."""
     try:
-        # Through torch's own library, since several OpenMP libraries may be loaded.
+        # Look it up through torch's library: several OpenMP libraries may be loaded.
         own = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
         return ctypes.cast(ctypes.CDLL(str(own)).GOMP_parallel, c_void_p).value
     except (OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""Attention, scoring and selection by the native library: at the speed of memory, without copying keys and values."""
+"""The native CPU backend: attention, scoring and selection directly on the pages, limited by memory bandwidth."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from scout_hf.kernels.cpu.torch_backend import TorchBackend
 
 
 class NativeBackend(CpuBackend):
-    """Calls on the caller's thread use torch's own team of threads, jobs in the background a native pool.
+    """Synchronous calls run on torch's OpenMP team, background jobs on a native thread pool.
 
-    Sizes, types and devices that the library does not know go to :class:`TorchBackend`.
+    Sizes, dtypes and devices that the library does not support are passed to :class:`TorchBackend`.
     """
 
     name = "native"
@@ -78,7 +78,7 @@ class NativeBackend(CpuBackend):
         return self._post(args, partial, (keep, store.memory()))
 
     def watches(self, query: torch.Tensor, store: PagedStore) -> bool:
-        # Where the pool has no threads, jobs run on the thread that waits for them; here none does.
+        # A pool without threads runs jobs on the thread that waits for them; here none waits.
         known = self._library is not None and _served(query) and store.native() is not None
         return known and self._pool.has_threads()
 
@@ -96,7 +96,7 @@ class NativeBackend(CpuBackend):
         flag, number, done = words
         described = self._describe(query, store, lists, scale, softcap, padding_mask, Partial(*into))
         if described is None:
-            raise NotImplementedError("only where watches() says so")
+            raise NotImplementedError("start_at() got inputs for which watches() is False; use start()")
         _, args, partial, keep = described
         args.done, args.number = address(done, torch.int64), number
         at = {"flag": address(flag, torch.int64), "value": number}
@@ -107,7 +107,7 @@ class NativeBackend(CpuBackend):
             check(args.status, "blocks to attend")
             return Attended(partial, args.attended)
 
-        # An interrupt may take the ticket and the store away while the job runs.
+        # Kept alive: after an interrupt, ticket and store may be deleted while the job still runs.
         return self._pool.submit(self._submit, args, keep=(keep, partial), result=result, **at)
 
     def select(
@@ -164,7 +164,7 @@ class NativeBackend(CpuBackend):
         block_size: int,
         padding_mask: torch.Tensor | None,
     ) -> dict[str, int] | None:
-        """What tells the library how to score, or None if it cannot."""
+        """The scoring arguments for the library, or None if it cannot score this."""
         if self._library is None or scorer not in SCORERS or not _served(query, codes, padding_mask):
             return None
         heads, dim, code = codes.shape[1], query.shape[3], codes.shape[3]
@@ -208,7 +208,9 @@ class NativeBackend(CpuBackend):
         if self._library is None:
             return None
         if sources.shape != targets.shape:
-            raise NativeInputError(f"got {len(sources)} addresses to copy from and {len(targets)} to copy to")
+            raise NativeInputError(
+                f"got {len(sources)} source and {len(targets)} target addresses; pass as many of each"
+            )
         places = (address(part, torch.int64) for part in (sources, targets))
         args = CopyArgs(*places, len(sources), copy_bytes)
         return self._pool.submit(self._copy, args, keep=(sources, targets, keep))
@@ -232,9 +234,9 @@ class NativeBackend(CpuBackend):
         padding_mask: torch.Tensor | None,
         into: Partial | None = None,
     ) -> tuple[Library, AttendArgs, Partial, Any] | None:
-        """The library, arguments of the call, where its results will be, and what must live until it is over.
+        """The library, its arguments, the outputs, and objects to keep alive until the call has ended.
 
-        None for what the library does not know.
+        None if the library does not support the inputs.
         """
         library, served = self._library, _served(query, padding_mask) and (lists is None or lists.ids.is_cpu)
         native = store.native() if served and library is not None else None
@@ -243,12 +245,14 @@ class NativeBackend(CpuBackend):
         batch, _, queries, dim = query.shape
         if (batch, queries, dim) != (store.batch, 1, store.head_dim) or query.shape[1] % store.heads:
             raise CacheStateError(
-                f"got queries {tuple(query.shape)} for a store of {store.batch} rows and {store.heads} KV heads of "
-                f"{store.head_dim} channels; needed is one query per row and head"
+                f"got queries {tuple(query.shape)} for a store of {store.batch} rows and {store.heads} KV heads with "
+                f"head_dim={store.head_dim}; pass (batch, query_heads, 1, head_dim), with query heads a multiple of KV "
+                "heads"
             )
         if padding_mask is not None and (padding_mask.shape[0] != batch or padding_mask.shape[1] < store.length):
             raise CacheStateError(
-                f"got a padding mask of {tuple(padding_mask.shape)} for {batch} rows of {store.length} tokens"
+                f"got a padding mask of {tuple(padding_mask.shape)} for {batch} rows of {store.length} tokens; "
+                "pass (batch, tokens) that covers all of them"
             )
         query = query if query.stride(3) == 1 else query.contiguous()
         out, lse = into or (
@@ -275,13 +279,16 @@ class NativeBackend(CpuBackend):
         if lists is not None:
             ids, counts = lists.ids.to(torch.int32).contiguous(), lists.counts
             if ids.shape[:2] != (batch, store.heads) or (counts is not None and counts.shape != ids.shape[:2]):
-                raise CacheStateError(f"got lists {tuple(ids.shape)} for {batch} rows of {store.heads} KV heads")
+                raise CacheStateError(
+                    f"got lists {tuple(ids.shape)} for {batch} rows of {store.heads} KV heads; "
+                    "pass ids (batch, kv_heads, n) and counts (batch, kv_heads)"
+                )
             args.blocks_stride = args.count = ids.shape[2]
             if counts is not None:
                 counts = counts.to("cpu", torch.int32).contiguous()
                 args.counts = address(counts, torch.int32)
             if not ids.numel():
-                # The address of nothing is 0, which would mean every block.
+                # The address of an empty tensor is 0, which would mean all blocks.
                 ids = ids.new_zeros(1)
             lists = BlockLists(ids, counts)
             args.blocks = address(ids, torch.int32)
@@ -289,6 +296,6 @@ class NativeBackend(CpuBackend):
 
 
 def _served(query: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether the library knows such a query, and all that comes with it is in memory that it can read."""
+    """Whether the library supports the query, and can read the other tensors in host memory."""
     known = query.is_cpu and query.dtype in DTYPES
     return known and all(other is None or other.is_cpu and other.stride(-1) == 1 for other in others)

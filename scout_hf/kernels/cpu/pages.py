@@ -1,4 +1,4 @@
-"""Tokens into pages and out of them by the native library; the stores fall back to torch where it cannot."""
+"""Append to pages and gather from them with the native library; stores fall back to torch where it cannot."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ MAX_HEAD_DIM, MAX_BLOCK = 512, 256
 
 
 def library_for(dtype: torch.dtype, head_dim: int, block_size: int, device: torch.device) -> Library | None:
-    """The native library, if there is one and it knows pages of such numbers in such memory."""
+    """The native library, if it is installed and supports this dtype, these sizes and this device; else None."""
     known = device.type == "cpu" and dtype in DTYPES and head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0
     return load_library() if known and block_size <= MAX_BLOCK and block_size % 4 == 0 else None
 
 
 def store_args(heads: int, head_dim: int, block_size: int, dtype: torch.dtype, packed: bool) -> StoreArgs:
-    """A description of pages without the pages: sizes and types; ``packed`` for int8."""
+    """A ``scout_store`` with sizes and types, without pages; ``packed`` for int8."""
     plain = DTYPES[dtype]
     return StoreArgs(
         kv_heads=heads,
@@ -42,7 +42,7 @@ def store_args(heads: int, head_dim: int, block_size: int, dtype: torch.dtype, p
 
 
 def append(library: Library, store: StoreArgs, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Write new tokens, (batch, kv_heads, tokens, head_dim) each, behind the ``store.length`` that are there."""
+    """Write new tokens, (batch, kv_heads, tokens, head_dim) each, behind the first ``store.length`` tokens."""
     if keys.stride(3) != 1 or values.stride(3) != 1:
         keys, values = keys.contiguous(), values.contiguous()
     args = AppendArgs(
@@ -72,10 +72,10 @@ def gather(library: Library, store: StoreArgs, blocks: torch.Tensor, keys: torch
 def minmax(
     library: Library, store: StoreArgs, first: int, last: int, padding_mask: torch.Tensor | None, codes: torch.Tensor
 ) -> None:
-    """Channel-wise maximum and minimum of the keys of whole blocks ``first:last``, straight from the pages.
+    """Channel-wise maximum and minimum of the keys of whole blocks ``first:last``, computed from the pages.
 
     ``codes`` is (batch, kv_heads, blocks, 2 * head_dim) in the dtype of the keys, written at ``first:last``;
-    ``padding_mask`` (batch, tokens) of bool or None marks tokens that are no padding.
+    ``padding_mask`` is (batch, tokens) of bool, False for padding, or None.
     """
     args = MinMaxArgs(
         store=store,

@@ -1,6 +1,6 @@
-"""The native threads that compute the CPU's share ahead: jobs are submitted and joined on the main thread.
+"""The native thread pool for background CPU attention; the main thread submits and joins jobs.
 
-No Python thread takes part, so there is no GIL to wait for. The C++ side and its rules are in ``native/pool.h``.
+The threads never take the GIL. The C++ side and its rules are in ``native/pool.h``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from scout_hf.errors import CacheStateError, ConfigError
 from scout_hf.kernels.cpu.topology import spare_workers, usable_cpus, worker_cpus
 
-# Signal handlers run between native waits: Ctrl-C is noticed after this long at most.
+# Longest native wait: signal handlers (Ctrl-C) run between waits.
 _SLICE_US = 50_000
 
 
@@ -57,9 +57,9 @@ def bind(library: ctypes.CDLL) -> None:
 
 
 def quick(library: ctypes.CDLL, name: str) -> Callable[..., int]:
-    """A function of the library that is called without giving up the GIL, which would take longer than the call.
+    """A function of the library that keeps the GIL during the call, since releasing it takes longer than the call.
 
-    Submit functions (``int64 entry(pool, args, flag, value)``) come ready for ``NativePool.submit``.
+    Submit functions (``int64 entry(pool, args, flag, value)``) can be passed to ``NativePool.submit``.
     """
     function = getattr(ctypes.PyDLL(library._name, handle=library._handle), name)
     default = (c_int64, [c_void_p, c_void_p, c_void_p, c_uint64])
@@ -68,7 +68,7 @@ def quick(library: ctypes.CDLL, name: str) -> Callable[..., int]:
 
 
 class PoolTicket:
-    """A submitted job; ``wait`` joins it and gives its result. To be joined by one thread at a time."""
+    """A submitted job; ``wait`` joins it and returns its result. One thread at a time may join it."""
 
     def __init__(self, threads: _Threads, held: Any, result: Any):
         self.number = 0  # until the job is submitted
@@ -77,28 +77,28 @@ class PoolTicket:
         self._result, self._call = result, callable(result)
 
     def wait(self) -> Any:
-        """The job's result; blocks until it is there. Where the pool has no threads, the job runs here.
+        """Block until the job has ended, and return its result. If the pool has no threads, the job runs in this call.
 
         Raises
         ------
         CacheStateError
-            If the pool was closed before the job could begin, or if this is a fork of the process that submitted it.
+            If the pool was closed before the job started, or the process has forked since the submit.
         """
         if self._join() < 0:
             raise CacheStateError(
                 f"job {self.number} of the native pool was never run: the pool was closed while a job waited for its "
-                "flag, or the process forked while it was running. Submit it again."
+                "flag, or the process forked while it was running. Submit it again"
             )
         if self._call:
             self._result, self._call = self._result(), False
         return self._result
 
     def drain(self) -> bool:
-        """Block until the job has ended, whatever came of it; whether it ran."""
+        """Block until the job has ended or was dropped; returns whether it ran."""
         return self._join() > 0
 
     def done(self) -> bool:
-        """Whether the job has ended. Where the pool has no threads, only a wait makes that happen."""
+        """Whether the job has ended. If the pool has no threads, it runs only in ``wait``."""
         return self._threads.outcome(self.number) != 0
 
     def times(self) -> tuple[int, int] | None:
@@ -108,7 +108,7 @@ class PoolTicket:
         return (found[0], found[1]) if known else None
 
     def let_go(self) -> None:
-        """Forget what the job needed: it has ended."""
+        """Drop the references to the memory of a job that has ended."""
         self._held = None
 
     def _join(self) -> int:
@@ -121,26 +121,31 @@ class PoolTicket:
 
 
 class NativePool:
-    """Native threads, started at the first job and ended by ``close``, with the last reference, or with the process.
+    """A pool of native threads, started at the first job; ended by ``close``, with the last reference, or at exit.
 
     Parameters
     ----------
     library : CDLL
         The native library.
     threads : int or None
-        The most threads to start; None for all that there is room for. Never more than the machine has room for beside
-        the main thread; where that is none, jobs run on the thread that waits for them.
+        Most threads to start; None for one per spare CPU. Never more than the usable CPUs less one for the main thread;
+        if that is none, jobs run on the thread that waits for them.
     spin_us : int
-        Microseconds that the threads stay awake after a job, and that a waiting thread stays awake for its end.
+        Microseconds to spin before sleeping: workers after a job, waiting threads for its end.
     background : bool
-        One thread of the lowest priority instead, which takes the time that all others leave and never spins.
+        Use one thread of lowest priority instead, which never spins.
+
+    Raises
+    ------
+    ConfigError
+        If ``spin_us`` or ``threads`` is negative.
     """
 
     def __init__(self, library: ctypes.CDLL, threads: int | None = None, spin_us: int = 100, background: bool = False):
         if spin_us < 0:
-            raise ConfigError(f"spin_us={spin_us} is not allowed: take 0 or more microseconds; 100 is a layer's gap")
+            raise ConfigError(f"spin_us={spin_us} is not allowed: take 0 or more microseconds; try 100")
         if threads is not None and threads < 0:
-            raise ConfigError(f"threads={threads} is not allowed: take 0 or more, or None for all there is room for")
+            raise ConfigError(f"threads={threads} is not allowed: take 0 or more, or None for one per spare CPU")
         self.library, self.threads, self.spin_us, self.background = library, threads, spin_us, background
         self._running: _Threads | None = None
         bind(library)
@@ -154,65 +159,69 @@ class NativePool:
         value: int = 0,
         result: Any = None,
     ) -> PoolTicket:
-        """Start a job in the background, behind those submitted before.
+        """Start a background job, after those submitted before.
 
         Parameters
         ----------
         entry : function of the library
             Posts the job and returns its number, see :func:`quick`.
         args : Structure
-            The job's own arguments; kept until it has ended.
+            Arguments of the job; kept alive until it has ended.
         keep
-            Objects whose memory the job reads or writes; kept until it has ended.
+            Objects whose memory the job uses; kept alive until it has ended.
         flag : int or None
-            Address of a 64-bit word; the job, and all behind it, waits until the word is ``value`` or greater.
+            Address of a 64-bit word; this job and all later ones wait until the word is at least ``value``.
         value : int
         result
-            What ``PoolTicket.wait`` returns; if it can be called, what it returns when it is, at the first wait.
+            Result of ``PoolTicket.wait``; a callable is called at the first wait.
+
+        Returns
+        -------
+        PoolTicket
 
         Raises
         ------
         ConfigError
-            For a flag that cannot be the address of a word, or a value that the word cannot reach.
+            If ``flag`` is not the address of a 64-bit word, or ``value`` is out of range.
         CacheStateError
             If the library refuses the job.
         """
         if flag is not None and (flag <= 0 or flag % 8 or not 0 <= value < 1 << 64):
             raise ConfigError(
-                f"flag={flag}, value={value} is not allowed: flag must be the address of a 64-bit word, a multiple of "
-                "8, and value a number that the word can reach; pass flag=None for a job that need not wait"
+                f"flag={flag}, value={value} is not allowed: flag must be the address of a 64-bit word (a multiple of "
+                "8), and value an unsigned 64-bit number; pass flag=None for a job that need not wait"
             )
         threads = self._running
         if threads is None or threads.process != os.getpid():
             threads = self._start()
         threads.release()
         ticket = PoolTicket(threads, (args, keep), result)
-        # Before the job exists: an interrupt right after the call must not free memory that the job uses.
+        # Before the submit: an interrupt right after it must not free memory that the job uses.
         threads.tickets[ticket] = None
         number = entry(threads.handle, ctypes.byref(args), flag, value)
         if number <= 0:
             threads.tickets.pop(ticket, None)
             raise CacheStateError(
-                f"the native pool did not take a job (status {number}): it was closed by another thread, memory is "
-                "short, or the arguments are wrong"
+                f"the native pool did not take a job (status {number}): another thread closed it, memory is short, or "
+                "the arguments are invalid; submit it again"
             )
         ticket.number = number
         return ticket
 
     def has_threads(self) -> bool:
-        """Whether there is room for threads beside the main one."""
+        """Whether there are spare CPUs for pool threads."""
         return self._room() != 0
 
     @property
     def cpu_ms(self) -> float:
-        """CPU time that the running thread of a background pool has spent on jobs; 0 for other pools."""
+        """CPU time in ms that the thread of a background pool has spent on jobs; 0 for other pools."""
         threads = self._running
         return 0.0 if threads is None else self.library.scout_pool_cpu_ns(threads.handle) / 1e6
 
     def close(self) -> None:
-        """End the threads after the jobs they have; a later ``submit`` starts new ones.
+        """End the threads after the submitted jobs; a later ``submit`` starts new ones.
 
-        Jobs that would still have to wait for a flag are dropped, and those behind them.
+        A job whose flag is not set is dropped, and so are all later jobs.
         """
         threads, self._running = self._running, None
         if threads is not None:
@@ -237,10 +246,9 @@ class NativePool:
 
 
 class _Threads:
-    """The threads of one native pool, in one process, and the tickets of jobs that may still run.
+    """One native pool in one process, and the tickets of jobs that may still run.
 
-    The native pool is freed with the last reference, so that a call on it never meets freed memory; ``stop`` ends the
-    threads before.
+    The native pool is freed with the last reference, so that no call uses freed memory; ``stop`` ends its threads.
     """
 
     def __init__(self, library: ctypes.CDLL, workers: int | None, spin_us: int):
@@ -256,34 +264,34 @@ class _Threads:
         if workers is None:
             self.handle = library.scout_pool_create_background(*places)
         else:
-            # Without threads the waiting one looks for the flag itself, on a core that the one to raise it may need.
+            # Without workers the waiting thread polls the flag; it must not spin on a core that the setter may need.
             self.handle = library.scout_pool_create(workers, *places, spin_us if workers else 0)
         if not self.handle:
-            raise MemoryError("no memory for the native pool")
-        # At exit there may still be threads in a native wait: the pool is then stopped, not freed.
+            raise MemoryError("no memory for the native thread pool; free memory and try again")
+        # Not at exit: other threads may still be in a native wait. The pool is stopped then, not freed.
         weakref.finalize(self, _free, library, self.handle, self.process).atexit = False
         _all.add(self)
 
     def outcome(self, number: int) -> int:
-        """1: the job ran, -1: it never will, 0: neither yet."""
+        """1: the job ran; -1: it was dropped; 0: not ended yet."""
         outcome = self._done(self.handle, number)
         return -1 if outcome == 0 and self.process != os.getpid() else outcome
 
     def release(self) -> None:
-        """Let go of the jobs that have ended."""
+        """Drop the references to jobs that have ended."""
         try:
             tickets = tuple(self.tickets)
         except RuntimeError:
-            return  # another thread put one in meanwhile; the next call lets go of what this one did not
+            return  # another thread has added a ticket; the next call releases them
         for ticket in tickets:
-            if ticket.number:  # 0: on its way in, or lost to an interrupt
+            if ticket.number:  # 0: being submitted, or lost to an interrupt
                 if self.outcome(ticket.number) == 0:
                     break
                 self.tickets.pop(ticket, None)
                 ticket.let_go()
 
     def stop(self) -> None:
-        """Run what can run, drop the rest, end the threads."""
+        """Run the jobs that can run, drop the rest, end the threads."""
         if self.process == os.getpid():
             self.library.scout_pool_stop(self.handle)
             while self.tickets:
@@ -311,7 +319,7 @@ def _stop_all() -> None:
 
 
 def _after_fork() -> None:
-    _starting.lock = threading.Lock()  # another thread of the parent may have had it
+    _starting.lock = threading.Lock()  # a thread of the parent may have held it
 
 
 if hasattr(os, "register_at_fork"):

@@ -1,4 +1,4 @@
-"""What kernels on the CPU take and give, by shape alone: stores with pages, and tickets of work in the background."""
+"""Protocols of the CPU kernels: paged stores, and tickets of background work."""
 
 from __future__ import annotations
 
@@ -13,19 +13,29 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Ticket(Protocol[T_co]):
-    """Work in the background, to be joined by one thread at a time."""
+    """A handle of background work; one thread at a time may join it.
+
+    Examples
+    --------
+    >>> from scout_hf.kernels.cpu.workers import Workers
+    >>> workers = Workers()
+    >>> ticket = workers.submit(max, 2, 3)
+    >>> ticket.wait(), ticket.done()
+    (3, True)
+    >>> workers.close()
+    """
 
     def wait(self) -> T_co:
-        """The result; blocks until it is there, and raises what the work raised."""
+        """Block until the work has ended; return its result or raise its error."""
 
     def drain(self) -> bool:
-        """Block until nothing is read or written any more, whatever came of it; whether the work got through."""
+        """Block until the work no longer uses its memory; returns whether it succeeded."""
 
     def done(self) -> bool:
         """Whether the work has ended."""
 
     def times(self) -> tuple[int, int] | None:
-        """When it began and ended, ns of ``time.perf_counter_ns``; None while, or where, that is not known."""
+        """When it began and ended, in ns of ``time.perf_counter_ns``; None if not known (yet)."""
 
 
 class Pool(Protocol):
@@ -33,39 +43,49 @@ class Pool(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the slabs."""
+        """Data type of the slabs."""
 
     @property
     def device(self) -> torch.device:
-        """Of the slabs."""
+        """Device of the slabs."""
 
     @property
     def slabs(self) -> tuple[torch.Tensor, ...]:
-        """Where the pages are."""
+        """The tensors that hold the pages."""
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """The number of each slab's first page."""
+        """First page id of each slab."""
 
 
 class Table(Protocol):
-    """The pages of each row, in order."""
+    """A page table: the pages of each row, in order."""
 
     @property
     def pool(self) -> Pool:
-        """Where the pages are."""
+        """The pool that holds the pages."""
 
     @property
     def ids(self) -> torch.Tensor:
-        """Page numbers, (batch, blocks) of int64 on the CPU."""
+        """Page ids, (batch, blocks) of int64 on the CPU."""
 
     @property
     def addresses(self) -> torch.Tensor:
-        """Where the pages are in memory, in the same shape."""
+        """Memory addresses of the pages, in the same shape."""
 
 
 class PagedStore(Protocol):
-    """Keys and values in pages of ``block_size`` tokens, all rows equally long; :class:`PagedKV` is one."""
+    """A store of keys and values in pages of ``block_size`` tokens, all rows of one length; :class:`PagedKV` is one.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf.kernels.cpu import PagedStore
+    >>> from scout_hf.stores import PagedKV
+    >>> store: PagedStore = PagedKV(1, 2, 8, 4, torch.float32, "cpu")
+    >>> store.blocks
+    0
+    """
 
     heads: int
     head_dim: int
@@ -86,13 +106,13 @@ class PagedStore(Protocol):
 
     @property
     def table(self) -> Table:
-        """The pages."""
+        """The page table."""
 
     def gather(self, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Copy blocks (batch, kv_heads, n) to tensors (batch, kv_heads, n, block_size, head_dim)."""
+        """Copy blocks (batch, kv_heads, n) of int64 into tensors (batch, kv_heads, n, block_size, head_dim)."""
 
     def memory(self) -> tuple[Any, ...]:
-        """All that ``native()`` points to."""
+        """The tensors whose memory ``native()`` points to."""
 
     def native(self) -> StoreArgs | None:
-        """The store as the native library sees it, valid until it is next changed; None where that cannot be."""
+        """The store as a struct of the native library, valid until the next change; None if it cannot be served."""

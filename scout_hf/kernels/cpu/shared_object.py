@@ -1,4 +1,4 @@
-"""Whether a shared object is whole: loaders take a file that was cut off, and its first use ends the process."""
+"""Detect a truncated shared object: the loader would accept it, and its first use would crash the process."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import struct
 from pathlib import Path
 
 _IDENTITY = b"\x7fELF\x02\x01"
-"""64 bits, little end first. Files of other kinds are left to their loaders; that of macOS checks this itself."""
+"""64-bit little-endian ELF. Other formats are left to their loaders; that of macOS checks the size."""
 
 
 def check_whole(path: Path) -> None:
-    """Raise OSError for an ELF file with fewer bytes than its headers promise; no file is for the loader to tell."""
+    """Raise OSError for an ELF file with fewer bytes than its headers declare; a missing file is left to the loader."""
     if not path.is_file():
         return
     with path.open("rb") as file:
         content = file.read()
     if content.startswith(_IDENTITY) and len(content) < (promised := _promised_bytes(content)):
         raise OSError(
-            f"{path} has {len(content)} bytes where its headers promise {promised}: it was not written to its end "
-            "(disk full, copy interrupted?), and `pip install --force-reinstall scout_hf` replaces it"
+            f"{path} has {len(content)} bytes, but its headers declare {promised}: the file is truncated (disk full, "
+            "copy interrupted?). Run `pip install --force-reinstall scout_hf`"
         )
 
 
@@ -30,6 +30,6 @@ def _promised_bytes(content: bytes) -> int:
         for part in range(parts):
             offset, _, _, size = struct.unpack_from("<4Q", content, parts_at + part * part_bytes + 8)
             ends.append(offset + size)
-    except struct.error:  # not even the headers are there
+    except struct.error:  # truncated within the headers
         return len(content) + 1
     return max(ends)

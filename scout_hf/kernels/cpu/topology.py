@@ -1,6 +1,6 @@
-"""How many CPUs this process may really use, and where they are.
+"""How many CPUs this process may use, and their NUMA nodes.
 
-Every function takes the folder that stands for ``/``, so that tests can bring a machine of their own.
+Functions take the folder to use as ``/``, so that tests can provide another machine.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ ROOT = Path("/")
 
 
 def usable_cpus() -> tuple[int, ...]:
-    """Numbers of the CPUs that the calling thread may run on, ascending."""
+    """The CPUs that the calling thread may run on, ascending."""
     if hasattr(os, "sched_getaffinity"):
         return tuple(sorted(os.sched_getaffinity(0)))
     return tuple(range(os.cpu_count() or 1))
 
 
 def cpu_quota(root: Path = ROOT) -> float | None:
-    """CPU time per time that the control groups allow (1.5: one and a half CPUs); None if there is no limit."""
+    """The cgroup CPU quota, in CPUs (1.5: one and a half CPUs); None if there is no limit."""
     limits = []
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -34,8 +34,8 @@ def cpu_quota(root: Path = ROOT) -> float | None:
             read, folders = _quota_v1, [mounts / controllers, mounts / "cpu"]
         else:
             continue
-        # A group is bound by its ancestors too. Inside a container the path may be the host's, of which only the
-        # root is there.
+        # A group is limited by its ancestors too. Inside a container the path may be the host's, of which only the root
+        # exists.
         group = Path(path.lstrip("/"))
         limits += [read(folder / part) for folder in folders for part in (group, *group.parents)]
     return min((limit for limit in limits if limit is not None), default=None)
@@ -47,17 +47,20 @@ def spare_workers(requested: int | None = None, root: Path = ROOT) -> int:
     Parameters
     ----------
     requested : int or None
-        The most that is wanted; None for all that there is room for.
+        Upper limit; None for no limit.
 
     Returns
     -------
     int
-        Never more than the CPUs and the CPU time that the process has, less one for the main thread; may be 0.
+        At most the usable CPUs and the cgroup quota, less one for the main thread; may be 0.
+
+    Raises
+    ------
+    ConfigError
+        If ``requested`` is negative.
     """
     if requested is not None and requested < 0:
-        raise ConfigError(
-            f"threads={requested} is not allowed: take 0 or more, or None for as many as there is room for"
-        )
+        raise ConfigError(f"threads={requested} is not allowed: take 0 or more, or None for one per spare CPU")
     room = len(usable_cpus())
     quota = cpu_quota(root)
     if quota is not None:
@@ -69,8 +72,8 @@ def spare_workers(requested: int | None = None, root: Path = ROOT) -> int:
 def worker_cpus(workers: int | None = None, root: Path = ROOT) -> tuple[int, ...]:
     """CPUs for ``workers`` threads (None: as many as ``spare_workers()``), ascending.
 
-    On a machine with several memory nodes they are those of the calling thread's node, where the memory is that it
-    touches first, if they are enough for the workers and the thread itself; otherwise all usable ones.
+    On a NUMA machine they are the CPUs of the calling thread's node (which holds the memory that it touches first), if
+    that node has enough for the workers and the thread itself; otherwise all usable CPUs.
     """
     valid = usable_cpus()
     workers = spare_workers(root=root) if workers is None else workers
@@ -81,7 +84,7 @@ def worker_cpus(workers: int | None = None, root: Path = ROOT) -> tuple[int, ...
 
 
 def numa_nodes(root: Path = ROOT) -> dict[int, tuple[int, ...]]:
-    """CPUs of every memory node that has some; empty where the system does not say."""
+    """The CPUs of every NUMA node that has some; empty if unknown."""
     nodes = {}
     for folder in (root / "sys/devices/system/node").glob("node[0-9]*"):
         cpus = _parse_cpu_list(_read(folder / "cpulist"))
@@ -91,13 +94,13 @@ def numa_nodes(root: Path = ROOT) -> dict[int, tuple[int, ...]]:
 
 
 def current_node(root: Path = ROOT, cpu: int | None = None) -> int | None:
-    """The memory node of a CPU, by default of the one that the calling thread runs on; None if unknown."""
+    """The NUMA node of a CPU, by default of the calling thread's; None if unknown."""
     cpu = current_cpu() if cpu is None else cpu
     return next((node for node, cpus in numa_nodes(root).items() if cpu in cpus), None)
 
 
 def current_cpu() -> int | None:
-    """The CPU that the calling thread runs on at this moment; None where the system does not say."""
+    """The CPU that the calling thread runs on now; None if unknown."""
     try:
         cpu = ctypes.CDLL(None).sched_getcpu()
     except (AttributeError, OSError, TypeError):
@@ -122,7 +125,7 @@ def _ratio(quota: str, period: str) -> float | None:
 
 
 def _parse_cpu_list(text: str) -> tuple[int, ...]:
-    """``0-3,8`` as numbers."""
+    """Parse a list such as ``0-3,8``."""
     return tuple(sorted(cpu for part in text.strip().split(",") if part for cpu in _span(part)))
 
 

@@ -1,4 +1,4 @@
-"""Attention over chosen host blocks with torch alone: gather a chunk, attend, merge. Works wherever torch does."""
+"""The torch CPU backend: gather a chunk of blocks, attend, merge."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ CHUNK_TOKENS = 1024
 
 
 class TorchBackend(CpuBackend):
-    """Chunked gather into a reused buffer, then torch's flash kernel, whose LSE merges the chunks.
+    """Chunked gather into a reused buffer, then torch's flash kernel; chunks are merged by their LSE.
 
-    One object may be used from several threads; each has its own buffers.
+    Thread-safe: each thread has its own buffers.
     """
 
     name = "torch"
@@ -39,7 +39,7 @@ class TorchBackend(CpuBackend):
             lists = BlockLists(_numbers(store.blocks).expand(store.batch, store.heads, -1), None)
         ids, parts, tokens = _used(lists), [], 0
         count, size = ids.shape[2], store.block_size
-        # Lists that end alike and have no holes need no mask: what is not filled is cut off.
+        # Full lists that all end with the last block (if it is partly filled) need no mask: cut off the unfilled end.
         unfilled = store.blocks * size - store.length
         at_end = ids[:, :, -1:] == store.blocks - 1
         plain = lists.counts is None and padding_mask is None and bool(at_end.all() if unfilled else True)
@@ -52,7 +52,7 @@ class TorchBackend(CpuBackend):
             keys, values = self._scratch.pair(some.shape, store)
             store.gather(some, keys, values)
             if unfilled and not plain:
-                # Weight 0 does not make garbage harmless.
+                # Masking is not enough: 0 * NaN is NaN.
                 rows, heads, entries = (some == store.blocks - 1).nonzero(as_tuple=True)
                 keys[rows, heads, entries, -unfilled:] = values[rows, heads, entries, -unfilled:] = 0
             keys, values, allowed = keys.flatten(2, 3), values.flatten(2, 3), None
@@ -68,7 +68,7 @@ class TorchBackend(CpuBackend):
 
 
 def _used(lists: BlockLists) -> torch.Tensor:
-    """The lists as int64; what they do not use is not defined and becomes block 0."""
+    """The lists as int64, with unused (undefined) entries set to block 0."""
     ids = lists.ids.long()
     if lists.counts is None:
         return ids
@@ -78,7 +78,7 @@ def _used(lists: BlockLists) -> torch.Tensor:
 def _allowed(
     ids: torch.Tensor, first: int, counts: torch.Tensor | None, store: PagedStore, padding_mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """Which tokens of the blocks ``ids``, the entries of each list from ``first`` on, may be attended."""
+    """The mask of attended tokens of blocks ``ids``, which are the list entries from ``first`` on."""
     places = ids.unsqueeze(-1) * store.block_size + _numbers(store.block_size)
     allowed = places < store.length
     if counts is not None:
@@ -90,7 +90,7 @@ def _allowed(
 
 
 def _numbers(count: int) -> torch.Tensor:
-    """0 to ``count - 1``, on the CPU, where lists are."""
+    """0 to ``count - 1``, on the CPU."""
     return torch.arange(count, dtype=torch.int64, device="cpu")
 
 

@@ -1,4 +1,4 @@
-"""A Python thread for jobs that the native pool cannot run: torch's, and transfers to another device."""
+"""A Python worker thread for jobs that the native pool cannot run: torch operations and device transfers."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ T = TypeVar("T")
 
 
 class WorkerTicket(Generic[T]):
-    """A submitted job; ``wait`` joins it and gives its result or raises its error."""
+    """A submitted job; ``wait`` joins it and returns its result or raises its error."""
 
     def __init__(self, future: Future[T], ran: list[int]):
         self.future, self.ran = future, ran
 
     def wait(self) -> T:
-        """The job's result; blocks until it is there."""
+        """Block until the job has ended, and return its result."""
         return self.future.result()
 
     def drain(self) -> bool:
-        """Block until the job has ended, whatever came of it; whether it did so without an error."""
+        """Block until the job has ended; returns whether it succeeded."""
         return self.future.exception() is None
 
     def done(self) -> bool:
@@ -35,12 +35,12 @@ class WorkerTicket(Generic[T]):
         return self.future.done()
 
     def times(self) -> tuple[int, int] | None:
-        """When the job began and ended, ns of ``time.perf_counter_ns``; None until it has."""
+        """When the job began and ended, in ns of ``time.perf_counter_ns``; None until it has ended."""
         return (self.ran[0], self.ran[1]) if len(self.ran) == 2 else None
 
 
 class Workers:
-    """One background thread, started at the first job and ended by ``close`` or with the process.
+    """One worker thread, started at the first job; ended by ``close`` or at exit.
 
     Parameters
     ----------
@@ -58,12 +58,16 @@ class Workers:
     def submit(self, job: Callable[..., T], *args: Any) -> WorkerTicket[T]:
         """Start ``job(*args)`` in the background, without gradients and without autocast.
 
-        While the interpreter ends, when no thread can be had, it runs here.
+        During interpreter shutdown, when no thread can start, the job runs in this call.
+
+        Returns
+        -------
+        WorkerTicket
 
         Raises
         ------
         ThreadStartError
-            If the system gives no thread; the next call tries again. ``WorkerTicket.wait`` may raise it as well.
+            If the system cannot start a thread; a later call tries again. ``WorkerTicket.wait`` may raise it too.
         """
         ticket = self.offer(job, *args)
         if ticket is None:
@@ -74,19 +78,19 @@ class Workers:
         return ticket
 
     def offer(self, job: Callable[..., T], *args: Any) -> WorkerTicket[T] | None:
-        """As :meth:`submit`, but None while the interpreter ends and no thread can be had."""
+        """As :meth:`submit`, but None during interpreter shutdown, when no thread can start."""
         ticket: WorkerTicket[T] = WorkerTicket(Future(), [])
         try:
             self._post(ticket, job, args)
         except RuntimeError as error:
-            # The pool may have the job all the same, for a thread that starts later: not if it is cancelled by then.
+            # The pool may have queued the job before the error; cancelled, it will not run later.
             if ticket.future.cancel():
                 if "start new thread" in str(error):
                     raise _no_thread(error) from error
                 if "interpreter shutdown" not in str(error):
                     raise
                 return None
-        # Another thread may submit before this one returns: the ticket must be its own.
+        # Return the local ticket, not self._last: another thread may submit in between.
         self._last = ticket
         return ticket
 
@@ -95,7 +99,7 @@ class Workers:
         return self._last is not None and self._process == os.getpid() and not self._last.done()
 
     def close(self) -> None:
-        """End the thread after the jobs it has; a later ``submit`` starts a new one."""
+        """End the thread after the submitted jobs; a later ``submit`` starts a new one."""
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown(wait=True)
@@ -108,12 +112,12 @@ class Workers:
             self._pool, self._process = pool, os.getpid()
         setting = self._setting
         try:
-            # Nothing of self: its thread would keep it, and so itself, for ever.
+            # Pass no reference to self: the thread would keep it, and so itself, alive.
             pool.submit(_run, ticket.future, ticket.ran, setting, setting.default(), job, args)
         except RuntimeError as error:
             if "futures after shutdown" not in str(error):
                 raise
-            # Its thread has ended: another thread closed it, or the interpreter ends, which a new pool will tell.
+            # Another thread closed the pool, or the interpreter shuts down, in which case a new pool raises too.
             if self._pool is pool:
                 self._pool = None
             self._post(ticket, job, args)
@@ -126,24 +130,24 @@ class Workers:
 
 
 class _Setting:
-    """Torch's number of threads in the one thread of a pool, taken by its first job."""
+    """Torch's intra-op thread count for the worker thread, set by its first job."""
 
     def __init__(self, own: int | None):
         self.own, self.taken = own, own is None
 
     def default(self) -> int | None:
-        """In the thread that submits: what is to be put back for all others."""
+        """Called in the submitting thread: the process default to restore afterwards."""
         return None if self.taken else torch.get_num_threads()
 
     def take(self, default: int) -> None:
-        """In the pool's thread."""
+        """Called in the worker thread: set its own count, then restore the process default."""
         if self.own is None:
             return
         put_back = threading.Thread(target=torch.set_num_threads, args=(default,))
         try:
             torch.set_num_threads(self.own)
-            # That also became the default of all threads that begin later: this one takes it by asking, then any other
-            # thread puts it back.
+            # This also changes the default of threads that start later. The current thread adopts the value on the next
+            # call; then any other thread restores the default.
             torch.get_num_threads()
             put_back.start()
             put_back.join()
@@ -157,8 +161,8 @@ class _Setting:
 
 def _no_thread(error: RuntimeError) -> ThreadStartError:
     return ThreadStartError(
-        f"the system started no thread for work in the background ({error}); limits such as `ulimit -u` and those of a "
-        "container count threads: raise them or end some, then try again"
+        f"the system started no thread for background work ({error}); `ulimit -u` and container limits count threads: "
+        "raise them or end some threads, then try again"
     )
 
 
@@ -180,7 +184,7 @@ def _run(
     except BaseException as error:
         ran.append(time.perf_counter_ns())
         future.set_exception(error)
-        del future  # else the error would hold itself, by its traceback
+        del future  # else a reference cycle through the traceback
     else:
         ran.append(time.perf_counter_ns())
         future.set_result(result)

@@ -74,7 +74,7 @@ class KVPR(Dense):
         if share is not None and not (isinstance(share, float) and 0.0 <= share <= 1.0):
             raise ConfigError(f"share={share!r} is not allowed: take None or a float in [0, 1]; try None")
 
-    # -- join points --------------------------------------------------------------------------------------------
+    # -- hooks --------------------------------------------------------------------------------------------------
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, step: Step | None = None) -> None:
         before = self.kv.length
