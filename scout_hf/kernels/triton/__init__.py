@@ -1,4 +1,4 @@
-"""Kernels for GPUs in Triton. Importing this package imports triton: only the seam, ``kernels.device``, does."""
+"""GPU kernels in Triton. Importing this package imports triton; use ``kernels.device.find_kernels``."""
 
 from scout_hf.kernels.triton import prefetch, tuning
 from scout_hf.kernels.triton.append import append_token

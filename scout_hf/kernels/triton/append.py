@@ -1,4 +1,4 @@
-"""One new token at a place that only the device knows: for a step that is captured once and run many times."""
+"""Append one token at a position that only the device knows, for captured steps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def append_token(
     blocks: torch.Tensor,
     block_size: int,
 ) -> None:
-    """Put the newest token of every row into the tail.
+    """Write the newest token of every row into the tail.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ def append_token(
     keys, values : Tensor (batch, kv_heads, capacity, head_dim)
         The tail, both with the same strides, the last 1.
     length, blocks : Tensor (1,) of int32
-        Tokens per row with the new one, and whole blocks of ``block_size`` before the tail.
+        Tokens per row, the new one included; whole blocks of ``block_size`` tokens before the tail.
     """
     batch, heads, _, dim = new_keys.shape
     with on_device_of(keys):

@@ -1,7 +1,7 @@
-"""Decode attention over listed blocks: the list is split, with the log-sum-exp of every split (Flash-Decoding).
+"""Decode attention over listed blocks, in splits with an LSE each (Flash-Decoding).
 
-Query heads of one GQA group are the rows of one tensor-core tile, so a block is read once for all of them. Natural
-logarithm at the boundary, base 2 inside.
+Query heads of one GQA group are the rows of one tensor-core tile, so a block is read once for all of them. Logits are
+in base 2 inside the kernel; the returned LSE is natural.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _attend(
             scores = softcap * tanh(scores / softcap)
         scores = tl.where(real[None, :], scores * LOG2E, float("-inf"))
         new_max = tl.maximum(e_max, tl.max(scores, 1))
-        # Where nothing was seen yet, minus infinity must not meet itself.
+        # Before the first valid token: avoid -inf - (-inf).
         base = tl.where(new_max == float("-inf"), 0.0, new_max)
         weights = tl.exp2(scores - base[:, None])
         keep = tl.exp2(e_max - base)
@@ -114,32 +114,32 @@ def attend_blocks(
     num_kv_splits: int | None = None,
     tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Partial attention of one query per row over the blocks of a list, in splits.
+    """Partial attention of one query per row over listed blocks, in ``num_kv_splits`` splits.
 
     Parameters
     ----------
     query : Tensor (batch, query_heads, 1, head_dim)
         bfloat16, float16 or float32, like the keys; query heads are a multiple of KV heads.
     keys, values : Tensor (batch, kv_heads, n, block_size, head_dim), or (pages, kv_heads, block_size, head_dim)
-        The listed blocks themselves, or with ``pages`` the pool that they lie in. Any strides but the last.
+        The listed blocks, or with ``pages`` the pool that contains them. The last stride must be 1.
     scale, softcap
         As in :func:`scout_hf.kernels.attend.attend`.
     ids : Tensor (batch, kv_heads, n) of int32 or int64, or None
-        Block numbers, which say where in the text a listed block stands; -1 for an empty entry. None where the list
-        is the run ``first, first + 1, ...``.
+        Block numbers, which give the positions of the tokens; -1 for an empty entry. None for the run ``first, first +
+        1, ...``.
     first : int or Tensor (1,) of int32
     pages : Tensor (batch, kv_heads, n) of int32 or int64, or None
-        Where in the pool each listed block lies.
+        Page of each listed block in the pool.
     starts, lengths : Tensor (batch,) of int32, or None
-        First token of each row, and the one behind its last; ``lengths`` may have one element for all rows.
+        First token of each row, and last token + 1; ``lengths`` may have one element for all rows.
     padding_mask : Tensor (batch, tokens) of bool, or None
-        Tokens that are no padding; must cover all listed blocks up to ``lengths``.
+        False for padding; must cover all listed blocks up to ``lengths``.
     into : tuple of two Tensors of float32, or None
-        Where results go, as they are returned: contiguous buffers, or views of some splits of such.
+        Output and LSE buffers in the returned shapes: contiguous, or views of some splits of contiguous ones.
     num_kv_splits : int or None
-        Into how many splits the list is cut; None for as many as the chip is busy with.
+        Number of splits of each list; None for enough to fill the GPU.
     tile : Tile or None
-        Sizes that the kernel is compiled for; None for what was found best for these shapes.
+        Compile-time sizes; None for the best known for these shapes.
 
     Returns
     -------
@@ -162,7 +162,7 @@ def attend_blocks(
     group, row = query_heads // kv_heads, dim * keys.element_size()
     tile = tile or tile_for(query, keys)
     at = first if isinstance(first, torch.Tensor) else None
-    # Every index that stands for a missing tensor points to the query, and is never followed.
+    # The query stands in for each missing tensor; the kernel never reads it as such.
     given = [query if part is None else part for part in (pages, ids, at, starts, lengths, padding_mask)]
     places = [keys.stride(), values.stride()]
     strides = [stride[:4] if pages is None else (0, stride[1], stride[0], stride[2]) for stride in places]
@@ -184,6 +184,6 @@ def attend_blocks(
 
 
 def kv_splits_for(device: torch.device, lists: int, listed: int, block_size: int) -> int:
-    """Splits that keep all multiprocessors busy, of some hundred tokens at least."""
+    """``num_kv_splits`` that fills all multiprocessors, with at least a few hundred tokens per split."""
     wanted = -(-2 * multiprocessors(device) // lists)
     return max(1, min(wanted, listed * block_size // 256, MAX_KV_SPLITS))

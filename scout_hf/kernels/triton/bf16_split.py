@@ -1,4 +1,4 @@
-"""A float32 as a sum of two bfloat16 numbers: what tensor cores multiply at full speed, to about 2**-17 of it."""
+"""Split float32 into a sum of two bfloat16 numbers (relative error about 2**-17), for tensor cores at full speed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def to_nearest(x):
-    """Float32 to the nearest bfloat16. The interpreter's own cast cuts the low bits off."""
+    """Round float32 to the nearest bfloat16; the interpreter's own cast truncates."""
     if _INTERPRETED:
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
@@ -21,6 +21,6 @@ def to_nearest(x):
 
 @triton.jit
 def bf16_split(x):
-    """The bfloat16 nearest to each float32, and the one nearest to what is left."""
+    """The bfloat16 nearest to each float32, and the bfloat16 nearest to the remainder."""
     high = to_nearest(x)
     return high, to_nearest(x - high.to(tl.float32))

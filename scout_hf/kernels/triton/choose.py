@@ -1,7 +1,7 @@
-"""The best-scored blocks of every list, and those among them that are not resident: without sorting, without a sync.
+"""Top-k blocks of every list, and those of them that are not resident, without a sort and without a host sync.
 
-The k-th best score is found by halving the range of the scores' bit patterns, whose order as integers is that of the
-numbers; blocks of equal score are taken from the front.
+The k-th best score is found by bisection over the bit patterns of the scores, mapped to integers in the same order.
+Among equal scores the first blocks are chosen.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ CHUNK_BLOCKS = 4096
 
 
 class Choice(NamedTuple):
-    """What :func:`choose` finds.
+    """Result of :func:`choose`.
 
     wanted : Tensor (batch, kv_heads, blocks) of uint8
         1 for a chosen block.
     missing : Tensor (batch, kv_heads, n) of int32
-        Chosen blocks without a slot, ascending, packed to the front; what follows them is undefined.
+        Chosen blocks that are not resident, ascending, packed to the front; undefined behind them.
     missing_counts, chosen_counts : Tensor (batch, kv_heads) of int32
-        Entries of ``missing``; chosen blocks.
+        Entries of ``missing``; number of all chosen blocks.
     """
 
     wanted: torch.Tensor
@@ -36,14 +36,14 @@ class Choice(NamedTuple):
 
 @triton.jit
 def _ordered(scores):
-    """Integers in the order of these float32 numbers."""
+    """Map float32 to int32 such that the order is the same."""
     bits = scores.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _rank(scores, padding_mask, leading, block, open_blocks, sinks, HAS_PADDING_MASK: tl.constexpr):
-    """How much each block of a chunk is wanted, and whether it may be chosen at all."""
+    """The rank key of each block of a chunk, and whether it may be chosen."""
     real = block < open_blocks
     if HAS_PADDING_MASK:
         real = real & (tl.load(padding_mask + block, mask=real, other=0) != 0)
@@ -81,7 +81,7 @@ def _choose(
         _, real = _rank(scores, padding_mask, leading, chunk * CHUNK + lane, open_blocks, sinks, HAS_PADDING_MASK)
         offered += tl.sum(real.to(tl.int32), 0)
     take = tl.minimum(count, offered)
-    # The largest bit pattern that at least ``take`` blocks reach.
+    # Bisection for the largest key that at least ``take`` blocks reach.
     low, high = tl.full([], -2147483648, tl.int64), tl.full([], 2147483647, tl.int64)
     for _ in range(32):
         middle = (low + high + 1) >> 1
@@ -126,26 +126,26 @@ def choose(
     open_count: torch.Tensor | None = None,
     out: Choice | None = None,
 ) -> Choice:
-    """Choose blocks and find those of them that have no slot.
+    """Choose the top-k blocks, and find those of them that are not resident.
 
     Parameters
     ----------
     scores : Tensor (batch, kv_heads, blocks) of float32
-        Larger is better, -inf never chosen.
+        Larger is better; -inf is never chosen.
     count : int or Tensor (batch,)
-        Blocks to choose, for all rows or for each.
+        Blocks to choose (k), for all rows or for each.
     sinks : int
-        Leading real blocks of a row that are always chosen, as far as ``count`` goes.
+        Leading real blocks of a row that are always chosen; they count towards ``count``.
     padding_mask : Tensor (batch, blocks) of bool, or None
-        Blocks with at least one token that is no padding; None when all have.
+        False for blocks of only padding; None if there are none.
     slots : Tensor (batch, kv_heads, at least blocks) of int32
         Slot of each block, negative for one that is not resident.
     most : int
-        Room of a list: the largest ``count``.
+        Capacity of a list: the largest ``count``.
     open_count : Tensor (1,) of int32, or None
-        Blocks that may be chosen, where that is not the size of ``scores``.
+        Number of leading blocks that may be chosen; None for all of ``scores``.
     out : Choice or None
-        Tensors to write into, also in pinned host memory.
+        Output tensors; they may be in pinned host memory.
     """
     batch, heads, blocks = scores.shape
     device = scores.device

@@ -1,4 +1,4 @@
-"""Codes of blocks of keys on a GPU: which kernel makes which digest's."""
+"""Encode digests on a GPU: the choice of the kernel."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from scout_hf.kernels.triton.encode_sign import encode_sign
 from scout_hf.kernels.triton.support import runs_on
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-# What a program can hold: channels of a head, tokens of a block.
+# Limits of a program: channels of a head, tokens of a block.
 MAX_HEAD_DIM, MAX_BLOCK = 256, 256
 
 
 def encode(digest: Any, keys: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """What ``digest.encode(keys, padding_mask)`` gives, without a copy of the keys.
+    """``digest.encode(keys, padding_mask)`` without a copy of the keys.
 
-    Bounds are the same to the last bit; signs of sign codes may differ where a rotated value is nearly 0.
+    Bounds are bitwise equal to those of torch; signs of sign codes may differ where a rotated value is close to 0.
 
     Parameters
     ----------
     digest : Digest
-        Known by its ``name``: ``"minmax"``, ``"minmax-int8"``, ``"minmax-sub"`` or ``"sign"``; fitted, if it needs it.
+        Supported names: ``"minmax"``, ``"minmax-int8"``, ``"minmax-sub"``, ``"sign"``; fitted, if it needs that.
     keys : Tensor (batch, kv_heads, blocks, block_size, head_dim)
-        Any strides but the last.
+        The last stride must be 1.
     padding_mask : Tensor (batch, blocks, block_size) of bool, or None
-        Tokens that are no padding; None when all are real.
+        False for padding; None if there is none.
 
     Returns
     -------
     Tensor (batch, kv_heads, blocks, code), or None
-        None where no kernel knows the digest, or such keys.
+        None if no kernel supports the digest or the keys.
     """
     known = runs_on(keys) and keys.dtype in FLOATS and keys.stride(4) == 1 and bool(keys.numel())
     size, dim = keys.shape[3:]

@@ -1,4 +1,4 @@
-"""Channel-wise bounds of blocks, in the dtype of the keys or as whole numbers of a grid."""
+"""Channel-wise bounds of blocks, in the dtype of the keys or quantised to a grid."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import triton.language as tl
 from scout_hf.kernels.triton.padding_tokens import as_bytes, first_valid, valid_or_first
 from scout_hf.kernels.triton.support import on_device_of
 
-# Elements of keys that a program holds: 32 for each of its 128 threads, as upper and as lower bounds.
+# Elements of keys per program: 32 for each of its 128 threads, once for upper and once for lower bounds.
 TILE_ELEMENTS = 4096
 
 
 @triton.jit
 def on_grid(bound, middle, step, UP: tl.constexpr, MOST: tl.constexpr):
-    """Bounds in steps from the middle of a channel's grid, rounded outwards, as int32; 0 for what is no number.
+    """Quantise bounds to grid steps from the middle, rounded outwards, as int32; 0 for NaN.
 
-    The division is the exact one: one that is nearly right would turn a whole number into its neighbour.
+    The division must be IEEE-exact: an approximate one could round an integer to its neighbour.
     """
     steps = tl.div_rn(bound - middle, step)
     steps = tl.ceil(steps) if UP else tl.floor(steps)
@@ -48,7 +48,7 @@ def _encode_bounds(
     highest = tl.full([ROWS, COLUMNS], float("-inf"), tl.float32)
     lowest = tl.full([ROWS, COLUMNS], float("inf"), tl.float32)
     for start in range(0, SIZE, ROWS):
-        # What would be behind the last token is the last once more.
+        # Repeat the last token behind the end.
         token = tl.minimum(start + tl.arange(0, ROWS), SIZE - 1)
         if HAS_PADDING_MASK:
             token = valid_or_first(padding_mask, mask_t, token, first, SIZE)
@@ -56,7 +56,7 @@ def _encode_bounds(
         tile = tile.to(tl.float32)
         highest = tl.maximum(highest, tile, propagate_nan=tl.PropagateNan.ALL)
         lowest = tl.minimum(lowest, tile)
-    # Minima and reductions pass over what is no number, which the references carry into both bounds.
+    # Triton's minima and reductions skip NaN; the torch reference propagates it into both bounds.
     wrong = tl.max((highest != highest).to(tl.int32), 0) > 0
     high = tl.where(wrong, float("nan"), tl.max(tl.where(highest == highest, highest, float("-inf")), 0))
     low = tl.where(wrong, float("nan"), tl.min(lowest, 0))
@@ -69,7 +69,7 @@ def _encode_bounds(
         tl.store(codes + DIM, on_grid(low, centre, width, False, MOST).to(tl.int8), mask=within)
     else:
         if HAS_PADDING_MASK:
-            # A block of nothing but padding has zeros for bounds.
+            # A block of only padding has bounds of zero.
             some = first < SIZE
             high, low = tl.where(some, _finite(high), 0.0), tl.where(some, _finite(low), 0.0)
         tl.store(codes, high.to(codes.dtype.element_ty), mask=within)
@@ -88,11 +88,11 @@ def encode_bounds(
     Parameters
     ----------
     keys : Tensor (batch, kv_heads, blocks, block_size, head_dim) of bfloat16, float16 or float32
-        Any strides but the last.
+        The last stride must be 1.
     padding_mask : Tensor (batch, blocks, block_size) of bool, or None
-        Tokens that are no padding.
+        False for padding.
     middle, step : Tensor (batch, kv_heads, 1, head_dim) of float32, or None
-        A grid per channel: bounds are then int8 of so many ``bits``, else of the dtype of the keys.
+        Grid per channel: bounds are then integers of ``bits`` bits in int8; None for bounds in the dtype of the keys.
     """
     batch, heads, blocks, size, dim = keys.shape
     grid = middle is not None and step is not None

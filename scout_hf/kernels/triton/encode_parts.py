@@ -1,4 +1,4 @@
-"""Bounds of every few tokens on a grid of four bits, two numbers in a byte."""
+"""4-bit grid bounds of every ``sub`` tokens, two per byte."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from scout_hf.kernels.triton.encode_bounds import on_grid
 from scout_hf.kernels.triton.padding_tokens import as_bytes, first_valid, valid_or_first
 from scout_hf.kernels.triton.support import on_device_of
 
-# Bounds of one kind that a program holds at once, 32 for each of its 128 threads.
+# Upper (or lower) bounds per program: 32 for each of its 128 threads.
 TILE_ELEMENTS = 4096
 
 
 @triton.jit
 def _packed(numbers, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Int32 (PARTS, COLUMNS) to bytes (PARTS, COLUMNS / 2) of two neighbours, the first one in the lower half."""
+    """Pack int32 (PARTS, COLUMNS) into bytes (PARTS, COLUMNS / 2), the first of two neighbours in the lower half."""
     even, odd = tl.split(tl.reshape(numbers, (PARTS, COLUMNS // 2, 2)))
     return ((even & 15) | ((odd & 15) << 4)).to(tl.uint8)
 
@@ -45,7 +45,7 @@ def _encode_parts(
         inside = part < SIZE // SUB
         high = tl.full([PARTS, COLUMNS], float("-inf"), tl.float32)
         low = tl.full([PARTS, COLUMNS], float("inf"), tl.float32)
-        # Token by token, so that every bound stays with one thread.
+        # A loop over tokens, so that every bound stays in one thread.
         for offset in tl.static_range(SUB):
             token = tl.where(inside, part, 0) * SUB + offset
             if HAS_PADDING_MASK:
@@ -67,7 +67,7 @@ def encode_parts(
     Parameters
     ----------
     keys, padding_mask, middle, step
-        As in :func:`scout_hf.kernels.triton.encode_bounds.encode_bounds`; an even head_dim.
+        As in :func:`scout_hf.kernels.triton.encode_bounds.encode_bounds`; head_dim must be even.
     sub : int
         A power of two that divides the block size.
     """

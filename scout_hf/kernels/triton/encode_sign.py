@@ -1,4 +1,4 @@
-"""Sign codes: keys are centred, balanced and rotated on tensor cores, and of that only signs and a scale are kept."""
+"""Encode sign codes: centre, balance and rotate keys on tensor cores, then keep signs and a scale per token."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from scout_hf.kernels.triton.bf16_split import bf16_split
 from scout_hf.kernels.triton.padding_tokens import as_bytes, valid_or_first
 from scout_hf.kernels.triton.support import dot, on_device_of
 
-# Tokens of a program, and channels per pass over them: the rotation's part takes 32 KiB of shared memory at a head size
-# of 256, in two pieces.
+# Tokens per program, and channels per pass: at head_dim 256 both pieces of the rotation take 32 KiB of shared memory.
 TOKENS, CHANNELS = 64, 32
 
 
@@ -24,7 +23,7 @@ def _encode_sign(
     CHANNELS: tl.constexpr, HAS_PADDING_MASK: tl.constexpr,
 ):  # fmt: skip
     head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    # Either some whole blocks, or a part of one.
+    # A program covers several whole blocks, or a part of one.
     PIECES: tl.constexpr = SIZE // EACH
     BLOCKS: tl.constexpr = TOKENS // EACH
     start = tl.program_id(0) // PIECES * BLOCKS
@@ -58,7 +57,7 @@ def _encode_sign(
         high, low = bf16_split((key - centre[None, :]) / spread[None, :])
         turn = rotation + channel[:, None] * DIM + column[None, :]
         main, rest = bf16_split(tl.load(turn, mask=within[:, None] & (column < DIM)[None, :], other=0.0))
-        # The product of both rests is below what is kept.
+        # The product of both remainders is below the precision that matters.
         turned += dot(high, rest) + dot(low, main)
         turned += dot(high, main)
 
@@ -69,7 +68,7 @@ def _encode_sign(
     tl.store(codes[:, None] + byte[None, :] * SIZE, packed, mask=real[:, None] & (byte < DIM // 8)[None, :])
 
     scale = tl.sum(turned * turned, 1) / tl.maximum(tl.sum(tl.abs(turned), 1), 1e-30)
-    # Four bits of exponent and four of mantissa, to nearest; what is no number counts as large.
+    # Four bits of exponent and four of mantissa, rounded to nearest; NaN becomes large.
     scale = tl.where(scale < 3e38, scale, 3e38)
     bits = (scale.to(tl.int32, bitcast=True) + (1 << 18) - (120 << 23)) >> 19
     tl.store(codes + DIM // 8 * SIZE, tl.minimum(tl.maximum(bits, 1), 255).to(tl.uint8), mask=real)
@@ -84,12 +83,12 @@ def encode_sign(
 ) -> torch.Tensor:
     """Codes of :class:`scout_hf.selection.SignCode`, uint8 (batch, kv_heads, blocks, size * (head_dim / 8 + 1)).
 
-    Rotated values are right to about 2**-16 of their token's scale, so a sign may differ where a value is nearly 0.
+    Rotated values have an error of about 2**-16 of the token's scale, so the sign of a value close to 0 may differ.
 
     Parameters
     ----------
     keys, padding_mask
-        As in :func:`scout_hf.kernels.triton.encode_bounds.encode_bounds`; the block size is a power of two.
+        As in :func:`scout_hf.kernels.triton.encode_bounds.encode_bounds`; the block size must be a power of two.
     mean, divisor : Tensor (batch, kv_heads, head_dim) of float32
     rotation : Tensor (head_dim, head_dim) of float32
     """

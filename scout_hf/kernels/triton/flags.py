@@ -1,8 +1,8 @@
-"""Hand-over between a stream and CPU threads by words in pinned memory, so that no thread of Python waits.
+"""Synchronise a stream with CPU threads by flags in pinned memory, so that no Python thread waits.
 
-The device writes a query and then a number: the CPU's job begins when the number arrives. The device reads the CPU's
-word until it is as large: whatever follows on the stream begins when the job is done. A wait gives up after a while and
-says so in ``late``: a GPU that spins for ever cannot be interrupted.
+The device writes a query, then a number into a flag that starts the CPU job. It polls the flag of the CPU until that
+reaches the number, so later work on the stream begins when the job has ended. A wait that times out records it in
+``late``, because a GPU that spins forever cannot be interrupted.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import triton.language as tl
 from scout_hf.kernels.triton.support import _INTERPRETED, on_device_of
 
 STEP_ELEMENTS = 1024
-# Reads over the link take about a microsecond: some tens of seconds.
+# A read over the link takes about a microsecond, so this is some tens of seconds.
 MOST_TURNS = 1 << 25
 
 
 @triton.jit
 def _release(word, value):
-    """Write a word after everything that this program has written, for all of the machine to see."""
+    """Store a word with system-wide release semantics, after all earlier writes of this program."""
     if _INTERPRETED:
         tl.store(word, value)
     else:
@@ -37,7 +37,7 @@ def _release(word, value):
 
 @triton.jit
 def _acquire(word):
-    """Read a word that somebody else writes."""
+    """Load a word that another device may write."""
     if _INTERPRETED:
         return tl.load(word, volatile=True)
     else:
@@ -52,7 +52,7 @@ def _post(query, into, flag, number, size, STEP: tl.constexpr):
     for first in range(0, size, STEP):
         at = first + tl.arange(0, STEP)
         tl.store(into + at, tl.load(query + at, mask=at < size), mask=at < size)
-    # Every thread reads the number before one writes it.
+    # All threads must read the number before one writes it.
     tl.debug_barrier()
     tl.store(number, value)
     _release(flag, value)
@@ -71,7 +71,7 @@ def _wait(word, number, late, turns):
 
 
 def post(query: torch.Tensor, into: torch.Tensor, flag: torch.Tensor, number: torch.Tensor) -> None:
-    """Copy a query to the CPU and raise its flag, in stream order.
+    """Copy a query to the CPU and set the flag, in stream order.
 
     Parameters
     ----------
@@ -79,16 +79,16 @@ def post(query: torch.Tensor, into: torch.Tensor, flag: torch.Tensor, number: to
     into : Tensor of the same shape and dtype
         In pinned host memory.
     flag : Tensor (1,) of int64
-        In pinned host memory; becomes the new ``number`` after everything that the stream has written before.
+        In pinned host memory; set to the new ``number`` after all earlier writes of the stream.
     number : Tensor (1,) of int64
-        On the device, so that a captured graph can count; one more afterwards.
+        On the device, so that a captured graph can count; incremented.
     """
     with on_device_of(query):
         _post[(1,)](query, into, flag, number, query.numel(), STEP_ELEMENTS, num_warps=4)
 
 
 def wait(word: torch.Tensor, number: torch.Tensor, late: torch.Tensor, turns: int = MOST_TURNS) -> None:
-    """Let the stream wait until the CPU's word is at least ``number``.
+    """Make the stream wait until the CPU's flag is at least ``number``.
 
     Parameters
     ----------
@@ -97,9 +97,9 @@ def wait(word: torch.Tensor, number: torch.Tensor, late: torch.Tensor, turns: in
     number : Tensor (1,) of int64
         On the device.
     late : Tensor (1,) of int64
-        In pinned host memory; becomes ``number`` if the word did not come, and what follows works on old data.
+        In pinned host memory; set to ``number`` on a timeout. Later work on the stream then uses old data.
     turns : int
-        Reads before giving up.
+        Reads before the timeout.
     """
     with on_device_of(number):
         _wait[(1,)](word, number, late, turns, num_warps=1)

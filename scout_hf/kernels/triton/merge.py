@@ -1,4 +1,4 @@
-"""Merging the parts of an attention by their log-sum-exp, in one pass."""
+"""Merge partial attention results by their LSE, in one pass."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _merge(
     base = tl.where(e_max == float("-inf"), 0.0, e_max)
     weights = tl.exp(part_logs - base)
     e_sum = tl.sum(weights, 0)
-    # A part without tokens may lie in memory that nobody has written to.
+    # The output of a part without tokens may be uninitialised.
     mask = (part_logs != float("-inf"))[:, None] & within[None, :]
     values = tl.load(parts + (place * parts_h + part)[:, None] * DIM + column[None, :], mask=mask, other=0.0)
     acc = tl.sum(weights[:, None] * values, 0)
@@ -62,13 +62,13 @@ def merge(
     Parameters
     ----------
     parts : Tensor (batch, query_heads, parts, head_dim) of float32, contiguous
-        Content of parts whose log is -inf does not count.
+        Partial outputs; ignored where the LSE is -inf.
     logs : Tensor (batch, query_heads, parts) of float32, contiguous
-        Natural log-sum-exp of each part's scores.
+        Natural LSE of each part.
     more, more_logs : Tensor (batch, query_heads, 1, head_dim), (batch, query_heads, 1), or None
-        One part more, from elsewhere: the CPU's share, also in pinned host memory. Contiguous, float32 logs.
+        Output and LSE of one more part (CPU attention), possibly in pinned host memory; contiguous, LSE in float32.
     sinks : Tensor (query_heads,) or None
-        Scores of attention sinks, which take weight and give nothing (gpt-oss).
+        Logits of attention sinks, which add to the softmax denominator only (gpt-oss).
     dtype : torch.dtype
         Of the output.
 

@@ -1,4 +1,4 @@
-"""Padding where codes have no way to say that a token does not exist: it is read as its block's first real token."""
+"""Replace padding by the first real token of its block, for codes that cannot represent padding."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def first_valid(padding_mask, mask_t, SIZE: tl.constexpr, PADDED: tl.constexpr):
-    """The first real token of one block, or its size if there is none; ``PADDED`` is the power of two from it up."""
+    """The first real token of a block, or the block size if there is none; ``PADDED`` is its next power of two."""
     token = tl.arange(0, PADDED)
     marks = tl.load(padding_mask + token * mask_t, mask=token < SIZE, other=0)
     return tl.min(tl.where(marks != 0, token, SIZE), 0)
@@ -17,11 +17,11 @@ def first_valid(padding_mask, mask_t, SIZE: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def valid_or_first(padding_mask, mask_t, token, first, SIZE: tl.constexpr):
-    """Tokens (n,) of one block, in place of padding its first real one; token 0 where all is padding."""
+    """Token indices (n,) of a block, with padding replaced by the first real token; 0 if all is padding."""
     marks = tl.load(padding_mask + token * mask_t)
     return tl.where(marks != 0, token, tl.where(first < SIZE, first, 0))
 
 
 def as_bytes(padding_mask: torch.Tensor | None) -> tuple[torch.Tensor | None, tuple[int, ...]]:
-    """Marks (batch, blocks, block_size) as kernels read them, and their strides."""
+    """The padding mask (batch, blocks, block_size) as kernels read it, and its strides."""
     return (None, (0, 0, 0)) if padding_mask is None else (padding_mask.view(torch.uint8), padding_mask.stride())

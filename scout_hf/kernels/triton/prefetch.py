@@ -1,7 +1,7 @@
-"""Prefetch into L2 of the blocks that a decode kernel reads next (arXiv 2504.06319, section 3).
+"""L2 prefetch of the blocks that a decode kernel reads next (arXiv 2504.06319, section 3).
 
-The addresses come from the kernel's own list, so nothing is predicted. The interpreter knows no PTX: there kernels do
-without.
+The addresses come from the kernel's own list, so nothing is predicted. The interpreter does not support PTX; there the
+kernels do not prefetch.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# ``PREFETCH`` of a kernel: none; an instruction per line of L2, which every chip has; a bulk instruction per row, which
-# came with compute capability 9.0.
+# Values of ``PREFETCH``: none; one instruction per L2 line, on every GPU; one bulk instruction per row, from compute
+# capability 9.0.
 OFF, LINES, BULK = 0, 1, 2
 LINE_BYTES = 128
 
 
 @triton.jit
 def row_ahead(first, pages, token, listed, stride_n, stride_t, BLOCK: tl.constexpr, HAS_PAGES: tl.constexpr):
-    """Where these tokens of a list begin; a token behind the list's end becomes its last one."""
+    """Addresses of tokens of a list; indices behind its end are clamped to the last token."""
     token = tl.minimum(token, listed * BLOCK - 1)
     entry, offset = token // BLOCK, token % BLOCK
     if HAS_PAGES:
-        # An empty entry may name no page at all.
+        # An empty entry may hold an invalid page.
         page = tl.maximum(tl.load(pages + entry), 0).to(tl.int64)
     else:
         page = entry.to(tl.int64)
@@ -30,7 +30,7 @@ def row_ahead(first, pages, token, listed, stride_n, stride_t, BLOCK: tl.constex
 
 @triton.jit
 def ask_for(rows, ROW_BYTES: tl.constexpr, ROW_LINES: tl.constexpr, PREFETCH: tl.constexpr):
-    """Start to bring rows of that many bytes into L2; ``ROW_LINES`` is a power of two that covers them."""
+    """Prefetch rows into L2; ``ROW_LINES`` is a power of two that covers the lines of a row."""
     places = rows.to(tl.int64)
     if PREFETCH == 2:
         tl.inline_asm_elementwise(

@@ -1,4 +1,4 @@
-"""Slots on the device: which ones change their block, the copies out of pinned host memory, and blocks newly made."""
+"""Recall on the device: reassign slots, copy blocks from pinned host memory, adopt new blocks."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ MOST_COPIES = 64
 
 
 class Moves(NamedTuple):
-    """Blocks on their way into slots.
+    """Planned copies of blocks into slots.
 
     slots, blocks : Tensor (batch, kv_heads, n) of int32
-        Where each one goes and which one it is, packed to the front; what follows is undefined.
+        Target slot and block of each copy, packed to the front; undefined behind them.
     counts : Tensor (batch, kv_heads) of int32
         Entries of each list.
     """
@@ -45,7 +45,7 @@ def _plan(
     slot_of += row.to(tl.int64) * slot_of_b + head * slot_of_h
     wanted += row.to(tl.int64) * wanted_b + head * wanted_h
     missing += row * missing_b + head * missing_h
-    # All lists of the layer together decide whether it is due.
+    # The threshold applies to the sum over all lists of the layer.
     every = tl.arange(0, LISTS)
     absent = tl.sum(tl.load(missing_counts + every, mask=every < lists, other=0), 0)
     chosen = tl.sum(tl.load(chosen_counts + every, mask=every < lists, other=0), 0)
@@ -57,7 +57,7 @@ def _plan(
     kept = tl.load(wanted + held, mask=(slot < capacity) & (held >= 0), other=1) != 0
     leaves = (slot < capacity) & (held >= 0) & ~kept
     free = tl.sum(empty.to(tl.int32), 0)
-    # Empty slots before those of blocks that are merely not wanted now.
+    # Empty slots first, then slots of blocks that are not wanted now.
     turn = tl.where(empty, tl.cumsum(empty.to(tl.int32), 0), free + tl.cumsum(leaves.to(tl.int32), 0)) - 1
     moves = tl.minimum(tl.load(missing_counts + here), free + tl.sum(leaves.to(tl.int32), 0))
     moves = tl.where(due, tl.minimum(moves, most), 0)
@@ -81,7 +81,7 @@ def plan_recall(
     share: float | torch.Tensor = 0.0,
     tally: torch.Tensor | None = None,
 ) -> Moves:
-    """Give slots of blocks that are not wanted to wanted ones that have none; numbers now, data by :func:`copy_blocks`.
+    """Assign slots of blocks that are not wanted to missing ones; :func:`copy_blocks` then copies the data.
 
     Parameters
     ----------
@@ -90,11 +90,11 @@ def plan_recall(
     slot_of : Tensor (batch, kv_heads, blocks) of int32
         The slot of each block, negative for none; changed.
     choice : Choice
-        What the step wanted; its lists may be in pinned host memory.
+        The chosen blocks of the step; its lists may be in pinned host memory.
     share : float or Tensor (1,) of float32
-        Nothing moves while missing blocks are a smaller part of all chosen ones, over the whole layer.
+        Threshold: nothing moves if missing blocks are a smaller share of the chosen ones, over the whole layer.
     tally : Tensor (1,) of int64, or None
-        Grows by the blocks that move.
+        Incremented by the number of blocks that move.
     """
     batch, heads, capacity = ids.shape
     most, at = choice.missing.shape[2], isinstance(share, torch.Tensor)
@@ -125,8 +125,8 @@ def _copy(
     for move in range(tl.program_id(1), tl.load(counts + here), tl.num_programs(1)):
         block = tl.load(blocks + here * moves + move)
         slot = tl.load(slots + here * moves + move).to(tl.int64)
-        # A page holds keys, then values, of one head after the other.
-        # Said after the sum: only there it lets a lane read 16 bytes at once.
+        # A page holds keys, then values, head by head.
+        # The alignment hint must follow the sum: only there does it allow 16-byte loads.
         source = tl.multiple_of(tl.load(pages + row * pages_b + block).to(kind) + head * (2 * SIZE), 16)
         for first in range(0, SIZE, STEP):
             at = first + tl.arange(0, STEP)
@@ -140,11 +140,11 @@ def copy_blocks(pages: torch.Tensor, moves: Moves, keys: torch.Tensor, values: t
     Parameters
     ----------
     pages : Tensor (batch, blocks) of int64, on the device
-        Addresses of pages as of ``PagedKV``, (kv_heads, 2, block_size, head_dim) each, in memory that the device reads:
-        pinned. The device reads them over the link itself, so that thousands of small copies cost one launch.
+        Addresses of pages of a ``PagedKV``, (kv_heads, 2, block_size, head_dim) each, in pinned memory. The kernel
+        reads them over the link directly, so that thousands of small copies cost one launch.
     moves : Moves
     keys, values : Tensor (batch, kv_heads, slots, block_size, head_dim)
-        The slots, of the dtype of the pages; blocks are contiguous, both with the same strides.
+        The slots, in the dtype of the pages; blocks are contiguous, both tensors have the same strides.
     """
     batch, heads, _, size, dim = keys.shape
     most = moves.blocks.shape[2]
@@ -158,7 +158,7 @@ def copy_blocks(pages: torch.Tensor, moves: Moves, keys: torch.Tensor, values: t
 
 
 def run_of_blocks(batch: int, heads: int, first: int, count: int, device: torch.device) -> Moves:
-    """Blocks ``first`` to ``first + count`` of every row and head, into the slots from 0 on."""
+    """Moves of blocks ``first`` to ``first + count - 1`` of every row and KV head into slots 0, 1, ..."""
     slots = torch.arange(count, dtype=torch.int32, device=device).expand(batch, heads, count).contiguous()
     return Moves(slots, slots + first, torch.full((batch, heads), count, dtype=torch.int32, device=device))
 
@@ -195,10 +195,10 @@ def adopt_block(
     keys: torch.Tensor,
     values: torch.Tensor,
 ) -> None:
-    """Take block ``first`` into an empty slot of every row and head that has one; only the device knows which.
+    """Copy block ``first`` into an empty slot of every row and KV head that has one; only the device knows which.
 
-    ``new_keys`` and ``new_values`` are (batch, kv_heads, block_size, head_dim) with the same strides, the last 1; the
-    rest as in :func:`plan_recall` and :func:`copy_blocks`.
+    ``new_keys`` and ``new_values`` are (batch, kv_heads, block_size, head_dim) with the same strides, the last 1. Other
+    parameters as in :func:`plan_recall` and :func:`copy_blocks`.
     """
     batch, heads, capacity = ids.shape
     size, dim = new_keys.shape[2:]

@@ -1,4 +1,4 @@
-"""Scores of block digests on a GPU: which kernel scores which codes."""
+"""Score digests on a GPU: the choice of the kernel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scout_hf.kernels.triton.score_sign import score_sign
 from scout_hf.kernels.triton.support import runs_on
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-# What a program can hold: channels of a head, tokens of a block, and the elements of a block's code.
+# Limits of a program: channels of a head, tokens of a block, elements of a block's code.
 MAX_HEAD_DIM, MAX_BLOCK, MAX_ELEMENTS = 256, 256, 16384
 
 
@@ -24,28 +24,28 @@ def score(
     out: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """Scores of all these digests, larger is better.
+    """Score digests against a query; larger is better.
 
     Parameters
     ----------
     scorer : str
         ``"minmax"``, ``"dots"``, ``"dots4"`` or ``"sign"``, as in :meth:`scout_hf.kernels.cpu.CpuBackend.select`.
     query : Tensor (batch, query_heads, 1, head_dim), for dots (batch, kv_heads, 1, n)
-        As the digest's ``prepare`` gives it; bfloat16, float16 or float32.
+        As returned by ``Digest.prepare``; bfloat16, float16 or float32.
     codes : Tensor (batch, kv_heads, blocks, code)
-        Any strides but the last, so a part of a larger buffer will do.
+        The last stride must be 1; may be a view of a larger buffer.
     block_size : int
-        Tokens of a block; matters for ``"sign"``.
+        Tokens per block; used by ``"sign"``.
     out : Tensor (batch, kv_heads, at least blocks) of float32, or None
-        Where scores go; None for a new tensor. Places behind the blocks keep what they hold.
+        Output; None for a new tensor. Unchanged behind the blocks.
     count : Tensor of one int32 on the device of the codes, or None
-        Blocks that exist, if they are fewer than ``codes`` has room for. The others get minus infinity and are not
-        read. A captured CUDA graph that works on whole buffers so serves a context that grows.
+        Number of valid blocks, if fewer than the capacity of ``codes``. The others get -inf and are not read. So a
+        captured CUDA graph that works on whole buffers serves a growing context.
 
     Returns
     -------
     Tensor (batch, kv_heads, blocks) of float32, or None
-        None where no kernel knows such codes.
+        None if no kernel supports the codes.
     """
     if not _fits(scorer, query, codes, block_size):
         return None
@@ -53,7 +53,7 @@ def score(
     if out is None:
         out = torch.empty(shape, dtype=torch.float32, device=codes.device)
     elif out.dtype != torch.float32 or out.shape[:2] != shape[:2] or out.shape[2] < shape[2] or out.stride(2) != 1:
-        raise ValueError(f"got {out.dtype} of {tuple(out.shape)} for scores; needed is float32 of {tuple(shape)}")
+        raise ValueError(f"got out of {out.dtype} {tuple(out.shape)}; pass float32 of at least {tuple(shape)}, or None")
     scores = out[:, :, : shape[2]]
     if not scores.numel():
         return scores

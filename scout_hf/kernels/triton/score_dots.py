@@ -1,4 +1,4 @@
-"""Scores of codes that are rows of numbers: the best product of a block's rows with one vector of weights."""
+"""Score codes that are rows of numbers: the maximum over a block's rows of the dot product with a weight vector."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import triton.language as tl
 
 from scout_hf.kernels.triton.support import on_device_of
 
-# How numbers are kept: as floats, in one byte each, or two in a byte, the lower half first.
+# Storage of numbers: floats, int8, or two 4-bit integers per byte, the lower half first.
 FLOATS, BYTES, NIBBLES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-# Elements of codes that a program reads at once, 64 for each of its 128 threads: they stay in registers.
+# Elements of codes per load: 64 for each of the program's 128 threads, to stay in registers.
 TILE_ELEMENTS = 8192
 
 
 @triton.jit
 def _whole(bits, TOP: tl.constexpr):
-    """Signed integers whose sign is the bit ``TOP``, and that have no bits above, as float32.
+    """Convert signed integers, with sign bit ``TOP`` and no bits above, to float32.
 
-    With that bit flipped and 2**23 in front they are the last bits of a float, less a constant: two fast instructions
-    and exact, where a conversion is a slow instruction on most chips.
+    With that bit flipped and put below the exponent of 2**23, they are the mantissa of a float, up to a constant. That
+    is exact and takes two fast instructions; a conversion instruction is slow on most GPUs.
     """
     return (bits ^ (0x4B000000 + TOP)).to(tl.float32, bitcast=True) - (8388608.0 + TOP)
 
@@ -48,7 +48,7 @@ def _score_dots(
         even = tl.load(query + 2 * column, mask=within, other=0.0).to(tl.float32)
         odd = tl.load(query + 2 * column + 1, mask=within, other=0.0).to(tl.float32)
         pair = numbers.to(tl.int32)
-        # The upper half stays where it is, so it comes out 16 times as large.
+        # The upper half is not shifted, so its value is 16 times as large.
         products = _whole(pair & 15, 8) * even[None, :] + _whole(pair & 240, 128) * (odd * 0.0625)[None, :]
     else:
         weights = tl.load(query + column, mask=within, other=0.0).to(tl.float32)
@@ -67,15 +67,15 @@ def score_dots(
     query: torch.Tensor, codes: torch.Tensor, scores: torch.Tensor, count: torch.Tensor | None = None,
     halves: bool = False,
 ) -> None:  # fmt: skip
-    """The best product of each block's rows with the weights.
+    """The maximum over each block's rows of the dot product with the weights.
 
     Parameters
     ----------
     query : Tensor (batch, kv_heads, 1, n) of bfloat16, float16 or float32
         Weights.
     codes : Tensor (batch, kv_heads, blocks, rows * n), or with ``halves`` (batch, kv_heads, blocks, rows * n / 2)
-        Floats or int8; with ``halves`` uint8 or int8 of two signed numbers of four bits each, the lower half first.
-        Any strides but the last.
+        Floats or int8; with ``halves``, bytes (uint8 or int8) of two signed 4-bit integers, the lower half first. The
+        last stride must be 1.
     scores, count
         As in :func:`scout_hf.kernels.triton.score_minmax.score_minmax`.
     halves : bool

@@ -1,4 +1,4 @@
-"""Scores of channel-wise bounds: one product per block with what a GQA group's queries add up to."""
+"""Score channel-wise bounds: one dot product per block with the summed queries of a GQA group."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 from scout_hf.kernels.triton.support import on_device_of
 
-# Elements of one bound that a program reads at once: 8 KiB of bfloat16 for each of the two.
+# Elements of each bound per load: 8 KiB in bfloat16.
 TILE_ELEMENTS = 4096
 
 
@@ -46,17 +46,17 @@ def _score_minmax(
 def score_minmax(
     query: torch.Tensor, codes: torch.Tensor, scores: torch.Tensor, count: torch.Tensor | None = None
 ) -> None:
-    """``relu(q) . high + min(q, 0) . low`` of every block, added up over the GQA group.
+    """``relu(q) . high + min(q, 0) . low`` of every block, summed over the GQA group.
 
     Parameters
     ----------
     query : Tensor (batch, query_heads, 1, head_dim) of bfloat16, float16 or float32
     codes : Tensor (batch, kv_heads, blocks, 2 * head_dim) of bfloat16, float16 or float32
-        Upper and lower bound of each channel. Any strides but the last.
+        Upper, then lower bounds of the channels. The last stride must be 1.
     scores : Tensor (batch, kv_heads, at least blocks) of float32
-        Where results go; the last stride is 1.
+        Output; the last stride must be 1.
     count : Tensor of one int32, or None
-        Blocks that exist; those behind get minus infinity. None for all.
+        Number of valid blocks; the others get -inf. None for all.
     """
     batch, heads, blocks, _ = codes.shape
     dim, group = query.shape[3], query.shape[1] // heads

@@ -1,4 +1,4 @@
-"""Scores of sign codes: products of signs and queries on tensor cores, then each block's log-sum-exp."""
+"""Score sign codes: products of signs and queries on tensor cores, then the LSE of each block."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import triton.language as tl
 from scout_hf.kernels.triton.bf16_split import bf16_split
 from scout_hf.kernels.triton.support import MIN_ROWS, dot, on_device_of
 
-# One warp per so many tokens: small blocks then need no exchange between warps.
+# Tokens per warp: small blocks then need no reduction across warps.
 WARP_TOKENS = 64
-# A program reads its query once for up to so many tiles, but not while there are fewer programs than a chip can run.
+# Most tiles per program, which reads its query once; fewer while the programs do not fill the GPU.
 MOST_TILES, ENOUGH_PROGRAMS = 16, 2048
 
 
 @triton.jit
 def _plane(query, query_h, line, BIT: tl.constexpr, DIM: tl.constexpr, BYTES: tl.constexpr, GROUP: tl.constexpr,
            HALF: tl.constexpr):  # fmt: skip
-    """What goes with one bit of every byte: the query's pieces, as they are added up, and as they are multiplied.
+    """The query channels of bit ``i`` of every byte: as summands, and as scaled factors.
 
-    Bit ``i`` of a byte, moved into the exponent of a bfloat16, makes the number 2**(2**i - 127): the query takes the
-    power out again, but for 2**-60, which keeps both in range.
+    Bit ``i`` of a byte, shifted into the exponent of a bfloat16, is the number 2**(2**i - 127). The query is scaled by
+    the inverse, up to 2**-60 that keeps both in range.
     """
     member, byte = line % HALF, tl.arange(0, BYTES)
     mask = (member < GROUP)[:, None] & (byte < DIM // 8)[None, :]
@@ -48,7 +48,7 @@ def _score_sign(
     if HAS_COUNT:
         known = tl.minimum(blocks, tl.load(count))
 
-    # The group's heads twice, high pieces and low ones, so that one product does for both.
+    # The heads of the group twice, as high and low bfloat16 pieces, so that one product covers both.
     line = tl.arange(0, 2 * HALF)
     t0, q0 = _plane(query, query_h, line, 0, DIM, BYTES, GROUP, HALF)
     t1, q1 = _plane(query, query_h, line, 1, DIM, BYTES, GROUP, HALF)
@@ -75,7 +75,7 @@ def _score_sign(
         sums = tl.zeros([2 * HALF, TILE * SIZE], tl.float32)
         for bit in tl.static_range(8):
             sums += dot(planes[bit], (bits & (128 << bit)).to(tl.bfloat16, bitcast=True))
-        # The sum over channels of +-q is twice the sum over those with bit 1, less the sum over all.
+        # The sum over channels of +-q is twice the sum over those with bit 1, minus the sum over all.
         products = tl.sum(tl.reshape(sums * 2.0**61 - total[:, None], (2, HALF, TILE * SIZE)), 0)
         logits = tl.reshape(products * scale[None, :], (HALF, TILE, SIZE))
         highest = tl.max(logits, 2)
@@ -89,14 +89,14 @@ def score_sign(
     query: torch.Tensor, codes: torch.Tensor, scores: torch.Tensor, count: torch.Tensor | None = None,
     block_size: int = 32,
 ) -> None:  # fmt: skip
-    """Each block's log-sum-exp over its tokens, base 2, added up over the query heads of a GQA group.
+    """The LSE of each block's logits, base 2, summed over the query heads of a GQA group.
 
     Parameters
     ----------
     query : Tensor (batch, query_heads, 1, head_dim) of bfloat16, float16 or float32
-        In the space of the codes; products are exponents of base 2. Below 2**60.
+        In the space of the codes; products are logits in base 2. Magnitude below 2**60.
     codes : Tensor (batch, kv_heads, blocks, block_size * (head_dim / 8 + 1)) of uint8
-        As :class:`scout_hf.selection.SignCode` makes them. Any strides but the last.
+        Codes of :class:`scout_hf.selection.SignCode`. The last stride must be 1.
     scores, count
         As in :func:`scout_hf.kernels.triton.score_minmax.score_minmax`.
     block_size : int

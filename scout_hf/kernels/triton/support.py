@@ -1,4 +1,4 @@
-"""What the Triton kernels share: functions that are right in the interpreter too, and launching where a tensor is.
+"""Shared by the Triton kernels: functions that also work in the interpreter, and launches on a tensor's device.
 
 Triton's interpreter (``TRITON_INTERPRET=1`` before triton is imported) runs the same kernels on CPU tensors.
 """
@@ -14,20 +14,20 @@ import torch
 import triton
 import triton.language as tl
 
-# Read when triton is imported, so once and for all.
+# Triton reads the variable once, at import.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-# tl.dot takes no fewer rows on tensor cores.
+# The fewest rows that tl.dot accepts on tensor cores.
 MIN_ROWS = 16
 
 
 @triton.jit
 def dot(left, right):
-    """Matrix product with float32 sums. The interpreter multiplies bfloat16 wrongly, float32 rightly."""
+    """Matrix product with float32 accumulation; in float32 in the interpreter, whose bfloat16 products are wrong."""
     if _INTERPRETED:
         return tl.dot(left.to(tl.float32), right.to(tl.float32))
     return tl.dot(left, right, input_precision="ieee")
@@ -35,23 +35,23 @@ def dot(left, right):
 
 @triton.jit
 def tanh(x):
-    """To float32 rounding, with what the interpreter and every chip have; a series where the formula would cancel."""
+    """tanh to float32 precision, with portable operations; a series for small values, where the formula cancels."""
     square = x * x
     series = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835)))))
     return tl.where(square < 0.0625, series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
 
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device: make it the tensor's for a launch."""
+    """Context manager: make the tensor's device current, on which Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def runs_on(tensor: torch.Tensor) -> bool:
-    """Whether a kernel can take this tensor: on a GPU, or anywhere in the interpreter."""
+    """Whether kernels can use this tensor: on a GPU, or anywhere in the interpreter."""
     return tensor.is_cuda or INTERPRETED
 
 
 @functools.lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; in the interpreter 1."""
+    """Number of multiprocessors of a GPU; 1 in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -1,4 +1,4 @@
-"""Sizes that the decode kernel is compiled with: a small set, measured once per chip and shape, kept in a JSON file."""
+"""Compile-time sizes of the decode kernel: a small set, measured once per GPU and shape, stored in a JSON file."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ FORMAT = "scout_hf.tiles/1"
 
 @dataclass(frozen=True)
 class Tile:
-    """What the decode kernel is compiled for.
+    """Compile-time sizes of the decode kernel.
 
     Parameters
     ----------
     tokens : int
-        Tokens per pass of its loop, a power of two from 16 up.
+        Tokens per loop iteration, a power of two from 16 up.
     warps, stages : int
-        Warps of a program; loop passes whose reads are in flight at once (``num_stages``).
+        ``num_warps``; ``num_stages``, the loop iterations with loads in flight.
     prefetch : int
         ``OFF``, ``LINES`` or ``BULK`` of :mod:`scout_hf.kernels.triton.prefetch`.
     ahead : int
-        Passes between a prefetch and the read.
+        Loop iterations between a prefetch and the load.
     """
 
     tokens: int = 64
@@ -53,16 +53,16 @@ SIZES = {
     "ahead": count(1, 64),
 }
 RULE = fields({"format": one_of(FORMAT), "tiles": table(fields(SIZES, closed=True))}, closed=True)
-"""What a file of tiles must be: a tile of other sizes would end in the middle of a kernel's launch."""
+"""Schema of the file; a tile with other sizes would fail at the launch."""
 
-# The first that fits serves where nothing was measured.
+# Without a measurement, the first that fits is used.
 DEFAULTS = (Tile(), Tile(32, 4, 2), Tile(16, 4, 2))
 PLAIN = (Tile(), Tile(32, 4, 4), Tile(128, 4, 2), Tile(128, 8, 3), Tile(64, 2, 3))
 PREFETCHING = (Tile(prefetch=LINES), Tile(128, 4, 2, LINES, 3), Tile(prefetch=BULK), Tile(128, 4, 2, BULK, 3))
 
 
 def tile_for(query: torch.Tensor, keys: torch.Tensor) -> Tile:
-    """The best known tile for these shapes on this chip; measured by :func:`tune`."""
+    """The best known tile for these shapes on this GPU, from :func:`tune` or the defaults."""
     return _best(query.device, query.dtype, query.shape[-1], query.shape[1] // keys.shape[1], keys.shape[-2])
 
 
@@ -73,10 +73,10 @@ def _best(device: torch.device, dtype: torch.dtype, dim: int, group: int, block:
 
 @functools.lru_cache
 def _default(device: torch.device, dim: int, dtype: torch.dtype) -> Tile:
-    """The first of ``DEFAULTS`` whose in-flight keys and values fit into shared memory."""
+    """The first of ``DEFAULTS`` whose in-flight loads of keys and values fit into shared memory."""
     if device.type != "cuda":
         return DEFAULTS[0]
-    # What every chip from 8.0 on has, where torch does not say.
+    # The minimum of GPUs from compute capability 8.0, if torch does not report it.
     capacity = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 << 10)
     row = triton.next_power_of_2(dim) * dtype.itemsize
     return next((tile for tile in DEFAULTS if 2 * tile.tokens * tile.stages * row <= capacity), DEFAULTS[-1])
@@ -91,21 +91,21 @@ def candidates(device: torch.device) -> tuple[Tile, ...]:
 def tune(
     query: torch.Tensor, keys: torch.Tensor, run: Callable[[Tile], object], tiles: tuple[Tile, ...] | None = None
 ) -> dict[Tile, float]:
-    """Measure a kernel with every tile and remember the best, in this process and for later ones.
+    """Measure a kernel with every tile, and store the best for this and later processes.
 
     Parameters
     ----------
     query, keys
-        The tensors that ``run`` works on; their sizes and device are what the result holds for.
+        The tensors that ``run`` uses; the result is stored for their sizes, dtype and device.
     run : callable
-        Runs the kernel with a tile, with the same result every time.
+        Runs the kernel with a tile.
     tiles : tuple of Tile or None
-        Those to try; None for :func:`candidates`.
+        Tiles to try; None for :func:`candidates`.
 
     Returns
     -------
     dict
-        Milliseconds by tile, the median of several runs; tiles that do not fit this chip are left out.
+        Median milliseconds by tile; tiles that do not fit this GPU are left out.
     """
     times: dict[Tile, float] = {}
     for tile in candidates(query.device) if tiles is None else tiles:
@@ -127,24 +127,24 @@ def _key(device: torch.device, dtype: torch.dtype, dim: int, group: int, block: 
 
 
 def _file() -> Path | None:
-    """Where the tiles are kept; None where there is no place of the user's own."""
+    """Path of the file; None if the user has no cache folder."""
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if given.is_absolute():
         return given / "scout_hf" / "tiles.json"
     try:
         return Path.home() / ".cache" / "scout_hf" / "tiles.json"
     except RuntimeError:
-        return None  # a container's user without a home and without a line in the list of users
+        return None  # no HOME and no passwd entry, as in some containers
 
 
 @functools.lru_cache
 def _table() -> dict[str, Tile]:
-    """What was measured, in this process and before: read from the file once, then added to."""
+    """All measured tiles: read from the file once, then extended in this process."""
     path = _file()
     if path is None:
         return {}
     try:
-        data = read_json(path, RULE, "`scout-hf bench gpu-kernel` makes it again", LARGEST_FILE)
+        data = read_json(path, RULE, "`scout-hf bench gpu-kernel` creates it again", LARGEST_FILE)
     except MissingFileError:
         return {}
     except ConfigError as error:
@@ -154,7 +154,7 @@ def _table() -> dict[str, Tile]:
 
 
 def forget() -> None:
-    """Read the file again at the next question."""
+    """Drop the cached tiles, so that the file is read again."""
     _table.cache_clear()
     _best.cache_clear()
 
@@ -168,4 +168,4 @@ def _save() -> None:
         tiles = {key: asdict(tile) for key, tile in _table().items()}
         write_text(target, json.dumps({"format": FORMAT, "tiles": tiles}, indent=1) + "\n")
     except OSError:
-        pass  # a home that cannot be written to: measured again by the next process
+        pass  # read-only home: the next process measures again
