@@ -1,7 +1,6 @@
-"""Model families: how to make a layer's query, keys and values from a hidden state, one short file per family.
+"""Model families: how a layer computes query, keys and values from a hidden state, one short file per family.
 
-To add a family, write a file with a `Family` subclass that ends in `register_family(...)`, and import it
-below.
+To add a family, write a file with a `Family` subclass that ends in `register_family(...)`, and import it below.
 """
 
 from .base import Family

@@ -1,4 +1,4 @@
-"""`Family`: where one family of models keeps what a layer's query, keys and values are made of."""
+"""`Family`: how the layers of a family of models compute query, keys and values."""
 
 from __future__ import annotations
 
@@ -14,17 +14,24 @@ from scout_hf.errors import UnsupportedInputError, UnsupportedModelError
 from .quiet import call
 
 Part = Any
-"""An ``nn.Module`` of a model: its class alone knows its attributes, so no type can say them."""
+"""An ``nn.Module`` of a model, untyped because its attributes depend on its class."""
 
 
 class Family:
-    """Makes a decoder layer's query, or its keys and values, from a hidden state, with that layer's own modules.
+    """Computes a decoder layer's query, keys and values from a hidden state, with the layer's own modules.
 
-    The defaults are those of Llama: `input_layernorm`, `self_attn.q_proj`, rotary embedding. A family overrides the
-    steps in which it differs (`norm`, `project`, `project_keys_values`, `rotate`) and names its `model_types`.
+    The defaults are Llama's: `input_layernorm`, `self_attn.q_proj`, rotary embedding. A family overrides the steps in
+    which it differs (`norm`, `project`, `project_keys_values`, `rotate`) and names its `model_types`. Softmax scale,
+    softcap and attention sinks are not part of a family: the model passes them to the attention function.
 
-    The softmax scale, the softcap and attention sinks are no part of a family: the model hands them to the
-    attention function, and a second source for them would sooner or later disagree.
+    Examples
+    --------
+    >>> class MyFamily(Family):
+    ...     model_types = ("my_model",)
+    ...
+    ...     def norm(self, layer, hidden):
+    ...         return call(layer, "attention_norm", hidden)
+    >>> register_family(MyFamily())
     """
 
     model_types: tuple[str, ...] = ()
@@ -33,7 +40,7 @@ class Family:
     def decoder(self, model: Part) -> nn.Module:
         """The module that owns the decoder layers and the rotary embedding."""
         decoder = model.get_decoder()
-        # Llama4's causal LM answers with itself.
+        # get_decoder() of Llama4's causal LM returns the model itself.
         return decoder if hasattr(decoder, "layers") else getattr(decoder, "model", decoder)
 
     def layers(self, decoder: Part) -> Sequence[nn.Module]:
@@ -47,15 +54,15 @@ class Family:
     def available(self, layer: Part) -> bool:
         """Whether `query` can run on this layer now.
 
-        False for a layer without softmax attention (hybrid models) and while the weights are on the meta
-        device: accelerate loads offloaded weights inside the layer's own forward, and loading them twice
-        would cost more than a prediction saves.
+        False for a layer without softmax attention (hybrid models), and while its weights are on the meta device:
+        accelerate loads offloaded weights inside the layer's forward, and loading them twice costs more than a
+        prediction saves.
         """
         try:
             attn = self.attention(layer)
         except AttributeError:
             return False
-        # One weight tells for all: accelerate offloads whole layers, and this runs once per layer and token.
+        # One weight is enough: accelerate offloads whole layers, and this runs once per layer and token.
         return weight_device(attn, default=torch.device("cpu")).type != "meta"
 
     def query(
@@ -66,19 +73,39 @@ class Family:
         position_ids: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """The query that `layer` would hand to its attention function if `hidden` were its input.
+        """The query that `layer` would pass to its attention function if `hidden` were its input.
 
-        Args:
-            decoder: what `decoder(model)` returns.
-            layer: one of `layers(decoder)`.
-            hidden: (batch, length, hidden_size), the model's dtype, on any device.
-            position_ids: (1 or batch, length), integer. Needed where the angles must be computed again: no
-                `position_embeddings` given, or other frequencies than those of the previous layer.
-            position_embeddings: the (cos, sin) that the previous layer received, each
-                (1 or batch, length, rotary_dim); None for models without a rotary embedding.
+        Parameters
+        ----------
+        decoder : Module
+            The result of `decoder(model)`.
+        layer : Module
+            One of `layers(decoder)`.
+        hidden : Tensor (batch, length, hidden_size)
+            In the model's dtype, on any device.
+        position_ids : Tensor (1 or batch, length) of int, or None
+            Needed to compute rotary angles: without `position_embeddings`, or if the previous layer has other
+            frequencies.
+        position_embeddings : tuple of Tensor (1 or batch, length, rotary_dim), or None
+            The (cos, sin) that the previous layer received; None for models without a rotary embedding.
 
-        Returns:
-            (batch, query_heads, length, head_dim), the model's dtype, on the layer's device.
+        Returns
+        -------
+        Tensor (batch, query_heads, length, head_dim)
+            In the model's dtype, on the layer's device.
+
+        Raises
+        ------
+        UnsupportedInputError
+            If rotary angles are needed and `position_ids` is missing.
+        UnsupportedModelError
+            If a module cannot be called without its hooks (see `call`).
+
+        Examples
+        --------
+        >>> family, decoder = family_of(model), family_of(model).decoder(model)
+        >>> layer = family.layers(decoder)[1]
+        >>> query = family.query(decoder, layer, hidden, position_ids)
         """
         attn = self.attention(layer)
         hidden = hidden.to(weight_device(attn, default=hidden.device))
@@ -93,16 +120,27 @@ class Family:
         position_ids: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The keys and values that `layer` would hand to `cache.update` if `hidden` were its input.
+        """The keys and values that `layer` would pass to `cache.update` if `hidden` were its input.
 
-        Arguments are those of `query`; positions of several axes are (axes, 1 or batch, length). `hidden` may be any
-        part of a sequence, with the positions of that part.
+        Parameters
+        ----------
+        decoder, layer, hidden, position_ids, position_embeddings
+            As in `query`. `hidden` may be any part of a sequence, with the positions of that part. Positions with
+            several axes are (axes, 1 or batch, length).
 
-        Returns:
-            (batch, kv_heads, length, head_dim) each, the model's dtype, on the layer's device.
+        Returns
+        -------
+        tuple of Tensor (batch, kv_heads, length, head_dim)
+            Keys and values, in the model's dtype, on the layer's device.
 
-        Raises:
-            UnsupportedModelError: positions alone do not tell the angles (see `require_fixed_angles`).
+        Raises
+        ------
+        UnsupportedModelError
+            If the rotary angles depend on more than the positions (see `require_fixed_angles`).
+
+        Examples
+        --------
+        >>> keys, values = family.keys_values(decoder, layer, hidden, position_ids)
         """
         attn = self.attention(layer)
         self.require_fixed_angles(decoder, attn, position_embeddings)
@@ -117,13 +155,13 @@ class Family:
     def project(self, attn: Part, x: Tensor) -> Tensor:
         """Project and normalise: (batch, length, hidden_size) to (batch, query_heads, length, head_dim).
 
-        Say `call(attn, "q_proj", x)`: neither `attn.q_proj(x)`, which would run hooks on what is only predicted, nor
-        `F.linear` on its weight, which would miss LoRA and quantised linears.
+        Use `call(attn, "q_proj", x)`, not `attn.q_proj(x)`, which would run users' hooks on a prediction, and not
+        `F.linear` with its weight, which would ignore LoRA and quantised linears.
         """
         return split_heads(call(attn, "q_proj", x), attn.head_dim)
 
     def project_keys_values(self, attn: Part, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Project, and normalise keys: (batch, length, hidden_size) to twice (batch, kv_heads, length, head_dim)."""
+        """Project, and normalise keys: (batch, length, hidden_size) to two of (batch, kv_heads, length, head_dim)."""
         keys, values = (call(attn, name, x) for name in ("k_proj", "v_proj"))
         return split_heads(keys, attn.head_dim), split_heads(values, attn.head_dim)
 
@@ -139,18 +177,18 @@ class Family:
     ) -> Tensor:
         """Apply the rotary embedding to q (batch, heads, length, head_dim), queries or keys; same shape out."""
         cos, sin = self.position_embeddings(decoder, attn, hidden, position_ids, position_embeddings)
-        # The model's function rotates a query and a key together. A key without heads costs nothing, and
-        # unlike the query itself it may be passed to hub kernels that rotate in place.
+        # The model's function rotates a query and a key together. A key without heads costs nothing; passing the
+        # query twice would be wrong for hub kernels that rotate in place.
         return rotary_function(attn)(q, q[:, :0], cos, sin)[0]
 
     def require_fixed_angles(
         self, decoder: Part, attn: Part, position_embeddings: tuple[Tensor, Tensor] | None
     ) -> None:
-        """Refuse to make keys whose angles change while the sequence grows, unless the angles are given.
+        """Raise UnsupportedModelError if angles depend on the sequence length and are not given.
 
-        Dynamic and LongRoPE embeddings take the length of a sequence from its last position. Stored keys keep the
-        angles of the pass that made them; a part of the sequence would get those of another length, and asking for
-        them would also leave the model's embedding in the state of that length.
+        Dynamic and LongRoPE embeddings take the sequence length from the last position. Stored keys keep the angles of
+        the pass that made them. A part of the sequence would get the angles of another length, and would change the
+        state of the model's embedding.
         """
         kind = getattr(getattr(decoder, "rotary_emb", None), "rope_type", None)
         if isinstance(kind, dict):
@@ -160,8 +198,8 @@ class Family:
         if kind is not None and ("dynamic" in kind or kind == "longrope"):
             raise UnsupportedModelError(
                 f"keys of {type(decoder).__name__} cannot be made from hidden states and "
-                f"positions: rope_type {kind!r} rotates by angles that depend on the length of the sequence too. Keep "
-                "the keys themselves, or use a rope_type with fixed angles, for example 'default', 'yarn' or 'llama3'."
+                f"positions: the angles of rope_type {kind!r} depend on the length of the sequence too. Keep the keys "
+                "themselves, or use a rope_type with fixed angles, for example 'default', 'yarn' or 'llama3'."
             )
 
     def position_embeddings(
@@ -172,11 +210,11 @@ class Family:
         position_ids: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
-        """The (cos, sin) that belong to this layer, on the device of `hidden`."""
+        """The (cos, sin) of this layer, on the device of `hidden`."""
         rotary = getattr(decoder, "rotary_emb", None)
         extra: tuple[str, ...] = ()
         if getattr(rotary, "layer_types", None):
-            # Gemma3 and others rotate by layer type: the previous layer's angles hold only for its own type.
+            # Gemma3 and others have angles per layer type: those of the previous layer are valid for its type only.
             types, index = decoder.config.layer_types, attn.layer_idx
             if index == 0 or types[index - 1] != types[index]:
                 position_embeddings = None
@@ -210,7 +248,7 @@ def weight_device(module: nn.Module, default: torch.device) -> torch.device:
 
 
 def _first(module: nn.Module, kind: str) -> Tensor | None:
-    """The first of `module.parameters()` or `buffers()`, whose generators cost more than a small projection."""
+    """The first of `module.parameters()` or `buffers()`, without their generators, which are slow."""
     for tensor in module.__dict__[kind].values():
         if tensor is not None:
             return tensor

@@ -10,7 +10,7 @@ from .registry import register_family
 
 
 class Cohere(Family):
-    """Optional `q_norm`, whose weight is (heads, head_dim): it must see the query before the transpose."""
+    """Optional `q_norm` with a weight (heads, head_dim), applied before the transpose."""
 
     model_types = ("cohere",)
 

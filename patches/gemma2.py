@@ -7,7 +7,7 @@ from .registry import register_family
 
 
 class Gemma2(Family):
-    """Made as Llama's query: the softcap and `query_pre_attn_scalar` belong to the attention call."""
+    """As Llama: softcap and `query_pre_attn_scalar` belong to the attention call."""
 
     model_types = ("gemma", "gemma2")
 

@@ -7,7 +7,7 @@ from .registry import register_family
 
 
 class Gemma3(Qwen3):
-    """Normalises every head of the query; sliding and full layers rotate by different frequencies."""
+    """Normalises every head of the query; sliding and full layers have different rotary frequencies."""
 
     model_types = ("gemma3", "gemma3_text")
 

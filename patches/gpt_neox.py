@@ -10,7 +10,7 @@ from .registry import register_family
 
 
 class GPTNeoX(Family):
-    """One fused projection in which query, key and value alternate head by head."""
+    """One fused projection, with query, key and value interleaved per head."""
 
     model_types = ("gpt_neox",)
 

@@ -7,7 +7,7 @@ from .registry import register_family
 
 
 class GptOss(Family):
-    """Made as Llama's query: the attention sinks belong to the attention call (`s_aux`)."""
+    """As Llama: the attention sinks belong to the attention call (`s_aux`)."""
 
     model_types = ("gpt_oss",)
 

@@ -1,4 +1,4 @@
-"""Llama and the families whose query is made exactly as Llama's."""
+"""Llama, and families that compute their query as Llama does."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from .registry import register_family
 class Llama(Family):
     """Pre-norm, one q_proj (with or without bias), rotary embedding by the model's own function.
 
-    Where these differ from each other (a bias, a softmax multiplier, experts, a sliding window, interleaved
-    or partial rotary), the difference lives in modules and functions that are called, not copied.
+    Differences between these families (bias, softmax multiplier, experts, sliding window, interleaved or partial rotary
+    embedding) are in the modules and functions that are called.
     """
 
     model_types: tuple[str, ...] = (

@@ -1,4 +1,4 @@
-"""OLMo 2 and 3: no norm before attention, a norm over the whole width of the query instead."""
+"""OLMo 2 and 3: no norm before attention, but one over the full width of the query."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .registry import register_family
 
 
 class Olmo2(Family):
-    """The residual stream enters `q_proj` as it is; `q_norm` runs before the split into heads."""
+    """The residual stream enters `q_proj` without a norm; `q_norm` runs before the split into heads."""
 
     model_types = ("olmo2", "olmo3")
 

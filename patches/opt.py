@@ -12,8 +12,7 @@ from .registry import register_family
 class OPT(Family):
     """No rotary embedding; the query is scaled before it reaches the attention function.
 
-    OPT then passes `scaling=1.0` to the attention function: whoever reads the scale from `attn.scaling` as
-    well would apply it twice.
+    OPT then passes `scaling=1.0` to the attention function, so `attn.scaling` must not be applied again.
     """
 
     model_types = ("opt",)

@@ -1,4 +1,4 @@
-"""Phi and StableLM: only the leading part of every head is rotated, by the attention module itself."""
+"""Phi and StableLM: the attention module rotates only the leading channels of every head."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .registry import register_family
 
 
 class Phi(Family):
-    """Optional `q_layernorm` per head, then rotary on the first `rotary_ndims` of head_dim."""
+    """Optional `q_layernorm` per head, then a rotary embedding on the first `rotary_ndims` channels."""
 
     model_types = ("phi", "stablelm")
 

@@ -10,7 +10,7 @@ from .registry import register_family
 
 
 class Phi3(Family):
-    """The query is the leading columns of `qkv_proj`; its rotary function itself rotates only a part."""
+    """The query is the first columns of `qkv_proj`; partial rotary is up to the model's rotary function."""
 
     model_types = ("phi3",)
 

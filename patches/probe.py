@@ -1,4 +1,4 @@
-"""`ProbeFamily`: query, keys and values of any model, by running its own layer up to the attention call."""
+"""`ProbeFamily`: query, keys and values of any model, by running its layer up to the attention call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CAPTURE = "scout_probe"
 
 
 class Captured(Exception):
-    """Carries query, keys and values out of the layer: nothing after the attention call needs to run."""
+    """Carries query, keys and values out of the layer, so that nothing after the attention call runs."""
 
     def __init__(self, query: Tensor, keys: Tensor, values: Tensor):
         super().__init__("attention call captured")
@@ -31,18 +31,21 @@ def _capture(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args
     raise Captured(query, key, value)
 
 
-# The name is known to the whole process, but only the private configs made by `private_view` mention it.
+# Registered for the whole process, but used only by the private configs of `private_view`.
 AttentionInterface.register(CAPTURE, _capture)
 
 
 class ProbeFamily(Family):
-    """Fallback for families without a file of their own: right by construction, half as fast.
+    """Fallback for families without a file of their own: correct by construction, half as fast.
 
-    It runs the layer itself, on a view of it whose attention function hands back what it was given. Queries, keys and
-    values are all computed though only some are asked for, hence the price. The model is left untouched at every
-    moment, so other threads may use it meanwhile.
+    Runs a view of the layer whose attention function captures its arguments. Query, keys and values are all computed,
+    even if only some are needed. The model is never changed, so other threads may use it. No hooks run, on the layer or
+    on modules inside it.
 
-    No hook runs, neither on the layer nor on a module within.
+    Examples
+    --------
+    >>> family, decoder = ProbeFamily(), ProbeFamily().decoder(model)
+    >>> query = family.query(decoder, family.layers(decoder)[1], hidden, position_ids)
     """
 
     def attention(self, layer: nn.Module) -> nn.Module:
@@ -112,7 +115,7 @@ class ProbeFamily(Family):
         position_ids: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor] | Tensor | None,
     ) -> Any:
-        """As `position_embeddings`, for decoders that may have no rotary embedding or another type of it."""
+        """As `position_embeddings`, also for decoders without a rotary embedding or with another kind."""
         if isinstance(position_embeddings, Tensor):
             return position_embeddings.to(hidden.device)
         if position_embeddings is None and getattr(decoder, "rotary_emb", None) is None:
@@ -124,20 +127,19 @@ _WHAT_TO_DO = "Turn prediction off, or write a Family for this model and pass it
 
 
 def own_config(module: nn.Module) -> PreTrainedConfig | None:
-    """The config that the module itself holds, if any."""
+    """The config in the module's own `__dict__`, or None."""
     config = module.__dict__.get("config")
     return config if isinstance(config, PreTrainedConfig) else None
 
 
 def private_view(layer: nn.Module, decoder: nn.Module) -> nn.Module:
-    """A stand-in for `layer` with the same weights and no hooks, whose attention calls end in `Captured`.
+    """A copy of `layer` with the same weights and no hooks, whose attention calls raise `Captured`.
 
-    Writing the implementation's name into the model's own config would be simpler, but every thread that uses
-    the model at that moment would be captured too. So the modules that read a config or have something to pass by, and
-    their parents, are stood in for; all others, and every parameter and buffer, are the model's own. Nothing is kept
-    between calls: adapters may be put on or taken off at any time.
+    Changing the model's own config would be simpler, but would affect other threads that use the model. So modules that
+    read a config or have hooks, and their parents, are replaced; all others, and all parameters and buffers, are the
+    model's own. Nothing is kept between calls, so adapters may be added or removed at any time.
 
-    A module that `check` refuses says so when it is called: most of a layer comes after the attention call.
+    Modules that `check` refuses raise only when they are called: most of a layer comes after the attention call.
     """
     view = _view(layer, decoder, {}, not torch_module._has_any_global_hook())
     return view if view is not layer else stand_in(layer, dict(layer._modules), None)

@@ -1,9 +1,9 @@
-"""Calling a part of a model beside its forward pass: no hook runs, and the model is as it was before.
+"""Calls a module outside the model's forward pass, without hooks and without changing the model.
 
-Hooks belong to whoever registered them, and expect what the model computes, not what is only predicted. They can
-neither be taken off for a moment (other threads use the model) nor told apart. So the function that the part's class
-defines is called, past the hooks, past what accelerate or anybody else put in place of `forward`, and past
-torch.compile. A part made of others, such as a LoRA layer, is stood in for where one of these has anything to pass by.
+Users' hooks expect what the model computes, not predictions. They cannot be removed for the call, since other threads
+may use the model. So the `forward` of the module's class is called, without hooks, without functions that accelerate or
+others put in place of `forward`, and without torch.compile. A module with children, such as a LoRA layer, is replaced
+by a copy with the same weights if one of its children has any of these.
 """
 
 from __future__ import annotations
@@ -37,19 +37,39 @@ KNOWN = frozenset(
         "vptq",
     }
 )
-"""Packages whose layers give the same for the same input, however often they are called."""
+"""Packages whose layers always give the same output for the same input."""
 
 OBSERVERS = "torch.ao.quantization"
-"""Except these, which note the range of what passes through them."""
+"""Except these, which record the range of their inputs."""
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def call(owner: nn.Module, name: str, *args: Any) -> Tensor:
-    """What `getattr(owner, name)(*args)` gives, without running a hook or changing the module.
+    """Compute `getattr(owner, name)(*args)` without running hooks or changing the module.
 
-    Raises:
-        UnsupportedModelError: a call could change the module, as far as one can tell.
+    Parameters
+    ----------
+    owner : Module
+        A layer or its attention module.
+    name : str
+        Name of a module in it, such as `"q_proj"`.
+    *args
+        Arguments of the module.
+
+    Returns
+    -------
+    Tensor
+        The module's output.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the call might change the module, or its weights are not loaded.
+
+    Examples
+    --------
+    >>> normed = call(layer, "input_layernorm", hidden)
     """
     module = getattr(owner, name)
     kind = type(module)
@@ -61,7 +81,7 @@ def call(owner: nn.Module, name: str, *args: Any) -> Tensor:
 
 
 def quiet(module: nn.Module, owner: nn.Module) -> nn.Module:
-    """A module of several parts, or a stand-in for it, all of whose parts are called without hooks."""
+    """A module with children, or a copy of it if needed, whose children are called without hooks."""
     while (inner := compiled_from(module)) is not None:
         module = inner
     bare = not torch_module._has_any_global_hook()
@@ -72,13 +92,13 @@ def quiet(module: nn.Module, owner: nn.Module) -> nn.Module:
 
 
 def check(module: nn.Module, owner: nn.Module) -> None:
-    """Refuse a module that a call could change, or whose weights accelerate brings only for the layer's own pass."""
+    """Raise UnsupportedModelError for a module that a call might change, or whose weights are offloaded."""
     if not is_known(type(module), owner):
-        reason = "of an unknown package: calling it once more than the model does might change it"
+        reason = "of an unknown package: an additional call might change it"
     elif module.training and (getattr(module, "p", False) or _notes_what_passes(module)):
-        reason = "in training mode: it would draw random numbers or note what passes"
+        reason = "in training mode: a call would draw random numbers or update buffers"
     elif any(weight is not None and weight.is_meta for weight in module._parameters.values()):
-        reason = "without weights now: they come with the layer's own pass"
+        reason = "offloaded: its weights are loaded in the layer's forward only"
     else:
         return
     kind = type(module)
@@ -86,12 +106,12 @@ def check(module: nn.Module, owner: nn.Module) -> None:
 
 
 def _notes_what_passes(module: nn.Module) -> bool:
-    # What transformers' own parts keep in buffers (angles, tables) is the same in training.
+    # Buffers of transformers' own modules (angles, tables) do not change in training.
     return bool(module._buffers) and not type(module).forward.__module__.startswith("transformers.")
 
 
 def is_known(kind: type[nn.Module], owner: nn.Module) -> bool:
-    """Whether modules of this class may be called at any time: a known package's, or of the model's own files."""
+    """Whether modules of this class may be called at any time: of a known package or the model's own files."""
     home = kind.forward.__module__
     if home.partition(".")[0] in KNOWN:
         return not home.startswith(OBSERVERS)
@@ -99,40 +119,40 @@ def is_known(kind: type[nn.Module], owner: nn.Module) -> bool:
 
 
 def package(module_name: str) -> str:
-    """The package of a module; a module outside packages stands for itself."""
+    """The package of a Python module; the module itself if it has none."""
     return module_name.rpartition(".")[0] or module_name
 
 
 def is_bare(module: nn.Module) -> bool:
-    """Whether calling the module runs what its class defines and nothing else."""
+    """Whether calling the module runs the `forward` of its class and nothing else."""
     inside = module.__dict__
     return not ("forward" in inside or inside.get("_compiled_call_impl") or has_hooks(module))
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether torch runs something before or after the module's own function."""
+    """Whether the module has hooks."""
     return any(module.__dict__[hooks] for hooks in _HOOKS)
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Whether somebody put another function in place of `forward`; accelerate's only brings tensors and weights."""
+    """Whether `forward` was replaced on the instance by anything but accelerate, which only moves tensors."""
     if "forward" not in module.__dict__:
         return False
     return not type(module.__dict__.get("_hf_hook")).__module__.startswith("accelerate.")
 
 
 def compiled_from(module: nn.Module) -> nn.Module | None:
-    """What `torch.compile(module)` was given; None for a module that does not come from there."""
+    """The module inside `torch.compile(module)`; None for other modules."""
     return module._modules.get("_orig_mod") if type(module).__name__ == "OptimizedModule" else None
 
 
 def stand_in(module: nn.Module, children: dict[str, nn.Module | None], run: Callable[..., Any] | None) -> nn.Module:
-    """A module with the same parameters and buffers, other children, and `run(self, ...)` as all that a call does."""
+    """A module with the same parameters and buffers, other children, and `run(self, ...)` as its call."""
     view = object.__new__(type(module))
     view.__dict__.update(module.__dict__)
     view.__dict__["_modules"] = children
     view.__dict__.pop("forward", None)
-    # What torch calls in place of everything, hooks of all modules included.
+    # torch calls this instead of forward and all hooks, global ones included.
     view.__dict__["_compiled_call_impl"] = MethodType(type(module).forward if run is None else run, view)
     return view
 

@@ -1,4 +1,4 @@
-"""Qwen3 and others that normalise every head of query and keys before they are rotated."""
+"""Qwen3 and others that normalise every head of query and keys before the rotary embedding."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Apertus(Qwen3):
 
 
 class Qwen3Next(Qwen3):
-    """`q_proj` also holds the output gate, which lies next to the query in every head.
+    """`q_proj` also computes the output gate, next to the query in every head.
 
     The layers with linear attention have no `self_attn`, so `available` is False for them.
     """

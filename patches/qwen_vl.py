@@ -1,4 +1,4 @@
-"""Qwen's vision-language decoders: positions of three axes, which the decoder's own angles hold already."""
+"""Qwen's vision-language decoders: the decoder's rotary angles already include the three position axes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .registry import register_family
 
 
 class Qwen2VL(Llama):
-    """Llama, where older releases of transformers mix the axes as late as in the rotation."""
+    """Llama; older releases of transformers mix the position axes in the rotary function."""
 
     model_types = ("qwen2_vl_text", "qwen2_5_vl_text")
 
@@ -25,7 +25,7 @@ class Qwen2VL(Llama):
 
 
 class Qwen3VL(Qwen3):
-    """Qwen3; images enter some layers between, as hidden states of the prompt."""
+    """Qwen3; images are also added to the hidden states after some layers, in the prompt only."""
 
     model_types = ("qwen3_vl_text", "qwen3_vl_moe_text")
 

@@ -1,8 +1,8 @@
-"""Model types whose attention cannot be served, each with the reason and what works instead.
+"""Model types whose attention is not supported, each with the reason and what works instead.
 
-A layer of the cache returns only the new keys and values from `update`, and the attention function must
-receive just these. That fails for models that work on the whole of K or V between the two, or whose attention
-depends on more than query, key, value and padding.
+A cache layer returns only the new keys and values from `update`, and the attention function must receive exactly these.
+That fails for models that change all keys or values in between, or whose attention depends on more than query, key,
+value and padding mask.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which `Family` serves which model."""
+"""The registry of model families."""
 
 from __future__ import annotations
 
@@ -14,11 +14,25 @@ _FAMILIES: dict[str, Family] = {}
 
 
 def register_family(family: Family, *, replace: bool = False) -> None:
-    """Let `family` serve the model types it names, also types that scout_hf refuses by default.
+    """Use `family` for the model types that it names, also types that scout_hf refuses by default.
 
-    Args:
-        family: an instance of a `Family` subclass with `model_types`.
-        replace: allow to take over model types that another family serves already.
+    Parameters
+    ----------
+    family : Family
+        An instance with `model_types`.
+    replace : bool
+        Allow model types that have a family already.
+
+    Raises
+    ------
+    ConfigError
+        If it is not such an instance, or a model type has a family and `replace` is False.
+
+    Examples
+    --------
+    >>> class MyFamily(Family):
+    ...     model_types = ("my_model",)
+    >>> register_family(MyFamily())
     """
     if not isinstance(family, Family):
         hint = " Pass an instance: add ()." if isinstance(family, type) and issubclass(family, Family) else ""
@@ -38,7 +52,28 @@ def register_family(family: Family, *, replace: bool = False) -> None:
 
 
 def family_of(model: Part) -> Family:
-    """The family that serves `model`, or `UnsupportedModelError` with the reason and what works instead."""
+    """The family of a model.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model, or a PEFT model around one.
+
+    Returns
+    -------
+    Family
+        A `ProbeFamily` for unknown model types.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model is not supported; the message says why and what works instead.
+
+    Examples
+    --------
+    >>> type(family_of(model)).__name__
+    'Llama'
+    """
     model = _causal_lm(model)
     if inner := GENERATES_INSIDE.get(model.config.model_type):
         raise UnsupportedModelError(

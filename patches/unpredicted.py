@@ -1,4 +1,4 @@
-"""Families that are served without prediction: a layer's query cannot be told from its input alone."""
+"""Families without prediction: a layer's query depends on more than its input."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .registry import register_family
 
 
 class Unpredicted(Family):
-    """`available` is always False, so that the true query is used.
+    """`available` is always False, so that the real query is used.
 
-    Llama4 tempers the query by the length of the cache, Zaya mixes in the tokens before, and in the others
-    the decoder hands every layer rotary angles (or none, or a scaling) that it alone knows.
+    Llama4 scales the query by the length of the cache, Zaya mixes in previous tokens, and in the others the decoder
+    passes angles or scalings to each layer that cannot be computed from outside.
     """
 
     model_types = (
@@ -33,14 +33,14 @@ class Unpredicted(Family):
 
     def query(self, decoder, layer, hidden, position_ids=None, position_embeddings=None) -> Tensor:
         raise UnsupportedModelError(
-            f"the query of {type(layer).__name__} cannot be predicted from a hidden state: ask "
-            "available(layer) before, and use the true query where it is False."
+            f"the query of {type(layer).__name__} cannot be predicted from a hidden state: check "
+            "available(layer) first, and use the real query where it is False."
         )
 
     def keys_values(self, decoder, layer, hidden, position_ids=None, position_embeddings=None) -> tuple[Tensor, Tensor]:
         raise UnsupportedModelError(
-            f"the keys and values of {type(layer).__name__} cannot be made from a hidden state: ask available(layer) "
-            "before, and keep the true ones where it is False."
+            f"the keys and values of {type(layer).__name__} cannot be made from a hidden state: check "
+            "available(layer) first, and keep the real ones where it is False."
         )
 
 
