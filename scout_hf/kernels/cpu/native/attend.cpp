@@ -1,4 +1,4 @@
-// Attention over listed tiles: cut into chunks of fixed size, so that results do not depend on who computes them.
+// Attention over listed tiles, in chunks of fixed size, so that results do not depend on the number of threads.
 #include <math.h>
 #include <sched.h>
 #include <stdlib.h>
@@ -31,7 +31,7 @@ struct Attend {
   std::atomic<int64_t> next{0}, attended{0};
   std::atomic<int> status{SCOUT_OK};
 
-  // A piece of work belongs to one list and covers list entries [first, last).
+  // A work item: entries [first, last) of one list.
   struct Piece {
     int list, row, head;
     int64_t first, last;
@@ -45,7 +45,7 @@ struct Attend {
 
   int64_t block_at(int list, int64_t entry) const { return a.blocks ? a.blocks[list * a.blocks_stride + entry] : entry; }
 
-  // int8 pages hold whole blocks only; the block being filled is a tile of its own, in plain numbers.
+  // int8 pages hold only whole blocks; the partly filled last block is a separate unpacked tile.
   bool ends_in_tail(int list, int64_t count) const {
     return has_tail && count && block_at(list, count - 1) == a.store.length / a.store.block_size;
   }
@@ -77,7 +77,7 @@ struct Attend {
     return SCOUT_OK;
   }
 
-  // Lists may be written by a device until the job starts, so that this is not part of prepare().
+  // Not part of prepare(): a device may write the lists until the job starts.
   int plan() {
     int64_t listed = 0;
     for (int list = 0; list < lists; list++) {
@@ -201,7 +201,7 @@ struct Attend {
     if (unfinished[p.list].fetch_sub(1, std::memory_order_acq_rel) == 1) merge(p.list, p.row, p.head);
   }
 
-  // In the order of the list, whoever comes last.
+  // Run by the thread that finishes the list's last item; merges in list order, so that results are deterministic.
   void merge(int list, int row, int head) {
     const int D = a.store.head_dim;
     const int64_t first = first_item[list], last = first_item[list + 1];
@@ -253,7 +253,7 @@ struct Attend {
   }
 };
 
-// Work space of calls, kept by each thread that makes them.
+// Scratch memory of calls, one per calling thread.
 struct Kept {
   void* memory = nullptr;
   int64_t bytes = 0;
@@ -301,7 +301,7 @@ void finish_submitted(void* context) {
   Submitted* submitted = (Submitted*)context;
   submitted->origin->attended = submitted->job.attended.load();
   submitted->origin->status = submitted->job.status.load();
-  // A device may read it, and then what the job has written.
+  // Release: a device may poll `done`, then read the results.
   if (submitted->job.a.done) __atomic_store_n(submitted->job.a.done, submitted->job.a.number, __ATOMIC_RELEASE);
   free(submitted->job.memory);
   delete submitted;

@@ -7,7 +7,7 @@
 
 extern const scout_isa scout_isa_base;
 #if defined(__x86_64__)
-// Absent where the compiler that built the library did not know them.
+// Absent if the compiler that built the library did not support them.
 extern const scout_isa scout_isa_avx2 __attribute__((weak));
 extern const scout_isa scout_isa_avx512 __attribute__((weak));
 extern const scout_isa scout_isa_avx512bf16 __attribute__((weak));

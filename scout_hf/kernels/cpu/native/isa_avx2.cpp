@@ -43,7 +43,7 @@ inline vb side_by_side(const uint8_t* const* blocks, int64_t at) {
 
 namespace {
 bool runs() {
-  // Not every compiler knows a name for F16C.
+  // Not every compiler has a feature name for F16C.
   unsigned a, b, c = 0, d;
   const bool halves = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
   return halves && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");

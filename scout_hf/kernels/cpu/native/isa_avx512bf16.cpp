@@ -1,4 +1,4 @@
-// AVX-512 with dot products of bf16 and of integers and with permutations of bytes: Zen 4, Sapphire Rapids and later.
+// AVX-512 with bf16 and integer dot products and byte permutations: Zen 4, Sapphire Rapids and later.
 // Built with the flags of isa_avx512.cpp and -mavx512vnni -mavx512bf16 -mavx512vbmi.
 #include "isa.h"
 #include "scout_cpu.h"

@@ -1,4 +1,4 @@
-// What every processor of the platform has: SSE2 on x86-64, anything with vectors of 4 floats elsewhere.
+// The baseline of the platform: SSE2 on x86-64, any vectors of 4 floats elsewhere.
 #include "isa.h"
 #include "scout_cpu.h"
 
@@ -15,7 +15,7 @@ typedef int16_t vh __attribute__((vector_size(4 * W)));
 typedef int8_t vb __attribute__((vector_size(2 * W)));
 typedef uint16_t vu16 __attribute__((vector_size(2 * W)));
 
-// Moves the exponent by a multiplication, which also makes subnormals right; infinities and NaN keep the top exponent.
+// Rescales the exponent by a multiplication, which also handles subnormals; infinities and NaN keep the top exponent.
 inline vf from_half(const uint8_t* from) {
   vu16 raw;
   __builtin_memcpy(&raw, from, sizeof raw);

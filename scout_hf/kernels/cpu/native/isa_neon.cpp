@@ -1,4 +1,4 @@
-// 64-bit Arm: 4 floats at a time, with the conversions and products of Advanced SIMD.
+// 64-bit Arm with Advanced SIMD: 4 floats at a time.
 #include "isa.h"
 #include "scout_cpu.h"
 

@@ -1,4 +1,4 @@
-// Stored numbers one at a time, for whatever is not hot. Rounds to nearest even.
+// Scalar conversion of stored numbers, for code that is not hot. Rounds to nearest even.
 #pragma once
 
 #include <stdint.h>
@@ -38,7 +38,7 @@ inline uint16_t to_f16(float x) {
   uint32_t bits = bits_of(x), sign = (bits >> 16) & 0x8000, size = bits & 0x7fffffff;
   if (size > 0x7f800000) return (uint16_t)(sign | 0x7e00);
   if (size >= 0x477ff000) return (uint16_t)(sign | 0x7c00);
-  // Subnormal halves: adding 2^-1 * 2^-13... lets the float unit round at the right place.
+  // Subnormal halves: adding 2^-1 * 2^-13... makes the float addition round at the right bit.
   if (size < 0x38800000) return (uint16_t)(sign | (bits_of(from_bits(size) + 0.5f) - bits_of(0.5f)));
   return (uint16_t)(sign | ((size - 0x38000000 + 0xfff + ((size >> 13) & 1)) >> 13));
 }

@@ -1,4 +1,4 @@
-// Tokens into pages and out of them, int8 packing, and the channel-wise bounds of blocks.
+// Append and gather, int8 packing, and channel-wise bounds of blocks.
 #include <math.h>
 
 #include <atomic>
@@ -19,7 +19,7 @@ struct Items {
   std::atomic<int64_t> next{0};
 };
 
-// body(i) for every i below `count`, on a team where the bytes that it touches are worth one.
+// Calls body(i) for every i below `count`; on a team if it touches enough bytes.
 template <class Body>
 void for_each_item(int64_t count, int64_t bytes, int threads, Body body) {
   Items<Body> items{body, count};
@@ -36,7 +36,7 @@ void for_each_item(int64_t count, int64_t bytes, int threads, Body body) {
       &items, threads < count ? threads : (int)count);
 }
 
-// The smallest bf16 that is not below x >= 0.
+// The smallest bf16 >= x, for x >= 0.
 uint16_t bf16_above(float x) {
   if (!(x <= 3.0e38f)) return x != x ? 0x7fc0 : 0x7f80;
   return (uint16_t)((scout::bits_of(x) + 0xffff) >> 16);
@@ -57,12 +57,12 @@ struct Int8Tile {
   float key_number(int t, int d) const { return key(t, d) * scout::from_bf16(key_scales[d]); }
 };
 
-// NaN stays: garbage must not turn into numbers.
+// Propagates NaN.
 float larger(float before, float x) { return x <= before || before != before ? before : x; }
 
 int8_t quantise(float x, float inverse) {
   const float scaled = x * inverse;
-  if (!(fabsf(scaled) <= 128.0f)) return 0;  // the scale is infinite or NaN and says so
+  if (!(fabsf(scaled) <= 128.0f)) return 0;  // then the scale is infinite or NaN
   return (int8_t)(scaled < 0.0f ? scaled - 0.5f : scaled + 0.5f);
 }
 
@@ -138,7 +138,7 @@ void copy_rows(uint8_t* to, const uint8_t* from, int64_t stride_bytes, int64_t r
   for (int64_t t = 0; t < rows; t++) memcpy(to + t * row_bytes, from + t * stride_bytes, row_bytes);
 }
 
-// New tokens of one row and head that fall into block `block`, into a plain tile.
+// Copies the new tokens of one row and head that belong to block `block` into an unpacked tile.
 void copy_block(const scout_append_args& a, const Store& store, int row, int head, int64_t block, uint8_t* tile) {
   const int size = a.store.block_size, number = scout::bytes_of(a.store.plain_dtype);
   const int64_t start = block * size > a.store.length ? block * size : a.store.length;
@@ -248,7 +248,7 @@ SCOUT_EXPORT int scout_minmax(const scout_minmax_args* args, int threads) {
         low[d] = -larger(-low[d], -keys[d]);
       }
     }
-    // A block of nothing but padding has no bounds; zeros keep its score finite, and it is never chosen.
+    // A block of only padding has no bounds; zeros keep its score finite, and it is never chosen.
     if (!seen) memset(bounds, 0, sizeof(float) * 2 * D);
     scout::write_numbers(bounds, 2 * D, a.store.plain_dtype, a.codes,
                          row * a.codes_row + head * a.codes_head + block * 2 * D);

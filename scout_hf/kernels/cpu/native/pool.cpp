@@ -1,15 +1,15 @@
 // How the pool works.
 //
-// Jobs form a linked list in the order of their tickets. `head` is the job in work or, between jobs, the one that was
-// over last; only the thread that has the gate changes it. `gate` says what may be done about the job in front:
+// Jobs form a linked list in ticket order. `head` is the running job or, between jobs, the last one that ended; only
+// the thread that owns the gate changes it. `gate` is the state of the job in front:
 //
-//   IDLE     no job is in work; who sees that one was posted makes it WATCHED
+//   IDLE     no job is running; a thread that sees a posted job sets WATCHED
 //   WATCHED  one thread waits for the job's flag, the others spin or sleep
-//   OPEN     enter and run; the bits above count the threads inside
-//   CLOSED   a thread came out, so nothing is left to hand out; the last one out calls `finish`
+//   OPEN     threads may enter and run; the bits above count those inside
+//   CLOSED   a thread has left, so no items are left; the last one to leave calls `finish`
 //
-// Sleep and wake-up are decided by pairs of sequentially consistent operations: one side publishes its change and then
-// looks for sleepers, the other counts itself as a sleeper and then looks for changes; one of them sees the other.
+// Sleep and wake-up use pairs of sequentially consistent operations: one side publishes its change, then checks for
+// sleepers; the other registers as a sleeper, then checks for changes. So at least one of them sees the other.
 
 #include "pool.h"
 
@@ -37,9 +37,9 @@
 namespace {
 
 constexpr int64_t FOREVER = INT64_MAX;
-constexpr int64_t POLL_US = 50;               // between two looks at a flag, once spinning has ended
-constexpr int64_t SLOWEST_POLL_US = 1000;     // for flags that stay away
-constexpr int64_t COPY_BYTES = 128 * 1024;    // handed out at a time: some 10 us of copying
+constexpr int64_t POLL_US = 50;               // between two polls of a flag, after spinning
+constexpr int64_t SLOWEST_POLL_US = 1000;     // for flags that stay unset
+constexpr int64_t COPY_BYTES = 128 * 1024;    // per item: about 10 us of copying
 constexpr int LOWEST_PRIORITY = 19;           // a nice value: about a seventieth of an ordinary thread's weight
 
 constexpr uint32_t IDLE = 0, WATCHED = 1, OPEN = 2, CLOSED = 3, STATE = 3, INSIDE = 4;
@@ -66,8 +66,8 @@ int64_t thread_cpu_ns() {
 
 void nap(int64_t us) { std::this_thread::sleep_for(std::chrono::microseconds(us)); }
 
-// One turn of a spin, less than a microsecond. Yields: where cores are short, the thread that everybody waits for may
-// be behind this one on the same core, and would stay there until the spin is over.
+// One spin iteration, less than a microsecond. Yields the core: the thread that everybody waits for may be queued on
+// the same core, and would otherwise wait until the spin ends.
 void relax() {
   for (int i = 0; i < 8; ++i) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -93,12 +93,12 @@ struct Job {
   bool ready() const { return !flag || __atomic_load_n(flag, __ATOMIC_ACQUIRE) >= value; }
 };
 
-// When a job ran; written by who has the gate, read by anybody.
+// When a job ran; written by the owner of the gate, read by any thread.
 struct Times {
   std::atomic<int64_t> ticket{0}, began_ns{0}, ended_ns{0};
 };
 
-constexpr int64_t TIMED = 1024;  // jobs that are remembered: those of a step, and more
+constexpr int64_t TIMED = 1024;  // jobs whose times are kept: more than those of a step
 
 }  // namespace
 
@@ -106,9 +106,9 @@ struct scout_pool {
   // Each group on cache lines of its own: workers hammer the first, waiting threads the second.
   std::atomic<uint32_t> gate{IDLE};
   std::atomic<int64_t> posted{0};   // ticket of the last job posted
-  Job* head = nullptr;              // of who has the gate
+  Job* head = nullptr;              // of the owner of the gate
   char apart[64];
-  std::atomic<int64_t> done{0};     // all tickets up to this one are over
+  std::atomic<int64_t> done{0};     // all tickets up to this one have ended
   std::atomic<int64_t> dropped{FOREVER};  // tickets from here on were never run
   char further_apart[64];
 
@@ -140,13 +140,13 @@ namespace {
 
 bool pending(scout_pool* pool) { return pool->posted.load() > pool->done.load(); }
 
-// Empty critical section: a thread that has looked but does not sleep yet holds the mutex until it does.
+// Empty critical section: a thread that has checked but does not sleep yet holds the mutex until it sleeps.
 void ring(std::mutex& mutex, std::condition_variable& bell) {
   { std::lock_guard<std::mutex> lock(mutex); }
   bell.notify_all();
 }
 
-// Ends the job at the head; called by the one thread that has the gate.
+// Ends the job at the head; called by the owner of the gate.
 void complete(scout_pool* pool) {
   Job* job = pool->head;
   if (job->finish) job->finish(job->context);
@@ -156,7 +156,7 @@ void complete(scout_pool* pool) {
   times.ended_ns.store(now_ns());
   times.ticket.store(job->ticket);
   pool->done.store(job->ticket);
-  pool->gate.store(IDLE);  // after `done`: who sees IDLE must not take the job for one still to come
+  pool->gate.store(IDLE);  // after `done`: a thread that sees IDLE must not start the job again
   if (pool->waiters.load() > 0) ring(pool->done_mutex, pool->done_bell);
 }
 
@@ -166,21 +166,21 @@ Next await_flag(scout_pool* pool, Job* job, int64_t deadline) {
   if (pool->dropped.load() != FOREVER) return Next::DROP;
   const int64_t began = now_us();
   while (!job->ready()) {
-    if (pool->stop.load()) return job->ready() ? Next::RUN : Next::DROP;  // raised before the stop, it counts
+    if (pool->stop.load()) return job->ready() ? Next::RUN : Next::DROP;  // a flag set before the stop counts
     const int64_t now = now_us(), waited = now - began;
     if (now >= deadline) return Next::LATER;
     if (waited < pool->spin_us)
       relax();
-    else  // 1/64 of the time already waited: long waits cost little, and hardly last longer
+    else  // 1/64 of the time waited: cheap long waits, with little extra delay
       nap(std::min(std::max(POLL_US, waited / 64), SLOWEST_POLL_US));
   }
   return Next::RUN;
 }
 
-// Begins the next job, for a thread that made the gate WATCHED. True: the thread is inside the open job.
+// Starts the next job; called by the thread that set WATCHED. True: the thread is inside the open job.
 bool begin(scout_pool* pool, int64_t deadline, int64_t last_ticket) {
   Job* job = pool->head->next.load(std::memory_order_acquire);
-  const bool mine = job && job->ticket <= last_ticket;  // null: another thread did it in the meantime
+  const bool mine = job && job->ticket <= last_ticket;  // null: another thread ran it in the meantime
   const Next next = mine ? await_flag(pool, job, deadline) : Next::LATER;
   if (next == Next::LATER) {
     pool->gate.store(IDLE);
@@ -199,8 +199,8 @@ bool begin(scout_pool* pool, int64_t deadline, int64_t last_ticket) {
   return true;
 }
 
-// Does what there is to do for this thread: enters the open job, or begins the next one if its ticket is at most
-// `last_ticket`, waiting for its flag until `deadline`. Whether it ran.
+// Enters the open job, or starts the next one if its ticket is at most `last_ticket`, waiting for its flag until
+// `deadline`. Returns whether this thread ran a job.
 bool take_part(scout_pool* pool, int64_t deadline, int64_t last_ticket) {
   uint32_t gate = pool->gate.load();
   for (;;) {
@@ -238,9 +238,9 @@ void* work(void* argument) {
 #ifdef __linux__
   pthread_setname_np(pthread_self(), "scout-cpu");
   prctl(PR_SET_TIMERSLACK, 1000UL);  // ns; naps would take twice as long with the default of 50 us
-  // What the system refuses here (CPUs that went away) leaves the thread where it was.
+  // If this fails (CPUs went offline), the affinity stays as it is.
   if (pool->cpus) sched_setaffinity(0, pool->cpus_bytes, pool->cpus);
-  // Of this thread alone, on Linux. Not SCHED_IDLE: spinning OpenMP threads would leave it nothing at all.
+  // On Linux this affects only the thread. Not SCHED_IDLE: spinning OpenMP threads would starve it.
   if (pool->background) setpriority(PRIO_PROCESS, 0, LOWEST_PRIORITY);
 #elif defined(__APPLE__)
   pthread_setname_np("scout-cpu");
@@ -252,7 +252,7 @@ void* work(void* argument) {
       worked = now_us();
     } else if (pool->stop.load()) {
       if (!pending(pool)) return nullptr;
-      nap(POLL_US);  // another worker is at it
+      nap(POLL_US);  // another worker is running it
     } else if (now_us() - worked < pool->spin_us) {
       relax();
     } else {
@@ -261,7 +261,7 @@ void* work(void* argument) {
   }
 }
 
-// Started with all signals blocked: handlers run on the program's own threads.
+// Workers start with all signals blocked: handlers run on the program's own threads.
 void start_workers(scout_pool* pool, int workers) {
   sigset_t all, before;
   sigfillset(&all);
@@ -319,7 +319,7 @@ void run_oneself(scout_pool* pool, int64_t ticket, int64_t deadline) {
   while (pool->done.load() < ticket) {
     const bool ran = take_part(pool, deadline, ticket);
     if (now_us() >= deadline) return;
-    if (!ran && pool->done.load() < ticket) nap(POLL_US);  // another thread is at it
+    if (!ran && pool->done.load() < ticket) nap(POLL_US);  // another thread is running it
   }
 }
 
@@ -361,10 +361,10 @@ int64_t scout_pool_post(scout_pool* pool, void (*run)(void*), void (*finish)(voi
     Job* last = pool->tail;
     ticket = job->ticket = last->ticket + 1;
     pool->tail = job;
-    last->next.store(job, std::memory_order_release);  // from here on `last` and `job` are the workers' to delete
+    last->next.store(job, std::memory_order_release);  // from here on workers may delete `last` and `job`
     pool->posted.store(ticket);
   }
-  // A worker that is awake sees the job by itself and wakes the others: no system call here while one spins.
+  // A worker that is awake sees the job and wakes the others: no system call here while one spins.
   if (pool->workers > 0 && pool->sleepers.load() == pool->workers) ring(pool->work_mutex, pool->work_bell);
   return ticket;
 }
@@ -382,14 +382,14 @@ int scout_pool_times(scout_pool* pool, int64_t ticket, int64_t* times) {
   if (ticket <= 0 || found.ticket.load() != ticket) return 0;
   times[0] = found.began_ns.load();
   times[1] = found.ended_ns.load();
-  return found.ticket.load() == ticket && times[0] > 0;  // else overwritten meanwhile, or never run
+  return found.ticket.load() == ticket && times[0] > 0;  // else overwritten, or never run
 }
 
 void scout_pool_stop(scout_pool* pool) {
   std::lock_guard<std::mutex> once(pool->stopping);
   if (pool->stopped) return;
   {
-    std::lock_guard<std::mutex> lock(pool->posting);  // no job comes behind a worker that has left
+    std::lock_guard<std::mutex> lock(pool->posting);  // no job is posted after a worker has left
     pool->stop.store(true);
   }
   ring(pool->work_mutex, pool->work_bell);
@@ -401,7 +401,7 @@ void scout_pool_stop(scout_pool* pool) {
 void scout_pool_destroy(scout_pool* pool) {
   if (!pool) return;
   scout_pool_stop(pool);
-  while (pool->users.load() > 0) nap(POLL_US);  // all jobs are over: they are on their way out
+  while (pool->users.load() > 0) nap(POLL_US);  // all jobs have ended: they are about to return
   release(pool);
 }
 
@@ -413,7 +413,7 @@ int scout_pool_wait(scout_pool* pool, int64_t ticket, int64_t timeout_us) {
   else
     wait_for_workers(pool, ticket, deadline);
   const int result = outcome(pool, ticket);
-  pool->users.fetch_sub(1);  // the last touch: the pool may go now
+  pool->users.fetch_sub(1);  // last access: the pool may be freed now
   return result;
 }
 
@@ -423,7 +423,7 @@ int scout_pool_workers(scout_pool* pool) { return pool->workers; }
 
 namespace {
 
-// Small copies are handed out several at a time, large ones in pieces.
+// An item is several small copies, or a piece of a large one.
 struct CopyJob {
   scout_copy_args args;
   int64_t piece_bytes, pieces, copies_at_once, items;

@@ -1,8 +1,8 @@
 // The C ABI of scout_hf's CPU library, loaded by ctypes. No torch, no Python.
 //
-// A page holds one block of one row: for every KV head a tile with the keys and then the values of that block,
+// A page holds one block of one row: for every KV head a tile with the keys, then the values of that block,
 // [kv_heads][K, V][block_size][head_dim]. An int8 tile is packed as described at scout_tile_bytes().
-// Pointers are borrowed for the time of a call; a submitted job keeps copies of the structs, not of what they point to.
+// Pointers are borrowed for the call; a submitted job copies the structs, not the memory that they point to.
 #pragma once
 
 #include <stddef.h>
@@ -22,17 +22,17 @@ extern "C" {
 
 enum { SCOUT_F32 = 0, SCOUT_F16 = 1, SCOUT_BF16 = 2, SCOUT_I8 = 3 };
 
-// Ways to score the digest of a block for one KV head; the query heads of its group are added up.
+// Scorers of a block's digest for one KV head; scores are summed over the query heads of its group.
 // MINMAX: digests of 2 * head_dim numbers, the channel-wise maxima and minima; an upper bound of q.k.
-// SIGN: digests of block_size * (head_dim / 8 + 1) bytes. First [head_dim / 8][block_size]: bit i of byte (j, t) says
-// that dimension 8 j + i of token t is not negative. Then a scale per token, byte u being the float of the bits
-// (u << 19) + (120 << 23). The score is the logarithm of the sum over tokens of 2 to the power of scale * (sum of q over
-// dimensions with their signs), to some 0.1, with q rounded to some 1 / 127 of the largest four of its dimensions.
-// DOTS: `query` is one vector of weights per KV head, of head_dim numbers; digests are one or several such vectors,
-// and the best product counts. DOTS4: the same with whole numbers of four bits, the lower half of a byte first.
+// SIGN: digests of block_size * (head_dim / 8 + 1) bytes. First [head_dim / 8][block_size]: bit i of byte (j, t) is
+// set if dimension 8 j + i of token t is not negative. Then a scale per token: byte u is the float with the bits
+// (u << 19) + (120 << 23). The score is log2 of the sum over tokens of 2^(scale * signed sum of q), to about 0.1, with
+// q rounded to about 1 / 127 of the largest four of its dimensions.
+// DOTS: `query` is one weight vector of head_dim numbers per KV head; digests are one or several such vectors, and the
+// score is the largest dot product. DOTS4: the same with 4-bit integers, the lower half of a byte first.
 enum { SCOUT_MINMAX = 0, SCOUT_SIGN = 1, SCOUT_DOTS = 2, SCOUT_DOTS4 = 3 };
 
-// What a call returns besides 0.
+// Status codes other than 0 (success).
 enum { SCOUT_OK = 0, SCOUT_UNSUPPORTED = -1, SCOUT_NO_MEMORY = -2, SCOUT_BAD_BLOCK = -3 };
 
 // Paged keys and values of one layer.
@@ -43,7 +43,7 @@ typedef struct {
   void* tail;            // int8 only: the block being filled, [batch][kv_heads][K, V][block_size][head_dim]
   int32_t batch, kv_heads, head_dim, block_size;
   int32_t dtype;         // of the pages
-  int32_t plain_dtype;   // of the tail, and of tokens that come and go; equals dtype unless that is int8
+  int32_t plain_dtype;   // of the tail and of unpacked tokens; equals dtype unless that is int8
 } scout_store;
 
 // Attention of one query per row over listed blocks, or over all.
@@ -58,7 +58,7 @@ typedef struct {
   int64_t padding_mask_stride;
   void* out;                 // [batch][query_heads][head_dim] contiguous
   float* lse;                // [batch][query_heads], natural log; may be NULL
-  uint64_t* done;            // of a job: becomes `number` when it has ended, whatever came of it; may be NULL
+  uint64_t* done;            // of a job: set to `number` when it has ended, also after an error; may be NULL
   uint64_t number;
   int64_t attended;          // result: tokens attended, over all rows and KV heads
   int32_t count;
@@ -67,7 +67,7 @@ typedef struct {
   float scale, softcap;      // softcap 0: none
 } scout_attend_args;
 
-// The best-scored blocks of every row and KV head, in ascending order, followed by the newest ones.
+// The top-k blocks of every row and KV head by score, in ascending order, followed by the newest ones.
 typedef struct {
   const void* query;         // as above
   int64_t query_row, query_head;
@@ -79,16 +79,16 @@ typedef struct {
   int32_t* blocks;           // result [batch][kv_heads][blocks_stride]
   int32_t* counts;           // result [batch][kv_heads]
   int64_t blocks_stride;
-  float* scores;             // result [batch][kv_heads][candidates]; NULL if not wanted
+  float* scores;             // result [batch][kv_heads][candidates]; may be NULL
   int32_t batch, kv_heads, query_heads, head_dim, block_size;
   int32_t query_dtype, code_dtype, code;  // code: numbers per digest, bytes where these are smaller
-  int32_t candidates;        // blocks open to choice
-  int32_t newest;            // blocks after those that are always listed
+  int32_t candidates;        // candidate blocks
+  int32_t newest;            // blocks after the candidates, always listed
   int32_t count, sinks;
-  int32_t scorer;            // code_dtype goes with it: any but I8, I8, any, I8
+  int32_t scorer;            // with code_dtype: any but I8, I8, any, I8
 } scout_select_args;
 
-// New tokens into pages (and, for int8, the tail); the pages are there already.
+// Writes new tokens into allocated pages (and, for int8, the tail).
 typedef struct {
   scout_store store;         // length: tokens before this call
   const void *keys, *values; // [batch][kv_heads][tokens][head_dim] of plain_dtype, head_dim contiguous
@@ -96,7 +96,7 @@ typedef struct {
   int64_t tokens;
 } scout_append_args;
 
-// Blocks of a store as plain keys and values.
+// Copies blocks of a store to unpacked keys and values.
 typedef struct {
   scout_store store;
   const int64_t* blocks;     // [batch][kv_heads][count]
@@ -104,7 +104,7 @@ typedef struct {
   void *keys, *values;       // [batch][kv_heads][count][block_size][head_dim] of plain_dtype
 } scout_gather_args;
 
-// Channel-wise bounds of whole blocks: maximum, then minimum, over the tokens that exist.
+// Channel-wise bounds of whole blocks: maximum, then minimum, over tokens that are not padding.
 typedef struct {
   scout_store store;
   const uint8_t* padding_mask;
@@ -116,10 +116,10 @@ typedef struct {
 
 SCOUT_EXPORT int scout_abi(void);
 // Bytes of one head's tile. int8: keys [head_dim / 2][block][2], values [block / 4][head_dim][4], then bf16 scales of
-// the keys [head_dim] and of the values [block], filled up to a multiple of 64.
+// the keys [head_dim] and of the values [block], padded to a multiple of 64.
 SCOUT_EXPORT int64_t scout_tile_bytes(int dtype, int block_size, int head_dim);
 
-// Instruction sets that this machine can run, best last; `scout_use_isa` forces one.
+// Instruction sets that this machine supports, best last; `scout_use_isa` sets one.
 SCOUT_EXPORT int scout_isa_count(void);
 SCOUT_EXPORT const char* scout_isa_name(int index);
 SCOUT_EXPORT int scout_use_isa(int index);
@@ -134,7 +134,7 @@ SCOUT_EXPORT int scout_append(const scout_append_args* args, int threads);
 SCOUT_EXPORT int scout_gather(const scout_gather_args* args, int threads);
 SCOUT_EXPORT int scout_minmax(const scout_minmax_args* args, int threads);
 
-// Bare reads, the yardstick of the benchmarks: all tiles that `args` would attend to, or a span of memory.
+// Reads only, as a baseline for benchmarks: all tiles that `args` would attend, or a span of memory.
 SCOUT_EXPORT int64_t scout_read_tiles(const scout_attend_args* args, int threads);
 SCOUT_EXPORT int64_t scout_read_span(const void* start, int64_t bytes, int threads);
 

@@ -1,4 +1,4 @@
-// The blocks that a step attends to: digest scores, then the best of them in ascending order.
+// Block selection: digest scores, then the top-k in ascending order.
 #include <math.h>
 #include <stdlib.h>
 
@@ -23,31 +23,31 @@ bool any(const uint8_t* marks, int count) {
   return false;
 }
 
-// Four scores at a time, by comparisons alone: what compilers do not do by themselves for floats that may be NaN.
+// Four scores at a time, with comparisons: compilers do not vectorise this for floats that may be NaN.
 typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
 
 struct Bounds {
-  float low, high;  // of the finite ones
-  int usable;       // above -inf
+  float low, high;  // over finite scores
+  int valid;       // scores above -inf
 };
 
-// NaN becomes inf: garbage in the keys must not hide in a block that is never read. `count` is padded to fours by -inf.
+// NaN becomes inf, so that a block with NaN keys is attended, not hidden. `count` is padded to a multiple of 4 by -inf.
 Bounds bounds_of(float* scores, int count) {
   const vf none = vf{} - INFINITY, all = vf{} + INFINITY;
   vf low = vf{} + 3.0e38f, high = vf{} - 3.0e38f;
-  vi usable = {};
+  vi valid = {};
   for (int i = 0; i < count; i += 4) {
     vf s;
     memcpy(&s, scores + i, sizeof s);
     s = s == s ? s : all;
     memcpy(scores + i, &s, sizeof s);
     const vi real = s > none;
-    usable -= real;
+    valid -= real;
     low = (real & (s < low)) ? s : low;
     high = ((s < all) & (s > high)) ? s : high;
   }
-  Bounds bounds = {low[0], high[0], usable[0] + usable[1] + usable[2] + usable[3]};
+  Bounds bounds = {low[0], high[0], valid[0] + valid[1] + valid[2] + valid[3]};
   for (int i = 1; i < 4; i++) {
     bounds.low = std::min(bounds.low, low[i]);
     bounds.high = std::max(bounds.high, high[i]);
@@ -55,18 +55,18 @@ Bounds bounds_of(float* scores, int count) {
   return bounds;
 }
 
-// The bin of every score: 0 for -inf, the last for inf, all others in between by size.
+// The bin of every score: 0 for -inf, the last for inf, the others in between in ascending order.
 void sort_into_bins(const float* scores, int count, const Bounds& bounds, int32_t* places, int* bins) {
   const vf none = vf{} - INFINITY, all = vf{} + INFINITY, low = vf{} + bounds.low, high = vf{} + bounds.high;
   float step = bounds.high > bounds.low ? (BINS - 3) / (bounds.high - bounds.low) : 0.0f;
-  if (!(step < INFINITY)) step = 0.0f;  // all but equal: one bin for all
+  if (!(step < INFINITY)) step = 0.0f;  // scores almost equal: one bin for all
   for (int i = 0; i < count; i += 4) {
     vf s;
     memcpy(&s, scores + i, sizeof s);
     vf within = s < low ? low : s;
     within = within > high ? high : within;
     vi place = __builtin_convertvector((within - low) * step, vi) + 1;
-    place = place < 1 ? vi{} + 1 : place;  // a range beyond what floats hold
+    place = place < 1 ? vi{} + 1 : place;  // the range overflows a float
     place = (s == none) ? vi{} : place;
     place = (s == all) ? vi{} + (BINS - 1) : place;
     memcpy(places + i, &place, sizeof place);
@@ -74,8 +74,8 @@ void sort_into_bins(const float* scores, int count, const Bounds& bounds, int32_
   for (int i = 0; i < count; i++) bins[places[i]]++;
 }
 
-// Ids of the `want` largest scores, ascending; of equal ones the first. -inf is never chosen. `scores` may be changed and
-// has room up to the next four; `spare` and `places` hold as many.
+// Ids of the `want` largest scores, ascending; among equal scores the first. -inf is never chosen. May change `scores`,
+// whose capacity is rounded up to a multiple of 4, as is that of `spare` and `places`.
 int best(float* scores, int count, int want, float* spare, int32_t* places, int32_t* ids) {
   if (want <= 0) return 0;
   const int padded = (count + 3) / 4 * 4;
@@ -83,7 +83,7 @@ int best(float* scores, int count, int want, float* spare, int32_t* places, int3
   const Bounds bounds = bounds_of(scores, padded);
   float threshold = -INFINITY;
   int ties = 0;
-  if (bounds.usable > want) {
+  if (bounds.valid > want) {
     int bins[BINS] = {}, at = BINS - 1, above = 0, inside = 0;
     sort_into_bins(scores, padded, bounds, places, bins);
     while (above + bins[at] < want) above += bins[at--];
@@ -113,13 +113,13 @@ int best(float* scores, int count, int want, float* spare, int32_t* places, int3
   return chosen;
 }
 
-// Vectors in one digest of DOTS and DOTS4; 0 if it is no whole number of them.
+// Vectors per digest of DOTS and DOTS4; 0 if that is not a whole number.
 int parts_of(const scout_select_args& a) {
   const int64_t numbers = (int64_t)a.code * (a.scorer == SCOUT_DOTS4 ? 2 : 1);
   return numbers % a.head_dim ? 0 : (int)(numbers / a.head_dim);
 }
 
-// The instruction set to use, NULL if there is none or the sizes and types do not go together.
+// The instruction set to use; NULL if none fits, or sizes and types are inconsistent.
 const scout_isa* isa_for(const scout_select_args& a) {
   const bool bytes = a.code_dtype == SCOUT_I8;
   if (a.kv_heads < 1 || a.query_heads % a.kv_heads || a.head_dim < 1) return nullptr;
@@ -148,10 +148,10 @@ struct Select {
   const scout_select_args& a;
   const scout_isa* isa;
   int lists, ranges;
-  float* spare;                      // [lists][room]
-  int32_t* places;                   // [lists][room]
-  float* scores;                     // [lists][room]
-  int room;                          // candidates, up to the next four
+  float* spare;                      // [lists][capacity]
+  int32_t* places;                   // [lists][capacity]
+  float* scores;                     // [lists][capacity]
+  int capacity;                      // candidates, rounded up to a multiple of 4
   std::atomic<int32_t>* unfinished;  // [lists]
   std::atomic<int64_t> next{0};
 
@@ -208,7 +208,7 @@ struct Select {
       isa->dots(codes, dtype, some * parts, a.head_dim, w, each);
       for (int64_t i = 0; i < some; i++) {
         float best = each[i * parts];
-        // What is no number stays, so that nothing hides behind it.
+        // Propagates NaN.
         for (int part = 1; part < parts; part++) {
           const float other = each[i * parts + part];
           best = best >= other || best != best ? best : other;
@@ -224,7 +224,7 @@ struct Select {
     const int64_t count = std::min<int64_t>(RANGE_BLOCKS, a.candidates - first);
     const int64_t start = row * a.codes_row + head * a.codes_head + first * a.code;
     const uint8_t* codes = (const uint8_t*)a.codes + start * scout::bytes_of(a.code_dtype);
-    float* into = scores + (int64_t)list * room + first;
+    float* into = scores + (int64_t)list * capacity + first;
     if (a.scorer == SCOUT_SIGN)
       signs(row, head, codes, count, into);
     else if (a.scorer == SCOUT_MINMAX)
@@ -235,7 +235,7 @@ struct Select {
   }
 
   void choose(int list, int row) {
-    float* own_scores = scores + (int64_t)list * room;
+    float* own_scores = scores + (int64_t)list * capacity;
     if (a.scores) memcpy(a.scores + (int64_t)list * a.candidates, own_scores, sizeof(float) * a.candidates);
     const int want = std::min(a.want ? a.want[row] : a.count, a.candidates);
     int sinks = std::min(a.sinks, want);
@@ -246,7 +246,7 @@ struct Select {
         own_scores[i] = INFINITY, sinks--;
     }
     int32_t* ids = a.blocks + list * a.blocks_stride;
-    const int64_t own = (int64_t)list * room;
+    const int64_t own = (int64_t)list * capacity;
     int chosen = best(own_scores, a.candidates, want, spare + own, places + own, ids);
     for (int i = 0; i < a.newest; i++) ids[chosen++] = a.candidates + i;
     a.counts[list] = chosen;
@@ -276,8 +276,8 @@ extern "C" SCOUT_EXPORT int scout_select(scout_select_args* args, int threads) {
   if (!job.isa) return SCOUT_UNSUPPORTED;
   job.lists = args->batch * args->kv_heads;
   job.ranges = std::max(1, (int)((args->candidates + RANGE_BLOCKS - 1) / RANGE_BLOCKS));
-  job.room = (args->candidates + 3) / 4 * 4;
-  const int64_t numbers = (int64_t)job.lists * job.room;
+  job.capacity = (args->candidates + 3) / 4 * 4;
+  const int64_t numbers = (int64_t)job.lists * job.capacity;
   const int64_t need = numbers * 3 * sizeof(float) + job.lists * sizeof(std::atomic<int32_t>);
   if (need > kept.bytes) {
     free(kept.memory);

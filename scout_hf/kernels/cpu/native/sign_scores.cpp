@@ -1,4 +1,4 @@
-// Lookup tables for sign codes, and the sum over a GQA group. Whatever rounds is here, and so the same everywhere.
+// Lookup tables for sign codes, and the sum over a GQA group. All rounding is here, so all instruction sets agree.
 #include "sign_scores.h"
 
 #include <math.h>
@@ -8,10 +8,10 @@
 
 namespace {
 
-constexpr int BLOCKS_AT_ONCE = 512;  // their codes stay in the second cache level while heads take turns
+constexpr int BLOCKS_AT_ONCE = 512;  // their codes stay in L2 while the heads are processed in turn
 constexpr int MOST_HEADS = 16;
 constexpr float FARTHEST = 1e5f;
-constexpr int MOST = 127;            // a table holds -MOST to MOST, moved up by what makes its smallest number 0
+constexpr int MOST = 127;            // a table holds -MOST to MOST, shifted so that its minimum is 0
 
 typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
@@ -19,7 +19,7 @@ typedef uint8_t vb __attribute__((vector_size(4)));
 
 inline vf splat(float x) { return vf{} + x; }
 
-// The tables of one head, [dims / 4][16]; gives what one unit in them is worth.
+// Fills the tables of one head, [dims / 4][16]; returns the value of one unit.
 float make_tables(const float* query, int dims, uint8_t* entries, int* offset) {
   float peak = 0;
   bool finite = true;
@@ -57,7 +57,7 @@ inline vf load(const float* from) {
   return value;
 }
 
-// The largest of `count` numbers, by comparisons that compilers make instructions of. What is no number is passed over.
+// The maximum of `count` numbers, by comparisons that map to single instructions. Ignores NaN.
 float largest(const float* from, int count) {
   vf most = {};
   int i = 0;
@@ -71,8 +71,8 @@ float largest(const float* from, int count) {
   return all;
 }
 
-// Adds logarithms of masses and `reference`. With straight lines between whole powers, as the masses are made: exact
-// where one token is all that counts.
+// Adds log2 of the masses plus `reference`, with log2 linear between powers of two, matching the 2^x that makes the
+// masses: exact if a single token dominates.
 void add_logarithms(const float* mass, int count, float reference, float* scores) {
   const float rest = reference - 127;
   int i = 0;
@@ -89,7 +89,7 @@ void add_logarithms(const float* mass, int count, float reference, float* scores
   }
 }
 
-// Where masses reach the end of what floats hold, further down with the powers: true if they must be taken anew.
+// If masses come close to the range of float, raises the references; returns whether masses must be computed again.
 bool raise_references(const float* mass, int count, int heads, float* reference) {
   bool again = false;
   for (int i = 0; i < heads; i++, mass += BLOCKS_AT_ONCE) {
@@ -122,7 +122,7 @@ void scout_add_sign_scores(const scout_isa* isa, const uint8_t* codes, int64_t c
       do
         isa->signs(&part);
       while (raise_references(mass, count, part.heads, reference + h));
-      // A query that is no number makes no scores that are.
+      // A NaN query gives NaN scores.
       for (int i = 0; i < part.heads; i++)
         add_logarithms(mass + i * BLOCKS_AT_ONCE, count, reference[h + i] + 0 * worth[h + i], scores + first);
     }

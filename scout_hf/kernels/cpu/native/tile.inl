@@ -1,17 +1,17 @@
-// Attention over one tile after another for one instruction set: included by every isa_*.cpp, which defines the
-// vector width W in floats, `half_pair`, `widen`, `madd` and, where there is one, a bf16 dot product.
+// Attention over a list of tiles for one instruction set: included by every isa_*.cpp, which defines the
+// vector width W in floats, `half_pair`, `widen`, `madd` and, if available, a bf16 dot product.
 // Only GCC/clang vector types and no templates of the standard library: whatever is instantiated here must not be
 // merged by the linker with the same thing built for another instruction set.
 
 #if defined(__clang__)
 #define SCOUT_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define SCOUT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})  // what GCC had before version 12
+#define SCOUT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})  // for GCC before version 12
 #endif
 
 namespace {
 
-typedef uint32_t vu __attribute__((vector_size(4 * W)));  // where sums may wrap
+typedef uint32_t vu __attribute__((vector_size(4 * W)));  // for sums that may wrap
 
 constexpr float NEGATIVE_INFINITY = -__builtin_inff();
 
@@ -33,7 +33,7 @@ inline void prefetch_span(const uint8_t* from, int bytes) {
   for (int at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
 }
 
-// -- how 2W stored numbers become two vectors of floats ------------------------------------------------------------
+// -- from 2W stored numbers to two vectors of floats ---------------------------------------------------------------
 
 struct F32 {
   static constexpr int bytes = 4;
@@ -195,7 +195,7 @@ inline float total(vf v) {
   return lanes[0];
 }
 
-// -- exponential and soft cap; NaN goes in and comes out -------------------------------------------------------------
+// -- exponential and soft cap; both propagate NaN --------------------------------------------------------------------
 
 inline vf exponential(vf x) {
   const vf lowest = splat(-87.0f), magic = splat(12582912.0f);
@@ -262,7 +262,7 @@ struct Bf16Product {
 };
 #endif
 
-// out[g][t] = keys[t] . query[g]; reads no row from `rows` on, and writes whole vectors.
+// out[g][t] = keys[t] . query[g]; does not read rows from `rows` on, but writes whole vectors.
 template <class P, int GB>
 inline void dots(const uint8_t* keys, int rows, int numbers, const typename P::Query* query, float* out,
                  int out_stride, const uint8_t* next) {
@@ -307,7 +307,7 @@ struct Softmax {
   vf sum;
 };
 
-// Scores become weights in place; `shrink` is what earlier results must be multiplied with.
+// Turns scores into weights in place; `shrink` is the factor for earlier results.
 template <int GB>
 inline void weigh(float* scores, int tokens, const uint8_t* padding_mask, const float* scales, float softcap,
                   Softmax* states) {
@@ -418,12 +418,12 @@ inline vf as_floats(const uint8_t* bf16) {
   return (vf)(__builtin_convertvector(load<vu16>(bf16), vi) << 16);
 }
 
-// Weights times the scales of a tile as integers from 0 to 255: weights[g][t] * scales[t] = integer * factors[g].
-// Eight bits are enough here: they round to a fraction of what storing the values in eight bits has lost already.
+// Quantises weights times the scales of a tile to 0..255: weights[g][t] * scales[t] = integer * factors[g].
+// Eight bits are enough: the rounding error is a fraction of that of the int8 values.
 template <int GB>
 inline void to_bytes(const float* weights, const uint8_t* scales_bf16, int count, ByteWeight* into, float* factors) {
   alignas(64) float scaled[GB][SCOUT_MAX_BLOCK];
-  // Sizes compared as integers: in the same order as floats, and NaN above all.
+  // Magnitudes are compared as integers: the same order as floats, with NaN largest.
   vi most[GB] = {};
   vf up[GB];
   for (int i = 0; i < count; i += W) {
@@ -459,8 +459,8 @@ inline void to_bytes(const float* weights, const uint8_t* scales_bf16, int count
   }
 }
 
-// Queries times the scales of one tile after another, as int16. The factor is kept from tile to tile while results
-// stay between 12 and 15 bits, which saves a pass over them.
+// Quantises queries times the scales of each tile to int16. The factor is reused for the next tile while results
+// stay between 12 and 15 bits, which saves a pass.
 template <int GB>
 struct Int16Query {
   alignas(64) float wide[GB][SCOUT_MAX_HEAD_DIM];
@@ -492,7 +492,7 @@ struct Int16Query {
       for (int g = 0; g < GB; g++) {
         const int bits = largest(most[g]);
         const float peak = load<float>(&bits);
-        if ((peak >= 2048.0f && peak <= 32766.0f) || peak < 1.0e-30f) continue;  // or all of it rounds to 0
+        if ((peak >= 2048.0f && peak <= 32766.0f) || peak < 1.0e-30f) continue;  // or everything rounds to 0
         if (!(peak < 3.0e38f)) {
           factors[g] = peak - peak;  // NaN
           continue;
@@ -677,7 +677,7 @@ void attend(const scout_chunk* c) {
   }
 }
 
-// Row after row, as they lie in memory: read two at a time, they came half as fast.
+// Rows one at a time, in memory order: reading two at a time was half as fast.
 template <class R, int PACKED = 1>
 void code_dots(const uint8_t* codes, int64_t rows, int numbers, const float* weights, float* out) {
   constexpr int AHEAD_BYTES = 2048;
