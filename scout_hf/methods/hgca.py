@@ -233,7 +233,7 @@ class HGCA(OffloadingMethod):
 
     def _most(self, step: Step | None) -> torch.Tensor | None:
         """The budget minus the window, in tokens per row; None for no limit."""
-        budget, beside = self.config.budget, self.config.blocks(self._window_tokens()) * self.config.block_size
+        budget, window = self.config.budget, self.config.blocks(self._window_tokens()) * self.config.block_size
         if budget is None or self.config.is_dense(self.layer_idx):
             return None
         tokens: float | torch.Tensor = budget
@@ -241,4 +241,4 @@ class HGCA(OffloadingMethod):
             context = self.kv.length if step is None or step.mask is None else step.row_tokens().cpu().float()
             tokens = budget * context
         total = torch.as_tensor(tokens, dtype=torch.float32, device="cpu").expand(self.batch)
-        return (total - beside).clamp(min=1).to(torch.int64)
+        return (total - window).clamp(min=1).to(torch.int64)

@@ -237,7 +237,7 @@ class InfiniGen(OffloadingMethod):
 
     def _most(self, step: Step, padding_mask: torch.Tensor | None) -> torch.Tensor:
         """The budget minus the window, in tokens per row."""
-        budget, device, beside = self.config.budget, self.kv.device, self.window_blocks * self.config.block_size
+        budget, device, window = self.config.budget, self.kv.device, self.window_blocks * self.config.block_size
         if isinstance(budget, float):
             context = torch.full((self.batch,), step.tokens, dtype=torch.int64, device=device)
             if padding_mask is not None:
@@ -246,7 +246,7 @@ class InfiniGen(OffloadingMethod):
         else:
             most = step.tokens if budget is None else budget
             total = torch.full((self.batch,), most, dtype=torch.int64, device=device)
-        return (total - beside).clamp(min=1)
+        return (total - window).clamp(min=1)
 
     def _catch_up(self) -> None:
         """Compute the missing partial keys: of tokens from outside a forward pass, or from before the first query."""

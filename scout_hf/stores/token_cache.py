@@ -69,8 +69,8 @@ class TokenCache:
     ----------
     batch, heads, head_dim : int
         KV heads.
-    dtype, device
-        Of what is held.
+    dtype : torch.dtype
+    device : torch.device
     """
 
     def __init__(self, batch: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):

@@ -71,7 +71,7 @@ def find_backend(name: str = "auto") -> type[CpuBackend]:
     if found is NativeBackend and load_library() is None:
         raise ConfigError(
             "cpu_backend='native' is not possible: scout_hf was installed without its native library; reinstall it "
-            "with g++ or clang at hand, or leave cpu_backend='auto'"
+            "with g++ or clang installed, or leave cpu_backend='auto'"
         )
     if found is IpexBackend:
         load_op()

@@ -255,7 +255,7 @@ def load_library() -> Library | None:
     if os.environ.get(PATH_VARIABLE) != "":
         warnings.warn(
             f"scout_hf runs without its native CPU library: {reason}. Everything works, several times slower on the "
-            f"CPU; {cure} with g++ or clang at hand to get it.",
+            f"CPU; {cure} with g++ or clang installed to get it.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -42,7 +42,7 @@ def cpu_quota(root: Path = ROOT) -> float | None:
 
 
 def spare_workers(requested: int | None = None, root: Path = ROOT) -> int:
-    """How many threads may compute beside the main thread.
+    """How many threads may compute in addition to the main thread.
 
     Parameters
     ----------

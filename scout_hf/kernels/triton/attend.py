@@ -125,8 +125,8 @@ def attend_blocks(
     scale, softcap
         As in :func:`scout_hf.kernels.attend.attend`.
     ids : Tensor (batch, kv_heads, n) of int32 or int64, or None
-        Block numbers, which give the positions of the tokens; -1 for an empty entry. None for the run ``first, first +
-        1, ...``.
+        Block numbers, which give the positions of the tokens; -1 for an empty entry. None for the blocks from
+        ``first`` on, in order.
     first : int or Tensor (1,) of int32
     pages : Tensor (batch, kv_heads, n) of int32 or int64, or None
         Page of each listed block in the pool.

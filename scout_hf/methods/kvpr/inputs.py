@@ -66,8 +66,8 @@ class LayerInputs:
     def write_back(self, host_length: int, links: Links | None = None) -> None:
         """Write whole blocks back up to ``host_length`` tokens; on a side stream with ``links``."""
         if isinstance(self.store, TwoTierKV) and (tail := self.store.length - host_length) >= 0:
-            beside = links if self.store.device.type == "cuda" else None
-            self.written = self.store.write_back(tail // self.block_size, beside)
+            links = links if self.store.device.type == "cuda" else None
+            self.written = self.store.write_back(tail // self.block_size, links)
 
     def read(self, tokens: int) -> torch.Tensor:
         """The first ``tokens`` hidden states, (batch, tokens, hidden_size) on the device."""

@@ -207,9 +207,9 @@ def resident_memory(layer: Layer, slots: int) -> Iterator[None]:
         if "memory" not in str(error):
             raise
         kv, config = layer.kv, layer.config
-        wanted = 2 * kv.batch * layer.kv_heads * slots * kv.block_size * kv.host.head_dim * kv.host.dtype.itemsize
+        needed = 2 * kv.batch * layer.kv_heads * slots * kv.block_size * kv.host.head_dim * kv.host.dtype.itemsize
         raise ResidentMemoryError(
-            f"no memory on {kv.device} for {wanted} bytes of resident blocks in layer {layer.layer_idx} ({error}): "
+            f"no memory on {kv.device} for {needed} bytes of resident blocks in layer {layer.layer_idx} ({error}): "
             f"resident={config.resident!r} and budget={config.budget!r} keep {slots * kv.block_size} tokens per layer "
             "and KV head on the device; set a smaller resident (tokens): the CPU attends blocks that are not resident"
         ) from error
