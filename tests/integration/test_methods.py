@@ -378,7 +378,7 @@ def test_the_author_of_a_method_is_told_what_is_wrong(monkeypatch, gives, told):
     with scout_hf.patch(model, method="careless"), pytest.raises(scout_hf.ScoutError, match=told):
         run(model, prompt(), new=3)
     monkeypatch.setattr(Careless, "keeps", False)
-    with scout_hf.patch(model, method="careless"), pytest.raises(scout_hf.ConfigError, match="no self.kv"):
+    with scout_hf.patch(model, method="careless"), pytest.raises(scout_hf.ConfigError, match="not set self.kv"):
         run(model, prompt(), new=3)
 
 

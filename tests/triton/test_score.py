@@ -243,5 +243,5 @@ def test_no_blocks_and_wrong_buffers():
     query, codes = example("minmax")
     assert score("minmax", query, codes[:, :, :0]).shape == (2, 2, 0)
     for wrong in (torch.empty(2, 2, 12), torch.empty(2, 1, 13), torch.empty(2, 2, 13, dtype=torch.float64)):
-        with pytest.raises(ValueError, match=r"needed is float32 of \(2, 2, 13\)"):
+        with pytest.raises(ValueError, match=r"float32 of at least \(2, 2, 13\)"):
             score("minmax", query, codes, out=wrong.to(DEVICE))
