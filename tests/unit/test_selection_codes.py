@@ -333,7 +333,7 @@ def test_auto_takes_the_sign_code_where_it_helps(monkeypatch):
 
 
 def test_a_head_size_that_cannot_be_coded_is_refused_before_anything_is_patched():
-    with pytest.raises(ConfigError, match="head size of 60.*digest='minmax'"):
+    with pytest.raises(ConfigError, match="head_dim=60.*digest='minmax'"):
         check_digest("sign", 60)
     check_digest("sign", None)
     model = copy.deepcopy(stock_model())

@@ -324,7 +324,7 @@ def test_sizes_that_the_native_code_does_not_know():
         keys, values = tokens(random.Random(0), 1, 20, dtype, dim)
         store.append(keys, values)
         check_rounding(store.read(0, 20), (keys, values), torch.float32 if dtype == torch.float32 else dtype)
-    with pytest.raises(UnsupportedModelError, match="channels in pairs.* 7; use host_dtype=None"):
+    with pytest.raises(UnsupportedModelError, match="even head_dim.*head_dim=7; use host_dtype=None"):
         new_store(1, dim=7)
 
 
