@@ -204,7 +204,7 @@ def test_heads_that_cannot_be_packed_are_refused():
     expected = run(model, prompt())
     with scout_hf.patch(model, **ONE_TIER, **INT8) as handle:
         cache = handle.new_cache()
-        with pytest.raises(scout_hf.UnsupportedModelError, match="channels in pairs.* 7; use host_dtype=None"):
+        with pytest.raises(scout_hf.UnsupportedModelError, match="even head_dim.*head_dim=7; use host_dtype=None"):
             run(model, prompt(), past_key_values=cache)
         assert cache.get_seq_length() == 0
         assert_close(run(model, prompt(), past_key_values=handle.new_cache(host_dtype=None)), expected)
