@@ -1,4 +1,4 @@
-"""What is measured side by side: the one registry of arms, for every benchmark and study.
+"""The registry of arms, which all benchmarks and studies compare.
 
 An arm is a way to decode: a setting of ``scout_hf.patch``, or a cache and an attention that transformers itself offers.
 """
@@ -25,7 +25,7 @@ class Missing(Exception):
 
 @dataclass(frozen=True)
 class Arm:
-    """One row of a comparison.
+    """One way to decode: a row of a comparison.
 
     ``options`` are those of ``scout_hf.patch``; None is an unpatched model. ``takes_budget``: it attends to a part,
     else a budget changes nothing. ``emulated``: it has a link and a CPU to emulate. Of unpatched models, ``cache`` is
@@ -43,7 +43,7 @@ class Arm:
 
     @contextmanager
     def caches(self, model: PreTrainedModel, room: int = 0, **options: Any) -> Iterator[Caches]:
-        """For the time of the block the model decodes this way; ``room`` is for caches of a fixed length.
+        """Make the model decode this way inside the block; ``room`` is the capacity of caches of a fixed length.
 
         Raises :class:`Missing` where that cannot be.
         """
@@ -120,7 +120,7 @@ GPU_DECODE = _by_name(
 
 FULL = "full"
 METHODS = tuple(name for name in method_names() if name not in ("scout", NAME))
-"""Modes that are a method of their own: they choose without digests of blocks, or not at all."""
+"""Modes that are methods of their own, which select without digests or attend to everything."""
 
 MODES: dict[str, dict[str, Any] | None] = {
     FULL: None,
@@ -133,7 +133,7 @@ MODES: dict[str, dict[str, Any] | None] = {
     "predicted-no-recall": {"split": "cpu", "cpu_query": "predicted", "recall": None},
     **{name: {"method": name} for name in METHODS},
 }
-"""Settings of every mode, next to budget, block size and digest; None is the model's own attention."""
+"""Settings of every mode, besides budget, block size and digest; None is stock attention."""
 
 # -- the comparison of methods --------------------------------------------------------------------------------------
 
@@ -159,7 +159,7 @@ SCOUT = {
     ABLATIONS[1]: {"layer_ahead": False, "recall": None},
 }
 SAME_ANSWERS = {KEPT: "infinigen"}
-"""Arms that attend to the same tokens as another one, and are not asked themselves."""
+"""Arms that attend to the same tokens as another arm, so that their answers are not measured."""
 
 RANDOM = "random"
 """The settings of an arm may differ where weights are random, and no score could tell."""
@@ -173,13 +173,13 @@ def names() -> tuple[str, ...]:
 
 
 def rank(name: str) -> tuple[bool, int]:
-    """Sorts arms as tables have them; those that a record has from elsewhere come last."""
+    """Sort key: the order of arms in tables; unknown arms come last."""
     known = names()
     return name not in known, known.index(name) if name in known else 0
 
 
 def parse(given: Sequence[str] | None) -> tuple[str, ...] | None:
-    """Names from options, each of which may be several with commas between; None for all.
+    """Names of arms from options, each one name or several separated by commas; None for all.
 
     A name may hold a comma itself: the longest that is known counts. ValueError for an unknown one.
     """
@@ -197,7 +197,7 @@ def parse(given: Sequence[str] | None) -> tuple[str, ...] | None:
 
 
 def find(name: str, weights: str = "trained") -> Arm:
-    """The arm of the comparison of that name; ValueError with the names there are.
+    """The arm of that name; ValueError lists the known names.
 
     Parameters
     ----------
@@ -206,7 +206,7 @@ def find(name: str, weights: str = "trained") -> Arm:
         ``random``: scout's choice of blocks drifts synthetically, as in a real text, and InfiniGen fills its budget.
     """
     if name not in names():
-        raise ValueError(f"no way {name!r} to decode; there are: {', '.join(map(repr, names()))}")
+        raise ValueError(f"arm {name!r} is not known; available are {', '.join(map(repr, names()))}")
     if name in STOCK or name == KVPRESS:
         return STOCK.get(name) or Arm(name)
     if name == ONE_TIER:

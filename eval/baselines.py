@@ -1,7 +1,7 @@
-"""Controls for digests: blocks chosen without looking at them, and the best that a perfect digest would choose.
+"""Control digests: blocks selected blindly, and those that a perfect digest would select.
 
 Importing this module makes ``ScoutConfig(digest="random")``, ``"recent"`` and ``"oracle"`` available. Sinks and window
-are attended as with any other digest, so all choices spend the same budget.
+are attended as with any other digest, so all have the same budget.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Caches of stock and patched models: what makes them, filling them without a prompt, and what they hold."""
+"""Caches of stock and patched models: making them, filling them without a prompt, and their bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DTYPE = torch.bfloat16
 
 
 class Caches(NamedTuple):
-    """What makes the empty caches of a setting, and the handle of the patch; None for stock attention."""
+    """Makes empty caches of a setting; ``handle`` is that of the patch, None for stock attention."""
 
     new: Callable[[], Cache]
     handle: scout_hf.Handle | None = None
@@ -104,7 +104,7 @@ def kv_bytes_per_token(config: Any) -> int:
 
 
 def tensors_in(parts: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in lists, tuples and dicts; of a tensor that is made of others, those."""
+    """All tensors in nested lists, tuples and dicts; for a tensor subclass, its inner tensors."""
     if isinstance(parts, dict):
         parts = list(parts.values())
     if isinstance(parts, (list, tuple)):
@@ -122,7 +122,7 @@ def tensor_bytes(parts: Any) -> int:
 
 
 def kv_bytes(cache: Cache) -> dict[str, int]:
-    """Bytes that a cache holds, by tier; all of a stock cache is ``stock``."""
+    """Bytes of a cache by tier; a stock cache has the tier ``stock`` only."""
     return cache.tier_bytes() if isinstance(cache, ScoutCache) else {"stock": tensor_bytes(_keys_and_values(cache))}
 
 

@@ -1,8 +1,8 @@
-"""Answers on the decode path: every question token and every answer token is its own decode step.
+"""Answers on the decode path: every question token and every answer token is a separate decode step.
 
-A question fed in one pass would be attended exactly by any cache, and then only the answer's later tokens would show
-what block-sparse attention does. Here the document alone is prefilled; everything after it is decoded, by the same
-code for a stock cache and a ScoutCache: one by one through ``generate()``, or many questions together.
+A question fed in one pass would be attended exactly with any cache; only the answer's later tokens would be sparse.
+Here only the document is prefilled, and everything after it is decoded, with the same code for a stock cache and a
+ScoutCache: one question at a time through ``generate()``, or many together.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def ask_all(
     length: int,
     tick: Callable[[], Any] = lambda: None,
 ) -> Session:
-    """Patch, prefill every document once, ask all its questions, remove the patch.
+    """Patch, prefill every document once, answer all its questions, and remove the patch.
 
     None for ``config`` is stock attention and a stock cache, everything else being the same. ``tick`` is called after
     every document and every answer, for a progress bar.

@@ -1,4 +1,4 @@
-"""Results as Markdown, and the parts of a file that are made from them, between two marks, so that both agree."""
+"""Results as Markdown, and updating the generated parts of a file, between two marks."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def _lines(table: Grid) -> list[str]:
 
 
 def begin_mark(command: str) -> str:
-    """The line before what a command makes."""
+    """The line before the output of a command."""
     return f"<!-- made by {command}: do not edit -->"
 
 
 def end_mark(command: str) -> str:
-    """The line behind it."""
+    """The line after the output of a command."""
     return f"<!-- end of what {command} made -->"
 
 
@@ -42,7 +42,7 @@ def between_marks(text: str, command: str) -> tuple[str, str, str] | None:
 
 
 def update(path: Path, command: str, made: str) -> bool:
-    """Put what a command makes between its marks in a file; whether that changed it. ValueError without the marks."""
+    """Write the output of a command between its marks in a file. True if it changed; ValueError without marks."""
     old = path.read_text(encoding="utf-8")
     parts = between_marks(old, command)
     if parts is None:

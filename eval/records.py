@@ -1,4 +1,4 @@
-"""Results that a later run goes on with, and records that are read back: checked before anything is made of them."""
+"""Results that later runs resume from, and records that are read back and checked."""
 
 from __future__ import annotations
 
@@ -18,16 +18,35 @@ from scout_hf.rules import count, fields
 
 REMEDY = "give a JSON file that `scout-hf bench` or `scout-hf fidelity` wrote, or leave it out"
 AGAIN = ("missing", "failed")
-"""Outcomes that another try may change: what was not installed may be there by now."""
+"""Outcomes that are measured again: what was missing may be installed by now."""
 
 SCHEMA = 1
 
 
 class Record:
-    """Results of many cells in one JSON object, written whole after each: a file that a later run goes on with.
+    """Results of many cells in one JSON file, written atomically after each cell; a later run resumes from it.
 
-    A new record has ``held``: its kind, settings and machine. A file, unless ``fresh`` forgets it, must keep the
-    ``rule``, and agree in what ``same`` gives of a record by name, else ValueError; ``kept`` of it is gone on with.
+    Parameters
+    ----------
+    path : Path or None
+        The file; None keeps the record in memory only.
+    fresh : bool
+        Ignore an existing file.
+    held : dict
+        A new record: its kind, settings and machine.
+    rule : callable
+        Checks an existing file; raises ValueError.
+    same : callable
+        The settings of a record, by name, which must be equal in the file and in ``held``.
+    kept : iterable of str
+        Parts of an existing file to resume from.
+
+    Raises
+    ------
+    ConfigError
+        If the file breaks the rule.
+    ValueError
+        If the file has other settings.
     """
 
     def __init__(
@@ -47,18 +66,18 @@ class Record:
         names = [*ours, *(name for name in theirs if name not in ours)]
         if differ := [f"{name}={theirs.get(name)!r}" for name in names if theirs.get(name) != ours.get(name)]:
             raise ValueError(
-                f"{path} holds figures with {', '.join(differ)}, which cannot stand beside what is asked for; give the "
-                "same settings to go on, --fresh to begin again, or another --out"
+                f"{path} holds figures with {', '.join(differ)}, which differs from the settings of this run; give the "
+                "same settings to resume, --fresh to start again, or another --out"
             )
         self.held |= {name: before[name] for name in kept if name in before}
 
     def at(self, cell: dict[str, Any], part: str = "cells") -> list[dict[str, Any]]:
-        """Results of this cell, whatever they are; cells with and without ``gib`` are two kinds."""
+        """All results of this cell, failures included; a cell without ``gib`` matches only results without it."""
         named = {"gib": None} | cell
         return [one for one in self.held[part] if all(one.get(name) == value for name, value in named.items())]
 
     def has(self, cell: dict[str, Any], part: str = "cells") -> bool:
-        """Whether there is a result that another try would not change."""
+        """Whether the cell has a result that need not be measured again."""
         return any(not any(name in one for name in AGAIN) for one in self.at(cell, part))
 
     def foreign(self, cell: dict[str, Any]) -> bool:
@@ -67,14 +86,14 @@ class Record:
         return any(one.get("commit", here) != here for one in self.at(cell))
 
     def add(self, cell: dict[str, Any], found: dict[str, Any], part: str = "cells") -> None:
-        """Put a result in the place of the one there is; it is in the file when this returns."""
+        """Add or replace the result of a cell, and write the file."""
         before, commit = self.at(cell, part), self.held.get("machine", {}).get("commit")
         rest = [one for one in self.held[part] if one not in before]
         self.held[part] = [*rest, cell | found | {"run": self.run, "commit": commit}]
         self.write()
 
     def write(self) -> None:
-        """Everything; the old file stays whole until the new one is."""
+        """Write the file atomically."""
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_record(self.held, self.path)
@@ -141,7 +160,7 @@ class Journal:
                     self._found[_key(entry["asked"])] = entry
             except ValueError as error:
                 raise ConfigError(
-                    f"{self.path}, line {place} is no result of a study: {error}; move the file away, or use --fresh"
+                    f"{self.path}, line {place} is not a result of a study: {error}; move the file away, or use --fresh"
                 ) from error
         if whole != held:
             with self.path.open("r+b") as file:
@@ -156,7 +175,7 @@ def _key(asked: dict[str, Any]) -> str:
 
 
 def kind_of(record: dict[str, Any]) -> str:
-    """Which benchmark a record is of; the study of fidelity does not say."""
+    """The benchmark that a record is of; records of the fidelity study have no name."""
     kind = record.get("benchmark") or ("fidelity" if "study" in record else "")
     return kind if isinstance(kind, str) else ""
 
@@ -177,9 +196,9 @@ def read_record(path: Path, *kinds: str) -> dict[str, Any]:
             raise ValueError(f"it holds a {type(found).__name__}, not an object")
         known, kind = rules.BENCHMARKS | {"fidelity": fidelity}, kind_of(found)
         if kind not in known:
-            raise ValueError("it is no result of `scout-hf bench` or `scout-hf fidelity`")
+            raise ValueError("it is not a result of `scout-hf bench` or `scout-hf fidelity`")
         if kinds and kind not in kinds:
-            raise ValueError(f"it is a record of {kind}, and {' or '.join(kinds)} is wanted")
+            raise ValueError(f"it is a record of {kind}; give one of {' or '.join(kinds)}")
         known[kind](found)
 
     return read_json(path, rule, REMEDY)

@@ -1,4 +1,4 @@
-"""What a record of a benchmark must hold, so that its tables and plots can be made, and a later run can go on."""
+"""Rules for records of benchmarks: what tables, plots and resumed runs need."""
 
 from __future__ import annotations
 

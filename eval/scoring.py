@@ -1,9 +1,8 @@
-"""Log-probabilities on the decode path: a text is scored token by token, the way it would have been generated.
+"""Log-probabilities on the decode path: a text is scored token by token, as it would be generated.
 
-One forward pass over context and continuation together, as harnesses do it, never touches a sparse cache: every token
-of it attends to everything. Here all but the context's last token are prefilled, and each token that follows is a
-decode step of its own, so that multiple choice and perplexity show what decoding shows. Stock and patched models,
-DynamicCache and ScoutCache go through the same code.
+Harnesses run context and continuation in one forward pass, which is dense: every token attends to everything. Here all
+but the last token of the context are prefilled, and each later token is a decode step, so that multiple choice and
+perplexity measure sparse decoding. Stock and patched models run the same code.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ Tokens = Sequence[int]
 
 
 class Score(NamedTuple):
-    """Log-probability of a continuation given its context, in nats, and whether greedy decoding would have said it."""
+    """Log-probability of a continuation given its context, in nats, and whether it is the greedy continuation."""
 
     log_probability: float
     greedy: bool
@@ -38,14 +37,14 @@ def score_text(
     config: ScoutConfig | None = None,
     tick: Callable[[int], Any] = lambda tokens: None,
 ) -> torch.Tensor:
-    """Log-probability of every token after the first ``prefill_tokens``, each from a decode step of its own.
+    """Log-probability of every token after the first ``prefill_tokens``, each from a separate decode step.
 
     The token before the first scored one is the first decode step; everything before it is prefilled in one pass.
 
     Parameters
     ----------
     model : PreTrainedModel
-        Patched or not; left as it was.
+        Patched or not; unchanged afterwards.
     ids : Tensor (rows, tokens), int64
         Rows of equal length, no padding.
     prefill_tokens : int

@@ -1,4 +1,4 @@
-"""Tables as rows of text, which a terminal, Markdown and HTML show; and how figures are written in them."""
+"""Tables as rows of text, for terminal, Markdown and HTML, and the formats of figures in them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Grid:
 
 
 def by(rows: Iterable[Any], key: Callable[[Any], Hashable]) -> dict[Any, list[Any]]:
-    """Rows by what ``key`` gives of each, in the order of first appearance."""
+    """Group rows by ``key``, in the order of first appearance."""
     groups: dict[Any, list[Any]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
@@ -53,7 +53,7 @@ def by(rows: Iterable[Any], key: Callable[[Any], Hashable]) -> dict[Any, list[An
 
 
 def show(parts: Iterable[Grid | str], note: str = "", console: Console | None = None) -> None:
-    """Print tables and sentences, words as they are; the note in pale letters."""
+    """Print tables and sentences without markup; the note is dim."""
     console = console or Console(markup=False, emoji=False)
     for part in parts:
         console.print(part, highlight=False)
@@ -77,7 +77,7 @@ def short(count: int) -> str:
 
 
 def share(value: float | None) -> str:
-    """In whole per cent; a hyphen for None."""
+    """A share in whole per cent; a hyphen for None."""
     return "-" if value is None else f"{value:.0%}"
 
 

@@ -1,4 +1,4 @@
-"""A model decodes and is traced: the files of ``handle.trace``, and what they say in figures."""
+"""Traces a short generation: the files of ``handle.trace``, and figures from them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SETTINGS = ("split", "cpu_query", "budget", "resident", "link_gbps", "cpu_gbps")
 
 
 def run(options: Asked, console: Console | None = None) -> Trace:
-    """Trace the last decode steps of a short generation, and print what they were made of.
+    """Trace the last decode steps of a short generation, and print where their time went.
 
     Settings that are None are left at their defaults, or where two tiers show most: ``budget`` an eighth of the
     context, ``resident`` half of that, ``split="cpu"`` on a CPU, and for ``scout`` ``cpu_query="predicted"``.

@@ -1,1 +1,1 @@
-"""Speed measurements: the CPU kernel beside the machine's own limits, and whole decode steps beside stock ones."""
+"""Speed benchmarks: the CPU kernel against the machine's limits, and whole decode steps against stock ones."""

@@ -32,7 +32,7 @@ class Burst(NamedTuple):
 
 
 def find(name: str) -> torch.device:
-    """The device of that name, with its number. ValueError if torch has none."""
+    """The device of that name, with an index. ValueError if torch does not have it."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -50,7 +50,7 @@ def find(name: str) -> torch.device:
 
 
 def wait(device: torch.device) -> None:
-    """Until everything launched on it is done."""
+    """Synchronise with the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -81,7 +81,7 @@ def copies(size: int, device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory of the device that is not in use; None where nothing keeps count."""
+    """Free memory of the device in bytes; None if it is not known."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
@@ -111,14 +111,14 @@ def outcome(call: Callable[[], Any], device: torch.device) -> Any:
 
 
 def release(device: torch.device) -> None:
-    """Give memory that nobody uses back to the device."""
+    """Release unused memory to the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def first_line(error: BaseException) -> str:
-    """Its kind and the first line of its message."""
+    """Class and first line of the message of an error."""
     line = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     # It goes into a record, and from there to terminals and pages.
     return "".join(letter if letter.isprintable() else " " for letter in line)

@@ -138,7 +138,7 @@ def parse_filters(texts: Sequence[str]) -> dict[str, set[str]]:
 
 
 def keep(cells: Iterable[Cell], filters: dict[str, set[str]]) -> list[Cell]:
-    """Cells whose fields are among those wanted; full attention passes filters of what it does not have.
+    """Cells that pass the filters; full attention passes filters of fields that it does not have.
 
     ValueError for a value that no cell has.
     """
@@ -237,6 +237,6 @@ def _default() -> str:
 
 
 def weight(cell: Cell) -> float:
-    """About how long a cell takes beside others, for a progress bar."""
+    """Relative duration of a cell, for a progress bar."""
     slow = 4 if cell.mode == FULL else 2 if cell.digest == "oracle" else 1
     return slow * (1 + cell.tokens / 2048) * (4 if cell.task == TEXT else 1)

@@ -1,4 +1,4 @@
-"""Reading a document again, for another setting, without paying for its attention again."""
+"""Prefills a document again with other settings without computing its attention again."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from torch.nn import functional
 
 
 class AttentionMemo:
-    """What torch's attention gave for a whole prompt, handed out again for bitwise the same queries, keys and values.
+    """Keeps torch's attention outputs of whole prompts, and returns them for bitwise equal queries, keys and values.
 
-    Prompts are attended exactly under any setting, so all settings compute the same there; everything else of a pass
-    (projections, stores, digests, residents) runs as ever. Outputs of so many bytes (``room``) are kept; the oldest go
-    first.
+    Prefill is exact with all settings, so its attention outputs are equal. Everything else of a pass (projections,
+    stores, digests, residents) runs as usual. At most ``room`` bytes are kept; the oldest are dropped first.
     """
 
     def __init__(self, room: int = 1 << 30):

@@ -1,4 +1,4 @@
-"""What ``scout-hf fidelity`` does: cells measured on several processes, resumed after a kill; JSON and plots."""
+"""The study of ``scout-hf fidelity``: cells measured by several processes; interrupted runs resume; JSON and plots."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BAR = "{desc} |{bar}| {percentage:3.0f}% {elapsed}, about {remaining} left"
 
 
 def versions() -> dict[str, str]:
-    """What a result depends on besides its cell."""
+    """Versions that a result depends on."""
     return {
         "scout_hf": scout_hf.__version__,
         "torch": torch.__version__,

@@ -20,7 +20,7 @@ OFFLINE = (
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run ``lm-eval`` with these arguments; what is not known here is passed on untouched.
+    """Run ``lm-eval`` with these arguments; unknown ones are passed on.
 
     Returns
     -------
@@ -128,7 +128,7 @@ def asked_tasks(args: argparse.Namespace) -> list[str]:
 
 
 def is_wrong_name(error: BaseException) -> bool:
-    """Whether a task or a model of that name is what was not found."""
+    """Whether the error is an unknown task or model name."""
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     if isinstance(error, ValueError) and "Tasks not found" in str(error):
@@ -137,7 +137,7 @@ def is_wrong_name(error: BaseException) -> bool:
 
 
 def is_network_failure(error: BaseException) -> bool:
-    """Whether this error, or one that it came from, is a hub that cannot be reached or must not be."""
+    """Whether this error, or one of its causes, is a hub that cannot be reached or is switched off."""
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     kinds: list[type] = [ConnectionError, LocalEntryNotFoundError, OfflineModeIsEnabled]

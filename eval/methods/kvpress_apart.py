@@ -1,4 +1,4 @@
-"""kvpress on questions about documents, in a process and perhaps an environment of its own; a script.
+"""kvpress on questions about documents; a script for a separate process, perhaps with another Python.
 
 kvpress changes attention for a whole process, and its releases want other versions of transformers than scout_hf: this
 file imports nothing of scout_hf. ``python kvpress_apart.py REQUEST ANSWER``, both files of JSON; see

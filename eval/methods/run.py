@@ -1,6 +1,6 @@
-"""The whole comparison: a grid of cells, each written as it is done, so that an interrupted run resumes.
+"""The whole comparison: a grid of cells, each saved when it is done; interrupted runs resume.
 
-Cells are measured in an order in which the first say what later ones need.
+Later cells use results of earlier ones, so their order matters.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The planner's constants measured, its predictions shown, and held against what was measured."""
+"""Measures the planner's constants, shows its predictions, and compares them with measurements."""

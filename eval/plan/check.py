@@ -1,4 +1,4 @@
-"""The planner's predictions beside what a benchmark measured on the same machine."""
+"""Compares the planner's predictions with measurements of the same machine."""
 
 from __future__ import annotations
 

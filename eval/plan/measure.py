@@ -1,4 +1,4 @@
-"""A machine's constants for the planner, read off the machine within a minute."""
+"""Measures a machine's constants for the planner, in less than a minute."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which files a page is made of: said before anything that takes long is imported."""
+"""Finds the files for a page, before heavy imports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FILES = ("methods", "fidelity", "cpu_decode", "cpu_kernel", "gpu_decode", "gpu_k
 
 
 def find(given: Sequence[Path], out: Path | None = None) -> list[Path]:
-    """Files that were given, and those of known names in folders that were; ConfigError without any."""
+    """The given files, and files with known names in the given folders; ConfigError if there are none."""
     if missing := [path for path in given if not path.exists()]:
         raise ConfigError(f"{missing[0]} is missing; give JSON files of `scout-hf bench` or `fidelity`, or folders")
     found = [path for one in given for path in ([one] if one.is_file() else [one / f"{name}.json" for name in FILES])]

@@ -277,7 +277,7 @@ class TestJournal:
     def test_a_foreign_file_is_left_alone(self, tmp_path, text):
         path = tmp_path / "cells.jsonl"
         path.write_text(text)
-        with pytest.raises(ValueError, match=r"cells.jsonl, line \d is no result.*--fresh"):
+        with pytest.raises(ValueError, match=r"cells.jsonl, line \d is not a result.*--fresh"):
             Journal(path)
         assert path.read_text() == text
 

@@ -226,7 +226,7 @@ def test_wrong_settings_say_what_is_allowed(wrong, message):
 def test_names_from_options():
     assert arms.parse(["stock,scout, neither", "dense,stock"]) == ("stock", "scout, neither", "dense")
     assert arms.parse([]) is None
-    with pytest.raises(ValueError, match="no way 'scuot'.*hgca"):
+    with pytest.raises(ValueError, match="arm 'scuot' is not known.*hgca"):
         arms.parse(["stock,scuot"])
 
 
@@ -240,7 +240,7 @@ def test_the_command_writes_and_refuses(tmp_path, monkeypatch):
     assert {one["way"] for one in json.loads((tmp_path / "methods.json").read_text())["cells"]} == {"scout", "dense"}
     assert "link at 0.5 GB/s" in result.stdout
     result = CliRunner().invoke(app, ["bench", "methods", "--methods", "scuot"])
-    assert result.exit_code == 2 and "no way 'scuot'" in result.stderr
+    assert result.exit_code == 2 and "arm 'scuot' is not known" in result.stderr
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------

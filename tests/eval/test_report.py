@@ -161,7 +161,7 @@ def test_command(tmp_path):
     trace.write_text('{"traceEvents": []}')
     half.write_text('{"benchmark": ')
     for path, told in (
-        (trace, "no result of"),
+        (trace, "not a result of"),
         (half, "half.json cannot be used"),
         (tmp_path / "no", "is missing"),
     ):
