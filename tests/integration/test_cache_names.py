@@ -54,7 +54,7 @@ def test_another_cache_is_served_by_stock(patched, name):
 @pytest.mark.skipif(CACHE == NEW, reason="this release has the new name")
 def test_a_name_that_would_be_overlooked_is_refused(patched):
     model, handle, _ = patched
-    with pytest.raises(scout_hf.UnsupportedInputError, match="calls it past_key_values"):
+    with pytest.raises(scout_hf.UnsupportedInputError, match="pass it as past_key_values"):
         model(IDS, **{NEW: handle.new_cache()})
     assert model(IDS, **{OLD: handle.new_cache()}).logits.isfinite().all()
 
