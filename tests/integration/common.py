@@ -121,7 +121,7 @@ REPETITIVE = torch.cat([prompt(1, 12)] * 4, dim=1)
 MODES = {
     "greedy": (prompt(), {}),
     "greedy, long": (prompt(1, 130), {"new": 24}),
-    "one token": (prompt(1, 1), {"new": 40}),
+    "one token": (prompt(1, 1), {"new": 60}),
     "batch": (prompt(3), {}),
     "padded": (left_padded(0, 5, 21, 49), {}),
     "padded by whole blocks": (left_padded(0, 16, 32), {"new": 20}),
