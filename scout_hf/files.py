@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
@@ -53,6 +54,35 @@ def whole_file(path: str | os.PathLike[str], binary: bool = False) -> Iterator[I
         _sync_folder(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A new empty folder that becomes ``path`` at the end of the block; an error or interrupt leaves nothing.
+
+    Parameters
+    ----------
+    path : path-like
+        Nothing, or an empty folder.
+
+    Raises
+    ------
+    OSError
+        If its parent is missing or cannot be written to, or if ``path`` holds something by the end.
+    """
+    path = Path(path)
+    scratch = path.with_name(f".{path.name[:40]}.{secrets.token_hex(16)}.part")
+    scratch.mkdir()
+    try:
+        yield scratch
+        for file in scratch.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+        os.replace(scratch, path)
+        _sync_folder(path.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -14,6 +14,10 @@ from scout_hf.eval.markdown import to_markdown, update
 
 def run(options: Fidelity, tell: Callable[[str], Any]) -> bool:
     """True if every cell was measured."""
+    if options.model:
+        from scout_hf.eval.language.command import run as of_a_model
+
+        return of_a_model(options, tell)
     record = report.load(options.report) if options.report else study(options, tell)
     report.show(record)
     if page := options.readme:

@@ -13,8 +13,25 @@ from scout_hf.eval.options import Seed
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Accuracy and perplexity lost to selection and to the predicted query: budgets, blocks, digests, contexts."""
+    """What is lost to selection and to the predicted query: of your model on your text, or of the pocket models.
 
+    With --model, any causal language model is asked about a text: log-probability of right answers, and divergence of
+    the next token from full attention. Without, the pocket models are studied: budgets, blocks, digests, contexts.
+    """
+
+    model: Annotated[
+        str | None,
+        Option(help="A folder, a GGUF file, a name of the hub, or a packaged model, such as smollm2-135m."),
+    ] = None
+    text: Annotated[list[Path], Option(help="Of --model: text files; the reference of Python by default.")] = field(
+        default_factory=list
+    )
+    tokens: Annotated[str, Option(help="Of --model: lengths of documents, such as 4096,8192.")] = "4096"
+    budget: Annotated[str, Option(help="Of --model: tokens or shares, such as 512,0.06,none.")] = "512,1024"
+    digest: Annotated[str, Option(help="Of --model: digests, such as sign,minmax.")] = "auto"
+    split: Annotated[str, Option(help="Of --model: one tier (off), two (cpu), or off,cpu.")] = "off"
+    threads: Annotated[int | None, Option(min=1, help="Of --model: of torch; as many as it takes by itself.")] = None
+    yes: Annotated[bool, Option("--yes", help="Fetch a packaged model without asking.")] = False
     quick: Annotated[bool, Option("--quick/--full", help="Minutes, or the whole study.")] = True
     only: Annotated[list[str], Option(help="Part of it, as in mode=real,predicted; may be repeated.")] = field(
         default_factory=list

