@@ -171,8 +171,8 @@ class ScoutConfig:
             self._refuse("threads", "None, or a whole number of threads from 1 up", "None, torch's own setting")
         self._check_dense_layers()
         if not isinstance(self.monitor, bool) and not (isinstance(self.monitor, float) and 0.0 < self.monitor <= 1.0):
-            allowed = "True, False, or the share of (layer, KV head) pairs measured per step, a float in (0, 1]"
-            self._refuse("monitor", allowed, "True, one pair in every eighth step, or 1.0, all pairs in every step")
+            shares = "True, False, or the share of (layer, KV head) pairs measured per step, a float in (0, 1]"
+            self._refuse("monitor", shares, "True, one pair in every eighth step, or 1.0, all pairs in every step")
 
     @classmethod
     def from_options(cls, config: ScoutConfig | None = None, **options: Any) -> ScoutConfig:

@@ -57,7 +57,7 @@ def whole_file(path: str | os.PathLike[str], binary: bool = False) -> Iterator[I
 
 
 @contextlib.contextmanager
-def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
+def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A new empty folder that becomes ``path`` at the end of the block; an error or interrupt leaves nothing.
 
     Parameters
