@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HOMES = {"scout_hf": "scout_hf", "patches": "scout_hf.patches", "eval": "scout_hf.eval", "training": "training"}
+HOMES = {"scout_hf": "scout_hf", "patches": "scout_hf.patches", "eval": "scout_hf.eval"}
 """Folders, and the packages that they are installed as."""
 
 MOST_LINES = 450
@@ -74,7 +74,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "scout_hf.patches": ("scout_hf.compat.*", "scout_hf.patches.*"),
     "scout_hf.planner": ("scout_hf.planner.*", "scout_hf.split"),
     "scout_hf.eval": (*API, "scout_hf.eval.*"),
-    "training": (*API, "scout_hf.eval.pocket.*", "scout_hf.eval.text.*", "training.*"),
 }
 """By room, or by module: modules it may import from beside the basis; ``room.*`` with everything below."""
 

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from scout_hf.eval import pocket
 from scout_hf.eval.pocket import tasks, vocabulary
-from training import pocket as train
-from training import stages as training
-from training.accuracy import accuracy
-from training.lessons import IDS, drill, exam, make_batch
+from scout_hf.eval.training import pocket as train
+from scout_hf.eval.training import stages as training
+from scout_hf.eval.training.accuracy import accuracy
+from scout_hf.eval.training.lessons import IDS, drill, exam, make_batch
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_names_of_packaged_models(models):
 
 def test_missing_weights_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(pocket, "WEIGHTS", tmp_path)
-    with pytest.raises(FileNotFoundError, match="training.pocket --arch qwen3"):
+    with pytest.raises(FileNotFoundError, match="eval.training.pocket --arch qwen3"):
         pocket.load_pocket("qwen3")
 
 

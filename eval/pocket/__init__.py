@@ -60,7 +60,7 @@ def installed(folder: Path, recipe: str) -> Path:
     """The folder, if it has a model's weights; else FileNotFoundError with what trains one."""
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(
-            f"no model in {folder}: install the package with its data files, or train one, in a checkout, with "
-            f"`python -m training.{recipe} --out {folder}`"
+            f"no model in {folder}: install the package with its data files, or train one with "
+            f"`python -m scout_hf.eval.training.{recipe} --out {folder}`"
         )
     return folder

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from scout_hf.eval import pocket, text
 from scout_hf.eval.text import corpus
-from training import text as train
-from training.text_tokenizer import END_OF_TEXT, VOCABULARY, build_tokenizer
+from scout_hf.eval.training import text as train
+from scout_hf.eval.training.text_tokenizer import END_OF_TEXT, VOCABULARY, build_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_all_shipped_weights_stay_small():
 
 def test_missing_weights_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(text, "WEIGHTS", tmp_path)
-    with pytest.raises(FileNotFoundError, match="training.text"):
+    with pytest.raises(FileNotFoundError, match="eval.training.text"):
         text.load_text_model()
 
 

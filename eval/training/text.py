@@ -1,4 +1,4 @@
-"""Trains the text model from nothing on one CPU core: `python -m training.text --out DIR --seed 0`."""
+"""Trains the text model from nothing on one CPU core: `python -m scout_hf.eval.training.text --out DIR --seed 0`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import typer
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from scout_hf.eval.text import corpus
-from training.stages import train_stage, train_stages, write_training
-from training.start import start_for_text
-from training.text_tokenizer import VOCABULARY, build_tokenizer
+from scout_hf.eval.training.stages import train_stage, train_stages, write_training
+from scout_hf.eval.training.start import start_for_text
+from scout_hf.eval.training.text_tokenizer import VOCABULARY, build_tokenizer
 
 MAX_POSITIONS = 16384
 STEP_TOKENS = 1024

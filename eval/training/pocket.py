@@ -1,4 +1,4 @@
-"""Trains a pocket model from nothing on one CPU core: `python -m training.pocket --out DIR --seed 0`."""
+"""Trains a pocket model from nothing on one CPU core: `python -m scout_hf.eval.training.pocket --out DIR --seed 0`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import transformers
 import typer
 
 from scout_hf.eval.pocket import TASKS
-from training.accuracy import accuracy
-from training.lessons import TEXT_WEIGHT, make_batch
-from training.pocket_tokenizer import build_tokenizer
-from training.stages import train_stage, train_stages, write_training
-from training.start import ARCHITECTURES, MAX_POSITIONS, build_model
+from scout_hf.eval.training.accuracy import accuracy
+from scout_hf.eval.training.lessons import TEXT_WEIGHT, make_batch
+from scout_hf.eval.training.pocket_tokenizer import build_tokenizer
+from scout_hf.eval.training.stages import train_stage, train_stages, write_training
+from scout_hf.eval.training.start import ARCHITECTURES, MAX_POSITIONS, build_model
 
 STEP_TOKENS = 2048
 WARM_UP_STEPS = 20
