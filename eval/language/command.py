@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import sys
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -13,15 +15,17 @@ import torch
 from scout_hf import ConfigError, ScoutConfig
 from scout_hf.diagnostics import usable_cpus
 from scout_hf.errors import MissingFileError
-from scout_hf.eval import tables
+from scout_hf.eval import baselines, tables  # noqa: F401 (registers the digests "oracle", "random" and "recent")
 from scout_hf.eval.fidelity.options import Fidelity
 from scout_hf.eval.language import report
 from scout_hf.eval.language.load import load
+from scout_hf.eval.language.plots import save_plots
 from scout_hf.eval.language.reference import reference_text
 from scout_hf.eval.language.study import WATCHED, Plan, study
 from scout_hf.selection import make_digest
 
 AUTO = "auto"
+MOST_CASES = 16
 QUICK, WHOLE = (1, 4), (4, 8)
 """Documents of each length, and cases of each task in each."""
 
@@ -38,23 +42,47 @@ def run(options: Fidelity, tell: Callable[[str], Any]) -> bool:
         record = study(model, tokenizer, str(options.model), text, plan, options.out, options.fresh, tell)
     finally:
         torch.set_num_threads(before)
-    tables.show(report.tables(record))
-    tell(report.save_plot(record, options.out / "language.png"))
+    tables.show(report.tables(record, options.layers))
+    for line in save_plots(record, options.out):
+        tell(line)
     return True
 
 
 def plan_of(options: Fidelity) -> Plan:
     """What the options ask for; ConfigError before anything is loaded."""
     documents, each = QUICK if options.quick else WHOLE
+    lengths = tuple(_whole(one, "--tokens") for one in _listed(options.tokens))
+    if (options.questions or each) > MOST_CASES:
+        raise ConfigError(f"--questions {options.questions} is not allowed: at most {MOST_CASES}; try more --documents")
+    return Plan(
+        lengths, options.documents or documents, options.questions or each, options.seed, tuple(settings_of(options))
+    )
+
+
+def settings_of(options: Fidelity) -> list[ScoutConfig]:
+    """Every combination of what the options list, each once."""
     for digest in _listed(options.digest):
         if digest != AUTO:
             make_digest(digest)  # ConfigError for a name there is not
-    settings = [
-        ScoutConfig(budget=budget, digest=digest, split=split, monitor=WATCHED)
-        for split, digest, budget in product(_listed(options.split), _listed(options.digest), _budgets(options.budget))
-    ]
-    lengths = tuple(_whole(one, "--tokens") for one in _listed(options.tokens))
-    return Plan(lengths, documents, options.questions or each, options.seed, tuple(settings))
+    axes: dict[str, Sequence[Any]] = {
+        "split": _listed(options.split),
+        "cpu_query": _listed(options.cpu_query),
+        "digest": _listed(options.digest),
+        "budget": [_budget(one) for one in _listed(options.budget)],
+    }
+    for given in options.set:
+        name, equals, values = given.partition("=")
+        if not equals or not name or not values:
+            raise ConfigError(f"--set {given} is not allowed: a setting and its values, such as block_size=16,32")
+        axes[name.strip()] = [_value(one) for one in _OUTSIDE.split(values)]
+    found: list[ScoutConfig] = []
+    for values in product(*axes.values()):
+        config = ScoutConfig.from_options(**({"monitor": WATCHED} | dict(zip(axes, values))))
+        if config.split == "off":
+            config = ScoutConfig.from_options(config, cpu_query=AUTO)  # which one tier does not have
+        if config not in found:
+            found.append(config)
+    return found
 
 
 def read_text(files: Sequence[Path]) -> str:
@@ -78,14 +106,24 @@ def _listed(text: str) -> list[str]:
     return [one.strip() for one in text.split(",") if one.strip()]
 
 
-def _budgets(text: str) -> list[int | float | None]:
-    found: list[int | float | None] = []
-    for one in _listed(text):
-        try:
-            found.append(None if one == "none" else float(one) if "." in one else int(one))
-        except ValueError as error:
-            raise ConfigError(f"--budget {one} is not allowed: tokens (512), a share (0.06) or none") from error
-    return found
+_OUTSIDE = re.compile(r",(?![^(\[{]*[)\]}])")
+"""Commas between values, not those inside of one."""
+
+
+def _budget(text: str) -> int | float | str | None:
+    value = _value(text)
+    if isinstance(value, str) and value != AUTO:
+        raise ConfigError(f"--budget {text} is not allowed: tokens (512), a share (0.06) or none")
+    return value
+
+
+def _value(text: str) -> Any:
+    """As Python writes it, or none, true and false; else the word itself."""
+    word = text.strip()
+    try:
+        return ast.literal_eval({"none": "None", "true": "True", "false": "False"}.get(word.lower(), word))
+    except (ValueError, SyntaxError):
+        return word
 
 
 def _whole(text: str, option: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,31 +16,36 @@ from tqdm import tqdm
 import scout_hf
 from scout_hf import ConfigError, ScoutConfig
 from scout_hf.eval.bench.machine import describe
-from scout_hf.eval.language.forced import CHUNK, LAST_TOKENS, Outcome, Reading
+from scout_hf.eval.caches import caches_of
+from scout_hf.eval.language.forced import LAST_TOKENS, Answers, Reading, cost_of_asking, cost_of_reading
 from scout_hf.eval.language.tasks import Exam, make_exam
 from scout_hf.eval.records import Journal, write_record
-from scout_hf.rules import anything, fields, flag, items, maybe, number, text
+from scout_hf.rules import count, fields, flag, items, maybe, number, table, text
 
 JOURNAL, RECORD = "language.jsonl", "language.json"
+BAR = "{desc} |{bar}| {percentage:3.0f}% {elapsed}, about {remaining} left"
 WATCHED = 0.05
 """Share of layers and KV heads whose attention is also computed exactly, in each step."""
 
+_INSIDE = ("cosine", "cpu_ratio", "mass", "output_error", "prediction_error", "block_recall")
+_SEEN = {name: maybe(number()) for name in _INSIDE}
 _OUTCOME = fields(
-    {"task": text(), "log_probs": items(number()), "right": items(flag), "divergences": items(number(low=0))}
+    {"task": text(), "log_probs": items(number()), "tokens": items(count(1)), "right": items(flag)}
+    | {"divergences": items(number(low=0))}
 )
 RESULT = fields(
     {
         "outcomes": items(_OUTCOME, fewest=1),
+        "wanted": table(text()),
+        "said": table(text(1000)),
         "attended": maybe(number(low=0)),
         "context": number(low=0),
         "seconds": number(low=0),
-        "mass": maybe(number()),
-        "output_error": maybe(number()),
-        "cosine": maybe(number()),
-        "cpu_ratio": maybe(number()),
-        "layers": items(anything),
+        "layers": items(fields({"layer": count(), "attended": number(low=0)} | _SEEN)),
     }
+    | _SEEN
 )
+"""Of one setting, or of full attention, about one document."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,9 @@ def study(
     most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if most is not None and max(plan.lengths) + LAST_TOKENS > most:
         raise ConfigError(f"{name} reads {most} tokens, {max(plan.lengths)} and their questions are more; try fewer")
+    for config in plan.settings:
+        with caches_of(model, config):
+            pass  # PatchError and ConfigError now, not after an hour
     exams = {
         (tokens, number_): make_exam(tokenizer, text_, tokens, plan.each, plan.seed + number_)
         for tokens in plan.lengths
@@ -105,11 +113,12 @@ def study(
     }
     every: list[ScoutConfig | None] = [None, *plan.settings]
     cells = []
-    with tqdm(total=_ticks(exams.values(), every), desc="reading and asking", leave=False, disable=None) as bar:
+    total = sum(cost_of_reading(exam) + cost_of_asking(exam) * len(plan.settings) for exam in exams.values())
+    with tqdm(total=total, bar_format=BAR, desc="reading and asking", leave=False, disable=None) as bar:
         for (tokens, number_), exam in exams.items():
             where = {"tokens": tokens, "document": plan.seed + number_}
             asked = [common | where | {"setting": _said(one)} for one in every]
-            _measure(model, exam, every, asked, journal, bar.update)
+            _measure(model, tokenizer, exam, every, asked, journal, bar.update)
             cells += [where | {"setting": one["setting"]} | (journal.get(one) or {}) for one in asked]
     record = {
         "study": "language",
@@ -127,6 +136,7 @@ def study(
 
 def _measure(
     model: Any,
+    tokenizer: Any,
     exam: Exam,
     every: Sequence[ScoutConfig | None],
     asked: Sequence[dict[str, Any]],
@@ -135,57 +145,53 @@ def _measure(
 ) -> None:
     """One document: read if anything is missing."""
     missing = [(config, one) for config, one in zip(every, asked) if journal.get(one) is None]
-    tick((len(every) - len(missing)) * len(exam.cases))
+    there = len(every) - len(missing)
     if not missing:
-        tick(_parts(exam))
+        tick(cost_of_reading(exam) + cost_of_asking(exam) * (len(every) - 1))
         return
+
+    def keep(one: dict[str, Any], answers: Answers, stats: scout_hf.Stats | None) -> None:
+        said = exam.extraction.read(tokenizer.decode(answers.written, skip_special_tokens=True))
+        journal.add(one, _result(exam, answers, said, time.perf_counter() - begin, stats))
+
     begin = time.perf_counter()
-    reading = Reading(model, exam, lambda: tick(1))
+    reading = Reading(model, exam, tick)
     if missing[0][0] is None:
-        journal.add(missing[0][1], _result(exam, reading.full, time.perf_counter() - begin, None))
+        keep(missing[0][1], reading.full, None)
         missing = missing[1:]
+    else:
+        there -= 1
+    tick(cost_of_asking(exam) * there)
     for config, one in missing:
         begin = time.perf_counter()
-        outcomes, stats = reading.under(config, lambda: tick(1))
-        journal.add(one, _result(exam, outcomes, time.perf_counter() - begin, stats))
+        keep(one, *reading.under(config, tick))
 
 
-def _result(exam: Exam, outcomes: Sequence[Outcome], seconds: float, stats: scout_hf.Stats | None) -> dict[str, Any]:
-    fidelity = stats and stats.fidelity
+def _result(
+    exam: Exam, answers: Answers, said: dict[str, str], seconds: float, stats: scout_hf.Stats | None
+) -> dict[str, Any]:
     return {
         "outcomes": [
             {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(one).items()}
-            for one in outcomes
+            for one in answers.outcomes
         ],
+        "wanted": exam.extraction.wanted,
+        "said": {name: value[:100] for name, value in said.items()},
         "attended": stats and stats.attended_tokens,
         "context": stats.context_tokens if stats else float(len(exam.document)),
         "seconds": seconds,
-        "mass": fidelity and fidelity.mass,
-        "output_error": fidelity and fidelity.output_error,
-        "cosine": stats and stats.cosine,
-        "cpu_ratio": stats and stats.cpu_ratio,
-        "layers": [_layer(one) for one in stats.layers] if stats else [],
-    }
+        "layers": [{"layer": one.layer, "attended": one.attended_tokens} | _inside(one) for one in stats.layers]
+        if stats
+        else [],
+    } | _inside(stats)
 
 
-def _layer(one: Any) -> dict[str, Any]:
-    fidelity = one.fidelity
-    return {
-        "attended": one.attended_tokens,
-        "cosine": one.cosine,
-        "cpu_ratio": one.cpu_ratio,
-        "mass": fidelity and fidelity.mass,
-        "output_error": fidelity and fidelity.output_error,
-    }
+def _inside(stats: Any) -> dict[str, float | None]:
+    """What was seen of the attention itself, of all layers or of one."""
+    fidelity = stats and stats.fidelity
+    found = {name: getattr(stats, name, None) for name in ("cosine", "cpu_ratio")}
+    return found | {name: getattr(fidelity, name, None) for name in _INSIDE if name not in found}
 
 
 def _said(config: ScoutConfig | None) -> dict[str, Any] | None:
     return None if config is None else asdict(config)
-
-
-def _parts(exam: Exam) -> int:
-    return -(-max(0, len(exam.document) - LAST_TOKENS) // CHUNK)
-
-
-def _ticks(exams: Iterable[Exam], every: Sequence[Any]) -> int:
-    return sum(_parts(exam) + len(exam.cases) * len(every) for exam in exams)

@@ -1,7 +1,8 @@
-"""Questions that any text can be made to ask: hidden facts and far repetition. Answers are forced, not judged.
+"""Questions that any text can be made to ask: hidden facts, records, far repetition, and the text's own continuation.
 
 After a shared document comes a prompt, which a model reads in one pass, then the words with which the answer begins and
 the answer, which are decode steps. A document holds the facts of all its cases, so that one reading serves them all.
+Answers are forced; the records are also extracted, which is to say generated.
 """
 
 from __future__ import annotations
@@ -25,9 +26,19 @@ FOODS = (
     "bread cheese apples rice soup fish honey butter coffee grapes pears plums nuts beans corn sugar eggs milk "
     "potatoes carrots lemons cherries mushrooms tomatoes"
 ).split()
-REPEATED, SHOWN = 32, 32
 COLOURS = "red green blue yellow black white brown purple orange grey".split()
-TABLE = "List the secret numbers of all people as a table with the columns name and number."
+JOBS = (
+    "baker doctor teacher farmer painter singer lawyer nurse pilot sailor tailor butcher carpenter chemist dentist "
+    "driver editor engineer gardener hunter judge mason"
+).split()
+REPEATED, SHOWN, CONTINUED = 32, 32, 64
+"""Tokens of a passage that count, tokens of it that come before, and tokens of a continuation."""
+
+RETRIEVAL = ("word", "number", "two values", "two hops")
+"""Tasks whose answers are facts hidden in the text, asked for one by one."""
+
+RECORDS, REPETITION, CONTINUATION = "records", "repetition", "continuation"
+TOKENS_PER_RECORD, MOST_RECORDS = 128, 24
 INSTRUCTION = "Here is a text. Facts about some people stand in it.\n\n"
 
 
@@ -53,11 +64,40 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Extraction:
+    """Records to be written down, many in one answer, which is generated.
+
+    Attributes
+    ----------
+    prompt : tuple of int
+        Token ids that are read in one pass, with the records that begin the answer as an example.
+    wanted : dict of str to str
+        Values by name, of the records that are left to write.
+    most : int
+        Tokens to generate.
+    """
+
+    prompt: tuple[int, ...]
+    wanted: dict[str, str]
+    most: int
+
+    def read(self, text: str) -> dict[str, str]:
+        """What an answer says of each name that is wanted; without those that it does not name."""
+        said: dict[str, str] = {}
+        for line in text.splitlines():
+            name, colon, value = line.strip(" -*|").partition(":")
+            if colon and name in self.wanted:
+                said.setdefault(name, value.strip(" .|").lower())
+        return said
+
+
+@dataclass(frozen=True)
 class Exam:
-    """A document as token ids, and cases that go on from it."""
+    """A document as token ids, cases that go on from it, and the extraction of all its records."""
 
     document: tuple[int, ...]
     cases: tuple[Case, ...]
+    extraction: Extraction
 
 
 @dataclass(frozen=True)
@@ -118,27 +158,34 @@ def make_exam(tokenizer: Any, text: str, tokens: int, each: int, seed: int) -> E
     """
     random_ = random.Random(seed)
     hidden = facts(random_, each)
+    people = random_.sample(NAMES, max(4, min(MOST_RECORDS, tokens // TOKENS_PER_RECORD)))
+    records = {name: random_.choice(JOBS) for name in people}
     sentences = [sentence for fact in hidden for sentence in fact.sentences]
+    sentences += [f"{name} works as a {job}." for name, job in records.items()]
     cost = len(_ids(tokenizer, " ".join(sentences))) + 64
-    room = tokens - cost
-    if room < 16 * len(sentences):
+    capacity = tokens - cost
+    if capacity < 8 * len(sentences):
         raise ConfigError(
-            f"{tokens} tokens are too few for {each} cases of each task; try {2 * cost + 16 * len(sentences)}"
+            f"{tokens} tokens are too few for {each} cases of each task; try {2 * cost + 8 * len(sentences)}"
         )
     ids = _ids(tokenizer, text)
-    if len(ids) < room:
+    needed = capacity + each * (SHOWN // 2 + CONTINUED)
+    if len(ids) < needed:
         raise ConfigError(
-            f"the text has {len(ids)} tokens and {room} are needed for a document of {tokens}; give more --text"
+            f"the text has {len(ids)} tokens and {needed} are needed for a document of {tokens}; give more --text"
         )
-    first = random_.randrange(len(ids) - room + 1)
-    body = tokenizer.decode(ids[first : first + room])
+    first = random_.randrange(len(ids) - needed + 1)
+    body = tokenizer.decode(ids[first : first + capacity])
     document = _hide(body, sentences, random_)
     asked = [(fact.task, _prompt(tokenizer, document, fact.question), _answered(tokenizer, fact)) for fact in hidden]
-    numbers = [fact for fact in hidden if fact.task == "number"]
-    asked.append(("table", _prompt(tokenizer, document, TABLE), _tabulated(tokenizer, numbers)))
+    order = random_.sample(people, len(people))
+    listing = _prompt(tokenizer, document, _listing(order))
+    asked.append((RECORDS, listing, _recorded(tokenizer, records, order)))
     shared = _shared([prompt for _, prompt, _ in asked])
     cases = [Case(task, tuple(prompt[len(shared) :]), *given) for task, prompt, given in asked]
-    return Exam(tuple(shared), (*cases, *_repeated(shared, each, random_)))
+    cases += _passages(REPETITION, _far(shared, each, random_))
+    cases += _passages(CONTINUATION, _onward(ids[first + capacity : first + needed], each))
+    return Exam(tuple(shared), tuple(cases), _extraction(tokenizer, tuple(listing[len(shared) :]), records, order))
 
 
 def _hide(body: str, sentences: Sequence[str], random_: random.Random) -> str:
@@ -168,27 +215,50 @@ def _answered(tokenizer: Any, fact: Fact) -> Given:
     return tuple(whole), ((lead, len(whole)),)
 
 
-def _tabulated(tokenizer: Any, facts_: Sequence[Fact]) -> Given:
-    """All facts of one kind as a table, a field each."""
-    forced, fields = _ids(tokenizer, "| name | number |\n|---|---|\n"), []
-    for fact in facts_:
-        name = fact.lead.removeprefix("The secret number of ").removesuffix(" is")
-        forced += _ids(tokenizer, f"| {name} |")
-        value = _ids(tokenizer, f" {fact.answer}")
-        fields.append((len(forced), len(forced) + len(value)))
-        forced += [*value, *_ids(tokenizer, " |\n")]
+def _listing(people: Sequence[str]) -> str:
+    return f'What do these people work as? Write a line "name: work" for each: {", ".join(people)}.'
+
+
+SHOWN_RECORDS = 2
+"""Records that begin the answer, which no case counts."""
+
+
+def _recorded(tokenizer: Any, records: dict[str, str], order: Sequence[str]) -> Given:
+    """All records as lines, a field each but for those that are shown."""
+    forced, fields = [], []
+    for number, name in enumerate(order):
+        forced += _ids(tokenizer, f"{name}:")
+        value = _ids(tokenizer, f" {records[name]}")
+        if number >= SHOWN_RECORDS:
+            fields.append((len(forced), len(forced) + len(value)))
+        forced += [*value, *_ids(tokenizer, "\n")]
     return tuple(forced), tuple(fields)
 
 
-def _repeated(document: Sequence[int], each: int, random_: random.Random) -> list[Case]:
-    """A passage from far back, begun again: what follows its beginning is in the text, word for word."""
-    made = []
-    for _ in range(each):
-        first = random_.randrange(len(document) // 8, len(document) * 3 // 4)
-        passage = tuple(document[first : first + SHOWN + REPEATED])
-        half = SHOWN // 2
-        made.append(Case("repetition", passage[:half], passage[half:], ((half, half + REPEATED),)))
-    return made
+def _extraction(tokenizer: Any, prompt: tuple[int, ...], records: dict[str, str], order: Sequence[str]) -> Extraction:
+    shown = "".join(f"{name}: {records[name]}\n" for name in order[:SHOWN_RECORDS])
+    wanted = {name: records[name] for name in order[SHOWN_RECORDS:]}
+    whole = _ids(tokenizer, "".join(f"{name}: {job}\n" for name, job in wanted.items()))
+    return Extraction((*prompt, *_ids(tokenizer, shown)), wanted, len(whole) + len(whole) // 4)
+
+
+def _far(document: Sequence[int], each: int, random_: random.Random) -> list[Sequence[int]]:
+    """Passages from far back: what follows their beginning is in the text, word for word."""
+    firsts = [random_.randrange(len(document) // 8, len(document) * 3 // 4) for _ in range(each)]
+    return [document[first : first + SHOWN + REPEATED] for first in firsts]
+
+
+def _onward(ids: Sequence[int], each: int) -> list[Sequence[int]]:
+    """Passages with which the text goes on after the document."""
+    length = SHOWN // 2 + CONTINUED
+    return [ids[length * number : length * (number + 1)] for number in range(each)]
+
+
+def _passages(task: str, passages: Sequence[Sequence[int]]) -> list[Case]:
+    """The beginning of each is a prompt; of a repetition as much again only leads to what counts."""
+    half = SHOWN // 2
+    lead = half if task == REPETITION else 0
+    return [Case(task, tuple(one[:half]), tuple(one[half:]), ((lead, len(one) - half),)) for one in passages]
 
 
 def _shared(prompts: Sequence[Sequence[int]]) -> list[int]:

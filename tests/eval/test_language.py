@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import math
 import zipfile
 from dataclasses import replace
 
@@ -13,7 +15,7 @@ import torch
 from scout_hf import ConfigError, ScoutConfig
 from scout_hf.errors import MissingFileError
 from scout_hf.eval.fidelity.options import Fidelity
-from scout_hf.eval.language import command, forced, packaged, report, study
+from scout_hf.eval.language import command, figures, forced, packaged, plots, report, study, tasks
 from scout_hf.eval.language.load import load
 from scout_hf.eval.language.reference import reference_text
 from scout_hf.eval.language.tasks import make_exam
@@ -43,14 +45,38 @@ def test_an_exam_hides_its_facts_in_the_text(asked):
     assert abs(len(exam.document) - TOKENS) < TOKENS / 5
     for case in exam.cases:
         answers = [tokenizer.decode(case.forced[first:end]).strip() for first, end in case.fields]
-        assert all(answer in document for answer in answers)
-        assert case.prompt and all(0 < first < end <= len(case.forced) for first, end in case.fields)
+        assert case.task == "continuation" or all(answer in document for answer in answers)
+        assert case.prompt and all(0 <= first < end <= len(case.forced) for first, end in case.fields)
     kinds = [case.task for case in exam.cases]
-    assert {kind: kinds.count(kind) for kind in kinds} == {
-        **dict.fromkeys(("word", "number", "two values", "two hops", "repetition"), EACH), "table": 1
-    }  # fmt: skip
-    table = exam.cases[kinds.index("table")]
-    assert len(table.fields) == EACH
+    several = ("word", "number", "two values", "two hops", "repetition", "continuation")
+    assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(several, EACH) | {"records": 1}
+    records = exam.cases[kinds.index("records")]
+    assert len(records.fields) == len(exam.extraction.wanted) == TOKENS // 128 - 2
+    assert len(exam.extraction.prompt) > len(records.prompt)  # the first records are given
+    given = [tokenizer.decode(records.forced[first:end]).strip() for first, end in records.fields]
+    assert given == list(exam.extraction.wanted.values())
+
+
+def test_a_text_goes_on_as_it_does(asked):
+    """What is to be continued stands in the text, word for word, and is no part of the document."""
+    _, tokenizer, exam = asked
+    for case in exam.cases:
+        if case.task == "continuation":
+            passage = tokenizer.decode([*case.prompt, *case.forced])
+            assert passage in reference_text() and passage not in tokenizer.decode(exam.document)
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("Alice: baker\nBruno: pilot", {"Alice": "baker", "Bruno": "pilot"}),
+        ("- Bruno: Pilot.\n\nnothing\nZoe: nurse\nBruno: judge", {"Bruno": "pilot"}),
+        ("Alice is a baker", {}),
+    ],
+)
+def test_records_are_read_line_by_line(written, said):
+    wanted = {"Alice": "baker", "Bruno": "pilot"}
+    assert tasks.Extraction((1,), wanted, 9).read(written) == said
 
 
 def test_an_exam_depends_on_its_seed_alone(asked):
@@ -71,28 +97,53 @@ def test_what_is_too_short_is_said(asked, text, tokens, message):
 def test_everything_attended_is_full_attention(reading):
     found, stats = reading.under(ScoutConfig(budget=None))
     assert stats.attended_tokens == stats.context_tokens
-    for mine, full in zip(found, reading.full):
-        assert mine.right == full.right and mine.task == full.task
-        assert mine.log_probs == pytest.approx(full.log_probs, abs=1e-4)
+    assert found.written == reading.full.written and len(found.written) > 3
+    for mine, full in zip(found.outcomes, reading.full.outcomes):
+        assert (mine.right, mine.task, mine.tokens) == (full.right, full.task, full.tokens)
+        assert mine.log_probs == pytest.approx(full.log_probs, abs=1e-3)
         assert max(mine.divergences) < 1e-5
 
 
 def test_few_blocks_lose_something(reading):
     found, stats = reading.under(ScoutConfig(budget=64, digest="minmax"))
     assert stats.attended_tokens < 0.2 * stats.context_tokens
-    assert sum(map(sum, (one.divergences for one in found))) > 0.01
+    assert sum(map(sum, (one.divergences for one in found.outcomes))) > 0.01
 
 
 def test_a_case_is_decoded_as_by_one_pass(asked, reading):
-    """Stock attention over everything at once gives the same distributions."""
+    """Stock attention over everything at once gives the same distributions, whatever is decoded beside."""
     model, _, exam = asked
-    case = exam.cases[0]
-    ids = torch.tensor([[*exam.document, *case.prompt, *case.forced]])
-    with torch.no_grad():
-        whole = model(ids).logits[0, -len(case.forced) - 1 : -1].float().log_softmax(-1)
-    first, end = case.fields[0]
-    wanted = whole.gather(1, torch.tensor(case.forced)[:, None])[first:end].sum()
-    assert reading.full[0].log_probs[0] == pytest.approx(float(wanted), abs=1e-3)
+    for case, outcome in zip(exam.cases, reading.full.outcomes):
+        ids = torch.tensor([[*exam.document, *case.prompt, *case.forced]])
+        with torch.no_grad():
+            whole = model(ids).logits[0, -len(case.forced) - 1 : -1].float().log_softmax(-1)
+        each = whole.gather(1, torch.tensor(case.forced)[:, None])[:, 0]
+        wanted = [float(each[first:end].sum()) for first, end in case.fields]
+        assert outcome.log_probs == pytest.approx(wanted, abs=1e-3)
+        assert outcome.tokens == tuple(end - first for first, end in case.fields)
+
+
+@pytest.mark.parametrize("config", [ScoutConfig(budget=64, digest="sign"), ScoutConfig(budget=64, split="cpu")])
+def test_rows_are_as_alone(reading, config, monkeypatch):
+    """Cases that are decoded together share pages; each chooses for itself."""
+    config = dataclasses.replace(config, cpu_query="real", recall=1)
+    together, _ = reading.under(config)
+    monkeypatch.setattr(forced, "ROWS", 1)
+    alone, _ = reading.under(config)
+    assert together.written == alone.written
+    for left, right in zip(together.outcomes, alone.outcomes):
+        assert left.log_probs == pytest.approx(right.log_probs, abs=1e-3)
+        assert left.divergences == pytest.approx(right.divergences, abs=1e-3)
+        assert len(left.divergences) > 0
+
+
+def test_what_was_generated_is_what_generate_gives(asked, reading):
+    model, _, exam = asked
+    ids = torch.tensor([[*exam.document, *exam.extraction.prompt]])
+    mask = torch.ones_like(ids)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=exam.extraction.most, do_sample=False)
+    new = out[0, ids.shape[1] :].tolist()
+    assert list(reading.full.written) == [one for one in new if one != model.generation_config.eos_token_id]
 
 
 def test_divergence_is_that_of_all_tokens():
@@ -111,7 +162,7 @@ def test_divergence_is_that_of_all_tokens():
 
 @pytest.fixture(scope="module")
 def plan():
-    settings = tuple(ScoutConfig(budget=budget, digest="minmax") for budget in (None, 64))
+    settings = tuple(ScoutConfig(budget=budget, digest="minmax", monitor=1.0) for budget in (None, 64))
     return study.Plan((TOKENS,), 1, 1, 0, settings)
 
 
@@ -139,18 +190,104 @@ def test_a_study_goes_on_from_what_was_measured(asked, plan, studied, monkeypatc
     assert study.study(*args, plan, out, False, lambda line: None)["cells"] == record["cells"]
 
 
-def test_tables_and_picture(studied, tmp_path):
+def test_progress_ends_where_it_should(asked):
+    done = []
+    reading = forced.Reading(asked[0], asked[2], done.append)
+    assert sum(done) == forced.cost_of_reading(asked[2])
+    done.clear()
+    reading.under(ScoutConfig(budget=64), done.append)
+    assert sum(done) == forced.cost_of_asking(asked[2])
+
+
+def test_tables_and_pictures(studied, tmp_path):
     _, record = studied
     json.dumps(record, allow_nan=False)
-    full, exact, sparse = report.rows(record)
+    full, exact, sparse = figures.rows(record)
     assert full.label == "full attention" and exact.label == "everything, minmax"
-    assert full.right.n == exact.right.n == 6
-    assert exact.divergence.value < 1e-5 < sparse.divergence.value and abs(exact.lost.value) < 1e-4
+    head, every = figures.HEADLINE, figures.ALL
+    assert full.scores[head].right.n == exact.scores[head].right.n == 4
+    assert exact.scores[every].divergence.value < 1e-5 < sparse.scores[every].divergence.value
+    assert abs(exact.scores[head].loss.value) < 1e-3 and exact.same.value == 1
+    steps = sum(len(one["divergences"]) for one in record["cells"][2]["outcomes"])
+    assert sparse.scores[every].divergence.n == steps > 100
     assert sparse.attended < exact.attended == exact.context
-    shown, tasks, note = report.tables(record)
-    assert len(shown.rows) == len(tasks.rows) == 3 and f"{full.right.n} answers at {TOKENS}" in note
-    report.save_plot(record, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 10000
+    shown, note, *others = report.tables(record, layers=True)
+    assert len(shown.rows) == 3 and f"4 answers and {steps} steps at {TOKENS}" in note
+    by_layer = [one for one in others if "by layer" in one.title]
+    assert [len(one.rows) for one in by_layer] == [asked_layers(record)] * 2
+    assert "too small" not in note
+    list(plots.save_plots(record, tmp_path))
+    for name in ("fidelity.png", "fidelity_layers.png"):
+        assert (tmp_path / name).stat().st_size > 10000
+
+
+def asked_layers(record):
+    return len(record["cells"][1]["layers"])
+
+
+def test_means_and_their_errors():
+    """Of steps the spread between answers counts, since those of one answer are not independent."""
+    mean = figures.Mean.of([1.0, 2.0, 3.0, 4.0])
+    assert (mean.value, mean.n) == (2.5, 4) and mean.error == pytest.approx((5 / 3) ** 0.5 / 2)
+    pooled = figures.Mean.pooled([(2.0, 1), (2.0, 3), (8.0, 4)])
+    assert pooled.value == 1.5 and pooled.n == 8
+    assert pooled.error == pytest.approx(math.sqrt((0.5**2 + 2.5**2 + 2**2) * 3 / 2) / 8)
+    assert math.isnan(figures.Mean.of([1.0]).error) and figures.Mean.of([]).shown(2) == "-"
+
+
+def test_losses_are_paired():
+    """What two settings share, such as a hard question, is no error of their difference."""
+    full = outcomes([-1.0, -9.0, -5.0])
+    near = outcomes([-1.5, -9.6, -5.4])
+    record = {"model": "none", "cells": [cell(None, full), cell({"budget": 64}, near)]}
+    score = figures.rows(record)[1].scores["word"]
+    assert score.loss.value == pytest.approx(0.5) and score.loss.error == pytest.approx(0.1 / 3**0.5)
+    assert score.token_loss.value == pytest.approx(0.25) and score.log_prob.value == pytest.approx(-5.5)
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_a_model_that_answers_nothing_is_told_of(right):
+    record = {"model": "none", "cells": [cell(None, outcomes([-1.0, -2.0], right))]}
+    _, note, *_ = report.tables(record)
+    assert ("the model is too small" in note) is not right
+
+
+def outcomes(log_probs, right=True):
+    one = {"task": "word", "tokens": [2], "right": [right], "divergences": []}
+    return [one | {"log_probs": [value]} for value in log_probs]
+
+
+def cell(setting, given):
+    said = {"wanted": {}, "said": {}, "layers": [], "attended": 9.0, "context": 9.0, "seconds": 1.0}
+    said |= dict.fromkeys(figures.INSIDE)
+    setting = setting and dataclasses.asdict(ScoutConfig(**setting))
+    return {"tokens": 9, "document": 0, "setting": setting, "outcomes": given} | said
+
+
+@pytest.mark.parametrize(
+    ("given", "labels"),
+    [
+        ({}, ["512, auto", "1024, auto"]),
+        (
+            {"budget": "512,0.06,none", "digest": "sign,minmax", "split": "off,cpu", "cpu_query": "auto,real"},
+            [
+                f"{budget}, {digest}{tier}"
+                for tier in ("", ", two tiers", ", two tiers, real")
+                for digest in ("sign", "minmax")
+                for budget in ("512", "0.06", "everything")
+            ],
+        ),
+        (
+            {"budget": "512", "set": ["block_size=16,32", "dense_layers=0,(0,1)"]},
+            [f"512, auto{size}, dense_layers={dense}" for size in (", block_size=16", "") for dense in (0, (0, 1))],
+        ),
+        ({"budget": "512", "split": "auto", "set": ["method=hgca"]}, ["512, hgca"]),
+        ({"budget": "512", "set": ["budget=0.1"]}, ["0.1, auto"]),
+    ],
+)
+def test_arms(given, labels):
+    settings = command.settings_of(Fidelity(model="any", **given))
+    assert [figures.label(dataclasses.asdict(one)) for one in settings] == labels
 
 
 def test_a_model_that_reads_less_is_refused_before_anything_is_measured(asked, plan, tmp_path):
@@ -169,6 +306,10 @@ def test_a_model_that_reads_less_is_refused_before_anything_is_measured(asked, p
         ({"tokens": "many"}, "--tokens many"),
         ({"digest": "none-such"}, "none-such"),
         ({"split": "up"}, "split='up'"),
+        ({"set": ["block_size"]}, "--set block_size"),
+        ({"set": ["blocksize=16"]}, "did you mean 'block_size'"),
+        ({"set": ["block_size=17"]}, "block_size=17"),
+        ({"questions": 17}, "--questions 17"),
     ],
 )
 def test_wrong_options_are_told_before_a_model_is_loaded(given, message):
