@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -45,7 +46,10 @@ def caches_of(
         yield Caches(lambda: DynamicCache(config=model.config))
         return
     try:
-        handle = scout_hf.patch(model, config, **options)
+        with warnings.catch_warnings():
+            # Comparisons give the same settings to methods that use them and to methods that do not.
+            warnings.filterwarnings("ignore", message=".* no effect with method=", category=UserWarning)
+            handle = scout_hf.patch(model, config, **options)
     except PatchError:
         if not again:
             raise

@@ -10,6 +10,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import scout_hf
+from scout_hf import ScoutConfig
 from scout_hf.diagnostics import MOVERS, Span, Trace, parts_of_spans
 from scout_hf.eval.bench import device as devices
 from scout_hf.eval.decode_path import tokenize
@@ -17,6 +18,7 @@ from scout_hf.eval.options import Trace as Asked
 from scout_hf.eval.pocket import POCKET_MODELS, load_pocket, make_document
 from scout_hf.eval.pocket.tasks import usual_statements
 from scout_hf.eval.tables import Grid, three
+from scout_hf.methods import unused_settings
 
 EXPLAINED = (
     "Times and jobs are per step. Hidden: the share of the jobs' time in which the model did not wait for them; a "
@@ -51,7 +53,9 @@ def run(options: Asked, console: Console | None = None) -> Trace:
     budget = options.budget or max(context // 8, 64)
     usual = {"budget": budget, "resident": max(budget // 2, 32), "split": "cpu" if net.device.type == "cpu" else "auto"}
     usual |= {"cpu_query": "predicted"} if options.method == "scout" else {}
-    given = usual | {name: value for name in SETTINGS if (value := getattr(options, name)) is not None}
+    unused = unused_settings(ScoutConfig(method=options.method, **usual), net.device)
+    asked = {name: value for name in SETTINGS if (value := getattr(options, name)) is not None}
+    given = {name: value for name, value in usual.items() if name not in unused} | asked
     length = {"max_new_tokens": steps + 6, "min_new_tokens": steps + 6}
     # The path is looked at before the prompt is read.
     with scout_hf.patch(net, method=options.method, **given) as handle, handle.trace(options.out, steps) as trace:

@@ -18,6 +18,7 @@ from scout_hf.errors import ConfigError, PatchError
 from scout_hf.generating import PREPARE, CacheForGenerate
 from scout_hf.graph import StepGraphs
 from scout_hf.kernels.device import find_kernels
+from scout_hf.methods.unused import warn_of_unused
 from scout_hf.naming import AttentionNames
 from scout_hf.pass_hooks import PassHooks, is_patched
 from scout_hf.patches import family_of
@@ -93,6 +94,7 @@ def patch(
     try:
         check_unknown_family(model, family, handle_of, handle._names.foreign)
         handle._install()
+        warn_of_unused(config, whole.device, stacklevel=2)
         return handle
     except BaseException:
         handle._uninstall()
@@ -213,6 +215,8 @@ class Handle:
         >>> tokens = model.generate(**inputs, **{scout_hf.CACHE: cache}, max_new_tokens=64)
         """
         cache = ScoutCache(self.model.config, self.config, **options)
+        if options:
+            warn_of_unused(cache.scout_config, self.model.device, stacklevel=2, among=options)
         self._hooks.counters.alive.add(cache)
         return cache
 

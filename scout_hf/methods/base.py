@@ -84,6 +84,8 @@ class Method(ABC):
     kv: KVStore
     options: ClassVar[dict[str, Any]] = {}
     """Allowed keys of ``ScoutConfig(method_options=...)``, with defaults."""
+    uses: ClassVar[frozenset[str] | None] = None
+    """Fields of ``ScoutConfig`` that have an effect, beside the method's name and options. None: not declared."""
     needs_query = True
     """Whether ``ahead`` gets a predicted query; if not, it is also called for the first layer, with None."""
     takes_inputs = False
@@ -109,6 +111,14 @@ class Method(ABC):
             raise ConfigError(
                 f"method {cls.name!r} has no option {', '.join(unknown)}; its method_options are: {known}"
             )
+
+    @classmethod
+    def used_settings(cls, config: ScoutConfig, device: torch.device) -> frozenset[str] | None:
+        """Fields of ``config`` that have an effect for a model on that device; ``patch()`` warns about the others.
+
+        Override it where this depends on the settings or the device.
+        """
+        return cls.uses
 
     @classmethod
     def is_exact(cls, config: ScoutConfig, device: torch.device) -> bool:

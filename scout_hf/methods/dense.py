@@ -12,7 +12,7 @@ from scout_hf.fusion import Partial, fuse
 from scout_hf.kernels.attend import attend
 from scout_hf.methods.base import register_method
 from scout_hf.methods.host_to_device import InFlightCopy, blocks_to_device
-from scout_hf.methods.offloading import OffloadingMethod
+from scout_hf.methods.offloading import OFFLOADING, OffloadingMethod
 from scout_hf.step import Step
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class Dense(OffloadingMethod):
 
     name = "dense"
     options = {"heads": None}
+    uses = OFFLOADING | {"window", "link_gbps"}
     needs_query = False
 
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):

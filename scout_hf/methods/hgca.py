@@ -12,7 +12,7 @@ from scout_hf.fusion import Partial, fuse
 from scout_hf.kernels.cpu import Attended, Ticket
 from scout_hf.kernels.weigh import attend_weighing, mean_weights
 from scout_hf.methods.base import register_method
-from scout_hf.methods.offloading import OffloadingMethod
+from scout_hf.methods.offloading import OFFLOADING, OffloadingMethod
 from scout_hf.step import Step
 from scout_hf.stores.retained_tokens import RetainedTokens
 
@@ -48,6 +48,7 @@ class HGCA(OffloadingMethod):
 
     name = "hgca"
     options = {"alpha": 0.5, "threshold": 0.5, "least": 10}
+    uses = OFFLOADING | {"budget", "resident", "dense_layers", "cpu_gbps"}
 
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
         super().__init__(config, layer_idx, keys)

@@ -12,7 +12,7 @@ from scout_hf.fusion import Partial, fuse
 from scout_hf.kernels.attend import attend, fold_group
 from scout_hf.methods.base import register_method
 from scout_hf.methods.host_to_device import InFlightCopy, tokens_to_device
-from scout_hf.methods.offloading import OffloadingMethod
+from scout_hf.methods.offloading import OFFLOADING, OffloadingMethod
 from scout_hf.selection.partial import PartialKeys
 from scout_hf.step import Step
 from scout_hf.stores.token_cache import StreamedTokens, TokenCache
@@ -46,6 +46,7 @@ class InfiniGen(OffloadingMethod):
 
     name = "infinigen"
     options = {"alpha": 4.0, "ratio": 0.2, "keep": False}
+    uses = OFFLOADING | {"budget", "window", "dense_layers", "layer_ahead", "link_gbps"}
 
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
         super().__init__(config, layer_idx, keys)

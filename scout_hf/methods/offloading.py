@@ -16,6 +16,7 @@ from scout_hf.step import Step
 from scout_hf.stores import TwoTierKV
 from scout_hf.stores.streams import Mark
 
+OFFLOADING = frozenset({"block_size", "split", "threads", "cpu_backend"})
 SCOUTS_OWN = ("host_dtype", "monitor", "digest", "recall", "cpu_query", "hand_over")
 
 

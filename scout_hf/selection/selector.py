@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 
@@ -64,6 +64,11 @@ class Selector:
     >>> selector.blocks
     4
     """
+
+    uses: ClassVar[frozenset[str]] = frozenset(
+        {"budget", "block_size", "sinks", "window", "dense_layers", "digest", "gpu_kernels"}
+    )
+    """Fields of ``ScoutConfig`` that have an effect on a selection."""
 
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
         self.config, self.dense = config, config.is_dense(layer_idx)

@@ -11,7 +11,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
@@ -120,6 +120,8 @@ class Executor(StepExecutor):
         Whether a recall may be in flight.
     """
 
+    uses: ClassVar[frozenset[str]] = frozenset()
+    """Fields of ``ScoutConfig`` that have an effect with this executor only."""
     recalling: Any = True
 
     def __init__(self, config: ScoutConfig, kv: TwoTierKV):

@@ -22,6 +22,7 @@ class TorchExecutor(Executor):
     """Executor with torch operations: residents in a ``ResidentSlots``, recalls on a worker thread."""
 
     variant = "torch"
+    uses = frozenset({"link_gbps", "cpu_gbps"})
     _recall: Ticket[Any] | None = None
 
     @property

@@ -50,6 +50,8 @@ class TritonExecutor(Executor):
         The end of the last recall.
     """
 
+    uses = frozenset({"hand_over"})
+
     def __init__(self, config: ScoutConfig, kv: TwoTierKV):
         super().__init__(config, kv)
         kernels = find_kernels(config.gpu_kernels, kv.device)
@@ -67,8 +69,13 @@ class TritonExecutor(Executor):
     @classmethod
     def serves(cls, config: ScoutConfig, keys: torch.Tensor) -> bool:
         """Whether the kernels run on the device of ``keys`` and support their dtype, head_dim and host pages."""
-        known = config.host_dtype is None and keys.dtype in KERNEL_DTYPES and keys.shape[-1] <= MOST_CHANNELS
-        return known and find_kernels(config.gpu_kernels, keys.device) is not None
+        known = keys.dtype in KERNEL_DTYPES and keys.shape[-1] <= MOST_CHANNELS
+        return known and cls.runs_on(config, keys.device)
+
+    @classmethod
+    def runs_on(cls, config: ScoutConfig, device: torch.device) -> bool:
+        """Whether the kernels run on ``device`` and support the host pages."""
+        return config.host_dtype is None and find_kernels(config.gpu_kernels, device) is not None
 
     @property
     def variant(self) -> str:

@@ -22,6 +22,7 @@ class OneTierScout(Method):
     """Decode attends the blocks that the real query selects; no second tier, no predicted query."""
 
     name = "scout"
+    uses = Selector.uses | {"split", "cpu_backend", "host_dtype", "monitor"}
     kv: PagedKV
 
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
@@ -50,10 +51,6 @@ class OneTierScout(Method):
 
     def flush(self) -> None:
         self.selector.extend_early(self.kv, self.kv.length // self.config.block_size)
-
-    def prefilled(self, step: Step, query: torch.Tensor) -> None:
-        if self.config.link_gbps or self.config.cpu_gbps:
-            step.counters.note("scout", "one tier: link_gbps and cpu_gbps have no effect; try split='cpu'")
 
     def rollback(self, mark: int) -> None:
         self.crop(mark)

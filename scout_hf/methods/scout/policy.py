@@ -11,7 +11,7 @@ import torch
 
 from scout_hf.config import ScoutConfig
 from scout_hf.fusion import Partial
-from scout_hf.methods.offloading import OffloadingMethod
+from scout_hf.methods.offloading import OFFLOADING, OffloadingMethod
 from scout_hf.methods.scout.executor import Executor, StepState, resident_memory
 from scout_hf.methods.scout.executor_torch import TorchExecutor
 from scout_hf.methods.scout.query_gate import QueryGate
@@ -50,6 +50,7 @@ class TwoTierScout(OffloadingMethod):
     """
 
     name = "scout"
+    uses = OFFLOADING | Selector.uses | {"host_dtype", "monitor", "layer_ahead", "cpu_query", "recall", "resident"}
 
     def __init__(
         self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor, executor: type[Executor] = TorchExecutor

@@ -12,6 +12,9 @@ from scout_hf.methods.scout.executor_triton import TritonExecutor
 from scout_hf.methods.scout.one_tier import OneTierScout
 from scout_hf.methods.scout.policy import TwoTierScout
 
+# What one tier does in any case: who asks for it, gets it.
+ONE_TIER_DOES = {"layer_ahead": False, "cpu_query": "real", "recall": None}
+
 
 @register_method
 class Scout(TwoTierScout):
@@ -36,6 +39,14 @@ class Scout(TwoTierScout):
     def is_exact(cls, config: ScoutConfig, device: torch.device) -> bool:
         predicts = cls.has_two_tiers(config, device) and config.layer_ahead and config.cpu_query != "real"
         return config.budget in (None, 1.0) and not predicts and config.host_dtype is None
+
+    @classmethod
+    def used_settings(cls, config: ScoutConfig, device: torch.device) -> frozenset[str]:
+        if not cls.has_two_tiers(config, device):
+            done = {name for name, value in ONE_TIER_DOES.items() if getattr(config, name) == value}
+            return OneTierScout.uses | done
+        executor = TritonExecutor if TritonExecutor.runs_on(config, device) else TorchExecutor
+        return cls.uses | executor.uses
 
     @staticmethod
     def has_two_tiers(config: ScoutConfig, device: torch.device) -> bool:
