@@ -42,8 +42,8 @@ class Arm:
     compiled: bool = False
 
     @contextmanager
-    def caches(self, model: PreTrainedModel, room: int = 0, **options: Any) -> Iterator[Caches]:
-        """Make the model decode this way inside the block; ``room`` is the capacity of caches of a fixed length.
+    def caches(self, model: PreTrainedModel, capacity: int = 0, **options: Any) -> Iterator[Caches]:
+        """Make the model decode this way inside the block; ``capacity`` is that of caches of a fixed length.
 
         Raises :class:`Missing` where that cannot be.
         """
@@ -53,16 +53,16 @@ class Arm:
                 return
             if self.folded:
                 stack.enter_context(folded(model))
-            yield Caches(self._stock(model, room))
+            yield Caches(self._stock(model, capacity))
 
-    def _stock(self, model: PreTrainedModel, room: int) -> Callable[[], Cache]:
+    def _stock(self, model: PreTrainedModel, capacity: int) -> Callable[[], Cache]:
         offloading = {"offloading": True} if self.cache.startswith("offloaded") else {}
         if offloading and model.device.type == "cpu":
             raise Missing("needs a GPU")
         if self.cache == "quantized":
             return _quantized(model)
         if "static" in self.cache:
-            return lambda: StaticCache(config=model.config, max_cache_len=room, **offloading)
+            return lambda: StaticCache(config=model.config, max_cache_len=capacity, **offloading)
         return lambda: DynamicCache(config=model.config, **offloading)
 
 

@@ -140,8 +140,8 @@ def held_bytes(cache: Cache, device: torch.device) -> dict[str, int]:
     return held
 
 
-def told(handle: scout_hf.Handle | None, cache: Cache) -> dict[str, Any]:
-    """What the statistics say of the steps since they began, and what is held."""
+def stats_and_bytes(handle: scout_hf.Handle | None, cache: Cache) -> dict[str, Any]:
+    """Statistics of the decode steps so far, and bytes held, of one arm."""
     from transformers import QuantizedCache
 
     if handle is None:

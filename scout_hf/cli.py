@@ -5,7 +5,16 @@ from __future__ import annotations
 import typer
 
 from scout_hf.cli_options import command
-from scout_hf.cli_shared import benchmark, evaluation, must_be_there, must_lead_to_a_folder, must_run, tell, told, typed
+from scout_hf.cli_shared import (
+    benchmark,
+    evaluation,
+    exits_on_errors,
+    must_be_there,
+    must_lead_to_a_folder,
+    must_run,
+    tell,
+    typed,
+)
 from scout_hf.eval.bench.options import CpuDecode, CpuKernel, GpuDecode, GpuKernel
 from scout_hf.eval.fidelity.options import Fidelity
 from scout_hf.eval.methods.options import Methods
@@ -35,7 +44,7 @@ def demo(options: Demo) -> None:
 
 @command(app, "fidelity", Fidelity)
 def fidelity(options: Fidelity) -> None:
-    with told():
+    with exits_on_errors():
         must_be_there(options.report, options.readme)
     with evaluation(1):
         from scout_hf.eval.fidelity.command import run
@@ -53,10 +62,10 @@ def cpu_benchmark(options: CpuKernel | CpuDecode) -> None:
 
 @command(bench, "methods", Methods)
 def methods(options: Methods) -> None:
-    with told():
+    with exits_on_errors():
         must_lead_to_a_folder("--shape", options.shape)
         must_run("--kvpress-python", options.kvpress_python)
-    with benchmark(options.out, options.threads, goes_on=True, device=options.device) as finish:
+    with benchmark(options.out, options.threads, resumes=True, device=options.device) as finish:
         finish(options.measure(typed(), tell))
 
 
@@ -68,13 +77,13 @@ def gpu_kernel(options: GpuKernel) -> None:
 
 @command(bench, "gpu-decode", GpuDecode)
 def gpu_decode(options: GpuDecode) -> None:
-    with benchmark(options.out, options.threads, goes_on=True, device=options.device) as finish:
+    with benchmark(options.out, options.threads, resumes=True, device=options.device) as finish:
         finish(options.measure(tell))
 
 
 @command(app, "trace", Trace)
 def trace(options: Trace) -> None:
-    with told():
+    with exits_on_errors():
         from scout_hf.files import check_timeline_path
 
         check_timeline_path(options.out, options.out.with_suffix(".png"))
@@ -88,7 +97,7 @@ def trace(options: Trace) -> None:
 @command(app, "plan", Plan)
 def plan(options: Plan) -> None:
     # Only --measure needs torch.
-    with evaluation(options.threads) if options.measure else told():
+    with evaluation(options.threads) if options.measure else exits_on_errors():
         from scout_hf.eval.plan import command as plans
 
         if options.measure:
@@ -101,7 +110,7 @@ def plan(options: Plan) -> None:
 
 @command(app, "report", Report)
 def report(options: Report) -> None:
-    with told():
+    with exits_on_errors():
         from scout_hf.eval.report.find import find
 
         find(options.results, options.out)
@@ -124,7 +133,7 @@ def lm_eval(context: typer.Context) -> None:
 
 @command(harness, "make-data", MakeData)
 def make_data(options: MakeData) -> None:
-    with told():
+    with exits_on_errors():
         options.folder.mkdir(parents=True, exist_ok=True)
         from scout_hf.eval.harness.pocket_longbench import make_longbench
 
@@ -135,7 +144,7 @@ def make_data(options: MakeData) -> None:
 @app.command()
 def version() -> None:
     """Versions and hardware, for bug reports."""
-    with told():
+    with exits_on_errors():
         from scout_hf.about import facts
 
         for name, value in facts():

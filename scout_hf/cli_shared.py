@@ -16,13 +16,13 @@ import typer
 
 @contextmanager
 def benchmark(
-    out: Path | None, threads: int | None, goes_on: bool = False, device: str | None = None
+    out: Path | None, threads: int | None, resumes: bool = False, device: str | None = None
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
     """As ``evaluation``; yields a function that prints the record of a benchmark and saves it in ``out``.
 
-    ``goes_on``: the benchmark saves results in ``out`` as it runs, and the same command resumes an interrupted run.
+    ``resumes``: the benchmark saves results in ``out`` as it runs, and the same command resumes an interrupted run.
     """
-    with told():
+    with exits_on_errors():
         if out:
             out.mkdir(parents=True, exist_ok=True)
     with evaluation(threads, device):
@@ -36,7 +36,7 @@ def benchmark(
         try:
             yield finish
         except KeyboardInterrupt as error:
-            kept = f"; {out} has the results so far, and the same command resumes from them" if out and goes_on else ""
+            kept = f"; {out} has the results so far, and the same command resumes from them" if out and resumes else ""
             typer.echo(f"stopped{kept}", err=True)
             raise typer.Exit(130) from error
 
@@ -76,7 +76,7 @@ def must_run(option: str, program: str | None) -> None:
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def exits_on_errors() -> Iterator[None]:
     """Print the message of a wrong setting or file and exit with code 2, without a traceback."""
     from scout_hf.errors import ScoutError
 
@@ -92,8 +92,8 @@ def told() -> Iterator[None]:
 
 @contextmanager
 def evaluation(threads: int | None, device: str | None = None) -> Iterator[None]:
-    """As ``told``, with ``threads`` torch threads; raises if there is no such ``device``."""
-    with told():
+    """As ``exits_on_errors``, with ``threads`` torch threads; raises if there is no such ``device``."""
+    with exits_on_errors():
         import torch
 
         if device:

@@ -16,10 +16,10 @@ def layers_of(text_config: Any, default: int | None = None) -> int | None:
 
 def refuse_other_depth(cache: Any, text_config: Any) -> None:
     """Raise CacheStateError if the cache was made for another number of layers than the model has."""
-    wanted = layers_of(text_config, cache.depth)
-    if cache.depth != wanted:
+    expected = layers_of(text_config, cache.depth)
+    if cache.depth != expected:
         raise CacheStateError(
-            f"the cache was made for a model of {cache.depth} layers and was given to one of {wanted}: some layers "
+            f"the cache was made for a model of {cache.depth} layers and was given to one of {expected}: some layers "
             "would lack tokens that others have; use a cache of this model, handle.new_cache() or "
             "ScoutCache(model.config)"
         )

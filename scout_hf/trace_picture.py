@@ -95,8 +95,8 @@ def _label(axes: Any, spans: Iterable[Span], step: Span, row: int, ms_per_inch: 
             continue
         begin, end = ((at - step.begin) / 1e6 for at in (span.begin, span.end))
         if span.kind == "layer":
-            room = (end - begin) / ms_per_inch / CHARACTER
-            text = next((name for name in (f"layer {span.layer}", str(span.layer)) if len(name) < room), "")
+            width = (end - begin) / ms_per_inch / CHARACTER
+            text = next((name for name in (f"layer {span.layer}", str(span.layer)) if len(name) < width), "")
             axes.text((begin + end) / 2, row - 0.47, text, ha="center", va="bottom", fontsize=7)
             continue
         text, middle = str(span.layer), max((begin + end) / 2, 0)

@@ -67,7 +67,7 @@ def monitored_at_once(monkeypatch):
     """The monitor's native thread has an ordinary priority: at the lowest, it waits for all that the machine runs."""
     from scout_hf.kernels.cpu.pool import NativePool, spare_workers
 
-    monkeypatch.setattr(NativePool, "_room", lambda self: spare_workers(1 if self.background else self.threads))
+    monkeypatch.setattr(NativePool, "_free_cores", lambda self: spare_workers(1 if self.background else self.threads))
 
 
 WANTED = os.environ.get("SCOUT_TEST_TRITON")

@@ -170,7 +170,7 @@ class _Bench:
             return self.native.score(digest.native, digest.prepare(query), codes, block_size=self.size)
 
         def read():
-            # Head by head, since the table has room to grow behind every head's codes.
+            # Head by head, since the table reserves capacity behind the codes of each head.
             codes = self._cold(tables)
             parts = [codes[0, head] for head in range(self.kv_heads)]
             return lambda: [self.reader.span(part) for part in parts]

@@ -79,7 +79,7 @@ def run(asked: GpuDecode, tell: Tell = silent) -> dict[str, Any]:
             for part, cell in todo:
                 _, context, size, arm = cell.values()
                 progress.set_postfix_str(f"{name}, {context} tokens, {size}, {arm}")
-                if isinstance(bench, dict):  # no room for the model itself
+                if isinstance(bench, dict):  # the model itself does not fit
                     found = bench
                 elif part == "largest":
                     found = bench.largest(arm, context, size)

@@ -76,10 +76,10 @@ def measuring(threads: int, tell: Callable[[str], Any]) -> Iterator[Company]:
     if threads > len(usable):
         raise ValueError(f"--threads {threads}: this process has {len(usable)} CPUs; take at most that many")
     company = Company(threads)
-    room = len(usable) - threads
-    if company.load > room + SLACK:
+    spare = len(usable) - threads
+    if company.load > spare + SLACK:
         tell(
-            f"warning: load average {company.load:.1f} with {room} core(s) to spare: others compete for this machine; "
+            f"warning: load average {company.load:.1f} with {spare} core(s) to spare: others compete for this machine; "
             "trust ratios within this run more than times"
         )
     teams = torch.get_num_threads()

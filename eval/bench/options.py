@@ -19,7 +19,7 @@ Repeat = Annotated[int, Option(min=3, help="Timed calls of each kind, in random 
 Device = Annotated[str, Option(help="A GPU: cuda, cuda:1; cpu shows that it runs, and measures nothing.")]
 
 Tell = Callable[[str], Any]
-"""What is told of progress, a line at a time."""
+"""Receives progress messages, one line each."""
 
 
 @dataclass(frozen=True)

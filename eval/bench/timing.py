@@ -79,7 +79,7 @@ def median_of(call: Callable[[], Any], repeat: int) -> float:
 
 
 def _preemptions() -> int:
-    """How often the calling thread had to make room for another one; 0 where the system does not count."""
+    """How often the calling thread was preempted; 0 where the system does not count."""
     who = getattr(resource, "RUSAGE_THREAD", None)
     return 0 if who is None else resource.getrusage(who).ru_nivcsw
 

@@ -116,7 +116,7 @@ class ScoutLM(HFLM):
         if ids.shape[1] <= left_truncate_len:
             return ids, mask
         rows = [truncate(row[real.bool()].tolist(), left_truncate_len, self.cut) for row, real in zip(ids, mask)]
-        log.warning("prompts of up to %d tokens lose their middle: room is for %d", ids.shape[1], left_truncate_len)
+        log.warning("prompts of up to %d tokens lose their middle: %d tokens fit", ids.shape[1], left_truncate_len)
         longest = max(map(len, rows))
         cut, kept = ids.new_full((len(rows), longest), self.tokenizer.pad_token_id), mask.new_zeros(len(rows), longest)
         for number, row in enumerate(rows):
@@ -148,13 +148,13 @@ class ScoutLM(HFLM):
         """Scores of (key, context ids, continuation ids); contexts that are too long are cut first."""
         cut = []
         for key, context, continuation in requests:
-            room = self.max_length + 1 - len(continuation)
-            if room < 1:
+            capacity = self.max_length + 1 - len(continuation)
+            if capacity < 1:
                 raise ValueError(
                     f"a continuation of {len(continuation)} tokens does not fit: max_length is {self.max_length}; set "
                     "a larger one, or score such a text with loglikelihood_rolling"
                 )
-            cut.append((key, truncate(context, room, self.cut), list(continuation)))
+            cut.append((key, truncate(context, capacity, self.cut), list(continuation)))
         if self.scoring == "prefill" or self.backend != "causal":
             with measured(self.model, self._tally):
                 return super()._loglikelihood_tokens(cut, disable_tqdm, override_bs)

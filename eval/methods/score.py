@@ -16,7 +16,7 @@ from transformers import Cache, PreTrainedModel, QuantizedCache
 
 from scout_hf.eval import arms
 from scout_hf.eval.arms import Missing
-from scout_hf.eval.caches import told
+from scout_hf.eval.caches import stats_and_bytes
 from scout_hf.eval.decode_path import Answers, answers, decode, prefill, tokenize
 from scout_hf.eval.fidelity.subjects import load_subject, quizzes
 from scout_hf.eval.methods import kvpress_apart
@@ -125,7 +125,7 @@ def measure(
                 cpu += time.process_time() - busy
                 found["right"] += sum(ids[: len(want)] == want for ids, want in zip(given.ids, wanted))
                 total.seconds, total.steps = total.seconds + given.seconds, total.steps + given.steps
-            held = told(caches.handle, cache)
+            held = stats_and_bytes(caches.handle, cache)
     except arms.Missing as why:
         return {"missing": str(why)}
     found |= {"prefill_s": read / len(quizzed), "row_step_ms": 1e3 * total.seconds / total.steps}

@@ -21,7 +21,7 @@ from scout_hf.eval.bench.drift import DriftingInfiniGen
 from scout_hf.eval.bench.models import MODELS, make_llama
 from scout_hf.eval.bench.models import make_model as make_shape
 from scout_hf.eval.bench.timing import median_of
-from scout_hf.eval.caches import DTYPE, kv_bytes_per_token, told
+from scout_hf.eval.caches import DTYPE, kv_bytes_per_token, stats_and_bytes
 from scout_hf.kernels import attend
 from scout_hf.patches import family_of
 
@@ -187,7 +187,7 @@ def _steps(model, cache, handle, batch: int, seconds: float, most_steps: int) ->
     mean = 1e3 * sum(taken) / len(taken)
     found = {"step_ms": mean, "q1_ms": low, "median_ms": middle, "q3_ms": high}
     found |= {"steps": len(taken), "tokens_per_s": 1e3 * batch / mean, "cpu_ms": 1e3 * cpu / len(taken)}
-    found |= told(handle, cache)
+    found |= stats_and_bytes(handle, cache)
     if model.device.type != "cuda":
         return found | {"shares": step_shares(model, handle, cache, step, WATCHED)}
     # Idle is what is left of an untraced step.

@@ -14,12 +14,12 @@ OLDEST_CAPABILITY = (8, 0)
 KERNEL_DTYPES, MOST_CHANNELS = (torch.bfloat16, torch.float16, torch.float32), 256
 
 
-def find_kernels(wanted: str, device: torch.device) -> ModuleType | None:
+def find_kernels(setting: str, device: torch.device) -> ModuleType | None:
     """The module of Triton kernels, or None to use torch.
 
     Parameters
     ----------
-    wanted : {"auto", "torch", "triton"}
+    setting : {"auto", "torch", "triton"}
         ``ScoutConfig.gpu_kernels``. ``"auto"``: Triton, if installed, on a GPU of AMD or of compute capability 8.0 or
         newer.
     device : torch.device
@@ -41,12 +41,12 @@ def find_kernels(wanted: str, device: torch.device) -> ModuleType | None:
     >>> find_kernels("auto", torch.device("cpu")) is None
     True
     """
-    if wanted == "torch" or (wanted == "auto" and not _by_default(device)):
+    if setting == "torch" or (setting == "auto" and not _by_default(device)):
         return None
     kernels = _load()
     if kernels is not None and (_is_recent(device) if device.type == "cuda" else kernels.INTERPRETED):
         return kernels
-    if wanted == "auto":
+    if setting == "auto":
         return None
     why = "triton cannot be imported" if kernels is None else f"it does not run on {device}"
     raise ConfigError(

@@ -81,12 +81,12 @@ class ResidentSlots:
         present.scatter_(2, torch.where(here == EMPTY, blocks, here), True)
         return present.gather(2, ids)
 
-    def among(self, wanted: torch.Tensor, valid: torch.Tensor, blocks: int) -> torch.Tensor:
-        """Which slots hold one of the valid ``wanted`` blocks, (batch, kv_heads, n); bool (batch, kv_heads, slots)."""
-        is_wanted = torch.zeros((*wanted.shape[:2], blocks + 1), dtype=torch.bool, device=wanted.device)
-        is_wanted.scatter_(2, torch.where(valid, wanted, blocks), True)
-        is_wanted[:, :, blocks] = False
-        return is_wanted.gather(2, torch.where(self.ids == EMPTY, blocks, self.ids))
+    def among(self, chosen: torch.Tensor, valid: torch.Tensor, blocks: int) -> torch.Tensor:
+        """Which slots hold one of the valid ``chosen`` blocks, (batch, kv_heads, n); bool (batch, kv_heads, slots)."""
+        is_chosen = torch.zeros((*chosen.shape[:2], blocks + 1), dtype=torch.bool, device=chosen.device)
+        is_chosen.scatter_(2, torch.where(valid, chosen, blocks), True)
+        is_chosen[:, :, blocks] = False
+        return is_chosen.gather(2, torch.where(self.ids == EMPTY, blocks, self.ids))
 
     def load(self, ids: torch.Tensor, valid: torch.Tensor, host: PagedStore) -> int:
         """Replace the content of all slots by blocks of the host.
@@ -133,12 +133,12 @@ class ResidentSlots:
         self.ids[rows, heads, slots] = first
         self.filled = max(self.filled, int(slots.max()) + 1 if len(slots) else 0)
 
-    def plan_recall(self, wanted: torch.Tensor, valid: torch.Tensor, blocks: int) -> Recall | None:
-        """Assign slots of blocks that are not wanted to wanted blocks that are missing; the data follows later.
+    def plan_recall(self, chosen: torch.Tensor, valid: torch.Tensor, blocks: int) -> Recall | None:
+        """Assign slots of blocks that are not chosen to chosen blocks that are missing; the data follows later.
 
         Parameters
         ----------
-        wanted : Tensor (batch, kv_heads, n) of int64
+        chosen : Tensor (batch, kv_heads, n) of int64
             Block numbers below ``blocks``, best first.
         valid : Tensor (batch, kv_heads, n) of bool
             False for entries to ignore.
@@ -149,17 +149,17 @@ class ResidentSlots:
         Recall or None
             The transfer; those slots are undefined until it has run. None if nothing is missing.
         """
-        missing = valid & ~self.holds(wanted, blocks)
-        leaving = ~self.among(wanted, valid, blocks)
+        missing = valid & ~self.holds(chosen, blocks)
+        leaving = ~self.among(chosen, valid, blocks)
         pairs = int(torch.minimum(missing.sum(2), leaving.sum(2)).max())
         if not pairs:
             return None
         incoming = missing.to(torch.int8).argsort(dim=2, descending=True, stable=True)[:, :, :pairs]
-        # Empty slots first, then slots of blocks that are not wanted now.
+        # Empty slots first, then slots of blocks that are not chosen now.
         rank = leaving.to(torch.int8) + (self.ids == EMPTY)
         slots = rank.argsort(dim=2, descending=True, stable=True)[:, :, :pairs]
         real = missing.gather(2, incoming) & leaving.gather(2, slots)
-        ids = wanted.gather(2, incoming)
+        ids = chosen.gather(2, incoming)
         self.ids.scatter_(2, slots, torch.where(real, ids, self.ids.gather(2, slots)))
         self.filled = self.slots if bool((self.ids != EMPTY).any(0).any(0)[self.filled :].any()) else self.filled
         self.gaps = self.gaps or bool((self.ids[:, :, : self.filled] == EMPTY).any())

@@ -7,7 +7,7 @@ from transformers import DynamicCache
 import scout_hf
 from scout_hf import ScoutConfig
 from scout_hf.eval import baselines
-from scout_hf.eval.caches import caches_of, told
+from scout_hf.eval.caches import caches_of, stats_and_bytes
 from scout_hf.eval.decode_path import answer, answers, ask_all, prefill, tokenize
 from scout_hf.eval.pocket import ANSWER_WORDS, make_document
 from scout_hf.selection import digest_names
@@ -105,7 +105,7 @@ def test_all_that_is_held_is_told(pocket, options):
     model, tokenizer = pocket
     with caches_of(model, **options) as caches:
         cache = prefill(model, caches.new(), tokenize(tokenizer, DOCUMENT.text))
-        found, held = told(caches.handle, cache), cache.tier_bytes()
+        found, held = stats_and_bytes(caches.handle, cache), cache.tier_bytes()
     assert held["digests"] and found["device_bytes"] + found["host_bytes"] == sum(held.values())
 
 

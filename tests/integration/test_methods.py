@@ -289,7 +289,7 @@ def test_exact_methods_on_other_families(name, family, mode):
         stats = handle.stats()
         assert stats.exact
         if name == "kvpr":
-            computed = sum(handle._hooks.counters.sums["computed_anew"].values())
+            computed = sum(handle._hooks.counters.sums["recomputed"].values())
             assert computed > 0 and not stats.notes
 
 
@@ -317,7 +317,7 @@ def test_kvpr_chooses_to_compute_where_the_link_is_slow(inputs):
         options = {"method": "kvpr", "block_size": 8, "method_options": {"inputs": inputs}, "link_gbps": gbps}
         with scout_hf.patch(llama(num_key_value_heads=heads), **options) as handle:
             run(handle.model, prompt(1, 120), new=4)
-            return sum(handle._hooks.counters.sums["computed_anew"].values()), handle.stats()
+            return sum(handle._hooks.counters.sums["recomputed"].values()), handle.stats()
 
     slow, stats = computed(8, 1e-4)
     assert slow > 0 and not stats.notes
@@ -345,7 +345,7 @@ def test_kvpr_notices_what_it_cannot_make(monkeypatch):
         (note,) = handle.stats().notes
         assert "differ from the stored ones" in note and note.endswith("(layers 0 to 3)")
         assert handle.stats().kv_bytes == dense_bytes
-        assert not handle._hooks.counters.sums["computed_anew"]
+        assert not handle._hooks.counters.sums["recomputed"]
 
 
 class Careless(OneTierScout):

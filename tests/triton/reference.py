@@ -62,16 +62,16 @@ def merge(parts, logs, more=None, more_logs=None):
 def choose(scores, count, sinks, padding_mask, slots, most, open_count=None, out=None):
     blocks = scores.shape[2] if open_count is None else int(open_count)
     scores, padding_mask = scores[:, :, :blocks], padding_mask if padding_mask is None else padding_mask[:, :blocks]
-    out.wanted.zero_()
+    out.is_chosen.zero_()
     best = pick.choose(scores.clone(), count, sinks, padding_mask)
     valid = best.valid_or_all()
     wanted = torch.zeros(*scores.shape[:2], blocks + 1, dtype=torch.uint8)
     wanted.scatter_(2, torch.where(valid, best.ids, blocks), 1)
-    out.wanted[:, :, :blocks] = wanted[:, :, :blocks]
+    out.is_chosen[:, :, :blocks] = wanted[:, :, :blocks]
     out.chosen_counts.copy_(valid.sum(2))
     for row in range(len(scores)):
         for head in range(scores.shape[1]):
-            absent = [b for b in out.wanted[row, head, :blocks].nonzero().flatten() if slots[row, head, b] < 0]
+            absent = [b for b in out.is_chosen[row, head, :blocks].nonzero().flatten() if slots[row, head, b] < 0]
             out.missing[row, head] = -7  # whoever reads on finds no block
             out.missing[row, head, : len(absent)] = torch.tensor(absent, dtype=torch.int32)
             out.missing_counts[row, head] = len(absent)
@@ -89,7 +89,7 @@ def plan_recall(ids, slot_of, choice, share=0.0, tally=None):
         for head in range(ids.shape[1]):
             held = ids[row, head].tolist()
             empty = [slot for slot, block in enumerate(held) if block < 0]
-            leaving = [slot for slot, block in enumerate(held) if block >= 0 and not choice.wanted[row, head, block]]
+            leaving = [slot for slot, block in enumerate(held) if block >= 0 and not choice.is_chosen[row, head, block]]
             missing = choice.missing[row, head, : int(choice.missing_counts[row, head])].tolist()
             for index, (slot, block) in enumerate(zip(empty + leaving, missing)):
                 if held[slot] >= 0:

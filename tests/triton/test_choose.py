@@ -27,7 +27,7 @@ def check_choice(choice, scores, count, sinks, padding_mask, slots):
     """The same scores as torch's topk finds, and the same blocks where no two scores are equal."""
     best = pick.choose(scores.clone(), count, sinks, padding_mask)
     valid = best.valid_or_all()
-    for row, chosen in enumerate(lists(choice.wanted)):
+    for row, chosen in enumerate(lists(choice.is_chosen)):
         for head, blocks in enumerate(chosen):
             expected = best.ids[row, head][valid[row, head]].tolist()
             assert len(blocks) == len(expected) == int(choice.chosen_counts[row, head])
@@ -58,13 +58,13 @@ def test_the_best_blocks_are_chosen(seed, monkeypatch):
 
 def test_blocks_of_equal_score_are_taken_from_the_front():
     choice = choose(torch.zeros(1, 1, 40), 5, 0, None, torch.full((1, 1, 40), -1, dtype=torch.int32), 5)
-    assert lists(choice.wanted) == [[[0, 1, 2, 3, 4]]]
+    assert lists(choice.is_chosen) == [[[0, 1, 2, 3, 4]]]
 
 
 def test_extreme_scores_keep_their_order():
     scores = torch.tensor([[[-1e38, 0.0, -0.0, 1e-40, 3e38, -torch.inf, -1e-40, -2.0]]])
     slots = torch.full((1, 1, 8), -1, dtype=torch.int32)
-    found = [lists(choose(scores, count, 0, None, slots, 8).wanted)[0][0] for count in range(1, 9)]
+    found = [lists(choose(scores, count, 0, None, slots, 8).is_chosen)[0][0] for count in range(1, 9)]
     assert [set(found[0])] + [set(b) - set(a) for a, b in zip(found, found[1:])] == [
         {4}, {3}, {1}, {2}, {6}, {7}, {0}, set(),
     ]  # fmt: skip
@@ -77,8 +77,8 @@ def test_only_blocks_that_are_open_are_chosen():
     spare = scores.clone()
     spare[:, :, 20:] = 1e9
     choice = choose(spare, 6, 1, None, slots, 6, torch.tensor([20], dtype=torch.int32))
-    assert not bool(choice.wanted[:, :, 20:].any())
-    check_choice(choice._replace(wanted=choice.wanted[:, :, :20]), scores[:, :, :20], 6, 1, None, slots)
+    assert not bool(choice.is_chosen[:, :, 20:].any())
+    check_choice(choice._replace(is_chosen=choice.is_chosen[:, :, :20]), scores[:, :, :20], 6, 1, None, slots)
 
 
 def test_results_go_where_they_are_told_to():
@@ -87,7 +87,7 @@ def test_results_go_where_they_are_told_to():
     out = Choice(wanted, missing, *torch.empty((2, 1, 2), dtype=torch.int32))
     given = choose(scores, 4, 0, None, slots, 9, out=out)
     assert given is out and bool((wanted[:, :, 30:] == 7).all()) and bool((missing[:, :, 4:] == -5).all())
-    check_choice(out._replace(wanted=wanted[:, :, :30]), scores, 4, 0, None, slots)
+    check_choice(out._replace(is_chosen=wanted[:, :, :30]), scores, 4, 0, None, slots)
 
 
 def make_world(seed, blocks, capacity, dtype, size=16, dim=24):
@@ -119,7 +119,7 @@ def test_recall_brings_what_is_wanted_and_missing(seed, dtype, monkeypatch):
     assert torch.equal(slot_of, slots_of(ids, blocks))
     for row in range(BATCH):
         for head in range(HEADS):
-            wanted, held = set(lists(choice.wanted)[row][head]), ids[row, head].tolist()
+            wanted, held = set(lists(choice.is_chosen)[row][head]), ids[row, head].tolist()
             old = before[row, head].tolist()
             assert len(wanted & set(held)) == min(capacity, len(wanted))
             # What was wanted and had a slot stays in it, and empty slots are used up first.

@@ -46,7 +46,7 @@ def test_no_split_is_better_than_the_best(input_s, kv_s, compute_s, other_s, tok
 
 
 @pytest.mark.parametrize("group", [2, 4, 8])
-def test_nothing_is_computed_anew_where_inputs_are_no_smaller(group):
+def test_nothing_is_recomputed_where_inputs_are_no_smaller(group):
     """h * p bytes against 2 * h * p / g."""
     assert best_split(Rates(1.0, 2.0 / group, 1e-9), 1000, 1000) == 0
 

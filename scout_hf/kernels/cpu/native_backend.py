@@ -129,15 +129,15 @@ class NativeBackend(CpuBackend):
             padding_mask.shape[0] != batch or padding_mask.shape[1] < candidates * block_size
         ):
             return None
-        wanted = count.to("cpu", torch.int32).contiguous() if isinstance(count, torch.Tensor) else None
+        count_of_rows = count.to("cpu", torch.int32).contiguous() if isinstance(count, torch.Tensor) else None
         most = min(int(count.max()) if isinstance(count, torch.Tensor) else count, candidates)
         ids = torch.empty((batch, heads, most + newest), dtype=torch.int32, device="cpu")
         counts = torch.empty((batch, heads), dtype=torch.int32, device="cpu")
         choice = {"blocks": address(ids, torch.int32), "counts": address(counts, torch.int32)}
         choice["blocks_stride"] = most + newest
         choice |= {"count": most, "sinks": sinks, "newest": newest}
-        if wanted is not None:
-            choice["want"] = address(wanted, torch.int32)
+        if count_of_rows is not None:
+            choice["want"] = address(count_of_rows, torch.int32)
         if padding_mask is not None:
             choice |= {
                 "padding_mask": address(padding_mask, torch.bool, strided=True),

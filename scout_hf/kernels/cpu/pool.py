@@ -210,7 +210,7 @@ class NativePool:
 
     def has_threads(self) -> bool:
         """Whether there are spare CPUs for pool threads."""
-        return self._room() != 0
+        return self._free_cores() != 0
 
     @property
     def cpu_ms(self) -> float:
@@ -238,10 +238,10 @@ class NativePool:
             threads = self._running
             if threads is None or threads.process != os.getpid():
                 # A forked child inherits the pool, but not its threads.
-                threads = self._running = _Threads(self.library, self._room(), self.spin_us)
+                threads = self._running = _Threads(self.library, self._free_cores(), self.spin_us)
             return threads
 
-    def _room(self) -> int | None:
+    def _free_cores(self) -> int | None:
         return None if self.background else spare_workers(self.threads)
 
 

@@ -61,11 +61,11 @@ def spare_workers(requested: int | None = None, root: Path = ROOT) -> int:
     """
     if requested is not None and requested < 0:
         raise ConfigError(f"threads={requested} is not allowed: take 0 or more, or None for one per spare CPU")
-    room = len(usable_cpus())
+    cores = len(usable_cpus())
     quota = cpu_quota(root)
     if quota is not None:
-        room = min(room, int(quota))
-    spare = max(room - 1, 0)
+        cores = min(cores, int(quota))
+    spare = max(cores - 1, 0)
     return spare if requested is None else min(requested, spare)
 
 

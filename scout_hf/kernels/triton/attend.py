@@ -185,5 +185,5 @@ def attend_blocks(
 
 def kv_splits_for(device: torch.device, lists: int, listed: int, block_size: int) -> int:
     """``num_kv_splits`` that fills all multiprocessors, with at least a few hundred tokens per split."""
-    wanted = -(-2 * multiprocessors(device) // lists)
-    return max(1, min(wanted, listed * block_size // 256, MAX_KV_SPLITS))
+    for_all_cores = -(-2 * multiprocessors(device) // lists)
+    return max(1, min(for_all_cores, listed * block_size // 256, MAX_KV_SPLITS))

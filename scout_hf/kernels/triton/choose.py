@@ -20,7 +20,7 @@ CHUNK_BLOCKS = 4096
 class Choice(NamedTuple):
     """Result of :func:`choose`.
 
-    wanted : Tensor (batch, kv_heads, blocks) of uint8
+    is_chosen : Tensor (batch, kv_heads, blocks) of uint8
         1 for a chosen block.
     missing : Tensor (batch, kv_heads, n) of int32
         Chosen blocks that are not resident, ascending, packed to the front; undefined behind them.
@@ -28,7 +28,7 @@ class Choice(NamedTuple):
         Entries of ``missing``; number of all chosen blocks.
     """
 
-    wanted: torch.Tensor
+    is_chosen: torch.Tensor
     missing: torch.Tensor
     missing_counts: torch.Tensor
     chosen_counts: torch.Tensor
@@ -56,8 +56,8 @@ def _rank(scores, padding_mask, leading, block, open_blocks, sinks, HAS_PADDING_
 
 @triton.jit
 def _choose(
-    scores, slots, padding_mask, leading, counts, open_count, wanted, missing, missing_counts, chosen_counts,
-    scores_b, scores_h, slots_b, slots_h, mask_b, wanted_b, wanted_h, missing_b, missing_h,
+    scores, slots, padding_mask, leading, counts, open_count, is_chosen, missing, missing_counts, chosen_counts,
+    scores_b, scores_h, slots_b, slots_h, mask_b, is_chosen_b, is_chosen_h, missing_b, missing_h,
     blocks, count, sinks,
     KV_HEADS: tl.constexpr, CHUNK: tl.constexpr, HAS_PADDING_MASK: tl.constexpr, HAS_COUNTS: tl.constexpr,
     HAS_OPEN: tl.constexpr,
@@ -65,7 +65,7 @@ def _choose(
     row, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
     scores += row.to(tl.int64) * scores_b + head * scores_h
     slots += row.to(tl.int64) * slots_b + head * slots_h
-    wanted += row.to(tl.int64) * wanted_b + head * wanted_h
+    is_chosen += row.to(tl.int64) * is_chosen_b + head * is_chosen_h
     missing += row * missing_b + head * missing_h
     padding_mask += row * mask_b
     leading += row * mask_b
@@ -107,7 +107,7 @@ def _choose(
         order = tl.cumsum(equal.to(tl.int32), 0)
         chosen = (real & (rank.to(tl.int64) > low)) | (equal & (order <= ties))
         ties -= tl.sum(equal.to(tl.int32), 0)
-        tl.store(wanted + block, chosen.to(tl.uint8), mask=block < blocks)
+        tl.store(is_chosen + block, chosen.to(tl.uint8), mask=block < blocks)
         absent = chosen & (tl.load(slots + block, mask=chosen, other=0) < 0)
         place = found + tl.cumsum(absent.to(tl.int32), 0) - 1
         tl.store(missing + place, block, mask=absent)
@@ -150,9 +150,9 @@ def choose(
     batch, heads, blocks = scores.shape
     device = scores.device
     if out is None:
-        wanted = torch.empty((batch, heads, blocks), dtype=torch.uint8, device=device)
+        is_chosen = torch.empty((batch, heads, blocks), dtype=torch.uint8, device=device)
         missing = torch.empty((batch, heads, most), dtype=torch.int32, device=device)
-        out = Choice(wanted, missing, *torch.empty((2, batch, heads), dtype=torch.int32, device=device))
+        out = Choice(is_chosen, missing, *torch.empty((2, batch, heads), dtype=torch.int32, device=device))
     leading = None if padding_mask is None else padding_mask.cumsum(1, dtype=torch.int32)
     if padding_mask is not None:
         padding_mask = padding_mask.contiguous()
@@ -163,7 +163,7 @@ def choose(
             scores, slots, *((scores, scores) if padding_mask is None else (padding_mask, leading)),
             scores if counts is None else counts, scores if open_count is None else open_count, *out,
             *scores.stride()[:2], *slots.stride()[:2], 0 if padding_mask is None else padding_mask.stride(0),
-            *out.wanted.stride()[:2], *out.missing.stride()[:2],
+            *out.is_chosen.stride()[:2], *out.missing.stride()[:2],
             blocks, most if counts is not None else count, sinks,
             heads, chunk, padding_mask is not None, counts is not None, open_count is not None,
             num_warps=max(1, min(8, chunk // 256)),

@@ -31,8 +31,8 @@ class Moves(NamedTuple):
 
 @triton.jit
 def _plan(
-    ids, slot_of, wanted, missing, missing_counts, chosen_counts, share_at, slots, blocks, counts, tally,
-    wanted_b, wanted_h, missing_b, missing_h, slot_of_b, slot_of_h,
+    ids, slot_of, is_chosen, missing, missing_counts, chosen_counts, share_at, slots, blocks, counts, tally,
+    is_chosen_b, is_chosen_h, missing_b, missing_h, slot_of_b, slot_of_h,
     capacity, lists, most, share,
     KV_HEADS: tl.constexpr, SLOTS: tl.constexpr, LISTS: tl.constexpr, HAS_SHARE: tl.constexpr,
     HAS_TALLY: tl.constexpr,
@@ -43,7 +43,7 @@ def _plan(
     row, head = here // KV_HEADS, here % KV_HEADS
     ids += here.to(tl.int64) * capacity
     slot_of += row.to(tl.int64) * slot_of_b + head * slot_of_h
-    wanted += row.to(tl.int64) * wanted_b + head * wanted_h
+    is_chosen += row.to(tl.int64) * is_chosen_b + head * is_chosen_h
     missing += row * missing_b + head * missing_h
     # The threshold applies to the sum over all lists of the layer.
     every = tl.arange(0, LISTS)
@@ -54,10 +54,10 @@ def _plan(
     slot = tl.arange(0, SLOTS)
     held = tl.load(ids + slot, mask=slot < capacity, other=0)
     empty = (slot < capacity) & (held < 0)
-    kept = tl.load(wanted + held, mask=(slot < capacity) & (held >= 0), other=1) != 0
+    kept = tl.load(is_chosen + held, mask=(slot < capacity) & (held >= 0), other=1) != 0
     leaves = (slot < capacity) & (held >= 0) & ~kept
     free = tl.sum(empty.to(tl.int32), 0)
-    # Empty slots first, then slots of blocks that are not wanted now.
+    # Empty slots first, then slots of blocks that are not chosen now.
     turn = tl.where(empty, tl.cumsum(empty.to(tl.int32), 0), free + tl.cumsum(leaves.to(tl.int32), 0)) - 1
     moves = tl.minimum(tl.load(missing_counts + here), free + tl.sum(leaves.to(tl.int32), 0))
     moves = tl.where(due, tl.minimum(moves, most), 0)
@@ -81,7 +81,7 @@ def plan_recall(
     share: float | torch.Tensor = 0.0,
     tally: torch.Tensor | None = None,
 ) -> Moves:
-    """Assign slots of blocks that are not wanted to missing ones; :func:`copy_blocks` then copies the data.
+    """Assign slots of blocks that are not chosen to missing ones; :func:`copy_blocks` then copies the data.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ def plan_recall(
     with on_device_of(ids):
         _plan[(batch * heads,)](
             ids, slot_of, *choice, share if at else ids, *out, ids if tally is None else tally,
-            *choice.wanted.stride()[:2], *choice.missing.stride()[:2], *slot_of.stride()[:2],
+            *choice.is_chosen.stride()[:2], *choice.missing.stride()[:2], *slot_of.stride()[:2],
             capacity, batch * heads, most, 0.0 if at else share,
             heads, triton.next_power_of_2(max(capacity, 2)), triton.next_power_of_2(max(batch * heads, 2)), at,
             tally is not None,

@@ -201,7 +201,7 @@ class KVPR(Dense):
             self._inputs_coming = None
             coming.give_back()
         if rates is not None:
-            step.counters.add("computed_anew", self.layer_idx, tokens)
+            step.counters.add("recomputed", self.layer_idx, tokens)
         return result
 
     def _recompute(

@@ -39,17 +39,17 @@ class CapturedExecutor(CaptureExecutor):
 
     def select(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
         plain, clock, selector, state = self.plain, self.clock, layer.selector, layer.state
-        wanted, block_mask = selector.count(step, layer.kv.host.blocks), None
-        count = plain.handoff.mail.capacity if wanted is None else wanted
-        if wanted is None:
-            capacity = plain.wanted.shape[2]
+        budgeted, block_mask = selector.count(step, layer.kv.host.blocks), None
+        count = plain.handoff.mail.capacity if budgeted is None else budgeted
+        if budgeted is None:
+            capacity = plain.is_chosen.shape[2]
             scores = torch.zeros((len(query), layer.kv_heads, capacity), dtype=torch.float32, device=query.device)
         else:
             scores = selector.scores(step, query, selector.table.all_codes(), clock.blocks)
         if step.mask is not None:
             block_mask = clock.block_mask(layer.config.block_size, scores.shape[2])
         state.pick = plain.choose(layer, layer.resident, scores, count, block_mask, clock.blocks)
-        if wanted is not None and count > layer.resident.slots:
+        if budgeted is not None and count > layer.resident.slots:
             state.scores = plain.order_of(layer, scores, block_mask)
 
     def ask_gate(self, layer: Layer) -> tuple[bool, bool]:

@@ -42,7 +42,7 @@ class TritonExecutor(Executor):
     ----------
     handoff : Handoff
         Hand-over of CPU attention.
-    wanted : Tensor (batch, kv_heads, blocks) of uint8
+    is_chosen : Tensor (batch, kv_heads, blocks) of uint8
         1 for each chosen block.
     pages : Tensor (batch, blocks) of int64, on the device
         Addresses of the host pages.
@@ -61,7 +61,7 @@ class TritonExecutor(Executor):
         if config.hand_over == "graph" and config.cpu_query == "auto":
             self.cpu_query = "real"  # a replayed step cannot compare both queries
         self.handoff: Handoff = NoHandoff()
-        self.wanted = torch.zeros((kv.batch, 0, 0), dtype=torch.uint8, device=kv.device)
+        self.is_chosen = torch.zeros((kv.batch, 0, 0), dtype=torch.uint8, device=kv.device)
         self.pages = torch.zeros((kv.batch, 0), dtype=torch.int64, device=kv.device)
         self.recalled = Mark()
         self._block_bytes = 2 * kv.block_size * kv.host.head_dim * kv.host.dtype.itemsize
@@ -117,7 +117,7 @@ class TritonExecutor(Executor):
     ) -> Any:
         """Choose the top-k of the first ``filled`` blocks (by default all); a ``Choice``."""
         mail, sinks = self.handoff.mail, layer.config.blocks(layer.config.sinks)
-        choice = self.kernels.Choice(self.wanted, mail.missing, mail.missing_counts, mail.chosen_counts)
+        choice = self.kernels.Choice(self.is_chosen, mail.missing, mail.missing_counts, mail.chosen_counts)
         return self.kernels.choose(scores, count, sinks, block_mask, slots.slot_of, mail.capacity, filled, choice)
 
     def order_of(self, layer: Layer, scores: torch.Tensor, block_mask: torch.Tensor | None) -> torch.Tensor:
@@ -131,8 +131,8 @@ class TritonExecutor(Executor):
     def _cover(self, slots: MappedSlots, blocks: int) -> None:
         """Enlarge the per-block tensors to at least ``blocks`` blocks."""
         slots.reserve(blocks)
-        if self.wanted.shape[2] < blocks:
-            self.wanted = torch.zeros_like(slots.slot_of, dtype=torch.uint8)
+        if self.is_chosen.shape[2] < blocks:
+            self.is_chosen = torch.zeros_like(slots.slot_of, dtype=torch.uint8)
 
     def _mail(self, layer: Layer, step: Step, query: torch.Tensor, capacity: int) -> None:
         """Provide a mailbox for lists of ``capacity`` blocks; counts the result of the previous step first."""
@@ -140,8 +140,8 @@ class TritonExecutor(Executor):
         if self.handoff.lost or not self.handoff.mail.fits(query, capacity):
             self.handoff.drain()
             mail = Mailbox(query, layer.kv_heads, capacity + max(SPARE_BLOCKS, capacity // 8))
-            wanted, device = layer.config.hand_over, query.device
-            self.handoff = make_handoff(wanted, mail, self.kernels, step.backend, layer.kv.host, device)
+            device = query.device
+            self.handoff = make_handoff(layer.config.hand_over, mail, self.kernels, step.backend, layer.kv.host, device)
 
     def submit_cpu(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
         layer.state.started = True
@@ -340,7 +340,7 @@ class TritonExecutor(Executor):
 
     def _forget_batch(self) -> None:
         """Drop the buffers whose size depends on the batch."""
-        self.handoff, self.wanted = NoHandoff(), self.wanted.new_zeros((0, 0, 0))
+        self.handoff, self.is_chosen = NoHandoff(), self.is_chosen.new_zeros((0, 0, 0))
 
     def fork(self) -> Self:
         twin = copy.copy(self)
@@ -356,7 +356,7 @@ class TritonExecutor(Executor):
         if not ready or (isinstance(budget, float) and budget < 1.0):
             return None
         self._cover(layer.resident, max(selector.table.capacity, kv.host.blocks))
-        kept = (kv.buffers()[0], self.wanted, layer.resident.slot_of, layer.resident.keys, self.pages)
+        kept = (kv.buffers()[0], self.is_chosen, layer.resident.slot_of, layer.resident.keys, self.pages)
         count = selector.count(step, kv.host.blocks)
         if (kv.host.blocks if count is None else count) > self.handoff.mail.capacity:
             return None

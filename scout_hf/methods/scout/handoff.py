@@ -253,11 +253,11 @@ class Flags(Handoff):
 
 
 def make_handoff(
-    wanted: str, mail: Mailbox, kernels: ModuleType, backend: CpuBackend, store: PagedStore, device: torch.device
+    name: str, mail: Mailbox, kernels: ModuleType, backend: CpuBackend, store: PagedStore, device: torch.device
 ) -> Handoff:
     """Create the hand-over of that name. ``auto`` is ``join``, as are the others where a side cannot poll flags."""
     knows_words = device.type != "cuda" or torch.version.hip is None
-    if wanted in ("flags", "graph") and knows_words and backend.watches(mail.query, store):
+    if name in ("flags", "graph") and knows_words and backend.watches(mail.query, store):
         return Flags(mail, kernels)
     return Join(mail)
 
