@@ -43,6 +43,15 @@ def append_token(
         The tail, both with the same strides, the last 1.
     length, blocks : Tensor (1,) of int32
         Tokens per row, the new one included; whole blocks of ``block_size`` tokens before the tail.
+
+    Examples
+    --------
+    >>> new = torch.ones(1, 2, 1, 64, device="cuda")  # doctest: +SKIP
+    >>> keys, values = torch.zeros(2, 1, 2, 96, 64, device="cuda")  # doctest: +SKIP
+    >>> length, blocks = (torch.tensor([n], dtype=torch.int32, device="cuda") for n in (70, 2))  # doctest: +SKIP
+    >>> append_token(new, new, keys, values, length, blocks, 32)  # doctest: +SKIP
+    >>> keys[0, 0, :, 0].nonzero().flatten().tolist()  # doctest: +SKIP
+    [5]
     """
     batch, heads, _, dim = new_keys.shape
     with on_device_of(keys):

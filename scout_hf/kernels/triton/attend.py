@@ -147,6 +147,14 @@ def attend_blocks(
         Exactly 0 for a split without tokens.
     lse : Tensor (batch, query_heads, num_kv_splits) of float32
         Natural; -inf for a split without tokens.
+
+    Examples
+    --------
+    >>> query = torch.randn(1, 8, 1, 64, device="cuda")  # doctest: +SKIP
+    >>> keys, values = torch.randn(2, 1, 2, 4, 32, 64, device="cuda")  # doctest: +SKIP
+    >>> out, lse = attend_blocks(query, keys, values, 64**-0.5, num_kv_splits=2)  # doctest: +SKIP
+    >>> out.shape, lse.shape  # doctest: +SKIP
+    (torch.Size([1, 8, 2, 64]), torch.Size([1, 8, 2]))
     """
     batch, query_heads, _, dim = query.shape
     kv_heads, size = keys.shape[1], keys.shape[-2]
@@ -184,6 +192,12 @@ def attend_blocks(
 
 
 def kv_splits_for(device: torch.device, lists: int, listed: int, block_size: int) -> int:
-    """``num_kv_splits`` that fills all multiprocessors, with at least a few hundred tokens per split."""
+    """``num_kv_splits`` that fills all multiprocessors, with at least a few hundred tokens per split.
+
+    Examples
+    --------
+    >>> kv_splits_for(torch.device("cuda"), lists=8, listed=64, block_size=32)  # 132 multiprocessors  # doctest: +SKIP
+    8
+    """
     for_all_cores = -(-2 * multiprocessors(device) // lists)
     return max(1, min(for_all_cores, listed * block_size // 256, MAX_KV_SPLITS))

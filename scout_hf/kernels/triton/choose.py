@@ -146,6 +146,14 @@ def choose(
         Number of leading blocks that may be chosen; None for all of ``scores``.
     out : Choice or None
         Output tensors; they may be in pinned host memory.
+
+    Examples
+    --------
+    >>> scores = torch.tensor([[[0.1, 0.9, 0.5, 0.7]]], device="cuda")  # doctest: +SKIP
+    >>> slots = torch.tensor([[[-1, 0, -1, -1]]], dtype=torch.int32, device="cuda")  # doctest: +SKIP
+    >>> choice = choose(scores, 3, 1, None, slots, 3)  # doctest: +SKIP
+    >>> choice.is_chosen.tolist(), choice.missing_counts.tolist(), choice.missing[0, 0, :2].tolist()  # doctest: +SKIP
+    ([[[1, 1, 0, 1]]], [[2]], [0, 3])
     """
     batch, heads, blocks = scores.shape
     device = scores.device

@@ -35,6 +35,13 @@ def encode(digest: Any, keys: torch.Tensor, padding_mask: torch.Tensor | None) -
     -------
     Tensor (batch, kv_heads, blocks, code), or None
         None if no kernel supports the digest or the keys.
+
+    Examples
+    --------
+    >>> from scout_hf.selection import make_digest  # doctest: +SKIP
+    >>> keys = torch.randn(1, 2, 4, 32, 64, device="cuda")  # doctest: +SKIP
+    >>> encode(make_digest("minmax"), keys, None).shape  # doctest: +SKIP
+    torch.Size([1, 2, 4, 128])
     """
     known = runs_on(keys) and keys.dtype in FLOATS and keys.stride(4) == 1 and bool(keys.numel())
     size, dim = keys.shape[3:]

@@ -82,6 +82,17 @@ def post(query: torch.Tensor, into: torch.Tensor, flag: torch.Tensor, number: to
         In pinned host memory; set to the new ``number`` after all earlier writes of the stream.
     number : Tensor (1,) of int64
         On the device, so that a captured graph can count; incremented.
+
+    Examples
+    --------
+    >>> query = torch.randn(1, 8, 1, 64, device="cuda")  # doctest: +SKIP
+    >>> into = torch.empty(1, 8, 1, 64).pin_memory()  # doctest: +SKIP
+    >>> flag = torch.zeros(1, dtype=torch.int64).pin_memory()  # doctest: +SKIP
+    >>> number = torch.zeros(1, dtype=torch.int64, device="cuda")  # doctest: +SKIP
+    >>> post(query, into, flag, number)  # doctest: +SKIP
+    >>> torch.cuda.synchronize()  # doctest: +SKIP
+    >>> int(flag), int(number), bool((into == query.cpu()).all())  # doctest: +SKIP
+    (1, 1, True)
     """
     with on_device_of(query):
         _post[(1,)](query, into, flag, number, query.numel(), STEP_ELEMENTS, num_warps=4)
@@ -100,6 +111,16 @@ def wait(word: torch.Tensor, number: torch.Tensor, late: torch.Tensor, turns: in
         In pinned host memory; set to ``number`` on a timeout. Later work on the stream then uses old data.
     turns : int
         Reads before the timeout.
+
+    Examples
+    --------
+    >>> word, late = torch.ones(2, 1, dtype=torch.int64).pin_memory()  # the CPU has set its flag to 1  # doctest: +SKIP
+    >>> late.zero_()  # doctest: +SKIP
+    tensor([0])
+    >>> wait(word, torch.ones(1, dtype=torch.int64, device="cuda"), late)  # doctest: +SKIP
+    >>> torch.cuda.synchronize()  # doctest: +SKIP
+    >>> int(late)  # doctest: +SKIP
+    0
     """
     with on_device_of(number):
         _wait[(1,)](word, number, late, turns, num_warps=1)

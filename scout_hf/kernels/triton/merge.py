@@ -76,6 +76,14 @@ def merge(
     -------
     out : Tensor (batch, query_heads, 1, head_dim)
     lse : Tensor (batch, query_heads, 1) of float32
+
+    Examples
+    --------
+    >>> query = torch.randn(1, 8, 1, 64, device="cuda")  # doctest: +SKIP
+    >>> keys, values = torch.randn(2, 1, 2, 4, 32, 64, device="cuda")  # doctest: +SKIP
+    >>> out, lse = merge(*attend_blocks(query, keys, values, 64**-0.5, num_kv_splits=2))  # doctest: +SKIP
+    >>> out.shape, lse.shape  # doctest: +SKIP
+    (torch.Size([1, 8, 1, 64]), torch.Size([1, 8, 1]))
     """
     batch, heads, count, dim = parts.shape
     out = torch.empty((batch, heads, 1, dim), dtype=dtype, device=parts.device)

@@ -95,6 +95,15 @@ def plan_recall(
         Threshold: nothing moves if missing blocks are a smaller share of the chosen ones, over the whole layer.
     tally : Tensor (1,) of int64, or None
         Incremented by the number of blocks that move.
+
+    Examples
+    --------
+    >>> scores = torch.tensor([[[0.1, 0.9, 0.5, 0.7]]], device="cuda")  # doctest: +SKIP
+    >>> ids = torch.tensor([[[0, 1]]], dtype=torch.int32, device="cuda")  # slots hold blocks 0 and 1  # doctest: +SKIP
+    >>> slot_of = torch.tensor([[[0, 1, -1, -1]]], dtype=torch.int32, device="cuda")  # doctest: +SKIP
+    >>> moves = plan_recall(ids, slot_of, choose(scores, 2, 0, None, slot_of, 2))  # doctest: +SKIP
+    >>> ids.tolist(), slot_of.tolist(), moves.counts.tolist()  # block 3 replaces block 0  # doctest: +SKIP
+    ([[[3, 1]]], [[[-1, 1, -1, 0]]], [[1]])
     """
     batch, heads, capacity = ids.shape
     most, at = choice.missing.shape[2], isinstance(share, torch.Tensor)
@@ -145,6 +154,15 @@ def copy_blocks(pages: torch.Tensor, moves: Moves, keys: torch.Tensor, values: t
     moves : Moves
     keys, values : Tensor (batch, kv_heads, slots, block_size, head_dim)
         The slots, in the dtype of the pages; blocks are contiguous, both tensors have the same strides.
+
+    Examples
+    --------
+    >>> pages = torch.ones(3, 2, 2, 32, 64).pin_memory()  # 3 pages of 2 KV heads  # doctest: +SKIP
+    >>> addresses = torch.tensor([[page.data_ptr() for page in pages]], device="cuda")  # doctest: +SKIP
+    >>> keys, values = torch.zeros(2, 1, 2, 2, 32, 64, device="cuda")  # doctest: +SKIP
+    >>> copy_blocks(addresses, run_of_blocks(1, 2, 1, 2, keys.device), keys, values)  # blocks 1 and 2  # doctest: +SKIP
+    >>> bool((keys == 1).all())  # doctest: +SKIP
+    True
     """
     batch, heads, _, size, dim = keys.shape
     most = moves.blocks.shape[2]
@@ -158,7 +176,14 @@ def copy_blocks(pages: torch.Tensor, moves: Moves, keys: torch.Tensor, values: t
 
 
 def run_of_blocks(batch: int, heads: int, first: int, count: int, device: torch.device) -> Moves:
-    """Moves of blocks ``first`` to ``first + count - 1`` of every row and KV head into slots 0, 1, ..."""
+    """Moves of blocks ``first`` to ``first + count - 1`` of every row and KV head into slots 0, 1, ...
+
+    Examples
+    --------
+    >>> moves = run_of_blocks(1, 2, first=5, count=3, device=torch.device("cuda"))  # doctest: +SKIP
+    >>> moves.slots[0, 0].tolist(), moves.blocks[0, 0].tolist(), moves.counts.tolist()  # doctest: +SKIP
+    ([0, 1, 2], [5, 6, 7], [[3, 3]])
+    """
     slots = torch.arange(count, dtype=torch.int32, device=device).expand(batch, heads, count).contiguous()
     return Moves(slots, slots + first, torch.full((batch, heads), count, dtype=torch.int32, device=device))
 
@@ -199,6 +224,16 @@ def adopt_block(
 
     ``new_keys`` and ``new_values`` are (batch, kv_heads, block_size, head_dim) with the same strides, the last 1. Other
     parameters as in :func:`plan_recall` and :func:`copy_blocks`.
+
+    Examples
+    --------
+    >>> block = torch.ones(1, 2, 32, 64, device="cuda")  # doctest: +SKIP
+    >>> keys, values = torch.zeros(2, 1, 2, 4, 32, 64, device="cuda")  # doctest: +SKIP
+    >>> ids = torch.tensor([[[7, -1, -1, -1]] * 2], dtype=torch.int32, device="cuda")  # doctest: +SKIP
+    >>> slot_of = torch.full((1, 2, 16), -1, dtype=torch.int32, device="cuda")  # doctest: +SKIP
+    >>> adopt_block(8, block, block, ids, slot_of, keys, values)  # doctest: +SKIP
+    >>> ids[0, 0].tolist(), int(slot_of[0, 0, 8])  # doctest: +SKIP
+    ([7, 8, -1, -1], 1)
     """
     batch, heads, capacity = ids.shape
     size, dim = new_keys.shape[2:]

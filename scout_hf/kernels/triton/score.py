@@ -46,6 +46,13 @@ def score(
     -------
     Tensor (batch, kv_heads, blocks) of float32, or None
         None if no kernel supports the codes.
+
+    Examples
+    --------
+    >>> query = torch.randn(1, 8, 1, 64, device="cuda")  # doctest: +SKIP
+    >>> codes = torch.randn(1, 2, 100, 128, device="cuda")  # doctest: +SKIP
+    >>> score("minmax", query, codes).shape  # doctest: +SKIP
+    torch.Size([1, 2, 100])
     """
     if not _fits(scorer, query, codes, block_size):
         return None

@@ -62,7 +62,14 @@ PREFETCHING = (Tile(prefetch=LINES), Tile(128, 4, 2, LINES, 3), Tile(prefetch=BU
 
 
 def tile_for(query: torch.Tensor, keys: torch.Tensor) -> Tile:
-    """The best known tile for these shapes on this GPU, from :func:`tune` or the defaults."""
+    """The best known tile for these shapes on this GPU, from :func:`tune` or the defaults.
+
+    Examples
+    --------
+    >>> query = torch.randn(1, 32, 1, 128, device="cuda")  # doctest: +SKIP
+    >>> keys = torch.randn(1, 8, 64, 32, 128, device="cuda")  # doctest: +SKIP
+    >>> tile = tile_for(query, keys)  # doctest: +SKIP
+    """
     return _best(query.device, query.dtype, query.shape[-1], query.shape[1] // keys.shape[1], keys.shape[-2])
 
 
@@ -83,7 +90,13 @@ def _default(device: torch.device, dim: int, dtype: torch.dtype) -> Tile:
 
 
 def candidates(device: torch.device) -> tuple[Tile, ...]:
-    """The tiles that :func:`tune` tries on a device."""
+    """The tiles that :func:`tune` tries on a device.
+
+    Examples
+    --------
+    >>> len(candidates(torch.device("cuda"))) > 1  # doctest: +SKIP
+    True
+    """
     newest = torch.cuda.get_device_capability(device) >= (9, 0)
     return PLAIN + tuple(tile for tile in PREFETCHING if newest or tile.prefetch != BULK)
 
@@ -106,6 +119,14 @@ def tune(
     -------
     dict
         Median milliseconds by tile; tiles that do not fit this GPU are left out.
+
+    Examples
+    --------
+    >>> query = torch.randn(1, 32, 1, 128, dtype=torch.bfloat16, device="cuda")  # doctest: +SKIP
+    >>> keys, values = torch.randn(2, 1, 8, 64, 32, 128, dtype=torch.bfloat16, device="cuda")  # doctest: +SKIP
+    >>> run = lambda tile: attend_blocks(query, keys, values, 128**-0.5, tile=tile)  # doctest: +SKIP
+    >>> times = tune(query, keys, run)  # doctest: +SKIP
+    >>> best = min(times, key=times.get)  # doctest: +SKIP
     """
     times: dict[Tile, float] = {}
     for tile in candidates(query.device) if tiles is None else tiles:
