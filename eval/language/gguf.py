@@ -39,8 +39,13 @@ def read(file: Path) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
         model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where, **_dequantised(file))
-    except (ValueError, NotImplementedError) as error:
-        raise ConfigError(f"transformers cannot read {file.name}: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a broken file can end its readers anywhere
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ConfigError(
+            f"transformers cannot read {file.name}: {reason}; is it whole, and of an architecture that it knows?"
+        ) from error
     finally:
         if quiet:
             logging.disable_progress_bar()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from scout_hf.errors import ConfigError, MissingFileError
@@ -37,7 +38,7 @@ def load(
     Raises
     ------
     ConfigError
-        If it is no causal language model, has no tokenizer, or was not to be fetched.
+        If it is no causal language model, lacks weights or a tokenizer, is broken, or was not to be fetched.
     MissingFileError
         If the path leads nowhere, or nobody has the name.
 
@@ -59,12 +60,17 @@ def load(
     elif _is_path(name) and not Path(name, "config.json").is_file():
         raise MissingFileError(f"{name} is not the folder of a model: {Path(name, 'config.json')} is missing")
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError) as error:
+        model, told = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, SafetensorError) as error:
         known = f"the packaged models are {', '.join(PACKAGED)}"
         raise ConfigError(
             f"{name} cannot be loaded as a causal language model: {_first_line(error)}; {known}"
         ) from error
+    if missing := sorted(told["missing_keys"]):
+        raise ConfigError(
+            f"{name} lacks {len(missing)} of the weights of {type(model).__name__}, such as {missing[0]}, which "
+            "would be random; save the whole model with save_pretrained(folder), as a causal language model"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:

@@ -86,15 +86,16 @@ def study(
 
     Raises
     ------
-    ConfigError
-        If the text is too short or the model cannot read so much, before anything is measured.
+    ConfigError, PatchError
+        If the text is too short, the model cannot read so much, or a setting is none for it, before anything is
+        measured.
     """
-    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if most is not None and max(plan.lengths) + LAST_TOKENS > most:
-        raise ConfigError(f"{name} reads {most} tokens, {max(plan.lengths)} and their questions are more; try fewer")
     for config in plan.settings:
         with caches_of(model, config):
             pass  # PatchError and ConfigError now, not after an hour
+    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if most is not None and max(plan.lengths) + LAST_TOKENS > most:
+        raise ConfigError(f"{name} reads {most} tokens, {max(plan.lengths)} and their questions are more; try fewer")
     exams = {
         (tokens, number_): make_exam(tokenizer, text_, tokens, plan.each, plan.seed + number_)
         for tokens in plan.lengths

@@ -6,14 +6,20 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 import zipfile
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertLMHeadModel
 
 from scout_hf import ConfigError, ScoutConfig
-from scout_hf.errors import MissingFileError
+from scout_hf.errors import MissingFileError, UnsupportedModelError
 from scout_hf.eval.fidelity.options import Fidelity
 from scout_hf.eval.language import command, figures, forced, packaged, plots, report, study, tasks
 from scout_hf.eval.language.load import load
@@ -160,16 +166,19 @@ def test_divergence_is_that_of_all_tokens():
 # -- the study ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
+SETTINGS = tuple(ScoutConfig(budget=budget, digest="minmax", monitor=1.0) for budget in (None, 64))
+PLAN = study.Plan((TOKENS,), 1, 1, 0, SETTINGS)
+
+
+@pytest.fixture
 def plan():
-    settings = tuple(ScoutConfig(budget=budget, digest="minmax", monitor=1.0) for budget in (None, 64))
-    return study.Plan((TOKENS,), 1, 1, 0, settings)
+    return PLAN
 
 
 @pytest.fixture(scope="module")
-def studied(asked, plan, tmp_path_factory):
+def studied(tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
-    return out, study.study(asked[0], asked[1], "text", reference_text(), plan, out, False, lambda line: None)
+    return out, measured_in(out)
 
 
 def test_a_study_goes_on_from_what_was_measured(asked, plan, studied, monkeypatch):
@@ -188,6 +197,57 @@ def test_a_study_goes_on_from_what_was_measured(asked, plan, studied, monkeypatc
     assert again["cells"][: len(record["cells"])] == record["cells"]
     monkeypatch.setattr(forced.Reading, "__init__", None)  # nothing is read where all is there
     assert study.study(*args, plan, out, False, lambda line: None)["cells"] == record["cells"]
+
+
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+
+from scout_hf.eval.language import forced
+from tests.eval.test_language import measured_in
+
+before = forced.Reading.under
+
+
+def killed(self, config, *rest):
+    if config.budget is not None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return before(self, config, *rest)
+
+
+forced.Reading.under = killed
+measured_in(Path(sys.argv[1]))
+"""
+
+
+def measured_in(out):
+    """The study of the fixtures, in a folder."""
+    return study.study(*load_text_model(), "text", reference_text(), PLAN, out, False, lambda line: None)
+
+
+def test_a_study_that_was_killed_goes_on(studied, tmp_path, monkeypatch):
+    """The same figures, and no setting is measured twice."""
+    script, out = tmp_path / "study.py", tmp_path / "out"
+    script.write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(script), str(out)], env=environment, check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    before = (out / study.JOURNAL).read_bytes()
+    assert before.count(b"\n") == 2  # full attention, and everything
+    with (out / study.JOURNAL).open("ab") as file:
+        file.write(b'{"schema": 1, "cut o')
+    asked_for = []
+    under = forced.Reading.under
+    monkeypatch.setattr(
+        forced.Reading, "under", lambda self, config, *rest: asked_for.append(config) or under(self, config, *rest)
+    )
+    record = measured_in(out)
+    assert [one.budget for one in asked_for] == [64]
+    after = (out / study.JOURNAL).read_bytes()
+    assert after.startswith(before) and after.count(b"\n") == 3
+    for mine, whole in zip(record["cells"], studied[1]["cells"]):
+        mine, whole = ({name: one[name] for name in ("outcomes", "said", "attended", "mass")} for one in (mine, whole))
+        assert mine == whole
 
 
 def test_progress_ends_where_it_should(asked):
@@ -426,6 +486,46 @@ def test_a_model_without_a_tokenizer(asked, tmp_path):
     asked[1].save_pretrained(tmp_path)
     model, tokenizer = load(str(tmp_path))
     assert tokenizer("def").input_ids and not model.training
+
+
+def cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def without_queries(folder):
+    path = folder / "model.safetensors"
+    save_file({name: one for name, one in load_file(path).items() if "q_proj" not in name}, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"), [(cut, "invalid header length"), (without_queries, "lacks .* such as .*q_proj.*random")]
+)
+def test_a_folder_whose_weights_are_broken(asked, tmp_path, spoil, message):
+    for one in asked[:2]:
+        one.save_pretrained(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"nonsense" * 99, b"GGUF\3\0\0\0" + b"\0" * 16, b"GGUF\3\0\0\0" + b"\xff" * 64]
+)
+def test_a_file_that_is_no_model(tmp_path, content):
+    pytest.importorskip("gguf")
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="cannot read model.gguf: .* is it whole"):
+        load(str(path))
+
+
+def test_a_model_that_is_no_decoder_is_refused_before_anything_is_read(asked, plan, tmp_path):
+    bert = BertLMHeadModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    small = replace(plan, lengths=(16,))
+    with pytest.raises(UnsupportedModelError, match="Supported are decoder-only models"):
+        study.study(bert.eval(), asked[1], "bert", reference_text(), small, tmp_path / "new", False, print)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_of_something_else(tmp_path):
