@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from scout_hf.eval.language.figures import ALL, HEADLINE, TASKS, Mean, Row, Score, rows
+from scout_hf.eval.language.figures import ALL, HEADLINE, TASKS, Mean, Row, rows
 from scout_hf.eval.language.tasks import CONTINUATION, RECORDS
 from scout_hf.eval.tables import NONE, Grid, by, share
 
@@ -23,9 +23,7 @@ def tables(record: dict[str, Any], layers: bool = False) -> Iterator[Grid | str]
     every = rows(record)
     yield _headline(record, every)
     yield _said(every)
-    yield _by_task("loss per token by task, in nats", every, lambda one: one.token_loss.shown(2, "+"))
-    yield _by_task("KL per decode step by task, in nats", every, lambda one: one.divergence.shown(3))
-    yield _by_task("right by task, in %", every, lambda one: percent(one.right))
+    yield _by_task(every)
     yield _writing(every)
     yield _inside(every)
     if layers:
@@ -73,13 +71,25 @@ def _said(every: list[Row]) -> str:
     return " ".join(lines)
 
 
-def _by_task(title: str, every: list[Row], shown: Callable[[Score], str]) -> Grid:
-    tasks = [task for task in TASKS if any(task in row.scores for row in every)]
-
-    def cells(row: Row) -> list[str]:
-        return [shown(row.scores[task]) if task in row.scores else NONE for task in tasks]
-
-    return _grid(title, every, tuple(tasks), cells)
+def _by_task(every: list[Row]) -> Grid:
+    names = ("answers", "right, %", "log-prob", "loss per token", "KL")
+    grid = Grid("by task", ("tokens", "budget, digest", "task", *names), 3)
+    for row in every:
+        tasks = [task for task in TASKS if task in row.scores]
+        for task in tasks:
+            one, first = row.scores[task], task == tasks[0]
+            grid.add(
+                str(row.tokens) if first else "",
+                row.label if first else "",
+                task,
+                str(one.right.n),
+                percent(one.right),
+                f"{one.log_prob.value:.2f}",
+                NONE if row.setting is None else one.token_loss.shown(2, "+"),
+                NONE if row.setting is None else one.divergence.shown(3),
+                end=task == tasks[-1],
+            )
+    return grid
 
 
 def _writing(every: list[Row]) -> Grid:
@@ -91,7 +101,7 @@ def _writing(every: list[Row]) -> Grid:
             percent(row.fields),
             NONE if row.setting is None else percent(row.same),
             given.log_prob.shown(2) if given else NONE,
-            given.loss.shown(2, "+") if given else NONE,
+            given.loss.shown(2, "+") if given and row.setting else NONE,
             f"{math.exp(-onward.token_log_prob.value):.2f}" if onward else NONE,
         ]
 
@@ -107,7 +117,7 @@ def _inside(every: list[Row]) -> Grid:
         per_step = f"{row.attended / row.context:.1%}"
         return [per_step, *_seen(seen), f"{row.seconds:.0f}"]
 
-    return _grid("attention itself", every, ("read", *SEEN, "seconds"), cells)
+    return _grid("attention itself", every, ("read", *SEEN.values(), "seconds"), cells)
 
 
 SEEN = {"mass": "mass", "output_error": "error", "cosine": "cosine", "cpu_ratio": "CPU"}

@@ -8,6 +8,7 @@ Answers are forced; the records are also extracted, which is to say generated.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,11 @@ RETRIEVAL = ("word", "number", "two values", "two hops")
 """Tasks whose answers are facts hidden in the text, asked for one by one."""
 
 RECORDS, REPETITION, CONTINUATION = "records", "repetition", "continuation"
-TOKENS_PER_RECORD, MOST_RECORDS = 128, 24
+TOKENS_PER_RECORD, MOST_RECORDS, SHOWN_RECORDS = 128, 24, 2
+"""The last: how many begin the answer, which no case counts."""
+
+_RECORD = "{} works as a {}."
+_LINE = re.compile(r"^\W*(\w+) works as an? (\w+)", re.MULTILINE)
 INSTRUCTION = "Here is a text. Facts about some people stand in it.\n\n"
 
 
@@ -84,10 +89,9 @@ class Extraction:
     def read(self, text: str) -> dict[str, str]:
         """What an answer says of each name that is wanted; without those that it does not name."""
         said: dict[str, str] = {}
-        for line in text.splitlines():
-            name, colon, value = line.strip(" -*|").partition(":")
-            if colon and name in self.wanted:
-                said.setdefault(name, value.strip(" .|").lower())
+        for name, value in _LINE.findall(text):
+            if name in self.wanted:
+                said.setdefault(name, value.lower())
         return said
 
 
@@ -161,7 +165,7 @@ def make_exam(tokenizer: Any, text: str, tokens: int, each: int, seed: int) -> E
     people = random_.sample(NAMES, max(4, min(MOST_RECORDS, tokens // TOKENS_PER_RECORD)))
     records = {name: random_.choice(JOBS) for name in people}
     sentences = [sentence for fact in hidden for sentence in fact.sentences]
-    sentences += [f"{name} works as a {job}." for name, job in records.items()]
+    sentences += [_RECORD.format(name, job) for name, job in records.items()]
     cost = len(_ids(tokenizer, " ".join(sentences))) + 64
     capacity = tokens - cost
     if capacity < 8 * len(sentences):
@@ -216,30 +220,26 @@ def _answered(tokenizer: Any, fact: Fact) -> Given:
 
 
 def _listing(people: Sequence[str]) -> str:
-    return f'What do these people work as? Write a line "name: work" for each: {", ".join(people)}.'
-
-
-SHOWN_RECORDS = 2
-"""Records that begin the answer, which no case counts."""
+    return f"What do these people work as? Write a sentence for each: {', '.join(people)}."
 
 
 def _recorded(tokenizer: Any, records: dict[str, str], order: Sequence[str]) -> Given:
-    """All records as lines, a field each but for those that are shown."""
+    """All records, a field each but for those that are shown."""
     forced, fields = [], []
     for number, name in enumerate(order):
-        forced += _ids(tokenizer, f"{name}:")
+        forced += _ids(tokenizer, _RECORD.format(name, "").removesuffix(" ."))
         value = _ids(tokenizer, f" {records[name]}")
         if number >= SHOWN_RECORDS:
             fields.append((len(forced), len(forced) + len(value)))
-        forced += [*value, *_ids(tokenizer, "\n")]
+        forced += [*value, *_ids(tokenizer, ".\n")]
     return tuple(forced), tuple(fields)
 
 
 def _extraction(tokenizer: Any, prompt: tuple[int, ...], records: dict[str, str], order: Sequence[str]) -> Extraction:
-    shown = "".join(f"{name}: {records[name]}\n" for name in order[:SHOWN_RECORDS])
-    wanted = {name: records[name] for name in order[SHOWN_RECORDS:]}
-    whole = _ids(tokenizer, "".join(f"{name}: {job}\n" for name, job in wanted.items()))
-    return Extraction((*prompt, *_ids(tokenizer, shown)), wanted, len(whole) + len(whole) // 4)
+    lines = [_RECORD.format(name, records[name]) + "\n" for name in order]
+    shown, wanted = "".join(lines[:SHOWN_RECORDS]), {name: records[name] for name in order[SHOWN_RECORDS:]}
+    whole = _ids(tokenizer, "".join(lines[SHOWN_RECORDS:]))
+    return Extraction((*prompt, *_ids(tokenizer, shown)), wanted, len(whole) + len(whole) // 8)
 
 
 def _far(document: Sequence[int], each: int, random_: random.Random) -> list[Sequence[int]]:

@@ -75,8 +75,8 @@ def test_a_text_goes_on_as_it_does(asked):
 @pytest.mark.parametrize(
     ("written", "said"),
     [
-        ("Alice: baker\nBruno: pilot", {"Alice": "baker", "Bruno": "pilot"}),
-        ("- Bruno: Pilot.\n\nnothing\nZoe: nurse\nBruno: judge", {"Bruno": "pilot"}),
+        ("Alice works as a baker.\nBruno works as a pilot", {"Alice": "baker", "Bruno": "pilot"}),
+        ("- Bruno works as an Pilot.\n\nno\nZoe works as a nurse.\nBruno works as a judge.", {"Bruno": "pilot"}),
         ("Alice is a baker", {}),
     ],
 )
@@ -221,7 +221,8 @@ measured_in(Path(sys.argv[1]))
 
 
 def measured_in(out):
-    """The study of the fixtures, in a folder."""
+    """The study of the fixtures, in a folder; on one thread, since figures depend on how many there are."""
+    torch.set_num_threads(1)
     return study.study(*load_text_model(), "text", reference_text(), PLAN, out, False, lambda line: None)
 
 
