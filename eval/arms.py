@@ -27,10 +27,21 @@ class Missing(Exception):
 class Arm:
     """One way to decode: a row of a comparison.
 
-    ``options`` are those of ``scout_hf.patch``; None is an unpatched model. ``takes_budget``: it attends to a part,
-    else a budget changes nothing. ``emulated``: it has a link and a CPU to emulate. Of unpatched models, ``cache`` is
-    named as for ``generate``: dynamic, static, offloaded, offloaded_static, quantized; ``folded``: the GQA group is one
-    query tensor, which on a CPU is stock attention at its best; ``compiled``: the model is.
+    Attributes
+    ----------
+    name : str
+    options : dict or None
+        Options of ``scout_hf.patch``; None for an unpatched model.
+    takes_budget : bool
+        False if a budget changes nothing, since all tokens are attended.
+    emulated : bool
+        Whether it uses the emulated link and CPU.
+    cache : str
+        Of an unpatched model, as for ``generate``: dynamic, static, offloaded, offloaded_static or quantized.
+    folded : bool
+        Whether each GQA group is folded into one query tensor, the fastest form of stock attention on a CPU.
+    compiled : bool
+        Whether the model is compiled.
     """
 
     name: str
@@ -43,9 +54,20 @@ class Arm:
 
     @contextmanager
     def caches(self, model: PreTrainedModel, capacity: int = 0, **options: Any) -> Iterator[Caches]:
-        """Make the model decode this way inside the block; ``capacity`` is that of caches of a fixed length.
+        """Context manager: make the model decode this way, and yield its caches.
 
-        Raises :class:`Missing` where that cannot be.
+        Parameters
+        ----------
+        model : PreTrainedModel
+        capacity : int
+            Tokens of caches of a fixed length.
+        **options
+            Further options of ``scout_hf.patch``.
+
+        Raises
+        ------
+        Missing
+            If the arm cannot run here.
         """
         with ExitStack() as stack:
             if self.options is not None:
@@ -166,22 +188,49 @@ RANDOM = "random"
 
 
 def names() -> tuple[str, ...]:
-    """The arms of the comparison, in the order of tables."""
+    """The arms of the comparison, in the order of tables.
+
+    Returns
+    -------
+    tuple of str
+    """
     known = ("scout", "hgca", "infinigen", "kvpr", "dense", NAME)
     rest = [name for name in method_names() if name not in known]
     return (*STOCK, KVPRESS, ONE_TIER, *SCOUT, "hgca", "infinigen", KEPT, "kvpr", "dense", *rest)
 
 
 def rank(name: str) -> tuple[bool, int]:
-    """Sort key: the order of arms in tables; unknown arms come last."""
+    """Sort key of an arm in tables; unknown arms come last.
+
+    Parameters
+    ----------
+    name : str
+
+    Returns
+    -------
+    tuple
+    """
     known = names()
     return name not in known, known.index(name) if name in known else 0
 
 
 def parse(given: Sequence[str] | None) -> tuple[str, ...] | None:
-    """Names of arms from options, each one name or several separated by commas; None for all.
+    """Names of arms from options.
 
-    A name may hold a comma itself: the longest that is known counts. ValueError for an unknown one.
+    Parameters
+    ----------
+    given : sequence of str or None
+        Each one name, or several with commas between. A name may contain a comma: the longest known name is taken.
+
+    Returns
+    -------
+    tuple of str or None
+        None if nothing is given.
+
+    Raises
+    ------
+    ValueError
+        If a name is unknown.
     """
     found: list[str] = []
     for text in given or ():
@@ -197,13 +246,22 @@ def parse(given: Sequence[str] | None) -> tuple[str, ...] | None:
 
 
 def find(name: str, weights: str = "trained") -> Arm:
-    """The arm of that name; ValueError lists the known names.
+    """The arm of a name.
 
     Parameters
     ----------
     name : str
-    weights : str
-        ``random``: scout's choice of blocks drifts synthetically, as in a real text, and InfiniGen fills its budget.
+    weights : {"trained", "random"}
+        ``random``: the choice of blocks drifts synthetically, and InfiniGen fills its budget.
+
+    Returns
+    -------
+    Arm
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown; the message lists the known ones.
     """
     if name not in names():
         raise ValueError(f"arm {name!r} is not known; available are {', '.join(map(repr, names()))}")

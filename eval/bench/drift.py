@@ -24,10 +24,10 @@ SPARE_BLOCKS = 64
 
 
 class Drifting(Digest):
-    """Mixed into a real digest: scores as the walk has them, at the cost of the real ones and of three small kernels.
+    """A real digest whose scores get a random walk added, at the cost of the real scores and three small kernels.
 
-    ``correlation`` of the walk from one step to the next and ``gpu_kernels`` hold for all objects of all such digests:
-    set them before decoding.
+    ``correlation`` (of the walk from one step to the next) and ``gpu_kernels`` are shared by all drifting digests: set
+    them before decoding, with :func:`settings_for`.
     """
 
     correlation = 1.0
@@ -53,7 +53,17 @@ class Drifting(Digest):
         return scores
 
     def advance(self, like: torch.Tensor) -> torch.Tensor:
-        """One step of the walk, (batch, kv_heads, blocks) of float32 as ``like``; nothing waits for the device."""
+        """One step of the walk; does not synchronise with the device.
+
+        Parameters
+        ----------
+        like : Tensor (batch, kv_heads, blocks) of float32
+
+        Returns
+        -------
+        Tensor (batch, kv_heads, blocks) of float32
+            A view, valid until the next step.
+        """
         blocks = like.shape[2]
         held = 0 if self._walk is None else self._walk.shape[2]
         if blocks > held:
@@ -76,7 +86,19 @@ class Drifting(Digest):
         return walk
 
     def best(self, count: int, blocks: int) -> torch.Tensor:
-        """The ``count`` best of the first ``blocks`` blocks by the last step, bool (batch, kv_heads, blocks)."""
+        """The blocks with the highest scores in the last step.
+
+        Parameters
+        ----------
+        count : int
+            Blocks to choose.
+        blocks : int
+            Only the first ``blocks`` blocks are considered.
+
+        Returns
+        -------
+        Tensor (batch, kv_heads, blocks) of bool
+        """
         walk = self._walk[:, :, :blocks]
         return torch.zeros_like(walk, dtype=torch.bool).scatter_(2, walk.topk(count, dim=2).indices, True)
 
@@ -90,7 +112,18 @@ class Drifting(Digest):
 
 
 def drifting(name: str) -> str:
-    """The name of a digest that costs what the one of that name costs, and drifts; registered if it was not."""
+    """Register a drifting version of a digest, unless it is registered already.
+
+    Parameters
+    ----------
+    name : str
+        A registered digest, such as ``minmax``.
+
+    Returns
+    -------
+    str
+        Name of the drifting digest, for ``ScoutConfig(digest=...)``.
+    """
     made = PREFIX + name
     if made not in digest_names():
         real = type(make_digest(name))
@@ -99,9 +132,24 @@ def drifting(name: str) -> str:
 
 
 def watched_change(digests: list[Drifting], count: int, blocks: int, step: Callable[[], Any], steps: int) -> float:
-    """Make some steps more: the share of the ``count`` best blocks that the step before did not have, over all layers.
+    """Take some steps, and measure which share of the best blocks is new in each.
 
-    Of the walk and not of what Python saw: a captured step runs no Python.
+    The walk is read, not what Python code chose: a captured step runs no Python.
+
+    Parameters
+    ----------
+    digests : list of Drifting
+        One per layer.
+    count, blocks : int
+        The best ``count`` of the first ``blocks`` blocks are compared.
+    step : callable
+        Decodes one token.
+    steps : int
+
+    Returns
+    -------
+    float
+        Mean over steps and layers.
     """
     shares, old = [], [digest.best(count, blocks) for digest in digests]
     for _ in range(steps):
@@ -113,9 +161,28 @@ def watched_change(digests: list[Drifting], count: int, blocks: int, step: Calla
 
 
 def correlation_for(share: float, chosen: float) -> float:
-    """The walk's correlation at which that share of the best blocks, in [0, 1), changes in a step.
+    """The correlation of the walk with which a given share of the chosen blocks changes per step.
 
-    ``chosen`` is the share of all blocks that is chosen, in (0, 1).
+    Parameters
+    ----------
+    share : float
+        In [0, 1).
+    chosen : float
+        Chosen blocks as a share of all blocks, in (0, 1).
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    ValueError
+        If so many blocks cannot change.
+
+    Examples
+    --------
+    >>> 0.99 < correlation_for(0.1, 0.05) < 1.0
+    True
     """
     if not 0 <= share < 1.0 - chosen:
         raise ValueError(
@@ -140,7 +207,15 @@ def _changing(correlation: float, chosen: float) -> float:
 
 
 def settings_for(correlation: float, gpu_kernels: str) -> None:
-    """Set what holds for all drifting digests."""
+    """Set the correlation and the kernels of all drifting digests.
+
+    Parameters
+    ----------
+    correlation : float
+        As :func:`correlation_for` returns it.
+    gpu_kernels : str
+        As ``ScoutConfig.gpu_kernels``.
+    """
     Drifting.correlation, Drifting.gpu_kernels = correlation, gpu_kernels
 
 
@@ -148,9 +223,9 @@ NAME = "drifting-infinigen"
 
 
 class DriftingInfiniGen(InfiniGen):
-    """Chooses as many tokens as the real scores say, at their cost; which ones is a window over shuffled tokens.
+    """InfiniGen whose chosen tokens drift: as many as the real scores choose, at their cost, but from shuffled tokens.
 
-    ``share`` of a head's tokens, the same for all objects, leaves and comes in a step: set it before decoding.
+    ``share`` of a head's tokens is replaced per step. It is shared by all objects: set it before decoding.
     """
 
     name = NAME
@@ -172,7 +247,13 @@ class DriftingInfiniGen(InfiniGen):
 
 
 def drifting_infinigen() -> str:
-    """The name of that method; registered if it was not."""
+    """Register :class:`DriftingInfiniGen`, unless it is registered already.
+
+    Returns
+    -------
+    str
+        Its name, for ``ScoutConfig(method=...)``.
+    """
     if NAME not in method_names():
         register_method(DriftingInfiniGen)
     return NAME

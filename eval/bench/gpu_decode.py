@@ -46,10 +46,26 @@ SETTINGS = ("device", "layers", "steps", "budget", "block_size", "digest", "cpu_
 
 
 def run(asked: GpuDecode, tell: Tell = silent) -> dict[str, Any]:
-    """Measure everything that is not in the file yet, and return all of it in a form that JSON takes.
+    """Measure the arms that are not in the file yet.
 
     The file in ``out`` is written after every arm. On ``cpu`` both tiers are in host memory, and arms that need CUDA
     are skipped.
+
+    Parameters
+    ----------
+    asked : GpuDecode
+    tell : callable
+        Receives progress messages.
+
+    Returns
+    -------
+    dict
+        The whole record, for JSON.
+
+    Raises
+    ------
+    ValueError
+        If an option is not allowed.
     """
     models, contexts, batches = asked.model or tuple(MODELS), asked.context or CONTEXTS, asked.batch or BATCHES
     place, caps, arms = devices.find(asked.device), parse_caps(asked.caps), _check(asked, models, contexts)
@@ -94,7 +110,7 @@ def run(asked: GpuDecode, tell: Tell = silent) -> dict[str, Any]:
 
 
 def _begin(path: Path | None, fresh: bool, settings: dict[str, Any], place: torch.device) -> Record:
-    """Rates are measured again; figures of one run carry its time, and only they are compared."""
+    """The record to continue. Rates are measured again; only figures of one run are compared, by its time."""
     held = {"benchmark": "gpu_decode", "models": {}, "arms": [], "largest": [], "settings": settings}
     held |= {"machine": machine.describe(), "device": devices.describe(place)}
     held["cache_grows"] = "by one token per step, warm-up included"
@@ -111,7 +127,7 @@ def _begin(path: Path | None, fresh: bool, settings: dict[str, Any], place: torc
 
 
 def _smaller_failed(arms: list[dict[str, Any]], cell: dict[str, Any]) -> dict[str, str] | None:
-    """A result without a try, if the same with fewer rows ran out of memory."""
+    """The result ``oom`` without a run, if fewer rows of the same cell ran out of memory."""
     for one in arms:
         same = all(one[name] == cell[name] for name in ("model", "context", "arm"))
         if same and one["batch"] <= cell["batch"] and "oom" in one:
@@ -135,7 +151,7 @@ class _Bench:
         }
 
     def measure(self, arm: str, context: int, batch: int) -> dict[str, Any]:
-        """One arm, or why there are no figures."""
+        """Figures of one arm, or the reason why there are none."""
         measure = functools.partial(self._measure, arm, context, batch)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
@@ -146,7 +162,7 @@ class _Bench:
         return found | ({"warnings": sorted(said)} if said else {})
 
     def largest(self, arm: str, context: int, cap_gib: float) -> dict[str, Any]:
-        """The most rows, a power of two, that decode within so much memory of the device; and how fast."""
+        """The largest batch, a power of two, that decodes within ``cap_gib`` of device memory, with its figures."""
         if self.device.type != "cuda":
             return {"skipped": "memory is capped by CUDA's allocator; it takes --device cuda"}
         share = min(1.0, cap_gib * 2**30 / torch.cuda.get_device_properties(self.device).total_memory)
@@ -215,7 +231,7 @@ class _Bench:
 
     @contextmanager
     def _decoding(self, arm: str, context: int, batch: int) -> Iterator[tuple[Cache, Callable, Any]]:
-        """A filled cache, a step with it, and the handle of a patched model."""
+        """Context manager: a filled cache, a function that takes one step, and the handle (None if unpatched)."""
         drift.settings_for(_correlation(self.options, self.share, context), self.options["gpu_kernels"])
         capacity, call = context + WARM_UPS + 2 * self.steps + PROFILED, self.model
         try:
@@ -237,7 +253,7 @@ class _Bench:
                 torch.compiler.reset()
 
     def _drift(self, cache: Cache, context: int, step: Callable) -> dict[str, float | None]:
-        """What selection did, and what its walk costs each step, as the device is given nothing else."""
+        """The measured share of blocks that changes per step, and the cost of the random walk."""
         selectors = [layer.method.selector for layer in cache.scout_layers]
         walks = [one.digest for one in selectors]
         chosen, blocks = _chosen(self.options, context)
@@ -256,7 +272,7 @@ class _Bench:
         return {"drift_measured": measured, "drift_ms": 1e3 * cost.median}
 
     def _limit(self, cache: Cache, held: dict[str, int]) -> dict[str, float | None]:
-        """What a step must move at least, and the time that the device's own rates leave for it."""
+        """Bytes that a step must read, and the time that this takes at the measured rates."""
         weights, copy, link = weight_bytes(self.model), self.facts["copy"], self.facts["link"]
         over_link = held["host"] if getattr(cache, "offloading", False) else 0
         moved = weights + held["device"] + held["digests"]
@@ -270,7 +286,7 @@ class _Bench:
 
 
 def _warm_up(step: Callable[[], Any]) -> float:
-    """Some steps, and seconds of the fastest; fewer of slow ones, but for the first, which compile and capture."""
+    """Run warm-up steps, fewer if they are slow; seconds of the fastest. The first ones compile and capture."""
     taken = []
     while len(taken) < WARM_UPS and (len(taken) < FEWEST or sum(taken) < LONG_SECONDS / 2):
         taken.append(timed(step))
@@ -278,9 +294,19 @@ def _warm_up(step: Callable[[], Any]) -> float:
 
 
 def largest_power(measure: Callable[[int], dict[str, Any]], most: int) -> dict[str, Any]:
-    """The largest power of two up to ``most`` that ``measure`` gives a time for, by halving, and what it gave.
+    """The largest power of two that works, by bisection.
 
-    ``stopped_by`` is what it gave for the next one; None where ``most`` was reached.
+    Parameters
+    ----------
+    measure : callable
+        Returns a result for a number of rows; one with a time counts as working.
+    most : int
+        Largest number to try.
+
+    Returns
+    -------
+    dict
+        The number, its result, and as ``stopped_by`` the result of the next power; None if ``most`` was reached.
     """
     low, high = -1, most.bit_length()  # fits, does not fit
     best, stopped = None, None
@@ -295,7 +321,28 @@ def largest_power(measure: Callable[[int], dict[str, Any]], most: int) -> dict[s
 
 
 def parse_caps(text: str) -> list[float]:
-    """Numbers of GiB from ``24,40,80``; none from an empty text."""
+    """The option ``--caps``.
+
+    Parameters
+    ----------
+    text : str
+        Such as ``24,40,80``.
+
+    Returns
+    -------
+    list of float
+        GiB; empty for an empty text.
+
+    Raises
+    ------
+    ValueError
+        If a part is not a number above 0.
+
+    Examples
+    --------
+    >>> parse_caps("24,40")
+    [24.0, 40.0]
+    """
     try:
         caps = [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
@@ -306,7 +353,7 @@ def parse_caps(text: str) -> list[float]:
 
 
 def _chosen(options: dict[str, Any], context: int) -> tuple[int, int]:
-    """Blocks that are chosen, and those to choose from."""
+    """Number of chosen blocks, and of those to choose from."""
     config = scout_hf.ScoutConfig(**options)
     recent = config.blocks(config.window)
     return max(1, config.blocks(config.budget) - recent), context // config.block_size - recent
@@ -318,7 +365,7 @@ def _correlation(options: dict[str, Any], share: float, context: int) -> float:
 
 
 def _ratios(arms: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Stock times by Scout's, of one run only."""
+    """Stock times divided by those of scout, within one run."""
     rows = []
     for ours in arms:
         if "median_ms" not in ours or ours["arm"].startswith("stock"):

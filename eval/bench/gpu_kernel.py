@@ -52,11 +52,26 @@ FILL_TOKENS = 8192
 
 
 def run(options: GpuKernel, tell: Tell = silent) -> dict[str, Any]:
-    """Measure everything and return it in a form that JSON takes.
+    """Measure the decode kernel and block scoring.
 
-    On ``cpu`` the kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), which proves that this runs and
-    measures nothing. The best tile found for each head size, GQA group and block size is kept for later decoding;
-    blocks scattered over a long context come last, so it is theirs.
+    On ``cpu`` the kernels run in Triton's interpreter (``TRITON_INTERPRET=1``): this shows that the benchmark runs, and
+    its times mean nothing. The best tile for each head size, GQA group and block size is saved for later decoding.
+
+    Parameters
+    ----------
+    options : GpuKernel
+    tell : callable
+        Receives progress messages.
+
+    Returns
+    -------
+    dict
+        For JSON.
+
+    Raises
+    ------
+    ValueError
+        If an option is not allowed.
     """
     given = {"batches": options.batch, "contexts": options.context, "block_sizes": options.block_size}
     given |= {"heads": [parse_heads(one) for one in options.heads or ()]}
@@ -98,7 +113,7 @@ def run(options: GpuKernel, tell: Tell = silent) -> dict[str, Any]:
 
 
 class _Bench:
-    """What all cells share; ``rate`` is the device's own of copying, in GB/s, or None."""
+    """Settings shared by all cells; ``rate`` is the measured rate of copies on the device, in GB/s, or None."""
 
     def __init__(self, device, kernels, dim: int, repeat: int, seed: int, rate: float | None):
         self.device, self.kernels, self.dim = device, kernels, dim
@@ -106,7 +121,7 @@ class _Bench:
         self.random = torch.Generator(device).manual_seed(seed)
 
     def guarded(self, measure, *cell) -> dict[str, Any]:
-        """What a cell gives; an error, and running out of memory, is a result."""
+        """The result of a cell; an error or lack of memory is a result too."""
         where, need, call = measure(*cell)
         found = devices.too_large(need, self.device) or devices.outcome(call, self.device)
         devices.release(self.device)
@@ -115,7 +130,7 @@ class _Bench:
     # -- the cells: what they are, the memory that they need, and what measures them ------------------------------
 
     def dense(self, heads: int, kv_heads: int, size: int, batch: int, tokens: int):
-        """Attention to all of a context that lies in one piece."""
+        """Attention to the whole of a contiguous context."""
         kv = 2 * batch * kv_heads * tokens * self.dim * DTYPE.itemsize
         turns = devices.copies(kv, self.device)
         where = self._where(heads, kv_heads, size, batch, tokens) | {"kv_bytes": kv, "copies": turns}
@@ -136,7 +151,7 @@ class _Bench:
         return where, turns * kv, measure
 
     def scattered(self, heads: int, kv_heads: int, size: int, batch: int, selected: int, tokens: int):
-        """Attention to blocks scattered over a pool of pages, others for every KV head."""
+        """Attention to blocks scattered over a pool of pages; each KV head has other blocks."""
         blocks, count = tokens // size, selected // size
         kv = 2 * batch * kv_heads * selected * self.dim * DTYPE.itemsize
         turns = max(2, devices.copies(kv, self.device))
@@ -161,7 +176,7 @@ class _Bench:
         return where, kv * tokens // selected, measure
 
     def score(self, heads: int, kv_heads: int, size: int, tokens: int, name: str, batch: int, selected: int):
-        """Scores of all digests of a context, and the choice of blocks by them."""
+        """Scores of all digests of a context, and the choice of the top-k blocks."""
         blocks = tokens // size
         count = max(1, min(blocks, selected // size))
         where = {"digest": name, "query_heads": heads, "kv_heads": kv_heads, "block_size": size, "batch": batch}
@@ -213,7 +228,7 @@ class _Bench:
         return self.kernels.merge(*parts, dtype=query.dtype)[0]
 
     def _tiles(self, query, keys, sets, attend) -> dict[str, tuple[list[Callable], Any]]:
-        """The best tile of every kind of prefetch: calls, and the tile."""
+        """Calls with the best tile of each kind of prefetch."""
         from scout_hf.kernels.triton import prefetch, tuning
 
         kinds = {PLAIN: prefetch.OFF, LINES: prefetch.LINES, BULK: prefetch.BULK}
@@ -232,7 +247,7 @@ class _Bench:
         return calls
 
     def _compare(self, ours: dict[str, tuple[list[Callable], Any]], others: dict[str, Callable], kv: int):
-        """Times of all, and how far the kernel's result is from torch's."""
+        """Times of all kernels, and the largest difference from torch's result."""
         calls, found = {name: row for name, (row, _) in ours.items()}, {}
         for name, make in others.items():
             ready = devices.outcome(functools.partial(made, make), self.device)
@@ -256,7 +271,7 @@ class _Bench:
     def _times(
         self, calls: dict[str, list[Callable]], read: dict[str, int]
     ) -> tuple[dict[str, Timing], dict[str, Any]]:
-        """Times of calls, and the same for JSON, with rates of those that read so many bytes."""
+        """Times of the calls, and the same for JSON with rates for those that read so many bytes."""
         bursts = {name: devices.burst(row, self.device) for name, row in calls.items()}
         times, records = devices.time_bursts(bursts, self.repeat, self.seed), {}
         for name, timing in times.items():
@@ -267,7 +282,7 @@ class _Bench:
         return times, records
 
     def _codes(self, name: str, batch: int, kv_heads: int, size: int, tokens: int):
-        """Codes of random keys, filled in parts, and the digest that made them."""
+        """Codes of random keys, made in chunks, and the digest that made them."""
         config, selector = ScoutConfig(block_size=size, digest=name, gpu_kernels="triton"), None
         for first in range(0, tokens, FILL_TOKENS):
             keys = self._normal(batch, kv_heads, min(FILL_TOKENS, tokens - first), self.dim)
@@ -277,7 +292,7 @@ class _Bench:
 
 
 def _ratios(times: dict[str, Timing]) -> Iterator[tuple[str, float]]:
-    """Times by the plain kernel's; ``prefetch/plain`` is the better kind's."""
+    """Times divided by the plain kernel's; ``prefetch/plain`` is that of the better kind of prefetch."""
     plain = times[PLAIN].median
     for name, timing in times.items():
         if name != PLAIN:
@@ -288,7 +303,27 @@ def _ratios(times: dict[str, Timing]) -> Iterator[tuple[str, float]]:
 
 
 def parse_heads(text: str) -> tuple[int, int]:
-    """Query heads and KV heads from ``32/8``."""
+    """The option ``--heads``.
+
+    Parameters
+    ----------
+    text : str
+
+    Returns
+    -------
+    tuple of int
+        Query heads and KV heads.
+
+    Raises
+    ------
+    ValueError
+        If it is not two numbers with a slash between.
+
+    Examples
+    --------
+    >>> parse_heads("32/8")
+    (32, 8)
+    """
     try:
         query_heads, kv_heads = map(int, text.split("/"))
     except ValueError:

@@ -27,9 +27,15 @@ SIDES = ("stock", "scout")
 
 @dataclass
 class Row:
-    """One metric of one task or group, the scores of either side, and ``Tally.as_dict()`` of either.
+    """One metric of one task or group, for stock attention and for scout.
 
-    What a task cost is None for a group.
+    Attributes
+    ----------
+    task, metric : str
+    stock, scout : float
+        Scores.
+    cost : dict
+        ``Tally.as_dict()`` by side; None for a group.
     """
 
     task: str
@@ -40,14 +46,24 @@ class Row:
 
     @property
     def difference(self) -> float:
-        """Scout less stock."""
+        """The score of scout minus that of stock."""
         return self.scout - self.stock
 
 
 def run_both(args: argparse.Namespace, execute: Callable[[argparse.Namespace], None]) -> None:
-    """Run lm-eval twice, print the table, and write it under ``--output_path`` if that was given.
+    """Run lm-eval with stock attention and with scout, print a table, and save it under ``--output_path``.
 
-    ``args`` are those of lm-eval's ``run``, and ``execute`` runs lm-eval with such arguments.
+    Parameters
+    ----------
+    args : argparse.Namespace
+        Arguments of lm-eval's ``run``.
+    execute : callable
+        Runs lm-eval with such arguments.
+
+    Raises
+    ------
+    HarnessError
+        If ``--model`` is not ``scout``, or ``attention`` is among the model arguments.
     """
     if (model := option(args, "model")) != "scout":
         raise HarnessError(f"--beside-stock compares `--model scout` with stock attention; --model is {model!r}")
@@ -85,7 +101,18 @@ def run_both(args: argparse.Namespace, execute: Callable[[argparse.Namespace], N
 
 
 def compare(stock: dict[str, Any], scout: dict[str, Any]) -> list[Row]:
-    """Rows of two results of ``simple_evaluate``; of a LongBench task only ``score``, its metric's other name."""
+    """The rows of two results.
+
+    Parameters
+    ----------
+    stock, scout : dict
+        As ``lm_eval.simple_evaluate`` returns them.
+
+    Returns
+    -------
+    list of Row
+        LongBench tasks have only ``score``, since their other metric has the same value.
+    """
     costs = {side: result["config"]["scout_hf"]["tasks"] for side, result in zip(SIDES, (stock, scout))}
     before = stock.get("groups", {}) | stock["results"]
     rows = []
@@ -101,7 +128,14 @@ def compare(stock: dict[str, Any], scout: dict[str, Any]) -> list[Row]:
 
 
 def show(rows: list[Row], console: Console | None = None) -> None:
-    """Print the table; wider than 80 columns where there is no terminal to ask."""
+    """Print the table.
+
+    Parameters
+    ----------
+    rows : list of Row
+    console : Console or None
+        None for standard output; 140 columns wide if that is not a terminal.
+    """
     console = console or Console()
     if not console.is_terminal:
         console.width = 140
@@ -120,7 +154,18 @@ def show(rows: list[Row], console: Console | None = None) -> None:
 
 
 def as_record(rows: list[Row], results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The table for JSON, with settings and versions."""
+    """The table for JSON, with settings and versions.
+
+    Parameters
+    ----------
+    rows : list of Row
+    results : dict
+        Results of ``lm_eval.simple_evaluate`` by side.
+
+    Returns
+    -------
+    dict
+    """
     config = results["scout"]["config"]
     return {
         "rows": [{**asdict(row), "difference": row.difference} for row in rows],

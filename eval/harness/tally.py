@@ -18,12 +18,18 @@ from scout_hf.eval.caches import kv_bytes
 
 @dataclass
 class Tally:
-    """Sums over the passes of a task; a step with several rows makes a token for each.
+    """Sums over the forward passes of a task.
 
-    Prefill: passes with several tokens per row, padding included. Decode: one-token passes, rows that are done
-    included, with all that goes on between them. Bytes: of the largest cache, by tier; all of a stock cache is
-    ``stock``. Attended and context: sums over decode steps of means over rows, layers and KV heads; equal for stock
-    attention.
+    Attributes
+    ----------
+    prefill_tokens, prefill_seconds
+        Passes with several tokens per row; padding counts.
+    decode_tokens, decode_seconds
+        Passes with one token per row; finished rows count, and so does the time between the passes.
+    kv_bytes : dict
+        Bytes of the largest cache by tier; ``stock`` for a stock cache.
+    attended, context : float
+        Tokens per decode step, averaged over rows, layers and KV heads, and summed over steps; 0 for stock attention.
     """
 
     prefill_tokens: int = 0
@@ -35,7 +41,14 @@ class Tally:
     context: float = 0.0
 
     def add(self, other: Tally, at_once: bool = False) -> None:
-        """Take in another tally, of work that was done after this or, on another process, ``at_once``."""
+        """Add another tally.
+
+        Parameters
+        ----------
+        other : Tally
+        at_once : bool
+            Whether the other work ran at the same time, in another process: then the longer time counts, not the sum.
+        """
         for name in ("prefill_tokens", "decode_tokens", "attended", "context"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("prefill_seconds", "decode_seconds"):
@@ -44,12 +57,23 @@ class Tally:
         self.kv_bytes = max(self.kv_bytes, other.kv_bytes, key=lambda held: sum(held.values()))
 
     def add_stats(self, stats: Stats) -> None:
-        """Take in what a patched model attended."""
+        """Add the attended tokens of a patched model.
+
+        Parameters
+        ----------
+        stats : Stats
+        """
         self.attended += stats.attended_tokens * stats.steps
         self.context += stats.context_tokens * stats.steps
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, with decoded tokens of all rows per second and the attended share; None where there was nothing."""
+        """The sums for JSON.
+
+        Returns
+        -------
+        dict
+            With ``tokens_per_second`` (decoded, all rows) and ``attended_share``, each None if nothing was counted.
+        """
         return {
             "prefill_tokens": self.prefill_tokens,
             "decode_tokens": self.decode_tokens,
@@ -63,7 +87,15 @@ class Tally:
 
 @contextmanager
 def measured(model: torch.nn.Module, tally: Tally) -> Iterator[None]:
-    """Watch the passes of a model inside the block: prefills, and the decode steps after each."""
+    """Context manager: count and time the forward passes of a model.
+
+    Parameters
+    ----------
+    model : Module
+        May be a PEFT wrapper.
+    tally : Tally
+        Changed.
+    """
     # An adapter's generate() calls the model inside.
     model = getattr(model, "get_base_model", lambda: model)()
     watch = _Watch(model, tally)

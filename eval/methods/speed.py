@@ -34,23 +34,52 @@ CPU_TO_LINK = 100.0 / 15.0
 
 @dataclass(frozen=True)
 class Emulation:
-    """Rates of another machine's link and CPU, in GB/s of KV; None for as fast as it goes."""
+    """Emulated rates of another machine's link and CPU.
+
+    Attributes
+    ----------
+    link_gbps, cpu_gbps : float or None
+        GB/s of KV; None for no limit.
+    """
 
     link_gbps: float | None = None
     cpu_gbps: float | None = None
 
     def options(self) -> dict[str, float]:
-        """For ``scout_hf.patch``."""
+        """The rates as settings.
+
+        Returns
+        -------
+        dict
+            Keyword arguments of ``scout_hf.patch``.
+        """
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def emulation_of(
     emulate: str | None, link_gbps: float | None, cpu_gbps: float | None, block_size: int
 ) -> tuple[Emulation, str]:
-    """The rates, and how they came about in words.
+    """The rates to emulate, from options.
 
-    ``paper``: this machine's own attention on the calling thread stands for the GPU, link and CPU are as much slower as
-    on the paper's machine.
+    Parameters
+    ----------
+    emulate : str or None
+        ``paper``: the proportions of the paper's machine. This machine's attention on the calling thread stands for the
+        GPU; link and CPU are slower than it by the paper's ratios.
+    link_gbps, cpu_gbps : float or None
+        Rates given directly, in GB/s of KV.
+    block_size : int
+
+    Returns
+    -------
+    Emulation
+    str
+        How the rates were chosen.
+
+    Raises
+    ------
+    ValueError
+        If ``emulate`` is unknown, or given together with a rate.
     """
     if emulate is None:
         given = Emulation(link_gbps, cpu_gbps)
@@ -68,7 +97,20 @@ def emulation_of(
 
 
 def device_gbps(tokens: int = 8192, repeat: int = 9) -> float:
-    """GB/s of KV that torch attends here, one row, 32 query and 8 KV heads of 64 in bf16; the median."""
+    """The rate of torch's attention on this machine: one row, 32 query and 8 KV heads of 64, bf16.
+
+    Parameters
+    ----------
+    tokens : int
+        Context.
+    repeat : int
+        Runs; the median counts.
+
+    Returns
+    -------
+    float
+        GB/s of KV.
+    """
     keys, values = (torch.randn(1, 8, tokens, 64).to(torch.bfloat16) for _ in range(2))
     query = torch.randn(1, 32, 1, 64).to(torch.bfloat16)
     return 2 * keys.nbytes / median_of(lambda: attend(query, keys, values, 0.125), repeat) / 1e9
@@ -85,7 +127,26 @@ SPARE_BYTES = 1 << 30
 
 
 def make_model(shape: str, layers: int, seed: int, device: str = "cpu") -> PreTrainedModel:
-    """A model with random weights, of one of ``SHAPES`` or in the shape of a real one; or the one in a folder."""
+    """The model to time.
+
+    Parameters
+    ----------
+    shape : str
+        One of ``SHAPES`` or of ``bench.models.MODELS``, with random weights; or the folder of a model.
+    layers : int
+        Of models with random weights.
+    seed : int
+    device : str
+
+    Returns
+    -------
+    PreTrainedModel
+
+    Raises
+    ------
+    ValueError
+        If there is no such device.
+    """
     place = devices.find(device)
     if shape in SHAPES:
         return make_llama(seed, num_hidden_layers=layers, vocab_size=1024, **SHAPES[shape]).to(place)
@@ -95,7 +156,17 @@ def make_model(shape: str, layers: int, seed: int, device: str = "cpu") -> PreTr
 
 
 def check_shape(shape: str) -> None:
-    """ValueError unless :func:`make_model` can make it."""
+    """Check the option ``--shape``.
+
+    Parameters
+    ----------
+    shape : str
+
+    Raises
+    ------
+    ValueError
+        Unless :func:`make_model` can make it.
+    """
     known = (*SHAPES, *MODELS)
     if shape not in known and not Path(shape, "config.json").is_file():
         raise ValueError(
@@ -105,9 +176,18 @@ def check_shape(shape: str) -> None:
 
 @torch.no_grad()
 def fill(model: PreTrainedModel, cache: Cache, rows: int, tokens: int, seed: int = 0) -> None:
-    """Keys and values that every layer makes of random inputs, without a forward pass; then a turn of some tokens.
+    """Fill a cache with keys and values of random inputs, without a forward pass, then run a turn of 64 tokens.
 
-    In that turn every method weighs and chooses what it keeps.
+    In that turn every method selects what it keeps.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    cache : Cache
+        Empty; changed.
+    rows, tokens : int
+        Batch, and tokens per row.
+    seed : int
     """
     family, device, dtype = family_of(model), model.device, model.dtype
     decoder, random = family.decoder(model), torch.Generator(device).manual_seed(seed)
@@ -139,7 +219,27 @@ def measure(
     seconds: float,
     most_steps: int,
 ) -> dict[str, Any]:
-    """Steps of one cell, as a dict for JSON; ``missing`` or ``oom`` where there are none."""
+    """Time the decode steps of one cell.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    way_name : str
+        Name of the arm.
+    context, batch : int
+    budget, block_size : int
+    emulation : Emulation
+    drift_share : float
+        Share of the chosen blocks that changes per step.
+    seconds : float
+        Time limit for the timed steps; at least 3 are taken.
+    most_steps : int
+
+    Returns
+    -------
+    dict
+        Figures for JSON. Or only ``missing`` if the arm cannot run here, or ``oom`` if the KV does not fit into memory.
+    """
     arm = arms.find(way_name, arms.RANDOM)
     on_device = model.device.type != "cpu"
     need = batch * context * kv_bytes_per_token(model.config) * model.dtype.itemsize // DTYPE.itemsize

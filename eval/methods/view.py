@@ -16,7 +16,7 @@ SHAPE_NAMES = {"gqa": "32 query and 8 KV heads of 64", "mha": "32 query and 32 K
 
 
 class Place(NamedTuple):
-    """Cells that may be compared: one shape, context and batch."""
+    """Cells that may be compared: same shape, context and batch."""
 
     shape: str
     context: int
@@ -30,7 +30,19 @@ class Place(NamedTuple):
 
 
 def places(record: Record, shape: str | None = None) -> list[Place]:
-    """Places of the record, of one shape or all, in the order of shape, batch and context."""
+    """The places at which steps were timed.
+
+    Parameters
+    ----------
+    record : dict
+    shape : str or None
+        Only places of this shape; None for all.
+
+    Returns
+    -------
+    list of Place
+        Sorted by shape, batch and context.
+    """
     found = {Place(one["shape"], one["context"], one["batch"]) for one in _part(record, "speed")}
     return sorted(
         (place for place in found if shape in (None, place.shape)),
@@ -39,41 +51,117 @@ def places(record: Record, shape: str | None = None) -> list[Place]:
 
 
 def at(record: Record, place: Place | None) -> list[Cell]:
-    """The cells of a place, in the order of arms."""
+    """The timed cells of one place.
+
+    Parameters
+    ----------
+    record : dict
+    place : Place or None
+
+    Returns
+    -------
+    list of dict
+        In the order of arms; empty for None.
+    """
     cells = [one for one in _part(record, "speed") if (one["shape"], one["context"], one["batch"]) == place]
     return sorted(cells, key=lambda one: arms.rank(one["way"]))
 
 
 def measured(cells: list[Cell]) -> list[Cell]:
-    """Those with a figure."""
+    """The cells that have figures.
+
+    Parameters
+    ----------
+    cells : list of dict
+
+    Returns
+    -------
+    list of dict
+    """
     return [one for one in cells if "step_ms" in one or "row_step_ms" in one]
 
 
 def figures_of(record: Record, place: Place | None, name: str = "tokens_per_s") -> dict[str, float]:
-    """One figure of every way that was measured at a place."""
+    """One figure of every arm measured at a place.
+
+    Parameters
+    ----------
+    record : dict
+    place : Place or None
+    name : str
+        Key of a cell, such as ``step_ms``.
+
+    Returns
+    -------
+    dict
+        Figures by name of the arm.
+    """
     return {one["way"]: one[name] for one in measured(at(record, place))}
 
 
 def widest(record: Record, shape: str) -> Place | None:
-    """The longest context of a shape at which nearly as many ways were measured as anywhere."""
+    """The longest context of a shape at which nearly all arms were measured.
+
+    Parameters
+    ----------
+    record : dict
+    shape : str
+
+    Returns
+    -------
+    Place or None
+        None if nothing of this shape was measured.
+    """
     counts = {place: len(measured(at(record, place))) for place in places(record, shape)}
     wide = [place for place, count in counts.items() if count >= NEARLY * max(counts.values())]
     return max(wide, key=lambda place: (place.context, counts[place]), default=None)
 
 
 def best_stock(cells: list[Cell]) -> float | None:
-    """Milliseconds of stock, by whichever of its attention on a device is faster; None where it was not measured."""
+    """Milliseconds per step of stock attention: ``stock`` or ``stock folded``, whichever is faster.
+
+    Parameters
+    ----------
+    cells : list of dict
+        Of one place.
+
+    Returns
+    -------
+    float or None
+        None if stock was not measured.
+    """
     return min((one["step_ms"] for one in measured(cells) if one["way"] in ("stock", arms.FOLDED)), default=None)
 
 
 def equal(record: Record) -> dict[tuple[int, float | None], list[Cell]]:
-    """Cells of equal memory by context and GiB (None: what one stock row holds), the fastest first."""
+    """The cells at equal device memory.
+
+    Parameters
+    ----------
+    record : dict
+
+    Returns
+    -------
+    dict
+        Lists of cells, fastest first, by (context, GiB); GiB is None for the memory of one stock row.
+    """
     groups = by(_part(record, "equal"), lambda one: (one["context"], one.get("gib")))
     return {key: sorted(cells, key=lambda one: -one.get("tokens_per_s", 0.0)) for key, cells in groups.items()}
 
 
 def scores(record: Record) -> Iterator[Cell]:
-    """One row per way and budget: share of right answers over all tasks, and the means of the rest."""
+    """Right answers of every arm and budget, summed over tasks.
+
+    Parameters
+    ----------
+    record : dict
+
+    Yields
+    ------
+    dict
+        ``way``, ``budget``, ``right``, ``questions``, ``share``, ``tasks`` (share by task), means of ``row_step_ms``
+        and ``prefill_s``, and ``exact`` and ``context``.
+    """
     groups = by(measured(_part(record, "score")), lambda one: (one["way"], one["budget"]))
     for (way, budget), cells in sorted(groups.items(), key=lambda item: (arms.rank(item[0][0]), item[0][1])):
         total = {name: sum(one[name] for one in cells) for name in ("right", "questions")}
@@ -89,7 +177,21 @@ def scores(record: Record) -> Iterator[Cell]:
 
 
 def score_of(record: Record, way: str, share: float = 0.125) -> str:
-    """Right answers of a way at one share of the context, in per cent, or a dash."""
+    """Right answers of an arm at one budget, as text.
+
+    Parameters
+    ----------
+    record : dict
+    way : str
+        Name of the arm.
+    share : float
+        The budget as a share of the context.
+
+    Returns
+    -------
+    str
+        In per cent, or a dash if there are none.
+    """
     way = arms.SAME_ANSWERS.get(way, way)
     for one in scores(record):
         if one["way"] == way and one["budget"] in (one["context"], int(share * one["context"])):
@@ -105,12 +207,32 @@ def _part(record: Record, part: str) -> list[Cell]:
 
 
 def main_shape(record: Record) -> str:
-    """The shape that most was measured with."""
+    """The shape of most measurements.
+
+    Parameters
+    ----------
+    record : dict
+
+    Returns
+    -------
+    str
+    """
     return record["settings"].get("shape", "gqa")
 
 
 def shape_name(record: Record, shape: str) -> str:
-    """In words."""
+    """A shape in words.
+
+    Parameters
+    ----------
+    record : dict
+    shape : str
+
+    Returns
+    -------
+    str
+        Such as ``32 query and 8 KV heads of 64``.
+    """
     if shape in SHAPE_NAMES:
         return SHAPE_NAMES[shape]
     facts, name = record.get("models", {}).get(shape), Path(shape).name
@@ -121,12 +243,32 @@ def shape_name(record: Record, shape: str) -> str:
 
 
 def layers_of(record: Record, shape: str) -> int:
-    """Of the model of that shape."""
+    """The number of layers of the model of a shape.
+
+    Parameters
+    ----------
+    record : dict
+    shape : str
+
+    Returns
+    -------
+    int
+    """
     return record.get("models", {}).get(shape, {}).get("num_hidden_layers", record["settings"]["layers"])
 
 
 def model_of(record: Record, shape: str) -> str:
-    """The model of that shape in words."""
+    """The model of a shape in words, with its layers.
+
+    Parameters
+    ----------
+    record : dict
+    shape : str
+
+    Returns
+    -------
+    str
+    """
     name, layers = shape_name(record, shape), layers_of(record, shape)
     if shape not in SHAPE_NAMES:
         return f"{name}, {layers} layers"
@@ -134,26 +276,65 @@ def model_of(record: Record, shape: str) -> str:
 
 
 def reason(cell: Cell) -> str:
-    """Why a cell has no figure."""
+    """Why a cell has no figures.
+
+    Parameters
+    ----------
+    cell : dict
+
+    Returns
+    -------
+    str
+    """
     if "failed" in cell:
         return f"failed: {cell['failed']}"
     return cell["missing"] if "missing" in cell else f"out of memory: {cell['oom']}"
 
 
 def without(cells: list[Cell]) -> str:
-    """Which ways have no figure, and why."""
+    """A sentence about the arms that were not measured, with the reasons.
+
+    Parameters
+    ----------
+    cells : list of dict
+
+    Returns
+    -------
+    str
+        Empty if all were measured.
+    """
     told = [f"{one['way']}: {reason(one)}" for one in cells if not measured([one])]
     return f"Not measured: {'; '.join(told)}." if told else ""
 
 
 def unasked(record: Record) -> str:
-    """Which ways gave a trained model no answers, and why."""
+    """A sentence about the arms whose answers were not measured, with the reasons.
+
+    Parameters
+    ----------
+    record : dict
+
+    Returns
+    -------
+    str
+        Empty if all were measured.
+    """
     told = {one["way"]: reason(one) for one in _part(record, "score") if not measured([one])}
     return f"Not asked: {'; '.join(f'{way}: {why}' for way, why in told.items())}." if told else ""
 
 
 def predicted(record: Record) -> str:
-    """What tells scout as shipped and the paper's rule apart; empty where only one was timed."""
+    """A sentence on the difference between ``scout`` and the paper's rule.
+
+    Parameters
+    ----------
+    record : dict
+
+    Returns
+    -------
+    str
+        Empty unless both were timed.
+    """
     if not {"scout", arms.PREDICTED} <= {one["way"] for one in measured(_part(record, "speed"))}:
         return ""
     return (
@@ -164,12 +345,38 @@ def predicted(record: Record) -> str:
 
 
 def faster(ratio: float) -> str:
-    """How much, in words."""
+    """A ratio in words.
+
+    Parameters
+    ----------
+    ratio : float
+        Above 0.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> faster(0.5)
+    '2.00 times slower'
+    """
     return f"{ratio:.2f} times faster" if ratio >= 1 else f"{1 / ratio:.2f} times slower"
 
 
 def emulated(record: Record, why: bool = True) -> str:
-    """What was emulated, in words, and where the rates come from."""
+    """The emulated rates in words.
+
+    Parameters
+    ----------
+    record : dict
+    why : bool
+        Whether to say how the rates were chosen.
+
+    Returns
+    -------
+    str
+    """
     rates = record["settings"]["emulation"]
     told = ", ".join(f"{RATES[name]} at {rate:g} GB/s" for name, rate in rates.items() if rate is not None)
     source = f" ({record['settings']['emulated_as']})" if why else ""
@@ -177,6 +384,15 @@ def emulated(record: Record, why: bool = True) -> str:
 
 
 def emulated_sentence(record: Record) -> str:
-    """The same as a sentence."""
+    """As :func:`emulated`, as a sentence.
+
+    Parameters
+    ----------
+    record : dict
+
+    Returns
+    -------
+    str
+    """
     text = emulated(record)
     return f"{text[:1].upper()}{text[1:]}."

@@ -43,9 +43,30 @@ PLAIN_CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 def load_pocket(
     name: str = "llama", dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A packaged model, in eval mode on the CPU, and its tokenizer (one word, one token; padding on the left).
+    """Load a packaged model in eval mode on the CPU, with its tokenizer (one word is one token; padding on the left).
 
-    Raises ValueError for a name that is not in `POCKET_MODELS`, FileNotFoundError where the weights are not installed.
+    Parameters
+    ----------
+    name : str
+        One of ``POCKET_MODELS``.
+    dtype : torch.dtype
+
+    Returns
+    -------
+    PreTrainedModel
+    PreTrainedTokenizerBase
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown.
+    FileNotFoundError
+        If the weights are not installed.
+
+    Examples
+    --------
+    >>> model, tokenizer = load_pocket()
+    >>> tokenizer("they call the velvet panther lemon").input_ids
     """
     if name not in POCKET_MODELS:
         raise ValueError(f"no pocket model {name!r}: there are {', '.join(POCKET_MODELS)}")
@@ -57,7 +78,24 @@ def load_pocket(
 
 
 def installed(folder: Path, recipe: str) -> Path:
-    """The folder, if it has a model's weights; else FileNotFoundError with what trains one."""
+    """Check that a folder has the weights of a model.
+
+    Parameters
+    ----------
+    folder : Path
+    recipe : str
+        Command that trains such a model, for the message.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there are no weights; it says how to get them.
+    """
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(
             f"no model in {folder}: install the package with its data files, or train one with "

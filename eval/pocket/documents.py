@@ -18,9 +18,14 @@ _SUCCESSORS = 6
 
 @dataclass(frozen=True)
 class Fact:
-    """One hidden fact: its question, its answer (both are words joined by spaces) and where the answer starts.
+    """One hidden fact.
 
-    `position` is the index, in tokens from the document's start, of the answer's first word.
+    Attributes
+    ----------
+    question, answer : str
+        Words joined by spaces.
+    position : int
+        Token index of the first word of the answer in the document.
     """
 
     question: str
@@ -30,7 +35,17 @@ class Fact:
 
 @dataclass(frozen=True)
 class Document:
-    """A text of exactly `tokens` words (one word is one token) and the facts hidden in it, in order of position."""
+    """A text with hidden facts.
+
+    Attributes
+    ----------
+    text : str
+    facts : tuple of Fact
+        In order of position.
+    tokens : int
+        Exact length; one word is one token.
+    seed : int
+    """
 
     text: str
     facts: tuple[Fact, ...]
@@ -38,19 +53,51 @@ class Document:
     seed: int
 
     def prompt(self, fact: Fact) -> str:
-        """The question to append, after a space, to the document's text; the answer is what follows."""
+        """The question to append to the text, after a space.
+
+        Parameters
+        ----------
+        fact : Fact
+
+        Returns
+        -------
+        str
+        """
         return fact.question
 
 
 def questions(document: Document) -> list[tuple[str, str]]:
-    """All (document and question, answer) pairs of a document: whole prompts, ready for the tokenizer."""
+    """Whole prompts for all facts of a document.
+
+    Parameters
+    ----------
+    document : Document
+
+    Returns
+    -------
+    list of (str, str)
+        Prompt (document and question) and answer.
+    """
     return [(f"{document.text} {document.prompt(fact)}", fact.answer) for fact in document.facts]
 
 
 def weave(rng: random.Random, filler: list, sentences: list) -> tuple[list[str], list[int]]:
-    """Sentences, in their order, at random places between filler sentences: all words, and where each begins.
+    """Put sentences at random places between filler sentences, in their order.
 
-    The last filler sentence may be clipped to make the length exact; it stays last, where a text may break off.
+    The last filler sentence may be clipped, so it stays last.
+
+    Parameters
+    ----------
+    rng : random.Random
+    filler, sentences : list of list of str
+        Sentences as words.
+
+    Returns
+    -------
+    list of str
+        All words.
+    list of int
+        Index of the first word of each of ``sentences``.
     """
     places = sorted(rng.choices(range(max(1, len(filler))), k=len(sentences)))
     words: list[str] = []
@@ -64,7 +111,23 @@ def weave(rng: random.Random, filler: list, sentences: list) -> tuple[list[str],
 
 
 def draw_facts(rng: random.Random, count: int) -> list[tuple[tuple[str, str], tuple[str, ...]]]:
-    """`count` pairs of a key (adjective, noun) and a value (`ANSWER_WORDS` words), no key and no first word twice."""
+    """Draw facts with different keys and different first words of the values.
+
+    Parameters
+    ----------
+    rng : random.Random
+    count : int
+
+    Returns
+    -------
+    list of (tuple of str, tuple of str)
+        Key (adjective, noun) and value (``ANSWER_WORDS`` words).
+
+    Raises
+    ------
+    ValueError
+        If ``count`` is larger than the vocabulary.
+    """
     if count > len(vocab.VALUES):
         raise ValueError(f"at most {len(vocab.VALUES)} facts fit one document, {count} asked")
     keys: dict[tuple[str, str], None] = {}
@@ -79,18 +142,36 @@ def draw_facts(rng: random.Random, count: int) -> list[tuple[tuple[str, str], tu
 
 
 def fact_words(key: tuple[str, str], value: tuple[str, ...]) -> list[str]:
-    """The sentence that states a fact, as words."""
+    """The sentence that states a fact.
+
+    Parameters
+    ----------
+    key, value : tuple of str
+
+    Returns
+    -------
+    list of str
+    """
     return ["they", "call", "the", *key, *value, "."]
 
 
 def question_words(key: tuple[str, str]) -> list[str]:
-    """The question that asks for a fact, as words."""
+    """The question that asks for a fact.
+
+    Parameters
+    ----------
+    key : tuple of str
+
+    Returns
+    -------
+    list of str
+    """
     return ["what", "do", "they", "call", "the", *key]
 
 
 @cache
 def _language() -> dict[str, list[str]]:
-    """Which words may follow a word: an order-1 chain, fixed for all documents, that makes plausible sentences."""
+    """The words that may follow each word: a fixed first-order Markov chain that makes plausible sentences."""
     rng = random.Random(_LANGUAGE_SEED)
     order = (
         (vocab.DETERMINERS, vocab.ADJECTIVES),
@@ -108,7 +189,18 @@ def _language() -> dict[str, list[str]]:
 
 
 def filler_sentences(rng: random.Random, tokens: int) -> list[list[str]]:
-    """Filler sentences of `tokens` words in all; the last one is clipped, but still ends in a full stop."""
+    """Random filler sentences.
+
+    Parameters
+    ----------
+    rng : random.Random
+    tokens : int
+        Words in all; the last sentence is clipped, but ends in a full stop.
+
+    Returns
+    -------
+    list of list of str
+    """
     language = _language()
     sentences: list[list[str]] = []
     while tokens > 0:

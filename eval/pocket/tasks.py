@@ -35,9 +35,15 @@ _KEYS = vocab.NAMES + vocab.KEY_NOUNS
 
 @dataclass(frozen=True)
 class Case:
-    """One question, its answer and the statements it is about, in the order in which the text must have them.
+    """One question with its answer and statements.
 
-    All are lists of words; the answer starts at word `offset` of statement number `home`.
+    Attributes
+    ----------
+    statements : tuple of tuple of str
+        In the order in which the text must have them.
+    question, answer : tuple of str
+    home, offset : int
+        The answer starts at word ``offset`` of statement number ``home``.
     """
 
     statements: tuple[tuple[str, ...], ...]
@@ -48,7 +54,28 @@ class Case:
 
 
 def usual_statements(tokens: int, rivals: str = "fixed") -> int:
-    """Statements in a text of `tokens` tokens: one in 128 tokens, at least 8 and, if "fixed", at most 32."""
+    """The usual number of statements in a text: one in 128 tokens, at least 8.
+
+    Parameters
+    ----------
+    tokens : int
+    rivals : {"fixed", "growing"}
+        ``fixed``: at most 32.
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    ValueError
+        If ``rivals`` is unknown.
+
+    Examples
+    --------
+    >>> usual_statements(4096)
+    32
+    """
     if rivals not in RIVALS:
         raise ValueError(f"rivals={rivals!r}: allowed are {', '.join(RIVALS)}")
     growing = max(8, tokens // 128)
@@ -56,17 +83,63 @@ def usual_statements(tokens: int, rivals: str = "fixed") -> int:
 
 
 def make_document(tokens: int, facts: int, seed: int) -> Document:
-    """A document of exactly `tokens` tokens with `facts` facts at random places; the same seed, the same document."""
+    """Make a document with facts at random places; the same arguments make the same document.
+
+    Parameters
+    ----------
+    tokens : int
+        Exact length.
+    facts : int
+    seed : int
+
+    Returns
+    -------
+    Document
+
+    Raises
+    ------
+    ValueError
+        If the facts do not fit the length or the vocabulary.
+
+    Examples
+    --------
+    >>> document = make_document(tokens=512, facts=4, seed=1)
+    >>> len(document.text.split())
+    512
+    """
     rng = random.Random(f"document-{seed}")
     return _document(rng, draw_cases(rng, "needle", facts), tokens, seed, as_drawn=True)
 
 
 def make_exercise(task: str, tokens: int, seed: int, questions: int | None = None, rivals: str = "fixed") -> Document:
-    """A document of exactly `tokens` tokens with statements of one task; the same arguments, the same document.
+    """Make a document with statements of one task; the same arguments make the same document.
 
-    The text holds `usual_statements(tokens, rivals)` statements, or more if `questions` needs more; `questions` bounds
-    the facts that are returned to be asked (None: every one). Raises ValueError for an unknown task or value, and
-    where the statements do not fit the length or the vocabulary.
+    Parameters
+    ----------
+    task : str
+        One of ``TASKS``.
+    tokens : int
+        Exact length.
+    seed : int
+    questions : int or None
+        Facts to ask for; None for all. The text has ``usual_statements(tokens, rivals)`` statements, or more if this
+        needs more.
+    rivals : {"fixed", "growing"}
+
+    Returns
+    -------
+    Document
+
+    Raises
+    ------
+    ValueError
+        If an argument is not allowed, or the statements do not fit the length or the vocabulary.
+
+    Examples
+    --------
+    >>> document = make_exercise("trace", tokens=512, seed=1, questions=2)
+    >>> len(document.facts)
+    2
     """
     if task not in TASKS:
         raise ValueError(f"task={task!r}: allowed are {', '.join(TASKS)}")
@@ -85,7 +158,23 @@ def make_exercise(task: str, tokens: int, seed: int, questions: int | None = Non
 
 
 def draw_cases(rng: random.Random, task: str, count: int) -> list[Case]:
-    """`count` cases of one task about different keys."""
+    """Draw cases of one task with different keys.
+
+    Parameters
+    ----------
+    rng : random.Random
+    task : str
+    count : int
+
+    Returns
+    -------
+    list of Case
+
+    Raises
+    ------
+    ValueError
+        If the vocabulary is too small.
+    """
     if task == "needle":
         return [
             Case((tuple(fact_words(key, value)),), tuple(question_words(key)), value, 0, 5)
@@ -144,7 +233,18 @@ def _aggregate(rng: random.Random, key: str) -> Case:
 
 
 def deal(rng: random.Random, cases: list[Case]) -> list[tuple[int, int]]:
-    """A random order of all statements, as (case, statement) pairs, that keeps the order within each case."""
+    """A random order of all statements that keeps the order within each case.
+
+    Parameters
+    ----------
+    rng : random.Random
+    cases : list of Case
+
+    Returns
+    -------
+    list of (int, int)
+        Numbers of case and statement.
+    """
     order = [number for number, case in enumerate(cases) for _ in case.statements]
     rng.shuffle(order)
     told = [0] * len(cases)

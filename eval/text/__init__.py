@@ -23,19 +23,43 @@ TRAINED_TOKENS = 4096
 
 
 def load_text_model(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The packaged model, in eval mode on the CPU, and its tokenizer (byte-level BPE; padding on the left).
+    """Load the packaged text model in eval mode on the CPU, with its tokenizer (byte-level BPE; padding on the left).
 
-    Raises FileNotFoundError where the weights are not installed.
+    Parameters
+    ----------
+    dtype : torch.dtype
+
+    Returns
+    -------
+    PreTrainedModel
+    PreTrainedTokenizerBase
+
+    Raises
+    ------
+    FileNotFoundError
+        If the weights are not installed.
     """
     model = AutoModelForCausalLM.from_pretrained(installed(WEIGHTS, "text"), dtype=dtype, local_files_only=True)
     return model.eval(), _tokenizer()
 
 
 def held_out_ids(tokens: int, seed: int) -> torch.Tensor:
-    """`tokens` ids (1, tokens), int64, of standard library source that was never trained on.
+    """Token ids of standard library source that was not trained on: whole files, each ended by the end-of-text token.
 
-    Whole files in an order drawn from `seed`, each ended by the end-of-text token. Raises ValueError where the held-out
-    files of this Python are shorter.
+    Parameters
+    ----------
+    tokens : int
+    seed : int
+        Determines the order of the files.
+
+    Returns
+    -------
+    Tensor (1, tokens) of int64
+
+    Raises
+    ------
+    ValueError
+        If the held-out files of this Python are shorter.
     """
     tokenizer = _tokenizer()
     ids: list[int] = []
@@ -47,7 +71,19 @@ def held_out_ids(tokens: int, seed: int) -> torch.Tensor:
 
 
 def held_out_text(tokens: int, seed: int) -> str:
-    """The same as text; the tokenizer makes `held_out_ids` of it, but for the last few, which the cut may change."""
+    """As :func:`held_out_ids`, as text.
+
+    Tokenized again, the last few tokens may differ, since the text is cut there.
+
+    Parameters
+    ----------
+    tokens : int
+    seed : int
+
+    Returns
+    -------
+    str
+    """
     return _tokenizer().decode(held_out_ids(tokens, seed)[0])
 
 

@@ -17,13 +17,34 @@ _HELD_OUT_ONE_IN = 16
 
 
 def is_held_out(name: str) -> bool:
-    """Whether the module file `name` (a path below the library's root, with forward slashes) is never trained on."""
+    """Whether a module is never trained on.
+
+    Parameters
+    ----------
+    name : str
+        Path below the root of the library, with forward slashes.
+
+    Returns
+    -------
+    bool
+    """
     digest = hashlib.sha256(PurePosixPath(name).as_posix().encode()).digest()
     return int.from_bytes(digest[:4], "big") % _HELD_OUT_ONE_IN == 0
 
 
 def module_files(root: Path | None = None) -> dict[str, Path]:
-    """Source files of the running Python's standard library by name, sorted; those of no use as text are left out."""
+    """Source files of this Python's standard library, without those that are no use as text.
+
+    Parameters
+    ----------
+    root : Path or None
+        Another root.
+
+    Returns
+    -------
+    dict
+        Paths by name, sorted.
+    """
     root = root or Path(sysconfig.get_paths()["stdlib"])
     files = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
     return {
@@ -34,12 +55,29 @@ def module_files(root: Path | None = None) -> dict[str, Path]:
 
 
 def training_files() -> list[str]:
-    """Texts of all modules that are not held out, by name."""
+    """The files to train on.
+
+    Returns
+    -------
+    list of str
+        Their texts, by name.
+    """
     return [_read(path) for name, path in module_files().items() if not is_held_out(name)]
 
 
 def held_out_files(seed: int) -> Iterator[str]:
-    """Texts of the held-out modules in an order drawn from `seed`."""
+    """The files that are not trained on.
+
+    Parameters
+    ----------
+    seed : int
+        Determines the order.
+
+    Returns
+    -------
+    iterator of str
+        Their texts.
+    """
     paths = [path for name, path in module_files().items() if is_held_out(name)]
     random.Random(f"held-out-{seed}").shuffle(paths)
     return map(_read, paths)
