@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.cells import run_by_default
+from tests.interpreter import patched_once_a_launch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -35,14 +36,32 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item.nodeid in wanted]
 
 
-def pytest_collection_finish(session):
-    """What is imported and collected by now lasts as long as the process: no later collection looks through it."""
+def keep_for_good():
+    """What is imported by now lasts as long as the process: no later collection looks through it."""
     gc.collect()
     gc.freeze()
 
 
+def pytest_collection_finish(session):
+    keep_for_good()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    result = yield
+    if nextitem is not None and nextitem.path != item.path:
+        keep_for_good()
+    return result
+
+
 def pytest_unconfigure(config):
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def a_faster_interpreter():
+    with patched_once_a_launch():
+        yield
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map
+from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
 # Copies cross devices.
@@ -102,11 +102,26 @@ class OnDevice(torch.Tensor):
 
 def tensors(*given):
     """All tensors in there."""
-    return [each for each in tree_iter(given) if isinstance(each, torch.Tensor)]
+    found, todo = [], list(given)
+    while todo:
+        each = todo.pop()
+        if isinstance(each, torch.Tensor):
+            found.append(each)
+        elif isinstance(each, (tuple, list)):
+            todo += each
+        elif isinstance(each, dict):
+            todo += each.values()
+    return found
 
 
 def unwrapped(given):
     """The same with what is held on the CPU."""
+    if isinstance(given, OnDevice):
+        return given.held
+    if isinstance(given, torch.Tensor) or not isinstance(given, (tuple, list, dict)):
+        return given
+    if type(given) in (tuple, list):
+        return type(given)(map(unwrapped, given))
     return tree_map(lambda each: each.held if isinstance(each, OnDevice) else each, given)
 
 
@@ -121,7 +136,7 @@ def wrapped(found, device, *given):
             return each
         return same[id(each)] if id(each) in same else OnDevice(each, device)
 
-    return tree_map(wrap, found)
+    return wrap(found) if isinstance(found, torch.Tensor) else tree_map(wrap, found)
 
 
 def device_of(func, args, kwargs):

@@ -319,9 +319,9 @@ def test_kvpr_chooses_to_compute_where_the_link_is_slow(inputs):
             run(handle.model, prompt(1, 120), new=4)
             return sum(handle._hooks.counters.sums["recomputed"].values()), handle.stats()
 
-    slow, stats = computed(8, 1e-4)
+    slow, stats = computed(8, 1e-3)
     assert slow > 0 and not stats.notes
-    none, stats = computed(2, 1e-4)
+    none, stats = computed(2, 1e-3)
     if inputs == "host":
         assert none == 0 and "no smaller" in stats.notes[0]
         with scout_hf.patch(llama(num_key_value_heads=2), method="dense", block_size=8) as handle:

@@ -26,7 +26,9 @@ from tests.libraries import ISAS  # noqa: E402
 
 FIRST, SECOND = torch.device("cuda:0"), torch.device("cuda:1")
 CPU = torch.device("cpu")
-INPUTS = {"rows": left_padded(0, 0), "padded": left_padded(0, 13)}
+LAYERS = {"num_hidden_layers": 4}
+INPUTS = {"rows": left_padded(0, 0, tokens=54), "padded": left_padded(0, 13, tokens=54)}
+"""Two tokens before a block is full."""
 
 
 def place(layer: int) -> torch.device:
@@ -63,7 +65,7 @@ def kernels(monkeypatch, cuda):
 @contextlib.contextmanager
 def patched(places=HALVES, overrides=None, **options):
     with torch.no_grad(), FakeDevices():
-        model = spread(llama(**overrides or {}), places)
+        model = spread(llama(**LAYERS | (overrides or {})), places)
         with scout_hf.patch(model, **options) as handle:
             yield handle
 
@@ -85,7 +87,7 @@ def go(model, cache, inputs, there=lambda tensor: tensor):
         forward(new, cache)
 
     forward(inputs["input_ids"], cache)
-    for tokens in (1,) * 7 + (20, 1):
+    for tokens in (1, 1, 1, 20, 1):
         more(tokens)
     cache.crop(-27)
     mask = mask[:, :-27]
@@ -128,7 +130,7 @@ def expected():
     """What the stock model does on one CPU."""
     with torch.no_grad():
         return {name: go(model, DynamicCache(config=model.config), inputs) for name, inputs in INPUTS.items()
-                for model in [llama()]}  # fmt: skip
+                for model in [llama(**LAYERS)]}  # fmt: skip
 
 
 @pytest.mark.parametrize("inputs", INPUTS)
@@ -194,9 +196,9 @@ def check_launches(cuda):
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("kind", ["triton", "torch"])
 def test_generate(kernels, kind, options):
-    stock = run(llama(), INPUTS["padded"], **options)
+    stock = run(llama(**LAYERS), INPUTS["padded"], new=6, **options)
     with patched(**EXACT | TIERS, gpu_kernels=kind) as handle:
-        got = run(handle.model, {name: there(part) for name, part in INPUTS["padded"].items()}, **options)
+        got = run(handle.model, {name: there(part) for name, part in INPUTS["padded"].items()}, new=6, **options)
     assert_close(plain(got), stock)
 
 
@@ -227,7 +229,7 @@ def test_what_is_chosen_is_what_one_cpu_chooses(cuda, kernels, case, way):
     """Selection, prediction from the device before, recall and trust do not depend on where layers are."""
     how = {"gpu_kernels": "torch"} if way == "torch" else {"gpu_kernels": "triton", "hand_over": way}
     options = SPARSE[case] | {"digest": "minmax"}
-    with scout_hf.patch(llama(), **options, gpu_kernels="torch") as handle:
+    with scout_hf.patch(llama(**LAYERS), **options, gpu_kernels="torch") as handle:
         one = run(handle.model, INPUTS["padded"], new=9)
         expected = handle.stats()
     with patched(**options | {"split": "auto"} | how) as handle:
@@ -270,7 +272,7 @@ def test_a_timeline_has_the_streams_of_both(kernels, tmp_path, name):
     recall = {} if "method" in SETTINGS[name] else {"recall": 1}
     with patched(**SETTINGS[name] | {"budget": 24, "layer_ahead": True} | recall) as handle:
         with handle.trace(tmp_path / "step.json", steps=6) as trace:
-            run(handle.model, {key: there(part) for key, part in INPUTS["rows"].items()}, new=10)
+            run(handle.model, {key: there(part) for key, part in INPUTS["rows"].items()}, new=8)
     for number in range(2):
         lane = [span for span in trace.spans if span.lane == f"GPU {number}"]
         assert {span.layer for span in lane if span.kind == "layer"} == {2 * number, 2 * number + 1}
@@ -296,7 +298,7 @@ def test_kernels_are_launched_where_their_tensors_are(monkeypatch, cuda, way):
     """Triton launches on the current device, which neither accelerate nor transformers sets."""
     use_kernels(monkeypatch, cuda)
     got = launch_all(way)
-    with scout_hf.patch(llama(), **LOSSY, digest="minmax") as handle:
+    with scout_hf.patch(llama(**LAYERS), **LOSSY, digest="minmax") as handle:
         assert_close(plain(got), run(handle.model, prompt(1, 47), new=3), 2e-5)
     names = {device: {launch.name for launch in cuda.launched if launch.device == device} for device in (FIRST, SECOND)}
     usual = {"_attend", "_merge", "_choose", "_plan", "_copy", "_adopt", "_encode_bounds", "_score_minmax"}

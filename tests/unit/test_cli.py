@@ -1,5 +1,6 @@
 """The command line: what is wrong with an argument is said before anything heavy is imported, and pipes stay clean."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,40 +15,55 @@ from typer.testing import CliRunner
 from scout_hf.cli_options import command
 
 HEAVY = ("torch", "transformers", "matplotlib", "lm_eval")
-# Runs the command as the shell does, then tells on stdout what it imported.
+# Runs commands as the shell does, one after the other, and tells of each what was imported by its end.
 CODE = """
-import sys
+import contextlib, io, json, sys
+commands, heavy, hidden = json.loads(sys.argv[1])
 from scout_hf.cli import app
-for name in {hidden!r}:
+for name in hidden:
     sys.modules[name] = None
-try:
-    app({words!r}, prog_name="scout-hf")
-except SystemExit as end:
-    code = end.code
-print("HEAVY", *[name for name in {heavy!r} if sys.modules.get(name)])
-sys.exit(code)
+told = []
+for words in commands:
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            app(words, prog_name="scout-hf")
+        except SystemExit as end:
+            code = end.code
+    imported = [name for name in heavy if sys.modules.get(name)]
+    told.append((code, out.getvalue(), errors.getvalue(), imported))
+print(json.dumps(told))
 """
 
 
-def call(*words, cwd=None, hidden=()):
-    """Exit code, stdout and stderr, and the heavy packages that were imported."""
-    code = CODE.format(words=list(words), heavy=HEAVY, hidden=hidden)
+def call_all(commands, cwd, hidden=()):
+    """Exit code, stdout and stderr of each command in one process, and the heavy packages imported by then."""
     environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}
+    given = json.dumps([commands, HEAVY, hidden])
     # Not the checkout, whose folders would be found as packages.
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, env=environment)
-    out, _, heavy = done.stdout.rpartition("HEAVY")
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, out, done.stderr, set(heavy.split())
+    done = subprocess.run([sys.executable, "-c", CODE, given], capture_output=True, text=True, cwd=cwd, env=environment)
+    assert done.returncode == 0, done.stderr
+    told = [(code, out, errors, set(heavy)) for code, out, errors, heavy in json.loads(done.stdout)]
+    assert not any("Traceback" in errors for _, _, errors, _ in told), told
+    return told
 
 
-@pytest.mark.parametrize(
-    "words",
-    [["--help"], *([name, "--help"] for name in ("demo", "fidelity", "plan", "report", "trace", "version", "bench"))]
-    + [["bench", "methods", "--help"], ["lm-eval", "--help"], ["lm-eval", "make-data", "--help"]],
-    ids=" ".join,
-)
-def test_help_imports_nothing_heavy(words, tmp_path):
-    code, out, _, heavy = call(*words, cwd=tmp_path)
+def call(*words, cwd):
+    return call_all([words], cwd)[0]
+
+
+HELP = [["--help"], *([name, "--help"] for name in ("demo", "fidelity", "plan", "report", "trace", "version", "bench"))]
+HELP += [["bench", "methods", "--help"], ["lm-eval", "--help"], ["lm-eval", "make-data", "--help"]]
+
+
+@pytest.fixture(scope="module")
+def helped(tmp_path_factory):
+    return dict(zip(map(" ".join, HELP), call_all(HELP, tmp_path_factory.mktemp("help"))))
+
+
+@pytest.mark.parametrize("words", list(map(" ".join, HELP)))
+def test_help_imports_nothing_heavy(words, helped):
+    code, out, _, heavy = helped[words]
     assert code == 0 and "Usage" in out and not heavy
 
 
@@ -99,21 +115,28 @@ def test_a_command_takes_the_fields_of_its_options():
     assert "What it is for." in text and "How large. [default: 8, 16]" in text and "DIR" in text
 
 
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wrong")
+    (folder / "empty").mkdir()
+    (folder / "half.json").write_text('{"benchmark": ')
+    found = dict(zip(MISSING, call_all([words for words, _ in MISSING.values()], folder)))
+    assert {path.name for path in folder.iterdir()} == {"empty", "half.json"}
+    return found
+
+
 @pytest.mark.parametrize("kind", MISSING)
-def test_a_path_that_is_wrong_is_told_at_once(kind, tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "half.json").write_text('{"benchmark": ')
-    words, told = MISSING[kind]
-    code, out, errors, heavy = call(*words, cwd=tmp_path)
-    assert code == 2 and told in errors and not out.strip()
+def test_a_path_that_is_wrong_is_told_at_once(kind, refused):
+    code, out, errors, heavy = refused[kind]
+    assert code == 2 and MISSING[kind][1] in errors and not out.strip()
     assert errors.startswith("error: ") and errors.count("\n") == 1 and not heavy
 
 
-@pytest.mark.parametrize("words", [["bench", "gpu-kernel"], ["bench", "gpu-decode"], ["bench", "methods"], ["trace"]])
-def test_a_device_that_is_not_there_takes_torch_alone(words, tmp_path):
-    code, out, errors, heavy = call(*words, "--device", "cuda:99", cwd=tmp_path)
-    assert code == 2 and not out.strip() and heavy == {"torch"}
-    assert errors.startswith("error: --device cuda:99") and errors.count("\n") == 1
+def test_a_device_that_is_not_there_takes_torch_alone(tmp_path):
+    commands = [["bench", "gpu-kernel"], ["bench", "gpu-decode"], ["bench", "methods"], ["trace"]]
+    for code, out, errors, heavy in call_all([[*words, "--device", "cuda:99"] for words in commands], tmp_path):
+        assert code == 2 and not out.strip() and heavy == {"torch"}
+        assert errors.startswith("error: --device cuda:99") and errors.count("\n") == 1
 
 
 def test_a_plan_takes_no_torch(tmp_path):
@@ -122,10 +145,11 @@ def test_a_plan_takes_no_torch(tmp_path):
 
 
 def test_help_of_lm_eval_helps_without_lm_eval(tmp_path):
-    for words in (["run", "--help"], ["run", "-h"]):
-        code, out, _, heavy = call("lm-eval", *words, cwd=tmp_path, hidden=("lm_eval",))
+    commands = [["run", "--help"], ["run", "-h"], ["run", "--tasks", "x"]]
+    *helped, refused = call_all([["lm-eval", *words] for words in commands], tmp_path, hidden=("lm_eval",))
+    for code, out, _, heavy in helped:
         assert code == 0 and "--longbench-dir" in out and "pip install 'scout_hf[eval]'" in out and not heavy
-    code, out, errors, heavy = call("lm-eval", "run", "--tasks", "x", cwd=tmp_path, hidden=("lm_eval",))
+    code, out, errors, heavy = refused
     assert code == 2 and "pip install 'scout_hf[eval]'" in errors and not heavy
 
 
