@@ -82,7 +82,7 @@ def answer(
     """The greedy answer to a question about a document that ``cache`` holds; the cache stays as it is.
 
     The cache, as :func:`prefill` left it, is forked (a ScoutCache shares its pages with the fork), all question tokens
-    but the last are fed one by one, and ``model.generate()`` goes on from there for ``length`` tokens.
+    but the last are fed one by one, and ``model.generate()`` continues from there for ``length`` tokens.
     """
     if cache.get_seq_length() != document_ids.shape[1]:
         raise ValueError(

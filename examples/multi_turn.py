@@ -34,7 +34,7 @@ with torch.no_grad():
 # Every fork shares the pages of the prefix and copies only what it writes to.
 alone = [turn(start, fact.question, prefix.fork())[2] for fact in document.facts[:4]]
 
-# One conversation: each turn goes on from the cache of the one before, which is never filled twice.
+# One conversation: each turn continues from the cache of the one before, so nothing is prefilled twice.
 ids, cache, talked = start, prefix.fork(), []
 for fact in document.facts[:4]:
     ids, cache, answer = turn(ids, fact.question, cache)

@@ -50,9 +50,9 @@ class ScoutConfig:
         per channel and token, scored as attention mass. ``auto``: ``sign`` where native code scores it and the budget
         is below half of the context, else ``minmax``. ``scout_hf.selection.register_digest`` adds others.
     split : {"auto", "cpu", "off"}, default "auto"
-        Where KV lies. ``auto``: two tiers (host memory, and resident blocks on the GPU) if the model is on a GPU, else
-        one tier. ``cpu``: two tiers, both in host memory: the GPU path without a GPU. ``off``: one tier on the model's
-        device.
+        Where KV is stored. ``auto``: two tiers (host memory, and resident blocks on the GPU) if the model is on a GPU,
+        else one tier. ``cpu``: two tiers, both in host memory: the GPU path without a GPU. ``off``: one tier on the
+        model's device.
     layer_ahead : bool, default True
         Two tiers: select blocks one layer ahead, with a predicted query (ScoutAttention, section 3.2); ``cpu_query``
         says whether the CPU starts there too. ``False``: select in the layer itself with the real query. One tier

@@ -28,7 +28,7 @@ class AttentionNames:
         inside = [module for layer in layers for module in layer.modules() if "config" in module.__dict__]
         configs = [_config_of(module) for module in (decoder, *inside)]
         self._configs = list({id(config): config for config in configs}.values())
-        # One module per class and config stands for all of them.
+        # One module per class and config represents all of them.
         attending = [module for module in inside if hasattr(module, "layer_idx")]
         self._kinds = list({(type(m), id(_config_of(m))): m for m in attending}.values())
         self._any = any_attention

@@ -71,7 +71,7 @@ class Drifting(Digest):
                 raise RuntimeError(
                     "the walk of scores cannot begin while a graph is captured: every run would begin again"
                 )
-            # More than the table of codes has room for, since a captured step scores all of it.
+            # More than the capacity of the table of codes, since a captured step scores all of it.
             capacity = blocks + SPARE_BLOCKS + blocks // 4
             grown = torch.empty((*like.shape[:2], capacity), dtype=torch.float32, device=like.device)
             grown.normal_(0, SIZE)

@@ -171,9 +171,9 @@ def _device_line(record: dict[str, Any]) -> str:
 
 def _reasons(rows: list[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -> Iterator[str]:
     """Each reason for missing figures, with the cells that it concerns."""
-    told = [(row[kind], name(row)) for row in rows for kind in WHY[:3] if kind in row]
-    told += [(warning, name(row)) for row in rows for warning in row.get("warnings", ())]
-    for reason, pairs in by(told, itemgetter(0)).items():
+    found = [(row[kind], name(row)) for row in rows for kind in WHY[:3] if kind in row]
+    found += [(warning, name(row)) for row in rows for warning in row.get("warnings", ())]
+    for reason, pairs in by(found, itemgetter(0)).items():
         yield f"{', '.join(dict.fromkeys(who for _, who in pairs))}: {reason}\n"
 
 

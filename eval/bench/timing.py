@@ -1,4 +1,4 @@
-"""Timing calls that compete for a machine: interleaved, in random order, told by medians and quartiles."""
+"""Timing calls that compete for a machine: interleaved, in random order, reported as medians and quartiles."""
 
 from __future__ import annotations
 

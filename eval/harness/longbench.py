@@ -81,7 +81,7 @@ def local_tasks(directory: Path) -> Iterator[LocalTasks]:
 
 
 def read_local(longbench_file: str, metric: str, **_: Any) -> dict[str, Any]:
-    """Rows of a file as lm-eval's tasks want them (``question`` instead of ``input``), by split.
+    """Rows of a file as lm-eval's tasks expect them (``question`` instead of ``input``), by split.
 
     Raises
     ------
@@ -109,7 +109,7 @@ def read_local(longbench_file: str, metric: str, **_: Any) -> dict[str, Any]:
 def _row(line: bytes, metric: str) -> dict[str, Any]:
     row = parse_json(line, infinite=True)
     if not isinstance(row, dict):
-        raise ValueError(f"a JSON object with {', '.join(COLUMNS)} is wanted, this is a {type(row).__name__}")
+        raise ValueError(f"a JSON object with {', '.join(COLUMNS)} is expected, this is a {type(row).__name__}")
     # As some copies of the data have it already.
     row.setdefault("input", row.get("question"))
     for name in ("input", "context"):

@@ -1,6 +1,6 @@
 """kvpress on questions about documents; a script for a separate process, perhaps with another Python.
 
-kvpress changes attention for a whole process, and its releases want other versions of transformers than scout_hf: this
+kvpress changes attention for a whole process, and its releases need other versions of transformers than scout_hf: this
 file imports nothing of scout_hf. ``python kvpress_apart.py REQUEST ANSWER``, both files of JSON; see
 :mod:`scout_hf.eval.methods.score`.
 """
@@ -54,7 +54,7 @@ def main(request: str, answer: str) -> None:
 
 
 def _decode(model, cache, ids, length: int, first: int) -> list[list[int]]:
-    """Token by token; the cache is shorter than the text, so that positions have to be told."""
+    """Token by token; the cache is shorter than the text, so positions must be passed."""
     token, given = ids[:, :1], []
     for place in range(ids.shape[1] + length - 1):
         places = ids.new_full((len(ids), 1), first + place)

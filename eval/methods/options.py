@@ -41,7 +41,7 @@ class Methods:
     cpu_gbps: CpuGbps = None
     drift: Drift = 0.1
     kvpress_python: Annotated[
-        str | None, Option(help="An interpreter that has kvpress, which wants another transformers.")
+        str | None, Option(help="A Python interpreter with kvpress, which needs another release of transformers.")
     ] = None
     threads: Annotated[int, Option(min=1, help="For the model, and as many for the CPU's share.")] = 1
     quick: Annotated[bool, Option("--quick", help="A small grid: a look, in about a minute.")] = False

@@ -81,7 +81,7 @@ def run(options: Methods, grid: Grid | None = None, command: str | None = None, 
     emulation, why = emulation_of(options.emulate, **rates, block_size=block_size)
     settings = {"budget": budget, "block_size": block_size, "layers": layers, "drift": options.drift, "seed": seed}
     settings |= {"questions": questions, "emulation": vars(emulation), "emulated_as": why}
-    # Files that were begun before these could be chosen say nothing of them.
+    # Older files do not have these settings.
     settings |= {"shape": shape} if shape != Methods.shape else {}
     settings |= {"device": device} if device != Methods.device else {}
     file = begin(options.out and options.out / "methods.json", options.fresh, settings)

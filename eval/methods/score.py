@@ -29,7 +29,7 @@ _ANSWER = fields(
     {"ids": items(items(count())), "prefill_s": number(0), "seconds": number(0), "steps": count(1), "kept": count()}
     | {"versions": table(text(200))}
 )
-REMEDY = "pip install kvpress, here or in an environment of its own that --kvpress-python names"
+REMEDY = "pip install kvpress, here, or in a separate environment that --kvpress-python names"
 
 
 def kvpress(

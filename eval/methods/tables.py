@@ -59,7 +59,7 @@ def main(record: Record, place: Place, *names: str) -> Grid:
 
 
 def parts(record: Record) -> Iterator[Grid | str]:
-    """For Markdown: the longest context that nearly all ways were measured at, then what is told beside it."""
+    """For Markdown: the longest context that nearly all ways were measured at, then notes on it."""
     place = view.widest(record, view.main_shape(record))
     if place is not None:
         settings, facts = record["settings"], record["machine"]
@@ -74,8 +74,8 @@ def parts(record: Record) -> Iterator[Grid | str]:
             f"{view.predicted(record)}".rstrip()
         )
         yield main(record, place, "way", "exact", "right")
-        if told := " ".join(filter(None, (view.without(view.at(record, place)), view.unasked(record)))):
-            yield told
+        if notes := " ".join(filter(None, (view.without(view.at(record, place)), view.unasked(record)))):
+            yield notes
     yield from further(record)
 
 
@@ -97,8 +97,8 @@ def further(record: Record) -> Iterator[Grid | str]:
                 cells = (three(found[name]) if name in found else NONE for name in names)
                 table.add(short(place.context), str(place.batch), *cells)
         yield table
-    if told := " ".join(sentences(record)):
-        yield told
+    if notes := " ".join(sentences(record)):
+        yield notes
     for (context, gib), cells in view.equal(record).items():
         yield (
             f"{_memory(context, gib)}, as many rows of {short(context)} tokens as fit (16 at most). Buffers that "
@@ -106,8 +106,8 @@ def further(record: Record) -> Iterator[Grid | str]:
             "larger part than of more."
         )
         yield _equal("", cells, lambda one: one["way"])
-        if told := view.without(cells):
-            yield told
+        if notes := view.without(cells):
+            yield notes
 
 
 def sentences(record: Record) -> Iterator[str]:
@@ -115,10 +115,10 @@ def sentences(record: Record) -> Iterator[str]:
     if found := _longest(record, ORDER):
         place, speed = found
         names = sorted(ORDER, key=lambda name: -speed[name])
-        told = "; ".join(f"{name} {three(speed[name])}" for name in names)
+        speeds = "; ".join(f"{name} {three(speed[name])}" for name in names)
         order = "the order" if tuple(names) == ORDER else f"not the order ({'; '.join(ORDER)})"
         yield (
-            f"At {short(place.context)} tokens and batch {place.batch} tokens/s are {told}: {order} of the paper's "
+            f"At {short(place.context)} tokens and batch {place.batch} tokens/s are {speeds}: {order} of the paper's "
             "figure 8."
         )
         if (stock := view.best_stock(view.at(record, place))) and stock < 1e3 * place.batch / speed[names[-1]]:

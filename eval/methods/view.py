@@ -303,8 +303,8 @@ def without(cells: list[Cell]) -> str:
     str
         Empty if all were measured.
     """
-    told = [f"{one['way']}: {reason(one)}" for one in cells if not measured([one])]
-    return f"Not measured: {'; '.join(told)}." if told else ""
+    reasons = [f"{one['way']}: {reason(one)}" for one in cells if not measured([one])]
+    return f"Not measured: {'; '.join(reasons)}." if reasons else ""
 
 
 def unasked(record: Record) -> str:
@@ -319,8 +319,8 @@ def unasked(record: Record) -> str:
     str
         Empty if all were measured.
     """
-    told = {one["way"]: reason(one) for one in _part(record, "score") if not measured([one])}
-    return f"Not asked: {'; '.join(f'{way}: {why}' for way, why in told.items())}." if told else ""
+    reasons = {one["way"]: reason(one) for one in _part(record, "score") if not measured([one])}
+    return f"Not asked: {'; '.join(f'{way}: {why}' for way, why in reasons.items())}." if reasons else ""
 
 
 def predicted(record: Record) -> str:
@@ -378,9 +378,9 @@ def emulated(record: Record, why: bool = True) -> str:
     str
     """
     rates = record["settings"]["emulation"]
-    told = ", ".join(f"{RATES[name]} at {rate:g} GB/s" for name, rate in rates.items() if rate is not None)
+    shown = ", ".join(f"{RATES[name]} at {rate:g} GB/s" for name, rate in rates.items() if rate is not None)
     source = f" ({record['settings']['emulated_as']})" if why else ""
-    return f"emulated: {told}{source}" if told else "nothing is emulated"
+    return f"emulated: {shown}{source}" if shown else "nothing is emulated"
 
 
 def emulated_sentence(record: Record) -> str:

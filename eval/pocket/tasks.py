@@ -199,8 +199,8 @@ def _distinct(rng: random.Random, words: tuple[str, ...], count: int, task: str)
 
 
 def _values(rng: random.Random, key: str) -> Case:
-    told = rng.sample(vocab.VALUES, VALUES_PER_KEY)
-    numbered = [(vocab.DIGITS[number], value) for number, value in enumerate(told, 1)]
+    values = rng.sample(vocab.VALUES, VALUES_PER_KEY)
+    numbered = [(vocab.DIGITS[number], value) for number, value in enumerate(values, 1)]
     statements = tuple(("note", key, *pair, ".") for pair in numbered)
     return Case(statements, ("list", "all", "of", key), tuple(word for pair in numbered for word in pair), 0, 2)
 
@@ -213,7 +213,7 @@ def _trace(rng: random.Random, chain: list[str], first: str) -> Case:
 
 
 def _copy(rng: random.Random, key: str, pairs: set[tuple[str, str]]) -> Case:
-    # No two words follow each other twice in a document: the last two words always tell how a span goes on.
+    # No two words follow each other twice in a document: the last two words always determine the next word of a span.
     while True:
         span = rng.sample(vocab.VALUES, SPAN_WORDS)
         fresh = set(zip(span, span[1:], strict=False))
@@ -224,12 +224,12 @@ def _copy(rng: random.Random, key: str, pairs: set[tuple[str, str]]) -> Case:
 
 
 def _aggregate(rng: random.Random, key: str) -> Case:
-    told = rng.sample(vocab.VALUES, len(COUNTS))
-    said = [word for word, count in zip(told, COUNTS, strict=True) for _ in range(count)]
+    words = rng.sample(vocab.VALUES, len(COUNTS))
+    said = [word for word, count in zip(words, COUNTS, strict=True) for _ in range(count)]
     rng.shuffle(said)
     statements = tuple(("answer", "of", key, word, ".") for word in said)
     question = ("which", "is", "often", "the", "answer", "of", key)
-    return Case(statements, question, (told[0],), said.index(told[0]), 3)
+    return Case(statements, question, (words[0],), said.index(words[0]), 3)
 
 
 def deal(rng: random.Random, cases: list[Case]) -> list[tuple[int, int]]:
@@ -247,11 +247,11 @@ def deal(rng: random.Random, cases: list[Case]) -> list[tuple[int, int]]:
     """
     order = [number for number, case in enumerate(cases) for _ in case.statements]
     rng.shuffle(order)
-    told = [0] * len(cases)
+    next_statement = [0] * len(cases)
     dealt = []
     for number in order:
-        dealt.append((number, told[number]))
-        told[number] += 1
+        dealt.append((number, next_statement[number]))
+        next_statement[number] += 1
     return dealt
 
 

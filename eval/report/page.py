@@ -50,7 +50,7 @@ PARTS = bench.PARTS | {"fidelity": fidelity.parts}
 
 
 class Part(NamedTuple):
-    """A table, pictures or a paragraph; in words ``code`` stands in backticks, and what is bold is a ``Bold``."""
+    """A table, pictures or a paragraph; in text ``code`` is in backticks, and what is bold is a ``Bold``."""
 
     text: str | tuple[str, ...] = ""
     note: bool = False
@@ -130,8 +130,8 @@ def _methods(record: dict[str, Any]) -> Iterator[Part]:
             )
         )
         yield _part(tables.main(record, place, "method", "exact", "answers right"))
-        told = (view.predicted(record), view.without(view.at(record, place)), view.unasked(record))
-        yield Part(f"{LEGEND} {' '.join(filter(None, told))}", note=True)
+        notes = (view.predicted(record), view.without(view.at(record, place)), view.unasked(record))
+        yield Part(f"{LEGEND} {' '.join(filter(None, notes))}", note=True)
     drawn = [(draw.__name__, _drawn(record, draw)) for draw in plots.ALL]
     if drawn := [(name, data) for name, data in drawn if data]:
         yield _images(drawn)
@@ -173,5 +173,5 @@ def _spans(text: str | tuple[str, ...]) -> Iterator[tuple[str, str]]:
 
 def _machine(record: dict[str, Any]) -> str:
     facts = record.get("machine") or {}
-    told = [form.format(facts[name]) for name, form in SHOWN.items() if facts.get(name)]
-    return ", ".join(told) or "see the record"
+    shown = [form.format(facts[name]) for name, form in SHOWN.items() if facts.get(name)]
+    return ", ".join(shown) or "see the record"

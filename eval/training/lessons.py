@@ -71,7 +71,7 @@ def exam(rng: random.Random, length: int, task: str) -> list[tuple[list[str], li
 
 
 def drill(rng: random.Random, length: int, filler: bool, task: str) -> list[tuple[list[str], list[float]]]:
-    """Statements, questions on cases told in full and, if wanted, filler in turn; at least `length` words in all."""
+    """Statements, questions whose statements all came before, and optional filler, in turn; `length` words or more."""
     most = min(_MOST_STATEMENTS // STATEMENTS[task], length // _size(task) + 2)
     cases = draw_cases(rng, task, most)
     # Cases come in small groups, or all questions would wait for the end of the sequence.

@@ -102,13 +102,13 @@ def train(arch: str, seed: int, stages: tuple[Stage, ...], folder: Path | None =
             fall = max(0.05, 2 * (1 - (done + read) / SCHEDULE_TOKENS))
             return stage.rate * min(1.0, (steps + 1) / WARM_UP_STEPS, fall)
 
-        def told(read: int) -> str:
+        def progress(read: int) -> str:
             return f"length {stage.length}, {read} tokens: {glance(model, stage.length)}"
 
         def held(read: int) -> list[torch.nn.Parameter]:
             return attention if done + read < HOLD_TOKENS else []
 
-        train_stage(model, stage, sequences, loss, rate, held, told, GLANCE_TOKENS)
+        train_stage(model, stage, sequences, loss, rate, held, progress, GLANCE_TOKENS)
 
     minutes = train_stages(model, stages, run, folder)
     return model.eval(), minutes

@@ -12,7 +12,7 @@ def words() -> list[str]:
 
 
 def build_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
-    """A whitespace tokenizer: one word, one token, nothing added, padding on the left as `generate()` wants it."""
+    """A whitespace tokenizer: one word, one token, nothing added, padding on the left, as `generate()` needs."""
     ids = {word: index for index, word in enumerate(words())}
     core = Tokenizer(models.WordLevel(ids, unk_token=vocab.UNKNOWN))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -62,7 +62,7 @@ def train_stages(
 ) -> float:
     """Call `run(number, stage, tokens before)` for every stage; returns the minutes they took.
 
-    With a `folder`, the state after each stage is kept there as `stage<number>.safetensors`, and a later call goes on
+    With a `folder`, the state after each stage is kept there as `stage<number>.safetensors`, and a later call continues
     after the last one it finds. Momentum starts again with each stage, so that an interrupted run ends with the same
     weights as one that was not, where stages draw texts of their own.
     """
@@ -93,7 +93,7 @@ def train_stage(
     """Train `model` in place for one stage of `stage.tokens` tokens, so many sequences of `stage.length` per step.
 
     `loss_of()` is the loss of one step, `rate_of(steps, read)` a factor on all learning rates, `held(read)` are weights
-    that stay as they are, and `glance(read)` is a line that is told now and then.
+    that stay as they are, and `glance(read)` is a progress message that is printed now and then.
     """
     matrices = [weight for weight in model.model.layers.parameters() if weight.dim() == 2]
     chosen = {id(weight) for weight in matrices}

@@ -102,14 +102,14 @@ def train(
         def rate(steps: int, read: int) -> float:
             return min(1.0, (steps + 1) / WARM_UP_STEPS, max(0.03, 1.5 * (1 - (done + read) / total)))
 
-        def told(read: int) -> str:
+        def progress(read: int) -> str:
             again = repeat_loss(model, seen["ids"])
             return f"{done + read} tokens, loss {seen['loss'].item():.2f}, of a text read again {again:.2f}"
 
         def held(read: int) -> list[torch.nn.Parameter]:
             return attention if done + read < HOLD_TOKENS else []
 
-        train_stage(model, stage, sequences, loss, rate, held, told, GLANCE_TOKENS)
+        train_stage(model, stage, sequences, loss, rate, held, progress, GLANCE_TOKENS)
 
     return train_stages(model, stages, run, folder)
 

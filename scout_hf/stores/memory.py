@@ -23,7 +23,7 @@ _slabs: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictio
 def allocate_slab(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pinned: bool = False
 ) -> torch.Tensor:
-    """Allocate a tensor of undefined content, on huge pages if it lies on the CPU and has 4 MiB or more.
+    """Allocate a tensor of undefined content, on huge pages if it is on the CPU and has 4 MiB or more.
 
     Scattered blocks are read up to 1.5 times as fast from huge pages. The system commits memory on first write;
     pinned memory at once.

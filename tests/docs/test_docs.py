@@ -10,6 +10,7 @@ import transformers
 import typer
 
 from scout_hf.eval.pocket import load_pocket
+from scout_hf.kernels import cpu
 from scout_hf.methods import base
 from scout_hf.patches import registry
 from scout_hf.selection import digest
@@ -27,7 +28,7 @@ def pocket_for_checkpoints(monkeypatch, tmp_path):
     model, tokenizer = load_pocket()
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
-    for one in (digest._DIGESTS, base._METHODS):
+    for one in (digest._DIGESTS, base._METHODS, cpu._BACKENDS):
         monkeypatch.setattr(one, "_classes", dict(one._classes))
     monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
     monkeypatch.chdir(tmp_path)

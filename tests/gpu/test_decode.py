@@ -33,7 +33,7 @@ from tests.unit.naive import poison  # noqa: E402
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.filterwarnings("error:.*goes on without graphs"),
+    pytest.mark.filterwarnings("error:.*continues without graphs"),
 ]
 WAYS = ["join", "flags", "graph"] if ISAS else ["join"]
 EXACT = {name: value for name, value in TWO_TIERS.items() if name != "split"} | {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from scout_hf import ConfigError
+from scout_hf.kernels import cpu
 from scout_hf.methods import Method, Scout, method_names, register_method
 from scout_hf.methods.base import find_method
 from scout_hf.registry import Registry
@@ -82,3 +83,15 @@ def test_a_method_that_lacks_a_part_is_refused_when_it_is_registered():
 def test_an_unknown_name_is_told_the_nearest():
     with pytest.raises(ConfigError, match="try 'scout'"):
         find_method("scuot")
+
+
+def test_a_backend_of_one_s_own_can_be_chosen(monkeypatch):
+    monkeypatch.setattr(cpu._BACKENDS, "_classes", dict(cpu._BACKENDS._classes))
+
+    class Mine(cpu.find_backend("torch")):
+        name = "mine"
+
+    assert cpu.register_backend(Mine) is Mine
+    assert "mine" in cpu.backend_names() and isinstance(cpu.make_backend("mine"), Mine)
+    with pytest.raises(ConfigError, match="subclass of CpuBackend"):
+        cpu.register_backend(One)

@@ -23,11 +23,42 @@ __all__ = [
     "backend_names",
     "find_backend",
     "make_backend",
+    "register_backend",
 ]
 
 _BACKENDS: Registry[CpuBackend] = Registry("cpu_backend", also=("auto",))
 for _backend in (NativeBackend, TorchBackend, IpexBackend):
     _BACKENDS.register(_backend, CpuBackend)
+
+
+def register_backend(backend: type[CpuBackend]) -> type[CpuBackend]:
+    """Register a CPU backend for ``ScoutConfig(cpu_backend=name)``; usable as a class decorator.
+
+    Parameters
+    ----------
+    backend : type of CpuBackend
+
+    Returns
+    -------
+    type of CpuBackend
+        The same class.
+
+    Raises
+    ------
+    ConfigError
+        If its ``name`` is empty or taken, or it is not a complete subclass of :class:`CpuBackend`.
+
+    Examples
+    --------
+    >>> from scout_hf.kernels.cpu import backend_names, register_backend
+    >>> from scout_hf.kernels.cpu.torch_backend import TorchBackend
+    >>> @register_backend
+    ... class MyBackend(TorchBackend):
+    ...     name = "mine"
+    >>> "mine" in backend_names()
+    True
+    """
+    return _BACKENDS.register(backend, CpuBackend)
 
 
 def backend_names() -> tuple[str, ...]:

@@ -16,7 +16,7 @@ class BlockLists(NamedTuple):
     """Blocks to attend, one list per row and KV head.
 
     ids : Tensor (batch, kv_heads, n) of int32
-        Distinct block numbers, each list packed to the front; the store's partly filled block, if listed, stands last.
+        Distinct block numbers, each list packed to the front; the store's partly filled block, if listed, is last.
     counts : Tensor (batch, kv_heads) of int32, or None
         Used entries of each list; None for all.
 

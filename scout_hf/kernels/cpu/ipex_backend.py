@@ -172,5 +172,5 @@ def load_op() -> Any:
         importlib.import_module("intel_extension_for_pytorch")
         return torch.ops.torch_ipex.single_query_cached_kv_attention.default
     except (Exception, SystemExit) as error:
-        told = f"{needed}, which are installed but do not load ({error!r}). Try cpu_backend='auto'"
-        raise ConfigError(told) from error
+        message = f"{needed}, which are installed but do not load ({error!r}). Try cpu_backend='auto'"
+        raise ConfigError(message) from error

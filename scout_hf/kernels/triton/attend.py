@@ -170,7 +170,7 @@ def attend_blocks(
     group, row = query_heads // kv_heads, dim * keys.element_size()
     tile = tile or tile_for(query, keys)
     at = first if isinstance(first, torch.Tensor) else None
-    # The query stands in for each missing tensor; the kernel never reads it as such.
+    # A missing tensor needs some pointer: the query serves, and the kernel does not read it.
     given = [query if part is None else part for part in (pages, ids, at, starts, lengths, padding_mask)]
     places = [keys.stride(), values.stride()]
     strides = [stride[:4] if pages is None else (0, stride[1], stride[0], stride[2]) for stride in places]
