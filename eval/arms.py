@@ -160,7 +160,7 @@ MODES: dict[str, dict[str, Any] | None] = {
 # -- the comparison of methods --------------------------------------------------------------------------------------
 
 KVPRESS = "kvpress"
-"""Its KeyDiffPress cuts a prompt's KV down for good, in a process of its own: :mod:`scout_hf.eval.methods.score`."""
+"""Its KeyDiffPress drops KV of the prompt; it runs in a separate process: :mod:`scout_hf.eval.methods.score`."""
 
 ONE_TIER = "scout, one tier"
 KEPT = "infinigen, kept"

@@ -104,7 +104,6 @@ def _layer_table(stats: Stats) -> Table:
         "brought": lambda layer: in_bytes(layer.recalled_bytes) if layer.recalled_bytes else None,
     }
     cells = {name: [say(layer) for layer in stats.layers] for name, say in columns.items()}
-    # Columns without a value are left out.
     cells = {name: column for name, column in cells.items() if any(column)}
     table = Table(title="per layer", title_justify="left")
     for name in cells:

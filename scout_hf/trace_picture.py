@@ -71,7 +71,6 @@ def draw(spans: list[Span], path: Path, about: str = "") -> None:
         axes.broken_barh([at], (row - high / 2, high), color=colour, edgecolor=edge, lw=0.7)
         if span.lane in (POOL, COPIES) and span.submitted is not None:
             asked = (span.submitted - last.begin) / 1e6
-            # From the layer that submitted it to the job.
             axes.plot([asked, at[0]], [lanes.index(MAIN) + 0.25, row - high / 2], color=colour, lw=0.8, alpha=0.7)
     for lane in lanes:
         parts = [span for span in shown if span.lane == lane and (span.kind == "layer" or lane in JOBS)]
@@ -103,7 +102,6 @@ def _label(axes: Any, spans: Iterable[Span], step: Span, row: int, ms_per_inch: 
         half = (len(text) + 1) * CHARACTER * ms_per_inch / 2
         for level, right in enumerate(taken):
             if middle - half >= right:
-                # Below the job, clear of the line that leads to it.
                 axes.text(middle, row + 0.22 + 0.14 * level, text, ha="center", va="top", fontsize=7)
                 taken[level] = middle + half
                 break

@@ -255,7 +255,7 @@ def test_lessons_ask_only_what_was_told(task, seed):
 
 
 @pytest.mark.parametrize("arch", pocket.POCKET_MODELS)
-def test_training_goes_on_where_it_was_interrupted(arch, tmp_path, monkeypatch):
+def test_training_continues_where_it_was_interrupted(arch, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "HOLD_TOKENS", 1024)
     monkeypatch.setattr(train, "STEP_TOKENS", 256)
     stages = (train.Stage(128, 1024, 0.0, 0.0, 1.0), train.Stage(256, 512, 0.5, 0.5, 0.8))

@@ -1,4 +1,4 @@
-"""One decode step of a whole model at several lengths of context: stock, stock at its best, and scout_hf.
+"""One decode step of a whole model at several lengths of context: stock, the fastest form of stock, and scout_hf.
 
 The model has the shape of Llama 3.2 1B and random weights, the caches hold random keys and values: what is measured
 does not depend on their meaning. Every timed step adds its token to the cache, as decoding does.
@@ -58,7 +58,7 @@ def run(options: CpuDecode, tell: Tell = silent, shape: dict[str, int] | None = 
         machine.check_memory(int(1.2 * most) + SPARE_BYTES, "lower --contexts or --layers")
         span = _bandwidth(threads, repeat)
         with ExitStack() as stack:
-            # All over the same weights.
+            # All modes share the same weights.
             modes: dict[str, Mode] = {}
             for name, arm in CPU_DECODE.items():
                 mine = twin(model)
@@ -110,7 +110,7 @@ def _decode(modes: dict[str, Mode], context: int, repeat: int, seed: int, tell) 
 
 
 def _time_group(modes: dict[str, Mode], context: int, repeat: int, seed: int, tell) -> dict[str, dict[str, Any]]:
-    """Steps of some modes, and in turn with them steps that have nothing to attend to."""
+    """Steps of some modes, interleaved with steps over an empty context."""
     caches, steps, counts = {}, {}, {}
     for name, (model, made) in modes.items():
         tokens = max(context, FIRST_TOKENS)

@@ -155,7 +155,7 @@ def burst(calls: Sequence[Callable[[], Any]], device: torch.device) -> Burst:
 
 
 def time_bursts(bursts: dict[Any, Burst], repeat: int, seed: int = 0) -> dict[Any, Timing]:
-    """Times of single calls, each burst so many times, in turn and in random order; every burst has run once before."""
+    """Times of single calls, each burst so many times, interleaved in random order; every burst runs once before."""
     for one in bursts.values():
         one.run()
     times = interleave({name: lambda one=one: one.run for name, one in bursts.items()}, repeat, seed)

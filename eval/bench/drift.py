@@ -2,7 +2,7 @@
 
 From one token of a real text to the next, 5 to 15 % of the blocks that matter change (ScoutAttention). Here scores
 follow a stationary random walk on the device, so large that the real scores beside it decide nothing; these are
-computed all the same, for what they cost.
+computed too, so that a step costs the same.
 """
 
 from __future__ import annotations

@@ -157,7 +157,7 @@ class _Bench:
             warnings.simplefilter("default")
             found = self._reason(arm, context, batch) or devices.outcome(measure, self.device)
         devices.release(self.device)
-        # Such as that a hand-over gave way to another.
+        # For example, that another hand-over was used than the one asked for.
         said = {devices.first_line(one.message) for one in caught}
         return found | ({"warnings": sorted(said)} if said else {})
 

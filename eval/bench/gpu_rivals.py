@@ -1,4 +1,4 @@
-"""What the Triton decode kernel is held against: calls over the same keys and values, one for each set of them.
+"""Kernels that the Triton decode kernel is compared with: calls over the same keys and values, one for each set.
 
 ``query`` is (batch, query_heads, 1, head_dim); a set is keys and values, (batch, kv_heads, tokens, head_dim) each.
 """

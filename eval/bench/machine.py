@@ -68,7 +68,7 @@ def check_memory(need: int, remedy: str) -> None:
 
 @contextmanager
 def measuring(threads: int, tell: Callable[[str], Any]) -> Iterator[Company]:
-    """Keep this process on so many CPUs, the idlest of its memory node, and torch to so many threads.
+    """Keep this process on so many CPUs, the least busy ones of its NUMA node, and torch to so many threads.
 
     Tells a warning if others need these CPUs too. ValueError if there are not so many.
     """

@@ -1,4 +1,4 @@
-"""Models in the shape of real ones with random weights, for speed alone; and stock attention at its best on a CPU."""
+"""Models in the shape of real ones with random weights, for speed only; and the fastest stock attention on a CPU."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def weight_bytes(model: PreTrainedModel) -> int:
 
 
 def folded_sdpa(module, query, key, value, attention_mask, **kwargs):
-    """Stock attention at its best on a CPU: the heads of a GQA group become queries, so that keys are read once."""
+    """The fastest stock attention on a CPU: the heads of a GQA group become queries, so keys are read once."""
     if query.shape[2] != 1 or attention_mask is not None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
     batch, heads, _, dim = query.shape

@@ -85,9 +85,9 @@ def emulation_of(
         given = Emulation(link_gbps, cpu_gbps)
         return given, "as given" if given.options() else "nothing is emulated"
     if emulate != "paper":
-        raise ValueError(f"--emulate {emulate} is not known; allowed is 'paper', or --link-gbps and --cpu-gbps by hand")
+        raise ValueError(f"--emulate {emulate} is not known; allowed is 'paper', or give --link-gbps and --cpu-gbps")
     if link_gbps is not None or cpu_gbps is not None:
-        raise ValueError("--emulate paper sets both rates; leave it out to give --link-gbps and --cpu-gbps by hand")
+        raise ValueError("--emulate paper sets both rates; leave it out to give --link-gbps and --cpu-gbps")
     rate = device_gbps()
     cpu = round(rate / GPU_TO_CPU, 3)
     return Emulation(round(cpu / CPU_TO_LINK, 4), cpu), (

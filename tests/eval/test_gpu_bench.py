@@ -271,7 +271,7 @@ def test_a_cut_model_says_so(apart):
     assert "CUT to 1 layers" in printed(shown)
 
 
-def test_a_run_goes_on_where_it_was(apart, tmp_path, monkeypatch):
+def test_a_run_continues_where_it_was(apart, tmp_path, monkeypatch):
     path, asked = tmp_path / "gpu_decode.json", []
     arms = ["stock", "scout join"]
 

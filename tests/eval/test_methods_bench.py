@@ -98,7 +98,7 @@ def test_all_cells_have_a_figure_or_a_reason(record):
     assert scores["dense"]["right"] == scores["stock"]["right"] == 4
 
 
-def test_a_run_that_was_ended_goes_on(record, path, monkeypatch):
+def test_a_run_that_was_ended_continues(record, path, monkeypatch):
     assert json.loads(path.read_text()) == record
     (half_of_it := path.parent / "half").mkdir()
     half = record | {"cells": record["cells"][::2]}

@@ -147,7 +147,7 @@ def test_what_was_read_is_the_readers_own(settings, tokens):
 
 
 @EVERY
-def test_a_stock_copy_goes_on_as_stock(settings):
+def test_a_stock_copy_continues_as_stock(settings):
     model, inputs = llama(), left_padded(0, 5)
     stock = run(model, inputs)
     with scout_hf.patch(model, **settings):

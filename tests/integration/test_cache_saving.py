@@ -95,7 +95,7 @@ def test_copy_shares_layers_as_it_does_for_a_dynamic_cache(model, cache):
         assert held.get_seq_length() == twin.get_seq_length() > 59
 
 
-def test_a_copied_layer_goes_on_by_itself_as_a_dynamic_one_does(cache):
+def test_a_copied_layer_continues_by_itself_as_a_dynamic_one_does(cache):
     more = torch.randn(1, 2, 40, 8)
     for held in (cache.layers[1], cache.to_dynamic().layers[1]):
         twin = copy.copy(held)

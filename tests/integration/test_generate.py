@@ -109,7 +109,7 @@ def test_inference_mode(stock, patched):
     assert_close(run(patched, left_padded(0, 5)), expected)
 
 
-def test_cache_made_in_inference_mode_goes_on_without(stock, patched):
+def test_cache_made_in_inference_mode_continues_without(stock, patched):
     first = run(stock, prompt())
     with torch.inference_mode():
         cache = run(patched, prompt()).past_key_values

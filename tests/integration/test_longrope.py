@@ -38,7 +38,7 @@ def crosses(length, new):
 
 
 @functools.cache
-def stock_begins_anew():
+def stock_starts_again():
     """Older releases leave the cache out, and go on with one token all the same."""
     model, ids = phi3(), prompt(1, EDGE)
     found = run(model, ids, new=3)
@@ -49,7 +49,7 @@ def stock_begins_anew():
 def expected_of(model, inputs, new, **options):
     """What stock does, or where it does wrong, what it would do without a cache."""
     length = (inputs if isinstance(inputs, torch.Tensor) else inputs["input_ids"]).shape[1]
-    if crosses(length, new) and not stock_begins_anew():
+    if crosses(length, new) and not stock_starts_again():
         options["use_cache"] = False
     return run(model, inputs, new=new, **options)
 
@@ -91,7 +91,7 @@ def test_modes_over_the_edge(way, mode):
     model = phi3()
     padding = mode.get("padding", (0,))
     inputs, mode = left_padded(*padding, tokens=EDGE - 6), {k: v for k, v in mode.items() if k != "padding"}
-    if "prompt_lookup_num_tokens" in mode and not stock_begins_anew():
+    if "prompt_lookup_num_tokens" in mode and not stock_starts_again():
         pytest.skip("this release drafts for a cache that it left out")
     expected = expected_of(model, inputs, 16, **mode)
     with scout_hf.patch(model, **WAYS[way]):

@@ -117,7 +117,7 @@ def test_tokens_that_a_model_puts_in_by_itself_are_refused(tokens):
 
 
 @pytest.mark.parametrize("tiers", EVERY_TIER)
-def test_positions_that_begin_anew_hide_nothing_once_there_is_a_cache(tiers):
+def test_positions_that_begin_again_hide_nothing_once_there_is_a_cache(tiers):
     """Stock looks for packed sequences only in calls without a cache."""
     model().set_attn_implementation("sdpa")
     ids = prompt(1, 41)

@@ -232,7 +232,7 @@ def test_an_emulated_link_changes_time_alone(name, emulated):
         assert crossed <= 1.001 * stats.recalled_bytes
 
 
-def test_kvpr_computes_nothing_anew_where_angles_depend_on_the_length():
+def test_kvpr_computes_nothing_again_where_angles_depend_on_the_length():
     """A sequence that outgrows the first length has keys of many lengths, and inputs do not tell which."""
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
 

@@ -457,7 +457,7 @@ def test_its_native_thread_is_one_of_the_lowest_priority():
         assert handle.stats().fidelity.samples and handle._hooks.monitor._pool.background
 
 
-def test_tallies_that_start_anew_know_nothing_of_samples_taken_before():
+def test_tallies_that_start_again_know_nothing_of_samples_taken_before():
     model = spiky()
     with scout_hf.patch(model, **ONE_SPARSE, monitor=0.5) as handle:
         with held_up(handle):

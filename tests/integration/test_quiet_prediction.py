@@ -472,7 +472,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_keys_are_made_anew_only_where_they_are_those_that_were_stored(change):
+def test_keys_are_made_again_only_where_they_are_those_that_were_stored(change):
     """KVPR makes keys from a layer's inputs: what was steered since cannot be made so, what came before can."""
     settings = EXACT_METHODS["kvpr"] | {"split": "cpu", "method_options": {"share": 1.0}}
     made = {"num_key_value_heads": 8}

@@ -226,7 +226,7 @@ def test_a_pass_that_failed_does_not_count(patched, clock):
     assert speeds(handle) == (50, 1)
 
 
-def test_asking_changes_nothing_and_reset_starts_anew(patched):
+def test_asking_changes_nothing_and_reset_starts_again(patched):
     model, handle = patched
     asked = []
 

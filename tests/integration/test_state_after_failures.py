@@ -91,7 +91,7 @@ def test_a_table_that_grows_has_addresses_for_all_its_pages(monkeypatch, error, 
 
 
 @ERRORS
-def test_pages_are_described_to_native_code_anew_after_an_error(monkeypatch, error):
+def test_pages_are_described_to_native_code_again_after_an_error(monkeypatch, error):
     store = PagedKV(1, 2, 16, 8, torch.float32, "cpu")
     if store.library is None:
         pytest.skip("no native library")

@@ -187,7 +187,7 @@ def test_a_next_turn_with_another_image_at_the_positions_of_a_grid(name):
 
 
 @families("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-def test_keys_of_images_are_made_anew_at_their_places(name, monkeypatch):
+def test_keys_of_images_are_made_again_at_their_places(name, monkeypatch):
     """KVPR tries its arithmetic on the first block, text; the image, whose positions have three axes, comes later."""
     monkeypatch.setattr("scout_hf.methods.kvpr.kvpr.TRIAL_TOKENS", 8)
     options = EXACT_METHODS["kvpr"] | {"method_options": {"share": 1.0}}

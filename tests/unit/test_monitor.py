@@ -369,7 +369,7 @@ def test_lists_picks_and_empty_slots_are_understood(monitor):
     assert _marks(None, [1], 2, 7, torch.device("cpu")).all() and not _marks([], [1], 2, 7, torch.device("cpu")).any()
 
 
-def test_decoding_goes_on_while_a_sample_is_late_and_none_is_lost(monitor):
+def test_decoding_continues_while_a_sample_is_late_and_none_is_lost(monitor):
     gate, layer = threading.Event(), Layer()
     real = monitor._measure
     monitor._measure = lambda *args: gate.wait(60) and real(*args)

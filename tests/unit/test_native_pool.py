@@ -530,7 +530,7 @@ def in_fork(check):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_fork_has_threads_of_its_own_and_the_parent_goes_on(pool, workers):
+def test_a_fork_has_threads_of_its_own_and_the_parent_continues(pool, workers):
     words = Words(5, 0, 0, 0)
     before = move(pool, words, 0, 1, result="before")
     assert before.drain()

@@ -87,7 +87,7 @@ def test_other_rows_are_read_again(far):
     assert torch.equal(found, left(3, 0, 5, tokens=12).bool()) and len(far) == 3
 
 
-def test_copies_begin_anew(far):
+def test_copies_begin_again(far):
     padding = Padding()
     padding.of(left(0, 3, tokens=10), 2, 10)
     for twin in (copy.deepcopy(padding), pickle.loads(pickle.dumps(padding))):

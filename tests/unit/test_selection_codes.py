@@ -232,7 +232,7 @@ def filled_selector(name, tokens, steps, size=8, mask=None):
 
 @pytest.mark.parametrize("name", CODES)
 @pytest.mark.parametrize("padded", [False, True])
-def test_constants_are_taken_anew_while_a_context_grows(monkeypatch, name, padded):
+def test_constants_are_taken_again_while_a_context_grows(monkeypatch, name, padded):
     poison(monkeypatch)
     mask = torch.ones(2, 1024, dtype=torch.bool)
     mask[1, :19] = False

@@ -207,7 +207,7 @@ def test_rows_that_became_the_same_part_ways():
 
 
 @pytest.mark.parametrize("after", ["truncate", "fork", "select_rows", "extend then truncate"])
-def test_ownership_is_asked_anew_after(after):
+def test_ownership_is_asked_again_after(after):
     pool = new_pool()
     table = marked_table(pool, 2, 3)
     other = table.fork()

@@ -57,7 +57,7 @@ class LayerInputs:
         if position_ids is None:
             self._positions = None
         elif self._positions is not None:
-            # Drop the positions of an append that failed.
+            # An append that failed may have left positions.
             while self._positions and self._positions[-1][0] >= first:
                 self._positions.pop()
             self._positions.append((first, position_ids.to(self.store.device)))

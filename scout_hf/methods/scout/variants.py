@@ -12,7 +12,7 @@ from scout_hf.methods.scout.executor_triton import TritonExecutor
 from scout_hf.methods.scout.one_tier import OneTierScout
 from scout_hf.methods.scout.policy import TwoTierScout
 
-# What one tier does in any case: who asks for it, gets it.
+# Two-tier settings that ask for what one tier does anyway.
 ONE_TIER_DOES = {"layer_ahead": False, "cpu_query": "real", "recall": None}
 
 
