@@ -216,7 +216,8 @@ class Handle:
         """
         cache = ScoutCache(self.model.config, self.config, **options)
         if options:
-            warn_of_unused(cache.scout_config, self.model.device, stacklevel=2, among=options)
+            model: Any = self.model  # a PreTrainedModel, whose attributes a Module does not declare
+            warn_of_unused(cache.scout_config, model.device, stacklevel=2, among=options)
         self._hooks.counters.alive.add(cache)
         return cache
 
