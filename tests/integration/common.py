@@ -11,7 +11,7 @@ from tests.patches.tiny import VOCAB, tiny_config
 EXACT = {"budget": None, "layer_ahead": False, "block_size": 8}
 ONE_TIER = EXACT | {"split": "off"}
 TWO_TIERS = EXACT | {"split": "cpu", "window": 8, "resident": 16}
-"""A window of one block and room for two: the rest of a prompt of 50 tokens is the CPU's share."""
+"""A window of one block and slots for two: the rest of a prompt of 50 tokens is the CPU's share."""
 
 _TIERED = {"block_size": 8, "window": 8}
 EXACT_METHODS = {

@@ -1,4 +1,4 @@
-"""A process of its own for test_without_library: what came out, which warnings there were, and what was used.
+"""A separate process for test_without_library: what came out, which warnings there were, and what was used.
 
 Nothing is imported here that loads the library by itself.
 """

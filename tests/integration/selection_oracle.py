@@ -86,7 +86,7 @@ class Oracle:
         return self.blocks(self.rules.resident or self.rules.budget or 2048)
 
     def resident_blocks(self, layer: int, row: int, head: int, held: int) -> set[int]:
-        """Residents chosen after the prompt, plus what was written back since while there was room."""
+        """Residents chosen after the prompt, plus what was written back since while there were free slots."""
         chosen, known = self.residents[layer, row, head]
         for block in range(known, held):
             if len(chosen) < self.capacity():

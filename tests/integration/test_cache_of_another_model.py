@@ -1,4 +1,4 @@
-"""A cache that another model made or filled is refused before anything is stored, and goes on with its own model."""
+"""A cache that another model made or filled is refused before anything is stored, and still works with its own."""
 
 import pytest
 import torch

@@ -296,7 +296,7 @@ def no_memory(*given, **options):
 
 @pytest.mark.parametrize("options", [ONE_TIER, TWO_TIERS], ids=["one tier", "two tiers"])
 def test_a_hook_of_a_user_that_raises_after_the_pass_leaves_the_cache_as_stock_does(options):
-    """The tokens are stored by then, in a DynamicCache too: who catches the error goes on behind them."""
+    """The tokens are stored by then, in a DynamicCache too: a caller that catches the error continues after them."""
     model, ids = llama(), prompt(2, 30)
 
     def story(cache):

@@ -50,7 +50,7 @@ def assert_exact(got, expected, tolerance=TOLERANCE):
 
 
 def skip_if_inert(model, expected):
-    """Some versions give a hybrid model a cache class of its own; then patching changes nothing at all."""
+    """Some versions give a hybrid model its own cache class; then patching changes nothing at all."""
     if not isinstance(expected.past_key_values, DynamicCache):
         with scout_hf.patch(model, **TWO_TIERS):
             assert_exact(run(model, INPUTS, new=6), expected, 0.0)

@@ -316,7 +316,7 @@ def test_steps_that_run_again_are_traced(graphs, tmp_path):
     steps = [span for span in trace.spans if span.kind == "step"]
     jobs = [span for span in trace.spans if span.kind == "attention"]
     assert len(steps) == 29 and {span.layer for span in jobs} == {0, 1, 2, 3}
-    # No layer is entered any more, but what the host does for each of them is told of.
+    # Replays enter no layer, but the work of the host for each layer is recorded.
     last = [span for span in trace.spans if steps[-1].begin <= span.begin <= steps[-1].end]
     assert {span.kind for span in last} >= {"step", "ahead", "settle", "attention"}
     assert not any({"before_replay", "after_replay"} & set(vars(layer.method)) for layer in got.past_key_values.layers)

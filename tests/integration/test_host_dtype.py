@@ -85,7 +85,7 @@ def test_assisted_decoding(settings, alone):
 @TIERS
 @WITHOUT
 def test_second_turn_and_copies(settings, alone):
-    """A prefix that goes on in two ways; neither changes the other, or the prefix."""
+    """A prefix with two continuations; neither changes the other, or the prefix."""
     model, prefix = llama(), prompt(2, 45)
     longer = [torch.cat([prefix, prompt(2, tokens, seed=tokens)], dim=1) for tokens in (3, 30)]
     expected = [run(model, ids) for ids in longer]

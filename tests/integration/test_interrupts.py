@@ -76,7 +76,7 @@ def test_a_job_that_no_attention_used_is_dropped(model, monkeypatch):
         cache = handle.new_cache()
         logits(model, ids, cache)
         logits(model, ids[:, :1], cache)
-        # As layer dropping has it: hooks run, and no attention asks for what was begun for it.
+        # As with layer dropping: hooks run, but the attention whose work was started does not.
         monkeypatch.setattr(model.model.layers[2], "forward", lambda hidden, *_, **__: hidden)
         logits(model, ids[:, :1], cache)
         monkeypatch.undo()
@@ -120,7 +120,7 @@ def test_a_fork_after_an_interrupt_is_whole(model, split):
 )
 @pytest.mark.parametrize("call", [0, 2])
 def test_an_interrupt_while_waiting_for_the_cpu(model, monkeypatch, settings, call):
-    """The job that nobody waits for any more goes on while the cache goes back and forth."""
+    """A job without a waiter continues while the cache is rolled back and filled again."""
     ids, waited = torch.randint(1, 60, (1, 48), generator=torch.Generator().manual_seed(0)), []
 
     def interrupted(real):

@@ -68,7 +68,7 @@ class Watch:
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3", "phi3", "cohere", "stablelm_qk_norm", "unknown"])
 def test_hooks_run_as_often_as_in_the_stock_model(name):
-    """Gemma3 computes angles of its own for half its layers, StableLM has norms with parts, the last is probed."""
+    """Gemma3 computes other angles for half its layers, StableLM has norms with parts, the last is probed."""
     model = unknown() if name == "unknown" else tiny_model(name)
     watch = Watch(model)
     expected = run(model, prompt(), new=NEW)

@@ -124,7 +124,7 @@ def test_a_copied_model_counts_its_own(settings=TWO_TIERS):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that only moves when told to."""
+    """A clock that is set by hand."""
 
     class Clock:
         now = 100.0

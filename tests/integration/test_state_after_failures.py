@@ -1,4 +1,4 @@
-"""An error in the middle of a change: forks are untouched, and the cache goes on as before or refuses to go on."""
+"""An error in the middle of a change: forks are untouched, and the cache works as before or refuses to be used."""
 
 import asyncio
 import contextlib

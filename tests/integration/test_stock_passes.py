@@ -1,4 +1,4 @@
-"""Passes of a patched model that run stock attention: counted, and each reason that nobody asked for is told once."""
+"""Passes of a patched model that run stock attention: counted, and each reason is warned about once, if not chosen."""
 
 import warnings
 
@@ -75,7 +75,7 @@ def test_every_reason_has_its_own_warning(model):
 
 @pytest.mark.parametrize("given", ["keyword", "config"])
 def test_generate_without_a_cache_is_counted_without_a_warning(model, given):
-    """Who asks for no cache gets none; a reason that is not asked for is still told afterwards."""
+    """Who asks for no cache gets none; other reasons are still warned about afterwards."""
     options = {"use_cache": False}
     if given == "config":
         options = {"generation_config": GenerationConfig(use_cache=False, do_sample=False, max_length=None)}

@@ -1,4 +1,4 @@
-"""handle.trace: what is told of a decode step is true, and nothing is left behind."""
+"""handle.trace: what it reports of a decode step is true, and nothing is left behind."""
 
 import copy
 import json

@@ -23,7 +23,7 @@ ALLOWED = {name: 5e-3 if "int8" in name else 3e-6 for name in RUNS}
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """Two at once, since most of their time goes into imports; the first goes on with an instruction set by name."""
+    """Two at once, since most of their time goes into imports; the first continues with a named instruction set."""
     folder, started = tmp_path_factory.mktemp("processes"), []
     for name, path, more in (("none", "", ["then"][: bool(ISAS)]), ("nowhere", "/nowhere/_scout_cpu.so", [])):
         variables = {**os.environ, PATH_VARIABLE: path}

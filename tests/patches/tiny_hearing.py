@@ -199,7 +199,7 @@ def tiny_hearing(name: str, *, seed: int = 0) -> PreTrainedModel:
 
 
 def prompt_with_sound(name: str, *, rows: int = 1, padding: tuple[int, ...] = (), tokens: int = 40) -> Inputs:
-    """Arguments of `generate`: rows of `tokens` ids with one sound in each, left padding as told."""
+    """Arguments of `generate`: rows of `tokens` ids with one sound in each, left padding as given."""
     hearing = HEARING[name]
     ids = torch.randint(3, 110, (rows, tokens), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)

@@ -388,7 +388,7 @@ def tiny_seeing(name: str, *, seed: int = 0, **overrides) -> PreTrainedModel:
 def prompt_with_images(
     name: str, *, rows: int = 1, images: int = 1, padding: tuple[int, ...] = (), tokens: int = 40, seed: int = 1
 ) -> dict[str, torch.Tensor]:
-    """Arguments of `generate`: rows of `tokens` ids with as many images in each, left padding as told.
+    """Arguments of `generate`: rows of `tokens` ids with as many images in each, left padding as given.
 
     Args:
         name: a key of `SEEING`.

@@ -71,7 +71,7 @@ def test_extreme_scores_keep_their_order():
 
 
 def test_only_blocks_that_are_open_are_chosen():
-    """A captured graph scores room for more blocks than there are."""
+    """A captured graph scores the whole capacity, which is more blocks than there are."""
     scores = draw(0, BATCH, HEADS, 50)
     slots = torch.full((BATCH, HEADS, 50), -1, dtype=torch.int32)
     spare = scores.clone()

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the tests that run the kernels compile them")
 @pytest.mark.parametrize("once", [True, pytest.param(False, marks=pytest.mark.full)], ids=["once", "every launch"])
 def test_every_kernel_compiles_for_a_gpu(tmp_path, once):
-    """In a process of its own: Triton is told of its interpreter when it is imported."""
+    """In a separate process: Triton chooses its interpreter when it is imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     program = [sys.executable, "-m", "tests.triton.compile_kernels", *(["--once"] if once else []), "90"]
     ran = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)

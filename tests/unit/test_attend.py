@@ -127,7 +127,7 @@ def test_no_key_that_may_be_seen_at_all(softcap):
 
 
 def test_no_keys_at_all():
-    # In a process of its own: the kernel of torch divides by the number of keys, which ends the process.
+    # In a separate process: the kernel of torch divides by the number of keys, which ends the process.
     code = """
 import torch
 from scout_hf.kernels.attend import attend

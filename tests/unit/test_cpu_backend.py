@@ -546,7 +546,7 @@ def test_a_job_that_a_closed_pool_dropped_says_so():
 
 @pytest.mark.skipif(not ISAS, reason="no native library")
 def test_a_job_outlives_its_store():
-    """An interrupt may lose the ticket of a job whose cache then goes: in a process of its own, which may crash."""
+    """An interrupt may lose the ticket of a job whose cache is then freed: in a separate process, which may crash."""
     code = """
 import gc, torch
 from scout_hf.kernels.cpu import make_backend

@@ -1,4 +1,4 @@
-"""The native CPU library against double precision, by a program of its own: plain, under sanitizers, and for Arm.
+"""The native CPU library against double precision, by a separate program: plain, under sanitizers, and for Arm.
 
 The program is ``tests/native/grid.cpp``; run by hand it does more (``--cases``, ``--full``). By default it calls the
 package's library, and is built whole once, under AddressSanitizer and without optimisation, which takes a third of the
@@ -16,7 +16,7 @@ import pytest
 from tests.native.build import HERE, SOURCES, build, find_compiler
 
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
-# Without it a sanitizer prints what it found and goes on.
+# Without it a sanitizer prints what it found and continues.
 STOP = "-fno-sanitize-recover=all"
 BOUNDS = ("-fsanitize=address,undefined", STOP)
 

@@ -93,7 +93,7 @@ def assert_native_threads(number):
 
 
 def run_python(code, library_path):
-    """A process of its own that has the code's names and a pool with one worker."""
+    """A separate process that has the code's names and a pool with one worker."""
     start = (
         "import atexit, ctypes, signal, threading\n"
         "atexit.register(lambda: at_the_very_end())\n"  # before the package's own, so that it is called after them

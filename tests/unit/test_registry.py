@@ -1,4 +1,4 @@
-"""Implementations by name: what may be registered, and what an unknown name is told."""
+"""Implementations by name: what may be registered, and the error for an unknown name."""
 
 from __future__ import annotations
 

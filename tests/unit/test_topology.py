@@ -133,7 +133,7 @@ def test_nodes_and_the_one_of_the_thread(machine):
 @pytest.mark.parametrize(
     "cpus, here, lists, workers, expected",
     [
-        (range(8), 5, ("0-3", "4-7"), 3, (4, 5, 6, 7)),  # the thread's own node has room for it and three more
+        (range(8), 5, ("0-3", "4-7"), 3, (4, 5, 6, 7)),  # the thread's own node has a CPU for it and for three more
         (range(8), 5, ("0-3", "4-7"), 4, tuple(range(8))),  # not for four
         (range(8), 5, ("0-3", "4-7"), None, tuple(range(8))),
         ((2, 3, 4, 5), 4, ("0-3", "4-7"), 1, (4, 5)),  # usable ones only

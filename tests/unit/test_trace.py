@@ -141,7 +141,7 @@ def test_a_tracer_without_layers_records_nothing():
 
 @pytest.fixture
 def device(monkeypatch):
-    """A GPU that is none, with a clock of its own."""
+    """A fake GPU with its own clock."""
     stream = Stream("cuda:0")
     for name, value in {
         "Event": Event, "current_stream": lambda device=None: stream, "synchronize": lambda device=None: None,
