@@ -28,8 +28,8 @@ SAME_EVERYWHERE = native_safety recall trust monitor trace two_devices on_device
 
 .PHONY: demo test test-full test-faults test-upstream test-versions lint docs clean
 
-demo: $(VENV)/.installed
-	$(VENV)/bin/scout-hf demo
+demo: $(VENV)/.installed-demo
+	$(VENV)/bin/scout-hf demo --yes
 
 test: $(VENV)/.installed-test
 	$(call PYTEST,$(VENV))
@@ -71,6 +71,11 @@ $(VENV)/.installed: pyproject.toml $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q "$(TORCH)"
 	$(VENV)/bin/pip install -q -e .
+	touch $@
+
+# Without network the demo takes a pocket model.
+$(VENV)/.installed-demo: $(VENV)/.installed
+	$(VENV)/bin/pip install -q -e ".[demo]"
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

