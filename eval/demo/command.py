@@ -11,10 +11,11 @@ from scout_hf.errors import ScoutError
 from scout_hf.eval.demo import pocket, real
 from scout_hf.eval.demo.text import Document, read_document
 from scout_hf.eval.language.load import load
-from scout_hf.eval.language.packaged import fetched
+from scout_hf.eval.language.packaged import PACKAGED, fetched
 from scout_hf.eval.options import Demo
 
 MODEL = "smollm2-135m"
+NAME = PACKAGED[MODEL].about.partition(",")[0]
 POCKET = "The demo goes on with a pocket model of one million parameters."
 
 
@@ -28,7 +29,7 @@ def run(options: Demo, console: Console | None = None) -> bool:
     found = None if options.pocket else _real_model(options, console)
     if found is None:
         return pocket.run(options, console)
-    return real.run(*found, configs, options, console)
+    return real.run(NAME, *found, configs, options, console)
 
 
 def _real_model(options: Demo, console: Console) -> tuple[Any, Any, Document] | None:

@@ -26,9 +26,9 @@ WIDEST = 12
 EXCERPT = 300
 
 METHOD = """\
-The model has {parameters:.0f} million parameters, in {dtype}, on {threads} CPU thread(s). The document was read once, \
-with stock attention, in {read:.0f} s. Every mode answers from a copy of that cache by model.generate(), all modes in \
-turn for each question. A question is read in one pass; each token of an answer is a decode step, also of the \
+{name} has {parameters:.0f} million parameters, here in {dtype} on {threads} CPU thread(s). The document was read \
+once, with stock attention, in {read:.0f} s. Every mode answers from a copy of that cache by model.generate(), all \
+modes in turn for each question. A question is read in one pass; each token of an answer is a decode step, also of the \
 beginning, which is given. The facts are some that this model finds with full attention. tok/s is of the median step; \
 KV read is what a step attends, and digests. exact is budget=None, sparse {settings}."""
 
@@ -40,6 +40,7 @@ def configs_of(options: Demo) -> dict[str, ScoutConfig | None]:
 
 
 def run(
+    name: str,
     model: PreTrainedModel,
     tokenizer: Any,
     document: Document,
@@ -51,6 +52,8 @@ def run(
 
     Parameters
     ----------
+    name : str
+        Of the model, for the reader.
     model : PreTrainedModel
         Not patched.
     tokenizer : PreTrainedTokenizerBase
@@ -69,12 +72,13 @@ def run(
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads or len(usable_cpus()))
     try:
-        return _run(model, tokenizer, document, configs, asked, console)
+        return _run(name, model, tokenizer, document, configs, asked, console)
     finally:
         torch.set_num_threads(threads)
 
 
 def _run(
+    name: str,
     model: PreTrainedModel,
     tokenizer: Any,
     document: Document,
@@ -91,6 +95,7 @@ def _run(
         sessions = {mode: open_session(model, begun, prompts.shared, config) for mode, config in configs.items()}
         bar.update(tokens - begun.get_seq_length())
     said = {
+        "name": name,
         "parameters": model.num_parameters() / 1e6,
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),

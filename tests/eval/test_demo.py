@@ -55,7 +55,7 @@ def stand_in(plan, topics):
 def shown(stand_in, **options):
     """The demo's verdict, and what it printed on 80 columns."""
     page, options = io.StringIO(), Demo(threads=1, **options)
-    same = real.run(*stand_in, real.configs_of(options), options, Console(file=page, width=80))
+    same = real.run("A stand-in", *stand_in, real.configs_of(options), options, Console(file=page, width=80))
     return same, page.getvalue()
 
 
@@ -117,7 +117,18 @@ def test_prompts_take_the_chat_template(stand_in):
 def test_demo_shows_answers_and_costs_side_by_side(stand_in):
     same, page = shown(stand_in, budget=128)
     assert same and "all answers equal to stock" in page
-    for expected in ("stock", "exact", "sparse", "/4", "tok/s", "budget=128", "4 hidden facts", "Gained:", "Lost:"):
+    for expected in (
+        "stock",
+        "exact",
+        "sparse",
+        "/4",
+        "tok/s",
+        "budget=128",
+        "4 hidden facts",
+        "A stand-in has",
+        "Gained:",
+        "Lost:",
+    ):
         assert expected in page
     assert max(map(len, page.splitlines())) <= 80
     assert not hasattr(stand_in[0], "_scout_handle")
@@ -248,7 +259,7 @@ def on_page(**options):
 
 def test_yes_fetches_the_real_model(chosen):
     assert on_page(yes=True) == ""
-    assert chosen["ran"] == "real" and chosen["given"][:2] == ("model of folder", "tokenizer")
+    assert chosen["ran"] == "real" and chosen["given"][:3] == ("SmolLM2-135M-Instruct", "model of folder", "tokenizer")
 
 
 def test_nobody_to_ask_is_no(chosen, monkeypatch):
