@@ -156,7 +156,7 @@ class TestMemo:
 
     @pytest.mark.parametrize("split", ["off", "cpu"])
     def test_a_prompt_read_again_is_bitwise_the_same(self, split):
-        model, ids, memo = llama(), prompt(tokens=90), AttentionMemo()
+        model, ids, memo = llama(num_hidden_layers=4), prompt(tokens=90), AttentionMemo()
         options = {"split": split, "budget": 24, "block_size": 8}
         wanted = self.read(model, ids, **options)
         with memo.active():
@@ -169,14 +169,14 @@ class TestMemo:
     def test_another_prompt_another_model_and_steps_are_not_taken_for_it(self):
         memo = AttentionMemo()
         with memo.active():
-            self.read(llama(), prompt(tokens=90), budget=None)
-            self.read(llama(seed=1), prompt(tokens=90), budget=None)
-            self.read(llama(), prompt(tokens=90, seed=5), budget=None)
-            self.read(llama(), prompt(tokens=91), budget=None)
+            self.read(llama(num_hidden_layers=4), prompt(tokens=90), budget=None)
+            self.read(llama(seed=1, num_hidden_layers=4), prompt(tokens=90), budget=None)
+            self.read(llama(num_hidden_layers=4), prompt(tokens=90, seed=5), budget=None)
+            self.read(llama(num_hidden_layers=4), prompt(tokens=91), budget=None)
         assert memo.hits == 0 and memo.misses == 16
 
     def test_other_values_alone_are_another_prompt(self):
-        model, ids, memo = llama(), prompt(tokens=40), AttentionMemo()
+        model, ids, memo = llama(num_hidden_layers=4), prompt(tokens=40), AttentionMemo()
         with memo.active(), torch.no_grad():
             model(ids)
             for layer in model.model.layers:
@@ -185,7 +185,7 @@ class TestMemo:
         assert memo.hits == 0 and torch.equal(again, model(ids).logits)
 
     def test_a_caller_may_change_what_it_got(self):
-        model, ids, memo = llama(), prompt(tokens=40), AttentionMemo()
+        model, ids, memo = llama(num_hidden_layers=4), prompt(tokens=40), AttentionMemo()
         hook = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda module, args: args[0].add_(1.0))
         with torch.no_grad():
             wanted = model(ids).logits
@@ -195,7 +195,7 @@ class TestMemo:
         assert memo.hits == 8
 
     def test_padding_goes_past_it(self):
-        model, ids, memo = llama(), prompt(rows=2, tokens=40), AttentionMemo()
+        model, ids, memo = llama(num_hidden_layers=4), prompt(rows=2, tokens=40), AttentionMemo()
         mask = torch.ones_like(ids)
         mask[1, :7] = 0
         with memo.active(), torch.no_grad():
@@ -207,7 +207,7 @@ class TestMemo:
         memo = AttentionMemo(room=5 * 90 * 64 * 4)
         with pytest.raises(RuntimeError, match="stop"), memo.active(), torch.no_grad():
             for seed in range(3):
-                llama()(prompt(tokens=90, seed=seed))
+                llama(num_hidden_layers=4)(prompt(tokens=90, seed=seed))
                 assert memo.used <= memo.room
             raise RuntimeError("stop")
         assert torch.nn.functional.scaled_dot_product_attention is before

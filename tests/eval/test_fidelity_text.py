@@ -14,7 +14,7 @@ TOLERANCE = 1e-5
 @pytest.fixture
 def model(monkeypatch):
     """A random model, and random tokens in place of text."""
-    made = llama()
+    made = llama(num_hidden_layers=4)
     ids = prompt(WINDOWS, LONGEST + STEPS + 1)
     monkeypatch.setattr(reading, "LONGEST", LONGEST)
     monkeypatch.setattr(reading, "load_subject", lambda name, stress: (made, None))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -39,14 +41,20 @@ TOLERANCE = 3e-6
 
 
 def llama(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides):
-    """A random Llama: 4 layers, 8 heads, 2 KV heads, weights spread enough for attention to matter."""
-    config = tiny_config("llama", **({"initializer_range": 0.05} | overrides))
+    """A random Llama: 3 layers, 8 heads, 2 KV heads, weights spread enough for attention to matter."""
+    config = tiny_config("llama", **({"initializer_range": 0.05, "num_hidden_layers": 3} | overrides))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
         # Zero as initialised: a generated pad token would have an all-zero query, and every block the same score.
         model.get_input_embeddings().weight.data[0].normal_(std=config.initializer_range)
     return model.to(dtype).eval()
+
+
+@functools.cache
+def one_llama():
+    """The same model for all tests that share what it gives: weights that lie elsewhere may give other last bits."""
+    return llama()
 
 
 def prompt(rows: int = 1, tokens: int = 50, seed: int = 1) -> torch.Tensor:
@@ -98,7 +106,7 @@ def both_tiers_hold_tokens(handle: scout_hf.Handle) -> bool:
 
 def spiky(dtype=torch.float64):
     """A model whose heads look at a few tokens, so that a wrong block shows; float64 is torch's, float32 native."""
-    return llama(dtype=dtype, initializer_range=0.12, num_hidden_layers=3)
+    return llama(dtype=dtype, initializer_range=0.12)
 
 
 def decode_after_holes(model, cache=None):
@@ -115,6 +123,14 @@ def decode_after_holes(model, cache=None):
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             found.append(output.logits[:, -1])
     return torch.stack(found[1:])
+
+
+@functools.cache
+def stock_mode(mode):
+    """What an unpatched Llama gives in one of the `MODES`."""
+    inputs, options = MODES[mode]
+    torch.manual_seed(0)
+    return run(one_llama(), inputs, **options)
 
 
 REPETITIVE = torch.cat([prompt(1, 12)] * 4, dim=1)

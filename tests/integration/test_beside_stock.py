@@ -58,7 +58,7 @@ class TestWithoutScoutCache:
 
 
 def test_save_pretrained_writes_nothing_of_the_patch(tmp_path):
-    model = llama()
+    model = llama(num_hidden_layers=4)
     stock = run(model, prompt())
     with scout_hf.patch(model, **TWO_TIERS):
         run(model, prompt())

@@ -111,6 +111,6 @@ def test_statistics_are_plain_values(model, settings):
         stats = handle.stats()
     assert pickle.loads(pickle.dumps(stats)) == stats == copy.deepcopy(stats)
     told = json.loads(json.dumps(stats.to_dict()))
-    assert told["steps"] == stats.steps == 9 and told["layers"][3]["layer"] == 3
+    assert told["steps"] == stats.steps == 9 and told["layers"][2]["layer"] == 2
     assert told["kv_bytes"] == stats.kv_bytes
     assert (told["fidelity"] is None) == (stats.fidelity is None)

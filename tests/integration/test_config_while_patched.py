@@ -238,50 +238,58 @@ class TestShallowCopies:
 
 CHILD = """
 import sys, torch
-what, file = sys.argv[1:]
-loaded = torch.load(file, weights_only=False)
-if what == "config":
-    assert not [name for name in sys.modules if name.startswith("scout_hf")], "a config needs no scout_hf"
-    from transformers import AutoModelForCausalLM
-    config, state = loaded
-    assert type(config._attn_implementation) is str
-    model = AutoModelForCausalLM.from_config(config).eval()
-    model.load_state_dict(state)
-else:
-    model = loaded
-ids = torch.load(file + ".ids")
-output = model.generate(input_ids=ids, max_new_tokens=10, min_new_tokens=10, do_sample=False,
-                        return_dict_in_generate=True, output_logits=True)
-cache = getattr(output, "cache", None) or output.past_key_values
-torch.save((type(cache).__name__, output.sequences, torch.stack(output.logits)), file + ".out")
+for what, file in zip(sys.argv[1::2], sys.argv[2::2]):
+    loaded = torch.load(file, weights_only=False)
+    if what == "config":
+        assert not [name for name in sys.modules if name.startswith("scout_hf")], "a config needs no scout_hf"
+        from transformers import AutoModelForCausalLM
+        config, state = loaded
+        assert type(config._attn_implementation) is str
+        model = AutoModelForCausalLM.from_config(config).eval()
+        model.load_state_dict(state)
+    else:
+        model = loaded
+    ids = torch.load(file + ".ids")
+    output = model.generate(input_ids=ids, max_new_tokens=10, min_new_tokens=10, do_sample=False,
+                            return_dict_in_generate=True, output_logits=True)
+    cache = getattr(output, "cache", None) or output.past_key_values
+    torch.save((type(cache).__name__, output.sequences, torch.stack(output.logits)), file + ".out")
 """
 
 
-def in_a_new_process(what, thing, folder):
-    """(name of the cache's class, sequences, logits) of generate() in a process that loads ``thing`` first of all."""
-    file = folder / "thing.pt"
-    torch.save(thing, file)
-    torch.save(prompt(), f"{file}.ids")
-    subprocess.run([sys.executable, "-c", CHILD, what, str(file)], check=True, timeout=300)
-    return torch.load(f"{file}.out")
+@pytest.fixture(scope="class")
+def elsewhere(tmp_path_factory):
+    """Of a config and of two models, what was before and, from a process that loads them one after the other, after.
+
+    Each as the name of the cache's class, sequences and logits of generate(); the config comes first.
+    """
+    folder, before, words = tmp_path_factory.mktemp("things"), {}, []
+    for what, implementation, options in (
+        ("config", "eager", TWO_TIERS),
+        ("one tier", "sdpa", ONE_TIER),
+        ("two tiers", "sdpa", TWO_TIERS),
+    ):
+        model, file = small(implementation), str(folder / what)
+        stock = run(model, prompt())
+        before[what] = stock.sequences, torch.stack(stock.logits)
+        with scout_hf.patch(model, **options):
+            run(model, prompt())
+            torch.save((model.config, model.state_dict()) if what == "config" else model, file)
+        torch.save(prompt(), f"{file}.ids")
+        words += ["config" if what == "config" else "model", file]
+    subprocess.run([sys.executable, "-c", CHILD, *words], check=True, timeout=300)
+    return {what: (*before[what], *torch.load(folder / f"{what}.out")) for what in before}
 
 
 class TestNewProcess:
-    @pytest.mark.parametrize("options", [ONE_TIER, TWO_TIERS])
-    def test_a_patched_model_comes_out_patched(self, tmp_path, options):
-        model = small()
-        stock = run(model, prompt())
-        with scout_hf.patch(model, **options):
-            run(model, prompt())
-            cache, sequences, logits = in_a_new_process("model", model, tmp_path)
+    @pytest.mark.parametrize("tiers", ["one tier", "two tiers"])
+    def test_a_patched_model_comes_out_patched(self, elsewhere, tiers):
+        stock, stock_logits, cache, sequences, logits = elsewhere[tiers]
         assert cache == "ScoutCache"
-        assert torch.equal(sequences, stock.sequences)
-        assert (logits - torch.stack(stock.logits)).abs().max() <= 3e-6
+        assert torch.equal(sequences, stock)
+        assert (logits - stock_logits).abs().max() <= 3e-6
 
-    def test_a_config_of_a_patched_model_is_stock(self, tmp_path):
-        model = small("eager")
-        stock = run(model, prompt())
-        with scout_hf.patch(model, **TWO_TIERS):
-            cache, sequences, logits = in_a_new_process("config", (model.config, model.state_dict()), tmp_path)
+    def test_a_config_of_a_patched_model_is_stock(self, elsewhere):
+        stock, stock_logits, cache, sequences, logits = elsewhere["config"]
         assert cache == "DynamicCache"
-        assert torch.equal(sequences, stock.sequences) and torch.equal(logits, torch.stack(stock.logits))
+        assert torch.equal(sequences, stock) and torch.equal(logits, stock_logits)

@@ -99,6 +99,7 @@ CASES = [(name, "padded") for name in SETTINGS] + [(name, "one row") for name in
 
 @pytest.mark.parametrize("default", DEFAULTS)
 @pytest.mark.parametrize("name, inputs", CASES)
+@pytest.mark.thin(2)
 def test_generation_does_not_follow_torchs_defaults(model, name, inputs, default):
     expected = under_float32(name, inputs)
     with defaults(*DEFAULTS[default]):

@@ -26,7 +26,7 @@ OTHERS = {
     "dense": {"method": "dense", "block_size": 8, "window": 8},
 }
 INPUTS = {"one row": {"input_ids": prompt(tokens=75)}, "padded": left_padded(0, 21, tokens=75)}
-TOKENS, BLOCK, LAYERS = 75, 8, 4
+TOKENS, BLOCK, LAYERS = 75, 8, 3
 
 
 def filled(model, settings, inputs, pieces=(TOKENS,)):

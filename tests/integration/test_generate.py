@@ -22,6 +22,7 @@ from tests.integration.common import (
     logits,
     prompt,
     run,
+    stock_mode,
 )
 from tests.integration.executors import WAYS, use_triton
 from tests.libraries import ISAS, without_library
@@ -63,12 +64,10 @@ def patched(settings):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.thin(2)
-def test_mode(stock, patched, mode):
-    inputs, options = MODES[mode]
-    found = []
-    for model in (stock, patched):
-        torch.manual_seed(0)
-        found.append(run(model, inputs, **options))
+def test_mode(patched, mode):
+    (inputs, options), found = MODES[mode], [stock_mode(mode)]
+    torch.manual_seed(0)
+    found.append(run(patched, inputs, **options))
     assert isinstance(found[1].past_key_values, ScoutCache)
     assert_close(found[1], found[0])
     if "output_hidden_states" in options:

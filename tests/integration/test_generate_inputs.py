@@ -168,7 +168,7 @@ class TestRefused:
             for rows in (1, 3):
                 with pytest.raises(CacheStateError, match=f"holds 2 rows and got {rows}"):
                     model(prompt(rows, 1), past_key_values=cache)
-            assert [layer.get_seq_length() for layer in cache.layers] == [50] * 4
+            assert [layer.get_seq_length() for layer in cache.layers] == [50] * 3
 
     def test_cache_and_cache_implementation(self, model):
         with pytest.raises(ValueError, match="cache_implementation"):

@@ -135,7 +135,7 @@ def test_a_fork_and_its_original_find_their_own_pages():
                 assert (model(turn, past_key_values=each).logits - right).abs().max() <= 3e-6
 
 
-@pytest.mark.parametrize("call", [0, 3])
+@pytest.mark.parametrize("call", [0, 2])
 def test_an_interrupt_in_the_middle_of_a_step(monkeypatch, way, call):
     tiny, count = llama(), []
     ids = prompt(1, 60)

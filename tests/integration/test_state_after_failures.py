@@ -341,6 +341,7 @@ CHANGES = {
 @TIERS
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("thread", ["this thread", "another thread"])
+@pytest.mark.thin(2)
 def test_nothing_is_changed_in_the_middle_of_a_pass(world, change, thread):
     model, cache, (expected, _) = world
     told = []

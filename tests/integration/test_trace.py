@@ -37,7 +37,7 @@ def test_a_file_that_a_viewer_opens(tmp_path, backend):
     assert all(event["tid"] in lanes and event["ts"] >= 0 and event["dur"] >= 0 for event in spans)
     assert [event["ts"] for event in spans] == sorted(event["ts"] for event in spans)
     assert len([event for event in spans if event["name"] == "step"]) == 3
-    assert {f"layer {index}" for index in range(4)} <= {event["name"] for event in spans}
+    assert {f"layer {index}" for index in range(3)} <= {event["name"] for event in spans}
     assert trace.image.read_bytes().startswith(b"\x89PNG")
     assert trace.events == events and trace.path == tmp_path / "step.json"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step.json", "step.png"]
@@ -70,7 +70,7 @@ def test_the_share_of_a_layer_is_asked_for_in_the_layer_before(tmp_path, backend
     for step in [span for span in spans if span.kind == "step"]:
         here = [span for span in spans if span is not step and inside(span, step)]
         layers = {span.layer: span for span in here if span.kind == "layer"}
-        assert list(layers) == [0, 1, 2, 3]
+        assert list(layers) == [0, 1, 2]
         for span in here:
             if span.kind == "ahead":  # of the next layer
                 assert inside(span, layers[span.layer - 1])
@@ -80,7 +80,7 @@ def test_the_share_of_a_layer_is_asked_for_in_the_layer_before(tmp_path, backend
                 before = layers[max(span.layer - 1, 0)]
                 assert before.begin <= span.submitted <= before.end and span.submitted <= span.begin
         # The first layer has none before.
-        assert [span.layer for span in here if span.kind == "ahead"] == [1, 2, 3]
+        assert [span.layer for span in here if span.kind == "ahead"] == [1, 2]
 
 
 @pytest.mark.skipif(not ISAS, reason="needs the native library")
@@ -260,7 +260,7 @@ def test_two_models_on_two_threads(tmp_path):
     for trace in traces:
         steps = [span for span in trace.spans if span.kind == "step"]
         assert len(steps) == 19 and all(one.end <= two.begin for one, two in zip(steps, steps[1:]))
-        assert len([span for span in trace.spans if span.kind == "layer"]) == 19 * 4
+        assert len([span for span in trace.spans if span.kind == "layer"]) == 19 * 3
 
 
 def test_a_block_that_ends_while_another_thread_decodes(tmp_path):

@@ -33,6 +33,7 @@ def test_sample(factor, monkeypatch):
 """
 
 
+@pytest.mark.full
 def test_a_decode_step_whose_values_are_too_large_is_found_though_the_test_itself_passes(tmp_path, monkeypatch, capsys):
     checkout = tmp_path / "checkout"
     files = dict.fromkeys(source.NEEDED, "") | {"tests/models/planted/test_modeling_planted.py": FAMILY}
