@@ -50,5 +50,5 @@ def _real_model(options: Demo, console: Console) -> tuple[Any, Any, Document] | 
             return *load(str(folder)), document
         tell(f"{MODEL} was not fetched; --yes fetches it. {POCKET}")
     except ScoutError as error:
-        tell(f"{MODEL} cannot be had: {error}. {POCKET}")
+        tell(f"{MODEL} cannot be had ({error}). {POCKET}")
     return None

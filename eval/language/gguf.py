@@ -12,11 +12,13 @@ from transformers.utils import logging
 
 from scout_hf.errors import ConfigError
 
+NEEDED = ("gguf", "accelerate")
+
 
 def convert(file: Path, folder: Path) -> None:
     """Dequantise ``file`` and write model (bfloat16) and tokenizer to ``folder``.
 
-    Raises ConfigError where the ``gguf`` package is missing or transformers does not know the file's architecture.
+    Raises ConfigError where a package is missing or transformers does not know the file's architecture.
     """
     model, tokenizer = read(file)
     # A new model of the same shape knows nothing of a quantised file.
@@ -30,9 +32,10 @@ def convert(file: Path, folder: Path) -> None:
 
 
 def must_be_readable(name: str) -> None:
-    """ConfigError without the ``gguf`` package."""
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigError(f"{name} needs the gguf package: pip install 'scout_hf[demo]', or pip install gguf")
+    """ConfigError without a package that transformers reads GGUF files with."""
+    if missing := [one for one in NEEDED if importlib.util.find_spec(one) is None]:
+        packages = " ".join(missing)
+        raise ConfigError(f"{name} cannot be read without {packages}: pip install 'scout_hf[demo]', or {packages}")
 
 
 def read(file: Path) -> tuple[Any, Any]:

