@@ -138,25 +138,6 @@ GPU_DECODE = _by_name(
     Arm(IN_LAYER, {"layer_ahead": False, "recall": None}),
 )
 
-# -- the study of fidelity ------------------------------------------------------------------------------------------
-
-FULL = "full"
-METHODS = tuple(name for name in method_names() if name not in ("scout", NAME))
-"""Modes that are methods of their own, which select without digests or attend to everything."""
-
-MODES: dict[str, dict[str, Any] | None] = {
-    FULL: None,
-    "real": {"split": "off"},
-    "real-int8": {"split": "off", "host_dtype": "int8"},
-    "real-two-tiers": {"split": "cpu", "layer_ahead": False},
-    "predicted": {"split": "cpu", "cpu_query": "predicted"},
-    "predicted-auto": {"split": "cpu", "cpu_query": "auto"},
-    "predicted-real-cpu": {"split": "cpu", "cpu_query": "real"},
-    "predicted-no-recall": {"split": "cpu", "cpu_query": "predicted", "recall": None},
-    **{name: {"method": name} for name in METHODS},
-}
-"""Settings of every mode, besides budget, block size and digest; None is stock attention."""
-
 # -- the comparison of methods --------------------------------------------------------------------------------------
 
 KVPRESS = "kvpress"

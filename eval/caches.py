@@ -11,7 +11,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 import scout_hf
-from scout_hf import PatchError, ScoutCache, ScoutConfig
+from scout_hf import ScoutCache, ScoutConfig
 
 DTYPE = torch.bfloat16
 
@@ -24,9 +24,7 @@ class Caches(NamedTuple):
 
 
 @contextmanager
-def caches_of(
-    model: PreTrainedModel, config: ScoutConfig | None = None, again: bool = False, **options: Any
-) -> Iterator[Caches]:
+def caches_of(model: PreTrainedModel, config: ScoutConfig | None = None, **options: Any) -> Iterator[Caches]:
     """Patch a model for the time of the block, unless it is meant to be stock.
 
     >>> with caches_of(model, ScoutConfig(budget=512)) as caches:
@@ -37,24 +35,16 @@ def caches_of(
     model : PreTrainedModel
     config : ScoutConfig or None
         None, without options, for stock attention and a DynamicCache.
-    again : bool
-        Whether the model may be patched already: then it stays so, and there is no handle.
     **options
         As ``scout_hf.patch`` takes them.
     """
     if config is None and not options:
         yield Caches(lambda: DynamicCache(config=model.config))
         return
-    try:
-        with warnings.catch_warnings():
-            # Comparisons give the same settings to methods that use them and to methods that do not.
-            warnings.filterwarnings("ignore", message=".* no effect with method=", category=UserWarning)
-            handle = scout_hf.patch(model, config, **options)
-    except PatchError:
-        if not again:
-            raise
-        yield Caches(lambda: ScoutCache(model.config, config))
-        return
+    with warnings.catch_warnings():
+        # Comparisons give the same settings to methods that use them and to methods that do not.
+        warnings.filterwarnings("ignore", message=".* no effect with method=", category=UserWarning)
+        handle = scout_hf.patch(model, config, **options)
     with handle:
         yield Caches(handle.new_cache, handle)
 

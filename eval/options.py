@@ -36,6 +36,42 @@ class Demo:
 
 
 @dataclass(frozen=True)
+class Fidelity:
+    """What sparse decoding of a model loses on a text: log-probability of right answers, KL from full attention.
+
+    Facts are hidden in the text and asked for, passages begun again, records written down. Without --model: the
+    packaged smollm2-135m, or, where it cannot be had, a pocket model.
+    """
+
+    model: Annotated[
+        str | None,
+        Option(help="A folder, a GGUF file, a name of the hub, or a packaged model, such as smollm2-135m."),
+    ] = None
+    text: Annotated[list[Path], Option(help="Text files; the reference of Python by default.")] = field(
+        default_factory=list
+    )
+    tokens: Annotated[str, Option(help="Lengths of documents, such as 4096,8192.")] = "4096"
+    budget: Annotated[str, Option(help="Tokens or shares, such as 512,0.06,none.")] = "512,1024"
+    digest: Annotated[str, Option(help="Digests, such as sign,minmax.")] = "auto"
+    split: Annotated[str, Option(help="One tier (off), two (cpu), or off,cpu.")] = "off"
+    cpu_query: Annotated[str, Option(help="On two tiers: such as auto,predicted,real.")] = "auto"
+    set: Annotated[list[str], Option(help="Any setting, as in block_size=16,32; may be repeated.")] = field(
+        default_factory=list
+    )
+    documents: Annotated[int | None, Option(min=1, help="Of each length; 1 or 4 by default.")] = None
+    layers: Annotated[bool, Option("--layers", help="Show a table by layer, too.")] = False
+    threads: Annotated[int | None, Option(min=1, help="Of torch; as many as it takes by itself.")] = None
+    yes: Annotated[bool, Option("--yes", help="Fetch a packaged model without asking.")] = False
+    quick: Annotated[bool, Option("--quick/--full", help="One document of each length, or four.")] = True
+    out: Annotated[Path, Option(help="Folder for results; interrupted runs resume from it.")] = Path("fidelity")
+    questions: Annotated[int | None, Option(min=1, help="Of each task and document; 4 or 8 by default.")] = None
+    seed: Seed = 0
+    fresh: Annotated[bool, Option("--fresh", help="Measure everything again.")] = False
+    report: Annotated[Path | None, Option(help="Measure nothing: show this fidelity.json.")] = None
+    readme: Annotated[Path | None, Option(help="Page whose table of results to update.")] = None
+
+
+@dataclass(frozen=True)
 class Trace:
     """A timeline of decode steps for Perfetto and a picture: who does what, when, and who waits for whom."""
 

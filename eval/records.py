@@ -189,7 +189,7 @@ def read_record(path: Path, *kinds: str) -> dict[str, Any]:
         If the file is missing, too large or deep, none of these records, or lacks what its tables are made of.
     """
     # What a study may be of is known to those who measure it, who import torch.
-    from scout_hf.eval.fidelity.report import RULE as fidelity
+    from scout_hf.eval.language.study import RULE as fidelity
 
     def rule(found: Any) -> None:
         if not isinstance(found, dict):

@@ -1,4 +1,4 @@
-"""Log-probabilities on the decode path: a text is scored token by token, as it would be generated.
+"""Log-probabilities on the decode path: a continuation is scored token by token, as it would be generated.
 
 Harnesses run context and continuation in one forward pass, which is dense: every token attends to everything. Here all
 but the last token of the context are prefilled, and each later token is a decode step, so that multiple choice and
@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import Cache, PreTrainedModel
 
-from scout_hf import CACHE, ScoutConfig
-from scout_hf.eval.caches import caches_of
+from scout_hf import CACHE
 
 Tokens = Sequence[int]
 
@@ -27,54 +26,6 @@ class Score(NamedTuple):
 
     log_probability: float
     greedy: bool
-
-
-@torch.no_grad()
-def score_text(
-    model: PreTrainedModel,
-    ids: torch.Tensor,
-    prefill_tokens: int,
-    config: ScoutConfig | None = None,
-    tick: Callable[[int], Any] = lambda tokens: None,
-) -> torch.Tensor:
-    """Log-probability of every token after the first ``prefill_tokens``, each from a separate decode step.
-
-    The token before the first scored one is the first decode step; everything before it is prefilled in one pass.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        Patched or not; unchanged afterwards.
-    ids : Tensor (rows, tokens), int64
-        Rows of equal length, no padding.
-    prefill_tokens : int
-        Tokens that are given, from 1 to ``tokens - 1``.
-    config : ScoutConfig or None
-        None for stock attention.
-    tick : callable
-        Called with 1 after every decode step, for a progress bar.
-
-    Returns
-    -------
-    Tensor (rows, tokens - prefill_tokens), float32
-        In nats. Perplexity is ``exp`` of minus their mean.
-    """
-    tokens = ids.shape[1]
-    if not 1 <= prefill_tokens < tokens:
-        raise ValueError(
-            f"prefill_tokens={prefill_tokens} of {tokens} tokens: from 1 to {tokens - 1} are allowed, so that "
-            "something is given and something is left to score"
-        )
-    found = []
-    with caches_of(model, config, again=True) as caches:
-        forward, cache = _Forward(model), caches.new()
-        if prefill_tokens > 1:
-            forward(ids[:, : prefill_tokens - 1], cache)
-        for position in range(prefill_tokens - 1, tokens - 1):
-            logits = forward(ids[:, position : position + 1], cache)
-            found.append(logits.log_softmax(-1).gather(1, ids[:, position + 1 : position + 2]))
-            tick(1)
-    return torch.cat(found, dim=1)
 
 
 def decode_steps(pairs: Sequence[tuple[Tokens, Tokens]]) -> int:

@@ -16,9 +16,8 @@ from scout_hf.cli_shared import (
     typed,
 )
 from scout_hf.eval.bench.options import CpuDecode, CpuKernel, GpuDecode, GpuKernel
-from scout_hf.eval.fidelity.options import Fidelity
 from scout_hf.eval.methods.options import Methods
-from scout_hf.eval.options import Demo, MakeData, Report, Trace
+from scout_hf.eval.options import Demo, Fidelity, MakeData, Report, Trace
 from scout_hf.eval.plan.options import Plan
 
 ABOUT = "Long-context decoding for HuggingFace Transformers: KV in host memory, attended block-sparsely."
@@ -48,10 +47,12 @@ def fidelity(options: Fidelity) -> None:
     with exits_on_errors():
         must_be_there(options.report, options.readme)
     with evaluation(1):
-        from scout_hf.eval.fidelity.command import run
+        from scout_hf.eval.language.command import run
 
-        whole = run(options, tell)
-    raise typer.Exit(0 if whole else 1)
+        try:
+            run(options, tell)
+        except KeyboardInterrupt as error:
+            raise typer.Exit(130) from error
 
 
 @command(bench, "cpu-decode", CpuDecode)

@@ -288,7 +288,7 @@ def test_what_is_private_is_used_in_its_own_room_only():
 
 def test_an_arrow_against_the_rules_is_seen():
     allowed = MAY_IMPORT["scout_hf.eval"]
-    assert is_allowed("scout_hf.eval.scoring", "score_text", allowed) and is_allowed("scout_hf", "patch", allowed)
+    assert is_allowed("scout_hf.eval.scoring", "score_pairs", allowed) and is_allowed("scout_hf", "patch", allowed)
     assert is_allowed("scout_hf.methods", "Method", allowed) and is_allowed("scout_hf.stores", "", allowed)
     assert not is_allowed("scout_hf.methods", "_METHODS", allowed)
     assert not is_allowed("scout_hf.stores.host", "PagedKV", allowed)

@@ -1,4 +1,4 @@
-"""``scout-hf fidelity --model``: what is asked for, measured, shown."""
+"""``scout-hf fidelity``: what is asked for, measured or read, shown, and put into a page."""
 
 from __future__ import annotations
 
@@ -16,36 +16,61 @@ from scout_hf import ConfigError, ScoutConfig
 from scout_hf.diagnostics import usable_cpus
 from scout_hf.errors import MissingFileError
 from scout_hf.eval import baselines, tables  # noqa: F401 (registers the digests "oracle", "random" and "recent")
-from scout_hf.eval.fidelity.options import Fidelity
 from scout_hf.eval.language import report
 from scout_hf.eval.language.load import load
 from scout_hf.eval.language.plots import save_plots
 from scout_hf.eval.language.reference import reference_text
-from scout_hf.eval.language.study import WATCHED, Plan, study
+from scout_hf.eval.language.study import JOURNAL, WATCHED, Plan, study
+from scout_hf.eval.markdown import to_markdown, update
+from scout_hf.eval.options import Fidelity
+from scout_hf.eval.records import read_record
+from scout_hf.eval.text import load_text_model
 from scout_hf.selection import make_digest
 
 AUTO = "auto"
+USUAL, POCKET = "smollm2-135m", "pocket text model"
 MOST_CASES = 16
 QUICK, WHOLE = (1, 4), (4, 8)
 """Documents of each length, and cases of each task in each."""
 
 
-def run(options: Fidelity, tell: Callable[[str], Any]) -> bool:
-    """True if everything was measured."""
+def run(options: Fidelity, tell: Callable[[str], Any]) -> None:
+    """Measure or read, and show."""
+    record = read_record(options.report, "fidelity") if options.report else _measured(options, tell)
+    tables.show(report.tables(record, options.layers))
+    if page := options.readme:
+        made = to_markdown(report.parts(record))
+        tell(f"{page} {'changed' if update(page, report.COMMAND, made) else 'is up to date'}")
+
+
+def _measured(options: Fidelity, tell: Callable[[str], Any]) -> dict[str, Any]:
     plan = plan_of(options)
     text = read_text(options.text)
-    ask = (lambda question: True) if options.yes else ask_at_terminal
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads or len(usable_cpus()))
     try:
-        model, tokenizer = load(str(options.model), ask, tell)
-        record = study(model, tokenizer, str(options.model), text, plan, options.out, options.fresh, tell)
+        name, model, tokenizer = model_of(options, tell)
+        record = study(model, tokenizer, name, text, plan, options.out, options.fresh, tell)
+    except KeyboardInterrupt:
+        tell(f"stopped; what was measured is in {options.out / JOURNAL}, and the same command goes on from there")
+        raise
     finally:
         torch.set_num_threads(before)
-    tables.show(report.tables(record, options.layers))
     for line in save_plots(record, options.out):
         tell(line)
-    return True
+    return record
+
+
+def model_of(options: Fidelity, tell: Callable[[str], Any]) -> tuple[str, Any, Any]:
+    """Name, model and tokenizer: what was named, else the usual one, else one of the package."""
+    ask = (lambda question: True) if options.yes else ask_at_terminal
+    if options.model:
+        return options.model, *load(options.model, ask, tell)
+    try:
+        return USUAL, *load(USUAL, ask, tell)
+    except ConfigError as error:
+        tell(f"{error}; a pocket model is studied in its place, which promises nothing for a large one")
+        return POCKET, *load_text_model()
 
 
 def plan_of(options: Fidelity) -> Plan:

@@ -88,7 +88,7 @@ class Row:
     """One setting at one length: all documents together.
 
     ``scores`` are by task, of ``retrieval`` together and of ``all``; ``fields`` and ``same`` are the shares of
-    generated records that are right, and that are as full attention wrote them.
+    generated records that are right, and, of those that full attention wrote, that are the same.
     """
 
     tokens: int
@@ -128,8 +128,10 @@ def label(setting: Record, budget: bool = True) -> str:
     if setting["split"] == "cpu":
         query = setting["cpu_query"]
         words.append("two tiers" if query == "auto" else f"two tiers, {query}")
-    others = [name for name in setting if name not in _NAMED and setting[name] != _DEFAULTS.get(name, setting[name])]
-    return ", ".join([*words, *(f"{name}={setting[name]}" for name in others)])
+    # A tuple is a list once it was read from a file.
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in setting.items()}
+    others = [name for name in given if name not in _NAMED and given[name] != _DEFAULTS.get(name, given[name])]
+    return ", ".join([*words, *(f"{name}={given[name]}" for name in others)])
 
 
 def rows(record: Record) -> list[Row]:
@@ -151,6 +153,7 @@ def _row(tokens: int, pairs: Sequence[tuple[Record, Record]]) -> Row:
     groups = {HEADLINE: [case for case in cases if case[0]["task"] in RETRIEVAL], ALL: cases}
     groups |= {task: tasks[task] for task in TASKS if task in tasks}
     asked = [(cell, base, name) for cell, base in pairs for name in cell["wanted"]]
+    written = [(cell["said"], base["said"], name) for cell, base, name in asked]
     attended = [cell["attended"] for cell in cells]
     layers = by((one for cell in cells for one in cell["layers"]), lambda one: one["layer"])
     context = statistics.fmean(cell["context"] for cell in cells)
@@ -159,7 +162,7 @@ def _row(tokens: int, pairs: Sequence[tuple[Record, Record]]) -> Row:
         cells[0]["setting"],
         {task: _score(group) for task, group in groups.items()},
         Mean.of(float(cell["said"].get(name) == cell["wanted"][name]) for cell, _, name in asked),
-        Mean.of(float(cell["said"].get(name) == base["said"].get(name)) for cell, base, name in asked),
+        Mean.of(float(said.get(name) == full[name]) for said, full, name in written if name in full),
         context if None in attended else statistics.fmean(attended),
         context,
         sum(cell["seconds"] for cell in cells),

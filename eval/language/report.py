@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from scout_hf.eval.language.figures import ALL, HEADLINE, TASKS, Mean, Row, rows
-from scout_hf.eval.language.tasks import CONTINUATION, RECORDS
+from scout_hf.eval.language.tasks import CONTINUATION, RECORDS, REPETITION
 from scout_hf.eval.tables import NONE, Grid, by, share
 
+COMMAND = "scout-hf fidelity"
 NOTE = (
     "log-prob: of the right answer, in nats, mean over answers; loss: full attention's less this one's, over the same "
     "answers. KL: divergence of the next token's distribution from full attention's, in nats, mean over all decode "
@@ -28,6 +29,14 @@ def tables(record: dict[str, Any], layers: bool = False) -> Iterator[Grid | str]
     yield _inside(every)
     if layers:
         yield from (_by_layer(row) for row in every if row.layers)
+
+
+def parts(record: dict[str, Any]) -> Iterator[Grid | str]:
+    """The same for a page, where tables have no titles."""
+    for part in tables(record):
+        if isinstance(part, Grid):
+            yield f"{part.title[:1].upper()}{part.title[1:]}:"
+        yield part
 
 
 def _grid(title: str, every: list[Row], names: tuple[str, ...], cells: Callable[[Row], list[str]]) -> Grid:
@@ -72,19 +81,18 @@ def _said(every: list[Row]) -> str:
 
 
 def _by_task(every: list[Row]) -> Grid:
-    names = ("answers", "right, %", "log-prob", "loss per token", "KL")
-    grid = Grid("by task", ("tokens", "budget, digest", "task", *names), 3)
+    several = len({row.tokens for row in every}) > 1
+    grid = Grid("by task; log-prob and loss per token", ("", "n", "right, %", "log-prob", "loss", "KL"))
     for row in every:
+        grid.add(f"{row.label}, {row.tokens} tokens" if several else row.label, *[""] * 5)
         tasks = [task for task in TASKS if task in row.scores]
         for task in tasks:
-            one, first = row.scores[task], task == tasks[0]
+            one = row.scores[task]
             grid.add(
-                str(row.tokens) if first else "",
-                row.label if first else "",
-                task,
+                f"- {task}",
                 str(one.right.n),
-                percent(one.right),
-                f"{one.log_prob.value:.2f}",
+                NONE if task in (REPETITION, CONTINUATION) else percent(one.right),
+                f"{one.token_log_prob.value:.2f}",
                 NONE if row.setting is None else one.token_loss.shown(2, "+"),
                 NONE if row.setting is None else one.divergence.shown(3),
                 end=task == tasks[-1],

@@ -20,9 +20,9 @@ from scout_hf.eval.caches import caches_of
 from scout_hf.eval.language.forced import LAST_TOKENS, Answers, Reading, cost_of_asking, cost_of_reading
 from scout_hf.eval.language.tasks import Exam, make_exam
 from scout_hf.eval.records import Journal, write_record
-from scout_hf.rules import count, fields, flag, items, maybe, number, table, text
+from scout_hf.rules import anything, count, fields, flag, items, maybe, number, one_of, simple, table, text
 
-JOURNAL, RECORD = "language.jsonl", "language.json"
+JOURNAL, RECORD = "fidelity.jsonl", "fidelity.json"
 BAR = "{desc} |{bar}| {percentage:3.0f}% {elapsed}, about {remaining} left"
 WATCHED = 0.05
 """Share of layers and KV heads whose attention is also computed exactly, in each step."""
@@ -46,6 +46,23 @@ RESULT = fields(
     | _SEEN
 )
 """Of one setting, or of full attention, about one document."""
+
+_SETTING = fields(
+    {"method": text(), "budget": anything, "digest": text(), "split": text(), "cpu_query": text()},
+    {"monitor": anything},
+)
+_WHERE = fields({"tokens": count(1), "document": count(), "setting": maybe(_SETTING)})
+
+
+def _cell(value: Any) -> None:
+    _WHERE(value)
+    RESULT(value)
+
+
+RULE = fields(
+    {"study": one_of("fidelity"), "model": text(1000), "machine": table(simple), "cells": items(_cell, fewest=1)}
+)
+"""What a record must hold for its tables and pictures."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +139,7 @@ def study(
             _measure(model, tokenizer, exam, every, asked, journal, bar.update)
             cells += [where | {"setting": one["setting"]} | (journal.get(one) or {}) for one in asked]
     record = {
-        "study": "language",
+        "study": "fidelity",
         "model": name,
         "weights": common["weights"],
         "text": {"sha256": common["text"], "characters": len(text_)},

@@ -18,8 +18,8 @@ from scout_hf.eval import arms
 from scout_hf.eval.arms import Missing
 from scout_hf.eval.caches import stats_and_bytes
 from scout_hf.eval.decode_path import Answers, answers, decode, prefill, tokenize
-from scout_hf.eval.fidelity.subjects import load_subject, quizzes
 from scout_hf.eval.methods import kvpress_apart
+from scout_hf.eval.methods.quizzes import quizzes, subject
 from scout_hf.eval.methods.speed import Emulation
 from scout_hf.eval.pocket import WEIGHTS
 from scout_hf.files import read_json
@@ -97,8 +97,8 @@ def measure(
     kvpress_python: str | None = None,
 ) -> dict[str, Any]:
     """One cell: right answers of how many, and per step of up to 16 rows the time."""
-    model, tokenizer = load_subject(model_name, "none")
-    arm, quizzed = arms.find(way_name), quizzes(model_name, task, context, questions, 0, False)
+    model, tokenizer = subject(model_name)
+    arm, quizzed = arms.find(way_name), quizzes(model_name, task, context, questions)
     asked, expected = (
         [[tokenize(tokenizer, getattr(fact, name))[0].tolist() for fact in quiz.facts] for quiz in quizzed]
         for name in ("question", "answer")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from scout_hf.eval.bench import readme as bench
-from scout_hf.eval.fidelity import tables as fidelity
+from scout_hf.eval.language import report as fidelity
 from scout_hf.eval.methods import plots, tables, view
 from scout_hf.eval.records import kind_of, read_record, shown
 from scout_hf.eval.report.find import find

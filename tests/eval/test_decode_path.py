@@ -131,3 +131,52 @@ def test_blind_digests_do_not_look_at_keys():
     drawn = noise.score(query, codes)
     assert drawn.shape == (2, 2, 5) and drawn.dtype == torch.float32
     assert not torch.equal(drawn, noise.score(query, codes))
+
+
+SMALL = {"block_size": 16, "budget": 0.25}
+
+
+class TestAsking:
+    @pytest.mark.parametrize(
+        "options",
+        [None, {"split": "off"}, {"split": "off", "digest": "sign"}, {"split": "cpu", "recall": None}],
+        ids=str,
+    )
+    def test_together_as_one_by_one(self, pocket, options):
+        model, tokenizer = pocket
+        documents = [make_document(512, 8, seed=seed) for seed in (3, 4)]
+        read = [tokenize(tokenizer, document.text) for document in documents]
+        # Not in the order of the documents, and one shorter than the others.
+        asked = [(owner, documents[owner].facts[number].question) for number in range(4) for owner in (1, 0)]
+        asked[3] = (asked[3][0], asked[3][1].split(" call ", 1)[1])
+        owners = [owner for owner, _ in asked]
+        questions = [tokenizer(text, add_special_tokens=False).input_ids for _, text in asked]
+        handle = None if options is None else scout_hf.patch(model, **SMALL, **options)
+
+        def cache_of(ids):
+            return prefill(model, handle.new_cache() if handle else DynamicCache(config=model.config), ids)
+
+        try:
+            alone = [cache_of(ids) for ids in read]
+            wanted = [answer(model, tokenizer, alone[owner], read[owner], text, ANSWER_WORDS) for owner, text in asked]
+            cache = cache_of(torch.cat(read))
+            held = [part.clone() for part in _contents(cache)]
+            for rows in (1, 3, 8):
+                given = answers(model, cache, questions, owners, ANSWER_WORDS, rows)
+                assert [tokenizer.decode(one) for one in given.ids] == [one.text for one in wanted]
+                assert given.steps == sum(one.steps for one in wanted) and given.seconds > 0
+            assert all(torch.equal(a, b) for a, b in zip(_contents(cache), held, strict=True))
+        finally:
+            if handle:
+                handle.remove()
+
+    @pytest.mark.parametrize("wrong", [{"length": 0}, {"rows": 0}, {"questions": [[5], []]}, {"owners": [0]}])
+    def test_wrong_input(self, pocket, wrong):
+        settings = {"questions": [[5], [6]], "owners": [0, 0], "length": 1, "rows": 1} | wrong
+        with pytest.raises(ValueError, match="from 1 up"):
+            answers(pocket[0], DynamicCache(), **settings)
+
+
+def _contents(cache):
+    for layer in cache.layers:
+        yield from layer.method.read_all() if hasattr(layer, "method") else (layer.keys, layer.values)

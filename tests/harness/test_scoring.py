@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM
 
 import scout_hf
-from scout_hf import ScoutCache, ScoutConfig
+from scout_hf import ScoutConfig
 from scout_hf.eval.caches import caches_of
 from scout_hf.eval.pocket import make_document, questions
-from scout_hf.eval.scoring import Score, decode_steps, score_pairs, score_text
+from scout_hf.eval.scoring import Score, decode_steps, score_pairs
 from tests.patches.tiny import VOCAB, tiny_config
 
 EXACT = [
@@ -169,44 +169,6 @@ def test_a_single_token_is_scored_by_a_sparse_step_too(pocket):
     assert abs(sparse.log_probability - dense(model, context, target).log_probability) > 0.01
 
 
-@pytest.mark.parametrize("config", EXACT, ids=str)
-@pytest.mark.parametrize("prefill_tokens", [1, 2, 30])
-def test_text_scores(config, prefill_tokens):
-    model = tiny("llama", initializer_range=0.2)
-    ids = torch.tensor([words(21, 36), words(22, 36)])
-    with torch.no_grad():
-        logits = model(ids[:, :-1]).logits.log_softmax(-1)
-    expected = logits.gather(2, ids[:, 1:, None])[:, prefill_tokens - 1 :, 0]
-    ticks = []
-    found = score_text(model, ids, prefill_tokens, config, ticks.append)
-    assert found.dtype == torch.float32 and len(ticks) == 36 - prefill_tokens
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
-
-
-def test_text_scores_leave_a_patch_and_a_model_as_they_were(pocket):
-    model, tokenizer = pocket
-    ids = tokenizer(make_document(300, 8, seed=8).text, return_tensors="pt").input_ids
-    sparse = ScoutConfig(budget=32, block_size=16, window=16)
-    stock, alone = score_text(model, ids, 250), score_text(model, ids, 250, sparse)
-    with scout_hf.patch(model, budget=None) as handle:
-        assert torch.equal(score_text(model, ids, 250), stock)
-        assert handle.stats().steps == 0
-        assert torch.equal(score_text(model, ids, 250, sparse), alone)
-        assert handle.stats().steps == 50 and "removed" not in repr(handle)
-    with pytest.raises(scout_hf.PatchError):
-        scout_hf.unpatch(model)
-    assert (alone - stock).abs().max() > 0.01
-
-
-def test_caches_of_a_patched_model_have_the_asked_settings(pocket):
-    model, _ = pocket
-    with scout_hf.patch(model, budget=None):
-        with caches_of(model, ScoutConfig(budget=64), again=True) as caches:
-            assert isinstance(caches.new(), ScoutCache) and caches.new().scout_config.budget == 64
-        with caches_of(model, None) as caches:
-            assert type(caches.new()) is DynamicCache
-
-
 def test_what_cannot_be_scored_is_refused(pocket):
     model, _ = pocket
     with caches_of(model, None) as caches:
@@ -217,6 +179,3 @@ def test_what_cannot_be_scored_is_refused(pocket):
         with pytest.raises(ValueError, match="batch_size=0"):
             score_pairs(model, [([4], [5])], caches.new, 0)
         assert score_pairs(model, [], caches.new) == []
-    for wrong in (0, 9, 12):
-        with pytest.raises(ValueError, match=f"prefill_tokens={wrong} of 9 tokens: from 1 to 8"):
-            score_text(model, torch.ones(1, 9, dtype=torch.long), wrong)

@@ -133,7 +133,6 @@ WRITERS = {
     "machine": lambda path: MACHINES["h100"].save(path),
     "timeline": lambda path: _timeline(path),
     "methods": lambda path: _eval("records").write_record({"cells": []}, path),
-    "fidelity": lambda path: _eval("fidelity.report").save({"study": "fidelity", "cells": []}, path),
     "report": lambda path: _report(path),
     "tables": lambda path: _tables(path),
 }
