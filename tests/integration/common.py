@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -77,6 +78,11 @@ def run(model, inputs, new: int = 10, **options):
         inputs = {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)}
     fixed = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
     return model.generate(**inputs, **(fixed | options), return_dict_in_generate=True, output_logits=True)
+
+
+def without_cache(output):
+    """The tokens and logits of an output that is kept: its cache would live on."""
+    return SimpleNamespace(sequences=output.sequences, logits=output.logits)
 
 
 def logits(output) -> torch.Tensor:

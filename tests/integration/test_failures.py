@@ -29,6 +29,7 @@ from tests.integration.common import (
     one_llama,
     prompt,
     run,
+    without_cache,
 )
 from tests.integration.disturbances import (
     DISTURBANCES,
@@ -224,7 +225,7 @@ def by_setting(function):
 @by_setting
 def undisturbed(backend, tiers, inputs):
     with scout_hf.patch(one_llama(), **TIERS[tiers], **backend) as handle:
-        expected = run(one_llama(), INPUTS[inputs], new=13)
+        expected = without_cache(run(one_llama(), INPUTS[inputs], new=13))
         if tiers == "two tiers":
             assert handle.stats().recalled_blocks and handle.stats().cpu_ratio and handle.stats().cosine
     return expected
