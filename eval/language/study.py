@@ -135,7 +135,8 @@ def study(
     with tqdm(total=total, bar_format=BAR, desc="reading and asking", leave=False, disable=None) as bar:
         for (tokens, number_), exam in exams.items():
             where = {"tokens": tokens, "document": plan.seed + number_}
-            asked = [common | where | {"setting": _said(one)} for one in every]
+            asked_for = {"exam": hashlib.sha256(repr(exam).encode()).hexdigest()}
+            asked = [common | where | asked_for | {"setting": _said(one)} for one in every]
             _measure(model, tokenizer, exam, every, asked, journal, bar.update)
             cells += [where | {"setting": one["setting"]} | (journal.get(one) or {}) for one in asked]
     record = {

@@ -30,7 +30,7 @@ FOODS = (
 COLOURS = "red green blue yellow black white brown purple orange grey".split()
 JOBS = (
     "baker doctor teacher farmer painter singer lawyer nurse pilot sailor tailor butcher carpenter chemist dentist "
-    "driver editor engineer gardener hunter judge mason"
+    "driver gardener hunter judge mason porter clerk"
 ).split()
 REPEATED, SHOWN, CONTINUED = 32, 32, 64
 """Tokens of a passage that count, tokens of it that come before, and tokens of a continuation."""
@@ -211,6 +211,7 @@ def _prompt(tokenizer: Any, document: str, question: str) -> list[int]:
 
 
 Given = tuple[tuple[int, ...], tuple[tuple[int, int], ...]]
+"""What is forced, and which of it are answers; see :class:`Case`."""
 
 
 def _answered(tokenizer: Any, fact: Fact) -> Given:

@@ -26,6 +26,7 @@ from scout_hf.eval.language.reference import reference_text
 from scout_hf.eval.language.tasks import make_exam
 from scout_hf.eval.options import Fidelity
 from scout_hf.eval.text import load_text_model
+from tests.patches.tiny import VOCAB, tiny_model
 
 TOKENS, EACH = 1000, 2
 
@@ -141,6 +142,28 @@ def test_rows_are_as_alone(reading, config, monkeypatch):
         assert left.log_probs == pytest.approx(right.log_probs, abs=1e-3)
         assert left.divergences == pytest.approx(right.divergences, abs=1e-3)
         assert len(left.divergences) > 0
+
+
+@pytest.mark.parametrize("name", ["gemma3", "ministral", "qwen3"])
+@pytest.mark.parametrize("split", ["off", "cpu"])
+def test_layers_with_a_sliding_window_are_read_and_decoded_too(name, split):
+    """They stay stock, beside others that are patched, in every row."""
+    model = tiny_model(name, initializer_range=0.2)
+    random = torch.Generator().manual_seed(0)
+    ids = [tuple(torch.randint(3, VOCAB, (size,), generator=random).tolist()) for size in (150, 5, 5, 9, 12, 7)]
+    document, first, second, other, long, short = ids
+    cases = tuple(
+        tasks.Case("word", prompt, forced_ids, ((1, 4),))
+        for prompt, forced_ids in ((first, long), (second, short), (other, long))
+    )
+    read = forced.Reading(model, tasks.Exam(document, cases, tasks.Extraction(first, {}, 8)))
+    exact, _ = read.under(ScoutConfig(budget=None, block_size=8, split=split, cpu_query="real"))
+    assert exact.written == read.full.written
+    for mine, full in zip(exact.outcomes, read.full.outcomes):
+        assert mine.log_probs == pytest.approx(full.log_probs, abs=1e-3) and max(mine.divergences) < 1e-4
+    sparse, stats = read.under(ScoutConfig(budget=16, block_size=8, split=split, cpu_query="real"))
+    assert max(max(one.divergences) for one in sparse.outcomes) > 1e-3
+    assert stats.attended_tokens < 0.6 * stats.context_tokens
 
 
 def test_what_was_generated_is_what_generate_gives(asked, reading):
