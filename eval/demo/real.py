@@ -22,6 +22,8 @@ from scout_hf.eval.demo.text import Document, Fact, make_prompts, place
 from scout_hf.eval.options import Demo
 
 STOCK, EXACT, SPARSE = "stock", "exact", "sparse"
+MOST_THREADS = 8
+"""More gain nothing on a model of this size."""
 WIDEST = 12
 EXCERPT = 300
 
@@ -70,7 +72,7 @@ def run(
     """
     asked = _spread(len(document.facts), options.questions)
     threads = torch.get_num_threads()
-    torch.set_num_threads(options.threads or len(usable_cpus()))
+    torch.set_num_threads(options.threads or min(MOST_THREADS, len(usable_cpus())))
     try:
         return _run(name, model, tokenizer, document, configs, asked, console)
     finally:
