@@ -2,6 +2,7 @@
 # make test            set up and pass the tests
 # make test-full       what make test leaves out: most cells of large grids, and what is marked full
 # make test-faults     an error at every line that changes a cache: 10 to 20 minutes on two cores; KEEP=10 tries every tenth point
+# make test-real       a real language model of 135M parameters: exact as stock, sparse answers kept; fetches 93 MB
 # make test-upstream   transformers' own generation tests on patched models, token by token and logit by logit as unpatched
 # make test-versions   what depends on transformers, on the oldest and an older one, each in an environment of its own
 # make lint            ruff: rules and format; mypy: types of scout_hf and patches
@@ -26,7 +27,7 @@ VERSIONED = tests/patches tests/integration tests/unit/test_cache.py tests/eval/
 SAME_EVERYWHERE = native_safety recall trust monitor trace two_devices on_device graph host_dtype sparse devices \
 	without_library methods
 
-.PHONY: demo test test-full test-faults test-upstream test-versions lint docs clean
+.PHONY: demo test test-full test-faults test-real test-upstream test-versions lint docs clean
 
 demo: $(VENV)/.installed-demo
 	$(VENV)/bin/scout-hf demo --yes
@@ -43,6 +44,10 @@ test-upstream: $(VENV)/.installed-test
 
 test-faults: $(VENV)/.installed-test
 	SCOUT_TEST_JOBS=$(JOBS) SCOUT_TEST_KEEP=$(KEEP) $(VENV)/bin/python -m pytest -m slow -n 0 tests/faults
+
+test-real: $(VENV)/.installed-test
+	$(VENV)/bin/pip install -q -e ".[demo]"
+	SCOUT_TEST_NETWORK=1 $(VENV)/bin/python -m pytest -m slow -n 0 -rs tests/eval
 
 test-versions: $(VERSIONS:%=test-transformers-%)
 

@@ -223,18 +223,27 @@ def test_wrong_settings_are_told_before_anything_is_read(stand_in, monkeypatch, 
 
 
 @pytest.mark.slow
-def test_the_real_model_finds_the_facts():
+@pytest.mark.timeout(1800)
+def test_a_real_model_answers_as_with_full_attention():
+    """Exact decoding gives the tokens and logits of stock; the defaults keep what full attention gets right."""
     if not (cache_folder() / "models" / command.MODEL).is_dir() and not os.environ.get("SCOUT_TEST_NETWORK"):
         pytest.skip(f"{command.MODEL} is not in {cache_folder()}; SCOUT_TEST_NETWORK=1 fetches it")
-    model, tokenizer = load(command.MODEL)
+    try:
+        model, tokenizer = load(command.MODEL)
+    except MissingFileError as error:
+        pytest.skip(f"{command.MODEL} cannot be had: {error}")
     document = text.read_document()
     prompts = text.make_prompts(tokenizer, document)
     begun = asking.read(model, prompts.shared)
     sessions = [asking.open_session(model, begun, prompts.shared, one) for one in real.configs_of(Demo()).values()]
     asking.ask_all(model, tokenizer, prompts, range(len(document.facts)), sessions)
-    stock, exact, sparse = (sum(map(real.is_right, one.texts, document.facts)) for one in sessions)
-    assert stock >= 0.9 * len(document.facts) and sessions[0].texts == sessions[1].texts
-    assert sparse >= 0.9 * stock
+    stock, exact, sparse = sessions
+    right, sparse_right = (sum(map(real.is_right, one.texts, document.facts)) for one in (stock, sparse))
+    assert right >= 0.9 * len(document.facts) and stock.texts == exact.texts
+    assert sparse_right >= 0.95 * right
+    assert sparse.attended_tokens < 0.5 * len(prompts.shared) < exact.attended_tokens
+    for ours, theirs in zip(exact.logits, stock.logits):
+        assert (ours - theirs).abs().max() <= 3e-5 * theirs.abs().max()
 
 
 # -- which model ----------------------------------------------------------------------------------------------------
