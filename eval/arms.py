@@ -54,20 +54,9 @@ class Arm:
 
     @contextmanager
     def caches(self, model: PreTrainedModel, capacity: int = 0, **options: Any) -> Iterator[Caches]:
-        """Context manager: make the model decode this way, and yield its caches.
+        """Make the model decode this way meanwhile, and yield its caches; Missing if the arm cannot run here.
 
-        Parameters
-        ----------
-        model : PreTrainedModel
-        capacity : int
-            Tokens of caches of a fixed length.
-        **options
-            Further options of ``scout_hf.patch``.
-
-        Raises
-        ------
-        Missing
-            If the arm cannot run here.
+        ``capacity`` is in tokens, of caches of a fixed length; ``options`` are further ones of ``scout_hf.patch``.
         """
         with ExitStack() as stack:
             if self.options is not None:
@@ -169,49 +158,22 @@ RANDOM = "random"
 
 
 def names() -> tuple[str, ...]:
-    """The arms of the comparison, in the order of tables.
-
-    Returns
-    -------
-    tuple of str
-    """
+    """The arms of the comparison, in the order of tables."""
     known = ("scout", "hgca", "infinigen", "kvpr", "dense", NAME)
     rest = [name for name in method_names() if name not in known]
     return (*STOCK, KVPRESS, ONE_TIER, *SCOUT, "hgca", "infinigen", KEPT, "kvpr", "dense", *rest)
 
 
 def rank(name: str) -> tuple[bool, int]:
-    """Sort key of an arm in tables; unknown arms come last.
-
-    Parameters
-    ----------
-    name : str
-
-    Returns
-    -------
-    tuple
-    """
+    """Sort key of an arm in tables; unknown arms come last."""
     known = names()
     return name not in known, known.index(name) if name in known else 0
 
 
 def parse(given: Sequence[str] | None) -> tuple[str, ...] | None:
-    """Names of arms from options.
+    """Names of arms from options, each one name or several with commas between; None if nothing is given.
 
-    Parameters
-    ----------
-    given : sequence of str or None
-        Each one name, or several with commas between. A name may contain a comma: the longest known name is taken.
-
-    Returns
-    -------
-    tuple of str or None
-        None if nothing is given.
-
-    Raises
-    ------
-    ValueError
-        If a name is unknown.
+    A name may contain a comma: the longest known name is taken. ValueError if one is unknown.
     """
     found: list[str] = []
     for text in given or ():
@@ -227,22 +189,9 @@ def parse(given: Sequence[str] | None) -> tuple[str, ...] | None:
 
 
 def find(name: str, weights: str = "trained") -> Arm:
-    """The arm of a name.
+    """The arm of a name; ValueError, with the known ones, for another.
 
-    Parameters
-    ----------
-    name : str
-    weights : {"trained", "random"}
-        ``random``: the choice of blocks drifts synthetically, and InfiniGen fills its budget.
-
-    Returns
-    -------
-    Arm
-
-    Raises
-    ------
-    ValueError
-        If the name is unknown; the message lists the known ones.
+    With ``random`` weights the choice of blocks drifts synthetically, and InfiniGen fills its budget.
     """
     if name not in names():
         raise ValueError(f"arm {name!r} is not known; available are {', '.join(map(repr, names()))}")

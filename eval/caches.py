@@ -131,19 +131,10 @@ def held_bytes(cache: Cache, device: torch.device) -> dict[str, int]:
 
 
 def stats_and_bytes(handle: scout_hf.Handle | None, cache: Cache) -> dict[str, Any]:
-    """Statistics of the decode steps so far, and bytes held, of one arm.
+    """Statistics of the decode steps so far, and bytes held, of one arm, for JSON; no handle for stock attention.
 
-    Parameters
-    ----------
-    handle : Handle or None
-        None for stock attention.
-    cache : Cache
-
-    Returns
-    -------
-    dict
-        For JSON: ``exact``, ``device_bytes``, ``host_bytes`` and, where known, ``attended_tokens``, ``link_bytes``,
-        ``join_ms``, ``cpu_ratio`` and ``notes``.
+    ``exact``, ``device_bytes``, ``host_bytes`` and, where known, ``attended_tokens``, ``link_bytes``, ``join_ms``,
+    ``cpu_ratio`` and ``notes``.
     """
     from transformers import QuantizedCache
 

@@ -183,10 +183,7 @@ def kind_of(record: dict[str, Any]) -> str:
 def read_record(path: Path, *kinds: str) -> dict[str, Any]:
     """The record in a file, one of these kinds, or any.
 
-    Raises
-    ------
-    ConfigError
-        If the file is missing, too large or deep, none of these records, or lacks what its tables are made of.
+    ConfigError if it is missing, too large or deep, none of these records, or lacks what its tables are made of.
     """
     # What a study may be of is known to those who measure it, who import torch.
     from scout_hf.eval.language.study import RULE as fidelity

@@ -53,17 +53,7 @@ class Drifting(Digest):
         return scores
 
     def advance(self, like: torch.Tensor) -> torch.Tensor:
-        """One step of the walk; does not synchronise with the device.
-
-        Parameters
-        ----------
-        like : Tensor (batch, kv_heads, blocks) of float32
-
-        Returns
-        -------
-        Tensor (batch, kv_heads, blocks) of float32
-            A view, valid until the next step.
-        """
+        """One step of the walk, a view that is valid until the next step; does not synchronise with the device."""
         blocks = like.shape[2]
         held = 0 if self._walk is None else self._walk.shape[2]
         if blocks > held:
@@ -86,19 +76,7 @@ class Drifting(Digest):
         return walk
 
     def best(self, count: int, blocks: int) -> torch.Tensor:
-        """The blocks with the highest scores in the last step.
-
-        Parameters
-        ----------
-        count : int
-            Blocks to choose.
-        blocks : int
-            Only the first ``blocks`` blocks are considered.
-
-        Returns
-        -------
-        Tensor (batch, kv_heads, blocks) of bool
-        """
+        """The ``count`` highest of the first ``blocks`` blocks in the last step: (batch, kv_heads, blocks) of bool."""
         walk = self._walk[:, :, :blocks]
         return torch.zeros_like(walk, dtype=torch.bool).scatter_(2, walk.topk(count, dim=2).indices, True)
 
@@ -112,18 +90,7 @@ class Drifting(Digest):
 
 
 def drifting(name: str) -> str:
-    """Register a drifting version of a digest, unless it is registered already.
-
-    Parameters
-    ----------
-    name : str
-        A registered digest, such as ``minmax``.
-
-    Returns
-    -------
-    str
-        Name of the drifting digest, for ``ScoutConfig(digest=...)``.
-    """
+    """Register a drifting version of a digest, unless it is there; its name, for ``ScoutConfig(digest=...)``."""
     made = PREFIX + name
     if made not in digest_names():
         real = type(make_digest(name))
@@ -132,24 +99,10 @@ def drifting(name: str) -> str:
 
 
 def watched_change(digests: list[Drifting], count: int, blocks: int, step: Callable[[], Any], steps: int) -> float:
-    """Take some steps, and measure which share of the best blocks is new in each.
+    """Take some steps, and measure which share of the best blocks is new in each; the mean over steps and layers.
 
-    The walk is read, not what Python code chose: a captured step runs no Python.
-
-    Parameters
-    ----------
-    digests : list of Drifting
-        One per layer.
-    count, blocks : int
-        The best ``count`` of the first ``blocks`` blocks are compared.
-    step : callable
-        Decodes one token.
-    steps : int
-
-    Returns
-    -------
-    float
-        Mean over steps and layers.
+    The best ``count`` of the first ``blocks`` blocks are compared, by a digest per layer. The walk is read, not what
+    Python code chose: a captured step runs no Python.
     """
     shares, old = [], [digest.best(count, blocks) for digest in digests]
     for _ in range(steps):
@@ -161,26 +114,10 @@ def watched_change(digests: list[Drifting], count: int, blocks: int, step: Calla
 
 
 def correlation_for(share: float, chosen: float) -> float:
-    """The correlation of the walk with which a given share of the chosen blocks changes per step.
+    """The correlation of the walk with which a share, in [0, 1), of the chosen blocks changes per step.
 
-    Parameters
-    ----------
-    share : float
-        In [0, 1).
-    chosen : float
-        Chosen blocks as a share of all blocks, in (0, 1).
+    ``chosen`` is the share of all blocks that is chosen. ValueError if so many cannot change.
 
-    Returns
-    -------
-    float
-
-    Raises
-    ------
-    ValueError
-        If so many blocks cannot change.
-
-    Examples
-    --------
     >>> 0.99 < correlation_for(0.1, 0.05) < 1.0
     True
     """
@@ -207,15 +144,7 @@ def _changing(correlation: float, chosen: float) -> float:
 
 
 def settings_for(correlation: float, gpu_kernels: str) -> None:
-    """Set the correlation and the kernels of all drifting digests.
-
-    Parameters
-    ----------
-    correlation : float
-        As :func:`correlation_for` returns it.
-    gpu_kernels : str
-        As ``ScoutConfig.gpu_kernels``.
-    """
+    """Set the correlation, see :func:`correlation_for`, and ``gpu_kernels`` of all drifting digests."""
     Drifting.correlation, Drifting.gpu_kernels = correlation, gpu_kernels
 
 
@@ -247,13 +176,7 @@ class DriftingInfiniGen(InfiniGen):
 
 
 def drifting_infinigen() -> str:
-    """Register :class:`DriftingInfiniGen`, unless it is registered already.
-
-    Returns
-    -------
-    str
-        Its name, for ``ScoutConfig(method=...)``.
-    """
+    """Register :class:`DriftingInfiniGen`, unless it is there; its name, for ``ScoutConfig(method=...)``."""
     if NAME not in method_names():
         register_method(DriftingInfiniGen)
     return NAME

@@ -46,26 +46,10 @@ SETTINGS = ("device", "layers", "steps", "budget", "block_size", "digest", "cpu_
 
 
 def run(asked: GpuDecode, tell: Tell = silent) -> dict[str, Any]:
-    """Measure the arms that are not in the file yet.
+    """Measure the arms that are not in the file yet; the whole record, for JSON.
 
     The file in ``out`` is written after every arm. On ``cpu`` both tiers are in host memory, and arms that need CUDA
-    are skipped.
-
-    Parameters
-    ----------
-    asked : GpuDecode
-    tell : callable
-        Receives progress messages.
-
-    Returns
-    -------
-    dict
-        The whole record, for JSON.
-
-    Raises
-    ------
-    ValueError
-        If an option is not allowed.
+    are skipped. ValueError for an option that is not allowed.
     """
     models, contexts, batches = asked.model or tuple(MODELS), asked.context or CONTEXTS, asked.batch or BATCHES
     place, caps, arms = devices.find(asked.device), parse_caps(asked.caps), _check(asked, models, contexts)
@@ -294,19 +278,9 @@ def _warm_up(step: Callable[[], Any]) -> float:
 
 
 def largest_power(measure: Callable[[int], dict[str, Any]], most: int) -> dict[str, Any]:
-    """The largest power of two that works, by bisection.
+    """The largest power of two, up to ``most``, that works, by bisection, with its result.
 
-    Parameters
-    ----------
-    measure : callable
-        Returns a result for a number of rows; one with a time counts as working.
-    most : int
-        Largest number to try.
-
-    Returns
-    -------
-    dict
-        The number, its result, and as ``stopped_by`` the result of the next power; None if ``most`` was reached.
+    What has a time works. ``stopped_by`` is the result of the next power; None if ``most`` was reached.
     """
     low, high = -1, most.bit_length()  # fits, does not fit
     best, stopped = None, None
@@ -321,25 +295,8 @@ def largest_power(measure: Callable[[int], dict[str, Any]], most: int) -> dict[s
 
 
 def parse_caps(text: str) -> list[float]:
-    """The option ``--caps``.
+    """The option ``--caps``, in GiB; ValueError if a part is no number above 0.
 
-    Parameters
-    ----------
-    text : str
-        Such as ``24,40,80``.
-
-    Returns
-    -------
-    list of float
-        GiB; empty for an empty text.
-
-    Raises
-    ------
-    ValueError
-        If a part is not a number above 0.
-
-    Examples
-    --------
     >>> parse_caps("24,40")
     [24.0, 40.0]
     """

@@ -52,26 +52,11 @@ FILL_TOKENS = 8192
 
 
 def run(options: GpuKernel, tell: Tell = silent) -> dict[str, Any]:
-    """Measure the decode kernel and block scoring.
+    """Measure the decode kernel and block scoring; the record, for JSON.
 
     On ``cpu`` the kernels run in Triton's interpreter (``TRITON_INTERPRET=1``): this shows that the benchmark runs, and
     its times mean nothing. The best tile for each head size, GQA group and block size is saved for later decoding.
-
-    Parameters
-    ----------
-    options : GpuKernel
-    tell : callable
-        Receives progress messages.
-
-    Returns
-    -------
-    dict
-        For JSON.
-
-    Raises
-    ------
-    ValueError
-        If an option is not allowed.
+    ValueError for an option that is not allowed.
     """
     given = {"batches": options.batch, "contexts": options.context, "block_sizes": options.block_size}
     given |= {"heads": [parse_heads(one) for one in options.heads or ()]}
@@ -303,24 +288,8 @@ def _ratios(times: dict[str, Timing]) -> Iterator[tuple[str, float]]:
 
 
 def parse_heads(text: str) -> tuple[int, int]:
-    """The option ``--heads``.
+    """The option ``--heads``: query heads and KV heads; ValueError if it is not two numbers with a slash between.
 
-    Parameters
-    ----------
-    text : str
-
-    Returns
-    -------
-    tuple of int
-        Query heads and KV heads.
-
-    Raises
-    ------
-    ValueError
-        If it is not two numbers with a slash between.
-
-    Examples
-    --------
     >>> parse_heads("32/8")
     (32, 8)
     """

@@ -23,16 +23,7 @@ _heads, _arms = itemgetter("query_heads", "kv_heads", "block_size"), itemgetter(
 
 
 def kernel_tables(record: dict[str, Any]) -> Iterator[Grid | str]:
-    """The tables of ``bench gpu-kernel``.
-
-    Parameters
-    ----------
-    record : dict
-
-    Yields
-    ------
-    Grid or str
-    """
+    """The tables of ``bench gpu-kernel``."""
     yield _device_line(record)
     yield "GB/s and share of copying are those of the best tile; ratio: prefetch/plain, below 1 is a gain\n"
     dense, scattered, scores = record["dense"], record["scattered"], record["score"]
@@ -85,34 +76,13 @@ def _score_cells(row: dict[str, Any]) -> list[str]:
 
 
 def best_of(times: dict[str, Any], *names: str) -> dict[str, Any] | None:
-    """The fastest of the named kernels.
-
-    Parameters
-    ----------
-    times : dict
-        Results by name.
-    *names : str
-
-    Returns
-    -------
-    dict or None
-        None if none of them was timed.
-    """
+    """The fastest of the named kernels; None if none of them was timed."""
     there = [times[name] for name in names if "us" in times.get(name, {})]
     return min(there, key=lambda one: one["us"], default=None)
 
 
 def decode_tables(record: dict[str, Any]) -> Iterator[Grid | str]:
-    """The tables of ``bench gpu-decode``.
-
-    Parameters
-    ----------
-    record : dict
-
-    Yields
-    ------
-    Grid or str
-    """
+    """The tables of ``bench gpu-decode``."""
     yield _device_line(record)
     yield f"{record['selection']}; limit: what a step must move, at the rates of copying and of the link\n"
     for (name, context), rows in by(record["arms"], _arms).items():
@@ -193,13 +163,7 @@ def _us(one: dict[str, Any] | None) -> str:
 
 
 def plot_kernel(record: dict[str, Any], figure) -> None:
-    """Draw rates and the gain of prefetching of ``bench gpu-kernel``.
-
-    Parameters
-    ----------
-    record : dict
-    figure : matplotlib.figure.Figure
-    """
+    """Draw rates and the gain of prefetching of ``bench gpu-kernel``."""
     rates, gains = figure.subplots(1, 2)
     rows = [row for row in record["dense"] if "times" in row]
     for name, colour in COLOURS.items():
@@ -224,13 +188,7 @@ def plot_kernel(record: dict[str, Any], figure) -> None:
 
 
 def plot_decode(record: dict[str, Any], figure) -> None:
-    """Draw latency and throughput of ``bench gpu-decode``.
-
-    Parameters
-    ----------
-    record : dict
-    figure : matplotlib.figure.Figure
-    """
+    """Draw latency and throughput of ``bench gpu-decode``."""
     latency, rate = figure.subplots(1, 2)
     measured = [one for one in record["arms"] if "median_ms" in one]
     contexts = sorted({one["context"] for one in measured})

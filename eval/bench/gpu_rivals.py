@@ -15,18 +15,7 @@ WORKSPACE_BYTES = 128 << 20
 
 
 def made(make: Callable[[], list[Callable]]) -> list[Callable] | dict[str, str]:
-    """Prepare the calls of one rival, and run the first once.
-
-    Parameters
-    ----------
-    make : callable
-        Returns the calls; may raise ImportError.
-
-    Returns
-    -------
-    list of callable, or dict
-        ``{"absent": reason}`` if its library is not installed.
-    """
+    """The calls of one rival, the first of which has run; ``{"absent": reason}`` if its library is not installed."""
     try:
         calls = make()
     except ImportError:
@@ -36,37 +25,13 @@ def made(make: Callable[[], list[Callable]]) -> list[Callable] | dict[str, str]:
 
 
 def with_sdpa(query: torch.Tensor, sets: list) -> list[Callable]:
-    """Torch's attention, with the kernel that torch chooses.
-
-    Parameters
-    ----------
-    query : Tensor (batch, query_heads, 1, head_dim)
-    sets : list of (keys, values)
-        (batch, kv_heads, tokens, head_dim) each.
-
-    Returns
-    -------
-    list of callable
-        One per set.
-    """
+    """Torch's attention, with the kernel that torch chooses."""
     attend = torch.nn.functional.scaled_dot_product_attention
     return [functools.partial(attend, query, *part, enable_gqa=True) for part in sets]
 
 
 def with_flash(query: torch.Tensor, sets: list) -> list[Callable]:
-    """Torch's attention with its flash kernel; a call raises RuntimeError where that cannot run.
-
-    Parameters
-    ----------
-    query : Tensor (batch, query_heads, 1, head_dim)
-    sets : list of (keys, values)
-        (batch, kv_heads, tokens, head_dim) each.
-
-    Returns
-    -------
-    list of callable
-        One per set.
-    """
+    """Torch's attention with its flash kernel; a call raises RuntimeError where that cannot run."""
 
     def only_flash(call):
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
@@ -76,24 +41,7 @@ def with_flash(query: torch.Tensor, sets: list) -> list[Callable]:
 
 
 def with_flashinfer(query: torch.Tensor, sets: list) -> list[Callable]:
-    """FlashInfer's batched decode; the plan is made once and is not part of a call.
-
-    Parameters
-    ----------
-    query : Tensor (batch, query_heads, 1, head_dim)
-    sets : list of (keys, values)
-        (batch, kv_heads, tokens, head_dim) each.
-
-    Returns
-    -------
-    list of callable
-        One per set.
-
-    Raises
-    ------
-    ImportError
-        If it is not installed.
-    """
+    """FlashInfer's batched decode; the plan is made once and is not part of a call."""
     import flashinfer
 
     batch, heads, _, dim = query.shape
@@ -110,24 +58,7 @@ def with_flashinfer(query: torch.Tensor, sets: list) -> list[Callable]:
 
 
 def with_flash_attn(query: torch.Tensor, sets: list) -> list[Callable]:
-    """FlashAttention's decode over a KV cache.
-
-    Parameters
-    ----------
-    query : Tensor (batch, query_heads, 1, head_dim)
-    sets : list of (keys, values)
-        (batch, kv_heads, tokens, head_dim) each.
-
-    Returns
-    -------
-    list of callable
-        One per set.
-
-    Raises
-    ------
-    ImportError
-        If it is not installed.
-    """
+    """FlashAttention's decode over a KV cache."""
     from flash_attn import flash_attn_with_kvcache
 
     tokens = torch.full((len(query),), sets[0][0].shape[2], dtype=torch.int32, device=query.device)
@@ -141,20 +72,9 @@ def with_flash_attn(query: torch.Tensor, sets: list) -> list[Callable]:
 
 
 def by_gathering(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sets: list) -> list[Callable]:
-    """Gather the blocks from a pool into one tensor, then run torch's attention.
+    """Gather the blocks from a pool, (pages, kv_heads, block_size, head_dim), then run torch's attention.
 
-    Parameters
-    ----------
-    query : Tensor (batch, query_heads, 1, head_dim)
-    keys, values : Tensor (pages, kv_heads, block_size, head_dim)
-        The pool.
-    sets : list of tuple
-        The second part of each is the pages, (batch, kv_heads, n).
-
-    Returns
-    -------
-    list of callable
-        One per set.
+    The second part of each set is the pages, (batch, kv_heads, n).
     """
     head = torch.arange(keys.shape[1], device=keys.device)[None, :, None]
 

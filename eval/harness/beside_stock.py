@@ -27,16 +27,7 @@ SIDES = ("stock", "scout")
 
 @dataclass
 class Row:
-    """One metric of one task or group, for stock attention and for scout.
-
-    Attributes
-    ----------
-    task, metric : str
-    stock, scout : float
-        Scores.
-    cost : dict
-        ``Tally.as_dict()`` by side; None for a group.
-    """
+    """One metric of one task or group: its scores, and by side what it cost (``Tally.as_dict()``; None for a group)."""
 
     task: str
     metric: str
@@ -53,17 +44,8 @@ class Row:
 def run_both(args: argparse.Namespace, execute: Callable[[argparse.Namespace], None]) -> None:
     """Run lm-eval with stock attention and with scout, print a table, and save it under ``--output_path``.
 
-    Parameters
-    ----------
-    args : argparse.Namespace
-        Arguments of lm-eval's ``run``.
-    execute : callable
-        Runs lm-eval with such arguments.
-
-    Raises
-    ------
-    HarnessError
-        If ``--model`` is not ``scout``, or ``attention`` is among the model arguments.
+    ``execute`` runs lm-eval with such arguments. HarnessError if ``--model`` is not ``scout``, or ``attention`` is
+    among the model arguments.
     """
     if (model := option(args, "model")) != "scout":
         raise HarnessError(f"--beside-stock compares `--model scout` with stock attention; --model is {model!r}")
@@ -101,17 +83,9 @@ def run_both(args: argparse.Namespace, execute: Callable[[argparse.Namespace], N
 
 
 def compare(stock: dict[str, Any], scout: dict[str, Any]) -> list[Row]:
-    """The rows of two results.
+    """The rows of two results of ``lm_eval.simple_evaluate``.
 
-    Parameters
-    ----------
-    stock, scout : dict
-        As ``lm_eval.simple_evaluate`` returns them.
-
-    Returns
-    -------
-    list of Row
-        LongBench tasks have only ``score``, since their other metric has the same value.
+    LongBench tasks have only ``score``, since their other metric has the same value.
     """
     costs = {side: result["config"]["scout_hf"]["tasks"] for side, result in zip(SIDES, (stock, scout))}
     before = stock.get("groups", {}) | stock["results"]
@@ -128,14 +102,7 @@ def compare(stock: dict[str, Any], scout: dict[str, Any]) -> list[Row]:
 
 
 def show(rows: list[Row], console: Console | None = None) -> None:
-    """Print the table.
-
-    Parameters
-    ----------
-    rows : list of Row
-    console : Console or None
-        None for standard output; 140 columns wide if that is not a terminal.
-    """
+    """Print the table, 140 columns wide if standard output is no terminal."""
     console = console or Console()
     if not console.is_terminal:
         console.width = 140
@@ -154,18 +121,7 @@ def show(rows: list[Row], console: Console | None = None) -> None:
 
 
 def as_record(rows: list[Row], results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The table for JSON, with settings and versions.
-
-    Parameters
-    ----------
-    rows : list of Row
-    results : dict
-        Results of ``lm_eval.simple_evaluate`` by side.
-
-    Returns
-    -------
-    dict
-    """
+    """The table for JSON, with settings and versions."""
     config = results["scout"]["config"]
     return {
         "rows": [{**asdict(row), "difference": row.difference} for row in rows],

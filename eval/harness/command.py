@@ -20,12 +20,9 @@ OFFLINE = (
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run ``lm-eval`` with these arguments; unknown ones are passed on.
+    """Run ``lm-eval`` with these arguments, unknown ones are passed on: 0, or 2 after a message on stderr.
 
-    Returns
-    -------
-    int
-        0, or 2 after a message on stderr. lm-eval's own errors are raised.
+    lm-eval's own errors are raised.
     """
     if importlib.util.find_spec("lm_eval") is None:
         if not {"-h", "--help"}.intersection(argv):

@@ -39,12 +39,8 @@ class LocalTasks:
 def local_tasks(directory: Path) -> Iterator[LocalTasks]:
     """Task files for a folder of LongBench data, for the time of the block.
 
-    Groups and tags hold the tasks whose files exist; a task without a file says so when it is asked for.
-
-    Raises
-    ------
-    HarnessError
-        If the folder does not exist or holds no file of LongBench.
+    Groups and tags hold the tasks whose files exist; a task without a file says so when it is asked for. HarnessError
+    if the folder does not exist or holds no file of LongBench.
     """
     tasks, groups = _stock()
     data = {name: directory / f"{stock['dataset_name']}.jsonl" for name, (_, stock) in tasks.items()}
@@ -83,10 +79,7 @@ def local_tasks(directory: Path) -> Iterator[LocalTasks]:
 def read_local(longbench_file: str, metric: str, **_: Any) -> dict[str, Any]:
     """Rows of a file as lm-eval's tasks expect them (``question`` instead of ``input``), by split.
 
-    Raises
-    ------
-    HarnessError
-        If the file is missing, empty or malformed; names the line.
+    HarnessError if the file is missing, empty or malformed; it names the line.
     """
     import datasets
 

@@ -41,14 +41,7 @@ class Tally:
     context: float = 0.0
 
     def add(self, other: Tally, at_once: bool = False) -> None:
-        """Add another tally.
-
-        Parameters
-        ----------
-        other : Tally
-        at_once : bool
-            Whether the other work ran at the same time, in another process: then the longer time counts, not the sum.
-        """
+        """Add another tally; of work in another process at the same time (``at_once``) the longer time counts."""
         for name in ("prefill_tokens", "decode_tokens", "attended", "context"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("prefill_seconds", "decode_seconds"):
@@ -57,23 +50,12 @@ class Tally:
         self.kv_bytes = max(self.kv_bytes, other.kv_bytes, key=lambda held: sum(held.values()))
 
     def add_stats(self, stats: Stats) -> None:
-        """Add the attended tokens of a patched model.
-
-        Parameters
-        ----------
-        stats : Stats
-        """
+        """Add the attended tokens of a patched model."""
         self.attended += stats.attended_tokens * stats.steps
         self.context += stats.context_tokens * stats.steps
 
     def as_dict(self) -> dict[str, Any]:
-        """The sums for JSON.
-
-        Returns
-        -------
-        dict
-            With ``tokens_per_second`` (decoded, all rows) and ``attended_share``, each None if nothing was counted.
-        """
+        """The sums for JSON; tokens per second (decoded, all rows) and attended share are None without any."""
         return {
             "prefill_tokens": self.prefill_tokens,
             "decode_tokens": self.decode_tokens,
@@ -87,15 +69,7 @@ class Tally:
 
 @contextmanager
 def measured(model: torch.nn.Module, tally: Tally) -> Iterator[None]:
-    """Context manager: count and time the forward passes of a model.
-
-    Parameters
-    ----------
-    model : Module
-        May be a PEFT wrapper.
-    tally : Tally
-        Changed.
-    """
+    """Count and time the forward passes of a model, or of that in a PEFT wrapper, in a tally."""
     # An adapter's generate() calls the model inside.
     model = getattr(model, "get_base_model", lambda: model)()
     watch = _Watch(model, tally)

@@ -23,35 +23,13 @@ COLOURS = {
 
 
 def throughput(record: Record, axes) -> bool:
-    """Draw tokens per second against context, as in figure 8 of the paper.
-
-    Parameters
-    ----------
-    record : dict
-    axes : matplotlib.axes.Axes
-
-    Returns
-    -------
-    bool
-        False if there is nothing to draw.
-    """
+    """Draw tokens per second against context, as in figure 8 of the paper."""
     axes.set(ylabel="tokens/s", title="throughput against context")
     return _lines(record, axes, lambda one: one["tokens_per_s"])
 
 
 def memory(record: Record, axes) -> bool:
-    """Draw KV bytes on the device against context.
-
-    Parameters
-    ----------
-    record : dict
-    axes : matplotlib.axes.Axes
-
-    Returns
-    -------
-    bool
-        False if there is nothing to draw.
-    """
+    """Draw KV bytes on the device against context."""
     axes.set(ylabel="MiB on the device", title="device memory against context")
     return _lines(record, axes, lambda one: one["device_bytes"] / 2**20)
 
@@ -82,18 +60,7 @@ def _lines(record: Record, axes, value: Callable[[Cell], float]) -> bool:
 
 
 def accuracy(record: Record, axes) -> bool:
-    """Draw right answers against budget; arms without a budget are horizontal lines.
-
-    Parameters
-    ----------
-    record : dict
-    axes : matplotlib.axes.Axes
-
-    Returns
-    -------
-    bool
-        False if there is nothing to draw.
-    """
+    """Draw right answers against budget; arms without a budget are horizontal lines."""
     rows = by((one for one in view.scores(record) if one["way"] not in ABLATIONS), lambda one: one["way"])
     if not rows:
         return False
@@ -111,18 +78,7 @@ def accuracy(record: Record, axes) -> bool:
 
 
 def shares(record: Record, axes) -> bool:
-    """Draw the parts of a step; older records have only the time of waiting.
-
-    Parameters
-    ----------
-    record : dict
-    axes : matplotlib.axes.Axes
-
-    Returns
-    -------
-    bool
-        False if there is nothing to draw.
-    """
+    """Draw the parts of a step; older records have only the time of waiting."""
     place = view.widest(record, view.main_shape(record))
     cells = view.measured(view.at(record, place))
     if not cells:
@@ -146,18 +102,7 @@ def shares(record: Record, axes) -> bool:
 
 
 def equal_memory(record: Record, axes) -> bool:
-    """Draw throughput with as many rows as fit into the same device memory, at the longest context.
-
-    Parameters
-    ----------
-    record : dict
-    axes : matplotlib.axes.Axes
-
-    Returns
-    -------
-    bool
-        False if there is nothing to draw.
-    """
+    """Draw throughput with as many rows as fit into the same device memory, at the longest context."""
     groups = {key: [one for one in view.measured(cells) if one["way"] in ORDER]
               for key, cells in view.equal(record).items() if view.measured(cells)}  # fmt: skip
     if not groups:
@@ -173,18 +118,7 @@ def equal_memory(record: Record, axes) -> bool:
 
 
 def ablation(record: Record, axes) -> bool:
-    """Draw what predicting one layer ahead and recall each add, beside figure 12 of the paper.
-
-    Parameters
-    ----------
-    record : dict
-    axes : matplotlib.axes.Axes
-
-    Returns
-    -------
-    bool
-        False if there is nothing to draw.
-    """
+    """Draw what predicting one layer ahead and recall each add, beside figure 12 of the paper."""
     several = len({one.batch for one in view.places(record)}) > 1
     speeds = {place: view.figures_of(record, place) for place in view.places(record, view.main_shape(record))}
     bars = {
@@ -237,13 +171,7 @@ ALL = (throughput, accuracy, memory, equal_memory, shares, ablation)
 
 
 def plot(record: Record, figure) -> None:
-    """Draw all plots on one figure.
-
-    Parameters
-    ----------
-    record : dict
-    figure : matplotlib.figure.Figure
-    """
+    """Draw all plots on one figure."""
     figure.set_size_inches(14, 12)
     layers = view.layers_of(record, view.main_shape(record))
     figure.suptitle(f"{layers} layers; {view.emulated(record, why=False)}", fontsize=10)

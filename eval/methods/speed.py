@@ -34,52 +34,23 @@ CPU_TO_LINK = 100.0 / 15.0
 
 @dataclass(frozen=True)
 class Emulation:
-    """Emulated rates of another machine's link and CPU.
-
-    Attributes
-    ----------
-    link_gbps, cpu_gbps : float or None
-        GB/s of KV; None for no limit.
-    """
+    """Emulated rates of another machine's link and CPU, in GB/s of KV; None for no limit."""
 
     link_gbps: float | None = None
     cpu_gbps: float | None = None
 
     def options(self) -> dict[str, float]:
-        """The rates as settings.
-
-        Returns
-        -------
-        dict
-            Keyword arguments of ``scout_hf.patch``.
-        """
+        """The rates as keyword arguments of ``scout_hf.patch``."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def emulation_of(
     emulate: str | None, link_gbps: float | None, cpu_gbps: float | None, block_size: int
 ) -> tuple[Emulation, str]:
-    """The rates to emulate, from options.
+    """The rates to emulate, from options, and how they were chosen.
 
-    Parameters
-    ----------
-    emulate : str or None
-        ``paper``: the proportions of the paper's machine. This machine's attention on the calling thread stands for the
-        GPU; link and CPU are slower than it by the paper's ratios.
-    link_gbps, cpu_gbps : float or None
-        Rates given directly, in GB/s of KV.
-    block_size : int
-
-    Returns
-    -------
-    Emulation
-    str
-        How the rates were chosen.
-
-    Raises
-    ------
-    ValueError
-        If ``emulate`` is unknown, or given together with a rate.
+    ``paper`` stands for the proportions of the paper's machine: this machine's attention on the calling thread is the
+    GPU, link and CPU are slower than it by the paper's ratios. ValueError for another word, or if a rate is given too.
     """
     if emulate is None:
         given = Emulation(link_gbps, cpu_gbps)
@@ -97,20 +68,7 @@ def emulation_of(
 
 
 def device_gbps(tokens: int = 8192, repeat: int = 9) -> float:
-    """The rate of torch's attention on this machine: one row, 32 query and 8 KV heads of 64, bf16.
-
-    Parameters
-    ----------
-    tokens : int
-        Context.
-    repeat : int
-        Runs; the median counts.
-
-    Returns
-    -------
-    float
-        GB/s of KV.
-    """
+    """GB/s of KV of torch's attention on this machine: one row, 32 query and 8 KV heads of 64, bf16."""
     keys, values = (torch.randn(1, 8, tokens, 64).to(torch.bfloat16) for _ in range(2))
     query = torch.randn(1, 32, 1, 64).to(torch.bfloat16)
     return 2 * keys.nbytes / median_of(lambda: attend(query, keys, values, 0.125), repeat) / 1e9
@@ -127,25 +85,9 @@ SPARE_BYTES = 1 << 30
 
 
 def make_model(shape: str, layers: int, seed: int, device: str = "cpu") -> PreTrainedModel:
-    """The model to time.
+    """The model to time; ValueError if there is no such device.
 
-    Parameters
-    ----------
-    shape : str
-        One of ``SHAPES`` or of ``bench.models.MODELS``, with random weights; or the folder of a model.
-    layers : int
-        Of models with random weights.
-    seed : int
-    device : str
-
-    Returns
-    -------
-    PreTrainedModel
-
-    Raises
-    ------
-    ValueError
-        If there is no such device.
+    One of ``SHAPES`` or of ``bench.models.MODELS``, with random weights, or the folder of a model.
     """
     place = devices.find(device)
     if shape in SHAPES:
@@ -156,17 +98,7 @@ def make_model(shape: str, layers: int, seed: int, device: str = "cpu") -> PreTr
 
 
 def check_shape(shape: str) -> None:
-    """Check the option ``--shape``.
-
-    Parameters
-    ----------
-    shape : str
-
-    Raises
-    ------
-    ValueError
-        Unless :func:`make_model` can make it.
-    """
+    """ValueError unless :func:`make_model` can make the ``--shape``."""
     known = (*SHAPES, *MODELS)
     if shape not in known and not Path(shape, "config.json").is_file():
         raise ValueError(
@@ -179,15 +111,6 @@ def fill(model: PreTrainedModel, cache: Cache, rows: int, tokens: int, seed: int
     """Fill a cache with keys and values of random inputs, without a forward pass, then run a turn of 64 tokens.
 
     In that turn every method selects what it keeps.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-    cache : Cache
-        Empty; changed.
-    rows, tokens : int
-        Batch, and tokens per row.
-    seed : int
     """
     family, device, dtype = family_of(model), model.device, model.dtype
     decoder, random = family.decoder(model), torch.Generator(device).manual_seed(seed)
@@ -219,26 +142,10 @@ def measure(
     seconds: float,
     most_steps: int,
 ) -> dict[str, Any]:
-    """Time the decode steps of one cell.
+    """Time the decode steps of one cell, for so many seconds, but at least 3 of them; figures for JSON.
 
-    Parameters
-    ----------
-    model : PreTrainedModel
-    way_name : str
-        Name of the arm.
-    context, batch : int
-    budget, block_size : int
-    emulation : Emulation
-    drift_share : float
-        Share of the chosen blocks that changes per step.
-    seconds : float
-        Time limit for the timed steps; at least 3 are taken.
-    most_steps : int
-
-    Returns
-    -------
-    dict
-        Figures for JSON. Or only ``missing`` if the arm cannot run here, or ``oom`` if the KV does not fit into memory.
+    ``drift_share`` of the chosen blocks changes per step. Only ``missing`` if the arm cannot run here, or ``oom`` if
+    the KV does not fit into memory.
     """
     arm = arms.find(way_name, arms.RANDOM)
     on_device = model.device.type != "cpu"

@@ -30,19 +30,7 @@ class Place(NamedTuple):
 
 
 def places(record: Record, shape: str | None = None) -> list[Place]:
-    """The places at which steps were timed.
-
-    Parameters
-    ----------
-    record : dict
-    shape : str or None
-        Only places of this shape; None for all.
-
-    Returns
-    -------
-    list of Place
-        Sorted by shape, batch and context.
-    """
+    """The places at which steps were timed, of one shape or of all, sorted by shape, batch and context."""
     found = {Place(one["shape"], one["context"], one["batch"]) for one in _part(record, "speed")}
     return sorted(
         (place for place in found if shape in (None, place.shape)),
@@ -51,117 +39,41 @@ def places(record: Record, shape: str | None = None) -> list[Place]:
 
 
 def at(record: Record, place: Place | None) -> list[Cell]:
-    """The timed cells of one place.
-
-    Parameters
-    ----------
-    record : dict
-    place : Place or None
-
-    Returns
-    -------
-    list of dict
-        In the order of arms; empty for None.
-    """
+    """The timed cells of one place in the order of arms; none for None."""
     cells = [one for one in _part(record, "speed") if (one["shape"], one["context"], one["batch"]) == place]
     return sorted(cells, key=lambda one: arms.rank(one["way"]))
 
 
 def measured(cells: list[Cell]) -> list[Cell]:
-    """The cells that have figures.
-
-    Parameters
-    ----------
-    cells : list of dict
-
-    Returns
-    -------
-    list of dict
-    """
+    """The cells that have figures."""
     return [one for one in cells if "step_ms" in one or "row_step_ms" in one]
 
 
 def figures_of(record: Record, place: Place | None, name: str = "tokens_per_s") -> dict[str, float]:
-    """One figure of every arm measured at a place.
-
-    Parameters
-    ----------
-    record : dict
-    place : Place or None
-    name : str
-        Key of a cell, such as ``step_ms``.
-
-    Returns
-    -------
-    dict
-        Figures by name of the arm.
-    """
+    """One figure, such as ``step_ms``, of every arm measured at a place, by its name."""
     return {one["way"]: one[name] for one in measured(at(record, place))}
 
 
 def widest(record: Record, shape: str) -> Place | None:
-    """The longest context of a shape at which nearly all arms were measured.
-
-    Parameters
-    ----------
-    record : dict
-    shape : str
-
-    Returns
-    -------
-    Place or None
-        None if nothing of this shape was measured.
-    """
+    """The longest context of a shape at which nearly all arms were measured; None if nothing was."""
     counts = {place: len(measured(at(record, place))) for place in places(record, shape)}
     wide = [place for place, count in counts.items() if count >= NEARLY * max(counts.values())]
     return max(wide, key=lambda place: (place.context, counts[place]), default=None)
 
 
 def best_stock(cells: list[Cell]) -> float | None:
-    """Milliseconds per step of stock attention: ``stock`` or ``stock folded``, whichever is faster.
-
-    Parameters
-    ----------
-    cells : list of dict
-        Of one place.
-
-    Returns
-    -------
-    float or None
-        None if stock was not measured.
-    """
+    """Milliseconds per step of stock attention, folded or not, whichever is faster; None if not measured."""
     return min((one["step_ms"] for one in measured(cells) if one["way"] in ("stock", arms.FOLDED)), default=None)
 
 
 def equal(record: Record) -> dict[tuple[int, float | None], list[Cell]]:
-    """The cells at equal device memory.
-
-    Parameters
-    ----------
-    record : dict
-
-    Returns
-    -------
-    dict
-        Lists of cells, fastest first, by (context, GiB); GiB is None for the memory of one stock row.
-    """
+    """Cells at equal device memory, fastest first, by (context, GiB); None is the memory of one stock row."""
     groups = by(_part(record, "equal"), lambda one: (one["context"], one.get("gib")))
     return {key: sorted(cells, key=lambda one: -one.get("tokens_per_s", 0.0)) for key, cells in groups.items()}
 
 
 def scores(record: Record) -> Iterator[Cell]:
-    """Right answers of every arm and budget, summed over tasks.
-
-    Parameters
-    ----------
-    record : dict
-
-    Yields
-    ------
-    dict
-        ``way``, ``budget``, ``right``, ``questions``, ``share``, ``tasks`` (share by task), means of ``row_step_ms``
-        and ``prefill_s``, and ``exact`` and ``context``.
-    """
+    """Right answers of every arm and budget, summed over tasks; ``tasks`` has the share by task, times are means."""
     groups = by(measured(_part(record, "score")), lambda one: (one["way"], one["budget"]))
     for (way, budget), cells in sorted(groups.items(), key=lambda item: (arms.rank(item[0][0]), item[0][1])):
         total = {name: sum(one[name] for one in cells) for name in ("right", "questions")}
@@ -177,21 +89,7 @@ def scores(record: Record) -> Iterator[Cell]:
 
 
 def score_of(record: Record, way: str, share: float = 0.125) -> str:
-    """Right answers of an arm at one budget, as text.
-
-    Parameters
-    ----------
-    record : dict
-    way : str
-        Name of the arm.
-    share : float
-        The budget as a share of the context.
-
-    Returns
-    -------
-    str
-        In per cent, or a dash if there are none.
-    """
+    """Right answers of an arm in per cent, at a budget of that share of the context; a dash if there are none."""
     way = arms.SAME_ANSWERS.get(way, way)
     for one in scores(record):
         if one["way"] == way and one["budget"] in (one["context"], int(share * one["context"])):
@@ -207,32 +105,12 @@ def _part(record: Record, part: str) -> list[Cell]:
 
 
 def main_shape(record: Record) -> str:
-    """The shape of most measurements.
-
-    Parameters
-    ----------
-    record : dict
-
-    Returns
-    -------
-    str
-    """
+    """The shape of most measurements."""
     return record["settings"].get("shape", "gqa")
 
 
 def shape_name(record: Record, shape: str) -> str:
-    """A shape in words.
-
-    Parameters
-    ----------
-    record : dict
-    shape : str
-
-    Returns
-    -------
-    str
-        Such as ``32 query and 8 KV heads of 64``.
-    """
+    """A shape in words, such as ``32 query and 8 KV heads of 64``."""
     if shape in SHAPE_NAMES:
         return SHAPE_NAMES[shape]
     facts, name = record.get("models", {}).get(shape), Path(shape).name
@@ -243,32 +121,12 @@ def shape_name(record: Record, shape: str) -> str:
 
 
 def layers_of(record: Record, shape: str) -> int:
-    """The number of layers of the model of a shape.
-
-    Parameters
-    ----------
-    record : dict
-    shape : str
-
-    Returns
-    -------
-    int
-    """
+    """The number of layers of the model of a shape."""
     return record.get("models", {}).get(shape, {}).get("num_hidden_layers", record["settings"]["layers"])
 
 
 def model_of(record: Record, shape: str) -> str:
-    """The model of a shape in words, with its layers.
-
-    Parameters
-    ----------
-    record : dict
-    shape : str
-
-    Returns
-    -------
-    str
-    """
+    """The model of a shape in words, with its layers."""
     name, layers = shape_name(record, shape), layers_of(record, shape)
     if shape not in SHAPE_NAMES:
         return f"{name}, {layers} layers"
@@ -276,65 +134,26 @@ def model_of(record: Record, shape: str) -> str:
 
 
 def reason(cell: Cell) -> str:
-    """Why a cell has no figures.
-
-    Parameters
-    ----------
-    cell : dict
-
-    Returns
-    -------
-    str
-    """
+    """Why a cell has no figures."""
     if "failed" in cell:
         return f"failed: {cell['failed']}"
     return cell["missing"] if "missing" in cell else f"out of memory: {cell['oom']}"
 
 
 def without(cells: list[Cell]) -> str:
-    """A sentence about the arms that were not measured, with the reasons.
-
-    Parameters
-    ----------
-    cells : list of dict
-
-    Returns
-    -------
-    str
-        Empty if all were measured.
-    """
+    """A sentence about the arms that were not measured, with the reasons; empty if all were."""
     reasons = [f"{one['way']}: {reason(one)}" for one in cells if not measured([one])]
     return f"Not measured: {'; '.join(reasons)}." if reasons else ""
 
 
 def unasked(record: Record) -> str:
-    """A sentence about the arms whose answers were not measured, with the reasons.
-
-    Parameters
-    ----------
-    record : dict
-
-    Returns
-    -------
-    str
-        Empty if all were measured.
-    """
+    """A sentence about the arms whose answers were not measured, with the reasons; empty if all were."""
     reasons = {one["way"]: reason(one) for one in _part(record, "score") if not measured([one])}
     return f"Not asked: {'; '.join(f'{way}: {why}' for way, why in reasons.items())}." if reasons else ""
 
 
 def predicted(record: Record) -> str:
-    """A sentence on the difference between ``scout`` and the paper's rule.
-
-    Parameters
-    ----------
-    record : dict
-
-    Returns
-    -------
-    str
-        Empty unless both were timed.
-    """
+    """A sentence on the difference between ``scout`` and the paper's rule; empty unless both were timed."""
     if not {"scout", arms.PREDICTED} <= {one["way"] for one in measured(_part(record, "speed"))}:
         return ""
     return (
@@ -345,19 +164,8 @@ def predicted(record: Record) -> str:
 
 
 def faster(ratio: float) -> str:
-    """A ratio in words.
+    """A ratio above 0 in words.
 
-    Parameters
-    ----------
-    ratio : float
-        Above 0.
-
-    Returns
-    -------
-    str
-
-    Examples
-    --------
     >>> faster(0.5)
     '2.00 times slower'
     """
@@ -365,18 +173,7 @@ def faster(ratio: float) -> str:
 
 
 def emulated(record: Record, why: bool = True) -> str:
-    """The emulated rates in words.
-
-    Parameters
-    ----------
-    record : dict
-    why : bool
-        Whether to say how the rates were chosen.
-
-    Returns
-    -------
-    str
-    """
+    """The emulated rates in words and, where that is asked for, ``why`` they are these."""
     rates = record["settings"]["emulation"]
     shown = ", ".join(f"{RATES[name]} at {rate:g} GB/s" for name, rate in rates.items() if rate is not None)
     source = f" ({record['settings']['emulated_as']})" if why else ""
@@ -384,15 +181,6 @@ def emulated(record: Record, why: bool = True) -> str:
 
 
 def emulated_sentence(record: Record) -> str:
-    """As :func:`emulated`, as a sentence.
-
-    Parameters
-    ----------
-    record : dict
-
-    Returns
-    -------
-    str
-    """
+    """As :func:`emulated`, as a sentence."""
     text = emulated(record)
     return f"{text[:1].upper()}{text[1:]}."

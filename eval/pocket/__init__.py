@@ -78,24 +78,7 @@ def load_pocket(
 
 
 def installed(folder: Path, recipe: str) -> Path:
-    """Check that a folder has the weights of a model.
-
-    Parameters
-    ----------
-    folder : Path
-    recipe : str
-        Command that trains such a model, for the message.
-
-    Returns
-    -------
-    Path
-        The folder.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there are no weights; it says how to get them.
-    """
+    """The folder, if it holds the weights of a model; else FileNotFoundError, which says how to get them."""
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(
             f"no model in {folder}: install the package with its data files, or train one with "

@@ -18,15 +18,7 @@ _SUCCESSORS = 6
 
 @dataclass(frozen=True)
 class Fact:
-    """One hidden fact.
-
-    Attributes
-    ----------
-    question, answer : str
-        Words joined by spaces.
-    position : int
-        Token index of the first word of the answer in the document.
-    """
+    """One hidden fact, words joined by spaces; ``position`` is the token index of the first word of its answer."""
 
     question: str
     answer: str
@@ -35,17 +27,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Document:
-    """A text with hidden facts.
-
-    Attributes
-    ----------
-    text : str
-    facts : tuple of Fact
-        In order of position.
-    tokens : int
-        Exact length; one word is one token.
-    seed : int
-    """
+    """A text with hidden facts, in order of position; ``tokens`` is its exact length, one word is one token."""
 
     text: str
     facts: tuple[Fact, ...]
@@ -53,51 +35,19 @@ class Document:
     seed: int
 
     def prompt(self, fact: Fact) -> str:
-        """The question to append to the text, after a space.
-
-        Parameters
-        ----------
-        fact : Fact
-
-        Returns
-        -------
-        str
-        """
+        """The question to append to the text, after a space."""
         return fact.question
 
 
 def questions(document: Document) -> list[tuple[str, str]]:
-    """Whole prompts for all facts of a document.
-
-    Parameters
-    ----------
-    document : Document
-
-    Returns
-    -------
-    list of (str, str)
-        Prompt (document and question) and answer.
-    """
+    """Whole prompts (document and question) and answers, for all facts of a document."""
     return [(f"{document.text} {document.prompt(fact)}", fact.answer) for fact in document.facts]
 
 
 def weave(rng: random.Random, filler: list, sentences: list) -> tuple[list[str], list[int]]:
-    """Put sentences at random places between filler sentences, in their order.
+    """Put sentences, as words, at random places between filler sentences: all words, and where each begins.
 
     The last filler sentence may be clipped, so it stays last.
-
-    Parameters
-    ----------
-    rng : random.Random
-    filler, sentences : list of list of str
-        Sentences as words.
-
-    Returns
-    -------
-    list of str
-        All words.
-    list of int
-        Index of the first word of each of ``sentences``.
     """
     places = sorted(rng.choices(range(max(1, len(filler))), k=len(sentences)))
     words: list[str] = []
@@ -111,22 +61,9 @@ def weave(rng: random.Random, filler: list, sentences: list) -> tuple[list[str],
 
 
 def draw_facts(rng: random.Random, count: int) -> list[tuple[tuple[str, str], tuple[str, ...]]]:
-    """Draw facts with different keys and different first words of the values.
+    """Facts with different keys (adjective, noun) and different first words of the values.
 
-    Parameters
-    ----------
-    rng : random.Random
-    count : int
-
-    Returns
-    -------
-    list of (tuple of str, tuple of str)
-        Key (adjective, noun) and value (``ANSWER_WORDS`` words).
-
-    Raises
-    ------
-    ValueError
-        If ``count`` is larger than the vocabulary.
+    ValueError if the vocabulary is too small.
     """
     if count > len(vocab.VALUES):
         raise ValueError(f"at most {len(vocab.VALUES)} facts fit one document, {count} asked")
@@ -142,30 +79,12 @@ def draw_facts(rng: random.Random, count: int) -> list[tuple[tuple[str, str], tu
 
 
 def fact_words(key: tuple[str, str], value: tuple[str, ...]) -> list[str]:
-    """The sentence that states a fact.
-
-    Parameters
-    ----------
-    key, value : tuple of str
-
-    Returns
-    -------
-    list of str
-    """
+    """The sentence that states a fact."""
     return ["they", "call", "the", *key, *value, "."]
 
 
 def question_words(key: tuple[str, str]) -> list[str]:
-    """The question that asks for a fact.
-
-    Parameters
-    ----------
-    key : tuple of str
-
-    Returns
-    -------
-    list of str
-    """
+    """The question that asks for a fact."""
     return ["what", "do", "they", "call", "the", *key]
 
 
@@ -189,18 +108,7 @@ def _language() -> dict[str, list[str]]:
 
 
 def filler_sentences(rng: random.Random, tokens: int) -> list[list[str]]:
-    """Random filler sentences.
-
-    Parameters
-    ----------
-    rng : random.Random
-    tokens : int
-        Words in all; the last sentence is clipped, but ends in a full stop.
-
-    Returns
-    -------
-    list of list of str
-    """
+    """Random sentences, as words, of so many in all; the last one is clipped, but ends in a full stop."""
     language = _language()
     sentences: list[list[str]] = []
     while tokens > 0:

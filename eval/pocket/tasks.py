@@ -158,23 +158,7 @@ def make_exercise(task: str, tokens: int, seed: int, questions: int | None = Non
 
 
 def draw_cases(rng: random.Random, task: str, count: int) -> list[Case]:
-    """Draw cases of one task with different keys.
-
-    Parameters
-    ----------
-    rng : random.Random
-    task : str
-    count : int
-
-    Returns
-    -------
-    list of Case
-
-    Raises
-    ------
-    ValueError
-        If the vocabulary is too small.
-    """
+    """Cases of one task with different keys; ValueError if the vocabulary is too small."""
     if task == "needle":
         return [
             Case((tuple(fact_words(key, value)),), tuple(question_words(key)), value, 0, 5)
@@ -233,18 +217,7 @@ def _aggregate(rng: random.Random, key: str) -> Case:
 
 
 def deal(rng: random.Random, cases: list[Case]) -> list[tuple[int, int]]:
-    """A random order of all statements that keeps the order within each case.
-
-    Parameters
-    ----------
-    rng : random.Random
-    cases : list of Case
-
-    Returns
-    -------
-    list of (int, int)
-        Numbers of case and statement.
-    """
+    """A random order of all statements, as numbers of case and statement, that keeps the order within each case."""
     order = [number for number, case in enumerate(cases) for _ in case.statements]
     rng.shuffle(order)
     next_statement = [0] * len(cases)

@@ -74,10 +74,7 @@ class Bold(str):
 def write(given: Sequence[Path], out: Path) -> list[str]:
     """Make the page of these records, files or folders of them; which were used.
 
-    Raises
-    ------
-    ConfigError
-        If there is none among them, or one is not as it was written.
+    ConfigError if there is none among them, or one is not as it was written.
     """
     records = {path: read_record(path) for path in find(given)}
     page = render(records)

@@ -23,21 +23,9 @@ TRAINED_TOKENS = 4096
 
 
 def load_text_model(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the packaged text model in eval mode on the CPU, with its tokenizer (byte-level BPE; padding on the left).
+    """The packaged text model in eval mode on the CPU, with its tokenizer (byte-level BPE; padding on the left).
 
-    Parameters
-    ----------
-    dtype : torch.dtype
-
-    Returns
-    -------
-    PreTrainedModel
-    PreTrainedTokenizerBase
-
-    Raises
-    ------
-    FileNotFoundError
-        If the weights are not installed.
+    FileNotFoundError if the weights are not installed.
     """
     model = AutoModelForCausalLM.from_pretrained(installed(WEIGHTS, "text"), dtype=dtype, local_files_only=True)
     return model.eval(), _tokenizer()

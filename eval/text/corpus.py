@@ -17,34 +17,13 @@ _HELD_OUT_ONE_IN = 16
 
 
 def is_held_out(name: str) -> bool:
-    """Whether a module is never trained on.
-
-    Parameters
-    ----------
-    name : str
-        Path below the root of the library, with forward slashes.
-
-    Returns
-    -------
-    bool
-    """
+    """Whether a module, by its path below the root of the library, with forward slashes, is never trained on."""
     digest = hashlib.sha256(PurePosixPath(name).as_posix().encode()).digest()
     return int.from_bytes(digest[:4], "big") % _HELD_OUT_ONE_IN == 0
 
 
 def module_files(root: Path | None = None) -> dict[str, Path]:
-    """Source files of this Python's standard library, without those that are no use as text.
-
-    Parameters
-    ----------
-    root : Path or None
-        Another root.
-
-    Returns
-    -------
-    dict
-        Paths by name, sorted.
-    """
+    """Sources of this Python's standard library, or of another root, by name; without those that are no use as text."""
     root = root or Path(sysconfig.get_paths()["stdlib"])
     files = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
     return {
@@ -55,29 +34,12 @@ def module_files(root: Path | None = None) -> dict[str, Path]:
 
 
 def training_files() -> list[str]:
-    """The files to train on.
-
-    Returns
-    -------
-    list of str
-        Their texts, by name.
-    """
+    """The texts to train on, sorted by name."""
     return [_read(path) for name, path in module_files().items() if not is_held_out(name)]
 
 
 def held_out_files(seed: int) -> Iterator[str]:
-    """The files that are not trained on.
-
-    Parameters
-    ----------
-    seed : int
-        Determines the order.
-
-    Returns
-    -------
-    iterator of str
-        Their texts.
-    """
+    """The texts that are not trained on, in an order that the seed determines."""
     paths = [path for name, path in module_files().items() if is_held_out(name)]
     random.Random(f"held-out-{seed}").shuffle(paths)
     return map(_read, paths)
