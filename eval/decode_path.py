@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -146,15 +146,11 @@ def ask_all(
 
 @dataclass
 class Answers:
-    """Answer tokens in the order asked, tokens decoded over all rows, and the time of that without copies of the cache.
-
-    ``right`` says which answers were, once somebody has compared them.
-    """
+    """Answer tokens in the order asked, decode steps of all rows, and their time, copies of the cache left out."""
 
     ids: list[list[int]]
     steps: int = 0
     seconds: float = 0.0
-    right: list[bool] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -162,30 +158,23 @@ def answers(
     model: PreTrainedModel,
     cache: Cache,
     questions: Sequence[list[int]],
-    owners: Sequence[int],
     length: int,
     rows: int,
 ) -> Answers:
     """Greedy answers of ``length`` tokens to each question, as token ids; the cache stays as it is.
 
     Questions of equal length are decoded as rows of one batch, ``rows`` at most, that share their document's pages;
-    each row chooses and attends its own blocks. The cache has documents, a row each; ``owners`` says which of them a
-    question is about.
+    each row chooses and attends its own blocks.
     """
-    if length < 1 or rows < 1 or not all(questions) or len(questions) != len(owners):
-        raise ValueError(
-            f"length={length}, rows={rows}, {len(questions)} questions about {len(owners)} documents: length and rows "
-            "from 1 up, no question empty, and a document for each"
-        )
+    if length < 1 or rows < 1 or not all(questions):
+        raise ValueError(f"length={length}, rows={rows}, {questions=}: length and rows from 1 up, no question empty")
     found = Answers([[] for _ in questions])
     for alike in by(range(len(questions)), lambda index: len(questions[index])).values():
         for first in range(0, len(alike), rows):
             chosen = alike[first : first + rows]
             ids = torch.tensor([questions[index] for index in chosen], dtype=torch.int64, device=model.device)
             twin = copy.deepcopy(cache)
-            twin.batch_select_indices(
-                torch.tensor([owners[index] for index in chosen], dtype=torch.int64, device=model.device)
-            )
+            twin.batch_select_indices(torch.zeros(len(chosen), dtype=torch.int64, device=model.device))
             begin = time.perf_counter()
             given = decode(model, twin, ids, length)
             found.seconds += time.perf_counter() - begin

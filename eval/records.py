@@ -108,8 +108,8 @@ def write_record(record: dict[str, Any], path: Path) -> None:
 class Journal:
     """Results one line of JSON each, in a file that only grows; for many cells that are measured at the same time.
 
-    A line counts for what was asked in it, word for word, whatever code measured it (see ``foreign``); its result keeps
-    the ``rule``. A last line that was cut off is dropped. One process writes.
+    A line counts for what was asked in it, word for word, whatever code measured it; its result keeps the ``rule``. A
+    last line that was cut off is dropped. One process writes.
     """
 
     def __init__(self, path: Path, rule: Callable[[Any], object], fresh: bool = False, commit: str | None = None):
@@ -125,26 +125,17 @@ class Journal:
         """The result of exactly this, or None."""
         return self._found.get(_key(asked), {}).get("result")
 
-    def foreign(self, asked: dict[str, Any]) -> bool:
-        """Whether the result of this was measured at another commit."""
-        return self._found.get(_key(asked), {"commit": self.commit})["commit"] != self.commit
-
     def add(self, asked: dict[str, Any], result: dict[str, Any]) -> None:
         """Keep a result; it is on disk when this returns."""
-        self.adopt([(asked, result)], self.commit)
-
-    def adopt(self, found: Iterable[tuple[dict[str, Any], dict[str, Any]]], commit: str | None) -> None:
-        """Keep results, each with what was asked, that were measured at some commit; all on disk at the end."""
-        entries = [{"schema": SCHEMA, "commit": commit, "asked": asked, "result": result} for asked, result in found]
+        entry = {"schema": SCHEMA, "commit": self.commit, "asked": asked, "result": result}
         # What cannot be read again would spoil the file: ValueError before a byte of it is written.
-        for entry in entries:
-            self._rule(entry)
-        lines = [json.dumps(entry, separators=(",", ":"), allow_nan=False) for entry in entries]
+        self._rule(entry)
+        line = json.dumps(entry, separators=(",", ":"), allow_nan=False)
         with self.path.open("a") as file:
-            file.writelines(line + "\n" for line in lines)
+            file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self._found |= {_key(entry["asked"]): entry for entry in entries}
+        self._found[_key(asked)] = entry
 
     def _read(self) -> None:
         if self.path.stat().st_size > LARGEST_BYTES:

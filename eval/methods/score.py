@@ -120,7 +120,7 @@ def measure(
                 if isinstance(cache, QuantizedCache):
                     given = _read_by_row(model, caches.new, quiz.ids, questions, length)
                 else:
-                    given = answers(model, cache, questions, [0] * len(questions), length, ROWS)
+                    given = answers(model, cache, questions, length, ROWS)
                 # With the copies of the cache, which its time leaves out.
                 cpu += time.process_time() - busy
                 found["right"] += sum(ids[: len(want)] == want for ids, want in zip(given.ids, wanted))

@@ -20,7 +20,6 @@ from . import vocabulary as vocab
 from .documents import Document, Fact, draw_facts, fact_words, filler_sentences, question_words, weave
 
 TASKS = ("needle", "values", "trace", "copy", "aggregate")
-RIVALS = ("fixed", "growing")
 
 VALUES_PER_KEY = 3
 HOPS = 2
@@ -53,33 +52,13 @@ class Case:
     offset: int
 
 
-def usual_statements(tokens: int, rivals: str = "fixed") -> int:
-    """The usual number of statements in a text: one in 128 tokens, at least 8.
+def usual_statements(tokens: int) -> int:
+    """The usual number of statements in a text: one in 128 tokens, from 8 to 32.
 
-    Parameters
-    ----------
-    tokens : int
-    rivals : {"fixed", "growing"}
-        ``fixed``: at most 32.
-
-    Returns
-    -------
-    int
-
-    Raises
-    ------
-    ValueError
-        If ``rivals`` is unknown.
-
-    Examples
-    --------
     >>> usual_statements(4096)
     32
     """
-    if rivals not in RIVALS:
-        raise ValueError(f"rivals={rivals!r}: allowed are {', '.join(RIVALS)}")
-    growing = max(8, tokens // 128)
-    return growing if rivals == "growing" else min(32, growing)
+    return min(32, max(8, tokens // 128))
 
 
 def make_document(tokens: int, facts: int, seed: int) -> Document:
@@ -111,7 +90,7 @@ def make_document(tokens: int, facts: int, seed: int) -> Document:
     return _document(rng, draw_cases(rng, "needle", facts), tokens, seed, as_drawn=True)
 
 
-def make_exercise(task: str, tokens: int, seed: int, questions: int | None = None, rivals: str = "fixed") -> Document:
+def make_exercise(task: str, tokens: int, seed: int) -> Document:
     """Make a document with statements of one task; the same arguments make the same document.
 
     Parameters
@@ -121,10 +100,6 @@ def make_exercise(task: str, tokens: int, seed: int, questions: int | None = Non
     tokens : int
         Exact length.
     seed : int
-    questions : int or None
-        Facts to ask for; None for all. The text has ``usual_statements(tokens, rivals)`` statements, or more if this
-        needs more.
-    rivals : {"fixed", "growing"}
 
     Returns
     -------
@@ -133,28 +108,21 @@ def make_exercise(task: str, tokens: int, seed: int, questions: int | None = Non
     Raises
     ------
     ValueError
-        If an argument is not allowed, or the statements do not fit the length or the vocabulary.
+        If there is no such task, or the statements do not fit the length or the vocabulary.
 
     Examples
     --------
-    >>> document = make_exercise("trace", tokens=512, seed=1, questions=2)
+    >>> document = make_exercise("trace", tokens=512, seed=1)
     >>> len(document.facts)
-    2
+    4
     """
     if task not in TASKS:
         raise ValueError(f"task={task!r}: allowed are {', '.join(TASKS)}")
-    if questions is not None and questions < 1:
-        raise ValueError(f"questions={questions}: give at least 1, or None for all")
-    count = max(usual_statements(tokens, rivals) // STATEMENTS[task], questions or 1)
+    count = usual_statements(tokens) // STATEMENTS[task]
     if task == "needle":
-        document = make_document(tokens, count, seed)
-    else:
-        rng = random.Random(f"{task}-{seed}")
-        document = _document(rng, draw_cases(rng, task, count), tokens, seed)
-    if questions is None:
-        return document
-    chosen = sorted(random.Random(f"questions-{seed}").sample(range(count), questions))
-    return Document(document.text, tuple(document.facts[index] for index in chosen), tokens, seed)
+        return make_document(tokens, count, seed)
+    rng = random.Random(f"{task}-{seed}")
+    return _document(rng, draw_cases(rng, task, max(1, count)), tokens, seed)
 
 
 def draw_cases(rng: random.Random, task: str, count: int) -> list[Case]:

@@ -76,8 +76,8 @@ def test_questions_asked_together_leave_the_cache_as_it_is(pocket, options):
     asked = [tokenize(tokenizer, fact.question)[0].tolist() for fact in DOCUMENT.facts[:3]]
     with caches_of(model, **options) as caches:
         cache = prefill(model, caches.new(), ids)
-        first, again = (answers(model, cache, asked, [0] * 3, ANSWER_WORDS, rows=2).ids for _ in range(2))
-        alone = [answers(model, cache, [one], [0], ANSWER_WORDS, rows=1).ids[0] for one in asked]
+        first, again = (answers(model, cache, asked, ANSWER_WORDS, rows=2).ids for _ in range(2))
+        alone = [answers(model, cache, [one], ANSWER_WORDS, rows=1).ids[0] for one in asked]
     assert cache.get_seq_length() == DOCUMENT.tokens
     assert first == again == alone and len({*map(tuple, first)}) == 3
 
@@ -144,25 +144,19 @@ class TestAsking:
     )
     def test_together_as_one_by_one(self, pocket, options):
         model, tokenizer = pocket
-        documents = [make_document(512, 8, seed=seed) for seed in (3, 4)]
-        read = [tokenize(tokenizer, document.text) for document in documents]
-        # Not in the order of the documents, and one shorter than the others.
-        asked = [(owner, documents[owner].facts[number].question) for number in range(4) for owner in (1, 0)]
-        asked[3] = (asked[3][0], asked[3][1].split(" call ", 1)[1])
-        owners = [owner for owner, _ in asked]
-        questions = [tokenizer(text, add_special_tokens=False).input_ids for _, text in asked]
+        document = make_document(512, 8, seed=3)
+        ids = tokenize(tokenizer, document.text)
+        # One is shorter than the others.
+        asked = [fact.question for fact in document.facts]
+        asked[3] = asked[3].split(" call ", 1)[1]
+        questions = [tokenizer(text, add_special_tokens=False).input_ids for text in asked]
         handle = None if options is None else scout_hf.patch(model, **SMALL, **options)
-
-        def cache_of(ids):
-            return prefill(model, handle.new_cache() if handle else DynamicCache(config=model.config), ids)
-
         try:
-            alone = [cache_of(ids) for ids in read]
-            wanted = [answer(model, tokenizer, alone[owner], read[owner], text, ANSWER_WORDS) for owner, text in asked]
-            cache = cache_of(torch.cat(read))
+            cache = prefill(model, handle.new_cache() if handle else DynamicCache(config=model.config), ids)
+            wanted = [answer(model, tokenizer, cache, ids, text, ANSWER_WORDS) for text in asked]
             held = [part.clone() for part in _contents(cache)]
             for rows in (1, 3, 8):
-                given = answers(model, cache, questions, owners, ANSWER_WORDS, rows)
+                given = answers(model, cache, questions, ANSWER_WORDS, rows)
                 assert [tokenizer.decode(one) for one in given.ids] == [one.text for one in wanted]
                 assert given.steps == sum(one.steps for one in wanted) and given.seconds > 0
             assert all(torch.equal(a, b) for a, b in zip(_contents(cache), held, strict=True))
@@ -170,9 +164,9 @@ class TestAsking:
             if handle:
                 handle.remove()
 
-    @pytest.mark.parametrize("wrong", [{"length": 0}, {"rows": 0}, {"questions": [[5], []]}, {"owners": [0]}])
+    @pytest.mark.parametrize("wrong", [{"length": 0}, {"rows": 0}, {"questions": [[5], []]}])
     def test_wrong_input(self, pocket, wrong):
-        settings = {"questions": [[5], [6]], "owners": [0, 0], "length": 1, "rows": 1} | wrong
+        settings = {"questions": [[5], [6]], "length": 1, "rows": 1} | wrong
         with pytest.raises(ValueError, match="from 1 up"):
             answers(pocket[0], DynamicCache(), **settings)
 

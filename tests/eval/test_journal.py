@@ -37,11 +37,13 @@ class TestJournal:
             Journal(path).add({"cell": 2}, {"right": float("nan")})
         assert Journal(path).get({"cell": 1}) == {"right": 1}
 
-    def test_other_code_is_told_of(self, tmp_path):
+    def test_other_code_counts_too_and_each_line_says_which(self, tmp_path):
         path = tmp_path / "cells.jsonl"
         Journal(path, commit="one").add({"cell": 1}, {})
-        assert not Journal(path, commit="one").foreign({"cell": 1})
-        assert Journal(path, commit="two").foreign({"cell": 1}) and not Journal(path).foreign({"cell": 2})
+        journal = Journal(path, commit="two")
+        journal.add({"cell": 2}, {})
+        assert journal.get({"cell": 1}) == {}
+        assert [json.loads(line)["commit"] for line in path.read_text().splitlines()] == ["one", "two"]
 
     def test_fresh_begins_anew(self, tmp_path):
         path = tmp_path / "cells.jsonl"

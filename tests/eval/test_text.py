@@ -70,22 +70,21 @@ def test_left_out_packages_give_no_text(tmp_path):
     assert list(corpus.module_files(tmp_path)) == ["a.py", "json/e.py"]
 
 
-def test_held_out_text_follows_the_seed(loaded):
-    ids = text.held_out_ids(600, seed=1)
-    assert ids.shape == (1, 600) and ids.dtype == torch.int64
-    assert torch.equal(ids, text.held_out_ids(600, seed=1))
-    assert torch.equal(ids[:, :200], text.held_out_ids(200, seed=1))
-    assert not torch.equal(ids, text.held_out_ids(600, seed=2))
-    assert text.held_out_text(600, seed=1) == loaded[1].decode(ids[0])
+def held_out_ids(loaded, tokens, seed):
+    """Of files, in the order of the seed, that were not trained on."""
+    texts, ids = corpus.held_out_files(seed), torch.tensor([], dtype=torch.int64)
+    while len(ids) < tokens:
+        ids = torch.cat([ids, train.stream_of(loaded[1], [next(texts)], random.Random(0))])
+    return ids[:tokens]
 
 
-def test_too_much_text_is_refused():
-    with pytest.raises(ValueError, match="tokens=100000000.*in all"):
-        text.held_out_ids(10**8, seed=0)
+def test_held_out_files_follow_the_seed():
+    first, again, other = (list(corpus.held_out_files(seed)) for seed in (1, 1, 2))
+    assert first == again and first != other and sorted(first) == sorted(other)
 
 
 def test_more_context_makes_unseen_source_easier(loaded):
-    ids = text.held_out_ids(8000, seed=3)[0]
+    ids = held_out_ids(loaded, 8000, seed=3)
     found = train.perplexity_by_context(loaded[0], ids, (16, 256, 1024), windows=6)
     assert found["1024"] < found["256"] < found["16"] < VOCABULARY
     assert found["1024"] < 40
@@ -99,7 +98,7 @@ def test_the_record_is_of_these_weights(loaded):
 
 
 def test_perplexity_is_that_of_the_targets_alone(loaded):
-    ids = text.held_out_ids(700, seed=0)[0]
+    ids = held_out_ids(loaded, 700, seed=0)
     found = train.perplexity_by_context(loaded[0], ids, (256,), windows=1)["256"]
     window = ids[: 256 + train.TARGETS]
     with torch.inference_mode():
