@@ -6,7 +6,7 @@ from scout_hf.selection.grid import Int8MinMax, SubMinMax
 from scout_hf.selection.minmax import MinMax
 from scout_hf.selection.pick import Pick, choose, pack_lists
 from scout_hf.selection.selector import Selector
-from scout_hf.selection.sign import SignCode
+from scout_hf.selection.sign import SignCode, SignCode2
 from scout_hf.selection.table import DigestTable
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Pick",
     "Selector",
     "SignCode",
+    "SignCode2",
     "SubMinMax",
     "check_digest",
     "choose",

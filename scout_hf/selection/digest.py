@@ -24,6 +24,10 @@ class Digest(ABC):
     needs_fit : bool
         Whether ``fit`` must run before ``encode``. It computes constants per row and KV head, so that a row is encoded
         independently of the batch. Codes of an earlier ``fit`` are void.
+    per_head : bool
+        Whether ``score`` returns the logarithm, base 2, of each query head's attention mass in a block. Blocks are then
+        ranked by the mean over a GQA group of the mass's share; see
+        :func:`scout_hf.selection.group_mass.mean_share`.
 
     Examples
     --------
@@ -47,6 +51,7 @@ class Digest(ABC):
     name: str = ""
     native: str | None = None
     needs_fit: bool = False
+    per_head: bool = False
 
     @classmethod
     def serves(cls, head_dim: int) -> bool:
@@ -89,17 +94,17 @@ class Digest(ABC):
 
     @abstractmethod
     def score(self, query: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """Score every block for every KV head.
+        """Score every block for every KV head, or with ``per_head`` for every query head.
 
         Parameters
         ----------
         query : Tensor (batch, query_heads, 1, head_dim)
-            The query heads of a GQA group are reduced to one score.
+            Without ``per_head``, the query heads of a GQA group are reduced to one score.
         codes : Tensor (batch, kv_heads, blocks, code)
 
         Returns
         -------
-        Tensor (batch, kv_heads, blocks) of float32
+        Tensor (batch, kv_heads or query_heads, blocks) of float32
             Larger is better.
         """
 

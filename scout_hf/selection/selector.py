@@ -15,6 +15,7 @@ from scout_hf.kernels.cpu.protocols import PagedStore
 from scout_hf.kernels.device import KERNEL_DTYPES, MOST_CHANNELS, find_kernels
 from scout_hf.selection.auto import digest_for
 from scout_hf.selection.digest import Digest, make_digest
+from scout_hf.selection.group_mass import mean_share
 from scout_hf.selection.pick import Pick, choose, everything, pack_lists
 from scout_hf.selection.reading import Blocks, in_parts, read_parts, read_sample
 from scout_hf.selection.table import DigestTable
@@ -274,7 +275,7 @@ class Selector:
         count = self.count(step, blocks)
         if count is None:
             return None, blocks, padding_mask
-        return self.scores(step, query, self.table.codes(blocks)), count, padding_mask
+        return self.scores(step, query, self.table.codes(blocks), padding_mask), count, padding_mask
 
     def count(self, step: Step, blocks: int) -> int | torch.Tensor | None:
         """The top-k size among the first ``blocks``, for all rows or for each; None if all are chosen."""
@@ -282,15 +283,29 @@ class Selector:
         return None if not blocks or (isinstance(count, int) and count >= blocks) else count
 
     def scores(
-        self, step: Step, query: torch.Tensor, codes: torch.Tensor, filled: torch.Tensor | None = None
+        self,
+        step: Step,
+        query: torch.Tensor,
+        codes: torch.Tensor,
+        padding_mask: torch.Tensor | None,
+        filled: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Scores (batch, kv_heads, blocks) of float32; undefined from block ``filled`` (1,) on, if that is given."""
+        """Scores (batch, kv_heads, blocks) of float32; undefined from block ``filled`` (1,) on, if that is given.
+
+        ``padding_mask`` is (batch, blocks) of bool or None, False for blocks of only padding.
+        """
         scores, size = None, self.config.block_size
         if self.digest.native and self._kernels is not None:
             scores = self._kernels.score(self.digest.native, self.digest.prepare(query), codes, size, count=filled)
         elif self.digest.native:
             scores = step.backend.score(self.digest.native, self.digest.prepare(query), codes, block_size=size)
-        return self.digest.score(query, codes) if scores is None else scores
+        scores = self.digest.score(query, codes) if scores is None else scores
+        if not self.digest.per_head:
+            return scores
+        if filled is not None:
+            places = torch.arange(codes.shape[2], dtype=filled.dtype, device=filled.device)
+            scores = scores.masked_fill(places >= filled, -torch.inf)
+        return mean_share(scores, codes.shape[1], padding_mask)
 
     def _count(self, step: Step, blocks: int) -> int | torch.Tensor:
         budget = self.config.budget

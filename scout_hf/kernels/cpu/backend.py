@@ -186,7 +186,7 @@ class CpuBackend(ABC):
         ----------
         scorer : str
             A digest's ``native`` name. ``"minmax"``: bounds of :class:`MinMax`. ``"sign"``: uint8 codes of
-            :class:`SignCode`. ``"dots"``: the query is one vector of weights per KV head, (batch, kv_heads, 1, n),
+            :class:`SignCode`, ranked by :func:`scout_hf.selection.group_mass.mean_share`. ``"dots"``: the query is one vector of weights per KV head, (batch, kv_heads, 1, n),
             codes are one or several rows of ``n`` floats or int8, and the largest dot product is the score.
             ``"dots4"``: the same with two 4-bit integers per byte, the lower half first.
         query : Tensor (batch, query_heads, 1, head_dim)
@@ -211,7 +211,7 @@ class CpuBackend(ABC):
         return None
 
     def score(self, scorer: str, query: torch.Tensor, codes: torch.Tensor, block_size: int = 1) -> torch.Tensor | None:
-        """Scores, (batch, kv_heads, blocks) of float32, as in :meth:`select`; None if not supported."""
+        """Scores as a digest's ``score`` returns them; arguments as in :meth:`select`; None if not supported."""
         return None
 
     def copy(self, sources: torch.Tensor, targets: torch.Tensor, copy_bytes: int, keep: Any) -> Ticket[Any] | None:

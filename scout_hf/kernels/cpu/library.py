@@ -20,7 +20,7 @@ import torch
 from scout_hf.errors import ConfigError
 from scout_hf.kernels.cpu.shared_object import check_whole
 
-ABI = 4
+ABI = 5
 ISA_VARIABLE = "SCOUT_HF_ISA"
 PATH_VARIABLE = "SCOUT_HF_LIBRARY"
 INT8 = 3

@@ -151,7 +151,8 @@ class NativeBackend(CpuBackend):
         if library is None or known is None:
             return None
         counts = torch.empty(codes.shape[:2], dtype=torch.int32, device="cpu")
-        scores = torch.empty(codes.shape[:3], dtype=torch.float32, device="cpu")
+        lists = query.shape[1] if scorer == "sign" else codes.shape[1]
+        scores = torch.empty((len(codes), lists, codes.shape[2]), dtype=torch.float32, device="cpu")
         found = {"counts": address(counts, torch.int32), "scores": address(scores, torch.float32)}
         self._select(library, query, codes, **known, **found)
         return scores

@@ -41,13 +41,13 @@ class CapturedExecutor(CaptureExecutor):
         plain, clock, selector, state = self.plain, self.clock, layer.selector, layer.state
         budgeted, block_mask = selector.count(step, layer.kv.host.blocks), None
         count = plain.handoff.mail.capacity if budgeted is None else budgeted
+        capacity = plain.is_chosen.shape[2] if budgeted is None else selector.table.capacity
+        if step.mask is not None:
+            block_mask = clock.block_mask(layer.config.block_size, capacity)
         if budgeted is None:
-            capacity = plain.is_chosen.shape[2]
             scores = torch.zeros((len(query), layer.kv_heads, capacity), dtype=torch.float32, device=query.device)
         else:
-            scores = selector.scores(step, query, selector.table.all_codes(), clock.blocks)
-        if step.mask is not None:
-            block_mask = clock.block_mask(layer.config.block_size, scores.shape[2])
+            scores = selector.scores(step, query, selector.table.all_codes(), block_mask, clock.blocks)
         state.pick = plain.choose(layer, layer.resident, scores, count, block_mask, clock.blocks)
         if budgeted is not None and count > layer.resident.slots:
             state.scores = plain.order_of(layer, scores, block_mask)

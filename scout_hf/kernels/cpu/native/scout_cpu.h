@@ -8,7 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define SCOUT_ABI 4
+#define SCOUT_ABI 5
 
 #if defined(_WIN32)
 #define SCOUT_EXPORT __declspec(dllexport)
@@ -22,12 +22,14 @@ extern "C" {
 
 enum { SCOUT_F32 = 0, SCOUT_F16 = 1, SCOUT_BF16 = 2, SCOUT_I8 = 3 };
 
-// Scorers of a block's digest for one KV head; scores are summed over the query heads of its group.
-// MINMAX: digests of 2 * head_dim numbers, the channel-wise maxima and minima; an upper bound of q.k.
+// Scorers of a block's digest for one KV head.
+// MINMAX: digests of 2 * head_dim numbers, the channel-wise maxima and minima; an upper bound of q.k, summed over the
+// query heads of the group.
 // SIGN: digests of block_size * (head_dim / 8 + 1) bytes. First [head_dim / 8][block_size]: bit i of byte (j, t) is
 // set if dimension 8 j + i of token t is not negative. Then a scale per token: byte u is the float with the bits
-// (u << 19) + (120 << 23). The score is log2 of the sum over tokens of 2^(scale * signed sum of q), to about 0.1, with
-// q rounded to about 1 / 127 of the largest four of its dimensions.
+// (u << 19) + (120 << 23). The mass of a query head is the sum over tokens of 2^(scale * signed sum of q), with q
+// rounded to about 1 / 127 of the largest four of its dimensions; its log2 is known to about 0.1. Blocks are ranked by
+// their share of the mass of all candidates, as the mean over the query heads of the group.
 // DOTS: `query` is one weight vector of head_dim numbers per KV head; digests are one or several such vectors, and the
 // score is the largest dot product. DOTS4: the same with 4-bit integers, the lower half of a byte first.
 enum { SCOUT_MINMAX = 0, SCOUT_SIGN = 1, SCOUT_DOTS = 2, SCOUT_DOTS4 = 3 };
@@ -79,7 +81,8 @@ typedef struct {
   int32_t* blocks;           // result [batch][kv_heads][blocks_stride]
   int32_t* counts;           // result [batch][kv_heads]
   int64_t blocks_stride;
-  float* scores;             // result [batch][kv_heads][candidates]; may be NULL
+  float* scores;             // result [batch][kv_heads][candidates], SIGN: log2 of masses [batch][query_heads]
+                             // [candidates]; may be NULL
   int32_t batch, kv_heads, query_heads, head_dim, block_size;
   int32_t query_dtype, code_dtype, code;  // code: numbers per digest, bytes where these are smaller
   int32_t candidates;        // candidate blocks

@@ -113,6 +113,40 @@ int best(float* scores, int count, int want, float* spare, int32_t* places, int3
   return chosen;
 }
 
+inline vf load(const float* from) {
+  vf value;
+  memcpy(&value, from, sizeof value);
+  return value;
+}
+
+// 2^x for x <= 0, to 1e-5; 0 below -126, and for NaN.
+inline vf power(vf x) {
+  const vf least = vf{} - 126.0f;
+  const vi within = x > least;
+  x = within ? x : least;
+  const vi whole = __builtin_convertvector(x, vi);  // towards 0: the rest is in (-1, 0]
+  const vf rest = x - __builtin_convertvector(whole, vf);
+  const vf fraction = 1.0f + rest * (0.6930757f + rest * (0.239547f + rest * (0.0534019f + rest * 0.0069349f)));
+  const vi exponent = (whole + 127) << 23;
+  vf scale;
+  memcpy(&scale, &exponent, sizeof scale);
+  return within ? fraction * scale : vf{};
+}
+
+// log2 of x >= 0, to 1e-5; finite for 0.
+inline vf logarithm(vf x) {
+  vi bits;
+  memcpy(&bits, &x, sizeof bits);
+  const vi exponent = (bits >> 23) - 127;
+  bits = (bits & 0x7fffff) | 0x3f800000;
+  vf m;
+  memcpy(&m, &bits, sizeof m);
+  m = m - 1.0f;
+  const vf low = 1.4425348f + m * (-0.7180336f + m * 0.4571581f);
+  const vf high = -0.2773416f + m * (0.121473f - m * 0.0257924f);
+  return __builtin_convertvector(exponent, vf) + m * (low + m * m * m * high);
+}
+
 // Vectors per digest of DOTS and DOTS4; 0 if that is not a whole number.
 int parts_of(const scout_select_args& a) {
   const int64_t numbers = (int64_t)a.code * (a.scorer == SCOUT_DOTS4 ? 2 : 1);
@@ -151,6 +185,7 @@ struct Select {
   float* spare;                      // [lists][capacity]
   int32_t* places;                   // [lists][capacity]
   float* scores;                     // [lists][capacity]
+  float* masses;                     // SIGN: [lists][group][capacity], log2 for every query head
   int capacity;                      // candidates, rounded up to a multiple of 4
   std::atomic<int32_t>* unfinished;  // [lists]
   std::atomic<int64_t> next{0};
@@ -185,14 +220,49 @@ struct Select {
   void signs(int row, int head, const uint8_t* codes, int64_t count, float* into) const {
     const int group = a.query_heads / a.kv_heads, D = a.head_dim;
     float query[HEADS_AT_ONCE * SCOUT_MAX_HEAD_DIM];
-    std::fill(into, into + count, 0.0f);
     for (int g0 = 0; g0 < group; g0 += HEADS_AT_ONCE) {
       const int heads = std::min(HEADS_AT_ONCE, group - g0);
       for (int g = 0; g < heads; g++) {
         const int64_t from = row * a.query_row + (head * group + g0 + g) * a.query_head;
         scout::read_numbers(a.query, from, D, a.query_dtype, query + g * D);
       }
-      scout_add_sign_scores(isa, codes, a.code, count, a.block_size, D, query, heads, into);
+      scout_sign_scores(isa, codes, a.code, count, a.block_size, D, query, heads, into + (int64_t)g0 * capacity,
+                        capacity);
+    }
+  }
+
+  // log2 of the mean over the group of each block's share of its head's mass, computed in logarithms, since a share may
+  // be too small for a float. Blocks of only padding have no share.
+  void mean_shares(int list, int row, float* into) {
+    const int group = a.query_heads / a.kv_heads;
+    float* own = masses + (int64_t)list * group * capacity;
+    const vf none = vf{} - INFINITY;
+    for (int h = 0; h < group; h++) {
+      float* mass = own + (int64_t)h * capacity;
+      std::fill(mass + a.candidates, mass + capacity, -INFINITY);
+      for (int i = 0; i < a.candidates && a.padding_mask; i++)
+        if (!any(marks(row, i), a.block_size)) mass[i] = -INFINITY;
+      vf most = none;
+      for (int i = 0; i < capacity; i += 4) most = load(mass + i) > most ? load(mass + i) : most;
+      const float highest = std::max(std::max(most[0], most[1]), std::max(most[2], most[3]));
+      vf sum = {};
+      for (int i = 0; i < capacity; i += 4) sum += power(load(mass + i) - highest);
+      const float all = highest + logarithm(vf{} + ((sum[0] + sum[1]) + (sum[2] + sum[3])))[0];
+      for (int i = 0; i < capacity; i += 4) {
+        const vf share = load(mass + i) - all;
+        memcpy(mass + i, &share, sizeof share);
+      }
+    }
+    const float each = log2f((float)group);
+    for (int i = 0; i < capacity; i += 4) {
+      vf most = load(own + i), sum = {};
+      for (int h = 1; h < group; h++) {
+        const vf share = load(own + (int64_t)h * capacity + i);
+        most = share > most ? share : most;
+      }
+      for (int h = 0; h < group; h++) sum += power(load(own + (int64_t)h * capacity + i) - most);
+      const vf mean = group == 1 ? most : most + logarithm(sum) - each;
+      memcpy(into + i, &mean, sizeof mean);
     }
   }
 
@@ -226,7 +296,7 @@ struct Select {
     const uint8_t* codes = (const uint8_t*)a.codes + start * scout::bytes_of(a.code_dtype);
     float* into = scores + (int64_t)list * capacity + first;
     if (a.scorer == SCOUT_SIGN)
-      signs(row, head, codes, count, into);
+      signs(row, head, codes, count, masses + (int64_t)list * (a.query_heads / a.kv_heads) * capacity + first);
     else if (a.scorer == SCOUT_MINMAX)
       bounds(row, head, codes, count, into);
     else
@@ -236,7 +306,12 @@ struct Select {
 
   void choose(int list, int row) {
     float* own_scores = scores + (int64_t)list * capacity;
-    if (a.scores) memcpy(a.scores + (int64_t)list * a.candidates, own_scores, sizeof(float) * a.candidates);
+    const int rows = a.scorer == SCOUT_SIGN ? a.query_heads / a.kv_heads : 1;
+    const float* found = rows * (int64_t)list * capacity + (a.scorer == SCOUT_SIGN ? masses : scores);
+    for (int h = 0; h < rows && a.scores; h++)
+      memcpy(a.scores + ((int64_t)list * rows + h) * a.candidates, found + (int64_t)h * capacity,
+             sizeof(float) * a.candidates);
+    if (a.scorer == SCOUT_SIGN && a.blocks) mean_shares(list, row, own_scores);
     const int want = std::min(a.want ? a.want[row] : a.count, a.candidates);
     int sinks = std::min(a.sinks, want);
     for (int i = 0; i < a.candidates && (a.padding_mask || sinks > 0); i++) {
@@ -278,7 +353,8 @@ extern "C" SCOUT_EXPORT int scout_select(scout_select_args* args, int threads) {
   job.ranges = std::max(1, (int)((args->candidates + RANGE_BLOCKS - 1) / RANGE_BLOCKS));
   job.capacity = (args->candidates + 3) / 4 * 4;
   const int64_t numbers = (int64_t)job.lists * job.capacity;
-  const int64_t need = numbers * 3 * sizeof(float) + job.lists * sizeof(std::atomic<int32_t>);
+  const int64_t heads = args->scorer == SCOUT_SIGN ? args->query_heads / args->kv_heads : 0;
+  const int64_t need = numbers * (3 + heads) * sizeof(float) + job.lists * sizeof(std::atomic<int32_t>);
   if (need > kept.bytes) {
     free(kept.memory);
     kept.memory = malloc(need);
@@ -288,7 +364,8 @@ extern "C" SCOUT_EXPORT int scout_select(scout_select_args* args, int threads) {
   job.scores = (float*)kept.memory;
   job.spare = job.scores + numbers;
   job.places = (int32_t*)(job.spare + numbers);
-  job.unfinished = (std::atomic<int32_t>*)(job.places + numbers);
+  job.masses = (float*)(job.places + numbers);
+  job.unfinished = (std::atomic<int32_t>*)(job.masses + numbers * heads);
   for (int list = 0; list < job.lists; list++) new (&job.unfinished[list]) std::atomic<int32_t>(job.ranges);
   const bool large = numbers * args->code * scout::bytes_of(args->code_dtype) >= WORTH_A_TEAM_BYTES;
   scout_team_run([](void* it) { ((Select*)it)->work(); }, &job, large ? threads : 1);

@@ -1,4 +1,4 @@
-// Lookup tables for sign codes, and the sum over a GQA group. All rounding is here, so all instruction sets agree.
+// Lookup tables for sign codes, and the logarithms of masses. All rounding is here, so all instruction sets agree.
 #include "sign_scores.h"
 
 #include <math.h>
@@ -71,21 +71,21 @@ float largest(const float* from, int count) {
   return all;
 }
 
-// Adds log2 of the masses plus `reference`, with log2 linear between powers of two, matching the 2^x that makes the
+// log2 of the masses, plus `reference`, with log2 linear between powers of two, matching the 2^x that makes the
 // masses: exact if a single token dominates.
-void add_logarithms(const float* mass, int count, float reference, float* scores) {
+void logarithms(const float* mass, int count, float reference, float* scores) {
   const float rest = reference - 127;
   int i = 0;
   for (; i + 4 <= count; i += 4) {
     vi bits;
     memcpy(&bits, mass + i, sizeof bits);
-    const vf sum = load(scores + i) + (__builtin_convertvector(bits, vf) * 0x1p-23f + rest);
-    memcpy(scores + i, &sum, sizeof sum);
+    const vf logarithm = __builtin_convertvector(bits, vf) * 0x1p-23f + rest;
+    memcpy(scores + i, &logarithm, sizeof logarithm);
   }
   for (; i < count; i++) {
     int32_t bits;
     memcpy(&bits, mass + i, sizeof bits);
-    scores[i] += (float)bits * 0x1p-23f + rest;
+    scores[i] = (float)bits * 0x1p-23f + rest;
   }
 }
 
@@ -102,8 +102,8 @@ bool raise_references(const float* mass, int count, int heads, float* reference)
 
 }  // namespace
 
-void scout_add_sign_scores(const scout_isa* isa, const uint8_t* codes, int64_t code_bytes, int64_t blocks,
-                           int block_size, int dims, const float* query, int heads, float* scores) {
+void scout_sign_scores(const scout_isa* isa, const uint8_t* codes, int64_t code_bytes, int64_t blocks, int block_size,
+                       int dims, const float* query, int heads, float* scores, int64_t stride) {
   uint8_t tables[MOST_HEADS * SCOUT_MAX_HEAD_DIM * 4];
   float worth[MOST_HEADS], mass[SCOUT_SIGN_HEADS * BLOCKS_AT_ONCE];
   float reference[MOST_HEADS] = {};
@@ -124,7 +124,8 @@ void scout_add_sign_scores(const scout_isa* isa, const uint8_t* codes, int64_t c
       while (raise_references(mass, count, part.heads, reference + h));
       // A NaN query gives NaN scores.
       for (int i = 0; i < part.heads; i++)
-        add_logarithms(mass + i * BLOCKS_AT_ONCE, count, reference[h + i] + 0 * worth[h + i], scores + first);
+        logarithms(mass + i * BLOCKS_AT_ONCE, count, reference[h + i] + 0 * worth[h + i],
+                   scores + (h + i) * stride + first);
     }
   }
 }

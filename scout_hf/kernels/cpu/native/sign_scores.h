@@ -3,6 +3,7 @@
 
 #include "isa.h"
 
-// Adds to scores[i] the logarithm of block i's mass for each head of query [heads][dims]; at most 16 heads.
-void scout_add_sign_scores(const scout_isa* isa, const uint8_t* codes, int64_t code_bytes, int64_t blocks,
-                           int block_size, int dims, const float* query, int heads, float* scores);
+// The logarithm, base 2, of every block's mass for each head of query [heads][dims], in scores [heads][stride]; at most
+// 16 heads.
+void scout_sign_scores(const scout_isa* isa, const uint8_t* codes, int64_t code_bytes, int64_t blocks, int block_size,
+                       int dims, const float* query, int heads, float* scores, int64_t stride);
