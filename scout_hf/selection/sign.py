@@ -212,7 +212,7 @@ def _pack(positive: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _unpack(codes: torch.Tensor, size: int) -> torch.Tensor:
-    """Bytes (batch, heads, blocks, channels / 8 * size) to 0 and 1 (batch, heads, blocks, size, channels) of float32."""
+    """Bytes (batch, heads, blocks, channels / 8 * size) to 0 and 1, float32 (batch, heads, blocks, size, channels)."""
     bits = torch.arange(8, dtype=torch.uint8, device=codes.device)
     rows = codes.unflatten(3, (-1, size)).transpose(3, 4)
     return ((rows[..., None] >> bits) & 1).flatten(4).float()

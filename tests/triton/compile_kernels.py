@@ -109,7 +109,7 @@ def digests() -> None:
 
     for dtype, dim, group in ((torch.bfloat16, 128, 4), (torch.float16, 80, 7)):
         query, keys = torch.ones(2, 2 * group, 1, dim, dtype=dtype), torch.randn(2, 2, 5, 32, dim).to(dtype)
-        for name in ("minmax", "minmax-int8", "minmax-sub", "sign"):
+        for name in ("minmax", "minmax-int8", "minmax-sub", "sign", "sign2"):
             digest = make_digest(name)
             digest.fit(keys, None, None, 0.1)
             codes = digest.encode(keys, None)

@@ -12,11 +12,12 @@ pytest.importorskip("triton")
 from scout_hf.kernels.triton.encode import encode  # noqa: E402
 from scout_hf.selection import make_digest  # noqa: E402
 from scout_hf.selection.digest import repeat_real  # noqa: E402
-from scout_hf.selection.sign import scale_to_byte  # noqa: E402
+from scout_hf.selection.sign import LEVEL_STEP, scale_to_byte  # noqa: E402
 from tests.triton.grid import DEVICE  # noqa: E402
 from tests.triton.keys import DIMS, DTYPES, SIZES, draw, fitted, some_padding  # noqa: E402
 
-BOUNDS, NAMES = ("minmax", "minmax-int8", "minmax-sub"), ("minmax", "minmax-int8", "minmax-sub", "sign")
+BOUNDS, NAMES = ("minmax", "minmax-int8", "minmax-sub"), ("minmax", "minmax-int8", "minmax-sub", "sign", "sign2")
+SIGNS = ("sign", "sign2")
 # Of a token's scale: rotated values nearer to 0 may get either sign.
 UNCLEAR = 1e-4
 
@@ -25,19 +26,28 @@ def ready(name, keys, padding_mask=None, query=None):
     return make_digest(name) if name == "minmax" else fitted(name, keys, query, padding_mask)
 
 
+def planes_of(codes, size, dim, bits):
+    """The signs of every plane, (batch, heads, blocks, size, bits, dim) of bool."""
+    rows = codes[..., : size * bits * dim // 8].unflatten(3, (bits, dim // 8, size))
+    return torch.stack([rows >> bit & 1 for bit in range(8)], 5).bool().flatten(4, 5).permute(0, 1, 2, 5, 3, 4)
+
+
 def check_signs(digest, keys, padding_mask, codes, expected):
-    """That sign codes differ from the reference's only where a value is nearly 0, or a scale between two bytes."""
+    """That codes differ from the reference's only where a value is nearly a limit, or a scale between two bytes."""
     size, dim = keys.shape[3:]
-    rows = size * (dim // 8)
     assert codes.dtype == torch.uint8 and codes.shape == expected.shape
     keys = keys if padding_mask is None else repeat_real(keys, padding_mask)
     centred = (keys.double() - digest.mean.double()[:, :, None, None]) / digest.divisor.double()[:, :, None, None]
     turned = centred @ digest.rotation.double()
-    scale = turned.square().sum(-1) / turned.abs().sum(-1).clamp(min=1e-30)
-    differ = (codes[..., :rows] ^ expected[..., :rows]).unflatten(3, (dim // 8, size))
-    flips = torch.stack([differ >> bit & 1 for bit in range(8)], 4).bool().flatten(3, 4).transpose(3, 4)
-    assert bool((turned.abs() <= UNCLEAR * scale[..., None])[flips].all())
+    planes, others = (planes_of(part, size, dim, digest.bits) for part in (codes, expected))
+    step = LEVEL_STEP * turned.square().mean(-1, keepdim=True).sqrt()
+    limits = [0.0] if digest.bits == 1 else [-1.0, 0.0, 1.0]
+    near = torch.stack([(turned - limit * step).abs() for limit in limits]).amin(0)
+    assert bool((near <= UNCLEAR * step)[(planes != others).any(4)].all())
+    levels = sum((2.0 * planes[..., plane, :] - 1) * 0.5**plane for plane in range(digest.bits))
+    scale = turned.square().sum(-1) / (turned * levels.double()).sum(-1).clamp(min=1e-30)
     low, high = (scale_to_byte((scale * (1 + side * UNCLEAR)).float()) for side in (-1, 1))
+    rows = size * digest.bits * dim // 8
     assert bool(((codes[..., rows:] >= low) & (codes[..., rows:] <= high)).all())
 
 
@@ -74,27 +84,30 @@ def test_bounds_on_the_grid_itself():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim, size, blocks", [*zip((*DIMS, 128), SIZES, (1, 11, 5, 3, 1, 2))])
+@pytest.mark.parametrize("name", SIGNS)
 @pytest.mark.thin(2)
-def test_signs(dim, size, blocks, dtype):
+def test_signs(name, dim, size, blocks, dtype):
     query, keys = draw(dim + size, 2, 1, 2, blocks, size, dim, dtype)
     for padding_mask in (None, some_padding(2, blocks, size)):
-        digest = fitted("sign", keys, query, padding_mask)
+        digest = fitted(name, keys, query, padding_mask)
         check_signs(digest, keys, padding_mask, encode(digest, keys, padding_mask), digest.encode(keys, padding_mask))
 
 
+@pytest.mark.parametrize("name", SIGNS)
 @pytest.mark.parametrize("dim, size", [(8, 16), (24, 2), (40, 1)])
-def test_signs_of_small_heads_and_blocks(dim, size):
+def test_signs_of_small_heads_and_blocks(name, dim, size):
     _, keys = draw(dim, 2, 1, 1, 67, size, dim)
-    digest = fitted("sign", keys)
+    digest = fitted(name, keys)
     check_signs(digest, keys, None, encode(digest, keys, None), digest.encode(keys, None))
 
 
-def test_signs_under_loud_channels():
+@pytest.mark.parametrize("name", SIGNS)
+def test_signs_under_loud_channels(name):
     """Channels a thousand times as large as others, and tokens of very different size."""
     _, keys = draw(0, 1, 2, 1, 5, 16, 128)
     keys[..., ::9] *= 1000
     keys *= torch.logspace(-3, 3, 16, device=DEVICE)[:, None]
-    digest = fitted("sign", keys)
+    digest = fitted(name, keys)
     check_signs(digest, keys, None, encode(digest, keys, None), digest.encode(keys, None))
 
 
@@ -130,7 +143,7 @@ def test_padding_has_no_say(name, rubbish):
     assert torch.equal(codes[some], clean[some]) and not bool(some.all())
     if name == "minmax":
         assert bool((codes[~some] == 0).all())
-    if name != "sign":
+    if name not in SIGNS:
         assert torch.equal(codes, digest.encode(dirty, padding_mask))
 
 
@@ -148,14 +161,16 @@ def test_keys_that_are_no_numbers(name):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", SIGNS)
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
-def test_a_token_that_is_no_number_spoils_no_other(wrong):
+def test_a_token_that_is_no_number_spoils_no_other(name, wrong):
     _, keys = draw(3, 1, 1, 1, 3, 16, 64)
-    digest = fitted("sign", keys)
+    digest = fitted(name, keys)
     clean = encode(digest, keys, None)
     keys[0, 0, 1, 4, 6] = wrong
     codes = encode(digest, keys, None)
-    assert codes[0, 0, 1, 16 * 8 + 4] == 255 == digest.encode(keys, None)[0, 0, 1, 16 * 8 + 4]
+    scale = 16 * 8 * digest.bits + 4
+    assert codes[0, 0, 1, scale] == 255 == digest.encode(keys, None)[0, 0, 1, scale]
     assert set((codes != clean).nonzero()[:, 3].remainder(16).tolist()) == {4}
 
 

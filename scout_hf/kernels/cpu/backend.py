@@ -186,9 +186,10 @@ class CpuBackend(ABC):
         ----------
         scorer : str
             A digest's ``native`` name. ``"minmax"``: bounds of :class:`MinMax`. ``"sign"``: uint8 codes of
-            :class:`SignCode`, ranked by :func:`scout_hf.selection.group_mass.mean_share`. ``"dots"``: the query is one vector of weights per KV head, (batch, kv_heads, 1, n),
-            codes are one or several rows of ``n`` floats or int8, and the largest dot product is the score.
-            ``"dots4"``: the same with two 4-bit integers per byte, the lower half first.
+            :class:`SignCode`, ranked by :func:`scout_hf.selection.group_mass.mean_share`. ``"dots"``: the query is one
+            vector of weights per KV head, (batch, kv_heads, 1, n), codes are one or several rows of ``n`` floats or
+            int8, and the largest dot product is the score. ``"dots4"``: the same with two 4-bit integers per byte, the
+            lower half first.
         query : Tensor (batch, query_heads, 1, head_dim)
             As returned by ``Digest.prepare``.
         codes : Tensor (batch, kv_heads, blocks, code)

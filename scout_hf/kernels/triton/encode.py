@@ -25,7 +25,8 @@ def encode(digest: Any, keys: torch.Tensor, padding_mask: torch.Tensor | None) -
     Parameters
     ----------
     digest : Digest
-        Supported names: ``"minmax"``, ``"minmax-int8"``, ``"minmax-sub"``, ``"sign"``; fitted, if it needs that.
+        Supported names: ``"minmax"``, ``"minmax-int8"``, ``"minmax-sub"``, ``"sign"``, ``"sign2"``; fitted, if it needs
+        that.
     keys : Tensor (batch, kv_heads, blocks, block_size, head_dim)
         The last stride must be 1.
     padding_mask : Tensor (batch, blocks, block_size) of bool, or None
@@ -57,9 +58,10 @@ def encode(digest: Any, keys: torch.Tensor, padding_mask: torch.Tensor | None) -
         sub = min(digest.sub, size)
         fits = sub == triton.next_power_of_2(sub) and size % sub == 0 and dim % 2 == 0 and digest.bits == 4
         return encode_parts(keys, padding_mask, digest.middle, digest.step, sub) if fits else None
-    if digest.name == "sign" and _here(keys, digest.mean, digest.divisor, digest.rotation):
+    if digest.name in ("sign", "sign2") and _here(keys, digest.mean, digest.divisor, digest.rotation):
         fits = size == triton.next_power_of_2(size) and dim % 8 == 0
-        return encode_sign(keys, padding_mask, digest.mean, digest.divisor, digest.rotation) if fits else None
+        constants = (digest.mean, digest.divisor, digest.rotation)
+        return encode_sign(keys, padding_mask, *constants, digest.bits) if fits else None
     return None
 
 

@@ -36,7 +36,7 @@ def score(
         The last stride must be 1; may be a view of a larger buffer.
     block_size : int
         Tokens per block; used by ``"sign"``.
-    out : Tensor (batch, kv_heads, at least blocks) of float32, or None
+    out : Tensor (batch, kv_heads, for sign query_heads, at least blocks) of float32, or None
         Output; None for a new tensor. Unchanged behind the blocks.
     count : Tensor of one int32 on the device of the codes, or None
         Number of valid blocks, if fewer than the capacity of ``codes``. The others get -inf and are not read. So a
@@ -56,7 +56,7 @@ def score(
     """
     if not _fits(scorer, query, codes, block_size):
         return None
-    shape = codes.shape[:3]
+    shape = torch.Size((len(codes), query.shape[1] if scorer == "sign" else codes.shape[1], codes.shape[2]))
     if out is None:
         out = torch.empty(shape, dtype=torch.float32, device=codes.device)
     elif out.dtype != torch.float32 or out.shape[:2] != shape[:2] or out.shape[2] < shape[2] or out.stride(2) != 1:

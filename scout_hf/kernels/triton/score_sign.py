@@ -1,4 +1,4 @@
-"""Score sign codes: products of signs and queries on tensor cores, then the LSE of each block."""
+"""Score sign codes: products of signs and queries on tensor cores, then the LSE of each block and query head."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _score_sign(
 ):  # fmt: skip
     head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     codes += row * codes_b + head * codes_h
-    scores += row * scores_b + head * scores_h
+    scores += row * scores_b + head * GROUP * scores_h
     query += row * query_b + head * GROUP * query_h
     known = blocks
     if HAS_COUNT:
@@ -63,7 +63,7 @@ def _score_sign(
 
     token, byte = tl.arange(0, TILE * SIZE), tl.arange(0, BYTES)
     place = token // SIZE * codes_n + token % SIZE
-    padding_mask = tl.arange(0, HALF) < GROUP
+    member = tl.arange(0, HALF)
     for step in range(TILES):
         first = (tl.program_id(0) * TILES + step) * TILE
         base = codes + first.to(tl.int64) * codes_n
@@ -80,16 +80,17 @@ def _score_sign(
         logits = tl.reshape(products * scale[None, :], (HALF, TILE, SIZE))
         highest = tl.max(logits, 2)
         mass = highest + tl.log2(tl.sum(tl.exp2(logits - highest[:, :, None]), 2))
-        score = tl.sum(tl.where(padding_mask[:, None], mass, 0.0), 0)
         block = first + tl.arange(0, TILE)
-        tl.store(scores + block, tl.where(block < known, score, float("-inf")), mask=block < blocks)
+        into = scores + member[:, None] * scores_h + block[None, :]
+        found = tl.where((block < known)[None, :], mass, float("-inf"))
+        tl.store(into, found, mask=(member < GROUP)[:, None] & (block < blocks)[None, :])
 
 
 def score_sign(
     query: torch.Tensor, codes: torch.Tensor, scores: torch.Tensor, count: torch.Tensor | None = None,
     block_size: int = 32,
 ) -> None:  # fmt: skip
-    """The LSE of each block's logits, base 2, summed over the query heads of a GQA group.
+    """The LSE of each block's logits, base 2, for every query head.
 
     Parameters
     ----------
@@ -97,7 +98,9 @@ def score_sign(
         In the space of the codes; products are logits in base 2. Magnitude below 2**60.
     codes : Tensor (batch, kv_heads, blocks, block_size * (head_dim / 8 + 1)) of uint8
         Codes of :class:`scout_hf.selection.SignCode`. The last stride must be 1.
-    scores, count
+    scores : Tensor (batch, query_heads, blocks) of float32
+        Output; its last stride must be 1.
+    count
         As in :func:`scout_hf.kernels.triton.score_minmax.score_minmax`.
     block_size : int
         A power of two.

@@ -28,7 +28,7 @@ enum { SCOUT_F32 = 0, SCOUT_F16 = 1, SCOUT_BF16 = 2, SCOUT_I8 = 3 };
 // SIGN: digests of block_size * (head_dim / 8 + 1) bytes. First [head_dim / 8][block_size]: bit i of byte (j, t) is
 // set if dimension 8 j + i of token t is not negative. Then a scale per token: byte u is the float with the bits
 // (u << 19) + (120 << 23). The mass of a query head is the sum over tokens of 2^(scale * signed sum of q), with q
-// rounded to about 1 / 127 of the largest four of its dimensions; its log2 is known to about 0.1. Blocks are ranked by
+// rounded to about 1 / 127 of the largest four of its dimensions; its log2 is known to about 0.15. Blocks are ranked by
 // their share of the mass of all candidates, as the mean over the query heads of the group.
 // DOTS: `query` is one weight vector of head_dim numbers per KV head; digests are one or several such vectors, and the
 // score is the largest dot product. DOTS4: the same with 4-bit integers, the lower half of a byte first.
