@@ -1323,31 +1323,99 @@ void check_select(Random& random) {
   }
 }
 
+// What blocks of one list are ranked by, from the scores that the library gave: SIGN, the log2 of the mean over the
+// group of each block's share of its head's mass. -inf for padding.
+std::vector<double> ranks_of(const scout_select_args& a, int list, const std::vector<float>& scores) {
+  const int heads = a.scorer == SCOUT_SIGN ? a.query_heads / a.kv_heads : 1;
+  const auto real = [&](int i) {
+    if (!a.padding_mask) return true;
+    const uint8_t* from = a.padding_mask + list / a.kv_heads * a.padding_mask_stride + (int64_t)i * a.block_size;
+    return std::any_of(from, from + a.block_size, [](uint8_t mark) { return mark; });
+  };
+  std::vector<double> ranks((size_t)a.candidates, -INFINITY), all((size_t)heads, -INFINITY);
+  auto score = [&](int g, int i) -> double { return scores[(size_t)((list * heads + g) * a.candidates + i)]; };
+  auto added = [](double x, double y) {
+    const double top = std::max(x, y);
+    return top == -INFINITY ? top : top + log2(exp2(x - top) + exp2(y - top));
+  };
+  for (int i = 0; i < a.candidates; i++) {
+    if (!real(i)) continue;
+    ranks[(size_t)i] = score(0, i);
+    for (int g = 0; g < heads; g++) all[(size_t)g] = added(all[(size_t)g], score(g, i));
+  }
+  for (double& rank : ranks) {
+    if (a.scorer != SCOUT_SIGN || rank == -INFINITY) continue;
+    const int i = (int)(&rank - ranks.data());
+    rank = -INFINITY;
+    for (int g = 0; g < heads; g++) {
+      const double share = score(g, i) - all[(size_t)g];
+      rank = rank != rank || share != share ? NAN : added(rank, share);
+    }
+    rank -= log2(heads);
+  }
+  return ranks;
+}
+
+// Whether a list has the right blocks: exactly those of the highest ranks, or, where ranks come from float arithmetic,
+// others of nearly the same rank. Any blocks if ranks are NaN.
+bool right_choice(const scout_select_args& a, int list, std::vector<double> ranks, double near) {
+  std::vector<int32_t> order;
+  int sinks = std::min(a.sinks, a.count);
+  bool known = true;
+  for (int32_t i = 0; i < a.candidates; i++) {
+    double& rank = ranks[(size_t)i];
+    if (rank == -INFINITY) continue;
+    order.push_back(i);
+    known = known && rank == rank;
+    if (sinks-- > 0) rank = INFINITY;
+    if (rank != rank) rank = 0;
+  }
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int32_t x, int32_t y) { return ranks[(size_t)x] > ranks[(size_t)y]; });
+  const size_t wanted = std::min((size_t)a.count, order.size());
+  const int32_t* got = a.blocks + list * a.blocks_stride;
+  if (a.counts[list] != (int)wanted + a.newest) return false;
+  for (int i = 0; i < a.newest; i++)
+    if (got[wanted + (size_t)i] != a.candidates + i) return false;
+  std::vector<bool> chosen((size_t)a.candidates);
+  for (size_t i = 0; i < wanted; i++) {
+    if (got[i] < 0 || got[i] >= a.candidates || (i && got[i] <= got[i - 1])) return false;
+    chosen[(size_t)got[i]] = true;
+  }
+  const double least = wanted ? ranks[(size_t)order[wanted - 1]] : 0;
+  for (size_t i = 0; i < order.size(); i++) {
+    const double rank = ranks[(size_t)order[i]];
+    if (chosen[(size_t)order[i]] == (i < wanted)) continue;
+    if (rank == INFINITY || (known && !(near > 0 && fabs(rank - least) <= near))) return false;
+  }
+  return std::count(chosen.begin(), chosen.end(), true) == (int64_t)wanted &&
+         std::none_of(got, got + wanted, [&](int32_t i) { return ranks[(size_t)i] == -INFINITY; });
+}
+
 // Runs a selection with scores given, by several numbers of threads: always the same, and the lists scores ask for.
 std::vector<float> scores_of(scout_select_args a, const std::string& text) {
-  const int lists = a.batch * a.kv_heads, sinks = std::min(a.sinks, a.count);
+  const int lists = a.batch * a.kv_heads, heads = a.scorer == SCOUT_SIGN ? a.query_heads / a.kv_heads : 1;
   a.blocks_stride = std::min(a.count, a.candidates) + a.newest;
   std::vector<float> scores;
+  Bytes first;
   for (int threads : {1, 2, 3}) {
-    Bytes blocks(lists * a.blocks_stride * 4), counts(lists * 4), given((int64_t)lists * a.candidates * 4);
+    Bytes blocks(lists * a.blocks_stride * 4), counts(lists * 4), given((int64_t)lists * heads * a.candidates * 4);
     a.blocks = blocks.as<int32_t>(), a.counts = counts.as<int32_t>(), a.scores = given.as<float>();
     use_team(threads);
     const int status = scout_select(&a, threads);
     if (status != SCOUT_OK) return fail("%s: status %d", text.c_str(), status), std::vector<float>();
-    if (threads == 1) scores.assign(given.as<float>(), given.as<float>() + (int64_t)lists * a.candidates);
+    if (threads == 1) scores.assign(given.as<float>(), given.as<float>() + (int64_t)lists * heads * a.candidates);
     if (given.size && memcmp(scores.data(), given.at, given.size)) fail("%s: %d threads differ", text.c_str(), threads);
-    for (int list = 0; list < lists; list++) {
-      std::vector<int32_t> order;
-      for (int32_t i = 0; i < a.candidates; i++) order.push_back(i);
-      auto rank = [&](int32_t i) { return i < sinks ? INFINITY : scores[(size_t)(list * a.candidates + i)]; };
-      std::stable_sort(order.begin(), order.end(), [&](int32_t x, int32_t y) { return rank(x) > rank(y); });
-      order.resize((size_t)std::min(a.count, a.candidates));
-      std::sort(order.begin(), order.end());
-      for (int i = 0; i < a.newest; i++) order.push_back(a.candidates + i);
-      if (a.counts[list] != (int)order.size() ||
-          (order.size() && memcmp(order.data(), a.blocks + list * a.blocks_stride, order.size() * 4)))
+    double size = 0;
+    for (float score : scores)
+      if (fabs(score) > size) size = fabs(score);
+    for (int list = 0; list < lists && threads == 1; list++)
+      if (!right_choice(a, list, ranks_of(a, list, scores), a.scorer == SCOUT_SIGN ? 1e-4 + 1e-6 * size : 0))
         fail("%s: list %d has other blocks than the scores ask for", text.c_str(), list);
-    }
+    if (threads == 1)
+      first = blocks.copy();
+    else if (!(first == blocks))
+      fail("%s: %d threads choose otherwise", text.c_str(), threads);
   }
   return scores;
 }
@@ -1392,9 +1460,20 @@ void check_signs(Random& random) {
   a.scorer = SCOUT_SIGN, a.code_dtype = SCOUT_I8, a.head_dim = dim, a.block_size = block;
   a.query_heads = a.kv_heads * group, a.code = block * (dim / 8 + 1);
   // Of exponents: no more than 120, or far more than floats hold.
-  const bool large = group == 1 && random.chance(30);
+  const bool large = random.chance(30);
   const double size = random.chance(5) ? 0 : (large ? 100 : 1.5) / sqrt(dim);
   const Bytes query = some_query(a, random, size);
+  const bool garbage = random.chance(5);
+  if (garbage) put(a.query_dtype, query.at, (group - 1) * a.query_head + dim - 1, NAN);  // the first list's last head
+  // Padding at the left, or anywhere.
+  const int padding = (int)random.below(3);
+  Bytes marks(padding ? (int64_t)a.batch * a.candidates * block : 0);
+  for (size_t at = 0; at < marks.size; at++) {
+    const int64_t row = (int64_t)at / (a.candidates * block), i = (int64_t)at / block % a.candidates;
+    marks.at[at] = padding == 1 ? i > a.candidates / 4 + row || (i == a.candidates / 4 + row && at % 8 == 7)
+                                : (i + row) % 3 != 1 && random.chance(30);
+  }
+  if (padding) a.padding_mask = marks.at, a.padding_mask_stride = (int64_t)a.candidates * block;
   const int64_t room = a.candidates + random.below(3);
   a.codes_head = room * a.code + random.below(3), a.codes_row = a.kv_heads * a.codes_head + random.below(3);
   const int64_t last = (a.batch - 1) * a.codes_row + (a.kv_heads - 1) * a.codes_head;
@@ -1415,7 +1494,10 @@ void check_signs(Random& random) {
       for (int t = 0; t < block; t++)
         code[dim / 8 * block + t] = (uint8_t)(large ? random.below(176) : 96 + random.below(48));
       // Tokens that all agree with one query, or all disagree, have sums at the ends of their range.
-      const int kind = (int)random.below(6), g = (int)random.below(group);
+      // Blocks of only padding agree with the first head, which must not lose its say by that.
+      const uint8_t* from = padding ? marks.at + ((int64_t)(list / a.kv_heads) * a.candidates + i) * block : nullptr;
+      const bool gone = padding && std::none_of(from, from + block, [](uint8_t mark) { return mark; });
+      const int kind = gone ? 0 : (int)random.below(6), g = gone ? 0 : (int)random.below(group);
       for (int t = 0; t < block && kind < 2; t++)
         for (int d = 0; d < dim; d++) {
           uint8_t& byte = code[d / 8 * block + t];
@@ -1425,9 +1507,11 @@ void check_signs(Random& random) {
   char text[200];
   snprintf(text, sizeof text, "block %d dim %d group %d batch %d kv_heads %d candidates %d size %g", block, dim, group,
            a.batch, a.kv_heads, a.candidates, size);
-  std::vector<double> want((size_t)(lists * a.candidates)), loose = want, most((size_t)lists, -INFINITY);
+  std::vector<double> want((size_t)(lists * group * a.candidates)), loose = want;
+  std::vector<double> most((size_t)(lists * group), -INFINITY);
   for (int list = 0; list < lists; list++)
     for (int g = 0; g < group; g++) {
+      if (garbage && list == 0 && g == group - 1) continue;
       double peak = 0;
       for (int d = 0; d < dim; d += 4) {
         double all = 0;
@@ -1454,24 +1538,28 @@ void check_signs(Random& random) {
         const double top = floor(*std::max_element(exponents.begin(), exponents.end()));
         double mass = 0;
         for (double x : exponents) mass += straight_power(std::max(x - top, -500.0));
-        const size_t at = (size_t)(list * a.candidates + i);
-        want[at] += straight_log(mass) + top;
+        const size_t head = (size_t)(list * group + g), at = head * (size_t)a.candidates + (size_t)i;
+        want[at] = straight_log(mass) + top;
         // Rarely a part lies so near the middle between two numbers that float rounds it the other way.
-        loose[at] += 1.01 * unit * largest + 1e-4 + 1e-6 * fabs(want[at]);
-        most[(size_t)list] = std::max(most[(size_t)list], want[at]);
+        loose[at] = 1.01 * unit * largest + 1e-4 + 1e-6 * fabs(want[at]);
+        most[head] = std::max(most[head], want[at]);
       }
     }
   for (int isa : isas) {
     scout_use_isa(isa);
     const std::vector<float> scores = scores_of(a, text);
     for (size_t at = 0; at < scores.size(); at++) {
-      const double score = scores[at], top = most[at / (size_t)a.candidates];
-      // Far below the best block of a list all that counts is that it is far below.
+      const size_t head = at / (size_t)a.candidates;
+      const double score = scores[at], top = most[head];
+      if (garbage && (int)head == group - 1) {
+        if (score == score) return fail("%s: head %d scores %g with garbage in its query", text, group - 1, score);
+        continue;
+      }
+      // Far below the best block of a head all that counts is that it is far below.
       const bool exact = !large || (top > -30 && want[at] > top - 20);
       if (!exact && top <= -30) continue;
       if (exact ? fabs(score - want[at]) <= loose[at] : score <= std::max(top - 19, want[at]) + loose[at]) continue;
-      return fail("%s: list %d, block %d scores %g, not %g", text, (int)at / a.candidates, (int)at % a.candidates,
-                  score, want[at]);
+      return fail("%s: head %d, block %d scores %g, not %g", text, (int)head, (int)at % a.candidates, score, want[at]);
     }
   }
 }
