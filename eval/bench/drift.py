@@ -15,7 +15,7 @@ import torch
 
 from scout_hf.kernels import find_kernels
 from scout_hf.methods import InfiniGen, method_names, register_method
-from scout_hf.selection import Digest, digest_names, make_digest, register_digest
+from scout_hf.selection import Digest, digest_names, make_digest, mean_share, register_digest
 
 PREFIX = "drifting-"
 # Above any real score, and small enough for float32 to tell neighbours of the walk apart.
@@ -34,6 +34,8 @@ class Drifting(Digest):
     gpu_kernels = "auto"
     # Native code would score by itself, and nothing could be added.
     native = None
+    # The walk is added to what blocks are ranked by.
+    per_head = False
     real: type[Digest]
 
     _walk: torch.Tensor | None = None
@@ -49,6 +51,7 @@ class Drifting(Digest):
             size = self._block_size(query, codes)
             scores = kernels.score(real.native, real.prepare(query), codes, block_size=size)
         scores = real.score(query, codes) if scores is None else scores
+        scores = mean_share(scores, codes.shape[1], None) if self.real.per_head else scores
         scores.add_(self.advance(scores))
         return scores
 
@@ -86,7 +89,7 @@ class Drifting(Digest):
         return twin
 
     def _block_size(self, query: torch.Tensor, codes: torch.Tensor) -> int:
-        return codes.shape[3] // (query.shape[3] // 8 + 1) if self.real.native == "sign" else 1
+        return codes.shape[3] // (self.bits * query.shape[3] // 8 + 1) if self.real.native == "sign" else 1
 
 
 def drifting(name: str) -> str:

@@ -43,7 +43,7 @@ QUICK = {
     "score_tokens": WHOLE["score_tokens"][:1],
     "repeat": 5,
 }
-DIGESTS = ("minmax", "minmax-int8", "sign")
+DIGESTS = ("minmax", "minmax-int8", "sign", "sign2")
 PLAIN, LINES, BULK = "plain", "prefetch lines", "prefetch bulk"
 SDPA, FLASH, FLASHINFER, FLASH_ATTN = "sdpa", "sdpa flash", "flashinfer", "flash_attn"
 GATHERED = "gathered by torch"

@@ -60,7 +60,6 @@ def _methods(record: dict[str, Any], machine: Machine, facts: dict[str, Any]) ->
     tiers = replace(
         machine,
         gpu=True,
-        score_gbps=facts["minmax_gbps"],
         layer_us=facts["two_tier_layer_us"],
         link_gbps=link or machine.link_gbps,
         cpu_gbps=cpu or machine.cpu_gbps,

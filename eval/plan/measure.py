@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import torch
 
-from scout_hf import CACHE
+from scout_hf import CACHE, ScoutConfig
 from scout_hf.eval.bench import machine
 from scout_hf.eval.bench.models import make_llama
 from scout_hf.eval.bench.timing import median_of
@@ -16,7 +16,7 @@ from scout_hf.eval.caches import DTYPE, caches_of, fill, kv_bytes_per_token
 from scout_hf.kernels import attend
 from scout_hf.kernels.cpu import BlockLists, make_backend
 from scout_hf.planner import GIB, Machine
-from scout_hf.selection import make_digest
+from scout_hf.selection import digest_for, make_digest
 from scout_hf.stores import PagedKV
 
 REPEAT = 7
@@ -40,7 +40,7 @@ def measure(tell: Callable[[str], Any] = lambda line: None) -> tuple[Machine, di
         facts["attend_gbps"] = held / _seconds(lambda: attend(query, keys, values, 0.125)) / 1e9
         facts["cpu_gbps"] = _native(query, keys, values)
         tell("digests")
-        facts["minmax_gbps"], facts["sign_gbps"] = (_scoring(name, query, keys) for name in ("minmax", "sign"))
+        facts["score_gbps"] = _scoring(query, keys)
         facts["copy_gbps"] = held / _seconds(lambda: (keys.clone(), values.clone())) / 1e9
         tell("stock attention, and what a layer costs besides")
         facts["stock_gbps"] = _stock()
@@ -49,7 +49,7 @@ def measure(tell: Callable[[str], Any] = lambda line: None) -> tuple[Machine, di
     memory = psutil.virtual_memory().total / GIB
     found = Machine(
         machine.describe()["cpu"] or "cpu", memory, memory, facts["weights_gbps"], facts["attend_gbps"],
-        facts["sign_gbps"], facts["stock_gbps"], facts["products_tflops"], facts["layer_us"], facts["step_us"],
+        facts["score_gbps"], facts["stock_gbps"], facts["products_tflops"], facts["layer_us"], facts["step_us"],
         facts["copy_gbps"], 20.0, facts["cpu_gbps"], gpu=False,
     )  # fmt: skip
     return found, facts | {"threads": torch.get_num_threads()}
@@ -80,19 +80,18 @@ def _native(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> fl
     return (keys.nbytes + values.nbytes) / 8 / seconds / 1e9
 
 
-def _scoring(name: str, query: torch.Tensor, keys: torch.Tensor) -> float:
-    digest = make_digest(name)
+def _scoring(query: torch.Tensor, keys: torch.Tensor) -> float:
+    digest = make_digest(digest_for(ScoutConfig(), keys))
     blocks = keys.unflatten(2, (-1, BLOCK))
     digest.fit(blocks, None, None, 0.125)
     codes = digest.encode(blocks, None)
     backend = make_backend()
-    prepared = digest.prepare(query) if digest.native == "sign" else None
+    prepared = digest.prepare(query)
 
     def native() -> Any:
-        return backend.select("sign", prepared, codes, 64, 1, 1, BLOCK, None)
+        return backend.select(digest.native or "", prepared, codes, 64, 1, 1, BLOCK, None)
 
-    by_torch = prepared is None or native() is None
-    seconds = _seconds((lambda: digest.score(query, codes)) if by_torch else native)
+    seconds = _seconds((lambda: digest.score(query, codes)) if native() is None else native)
     backend.close()
     return codes.nbytes / seconds / 1e9
 

@@ -55,6 +55,29 @@ def find_kernels(setting: str, device: torch.device) -> ModuleType | None:
     )
 
 
+def find_kernels_for(setting: str, keys: torch.Tensor) -> ModuleType | None:
+    """As :func:`find_kernels`, but None for keys of a dtype or head size that no kernel serves.
+
+    Parameters
+    ----------
+    setting : {"auto", "torch", "triton"}
+    keys : Tensor (..., head_dim)
+
+    Returns
+    -------
+    module or None
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scout_hf.kernels.device import find_kernels_for
+    >>> find_kernels_for("auto", torch.zeros(1, 2, 4, 64)) is None
+    True
+    """
+    served = keys.dtype in KERNEL_DTYPES and keys.shape[-1] <= MOST_CHANNELS
+    return find_kernels(setting, keys.device) if served else None
+
+
 def _by_default(device: torch.device) -> bool:
     return device.type == "cuda"
 

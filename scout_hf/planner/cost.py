@@ -298,12 +298,13 @@ def _hgca(shape: ModelShape, machine: Machine, load: Load) -> _Cost:
 def _scout(shape: ModelShape, machine: Machine, load: Load) -> _Cost:
     chosen = min(load.budget, load.context)
     held = load.batch * load.context * shape.kv_bytes
-    resident, digests = load.batch * chosen * shape.kv_bytes, held / load.block_size
+    resident = load.batch * chosen * shape.kv_bytes
+    # Sign codes, as digest="auto" takes them: bits per channel of a key, and a byte per token.
+    bits = 2 if shape.head_dim <= (128 if machine.gpu else 256) else 1
+    digests = load.batch * load.context * shape.kv_heads * (bits * shape.head_dim / 8 + 1)
     if not machine.gpu:
-        # One tier, sign codes: a bit per channel of a key.
-        codes = held / 2 / (8 * shape.item)
-        parts = {"attention": resident / machine.cpu_gbps / 1e6, "selection": codes / machine.score_gbps / 1e6}
-        return parts, 0.0, shape.full * (held + codes)
+        parts = {"attention": resident / machine.cpu_gbps / 1e6, "selection": digests / machine.score_gbps / 1e6}
+        return parts, 0.0, shape.full * (held + digests)
     attention, selection = resident / machine.attend_gbps / 1e6, digests / machine.score_gbps / 1e6
     share = load.cpu_ratio * resident / machine.cpu_gbps / 1e6 + 2 * machine.link_us / 1e3
     # A recall may take a whole step, but the recalls of all layers share the link.

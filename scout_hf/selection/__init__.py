@@ -3,6 +3,7 @@
 from scout_hf.selection.auto import check_digest, digest_for
 from scout_hf.selection.digest import Digest, digest_names, make_digest, register_digest
 from scout_hf.selection.grid import Int8MinMax, SubMinMax
+from scout_hf.selection.group_mass import mean_share
 from scout_hf.selection.minmax import MinMax
 from scout_hf.selection.pick import Pick, choose, pack_lists
 from scout_hf.selection.selector import Selector
@@ -24,6 +25,7 @@ __all__ = [
     "digest_for",
     "digest_names",
     "make_digest",
+    "mean_share",
     "pack_lists",
     "register_digest",
 ]

@@ -6,7 +6,8 @@ import torch
 
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import ConfigError
-from scout_hf.kernels.cpu.library import load_library
+from scout_hf.kernels.cpu.library import MAX_HEAD_DIM, load_library
+from scout_hf.kernels.device import MOST_CHANNELS, find_kernels_for
 from scout_hf.selection.digest import find_digest
 
 AUTO = "auto"
@@ -17,13 +18,14 @@ EASY_SHARE = 0.5
 def digest_for(config: ScoutConfig, keys: torch.Tensor) -> str:
     """The name of the digest for a layer.
 
-    ``"auto"`` is the sign code, but min/max for a share budget of 0.5 or more or without a fast native scorer.
+    ``"auto"`` is the sign code of two bits, or of one for large head sizes, but min/max for a share budget of 0.5 or
+    more or where neither native code nor a GPU kernel scores sign codes.
 
     Parameters
     ----------
     config : ScoutConfig
     keys : Tensor (batch, kv_heads, tokens, head_dim)
-        Keys of the layer, for head size and device.
+        Keys of the layer, for head size, dtype and device.
 
     Returns
     -------
@@ -45,11 +47,19 @@ def digest_for(config: ScoutConfig, keys: torch.Tensor) -> str:
     if config.digest != AUTO:
         check_digest(config.digest, keys.shape[-1])
         return config.digest
-    easy = isinstance(config.budget, float) and config.budget >= EASY_SHARE
+    if isinstance(config.budget, float) and config.budget >= EASY_SHARE:
+        return "minmax"
+    bits = _most_bits(config, keys) // keys.shape[-1] if find_digest("sign").serves(keys.shape[-1]) else 0
+    return "sign2" if bits >= 2 else "sign" if bits else "minmax"
+
+
+def _most_bits(config: ScoutConfig, keys: torch.Tensor) -> int:
+    """The most bits per token that are scored fast; 0 if none are."""
+    if find_kernels_for(config.gpu_kernels, keys) is not None:
+        return MOST_CHANNELS
     library = load_library() if keys.device.type == "cpu" else None
     # Without byte shuffles (SIMD) a sign code takes thirty times as long as min/max.
-    native = library is not None and library.isa != "base"
-    return "sign" if native and not easy and find_digest("sign").serves(keys.shape[-1]) else "minmax"
+    return MAX_HEAD_DIM if library is not None and library.isa != "base" else 0
 
 
 def check_digest(name: str, head_dim: int | None) -> None:

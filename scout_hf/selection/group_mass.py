@@ -23,7 +23,7 @@ def mean_share(masses: torch.Tensor, kv_heads: int, padding_mask: torch.Tensor |
     Returns
     -------
     Tensor (batch, kv_heads, blocks) of float32
-        Base 2. Powers of two of real blocks add up to 1.
+        Base 2. Powers of two of real blocks add up to 1. Undefined for blocks of only padding.
 
     Examples
     --------
@@ -33,6 +33,8 @@ def mean_share(masses: torch.Tensor, kv_heads: int, padding_mask: torch.Tensor |
     tensor([[[-1., -1.]]])
     """
     natural = masses.unflatten(1, (kv_heads, -1)) * math.log(2)
-    counted = natural if padding_mask is None else natural.masked_fill(~padding_mask[:, None, None], -torch.inf)
-    shares = natural - counted.logsumexp(-1, keepdim=True)
+    if padding_mask is not None:
+        natural = natural.masked_fill(~padding_mask[:, None, None], -torch.inf)
+    shares = natural.log_softmax(-1)
+    # In logarithms to the end: a share may be too small for a float.
     return (shares.logsumexp(2) - math.log(shares.shape[2])) / math.log(2)

@@ -12,7 +12,7 @@ import torch
 from scout_hf.config import ScoutConfig
 from scout_hf.kernels.cpu import BlockLists, pages
 from scout_hf.kernels.cpu.protocols import PagedStore
-from scout_hf.kernels.device import KERNEL_DTYPES, MOST_CHANNELS, find_kernels
+from scout_hf.kernels.device import find_kernels_for
 from scout_hf.selection.auto import digest_for
 from scout_hf.selection.digest import Digest, make_digest
 from scout_hf.selection.group_mass import mean_share
@@ -74,8 +74,7 @@ class Selector:
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
         self.config, self.dense = config, config.is_dense(layer_idx)
         self._coded = Coded(make_digest(digest_for(config, keys)), DigestTable())
-        served = keys.dtype in KERNEL_DTYPES and keys.shape[-1] <= MOST_CHANNELS
-        self._kernels = find_kernels(config.gpu_kernels, keys.device) if served else None
+        self._kernels = find_kernels_for(config.gpu_kernels, keys)
         self._early: int | None = None  # first block encoded before its padding mask was known
         self._query_power: torch.Tensor | None = None
         self._scale = keys.shape[-1] ** -0.5
@@ -297,6 +296,7 @@ class Selector:
         scores, size = None, self.config.block_size
         if self.digest.native and self._kernels is not None:
             scores = self._kernels.score(self.digest.native, self.digest.prepare(query), codes, size, count=filled)
+            filled = filled if scores is None else None  # the kernel has written -inf from there on
         elif self.digest.native:
             scores = step.backend.score(self.digest.native, self.digest.prepare(query), codes, block_size=size)
         scores = self.digest.score(query, codes) if scores is None else scores

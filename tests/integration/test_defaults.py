@@ -31,7 +31,7 @@ SETTINGS = {
     "int8, two tiers": SPLIT | {"host_dtype": "int8"},
     "torch": ONE_TIER | {"cpu_backend": "torch", "monitor": 1.0},
     "torch, two tiers": SPLIT | {"cpu_backend": "torch"},
-    **{digest: ONE_TIER | {"digest": digest} for digest in ("minmax", "minmax-int8", "minmax-sub", "sign")},
+    **{digest: ONE_TIER | {"digest": digest} for digest in ("minmax", "minmax-int8", "minmax-sub", "sign", "sign2")},
     "hgca": TIERS | {"method": "hgca", "resident": 16},
     "infinigen": TIERS | {"method": "infinigen"},
     "infinigen, kept": TIERS | {"method": "infinigen", "method_options": {"keep": True, "alpha": None}},

@@ -12,7 +12,7 @@ from tests.integration.common import left_padded, llama, prompt
 
 SPARSE = {"budget": 24, "block_size": 8, "window": 8}
 ONE_TIER = {
-    **{digest: SPARSE | {"digest": digest} for digest in ("sign", "minmax", "minmax-int8", "minmax-sub")},
+    **{digest: SPARSE | {"digest": digest} for digest in ("sign", "sign2", "minmax", "minmax-int8", "minmax-sub")},
     "torch": SPARSE | {"digest": "sign", "cpu_backend": "torch"},
     "int8": SPARSE | {"digest": "minmax", "host_dtype": "int8"},
 }

@@ -73,6 +73,8 @@ def decode(way, inputs, options, new=60, model=None):
         {"dense_layers": (1,)},
         {"window": 0, "sinks": 0},
         {"digest": "sign", "block_size": 16, "budget": 32},
+        {"digest": "sign2"},
+        {"digest": "minmax"},
     ],
     ids=str,
 )

@@ -46,8 +46,9 @@ def test_what_is_held_where():
     full = 8 * 65536 * 131072
     stock, scout, dense, kvpr = (plan(name, LLAMA, H100, load) for name in ("stock", "scout", "dense", "kvpr"))
     assert stock.device_bytes == LLAMA.weights + full and stock.host_bytes == 0
-    # Residents of the budget, and digests: two vectors per block of 32 tokens.
-    assert scout.device_bytes == LLAMA.weights + 8 * 2048 * 131072 + full / 32 and scout.host_bytes == full
+    # Residents of the budget, and digests: two bits per channel of 128 and a byte, in 32 layers of 8 KV heads.
+    digests = 8 * 65536 * (128 / 4 + 1) * 8 * 32
+    assert scout.device_bytes == LLAMA.weights + 8 * 2048 * 131072 + digests and scout.host_bytes == full
     assert dense.device_bytes == LLAMA.weights + 2 * full / 32
     assert kvpr.host_bytes == full
     assert "no smaller" in kvpr.note and kvpr.parts["recomputed"] == 0

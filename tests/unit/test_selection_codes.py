@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import scout_hf
 from scout_hf import ConfigError, ScoutConfig
+from scout_hf.kernels import device
 from scout_hf.kernels.cpu import make_backend
 from scout_hf.selection import Selector, SignCode, auto, check_digest, digest_for, make_digest
 from scout_hf.selection.group_mass import mean_share
@@ -351,8 +352,11 @@ def test_a_selector_lists_the_best_blocks(name, backend):
 
 def test_auto_takes_the_sign_code_where_it_helps(monkeypatch):
     keys = torch.empty(1, 2, 0, 64)
-    assert digest_for(ScoutConfig(digest="auto", budget=2048), keys) == "sign"
-    assert digest_for(ScoutConfig(digest="auto", budget=0.1), keys) == "sign"
+    assert digest_for(ScoutConfig(digest="auto", budget=2048), keys) == "sign2"
+    assert digest_for(ScoutConfig(digest="auto", budget=0.1), keys) == "sign2"
+    # Native code takes 512 bits a token.
+    for dim, name in ((256, "sign2"), (264, "sign"), (512, "sign"), (520, "minmax")):
+        assert digest_for(ScoutConfig(), torch.empty(1, 2, 0, dim)) == name
     assert digest_for(ScoutConfig(digest="auto", budget=0.5), keys) == "minmax"
     assert digest_for(ScoutConfig(digest="auto"), torch.empty(1, 2, 0, 60)) == "minmax"
     assert digest_for(ScoutConfig(digest="auto"), keys.to("meta")) == "minmax"
@@ -361,6 +365,17 @@ def test_auto_takes_the_sign_code_where_it_helps(monkeypatch):
         assert digest_for(ScoutConfig(digest="auto"), keys) == "minmax"
     monkeypatch.setattr(auto, "load_library", lambda: None)
     assert digest_for(ScoutConfig(digest="auto"), keys) == "minmax"
+
+
+def test_auto_takes_the_sign_code_on_a_gpu_with_kernels(monkeypatch):
+    """Which take 256 bits a token. Keys on a device that stands for a GPU."""
+    keys = torch.empty(1, 2, 0, 64, device="meta")
+    monkeypatch.setattr(device, "find_kernels", lambda setting, place: None if setting == "torch" else device)
+    for dim, name in ((64, "sign2"), (128, "sign2"), (136, "sign"), (256, "sign"), (264, "minmax"), (60, "minmax")):
+        assert digest_for(ScoutConfig(), torch.empty(1, 2, 0, dim, device="meta")) == name
+    assert digest_for(ScoutConfig(budget=0.5), keys) == "minmax"
+    assert digest_for(ScoutConfig(), keys.double()) == "minmax"
+    assert digest_for(ScoutConfig(gpu_kernels="torch"), keys) == "minmax"
 
 
 def test_a_head_size_that_cannot_be_coded_is_refused_before_anything_is_patched():

@@ -16,7 +16,7 @@ from tests.libraries import ISAS
 from tests.unit.naive import QUICK, poison
 from tests.unit.selecting import BATCH, HEADS, KEYS, PADDING, SIZE, make_mask, make_store
 
-CODES = ("sign", "minmax-int8", "minmax-sub")
+CODES = ("sign", "sign2", "minmax-int8", "minmax-sub")
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,7 @@ SETTINGS = {
     "two tiers, budget large enough": {**TWO_TIERS, "budget": 4096, "layer_ahead": False, "digest": "minmax"},
     "one tier, sign codes": {"split": "off", "budget": 4096, "window": 8, "digest": "sign"},
     "two tiers, sign codes": {**TWO_TIERS, "budget": 4096, "layer_ahead": False, "digest": "sign"},
+    "one tier, sign codes of two bits": {"split": "off", "budget": 4096, "window": 8, "digest": "sign2"},
     "one tier, budget 1.0": {"split": "off", "budget": 1.0, "window": 8},
     "two tiers, budget 1.0": {**TWO_TIERS, "budget": 1.0, "window": 16, "layer_ahead": False},
     "dense": {"method": "dense", "window": 8},
