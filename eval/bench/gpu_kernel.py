@@ -25,7 +25,7 @@ from scout_hf.eval.bench.options import GpuKernel, Tell, all_but, silent
 from scout_hf.eval.bench.timing import Timing, timed
 from scout_hf.eval.caches import DTYPE, tensor_bytes
 from scout_hf.kernels import find_kernels
-from scout_hf.selection import Selector
+from scout_hf.selection import Selector, mean_share
 
 WHOLE = {
     "heads": ((32, 32), (32, 8), (40, 8), (28, 4)),
@@ -177,12 +177,15 @@ class _Bench:
                                 0, -1).to(torch.int32)  # fmt: skip
 
             def score(table):
-                return self.kernels.score(digest.native, digest.prepare(query), table, block_size=size)
+                return ranked(self.kernels.score(digest.native, digest.prepare(query), table, block_size=size))
+
+            def ranked(scores):
+                return mean_share(scores, kv_heads, None) if digest.per_head and scores is not None else scores
 
             scores = score(codes)
             if scores is None:
                 return {"skipped": f"no kernel scores {name} codes of heads of {self.dim} and blocks of {size}"}
-            by_torch = digest.score(query, codes)
+            by_torch = ranked(digest.score(query, codes))
             out = self.kernels.choose(scores, count, 1, None, slots, count)
 
             def choose(of):

@@ -125,7 +125,7 @@ def test_kernel_record_is_complete(kernel_record):
     assert row["times"]["sdpa"]["difference"] == 0 == far["times"]["gathered by torch"]["difference"]
     for name in ("flashinfer", "flash_attn"):
         assert find(name) or row["times"][name] == {"absent": "not installed"}
-    assert [one["digest"] for one in scores] == ["minmax", "minmax-int8", "sign"]
+    assert [one["digest"] for one in scores] == ["minmax", "minmax-int8", "sign", "sign2"]
     for one in scores:
         assert set(one["times"]) == {"score", "choose", "score and choose"} and one["difference"] < 0.02
     assert scores[0]["digest_bytes"] == 4 * 2 * 16 * 2 and scores[1]["digest_bytes"] == 4 * 2 * 16
@@ -376,7 +376,7 @@ def test_the_choice_drifts_as_asked_for(apart, share, monkeypatch):
     assert 0.5 * share < record["arms"][0]["drift_measured"] < 1.5 * share  # three steps only
 
 
-@pytest.mark.parametrize("name", ["minmax", "minmax-int8", "sign"])
+@pytest.mark.parametrize("name", ["minmax", "minmax-int8", "sign", "sign2"])
 def test_a_drifting_digest_costs_what_the_real_one_costs(apart, name, monkeypatch):
     made = digest.make_digest(drift.drifting(name))
     real = digest.make_digest(name)

@@ -486,7 +486,8 @@ def test_tallies_that_start_again_know_nothing_of_samples_taken_before():
 def test_samples_of_a_pass_that_failed_do_no_harm(monkeypatch):
     model = spiky()
     monkeypatch.setattr("scout_hf.monitor.MOST_PENDING", 10**9)
-    with scout_hf.patch(model, **LOSSY, monitor=0.5) as handle:
+    # What a pass has recalled until it failed stays resident, and is attended.
+    with scout_hf.patch(model, **LOSSY | {"recall": None}, monitor=0.5) as handle:
         expected = run(model, prompt())
         cache, real, calls = handle.new_cache(), model.model.layers[2].mlp.forward, []
 
