@@ -18,7 +18,10 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from scout_hf import CACHE, ScoutConfig, Stats
 from scout_hf.eval.caches import caches_of, kv_bytes
+from scout_hf.eval.pocket import Document
 from scout_hf.eval.tables import by
+
+Tokens = list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,15 @@ class Session:
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
     """Token ids of a text without special tokens, (1, tokens)."""
     return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+
+
+def quiz(tokenizer: PreTrainedTokenizerBase, document: Document) -> tuple[torch.Tensor, Tokens, Tokens]:
+    """Token ids of a document, (1, tokens), of its questions, and of their answers."""
+    questions, wanted = (
+        [tokenize(tokenizer, getattr(fact, name))[0].tolist() for fact in document.facts]
+        for name in ("question", "answer")
+    )
+    return tokenize(tokenizer, document.text), questions, wanted
 
 
 @torch.no_grad()
@@ -151,6 +163,10 @@ class Answers:
     ids: list[list[int]]
     steps: int = 0
     seconds: float = 0.0
+
+    def right(self, wanted: Sequence[list[int]]) -> int:
+        """How many begin with what is wanted."""
+        return sum(ids[: len(want)] == want for ids, want in zip(self.ids, wanted))
 
 
 @torch.no_grad()

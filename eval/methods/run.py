@@ -22,7 +22,6 @@ from scout_hf.eval.bench import machine
 from scout_hf.eval.bench.options import Tell, silent
 from scout_hf.eval.methods import score, speed
 from scout_hf.eval.methods.options import Methods
-from scout_hf.eval.methods.quizzes import subject
 from scout_hf.eval.methods.speed import Emulation, emulation_of
 from scout_hf.eval.pocket import TASKS
 from scout_hf.eval.records import Record
@@ -183,7 +182,7 @@ def _speed(shape: str, contexts: Sequence[int], batches: Sequence[int], chosen: 
 def _check(options: Methods, grid: Grid) -> None:
     speed.check_shape(options.shape)
     devices.find(options.device)
-    subject(options.model)  # ValueError for a name there is not, FileNotFoundError without its weights
+    score.subject(options.model)  # ValueError for a name there is not, FileNotFoundError without its weights
     if unknown := [task for task in grid.tasks if task not in TASKS]:
         raise ValueError(f"no task {unknown[0]!r}; there are: {', '.join(TASKS)}")
     if wrong := [value for value in (*grid.batches, *(options.memory_gib or ())) if value <= 0]:

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from transformers import Cache, PreTrainedModel, QuantizedCache
 from scout_hf.eval import arms
 from scout_hf.eval.arms import Missing
 from scout_hf.eval.caches import stats_and_bytes
-from scout_hf.eval.decode_path import Answers, answers, decode, prefill, tokenize
+from scout_hf.eval.decode_path import Answers, answers, decode, prefill, quiz
 from scout_hf.eval.methods import kvpress_apart
-from scout_hf.eval.methods.quizzes import quizzes, subject
 from scout_hf.eval.methods.speed import Emulation
-from scout_hf.eval.pocket import WEIGHTS
+from scout_hf.eval.pocket import WEIGHTS, load_pocket
+from scout_hf.eval.pocket.tasks import exercises
 from scout_hf.files import read_json
 from scout_hf.rules import count, fields, items, number, table, text
 
@@ -82,6 +83,10 @@ def _answer(value: Any) -> None:
 
 
 ROWS = 16
+FIRST_SEED = 50_000
+"""Away from the seeds that the pocket models' own evaluation uses."""
+
+subject = lru_cache(maxsize=2)(load_pocket)
 
 
 @torch.no_grad()
@@ -98,37 +103,34 @@ def measure(
 ) -> dict[str, Any]:
     """One cell: right answers of how many, and per step of up to 16 rows the time."""
     model, tokenizer = subject(model_name)
-    arm, quizzed = arms.find(way_name), quizzes(model_name, task, context, questions)
-    asked, expected = (
-        [[tokenize(tokenizer, getattr(fact, name))[0].tolist() for fact in quiz.facts] for quiz in quizzed]
-        for name in ("question", "answer")
-    )
-    found: dict[str, Any] = {"right": 0, "questions": sum(map(len, asked))}
+    arm = arms.find(way_name)
+    quizzes = [quiz(tokenizer, document) for document in exercises(task, context, questions, FIRST_SEED)]
+    found: dict[str, Any] = {"right": 0, "questions": questions}
     total, cpu, read = Answers([]), 0.0, 0.0
     try:
         if way_name == arms.KVPRESS:
-            documents = [quiz.ids[0].tolist() for quiz in quizzed]
-            where = WEIGHTS / model_name, documents, asked, expected
-            return kvpress(*where, budget / context, ROWS, kvpress_python)
+            documents, *parts = zip(*quizzes)
+            documents = [ids[0].tolist() for ids in documents]
+            return kvpress(WEIGHTS / model_name, documents, *parts, budget / context, ROWS, kvpress_python)
         rates = emulation.options() if arm.emulated else {}
         with arm.caches(model, budget=budget, block_size=block_size, **rates) as caches:
-            for quiz, questions, wanted in zip(quizzed, asked, expected):
+            for ids, asked, wanted in quizzes:
                 begin = time.perf_counter()
-                cache = prefill(model, caches.new(), quiz.ids)
+                cache = prefill(model, caches.new(), ids)
                 read += time.perf_counter() - begin
                 busy, length = time.process_time(), max(map(len, wanted))
                 if isinstance(cache, QuantizedCache):
-                    given = _read_by_row(model, caches.new, quiz.ids, questions, length)
+                    given = _read_by_row(model, caches.new, ids, asked, length)
                 else:
-                    given = answers(model, cache, questions, length, ROWS)
+                    given = answers(model, cache, asked, length, ROWS)
                 # With the copies of the cache, which its time leaves out.
                 cpu += time.process_time() - busy
-                found["right"] += sum(ids[: len(want)] == want for ids, want in zip(given.ids, wanted))
+                found["right"] += given.right(wanted)
                 total.seconds, total.steps = total.seconds + given.seconds, total.steps + given.steps
             held = stats_and_bytes(caches.handle, cache)
     except arms.Missing as why:
         return {"missing": str(why)}
-    found |= {"prefill_s": read / len(quizzed), "row_step_ms": 1e3 * total.seconds / total.steps}
+    found |= {"prefill_s": read / len(quizzes), "row_step_ms": 1e3 * total.seconds / total.steps}
     found["cpu_row_ms"] = 1e3 * cpu / total.steps
     # What is held is that of the document alone: the copies that decoded are gone.
     return found | {name: value for name, value in held.items() if not name.endswith("_bytes")}

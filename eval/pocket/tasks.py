@@ -14,7 +14,7 @@ All cases of one document are of one task, so each is the others' distractor.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import vocabulary as vocab
 from .documents import Document, Fact, draw_facts, fact_words, filler_sentences, question_words, weave
@@ -123,6 +123,15 @@ def make_exercise(task: str, tokens: int, seed: int) -> Document:
         return make_document(tokens, count, seed)
     rng = random.Random(f"{task}-{seed}")
     return _document(rng, draw_cases(rng, task, max(1, count)), tokens, seed)
+
+
+def exercises(task: str, tokens: int, questions: int, seed: int) -> list[Document]:
+    """Documents from ``seed`` on that have ``questions`` facts in all."""
+    found: list[Document] = []
+    while left := questions - sum(len(one.facts) for one in found):
+        document = make_exercise(task, tokens, seed + len(found))
+        found.append(replace(document, facts=document.facts[:left]))
+    return found
 
 
 def draw_cases(rng: random.Random, task: str, count: int) -> list[Case]:

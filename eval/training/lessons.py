@@ -15,7 +15,7 @@ import numpy as np
 from scout_hf.eval.pocket import vocabulary as vocab
 from scout_hf.eval.pocket.documents import filler_sentences
 from scout_hf.eval.pocket.tasks import STATEMENTS, Case, deal, draw_cases
-from scout_hf.eval.training.pocket_tokenizer import words
+from scout_hf.eval.training.tokenizers import words
 
 IDS = {word: index for index, word in enumerate(words())}
 TEXT_WEIGHT = 0.05

@@ -1,22 +1,19 @@
-"""How the small models are trained: Muon for matrices, stages, and their states, so that a run can be interrupted."""
+"""How the small models are trained: Muon for matrices, in stages of longer and longer texts."""
 
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from scout_hf.errors import ConfigError
-from scout_hf.files import whole_file, write_text
-from scout_hf.rules import number
+from scout_hf.files import write_text
 
 MATRIX_RATE, OTHER_RATE = 0.003, 3e-3
 
@@ -58,100 +55,50 @@ class Muon(torch.optim.Optimizer):
 
 
 def train_stages(
-    model: PreTrainedModel, stages: Sequence[Any], run: Callable[[int, Any, int], Any], folder: Path | None
-) -> float:
-    """Call `run(number, stage, tokens before)` for every stage; returns the minutes they took.
-
-    With a `folder`, the state after each stage is kept there as `stage<number>.safetensors`, and a later call continues
-    after the last one it finds. Momentum starts again with each stage, so that an interrupted run ends with the same
-    weights as one that was not, where stages draw texts of their own.
-    """
-    finished = [number for number in range(len(stages)) if folder and state_file(folder, number).is_file()]
-    first = 1 + max(finished, default=-1)
-    minutes = load_state(model, state_file(folder, first - 1)) if first else 0.0
-    done = sum(stage.tokens for stage in stages[:first])
-    for index in range(first, len(stages)):
-        began = time.time()
-        run(index, stages[index], done)
-        done += stages[index].tokens
-        minutes += (time.time() - began) / 60
-        if folder:
-            save_state(model, state_file(folder, index), minutes)
-    return minutes
-
-
-def train_stage(
     model: PreTrainedModel,
-    stage: Any,
-    sequences: int,
-    loss_of: Callable[[], torch.Tensor],
-    rate_of: Callable[[int, int], float],
-    held: Callable[[int], Sequence[torch.nn.Parameter]],
-    glance: Callable[[int], str],
-    glance_tokens: int,
-) -> None:
-    """Train `model` in place for one stage of `stage.tokens` tokens, so many sequences of `stage.length` per step.
+    stages: Sequence[Any],
+    name: str,
+    step_tokens: int,
+    held: tuple[Sequence[torch.nn.Parameter], int],
+    loss_of: Callable[[Any, int, random.Random], torch.Tensor],
+    rate_of: Callable[[Any, int, int], float],
+) -> float:
+    """Train `model` in place through stages of `tokens` tokens in sequences of `length`; returns the minutes it took.
 
-    `loss_of()` is the loss of one step, `rate_of(steps, read)` a factor on all learning rates, `held(read)` are weights
-    that stay as they are, and `glance(read)` is a progress message that is printed now and then.
+    `loss_of(stage, sequences, random)` is the loss of one step, with numbers drawn from the `name` and the stage.
+    `rate_of(stage, steps, read)` is a factor on all learning rates, from the steps of the stage and all tokens read;
+    `held` are weights that stay as they are for so many tokens. Momentum starts again with each stage.
     """
+    began, done = time.time(), 0
     matrices = [weight for weight in model.model.layers.parameters() if weight.dim() == 2]
     chosen = {id(weight) for weight in matrices}
     others = [weight for weight in model.parameters() if id(weight) not in chosen]
-    adam = torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.95), weight_decay=0.0)
-    optimizers = (Muon(matrices, lr=MATRIX_RATE), adam)
-    starts = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    bar = tqdm(
-        total=stage.tokens, desc=f"length {stage.length}", unit="tok", mininterval=10, unit_scale=True, disable=None
-    )
-    # A bar that nobody sees does not count.
-    steps = read = 0
-    while read < stage.tokens:
-        loss = loss_of()
-        rate = rate_of(steps, read)
-        for optimizer, firsts in zip(optimizers, starts, strict=True):
-            for group, first in zip(optimizer.param_groups, firsts, strict=True):
-                group["lr"] = rate * first
-        loss.backward()
-        for weight in held(read):
-            weight.grad.zero_()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        steps += 1
-        before, read = read, read + sequences * stage.length
-        bar.update(sequences * stage.length)
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-        if read // glance_tokens > before // glance_tokens:
-            bar.write(glance(read))
-    bar.close()
+    for number, stage in enumerate(stages):
+        adam = torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+        optimizers = (Muon(matrices, lr=MATRIX_RATE), adam)
+        groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
+        drawn, sequences = random.Random(f"{name}-{number}"), max(1, step_tokens // stage.length)
+        steps, end, desc = 0, done + stage.tokens, f"length {stage.length}"
+        with tqdm(total=stage.tokens, desc=desc, unit="tok", mininterval=10, unit_scale=True, disable=None) as bar:
+            while done < end:
+                loss, rate = loss_of(stage, sequences, drawn), rate_of(stage, steps, done)
+                for group, first in groups:
+                    group["lr"] = rate * first
+                loss.backward()
+                for weight in held[0] if done < held[1] else ():
+                    weight.grad.zero_()
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                steps, done = steps + 1, done + sequences * stage.length
+                bar.update(sequences * stage.length)
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        # What a last step read beyond the stage does not count.
+        done = end
+    return (time.time() - began) / 60
 
 
 def write_training(folder: Path, record: dict[str, Any], shown: str) -> None:
     """Write `training.json`, how a model was made and what it can do, and print the part of that name."""
     write_text(folder / "training.json", json.dumps(record, indent=1) + "\n")
     print(json.dumps(record[shown]))
-
-
-def state_file(folder: Path, number: int) -> Path:
-    """Where the weights after stage `number` are kept."""
-    return folder / f"stage{number}.safetensors"
-
-
-def save_state(model: PreTrainedModel, path: Path, minutes: float) -> None:
-    """Keep the weights of `model` and the `minutes` that they took."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path, binary=True) as file:
-        file.write(save(model.state_dict(), {"minutes": str(minutes)}))
-
-
-def load_state(model: PreTrainedModel, path: Path) -> float:
-    """Take back the weights that `save_state` kept; returns the minutes that they took."""
-    try:
-        with safe_open(path, "pt") as file:
-            minutes = float((file.metadata() or {}).get("minutes", 0.0))
-        number(0, 1e9)(minutes)
-        model.load_state_dict(load_file(path))
-    except (SafetensorError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{path} holds no state of this training: {error}; delete it to train it again") from error
-    return minutes

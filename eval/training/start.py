@@ -9,6 +9,7 @@ channels of the hidden state to itself. Training does the rest: sharpening, long
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
@@ -33,13 +34,17 @@ _PLACE = 24
 
 def build_model(arch: str, seed: int) -> PreTrainedModel:
     """A freshly started model of about one million float32 parameters; `arch` is a key of `ARCHITECTURES`."""
-    config_class, model_class = ARCHITECTURES[arch]
     known = {word: index for index, word in enumerate(vocab.SPECIAL)}
     ids = {"pad_token_id": known[vocab.PAD], "bos_token_id": known[vocab.BEGIN], "eos_token_id": known[vocab.END]}
+    return fresh_model(arch, seed, ids, start, vocab_size=vocab.SIZE, hidden_size=128, intermediate_size=256)
+
+
+def fresh_model(
+    arch: str, seed: int, ids: dict[str, int], begin: Callable[[PreTrainedModel], None], **sizes: int
+) -> PreTrainedModel:
+    """A model of 6 layers with weights that `begin` sets; `ids` are its special tokens."""
+    config_class, model_class = ARCHITECTURES[arch]
     config = config_class(
-        vocab_size=vocab.SIZE,
-        hidden_size=128,
-        intermediate_size=256,
         num_hidden_layers=6,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -47,12 +52,13 @@ def build_model(arch: str, seed: int) -> PreTrainedModel:
         max_position_embeddings=MAX_POSITIONS,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         tie_word_embeddings=False,
+        **sizes,
         **ids,
     )
     torch.manual_seed(seed)
     model = model_class(config).float()
     model.generation_config = GenerationConfig(do_sample=False, **ids)
-    start(model)
+    begin(model)
     return model
 
 

@@ -11,20 +11,18 @@ from typing import NamedTuple
 import torch
 import transformers
 import typer
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scout_hf.eval.text import corpus
-from scout_hf.eval.training.stages import train_stage, train_stages, write_training
-from scout_hf.eval.training.start import start_for_text
-from scout_hf.eval.training.text_tokenizer import VOCABULARY, build_tokenizer
+from scout_hf.eval.training.stages import train_stages, write_training
+from scout_hf.eval.training.start import fresh_model, start_for_text
+from scout_hf.eval.training.tokenizers import VOCABULARY, build_text_tokenizer
 
-MAX_POSITIONS = 16384
 STEP_TOKENS = 1024
 WARM_UP_STEPS = 40
 # So long the started heads stay as they are. MLPs that learn three times as fast write over what those heads leave in
 # the hidden state, and the model then uses no more than the last 16 tokens.
 HOLD_TOKENS = 200_000
-GLANCE_TOKENS = 100_000
 # Share of windows with repeated passages: so few tokens of plain source do not teach a model to look far back.
 REPEATS = 0.5
 CONTEXTS_TESTED = (256, 1024, 2048, 4096)
@@ -42,28 +40,13 @@ class Stage(NamedTuple):
 STAGES = (Stage(512, 500_000), Stage(1024, 350_000), Stage(2048, 250_000), Stage(4096, 200_000))
 
 
-def build_model(end: int, seed: int) -> LlamaForCausalLM:
+def build_model(end: int, seed: int) -> PreTrainedModel:
     """A freshly started model of 2.3 million parameters; `end` is the id of the end-of-text token."""
     ids = {"pad_token_id": end, "bos_token_id": end, "eos_token_id": end}
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=192,
-        intermediate_size=320,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=MAX_POSITIONS,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        tie_word_embeddings=False,
-        **ids,
-    )
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(config).float()
-    model.generation_config = GenerationConfig(do_sample=False, **ids)
     # Source repeats itself, so heads that find an earlier occurrence pay here as they do in the pocket models.
-    start_for_text(model)
-    return model
+    return fresh_model(
+        "llama", seed, ids, start_for_text, vocab_size=VOCABULARY, hidden_size=192, intermediate_size=320
+    )
 
 
 def stream_of(tokenizer: PreTrainedTokenizerBase, texts: list[str], rng: random.Random) -> torch.Tensor:
@@ -74,44 +57,26 @@ def stream_of(tokenizer: PreTrainedTokenizerBase, texts: list[str], rng: random.
     return torch.tensor(ids)
 
 
-def train(
-    model: PreTrainedModel, stream: torch.Tensor, stages: tuple[Stage, ...], seed: int, folder: Path | None = None
-) -> float:
-    """Train `model` in place on random windows of `stream` (tokens,) through all `stages`; returns the minutes it took.
-
-    See `train_stages` for the `folder`.
-    """
+def train(model: PreTrainedModel, stream: torch.Tensor, stages: tuple[Stage, ...], seed: int) -> float:
+    """Train `model` in place on random windows of `stream` (tokens,) through all `stages`; the minutes it took."""
+    if (longest := max(stage.length for stage in stages)) >= len(stream):
+        raise ValueError(f"windows of {longest} tokens do not fit a text of {len(stream)}")
     total = sum(stage.tokens for stage in stages)
     attention = [weight for layer in model.model.layers for weight in layer.self_attn.parameters()]
 
-    def run(number: int, stage: Stage, done: int) -> None:
-        if stage.length >= len(stream):
-            raise ValueError(f"windows of {stage.length} tokens do not fit a text of {len(stream)}")
-        rng, seen, sequences = random.Random(f"text-{seed}-{number}"), {}, max(1, STEP_TOKENS // stage.length)
+    def loss(stage: Stage, sequences: int, rng: random.Random) -> torch.Tensor:
+        begins = [rng.randrange(len(stream) - stage.length) for _ in range(sequences)]
+        ids = torch.stack([stream[begin : begin + stage.length + 1] for begin in begins])
+        for window in ids:
+            if rng.random() < REPEATS:
+                repeat_passages(window, rng)
+        logits = model(ids[:, :-1], use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
-        def loss() -> torch.Tensor:
-            begins = [rng.randrange(len(stream) - stage.length) for _ in range(sequences)]
-            seen["ids"] = ids = torch.stack([stream[begin : begin + stage.length + 1] for begin in begins])
-            for window in ids:
-                if rng.random() < REPEATS:
-                    repeat_passages(window, rng)
-            logits = model(ids[:, :-1], use_cache=False).logits
-            seen["loss"] = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-            return seen["loss"]
+    def rate(stage: Stage, steps: int, read: int) -> float:
+        return min(1.0, (steps + 1) / WARM_UP_STEPS, max(0.03, 1.5 * (1 - read / total)))
 
-        def rate(steps: int, read: int) -> float:
-            return min(1.0, (steps + 1) / WARM_UP_STEPS, max(0.03, 1.5 * (1 - (done + read) / total)))
-
-        def progress(read: int) -> str:
-            again = repeat_loss(model, seen["ids"])
-            return f"{done + read} tokens, loss {seen['loss'].item():.2f}, of a text read again {again:.2f}"
-
-        def held(read: int) -> list[torch.nn.Parameter]:
-            return attention if done + read < HOLD_TOKENS else []
-
-        train_stage(model, stage, sequences, loss, rate, held, progress, GLANCE_TOKENS)
-
-    return train_stages(model, stages, run, folder)
+    return train_stages(model, stages, f"text-{seed}", STEP_TOKENS, (attention, HOLD_TOKENS), loss, rate)
 
 
 def repeat_passages(window: torch.Tensor, rng: random.Random) -> None:
@@ -121,14 +86,6 @@ def repeat_passages(window: torch.Tensor, rng: random.Random) -> None:
         source = rng.randrange(len(window) - 2 * size)
         target = rng.randrange(source + size, len(window) - size)
         window[target : target + size] = window[source : source + size].clone()
-
-
-@torch.inference_mode()
-def repeat_loss(model: PreTrainedModel, ids: torch.Tensor) -> float:
-    """Mean loss over the second reading of the first 200 of `ids` (sequences, tokens): do heads find what was there?"""
-    once = ids[:, :200]
-    logits = model(torch.cat([once, once], dim=1), use_cache=False).logits[:, once.shape[1] : -1]
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), once[:, 1:].flatten()).item()
 
 
 @torch.inference_mode()
@@ -150,16 +107,15 @@ def perplexity_by_context(
 def main(
     out: Path = typer.Option(..., help="Folder for the trained model, its tokenizer and training.json."),
     seed: int = typer.Option(0, help="Seed of the start and of the order of all text."),
-    stages: Path | None = typer.Option(None, help="Folder to keep the state after each stage in, and to go on from."),
 ) -> None:
     """Train the text model on this Python's standard library and save it as bfloat16 with its perplexities."""
     # More threads only wait for each other in matrices this small.
     torch.set_num_threads(1)
     texts = corpus.training_files()
-    tokenizer = build_tokenizer(texts)
+    tokenizer = build_text_tokenizer(texts)
     stream = stream_of(tokenizer, texts, random.Random(f"text-{seed}"))
     model = build_model(tokenizer.eos_token_id, seed)
-    minutes = train(model, stream, STAGES, seed, stages)
+    minutes = train(model, stream, STAGES, seed)
     model.eval().bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
     # Measured as it is loaded again: the values that bfloat16 kept, computed in float32.
