@@ -26,27 +26,9 @@ SCHEMA = 1
 class Record:
     """Results of many cells in one JSON file, written atomically after each cell; a later run resumes from it.
 
-    Parameters
-    ----------
-    path : Path or None
-        The file; None keeps the record in memory only.
-    fresh : bool
-        Ignore an existing file.
-    held : dict
-        A new record: its kind, settings and machine.
-    rule : callable
-        Checks an existing file; raises ValueError.
-    same : callable
-        The settings of a record, by name, which must be equal in the file and in ``held``.
-    kept : iterable of str
-        Parts of an existing file to resume from.
-
-    Raises
-    ------
-    ConfigError
-        If the file breaks the rule.
-    ValueError
-        If the file has other settings.
+    Without a path, or with ``fresh``, nothing is resumed. ``held`` is a new record: its kind, settings and machine. A
+    file that is there keeps the ``rule``, or ConfigError, and has by ``same`` the same settings, or ValueError; its
+    parts that are named in ``kept`` are taken over.
     """
 
     def __init__(

@@ -20,16 +20,9 @@ from scout_hf.eval.caches import kv_bytes
 class Tally:
     """Sums over the forward passes of a task.
 
-    Attributes
-    ----------
-    prefill_tokens, prefill_seconds
-        Passes with several tokens per row; padding counts.
-    decode_tokens, decode_seconds
-        Passes with one token per row; finished rows count, and so does the time between the passes.
-    kv_bytes : dict
-        Bytes of the largest cache by tier; ``stock`` for a stock cache.
-    attended, context : float
-        Tokens per decode step, averaged over rows, layers and KV heads, and summed over steps; 0 for stock attention.
+    Prefill is passes with several tokens per row, padding included; decode is those with one, finished rows and the
+    time between the passes included. ``kv_bytes`` are of the largest cache by tier. ``attended`` and ``context`` are
+    tokens per decode step, averaged over rows, layers and KV heads, and summed over steps; 0 for stock attention.
     """
 
     prefill_tokens: int = 0

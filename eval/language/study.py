@@ -67,16 +67,9 @@ RULE = fields(
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """What is measured: how many documents of which lengths, in tokens, and cases of each task in each.
 
-    Attributes
-    ----------
-    lengths : tuple of int
-        Tokens of documents.
-    documents, each : int
-        Documents of each length, and cases of each task in each.
-    settings : tuple of ScoutConfig
-        Beside full attention.
+    The settings are those beside full attention.
     """
 
     lengths: tuple[int, ...]
@@ -101,11 +94,8 @@ def study(
 ) -> dict[str, Any]:
     """Measure what is not in ``out`` yet; the record, which is written there too.
 
-    Raises
-    ------
-    ConfigError, PatchError
-        If the text is too short, the model cannot read so much, or a setting is none for it, before anything is
-        measured.
+    ConfigError or PatchError before anything is measured if the text is too short, the model cannot read so much, or a
+    setting is none for it.
     """
     for config in plan.settings:
         with caches_of(model, config):

@@ -51,15 +51,8 @@ INSTRUCTION = "Here is a text. Facts about some people stand in it.\n\n"
 class Case:
     """One question.
 
-    Attributes
-    ----------
-    task : str
-    prompt : tuple of int
-        Token ids that are read in one pass.
-    forced : tuple of int
-        What follows, a decode step each: the words that lead to an answer, and the answer.
-    fields : tuple of (int, int)
-        Which of ``forced`` are answers: first and last + 1 of each.
+    ``prompt`` is read in one pass; ``forced`` is what follows, a decode step each: the words that lead to an answer,
+    and the answer. ``fields`` says which of these are answers: first and last + 1 of each.
     """
 
     task: str
@@ -72,14 +65,8 @@ class Case:
 class Extraction:
     """Records to be written down, many in one answer, which is generated.
 
-    Attributes
-    ----------
-    prompt : tuple of int
-        Token ids that are read in one pass, with the records that begin the answer as an example.
-    wanted : dict of str to str
-        Values by name, of the records that are left to write.
-    most : int
-        Tokens to generate.
+    The prompt, read in one pass, ends with the records that begin the answer as an example. ``wanted`` has the values
+    of those that are left to write, by name; ``most`` is the tokens to generate.
     """
 
     prompt: tuple[int, ...]
@@ -143,22 +130,10 @@ def facts(random_: random.Random, each: int) -> list[Fact]:
 
 
 def make_exam(tokenizer: Any, text: str, tokens: int, each: int, seed: int) -> Exam:
-    """An exam over a stretch of a text.
+    """An exam over a stretch of a user's text, which ``seed`` chooses, with ``each`` cases of every task.
 
-    Parameters
-    ----------
-    tokenizer : PreTrainedTokenizerBase
-    text : str
-        The user's own; a stretch of it, chosen by ``seed``, becomes the document.
-    tokens : int
-        Of the document, facts and instruction included; about.
-    each : int
-        Cases of each task.
-
-    Raises
-    ------
-    ConfigError
-        If the text is too short for ``tokens``, or ``tokens`` for the cases.
+    The document has about so many ``tokens``, facts and instruction included. ConfigError if the text is too short for
+    ``tokens``, or ``tokens`` for the cases.
     """
     random_ = random.Random(seed)
     hidden = facts(random_, each)

@@ -34,15 +34,9 @@ _KEYS = vocab.NAMES + vocab.KEY_NOUNS
 
 @dataclass(frozen=True)
 class Case:
-    """One question with its answer and statements.
+    """One question, its answer, and its statements in the order in which the text must have them.
 
-    Attributes
-    ----------
-    statements : tuple of tuple of str
-        In the order in which the text must have them.
-    question, answer : tuple of str
-    home, offset : int
-        The answer starts at word ``offset`` of statement number ``home``.
+    The answer starts at word ``offset`` of statement number ``home``.
     """
 
     statements: tuple[tuple[str, ...], ...]
