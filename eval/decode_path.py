@@ -21,7 +21,8 @@ from scout_hf.eval.caches import caches_of, kv_bytes
 from scout_hf.eval.pocket import Document
 from scout_hf.eval.tables import by
 
-Tokens = list[list[int]]
+Quiz = tuple[torch.Tensor, list[list[int]], list[list[int]]]
+"""Token ids of a document, (1, tokens), of the questions about it, and of their answers."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
     return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
 
 
-def quiz(tokenizer: PreTrainedTokenizerBase, document: Document) -> tuple[torch.Tensor, Tokens, Tokens]:
-    """Token ids of a document, (1, tokens), of its questions, and of their answers."""
+def quiz(tokenizer: PreTrainedTokenizerBase, document: Document) -> Quiz:
+    """A document and all its facts as a quiz."""
     questions, wanted = (
         [tokenize(tokenizer, getattr(fact, name))[0].tolist() for fact in document.facts]
         for name in ("question", "answer")

@@ -26,7 +26,7 @@ from scout_hf.eval.methods.speed import Emulation, emulation_of
 from scout_hf.eval.pocket import TASKS
 from scout_hf.eval.records import Record
 
-MOST_STEPS, MOST_ROWS = 60, 16
+MOST_ROWS = 16
 SPEED, EQUAL, SCORE = "speed", "equal", "score"
 SCORE_ONLY = (arms.KVPRESS, "scout, one tier")
 SPEED_ONLY = (arms.FOLDED, *arms.SAME_ANSWERS)
@@ -101,16 +101,11 @@ def run(options: Methods, grid: Grid | None = None, command: str | None = None, 
 
     def measure(cell: Cell) -> dict[str, Any]:
         if cell["part"] == SCORE:
-            size = (cell["context"], cell["budget"], block_size // 2)
-            return score.measure(
-                model, cell["way"], cell["task"], *size, questions, Emulation(), options.kvpress_python
-            )
+            return score.measure(cell, options, questions)
         if not cell["batch"]:
             memory = f"{cell['gib']:g} GiB" if "gib" in cell else "a row of stock"
             return {"oom": f"one row holds more than {memory} on the device"}
-        size = (cell["context"], cell["batch"], budget, block_size)
-        how = (emulation, options.drift, grid.seconds, MOST_STEPS)
-        return speed.measure(random_model(cell["shape"]), cell["way"], *size, *how)
+        return speed.measure(cell, options, random_model(cell["shape"]), emulation, grid.seconds)
 
     timed = [name for name in chosen if name not in SCORE_ONLY]
     wanted = [*_speed(shape, contexts, grid.batches, timed)]

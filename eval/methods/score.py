@@ -18,9 +18,9 @@ from transformers import Cache, PreTrainedModel, QuantizedCache
 from scout_hf.eval import arms
 from scout_hf.eval.arms import Missing
 from scout_hf.eval.caches import stats_and_bytes
-from scout_hf.eval.decode_path import Answers, answers, decode, prefill, quiz
+from scout_hf.eval.decode_path import Answers, Quiz, answers, decode, prefill, quiz
 from scout_hf.eval.methods import kvpress_apart
-from scout_hf.eval.methods.speed import Emulation
+from scout_hf.eval.methods.options import Methods
 from scout_hf.eval.pocket import WEIGHTS, load_pocket
 from scout_hf.eval.pocket.tasks import exercises
 from scout_hf.files import read_json
@@ -33,24 +33,16 @@ _ANSWER = fields(
 REMEDY = "pip install kvpress, here, or in a separate environment that --kvpress-python names"
 
 
-def kvpress(
-    model: Path,
-    documents: Sequence[list[int]],
-    questions: Sequence[list[list[int]]],
-    expected: Sequence[list[list[int]]],
-    share: float,
-    rows: int,
-    python: str | None,
-) -> dict[str, Any]:
+def kvpress(model: Path, quizzes: Sequence[Quiz], share: float, python: str | None) -> dict[str, Any]:
     """One cell, as :func:`measure` gives it, of a model's folder.
 
-    Documents, questions and expected answers are token ids, all questions of one length, and all answers; a ``share``
-    of a document's tokens stays, and ``rows`` questions are decoded together. Raises Missing where that interpreter
-    (None: this one) has no kvpress, RuntimeError with the last line that it wrote if it failed.
+    All questions have one length, and all answers; a ``share`` of a document's tokens stays. Raises Missing where that
+    interpreter (None: this one) has no kvpress, RuntimeError with the last line that it wrote if it failed.
     """
-    quizzes = [{"document": ids, "questions": asked} for ids, asked in zip(documents, questions)]
-    request = {"model": str(model), "quizzes": quizzes, "length": len(expected[0][0]), "share": share}
-    request |= {"rows": rows, "threads": torch.get_num_threads()}
+    wanted = [answer for _, _, expected in quizzes for answer in expected]
+    parts = [{"document": ids[0].tolist(), "questions": asked} for ids, asked, _ in quizzes]
+    request = {"model": str(model), "quizzes": parts, "length": len(wanted[0]), "share": share}
+    request |= {"rows": ROWS, "threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
         asked.write_text(json.dumps(request))
@@ -64,7 +56,6 @@ def kvpress(
         found = read_json(answered, _answer, "is --kvpress-python an interpreter of this machine?")
     if "absent" in found:
         raise Missing(f"not installed: {REMEDY}")
-    wanted = [answer for row in expected for answer in row]
     right = sum(given == answer for given, answer in zip(found["ids"], wanted))
     return {
         "right": right,
@@ -90,30 +81,18 @@ subject = lru_cache(maxsize=2)(load_pocket)
 
 
 @torch.no_grad()
-def measure(
-    model_name: str,
-    way_name: str,
-    task: str,
-    context: int,
-    budget: int,
-    block_size: int,
-    questions: int,
-    emulation: Emulation,
-    kvpress_python: str | None = None,
-) -> dict[str, Any]:
-    """One cell: right answers of how many, and per step of up to 16 rows the time."""
-    model, tokenizer = subject(model_name)
-    arm = arms.find(way_name)
-    quizzes = [quiz(tokenizer, document) for document in exercises(task, context, questions, FIRST_SEED)]
+def measure(cell: dict[str, Any], options: Methods, questions: int) -> dict[str, Any]:
+    """One cell, with nothing emulated: right answers of how many, and per step of up to 16 rows the time."""
+    model, tokenizer = subject(options.model)
+    context, budget = cell["context"], cell["budget"]
+    quizzes = [quiz(tokenizer, document) for document in exercises(cell["task"], context, questions, FIRST_SEED)]
     found: dict[str, Any] = {"right": 0, "questions": questions}
     total, cpu, read = Answers([]), 0.0, 0.0
     try:
-        if way_name == arms.KVPRESS:
-            documents, *parts = zip(*quizzes)
-            documents = [ids[0].tolist() for ids in documents]
-            return kvpress(WEIGHTS / model_name, documents, *parts, budget / context, ROWS, kvpress_python)
-        rates = emulation.options() if arm.emulated else {}
-        with arm.caches(model, budget=budget, block_size=block_size, **rates) as caches:
+        if cell["way"] == arms.KVPRESS:
+            return kvpress(WEIGHTS / options.model, quizzes, budget / context, options.kvpress_python)
+        size = {"budget": budget, "block_size": options.block_size // 2}
+        with arms.find(cell["way"]).caches(model, **size) as caches:
             for ids, asked, wanted in quizzes:
                 begin = time.perf_counter()
                 cache = prefill(model, caches.new(), ids)

@@ -22,6 +22,7 @@ from scout_hf.eval.bench.models import MODELS, make_llama
 from scout_hf.eval.bench.models import make_model as make_shape
 from scout_hf.eval.bench.timing import median_of
 from scout_hf.eval.caches import DTYPE, kv_bytes_per_token, stats_and_bytes
+from scout_hf.eval.methods.options import Methods
 from scout_hf.kernels import attend
 from scout_hf.patches import family_of
 
@@ -67,11 +68,11 @@ def emulation_of(
     )
 
 
-def device_gbps(tokens: int = 8192, repeat: int = 9) -> float:
+def device_gbps() -> float:
     """GB/s of KV of torch's attention on this machine: one row, 32 query and 8 KV heads of 64, bf16."""
-    keys, values = (torch.randn(1, 8, tokens, 64).to(torch.bfloat16) for _ in range(2))
+    keys, values = (torch.randn(1, 8, 8192, 64).to(torch.bfloat16) for _ in range(2))
     query = torch.randn(1, 32, 1, 64).to(torch.bfloat16)
-    return 2 * keys.nbytes / median_of(lambda: attend(query, keys, values, 0.125), repeat) / 1e9
+    return 2 * keys.nbytes / median_of(lambda: attend(query, keys, values, 0.125), 9) / 1e9
 
 
 SHAPES = {"gqa": {"num_key_value_heads": 8}, "mha": {"num_key_value_heads": 32}}
@@ -80,7 +81,7 @@ SHAPES = {"gqa": {"num_key_value_heads": 8}, "mha": {"num_key_value_heads": 32}}
 TURN_TOKENS = 64
 CHUNK_TOKENS = 4096
 WARM_UPS, WATCHED = 4, 4
-FEWEST = 3
+FEWEST, MOST_STEPS = 3, 60
 SPARE_BYTES = 1 << 30
 
 
@@ -131,44 +132,35 @@ def fill(model: PreTrainedModel, cache: Cache, rows: int, tokens: int, seed: int
 
 
 def measure(
-    model: PreTrainedModel,
-    way_name: str,
-    context: int,
-    batch: int,
-    budget: int,
-    block_size: int,
-    emulation: Emulation,
-    drift_share: float,
-    seconds: float,
-    most_steps: int,
+    cell: dict[str, Any], options: Methods, model: PreTrainedModel, emulation: Emulation, seconds: float
 ) -> dict[str, Any]:
     """Time the decode steps of one cell, for so many seconds, but at least 3 of them; figures for JSON.
 
-    ``drift_share`` of the chosen blocks changes per step. Only ``missing`` if the arm cannot run here, or ``oom`` if
-    the KV does not fit into memory.
+    Only ``missing`` if the arm cannot run here, or ``oom`` if the KV does not fit into memory.
     """
-    arm = arms.find(way_name, arms.RANDOM)
+    context, batch, budget, share = cell["context"], cell["batch"], options.budget, options.drift
+    arm = arms.find(cell["way"], arms.RANDOM)
     on_device = model.device.type != "cpu"
     need = batch * context * kv_bytes_per_token(model.config) * model.dtype.itemsize // DTYPE.itemsize
     if 3.2 * need + SPARE_BYTES > psutil.virtual_memory().available:
         return {"oom": f"{need / 2**30:.1f} GiB of KV, several times in memory"}
-    drift.settings_for(drift.correlation_for(drift_share, min(0.5, budget / context)), "auto" if on_device else "torch")
-    DriftingInfiniGen.share = drift_share
+    drift.settings_for(drift.correlation_for(share, min(0.5, budget / context)), "auto" if on_device else "torch")
+    DriftingInfiniGen.share = share
     if on_device and arm.options and arm.options.get("split") == "cpu":
         arm = replace(arm, options=arm.options | {"split": "auto"})
     rates = emulation.options() if arm.emulated else {}
     try:
-        with arm.caches(model, budget=budget, block_size=block_size, **rates) as caches:
+        with arm.caches(model, budget=budget, block_size=options.block_size, **rates) as caches:
             cache, begin = caches.new(), time.perf_counter()
             fill(model, cache, batch, context)
             found = {"fill_s": round(time.perf_counter() - begin, 2)}
-            return found | _steps(model, cache, caches.handle, batch, seconds, most_steps)
+            return found | _steps(model, cache, caches.handle, batch, seconds)
     except arms.Missing as why:
         return {"missing": str(why)}
 
 
 @torch.no_grad()
-def _steps(model, cache, handle, batch: int, seconds: float, most_steps: int) -> dict[str, Any]:
+def _steps(model, cache, handle, batch: int, seconds: float) -> dict[str, Any]:
     random = torch.Generator(model.device).manual_seed(1)
     taken: list[float] = []
 
@@ -186,7 +178,7 @@ def _steps(model, cache, handle, batch: int, seconds: float, most_steps: int) ->
         handle.reset_stats()
     # All threads of this process: finer than what the system's tables say.
     begin, cpu = time.perf_counter(), time.process_time()
-    while len(taken) < FEWEST or (len(taken) < most_steps and time.perf_counter() - begin < seconds):
+    while len(taken) < FEWEST or (len(taken) < MOST_STEPS and time.perf_counter() - begin < seconds):
         taken.append(step())
     cpu = time.process_time() - cpu
     low, middle, high = (1e3 * float(value) for value in np.percentile(taken, (25, 50, 75)))

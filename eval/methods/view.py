@@ -88,11 +88,11 @@ def scores(record: Record) -> Iterator[Cell]:
         )
 
 
-def score_of(record: Record, way: str, share: float = 0.125) -> str:
-    """Right answers of an arm in per cent, at a budget of that share of the context; a dash if there are none."""
+def score_of(record: Record, way: str) -> str:
+    """Right answers of an arm in per cent, at an eighth of the context; a dash if there are none."""
     way = arms.SAME_ANSWERS.get(way, way)
     for one in scores(record):
-        if one["way"] == way and one["budget"] in (one["context"], int(share * one["context"])):
+        if one["way"] == way and one["budget"] in (one["context"], int(0.125 * one["context"])):
             return f"{one['share']:.0%}".replace("%", " %")
     return NONE
 

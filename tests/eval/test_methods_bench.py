@@ -108,9 +108,9 @@ def test_a_run_that_was_ended_continues(record, path, monkeypatch):
     def known(part):
         """What the first run found, in place of measuring it once more."""
 
-        def measure(_, way, first, *rest):
-            size = {"task": first} if part == "score" else {"context": first, "batch": rest[0]}
-            same = [one for one in record["cells"] if one["way"] == way and size.items() <= one.items()]
+        def measure(cell, *_):
+            named = ("way", "task") if part == "score" else ("way", "context", "batch")
+            same = [one for one in record["cells"] if all(one.get(name) == cell[name] for name in named)]
             return next(one for one in same if (one["part"] == "score") == (part == "score"))
 
         return measure
@@ -168,12 +168,12 @@ ONE = SMALL | {"mha_contexts": (), "equal_context": None, "memory_gib": (), "tas
 def test_an_error_is_a_result_and_tried_again(tmp_path, monkeypatch):
     measure, told = runs.speed.measure, []
 
-    def fail(model, way, *size):
-        if way == "dense":
+    def fail(cell, *given):
+        if cell["way"] == "dense":
             raise RuntimeError("no luck\nat all")
-        if way == "scout":
+        if cell["way"] == "scout":
             raise MemoryError("too much")
-        return measure(model, way, *size)
+        return measure(cell, *given)
 
     monkeypatch.setattr(runs.speed, "measure", fail)
     found = compare(**ONE, out=tmp_path, tell=told.append)["cells"]
@@ -287,17 +287,17 @@ def test_bytes_of_tensors_that_are_made_of_others():
 
 def test_kvpress_is_asked_in_another_process(tmp_path):
     with pytest.raises(arms.Missing, match="not installed"):
-        score.kvpress(tmp_path, [[1, 2]], [[[3]]], [[[4]]], 0.5, 2, str(tmp_path / "no-such-python"))
+        score.kvpress(tmp_path, [(torch.tensor([[1, 2]]), [[3]], [[4]])], 0.5, str(tmp_path / "no-such-python"))
     fake = tmp_path / "python"
     found = {"ids": [[4, 5], [4, 6]], "prefill_s": 1.0, "seconds": 2.0, "steps": 4, "kept": 1, "device_bytes": 8}
     answer = json.dumps(found | {"versions": {"kvpress": "0"}})
     fake.write_text(f"#!{sys.executable}\nimport sys\nopen(sys.argv[3], 'w').write({answer!r})\n")
     fake.chmod(0o755)
-    got = score.kvpress(tmp_path, [[1, 2]], [[[3], [3]]], [[[4, 5], [4, 5]]], 0.5, 2, str(fake))
+    got = score.kvpress(tmp_path, [(torch.tensor([[1, 2]]), [[3], [3]], [[4, 5], [4, 5]])], 0.5, str(fake))
     assert (got["right"], got["questions"], got["row_step_ms"], got["exact"]) == (1, 2, 500.0, False)
     fake.write_text(f"#!{sys.executable}\nraise SystemExit('out of luck')\n")
     with pytest.raises(RuntimeError, match="out of luck"):
-        score.kvpress(tmp_path, [[1, 2]], [[[3]]], [[[4]]], 0.5, 2, str(fake))
+        score.kvpress(tmp_path, [(torch.tensor([[1, 2]]), [[3]], [[4]])], 0.5, str(fake))
 
 
 def test_scores_are_those_of_what_is_timed():
