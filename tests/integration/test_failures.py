@@ -144,6 +144,8 @@ def raise_in_native_code(monkeypatch, plant):
 
     def pack_lists(*args):
         lists = REAL_PACK(*args)
+        if not lists.counts.any():
+            return lists  # no block would be looked for
         try:
             plant()
         except Planted:
@@ -174,10 +176,13 @@ def test_a_cpu_job_that_raises(monkeypatch, backend, way, error, host_dtype):
     with scout_hf.patch(model, **LOSSY, cpu_backend=backend, host_dtype=host_dtype) as handle:
         expected = run(model, prompt())
         way(monkeypatch, plant)
-        cache = handle.new_cache()
+        cache, passes = handle.new_cache(), []
+        # Layers whose blocks are all resident have no job, so it depends on the blocks which pass fails.
+        model.model.embed_tokens.register_forward_hook(lambda *_: passes.append(None))
         with pytest.raises(error):
             run(model, prompt(), past_key_values=cache)
-        assert [layer.get_seq_length() for layer in cache.layers] == [51] * 3
+        assert len(passes) > 2
+        assert [layer.get_seq_length() for layer in cache.layers] == [prompt().shape[1] + len(passes) - 2] * 3
         assert all(layer.method.state == StepState() for layer in cache.layers)
         assert_equal(run(model, prompt()), expected)
         assert len(calls) > 6
