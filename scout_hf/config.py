@@ -35,6 +35,10 @@ class ScoutConfig:
         (0, 1] is a share of each row's context, ``None`` attends to everything. Sinks and window count in the budget,
         and are attended even where they exceed it; the block that is being filled does not count. On two tiers a step
         also attends residents that are not in its top-k, as in the paper; it can exceed the budget by the CPU's share.
+    mass : float or None, default None
+        With a digest that estimates attention mass (``sign``, ``sign2``): each layer and KV head attends as few blocks
+        as hold this share of the mass by their estimate, in (0, 1), and at least 256 tokens. The budget is then the
+        most that it attends; 1.0 sets no limit. ``None``: the budget alone decides. Other digests take no notice.
     block_size : int, default 32
         Tokens per block, the unit of selection, storage and transfer: 8, 16, 32, 64, 128 or 256.
     sinks : int, default 4
@@ -109,6 +113,7 @@ class ScoutConfig:
     method: str = "scout"
     method_options: dict[str, Any] | None = None
     budget: int | float | None = 2048
+    mass: float | None = None
     block_size: int = 32
     sinks: int = 4
     window: int = 32
@@ -145,6 +150,7 @@ class ScoutConfig:
         if not _is_int(self.block_size) or self.block_size not in BLOCK_SIZES:
             self._refuse("block_size", f"one of {_listed(BLOCK_SIZES)}", "32, or 16 for short contexts")
         self._check_budget()
+        self._check_mass()
         for name in ("sinks", "window"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 0:
                 self._refuse(name, "a number of tokens, 0 or more", "0 to switch it off")
@@ -210,9 +216,14 @@ class ScoutConfig:
             )
         return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)} | options)
 
+    @property
+    def attends_all(self) -> bool:
+        """Whether all layers attend to all tokens: ``budget`` is None or 1.0, and ``mass`` takes nothing away."""
+        return self.budget is None or (self.budget == 1.0 and self.mass is None)
+
     def is_dense(self, layer_idx: int) -> bool:
-        """Whether this layer attends to all tokens, by ``budget`` (None or 1.0) or ``dense_layers``."""
-        return self.budget is None or self.budget == 1.0 or self.names_dense(layer_idx)
+        """Whether this layer attends to all tokens, by ``budget`` or ``dense_layers``."""
+        return self.attends_all or self.names_dense(layer_idx)
 
     def names_dense(self, layer_idx: int) -> bool:
         """Whether ``dense_layers`` names this layer."""
@@ -234,6 +245,14 @@ class ScoutConfig:
                 self._refuse("budget", allowed, hint)
         elif not isinstance(self.budget, float) or not 0.0 < self.budget <= 1.0:
             self._refuse("budget", allowed, "2048, or 0.1 for a tenth")
+
+    def _check_mass(self) -> None:
+        if self.mass is None:
+            return
+        if not isinstance(self.mass, float) or not 0.0 < self.mass < 1.0:
+            self._refuse("mass", "None, or a share of the attention mass, a float between 0 and 1", "0.95")
+        if self.budget is None:
+            self._refuse("mass", "None with budget=None, which attends to everything", "budget=1.0 for no limit")
 
     def _check_recall(self) -> None:
         allowed = "a float in (0, 1], a whole number of steps from 1 up, RecallIntervals, or None for never"

@@ -108,6 +108,10 @@ class Digest(ABC):
             Larger is better.
         """
 
+    def centre(self, query: torch.Tensor) -> torch.Tensor | float:
+        """What the logits behind ``score`` lack, base 2, (batch, query_heads) or a number; for ``per_head``."""
+        return 0.0
+
     def prepare(self, query: torch.Tensor) -> torch.Tensor:
         """The query in the form that the ``native`` scorer takes; unchanged by default."""
         return query

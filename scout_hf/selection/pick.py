@@ -42,19 +42,27 @@ def everything(batch: int, heads: int, blocks: int, padding_mask: torch.Tensor |
     return Pick(*(part[:, None].expand(batch, heads, blocks) for part in (order, valid)))
 
 
-def choose(scores: torch.Tensor, count: int | torch.Tensor, sinks: int, padding_mask: torch.Tensor | None) -> Pick:
+def choose(
+    scores: torch.Tensor,
+    count: int | torch.Tensor,
+    sinks: int,
+    padding_mask: torch.Tensor | None,
+    fewer: bool = False,
+) -> Pick:
     """The top-k blocks by score; sinks are always chosen.
 
     Parameters
     ----------
     scores : Tensor (batch, kv_heads, blocks) of float32
-        Larger is better; overwritten.
+        Larger is better; -inf is never chosen, but for sinks. Overwritten.
     count : int or Tensor (batch,)
         Blocks to choose (k), for all rows or for each.
     sinks : int
         Leading real blocks of a row that are always chosen; they count towards ``count``.
     padding_mask : Tensor (batch, blocks) of bool, or None
         False for blocks of only padding; None if there are none.
+    fewer : bool, default False
+        Whether scores may be -inf.
 
     Returns
     -------
@@ -78,7 +86,7 @@ def choose(scores: torch.Tensor, count: int | torch.Tensor, sinks: int, padding_
     most = min(blocks, count if isinstance(count, int) else int(count.max()))
     best = scores.topk(most, dim=2)
     valid = None
-    if padding_mask is not None:
+    if padding_mask is not None or fewer:
         valid = best.values > -torch.inf
     if not isinstance(count, int):
         within = torch.arange(most, dtype=torch.int64, device=scores.device) < count.to(scores.device)[:, None, None]

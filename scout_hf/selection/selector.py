@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 
 from scout_hf.config import ScoutConfig
-from scout_hf.kernels.cpu import BlockLists, pages
+from scout_hf.kernels.cpu import BlockLists, ByMass, pages
 from scout_hf.kernels.cpu.protocols import PagedStore
 from scout_hf.kernels.device import find_kernels_for
 from scout_hf.selection.auto import digest_for
 from scout_hf.selection.digest import Digest, make_digest
-from scout_hf.selection.group_mass import mean_share
+from scout_hf.selection.group_mass import keep_mass, mean_share, recent_mass
 from scout_hf.selection.pick import Pick, choose, everything, pack_lists
 from scout_hf.selection.reading import Blocks, in_parts, read_parts, read_sample
 from scout_hf.selection.table import DigestTable
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 # A digest is fitted to the first keys, and again each time a short context has grown GROWN-fold.
 ENOUGH_TOKENS, GROWN = 4096, 8
 POWER_QUERIES = 512
+# Tokens that are attended with ``mass`` in any case: heads that seem to look at few blocks are those whose estimate is
+# least certain.
+MASS_FLOOR = 256
 
 
 class Coded(NamedTuple):
@@ -67,7 +70,7 @@ class Selector:
     """
 
     uses: ClassVar[frozenset[str]] = frozenset(
-        {"budget", "block_size", "sinks", "window", "dense_layers", "digest", "gpu_kernels"}
+        {"budget", "mass", "block_size", "sinks", "window", "dense_layers", "digest", "gpu_kernels"}
     )
     """Fields of ``ScoutConfig`` that have an effect on a selection."""
 
@@ -220,23 +223,40 @@ class Selector:
 
     def lists(self, step: Step, query: torch.Tensor, store: PagedStore, blocks: int) -> BlockLists | None:
         """The blocks of a PagedKV to attend: the top-k of the first ``blocks`` and all newer ones; None for all."""
-        newest = store.blocks - blocks
-        count = None if self.dense else self._count(step, blocks)
-        if count is None or not blocks or (isinstance(count, int) and count >= blocks):
+        newest, count = store.blocks - blocks, self.count(step, blocks)
+        if count is None:
             return None
+
+        def tail() -> torch.Tensor:
+            return store.read(blocks * self.config.block_size, store.length)[0]
+
         if self.digest.native is not None:
             settings = (count, self.config.blocks(self.config.sinks), newest, self.config.block_size, step.mask)
+            limits = self._limits(step, query, blocks, tail)
             prepared = self.digest.prepare(query)
-            chosen = step.backend.select(self.digest.native, prepared, self.table.codes(blocks), *settings)
+            chosen = step.backend.select(self.digest.native, prepared, self.table.codes(blocks), *settings, limits)
             if chosen is not None:
                 return chosen
-        picked = self.pick(step, query, blocks, store.heads)
+        picked = self.pick(step, query, blocks, store.heads, tail)
         last = torch.arange(blocks, store.blocks, dtype=torch.int64, device=picked.ids.device)
         last = last.expand(*picked.ids.shape[:2], -1)
         ids, valid = torch.cat([picked.ids, last], dim=2), picked.valid
         return pack_lists(ids, None if valid is None else torch.cat([valid, torch.ones_like(last).bool()], dim=2))
 
-    def pick(self, step: Step, query: torch.Tensor, blocks: int, kv_heads: int) -> Pick:
+    @property
+    def by_mass(self) -> bool:
+        """Whether ``config.mass`` decides how many blocks are chosen."""
+        return self.config.mass is not None and self.digest.per_head
+
+    def pick(
+        self,
+        step: Step,
+        query: torch.Tensor,
+        blocks: int,
+        kv_heads: int,
+        tail: Callable[[], torch.Tensor] | None = None,
+        whole: bool = False,
+    ) -> Pick:
         """Choose the top-k of the first ``blocks``.
 
         Parameters
@@ -247,18 +267,42 @@ class Selector:
         blocks : int
             Candidate blocks; newer ones are always attended.
         kv_heads : int
+        tail : callable, or None
+            Returns the keys of all newer tokens, (batch, kv_heads, tokens, head_dim), whose mass counts with
+            ``config.mass``; None to count only candidates.
+        whole : bool
+            Use up the budget, whatever ``config.mass`` is.
 
         Returns
         -------
         Pick
         """
-        scores, count, padding_mask = self.rank(step, query, blocks)
+        scores, count, padding_mask = self.rank(step, query, blocks, tail, whole)
         if scores is None:
             return everything(query.shape[0], kv_heads, blocks, padding_mask, query.device)
-        return choose(scores, count, self.config.blocks(self.config.sinks), padding_mask)
+        return choose(scores, count, self.config.blocks(self.config.sinks), padding_mask, self.by_mass and not whole)
+
+    def _limits(
+        self, step: Step, query: torch.Tensor, blocks: int, tail: Callable[[], torch.Tensor] | None
+    ) -> ByMass | None:
+        """What ``config.mass`` asks for; None if it asks for nothing."""
+        if self.config.mass is None or not self.digest.per_head:
+            return None
+        least = self.config.blocks(MASS_FLOOR)
+        if tail is None:
+            return ByMass(self.config.mass, least, None)
+        keys, first = tail(), blocks * self.config.block_size
+        mask = None if step.mask is None else step.mask[:, first : first + keys.shape[2]].to(keys.device)
+        recent = recent_mass(query, keys, mask, self._scale) - self.digest.centre(query)
+        return ByMass(self.config.mass, least, recent)
 
     def rank(
-        self, step: Step, query: torch.Tensor, blocks: int
+        self,
+        step: Step,
+        query: torch.Tensor,
+        blocks: int,
+        tail: Callable[[], torch.Tensor] | None = None,
+        whole: bool = False,
     ) -> tuple[torch.Tensor | None, int | torch.Tensor, torch.Tensor | None]:
         """Scores of the first ``blocks`` blocks, and the top-k size; arguments as in :meth:`pick`.
 
@@ -274,12 +318,15 @@ class Selector:
         count = self.count(step, blocks)
         if count is None:
             return None, blocks, padding_mask
-        return self.scores(step, query, self.table.codes(blocks), padding_mask), count, padding_mask
+        limits = None if whole else self._limits(step, query, blocks, tail)
+        return self.scores(step, query, self.table.codes(blocks), padding_mask, limits=limits), count, padding_mask
 
     def count(self, step: Step, blocks: int) -> int | torch.Tensor | None:
         """The top-k size among the first ``blocks``, for all rows or for each; None if all are chosen."""
-        count = None if self.dense else self._count(step, blocks)
-        return None if not blocks or (isinstance(count, int) and count >= blocks) else count
+        if self.dense or not blocks:
+            return None
+        count = self._count(step, blocks)
+        return None if isinstance(count, int) and count >= blocks and not self.by_mass else count
 
     def scores(
         self,
@@ -288,10 +335,12 @@ class Selector:
         codes: torch.Tensor,
         padding_mask: torch.Tensor | None,
         filled: torch.Tensor | None = None,
+        limits: ByMass | None = None,
     ) -> torch.Tensor:
         """Scores (batch, kv_heads, blocks) of float32; undefined from block ``filled`` (1,) on, if that is given.
 
-        ``padding_mask`` is (batch, blocks) of bool or None, False for blocks of only padding.
+        ``padding_mask`` is (batch, blocks) of bool or None, False for blocks of only padding. With
+        ``limits``, blocks that are not needed get -inf.
         """
         scores, size = None, self.config.block_size
         if self.digest.native and self._kernels is not None:
@@ -305,7 +354,10 @@ class Selector:
         if filled is not None:
             places = torch.arange(codes.shape[2], dtype=filled.dtype, device=filled.device)
             scores = scores.masked_fill(places >= filled, -torch.inf)
-        return mean_share(scores, codes.shape[1], padding_mask)
+        if limits is None:
+            return mean_share(scores, codes.shape[1], padding_mask)
+        shares = mean_share(scores, codes.shape[1], padding_mask, limits.recent)
+        return keep_mass(shares, limits.mass, limits.least, padding_mask)
 
     def _count(self, step: Step, blocks: int) -> int | torch.Tensor:
         budget = self.config.budget

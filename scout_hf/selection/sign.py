@@ -79,7 +79,7 @@ class SignCode(Digest):
             balance = (balance / torch.maximum(power, least / balance)).sqrt()
         # Normalised so that a typical scale is about 1.
         typical = (spread / balance).square().mean(-1, keepdim=True).sqrt()
-        self.mean, self.divisor = mean, balance * typical
+        self.mean, self.divisor, self.scale = mean, balance * typical, scale
         self.factor = balance * typical * (scale * SHRINKAGE[self.bits] * math.log2(math.e))
         self.rotation = random_rotation(dim).to(spread.device)
 
@@ -102,6 +102,10 @@ class SignCode(Digest):
             into[..., : size * rows] = _pack(planes, size)
             into[..., size * rows :] = scale_to_byte(scale).unflatten(2, (-1, size))
         return codes
+
+    def centre(self, query: torch.Tensor) -> torch.Tensor | float:
+        grouped = query.float().unflatten(1, (self.mean.shape[1], -1))
+        return (grouped.squeeze(3) @ self.mean[..., None] * (self.scale * math.log2(math.e))).squeeze(-1).flatten(1)
 
     def prepare(self, query: torch.Tensor) -> torch.Tensor:
         """The query in the space of the codes, float32 (batch, query_heads, 1, bits * head_dim).

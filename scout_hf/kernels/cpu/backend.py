@@ -56,6 +56,22 @@ class Attended(NamedTuple):
     tokens: int
 
 
+class ByMass(NamedTuple):
+    """Blocks are chosen until they hold a share of the attention mass; see ``ScoutConfig.mass``.
+
+    mass : float
+        The share.
+    least : int
+        Blocks that are chosen in any case.
+    recent : Tensor (batch, query_heads) of float32, or None
+        Logarithms, base 2, of the mass of the newest tokens, which are not among the candidates.
+    """
+
+    mass: float
+    least: int
+    recent: torch.Tensor | None
+
+
 class CpuBackend(ABC):
     """Attention of one query per row over blocks of a paged store; thread-safe.
 
@@ -179,6 +195,7 @@ class CpuBackend(ABC):
         newest: int,
         block_size: int,
         padding_mask: torch.Tensor | None,
+        by_mass: ByMass | None = None,
     ) -> BlockLists | None:
         """The top-k blocks by score in ascending order, sinks included, followed by the newest blocks.
 
@@ -203,6 +220,8 @@ class CpuBackend(ABC):
         block_size : int
         padding_mask
             As in :meth:`attend_blocks`.
+        by_mass : ByMass or None
+            For ``"sign"``: choose fewer than ``count`` blocks where those hold enough of the attention mass.
 
         Returns
         -------

@@ -106,6 +106,9 @@ class SelectArgs(ctypes.Structure):
         ("count", c_int32),
         ("sinks", c_int32),
         ("scorer", c_int32),
+        ("least", c_int32),
+        ("mass", c_float),
+        ("recent", c_void_p),
     ]
 
 

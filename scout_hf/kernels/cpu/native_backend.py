@@ -10,7 +10,7 @@ import torch
 from scout_hf.errors import CacheStateError, NativeInputError
 from scout_hf.fusion import Partial
 from scout_hf.kernels.cpu.addresses import address
-from scout_hf.kernels.cpu.backend import Attended, BlockLists, CpuBackend
+from scout_hf.kernels.cpu.backend import Attended, BlockLists, ByMass, CpuBackend
 from scout_hf.kernels.cpu.library import (
     DTYPES,
     INT8,
@@ -120,6 +120,7 @@ class NativeBackend(CpuBackend):
         newest: int,
         block_size: int,
         padding_mask: torch.Tensor | None,
+        by_mass: ByMass | None = None,
     ) -> BlockLists | None:
         batch, heads, candidates = codes.shape[:3]
         library, known = self._library, self._knows(scorer, query, codes, block_size, padding_mask)
@@ -133,7 +134,7 @@ class NativeBackend(CpuBackend):
         most = min(int(count.max()) if isinstance(count, torch.Tensor) else count, candidates)
         ids = torch.empty((batch, heads, most + newest), dtype=torch.int32, device="cpu")
         counts = torch.empty((batch, heads), dtype=torch.int32, device="cpu")
-        choice = {"blocks": address(ids, torch.int32), "counts": address(counts, torch.int32)}
+        choice: dict[str, int | float] = {"blocks": address(ids, torch.int32), "counts": address(counts, torch.int32)}
         choice["blocks_stride"] = most + newest
         choice |= {"count": most, "sinks": sinks, "newest": newest}
         if count_of_rows is not None:
@@ -143,6 +144,10 @@ class NativeBackend(CpuBackend):
                 "padding_mask": address(padding_mask, torch.bool, strided=True),
                 "padding_mask_stride": padding_mask.stride(0),
             }
+        if by_mass is not None:
+            choice |= {"mass": by_mass.mass, "least": by_mass.least}
+            if by_mass.recent is not None:
+                choice["recent"] = address(by_mass.recent, torch.float32)
         self._select(library, query, codes, **known, **choice)
         return BlockLists(ids, counts)
 
@@ -184,7 +189,7 @@ class NativeBackend(CpuBackend):
             fits = fits and dim <= code * (1 + packed) <= MAX_PARTS * dim and dim <= 2 * MAX_HEAD_DIM
         return known if fits else None
 
-    def _select(self, library: Library, query: torch.Tensor, codes: torch.Tensor, **choice: int) -> None:
+    def _select(self, library: Library, query: torch.Tensor, codes: torch.Tensor, **choice: int | float) -> None:
         batch, heads, candidates, code = codes.shape
         query = query if query.stride(3) == 1 else query.contiguous()
         args = SelectArgs(

@@ -31,7 +31,7 @@ class TorchExecutor(Executor):
 
     def select(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
         state, blocks = layer.state, layer.kv.host.blocks
-        state.pick = layer.selector.pick(step, query, blocks, layer.kv_heads)
+        state.pick = layer.selector.pick(step, query, blocks, layer.kv_heads, lambda: layer.kv.tail()[0])
         state.missing = state.pick.valid_or_all() & ~layer.resident.holds(state.pick.ids, blocks)
 
     def submit_cpu(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
@@ -83,7 +83,7 @@ class TorchExecutor(Executor):
             sizes = (layer.slots(), host.block_size, host.head_dim)
             with resident_memory(layer, sizes[0]):
                 slots = ResidentSlots(len(query), layer.kv_heads, *sizes, host.dtype, query.device)
-        pick = layer.selector.pick(step, query, host.blocks, layer.kv_heads)
+        pick = layer.selector.pick(step, query, host.blocks, layer.kv_heads, whole=True)
         slots.load(pick.ids, pick.valid_or_all(), host)
         return slots
 

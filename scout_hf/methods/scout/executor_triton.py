@@ -94,7 +94,7 @@ class TritonExecutor(Executor):
     ) -> tuple[Any, torch.Tensor | None, int]:
         """The choice, scores that rank it if needed, and the largest top-k size of a list."""
         blocks = layer.kv.host.blocks
-        scores, count, block_mask = layer.selector.rank(step, query, blocks)
+        scores, count, block_mask = layer.selector.rank(step, query, blocks, lambda: layer.kv.tail()[0], loading)
         most = min(blocks, count if isinstance(count, int) else int(count.max()))
         if isinstance(count, torch.Tensor):
             count = count.to(query.device, non_blocking=True)
@@ -353,7 +353,7 @@ class TritonExecutor(Executor):
     def capture_key(self, layer: Layer, step: Step) -> tuple[Any, ...] | None:
         budget, kv, selector = layer.config.budget, layer.kv, layer.selector
         ready = isinstance(self.handoff, Flags) and not self.handoff.lost
-        if not ready or (isinstance(budget, float) and budget < 1.0):
+        if not ready or layer.config.mass is not None or (isinstance(budget, float) and budget < 1.0):
             return None
         self._cover(layer.resident, max(selector.table.capacity, kv.host.blocks))
         kept = (kv.buffers()[0], self.is_chosen, layer.resident.slot_of, layer.resident.keys, self.pages)

@@ -38,7 +38,7 @@ class Scout(TwoTierScout):
     @classmethod
     def is_exact(cls, config: ScoutConfig, device: torch.device) -> bool:
         predicts = cls.has_two_tiers(config, device) and config.layer_ahead and config.cpu_query != "real"
-        return config.budget in (None, 1.0) and not predicts and config.host_dtype is None
+        return config.attends_all and not predicts and config.host_dtype is None
 
     @classmethod
     def used_settings(cls, config: ScoutConfig, device: torch.device) -> frozenset[str]:

@@ -247,7 +247,13 @@ struct Select {
       const float highest = std::max(std::max(most[0], most[1]), std::max(most[2], most[3]));
       vf sum = {};
       for (int i = 0; i < capacity; i += 4) sum += power(load(mass + i) - highest);
-      const float all = highest + logarithm(vf{} + ((sum[0] + sum[1]) + (sum[2] + sum[3])))[0];
+      float all = highest + logarithm(vf{} + ((sum[0] + sum[1]) + (sum[2] + sum[3])))[0];
+      if (a.recent) {
+        const float other = a.recent[row * a.query_heads + list % a.kv_heads * group + h];
+        const float top = std::max(all, other), less = std::min(all, other);
+        if (less > -INFINITY) all = top + logarithm(1.0f + power(vf{} + (less - top)))[0];
+        else all = top;
+      }
       for (int i = 0; i < capacity; i += 4) {
         const vf share = load(mass + i) - all;
         memcpy(mass + i, &share, sizeof share);
@@ -288,6 +294,38 @@ struct Select {
     }
   }
 
+  // How many of the largest shares must be chosen, so that the others are at most `1 - a.mass` in all.
+  int needed(const float* shares, float* sizes) const {
+    // Bins of an eighth of a power of two; the last one has all that is smaller than 2^-32, NaN and padding.
+    constexpr int EIGHTHS = 256;
+    float sums[EIGHTHS] = {};
+    int counts[EIGHTHS] = {};
+    auto bin = [](float share) { return share > -31.9f ? share < 0 ? (int)(share * -8) : 0 : EIGHTHS - 1; };
+    int real = 0;
+    for (int i = 0; i < a.candidates; i += 4) {
+      const vf some = power(load(shares + i));
+      memcpy(sizes + i, &some, sizeof some);
+    }
+    for (int i = 0; i < a.candidates; i++) {
+      const int at = bin(shares[i]);
+      sums[at] += sizes[i], counts[at]++;
+      real += !(shares[i] == -INFINITY);
+    }
+    float left = 1 - a.mass;
+    int at = EIGHTHS - 1, others = a.candidates - real;  // padding is never chosen, nor needed
+    counts[at] -= others;
+    int out = 0;
+    for (; at >= 0 && sums[at] <= left; at--) left -= sums[at], out += counts[at];
+    if (at >= 0) {
+      int inside = 0;
+      for (int i = 0; i < a.candidates; i++)
+        if (bin(shares[i]) == at && !(shares[i] == -INFINITY)) sizes[inside++] = sizes[i];
+      std::sort(sizes, sizes + inside);
+      for (int i = 0; i < inside && sizes[i] <= left; i++) left -= sizes[i], out++;
+    }
+    return real - out;
+  }
+
   void score_range(int64_t item) {
     const int list = (int)(item / ranges), row = list / a.kv_heads, head = list % a.kv_heads;
     const int64_t first = item % ranges * RANGE_BLOCKS;
@@ -312,7 +350,9 @@ struct Select {
       memcpy(a.scores + ((int64_t)list * rows + h) * a.candidates, found + (int64_t)h * capacity,
              sizeof(float) * a.candidates);
     if (a.scorer == SCOUT_SIGN && a.blocks) mean_shares(list, row, own_scores);
-    const int want = std::min(a.want ? a.want[row] : a.count, a.candidates);
+    int want = std::min(a.want ? a.want[row] : a.count, a.candidates);
+    if (a.scorer == SCOUT_SIGN && a.blocks && a.mass > 0 && a.candidates)
+      want = std::min(want, std::max(a.least, needed(own_scores, spare + (int64_t)list * capacity)));
     int sinks = std::min(a.sinks, want);
     for (int i = 0; i < a.candidates && (a.padding_mask || sinks > 0); i++) {
       if (a.padding_mask && !any(marks(row, i), a.block_size))
