@@ -22,6 +22,7 @@ CPU = torch.device("cpu")
 BUILT_IN = ("scout", "dense", "kvpr", "infinigen", "hgca")
 CHANGED = {
     "budget": 64,
+    "mass": 0.9,
     "block_size": 16,
     "sinks": 8,
     "window": 8,
