@@ -107,6 +107,12 @@ class Journal:
         """The result of exactly this, or None."""
         return self._found.get(_key(asked), {}).get("result")
 
+    def others(self, part: dict[str, Any], asked: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What was asked besides ``asked``, in the order measured, of all results that agree with ``part``."""
+        known = {_key(one) for one in asked}
+        entries = (entry["asked"] for key, entry in self._found.items() if key not in known)
+        return [one for one in entries if all(one.get(name) == value for name, value in part.items())]
+
     def add(self, asked: dict[str, Any], result: dict[str, Any]) -> None:
         """Keep a result; it is on disk when this returns."""
         entry = {"schema": SCHEMA, "commit": self.commit, "asked": asked, "result": result}

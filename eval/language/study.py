@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -94,6 +95,7 @@ def study(
 ) -> dict[str, Any]:
     """Measure what is not in ``out`` yet; the record, which is written there too.
 
+    The record also has what ``out`` held of the same documents under other settings: a study may be made in parts.
     ConfigError or PatchError before anything is measured if the text is too short, the model cannot read so much, or a
     setting is none for it.
     """
@@ -128,6 +130,7 @@ def study(
             asked_for = {"exam": hashlib.sha256(repr(exam).encode()).hexdigest()}
             asked = [common | where | asked_for | {"setting": _said(one)} for one in every]
             _measure(model, tokenizer, exam, every, asked, journal, bar.update)
+            asked += journal.others(common | where | asked_for, asked)
             cells += [where | {"setting": one["setting"]} | (journal.get(one) or {}) for one in asked]
     record = {
         "study": "fidelity",
@@ -203,4 +206,5 @@ def _inside(stats: Any) -> dict[str, float | None]:
 
 
 def _said(config: ScoutConfig | None) -> dict[str, Any] | None:
-    return None if config is None else asdict(config)
+    # As a file gives it back: lists for tuples.
+    return None if config is None else json.loads(json.dumps(asdict(config)))
