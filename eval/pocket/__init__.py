@@ -70,18 +70,17 @@ def load_pocket(
     """
     if name not in POCKET_MODELS:
         raise ValueError(f"no pocket model {name!r}: there are {', '.join(POCKET_MODELS)}")
-    folder = installed(WEIGHTS / name, f"pocket --arch {name}")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model, tokenizer = load_trained(WEIGHTS / name, f"pocket --arch {name}", dtype)
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_CHAT
-    return model.eval(), tokenizer
+    return model, tokenizer
 
 
-def installed(folder: Path, recipe: str) -> Path:
-    """The folder, if it holds the weights of a model; else FileNotFoundError, which says how to get them."""
+def load_trained(folder: Path, recipe: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A packaged model and its tokenizer; FileNotFoundError without weights, which says how to get them."""
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(
             f"no model in {folder}: install the package with its data files, or train one with "
             f"`python -m scout_hf.eval.training.{recipe} --out {folder}`"
         )
-    return folder
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from scout_hf.eval.pocket import installed
+from scout_hf.eval.pocket import load_trained
 
 __all__ = ["WEIGHTS", "load_text_model"]
 
@@ -23,6 +23,4 @@ def load_text_model(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel
 
     FileNotFoundError if the weights are not installed.
     """
-    folder = installed(WEIGHTS, "text")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return load_trained(WEIGHTS, "text", dtype)
