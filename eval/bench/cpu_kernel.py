@@ -15,7 +15,7 @@ import torch
 from scout_hf import ScoutConfig
 from scout_hf.diagnostics import MemoryReader, native_isa
 from scout_hf.eval.bench import machine
-from scout_hf.eval.bench.options import CpuKernel, Tell, all_but, silent
+from scout_hf.eval.bench.options import CpuKernel, Tell, all_but, check_sizes, silent
 from scout_hf.eval.bench.timing import Timing, interleave
 from scout_hf.eval.caches import DTYPE, tensor_bytes
 from scout_hf.kernels.cpu import BlockLists, make_backend
@@ -309,20 +309,14 @@ def _ratios(times: dict[str, Timing], *names: str) -> dict[str, float]:
 
 
 def _check(options: CpuKernel) -> None:
-    (query_heads, kv_heads), head_dim, block_size = options.heads, options.head_dim, options.block_size
-    tokens, cache_tokens = options.tokens, options.cache_tokens
+    tokens, cache_tokens, head_dim = options.tokens, options.cache_tokens, options.head_dim
     if native_isa() is None:
         raise ValueError("there is no native library to measure; reinstall scout_hf with g++ or clang at hand")
-    if query_heads % kv_heads or head_dim % 32:
-        raise ValueError(
-            f"{query_heads} query heads, {kv_heads} KV heads of {head_dim}: the first must be a multiple of the "
-            "second, the size one of 32"
-        )
-    ScoutConfig(block_size=block_size)
-    for count in (*tokens, cache_tokens):
-        if count < block_size or count % block_size:
-            raise ValueError(f"{count} tokens are no whole number of blocks of {block_size}")
+    ScoutConfig(block_size=options.block_size)
+    check_sizes([options.heads], options.block_size, (*tokens, cache_tokens))
+    if head_dim % 32:
+        raise ValueError(f"--head-dim {head_dim}: allowed are multiples of 32; try 128")
     if max(tokens) > cache_tokens:
         raise ValueError(f"--tokens {max(tokens)}: the cache has {cache_tokens}; select less, or raise --cache-tokens")
-    each = 2 * cache_tokens * kv_heads * head_dim * DTYPE.itemsize
+    each = 2 * cache_tokens * options.heads[1] * head_dim * DTYPE.itemsize
     machine.check_memory(math.ceil(1.6 * CACHES * each) + 3 * each, "lower --cache-tokens")

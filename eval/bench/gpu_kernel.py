@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -21,7 +21,7 @@ from scout_hf.eval.bench import device as devices
 from scout_hf.eval.bench import machine
 from scout_hf.eval.bench.cpu_kernel import random_lists
 from scout_hf.eval.bench.gpu_rivals import by_gathering, made, with_flash, with_flash_attn, with_flashinfer, with_sdpa
-from scout_hf.eval.bench.options import GpuKernel, Tell, all_but, silent
+from scout_hf.eval.bench.options import GpuKernel, Tell, all_but, check_sizes, silent
 from scout_hf.eval.bench.timing import Timing, timed
 from scout_hf.eval.caches import DTYPE, tensor_bytes
 from scout_hf.kernels import find_kernels
@@ -68,7 +68,9 @@ def run(options: GpuKernel, tell: Tell = silent) -> dict[str, Any]:
     place = devices.find(options.device)
     for size in block_sizes:
         ScoutConfig(block_size=size)
-        _check(heads, head_dim, size, (*contexts, selected, cache_tokens, *score_tokens))
+        check_sizes(heads, size, (*contexts, selected, cache_tokens, *score_tokens))
+    if head_dim % 8 or not 8 <= head_dim <= 256:
+        raise ValueError(f"--head-dim {head_dim}: allowed are multiples of 8 from 8 to 256; try 128")
     if selected > cache_tokens:
         raise ValueError(f"--selected {selected}: the cache has {cache_tokens} tokens; select less")
     kernels = find_kernels("triton", place)
@@ -301,16 +303,3 @@ def parse_heads(text: str) -> tuple[int, int]:
     except ValueError:
         raise ValueError(f"--heads {text}: allowed are query heads / KV heads; try 32/8") from None
     return query_heads, kv_heads
-
-
-def _check(heads, head_dim: int, size: int, lengths: Sequence[int]) -> None:
-    for query_heads, kv_heads in heads:
-        if kv_heads < 1 or query_heads < 1 or query_heads % kv_heads:
-            raise ValueError(f"--heads {query_heads}/{kv_heads}: query heads must be a multiple of KV heads; try 32/8")
-    if head_dim % 8 or not 8 <= head_dim <= 256:
-        raise ValueError(f"--head-dim {head_dim}: allowed are multiples of 8 from 8 to 256; try 128")
-    for tokens in lengths:
-        if tokens < size or tokens % size:
-            raise ValueError(
-                f"{tokens} tokens are no whole number of blocks of {size}; try {-(-tokens // size) * size}"
-            )

@@ -5,7 +5,7 @@ Nothing heavy is imported before that. In those of a GPU, None and an empty list
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -130,6 +130,17 @@ class GpuDecode:
 def all_but(options: Any, *names: str) -> dict[str, Any]:
     """Options by name, as a record keeps them, without some."""
     return {name: value for name, value in asdict(options).items() if name not in names}
+
+
+def check_sizes(heads: Iterable[tuple[int, int]], block_size: int, lengths: Iterable[int]) -> None:
+    """ValueError unless KV heads divide query heads, and all lengths are whole numbers of blocks."""
+    for query_heads, kv_heads in heads:
+        if kv_heads < 1 or query_heads < 1 or query_heads % kv_heads:
+            raise ValueError(f"--heads {query_heads}/{kv_heads}: query heads must be a multiple of KV heads; try 32/8")
+    for tokens in lengths:
+        if tokens < block_size or tokens % block_size:
+            near = -(-max(1, tokens) // block_size) * block_size
+            raise ValueError(f"{tokens} tokens are no whole number of blocks of {block_size}; try {near}")
 
 
 def silent(line: str) -> None:
