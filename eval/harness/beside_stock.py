@@ -12,13 +12,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import rich.box
 from rich.console import Console
-from rich.table import Table
 
 from scout_hf.eval.harness import HarnessError
 from scout_hf.eval.harness.command import option
-from scout_hf.eval.tables import tiers
+from scout_hf.eval.tables import Grid, tiers
 from scout_hf.files import write_text
 
 REPORT = "beside_stock.json"
@@ -106,17 +104,14 @@ def show(rows: list[Row], console: Console | None = None) -> None:
     console = console or Console()
     if not console.is_terminal:
         console.width = 140
-    table = Table(title="stock attention and scout", title_justify="left", box=rich.box.SIMPLE_HEAD)
-    table.add_column("task", overflow="fold")
-    table.add_column("metric")
-    for name in ("stock", "scout", "differ.", "tok/s stock", "tok/s scout", "KV stock", "KV scout", "attended"):
-        table.add_column(name, justify="right")
+    figures = ("stock", "scout", "differ.", "tok/s stock", "tok/s scout", "KV stock", "KV scout", "attended")
+    table = Grid("stock attention and scout", ("task", "metric", *figures), 2)
     for row in rows:
         stock, scout = (row.cost.get(side) or {} for side in SIDES)
         scores = f"{row.stock:.4f}", f"{row.scout:.4f}", f"{row.difference:+.4f}"
         speeds = (_number(cost.get("tokens_per_second"), ".1f") for cost in (stock, scout))
         held = (f"{tiers(cost['kv_bytes'])} MiB" if cost.get("kv_bytes") else "-" for cost in (stock, scout))
-        table.add_row(row.task, row.metric, *scores, *speeds, *held, _number(scout.get("attended_share"), ".1%"))
+        table.add(row.task, row.metric, *scores, *speeds, *held, _number(scout.get("attended_share"), ".1%"))
     console.print(table, highlight=False)
 
 
