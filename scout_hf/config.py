@@ -52,8 +52,8 @@ class ScoutConfig:
         What represents a block during selection. ``minmax``: minimum and maximum per channel, as in the paper.
         ``minmax-int8``: the same in half the bytes. ``minmax-sub``: bounds per 8 tokens in 4 bits. ``sign``: one bit
         per channel and token, scored as attention mass. ``sign2``: two bits. ``auto``: ``sign2``, or ``sign`` for large
-        head sizes, where native code or a GPU kernel scores it and the budget is below half of the context, else
-        ``minmax``. ``scout_hf.selection.register_digest`` adds others.
+        head sizes, where native code or a GPU kernel scores it, else ``minmax``.
+        ``scout_hf.selection.register_digest`` adds others.
     split : {"auto", "cpu", "off"}, default "auto"
         Where KV is stored. ``auto``: two tiers (host memory, and resident blocks on the GPU) if the model is on a GPU,
         else one tier. ``cpu``: two tiers, both in host memory: the GPU path without a GPU. ``off``: one tier on the

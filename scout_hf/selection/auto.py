@@ -11,15 +11,13 @@ from scout_hf.kernels.device import MOST_CHANNELS, find_kernels_for
 from scout_hf.selection.digest import find_digest
 
 AUTO = "auto"
-# With a budget of at least this share of the context, min/max selects as well, in a fraction of the time.
-EASY_SHARE = 0.5
 
 
 def digest_for(config: ScoutConfig, keys: torch.Tensor) -> str:
     """The name of the digest for a layer.
 
-    ``"auto"`` is the sign code of two bits, or of one for large head sizes, but min/max for a share budget of 0.5 or
-    more or where neither native code nor a GPU kernel scores sign codes.
+    ``"auto"`` is the sign code of two bits, or of one for large head sizes, and min/max where neither native code nor a
+    GPU kernel scores sign codes.
 
     Parameters
     ----------
@@ -47,8 +45,6 @@ def digest_for(config: ScoutConfig, keys: torch.Tensor) -> str:
     if config.digest != AUTO:
         check_digest(config.digest, keys.shape[-1])
         return config.digest
-    if isinstance(config.budget, float) and config.budget >= EASY_SHARE:
-        return "minmax"
     bits = _most_bits(config, keys) // keys.shape[-1] if find_digest("sign").serves(keys.shape[-1]) else 0
     return "sign2" if bits >= 2 else "sign" if bits else "minmax"
 

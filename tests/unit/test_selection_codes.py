@@ -357,7 +357,8 @@ def test_auto_takes_the_sign_code_where_it_helps(monkeypatch):
     # Native code takes 512 bits a token.
     for dim, name in ((256, "sign2"), (264, "sign"), (512, "sign"), (520, "minmax")):
         assert digest_for(ScoutConfig(), torch.empty(1, 2, 0, dim)) == name
-    assert digest_for(ScoutConfig(digest="auto", budget=0.5), keys) == "minmax"
+    for share, mass in ((0.5, None), (0.9, None), (1.0, 0.9)):
+        assert digest_for(ScoutConfig(digest="auto", budget=share, mass=mass), keys) == "sign2"
     assert digest_for(ScoutConfig(digest="auto"), torch.empty(1, 2, 0, 60)) == "minmax"
     assert digest_for(ScoutConfig(digest="auto"), keys.to("meta")) == "minmax"
     assert digest_for(ScoutConfig(digest="minmax-sub", budget=0.5), keys) == "minmax-sub"
@@ -373,7 +374,6 @@ def test_auto_takes_the_sign_code_on_a_gpu_with_kernels(monkeypatch):
     monkeypatch.setattr(device, "find_kernels", lambda setting, place: None if setting == "torch" else device)
     for dim, name in ((64, "sign2"), (128, "sign2"), (136, "sign"), (256, "sign"), (264, "minmax"), (60, "minmax")):
         assert digest_for(ScoutConfig(), torch.empty(1, 2, 0, dim, device="meta")) == name
-    assert digest_for(ScoutConfig(budget=0.5), keys) == "minmax"
     assert digest_for(ScoutConfig(), keys.double()) == "minmax"
     assert digest_for(ScoutConfig(gpu_kernels="torch"), keys) == "minmax"
 
