@@ -359,8 +359,8 @@ def test_the_choice_drifts_as_asked_for(apart, share, monkeypatch):
     chosen = {}
     pick = Selector.pick
 
-    def watched(self, *given):
-        found = pick(self, *given)
+    def watched(self, *given, **named):
+        found = pick(self, *given, **named)
         chosen.setdefault(id(self), []).append(found.ids)
         return found
 
