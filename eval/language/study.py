@@ -21,6 +21,7 @@ from scout_hf.eval.caches import caches_of
 from scout_hf.eval.language.forced import LAST_TOKENS, Answers, Reading, cost_of_asking, cost_of_reading
 from scout_hf.eval.language.tasks import Exam, make_exam
 from scout_hf.eval.records import Journal, write_record
+from scout_hf.files import parse_json
 from scout_hf.rules import anything, count, fields, flag, items, maybe, number, one_of, simple, table, text
 
 JOURNAL, RECORD = "fidelity.jsonl", "fidelity.json"
@@ -207,4 +208,4 @@ def _inside(stats: Any) -> dict[str, float | None]:
 
 def _said(config: ScoutConfig | None) -> dict[str, Any] | None:
     # As a file gives it back: lists for tuples.
-    return None if config is None else json.loads(json.dumps(asdict(config)))
+    return None if config is None else parse_json(json.dumps(asdict(config)))

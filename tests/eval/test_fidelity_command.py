@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from scout_hf import ConfigError
 from scout_hf.cli import app
 from scout_hf.errors import MissingFileError
-from scout_hf.eval.language import command, figures, report, study
+from scout_hf.eval.language import command, figures, packaged, report, study
 from scout_hf.eval.markdown import begin_mark, between_marks, end_mark, to_markdown
 from scout_hf.eval.options import Fidelity
 from scout_hf.eval.records import read_record
@@ -78,6 +78,7 @@ def test_without_a_model_it_is_the_usual_one_or_one_of_the_package(monkeypatch):
 
 def test_nobody_to_ask_is_a_no(monkeypatch, tmp_path):
     monkeypatch.setenv("SCOUT_HF_CACHE", str(tmp_path))
+    monkeypatch.setattr(packaged, "must_be_readable", lambda name: None)
     told = []
     assert command.model_of(Fidelity(), told.append)[0] == command.POCKET
     assert "nobody to ask: say --yes" in told[0]
