@@ -108,6 +108,9 @@ class PagedStore(Protocol):
     def table(self) -> Table:
         """The page table."""
 
+    def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A copy of tokens ``start:stop``: keys and values, (batch, kv_heads, stop - start, head_dim) each."""
+
     def gather(self, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Copy blocks (batch, kv_heads, n) of int64 into tensors (batch, kv_heads, n, block_size, head_dim)."""
 
