@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from scout_hf import ScoutConfig
-from scout_hf.eval.language.tasks import CONTINUATION, RECORDS, REPETITION, RETRIEVAL
+from scout_hf.eval.language.facts import RETRIEVAL
+from scout_hf.eval.language.tasks import CONTINUATION, RECORDS, REPETITION
 from scout_hf.eval.tables import by
 
 TASKS = (*RETRIEVAL, RECORDS, REPETITION, CONTINUATION)

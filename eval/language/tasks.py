@@ -14,29 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from scout_hf.errors import ConfigError
+from scout_hf.eval.language.facts import JOBS, NAMES, Fact, facts
 
-NAMES = (
-    "Alice Bruno Clara David Elena Frank Grace Henry Irene Jacob Karen Lucas Maria Nadia Oscar Paula Quentin Rosa "
-    "Simon Tara Ursula Victor Wanda Xavier Yvonne Zoe Amir Bella Carlos Dora Emil Fiona"
-).split()
-CITIES = (
-    "Paris London Berlin Madrid Rome Vienna Prague Dublin Oslo Athens Warsaw Lisbon Cairo Tokyo Delhi Lima Boston "
-    "Chicago Denver Miami Geneva Naples Munich Seville"
-).split()
-FOODS = (
-    "bread cheese apples rice soup fish honey butter coffee grapes pears plums nuts beans corn sugar eggs milk "
-    "potatoes carrots lemons cherries mushrooms tomatoes"
-).split()
-COLOURS = "red green blue yellow black white brown purple orange grey".split()
-JOBS = (
-    "baker doctor teacher farmer painter singer lawyer nurse pilot sailor tailor butcher carpenter chemist dentist "
-    "driver gardener hunter judge mason porter clerk"
-).split()
 REPEATED, SHOWN, CONTINUED = 32, 32, 64
 """Tokens of a passage that count, tokens of it that come before, and tokens of a continuation."""
-
-RETRIEVAL = ("word", "number", "two values", "two hops")
-"""Tasks whose answers are facts hidden in the text, asked for one by one."""
 
 RECORDS, REPETITION, CONTINUATION = "records", "repetition", "continuation"
 TOKENS_PER_RECORD, MOST_RECORDS, SHOWN_RECORDS = 128, 24, 2
@@ -89,44 +70,6 @@ class Exam:
     document: tuple[int, ...]
     cases: tuple[Case, ...]
     extraction: Extraction
-
-
-@dataclass(frozen=True)
-class Fact:
-    """A sentence to hide, the question for it, and how the answer begins and ends."""
-
-    task: str
-    sentences: tuple[str, ...]
-    question: str
-    lead: str
-    answer: str
-
-
-def facts(random_: random.Random, each: int) -> list[Fact]:
-    """``each`` facts of every kind, with names of their own kind by kind."""
-    made: list[Fact] = []
-    for name, city in zip(random_.sample(NAMES, each), random_.sample(CITIES, each)):
-        made.append(
-            Fact("word", (f"{name} was born in {city}.",), f"Where was {name} born?", f"{name} was born in", city)
-        )
-    for name in random_.sample(NAMES, each):
-        number = str(random_.randrange(1_000_000, 10_000_000))
-        lead = f"The secret number of {name} is"
-        made.append(Fact("number", (f"{lead} {number}.",), f"What is the secret number of {name}?", lead, number))
-    for name in random_.sample(NAMES, each):
-        first, second = random_.sample(FOODS, 2)
-        lead = f"The favourite foods of {name} are"
-        question = f"What are the favourite foods of {name}?"
-        made.append(Fact("two values", (f"{lead} {first} and {second}.",), question, lead, f"{first} and {second}"))
-    names = random_.sample(NAMES, 2 * each)
-    for name, friend in zip(names[:each], names[each:]):
-        colour = random_.choice(COLOURS)
-        sentences = (f"The best friend of {name} is {friend}.", f"The house of {friend} is {colour}.")
-        lead = f"The house of the best friend of {name} is"
-        made.append(
-            Fact("two hops", sentences, f"Which colour is the house of the best friend of {name}?", lead, colour)
-        )
-    return made
 
 
 def make_exam(tokenizer: Any, text: str, tokens: int, each: int, seed: int) -> Exam:

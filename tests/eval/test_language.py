@@ -55,7 +55,7 @@ def test_an_exam_hides_its_facts_in_the_text(asked):
         assert case.task == "continuation" or all(answer in document for answer in answers)
         assert case.prompt and all(0 <= first < end <= len(case.forced) for first, end in case.fields)
     kinds = [case.task for case in exam.cases]
-    several = ("word", "number", "two values", "two hops", "repetition", "continuation")
+    several = ("fact", "word", "number", "two values", "two hops", "repetition", "continuation")
     assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(several, EACH) | {"records": 1}
     records = exam.cases[kinds.index("records")]
     assert len(records.fields) == len(exam.extraction.wanted) == TOKENS // 128 - 2
