@@ -289,17 +289,16 @@ def test_tables_and_pictures(studied, tmp_path):
     full, exact, sparse = figures.rows(record)
     assert full.label == "full attention" and exact.label == "everything, minmax"
     head, every = figures.HEADLINE, figures.ALL
-    assert full.scores[head].right.n == exact.scores[head].right.n == 4
+    assert full.scores[head].right.n == exact.scores[head].right.n == 5
     assert exact.scores[every].divergence.value < 1e-5 < sparse.scores[every].divergence.value
     assert abs(exact.scores[head].loss.value) < 1e-3
     steps = sum(len(one["divergences"]) for one in record["cells"][2]["outcomes"])
     assert sparse.scores[every].divergence.n == steps > 100
     assert sparse.attended < exact.attended == exact.context
     shown, note, *others = report.tables(record, layers=True)
-    assert len(shown.rows) == 3 and f"4 answers and {steps} steps at {TOKENS}" in note
+    assert len(shown.rows) == 3 and f"5 answers and {steps} steps at {TOKENS}" in note
     by_layer = [one for one in others if "by layer" in one.title]
     assert [len(one.rows) for one in by_layer] == [asked_layers(record)] * 2
-    assert "too small" not in note
     list(plots.save_plots(record, tmp_path))
     for name in ("fidelity.png", "fidelity_layers.png"):
         assert (tmp_path / name).stat().st_size > 10000
