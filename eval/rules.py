@@ -22,7 +22,12 @@ def _all_of(rule, *names):
 
 
 _CHOICE = {name: RATED for name in ("native", "native_score", "read", "torch")} | {"digest_bytes": count()}
-_SIGN = {"ratios": _all_of(ABOVE_ZERO, "sign_native/native", "sign_native_score/native_score")}
+_SIGNS = {
+    name: fields(
+        _CHOICE | {"ratios": _all_of(ABOVE_ZERO, f"{name}_native/native", f"{name}_native_score/native_score")}
+    )
+    for name in ("sign", "sign2")
+}
 _ERROR = fields({"int8_to_bf16": _all_of(FROM_ZERO, "lse", "out", "relative")})
 
 CPU_KERNEL = fields(
@@ -38,7 +43,7 @@ CPU_KERNEL = fields(
             ),
             fewest=1,
         ),
-        "select": fields(_CHOICE | {"blocks": count(), "chosen": count()}, {"sign": fields(_CHOICE | _SIGN)}),
+        "select": fields(_CHOICE | {"blocks": count(), "chosen": count()}, _SIGNS),
         "dense": maybe(fields({"tokens": count(1), "folded": TIMED, "enable_gqa": TIMED})),
         "int8_error": fields({"normal": _ERROR, "outliers": _ERROR}),
     }

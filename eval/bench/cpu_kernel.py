@@ -27,6 +27,7 @@ FILL_TOKENS = 8192
 ERROR_TOKENS, ERROR_CACHE_TOKENS = 4096, 16384
 OUTLIER_CHANNELS, OUTLIER_FACTORS, OFFSET = 4, (10.0, 30.0), 2.0
 WARM_UPS = 2
+SIGN_CODES = ("sign", "sign2")
 
 
 def run(options: CpuKernel, tell: Tell = silent, seed: int = 0) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def run(options: CpuKernel, tell: Tell = silent, seed: int = 0) -> dict[str, Any
         for count in tokens:
             tell(f"attending to {count} of {cache_tokens} tokens, {repeat} x 6 calls")
             rows.append(bench.attend(count, repeat))
-        tell(f"choosing among {bench.blocks} blocks, {repeat} x 10 calls")
+        tell(f"choosing among {bench.blocks} blocks, {repeat} x {5 * (1 + len(bench.signs))} calls")
         select = bench.select(tokens, repeat)
         if dense:
             tell(f"torch over all {cache_tokens} tokens, {dense} x 2 calls")
@@ -92,9 +93,13 @@ class _Bench:
             self.plain.append(plain)
             self.packed.append(packed)
             self.codes.append(selector.table.codes())
-        # One table will do: what is read before every choice leaves nothing of it in a processor cache.
-        self.signs = Selector(ScoutConfig(block_size=self.size, digest="sign"), 0, self.plain[0].read(0, 0)[0])
-        self.signs.extend_from(self.plain[0], self.blocks, None)
+        # One table each will do: what is read before every choice leaves nothing of it in a processor cache.
+        self.signs = {}
+        for name in SIGN_CODES:
+            selector = Selector(ScoutConfig(block_size=self.size, digest=name), 0, self.plain[0].read(0, 0)[0])
+            selector.extend_from(self.plain[0], self.blocks, None)
+            if self._scored(selector):
+                self.signs[name] = selector
         self.kv_bytes = self.plain[0].used_bytes
         stores = [*self.plain, *self.packed]
         slabs = [slab for store in stores for slab in store.table.pool.slabs]
@@ -133,25 +138,35 @@ class _Bench:
         """The choice of blocks for the largest budget that is at most 4096 tokens, by min/max and by sign codes."""
         budget = max((count for count in tokens if count <= 4096), default=min(tokens))
         count, sinks = budget // self.size, self.config.blocks(self.config.sinks)
-        signs = self.signs.table.codes()
         plain = self._choices(MinMax(), self.codes, count, sinks)
-        coded = self._choices(self.signs.digest, [signs], count, sinks)
-        times = self._time(plain | {f"sign_{name}": call for name, call in coded.items()}, repeat)
-        sizes = tensor_bytes(self.codes[0]), tensor_bytes(signs)
-        beside = ("sign_native/native", "sign_native_score/native_score")
-        beside += ("sign_native/sign_read", "sign_torch/sign_native")
-        return {
+        calls = dict(plain)
+        for kind, selector in self.signs.items():
+            coded = self._choices(selector.digest, [selector.table.codes()], count, sinks)
+            calls |= {f"{kind}_{name}": call for name, call in coded.items()}
+        times = self._time(calls, repeat)
+        size = tensor_bytes(self.codes[0])
+        found = {
             "blocks": self.blocks,
             "chosen": count,
-            "digest_bytes": sizes[0],
-            **{name: times[name].record(sizes[0]) for name in plain},
+            "digest_bytes": size,
+            **{name: times[name].record(size) for name in plain},
             "ratios": _ratios(times, "native/read", "native_score/read", "torch/native"),
-            "sign": {
-                "digest_bytes": sizes[1],
-                **{name: times[f"sign_{name}"].record(sizes[1]) for name in coded},
-                "ratios": _ratios(times, *beside),
-            },
         }
+        for kind, selector in self.signs.items():
+            size = tensor_bytes(selector.table.codes())
+            beside = (f"{kind}_native/native", f"{kind}_native_score/native_score")
+            beside += (f"{kind}_native/{kind}_read", f"{kind}_torch/{kind}_native")
+            found[kind] = {
+                "digest_bytes": size,
+                **{name: times[f"{kind}_{name}"].record(size) for name in plain},
+                "ratios": _ratios(times, *beside),
+            }
+        return found
+
+    def _scored(self, selector: Selector) -> bool:
+        """Whether native code scores these codes; it takes a limited number of bits per token."""
+        digest, codes = selector.digest, selector.table.codes()
+        return self.native.score(digest.native, digest.prepare(self._query()), codes, block_size=self.size) is not None
 
     def _choices(self, digest: Digest, tables: list[torch.Tensor], count: int, sinks: int) -> dict[str, Any]:
         """Calls that choose by such digests, natively and by torch, that only score, and that only read."""

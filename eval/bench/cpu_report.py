@@ -40,19 +40,19 @@ def kernel_tables(record: dict[str, Any]) -> Iterator[Grid | str]:
         table.add(str(row["tokens"]), *rates, *(f"{ratio:.2f}" for ratio in others))
     yield table
     select = record["select"]
-    # Older records have min/max alone.
-    for kind, times in {"min/max": select, "sign codes": select.get("sign")}.items():
-        if times:
-            size = f"{times['digest_bytes'] / 2**20:.1f} MiB of {kind}"
-            names = ("native", "native_score", "read", "torch")
-            table = Grid(f"choosing {select['chosen']} of {select['blocks']} blocks, {size}",
-                         ("", "native", "scores alone", "read", "torch"))  # fmt: skip
-            table.add("ms", *(median(times[name]) for name in names))
-            table.add("GB/s", *(f"{times[name]['gb_per_s']:.1f}" for name in names))
-            yield table
-    if signs := select.get("sign"):
-        ratios = [signs["ratios"][name] for name in ("sign_native/native", "sign_native_score/native_score")]
-        yield f"sign codes take {ratios[0]:.2f} times as long as min/max, {ratios[1]:.2f} times for scores alone\n"
+    # Older records lack some, or all but min/max.
+    signs = {name: select[name] for name in ("sign", "sign2") if name in select}
+    for kind, times in {"min/max": select, **{f"{name} codes": times for name, times in signs.items()}}.items():
+        size = f"{times['digest_bytes'] / 2**20:.1f} MiB of {kind}"
+        names = ("native", "native_score", "read", "torch")
+        table = Grid(f"choosing {select['chosen']} of {select['blocks']} blocks, {size}",
+                     ("", "native", "scores alone", "read", "torch"))  # fmt: skip
+        table.add("ms", *(median(times[name]) for name in names))
+        table.add("GB/s", *(f"{times[name]['gb_per_s']:.1f}" for name in names))
+        yield table
+    for name, times in signs.items():
+        ratios = [times["ratios"][f"{name}_{call}/{call}"] for call in ("native", "native_score")]
+        yield f"{name} codes take {ratios[0]:.2f} times as long as min/max, {ratios[1]:.2f} times for scores alone\n"
     if whole := record["dense"]:
         folded, grouped = (three(whole[name]["median_ms"]) for name in ("folded", "enable_gqa"))
         yield f"torch over all {whole['tokens']} tokens: {folded} ms folded, {grouped} ms enable_gqa\n"

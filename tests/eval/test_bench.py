@@ -12,12 +12,16 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+from scout_hf import ScoutConfig
 from scout_hf.cli import app
+from scout_hf.errors import ConfigError
 from scout_hf.eval.bench import cpu_decode, cpu_kernel, machine, memory, models, readme, report, timing
 from scout_hf.eval.bench.options import CpuDecode, CpuKernel
 from scout_hf.eval.caches import fill
 from scout_hf.eval.markdown import begin_mark, between_marks, end_mark
+from scout_hf.eval.records import read_record
 from scout_hf.kernels.cpu.library import load_library
+from scout_hf.selection import digest_for
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -81,10 +85,19 @@ def test_kernel_record_is_complete(kernel_record):
     assert kernel_record["select"]["blocks"] == 64 and kernel_record["select"]["chosen"] == 16
     assert {"native/read", "native_score/read", "torch/native"} == set(kernel_record["select"]["ratios"])
     assert kernel_record["select"]["digest_bytes"] == 64 * 2 * 2 * 32 * 2
-    signs = kernel_record["select"]["sign"]
-    assert signs["digest_bytes"] == 64 * 2 * 16 * 5
-    assert {"native", "native_score", "read", "torch", "torch_score"} < set(signs)
-    assert {"sign_native/native", "sign_native_score/native_score"} < set(signs["ratios"])
+    for name, planes in (("sign", 1), ("sign2", 2)):
+        signs = kernel_record["select"][name]
+        assert signs["digest_bytes"] == 64 * 2 * 16 * (4 * planes + 1)
+        for call in ("native", "native_score", "read", "torch", "torch_score"):
+            assert signs[call]["n"] == 3 and signs[call]["gb_per_s"] == pytest.approx(
+                signs["digest_bytes"] / signs[call]["median_ms"] / 1e6
+            )
+        for call in ("native", "native_score"):
+            times = signs[call]["median_ms"], kernel_record["select"][call]["median_ms"]
+            assert signs["ratios"][f"{name}_{call}/{call}"] == pytest.approx(times[0] / times[1])
+        assert {f"{name}_native/{name}_read", f"{name}_torch/{name}_native"} < set(signs["ratios"])
+    # What is chosen by default is among what is timed.
+    assert digest_for(ScoutConfig(), torch.zeros(1, 2, 4, 32)) in kernel_record["select"] | {"minmax": {}}
     assert kernel_record["machine"]["isa"] == load_library().isa
     for error in kernel_record["int8_error"].values():
         assert error["int8_to_bf16"]["relative"] > error["bf16_to_exact"]["relative"]
@@ -120,6 +133,34 @@ def test_tables_fit_a_terminal(name, request):
     assert "…" not in text
     for expected in ("ms", "GB/s", "int8", "256", torch.__version__):
         assert expected in text
+
+
+@pytest.mark.parametrize(
+    "absent", [(), ("sign2",), ("sign", "sign2")], ids=["all digests", "before sign2", "min/max alone"]
+)
+def test_a_table_for_each_digest_of_a_record(kernel_record, absent, tmp_path):
+    select = {name: part for name, part in kernel_record["select"].items() if name not in absent}
+    (tmp_path / "old.json").write_text(json.dumps(kernel_record | {"select": select}))
+    text = printed(read_record(tmp_path / "old.json", "cpu_kernel"))
+    shown = {"sign": "MiB of sign codes", "sign2": "MiB of sign2 codes"}
+    for name, title in shown.items():
+        assert (title in text) == (name not in absent)
+        assert (f"{name} codes take" in text) == (name not in absent)
+
+
+@needs_library
+def test_a_digest_that_native_code_does_not_score_is_not_timed():
+    """Two bits per channel of 512 are more than it takes; the call would come back at once, and pass for fast."""
+    sizes = CpuKernel([64], 256, (2, 1), 512, 16, repeat=1, dense=0)
+    assert set(cpu_kernel.run(sizes)["select"]) & {"sign", "sign2"} == {"sign"}
+
+
+@pytest.mark.parametrize("part", ["sign", "sign2"])
+def test_a_record_with_half_a_digest_is_refused(kernel_record, part, tmp_path):
+    half = {name: one for name, one in kernel_record["select"][part].items() if name != "native_score"}
+    (tmp_path / "half.json").write_text(json.dumps(kernel_record | {"select": kernel_record["select"] | {part: half}}))
+    with pytest.raises(ConfigError, match=rf"half.json cannot be used.*select.{part}.*native_score"):
+        read_record(tmp_path / "half.json", "cpu_kernel")
 
 
 @pytest.mark.parametrize("name", ["kernel_record", "decode_record"])
