@@ -16,13 +16,9 @@ from scout_hf.change_guard import LINEAR, ChangeGuard
 from scout_hf.compat.modes import keeps_tensors
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import CacheStateError, ConfigError
-from scout_hf.fitting import layers_of, refuse_other_sizes
-from scout_hf.kernels.cpu import find_backend
+from scout_hf.fitting import check_names, layers_of, refuse_other_sizes
 from scout_hf.methods import Method, make_method
-from scout_hf.methods.base import find_method
 from scout_hf.padding import Padding
-from scout_hf.recall_intervals import RecallIntervals
-from scout_hf.selection import check_digest
 from scout_hf.step import active_step
 from scout_hf.stores.memory import huge_page_bytes
 from scout_hf.stores.staging import Staging
@@ -428,20 +424,6 @@ class ScoutLayer(ReadableLayer):
         own = {"incoming": None, "method": self.method and self.method.fork()}
         twin.__dict__.update(self.__dict__, guard=copy.deepcopy(self.guard, memo), **own)
         return twin
-
-
-def check_names(config: ScoutConfig, text_config: Any, layers: int) -> None:
-    """Raise ConfigError if ``config`` names something unknown, or does not fit a model of so many layers."""
-    find_method(config.method).check(config)
-    check_digest(config.digest, getattr(text_config, "head_dim", None))
-    find_backend(config.cpu_backend)
-    if isinstance(config.recall, RecallIntervals):
-        config.recall.check(text_config.model_type, layers)
-    dense = config.dense_layers
-    if any(index >= layers for index in dense) if isinstance(dense, tuple) else dense > layers:
-        raise ConfigError(
-            f"dense_layers={config.dense_layers!r} is not allowed: this model has layers 0 to {layers - 1}"
-        )
 
 
 def _is_identity(rows: torch.Tensor, batch: int) -> bool:

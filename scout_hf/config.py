@@ -36,9 +36,9 @@ class ScoutConfig:
         and are attended even where they exceed it; the block that is being filled does not count. On two tiers a step
         also attends residents that are not in its top-k, as in the paper; it can exceed the budget by the CPU's share.
     mass : float or None, default None
-        With a digest that estimates attention mass (``sign``, ``sign2``): each layer and KV head attends as few blocks
-        as hold this share of the mass by their estimate, in (0, 1), and at least 256 tokens. The budget is then the
-        most that it attends; 1.0 sets no limit. ``None``: the budget alone decides. Other digests take no notice.
+        Each layer and KV head attends as few blocks as hold this share of the attention mass by the digest's estimate,
+        in (0, 1), and at least 256 tokens. The budget is then the most that it attends; 1.0 sets no limit. ``None``:
+        the budget alone decides. Needs a digest that estimates mass: ``auto``, ``sign`` or ``sign2``.
     block_size : int, default 32
         Tokens per block, the unit of selection, storage and transfer: 8, 16, 32, 64, 128 or 256.
     sinks : int, default 4
@@ -52,7 +52,7 @@ class ScoutConfig:
         What represents a block during selection. ``minmax``: minimum and maximum per channel, as in the paper.
         ``minmax-int8``: the same in half the bytes. ``minmax-sub``: bounds per 8 tokens in 4 bits. ``sign``: one bit
         per channel and token, scored as attention mass. ``sign2``: two bits. ``auto``: ``sign2``, or ``sign`` for large
-        head sizes, where native code or a GPU kernel scores it, else ``minmax``.
+        head sizes, where native code or a GPU kernel scores it, else ``minmax`` (with ``mass``, ``sign2``).
         ``scout_hf.selection.register_digest`` adds others.
     split : {"auto", "cpu", "off"}, default "auto"
         Where KV is stored. ``auto``: two tiers (host memory, and resident blocks on the GPU) if the model is on a GPU,

@@ -1,4 +1,4 @@
-"""Checks that a cache fits its model, before anything is stored."""
+"""Checks that settings and a cache fit a model, before anything is stored."""
 
 from __future__ import annotations
 
@@ -6,7 +6,28 @@ from typing import Any
 
 import torch
 
-from scout_hf.errors import CacheStateError
+from scout_hf.config import ScoutConfig
+from scout_hf.errors import CacheStateError, ConfigError
+from scout_hf.kernels.cpu import find_backend
+from scout_hf.methods.base import find_method
+from scout_hf.recall_intervals import RecallIntervals
+from scout_hf.selection import check_digest
+
+
+def check_names(config: ScoutConfig, text_config: Any, layers: int) -> None:
+    """Raise ConfigError if ``config`` names something unknown, or does not fit a model of so many layers."""
+    method = find_method(config.method)
+    method.check(config)
+    mass = config.mass if method.uses is None or "mass" in method.uses else None
+    check_digest(config.digest, getattr(text_config, "head_dim", None), mass)
+    find_backend(config.cpu_backend)
+    if isinstance(config.recall, RecallIntervals):
+        config.recall.check(text_config.model_type, layers)
+    dense = config.dense_layers
+    if any(index >= layers for index in dense) if isinstance(dense, tuple) else dense > layers:
+        raise ConfigError(
+            f"dense_layers={config.dense_layers!r} is not allowed: this model has layers 0 to {layers - 1}"
+        )
 
 
 def layers_of(text_config: Any, default: int | None = None) -> int | None:

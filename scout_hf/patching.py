@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from scout_hf.cache import ScoutCache, check_names
+from scout_hf.cache import ScoutCache
 from scout_hf.changes import Attribute, Changes, call_all
 from scout_hf.compat.cache_names import CACHE
 from scout_hf.compat.unwrap import unwrapped
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import ConfigError, PatchError
+from scout_hf.fitting import check_names
 from scout_hf.generating import PREPARE, CacheForGenerate
 from scout_hf.graph import StepGraphs
 from scout_hf.kernels.device import find_kernels

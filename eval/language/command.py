@@ -25,7 +25,7 @@ from scout_hf.eval.markdown import to_markdown, update
 from scout_hf.eval.options import Fidelity
 from scout_hf.eval.records import read_record
 from scout_hf.eval.text import load_text_model
-from scout_hf.selection import make_digest
+from scout_hf.selection import check_digest
 
 AUTO = "auto"
 USUAL, POCKET = "smollm2-135m", "pocket text model"
@@ -86,9 +86,6 @@ def plan_of(options: Fidelity) -> Plan:
 
 def settings_of(options: Fidelity) -> list[ScoutConfig]:
     """Every combination of what the options list, each once."""
-    for digest in _listed(options.digest):
-        if digest != AUTO:
-            make_digest(digest)  # ConfigError for a name there is not
     axes: dict[str, Sequence[Any]] = {
         "split": _listed(options.split),
         "cpu_query": _listed(options.cpu_query),
@@ -105,6 +102,7 @@ def settings_of(options: Fidelity) -> list[ScoutConfig]:
         config = ScoutConfig.from_options(**({"monitor": WATCHED} | dict(zip(axes, values))))
         if config.split == "off":
             config = ScoutConfig.from_options(config, cpu_query=AUTO)  # which one tier does not have
+        check_digest(config.digest, None, config.mass)
         if config not in found:
             found.append(config)
     return found

@@ -8,7 +8,7 @@ from scout_hf.config import ScoutConfig
 from scout_hf.errors import ConfigError
 from scout_hf.kernels.cpu.library import MAX_HEAD_DIM, load_library
 from scout_hf.kernels.device import MOST_CHANNELS, find_kernels_for
-from scout_hf.selection.digest import find_digest
+from scout_hf.selection.digest import digest_names, find_digest
 
 AUTO = "auto"
 
@@ -17,7 +17,7 @@ def digest_for(config: ScoutConfig, keys: torch.Tensor) -> str:
     """The name of the digest for a layer.
 
     ``"auto"`` is the sign code of two bits, or of one for large head sizes, and min/max where neither native code nor a
-    GPU kernel scores sign codes.
+    GPU kernel scores sign codes; with ``mass``, it is a sign code there too.
 
     Parameters
     ----------
@@ -32,7 +32,8 @@ def digest_for(config: ScoutConfig, keys: torch.Tensor) -> str:
     Raises
     ------
     ConfigError
-        If the named digest is unknown or cannot encode keys of this head size.
+        If the named digest is unknown, cannot encode keys of this head size, or estimates no mass where ``mass`` is
+        set.
 
     Examples
     --------
@@ -42,11 +43,12 @@ def digest_for(config: ScoutConfig, keys: torch.Tensor) -> str:
     >>> digest_for(ScoutConfig(digest="minmax"), torch.zeros(1, 2, 4, 64))
     'minmax'
     """
+    check_digest(config.digest, keys.shape[-1], config.mass)
     if config.digest != AUTO:
-        check_digest(config.digest, keys.shape[-1])
         return config.digest
     bits = _most_bits(config, keys) // keys.shape[-1] if find_digest("sign").serves(keys.shape[-1]) else 0
-    return "sign2" if bits >= 2 else "sign" if bits else "minmax"
+    # With mass a slow estimate is better than none.
+    return "sign2" if bits >= 2 else "sign" if bits else "minmax" if config.mass is None else "sign2"
 
 
 def _most_bits(config: ScoutConfig, keys: torch.Tensor) -> int:
@@ -58,8 +60,8 @@ def _most_bits(config: ScoutConfig, keys: torch.Tensor) -> int:
     return MAX_HEAD_DIM if library is not None and library.isa != "base" else 0
 
 
-def check_digest(name: str, head_dim: int | None) -> None:
-    """Check that a digest is known and can encode keys of a head size.
+def check_digest(name: str, head_dim: int | None, mass: float | None = None) -> None:
+    """Check that a digest is known, can encode keys of a head size, and estimates mass if that is asked for.
 
     Parameters
     ----------
@@ -67,11 +69,13 @@ def check_digest(name: str, head_dim: int | None) -> None:
         ``ScoutConfig.digest``.
     head_dim : int or None
         None if it is not known yet.
+    mass : float or None
+        ``ScoutConfig.mass``.
 
     Raises
     ------
     ConfigError
-        If the digest is unknown or cannot encode such keys.
+        If the digest is unknown, cannot encode such keys, or estimates no mass though ``mass`` is set.
 
     Examples
     --------
@@ -80,3 +84,16 @@ def check_digest(name: str, head_dim: int | None) -> None:
     """
     if name != AUTO and not find_digest(name).serves(head_dim or 8):
         raise ConfigError(f"digest={name!r} cannot encode this model's head_dim={head_dim}; try digest='minmax'")
+    if mass is None:
+        return
+    if name != AUTO and not find_digest(name).per_head:
+        able = [repr(known) for known in digest_names() if known != AUTO and find_digest(known).per_head]
+        raise ConfigError(
+            f"mass={mass!r} is not possible with digest={name!r}, which estimates no attention mass; digests that do "
+            f"are {', '.join(able)}; try digest='auto', or leave mass out"
+        )
+    if name == AUTO and not find_digest("sign").serves(head_dim or 8):
+        raise ConfigError(
+            f"mass={mass!r} is not possible with this model's head_dim={head_dim}: the digests 'sign' and 'sign2', "
+            "which estimate attention mass, encode multiples of 8; leave mass out, and set a budget"
+        )

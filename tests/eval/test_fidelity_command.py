@@ -89,6 +89,10 @@ def test_nobody_to_ask_is_a_no(monkeypatch, tmp_path):
     [
         (["--report", "/nonexistent/fidelity.json"], "/nonexistent/fidelity.json"),
         ([*SMALL, "--budget", "5x"], "--budget 5x is not allowed"),
+        (
+            [*SMALL, "--digest", "auto,oracle", "--set", "mass=none,0.9"],
+            "mass=0.9 is not possible with digest='oracle'",
+        ),
         ([*SMALL, "--text", "/nonexistent.txt"], "--text /nonexistent.txt is not there"),
         ([*SMALL, "--tokens", "500000"], "reads 16384 tokens, 500000 and their questions are more"),
         ([*SMALL, "--tokens", "100"], "100 tokens are too few"),

@@ -10,11 +10,12 @@ import torch
 import scout_hf
 from scout_hf import ConfigError, ScoutConfig
 from scout_hf.kernels.cpu import make_backend
-from scout_hf.selection import Selector
+from scout_hf.selection import MinMax, Selector, SignCode, check_digest, digest_for
+from scout_hf.selection.digest import _DIGESTS
 from scout_hf.selection.group_mass import keep_mass, mean_share, recent_mass
 from scout_hf.selection.selector import MASS_FLOOR
 from scout_hf.stores import PagedKV
-from tests.libraries import ISAS, using_isa
+from tests.libraries import ISAS, using_isa, without_library
 from tests.unit.selecting import make_step
 from tests.unit.worlds import stock_model
 
@@ -162,6 +163,49 @@ def test_a_whole_generation_by_mass(split):
             found[mass] = handle.stats().attended_tokens
         assert out.shape == plain.shape
     assert MASS_FLOOR <= found[0.3] < found[0.999] <= 704
+
+
+@pytest.mark.parametrize("digest", ["minmax", "minmax-int8", "minmax-sub", "keys-only"])
+@pytest.mark.parametrize("split", ["off", "cpu"])
+def test_a_digest_that_estimates_no_mass_is_refused_before_anything_is_patched(digest, split, monkeypatch):
+    monkeypatch.setitem(_DIGESTS._classes, "keys-only", type("KeysOnly", (MinMax,), {"name": "keys-only"}))
+    model, options = stock_model(), {"digest": digest, "mass": 0.9, "split": split}
+    what = f"mass=0.9 is not possible with digest='{digest}', .*'sign', 'sign2'; try digest='auto'"
+    with pytest.raises(ConfigError, match=what):
+        scout_hf.patch(model, **options)
+    with pytest.raises(ConfigError, match=what):
+        scout_hf.ScoutCache(model.config, ScoutConfig(**options))
+    with scout_hf.patch(model, digest=digest, split=split) as handle, pytest.raises(ConfigError, match=what):
+        handle.new_cache(mass=0.9)
+
+
+def test_a_digest_of_one_s_own_that_estimates_mass_is_taken(monkeypatch):
+    monkeypatch.setitem(_DIGESTS._classes, "own", type("Own", (SignCode,), {"name": "own"}))
+    scout_hf.patch(stock_model(), digest="own", mass=0.9).remove()
+
+
+def test_auto_estimates_mass_also_where_no_code_is_fast():
+    keys = torch.empty(1, 2, 0, 64)
+    with without_library():
+        assert digest_for(ScoutConfig(), keys) == "minmax" and digest_for(ScoutConfig(mass=0.9), keys) == "sign2"
+    assert digest_for(ScoutConfig(mass=0.9), torch.empty(1, 2, 0, 264)) == "sign"
+
+
+def test_head_sizes_that_no_digest_of_mass_encodes_are_refused():
+    what = "mass=0.9 is not possible with this model's head_dim=60.*leave mass out"
+    with pytest.raises(ConfigError, match=what):
+        digest_for(ScoutConfig(mass=0.9), torch.empty(1, 2, 0, 60))
+    with pytest.raises(ConfigError, match="digest='minmax', which estimates no"):
+        digest_for(ScoutConfig(mass=0.9, digest="minmax"), torch.empty(1, 2, 0, 64))
+    with pytest.raises(ConfigError, match=what):
+        check_digest("auto", 60, 0.9)
+    check_digest("auto", 60)
+    check_digest("auto", None, 0.9)
+
+
+def test_methods_that_take_no_mass_only_warn():
+    with pytest.warns(UserWarning, match="mass=0.9 has no effect"):
+        scout_hf.patch(stock_model(), method="dense", mass=0.9).remove()
 
 
 def test_wrong_values_are_refused():
