@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
+from scout_hf import CACHE
 from scout_hf.cli import app
 from scout_hf.errors import ConfigError
+from scout_hf.eval.bench.models import make_llama
+from scout_hf.eval.caches import caches_of, fill
+from scout_hf.eval.plan import measure
+from scout_hf.kernels.cpu.library import load_library
 from scout_hf.planner import (
     GIB,
     MACHINES,
@@ -26,6 +33,7 @@ from scout_hf.planner import (
     methods,
     plan,
 )
+from scout_hf.selection import make_digest
 from tests.unit.naive import QUICK
 
 LLAMA, QWEN, MHA = SHAPES["llama-3-8b"], SHAPES["qwen3-14b"], SHAPES["llama-2-7b"]
@@ -185,6 +193,27 @@ def test_configs_that_no_plan_is_made_of(changes, told):
     config = AutoConfig.for_model("llama").to_dict() | changes
     with pytest.raises(ConfigError, match=told):
         ModelShape.of(config)
+
+
+@pytest.mark.parametrize("head_dim", [64, 512], ids="heads of {}".format)
+@pytest.mark.parametrize("isa", ["as built", "base", "no library"])
+def test_scoring_is_measured_with_the_digest_that_decoding_uses(isa, head_dim, monkeypatch):
+    if isa == "as built" and load_library() is None:
+        pytest.skip("the native library was not built")
+    if isa != "as built":
+        library = SimpleNamespace(isa=isa) if isa == "base" else None
+        monkeypatch.setattr("scout_hf.selection.auto.load_library", lambda: library)
+    model = make_llama(num_hidden_layers=1, **measure.SMALL | {"head_dim": head_dim})
+    with torch.no_grad(), caches_of(model, block_size=measure.BLOCK, budget=64) as caches:
+        cache = fill(caches.new(), model.config, 70 * measure.BLOCK)
+        model(torch.ones((1, 1), dtype=torch.long), **{CACHE: cache})
+        decoding = cache.layers[0].method.selector
+    measured, scored = [], []
+    monkeypatch.setattr(measure, "make_digest", lambda name: measured.append(make_digest(name)) or measured[-1])
+    monkeypatch.setattr(measure, "median_of", lambda call, repeat: scored.append(call()) or 1.0)
+    rate = measure._scoring(torch.randn(1, 4, 1, head_dim), cache.layers[0].keys[:, :, :-1])
+    assert [digest.name for digest in measured] == [decoding.digest.name] and scored[0] is not None
+    assert rate == pytest.approx(decoding.table.codes().nbytes / 1e9)
 
 
 def test_no_times_for_what_does_not_fit():
