@@ -54,6 +54,28 @@ from tests.patches.tiny import tiny_model
 ROOT = Path(__file__).parents[2]
 
 
+def decoded_around_a_failure(monkeypatch, options, steps=12, failing=5):
+    """Residents and KV at a step, and all logits: where it failed once in the last layer, and where it did not."""
+    model, ids, found = one_llama(), prompt(1, 50 + steps), []
+    for raises in (True, False):
+        with scout_hf.patch(model, **options) as handle, torch.no_grad():
+            cache, rows = handle.new_cache(), []
+            model(ids[:, :50], past_key_values=cache)
+            for step in range(50, 50 + steps):
+                token = ids[:, step : step + 1]
+                if step == 50 + failing:
+                    if raises:
+                        with monkeypatch.context() as patch, pytest.raises(Planted):
+                            raise_once(patch, model.model.layers[2].mlp, 0)
+                            model(token, past_key_values=cache)
+                    residents = [getattr(layer.method, "resident", None) for layer in cache.layers]
+                    residents = [held.ids.clone() for held in residents if held is not None]
+                    kv = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+                rows.append(model(token, past_key_values=cache).logits)
+            found.append(SimpleNamespace(residents=residents, kv=kv, logits=torch.cat(rows)))
+    return found
+
+
 @pytest.mark.parametrize("options", [ONE_TIER, TWO_TIERS, LOSSY])
 @pytest.mark.parametrize("after", [0, 1, 10])
 def test_a_forward_that_raises(monkeypatch, options, after):
@@ -84,6 +106,26 @@ def test_going_on_with_the_cache_of_a_forward_that_raised(monkeypatch, options, 
         got = run(model, known, new=14 - after, past_key_values=cache)
     assert torch.equal(got.sequences, expected.sequences)
     assert (logits(got) - logits(expected)[after:]).abs().max() <= 3e-6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [ONE_TIER, TWO_TIERS, {"budget": 24, "block_size": 8, "split": "off"}, LOSSY | {"recall": None}],
+    ids=["one tier, exact", "two tiers, exact", "one tier", "no recall"],
+)
+def test_a_failed_pass_changes_nothing_of_what_follows(monkeypatch, options):
+    failed, calm = decoded_around_a_failure(monkeypatch, options)
+    assert len(failed.residents) == (0 if options["split"] == "off" else 3)
+    assert all(map(torch.equal, failed.kv + failed.residents, calm.kv + calm.residents))
+    assert torch.equal(failed.logits, calm.logits)
+
+
+def test_blocks_recalled_in_a_failed_pass_stay_resident(monkeypatch):
+    """With a budget, on two tiers: which blocks are attended after it may differ, the keys and values do not."""
+    failed, calm = decoded_around_a_failure(monkeypatch, LOSSY)
+    assert all(map(torch.equal, failed.kv, calm.kv))
+    assert not all(map(torch.equal, failed.residents, calm.residents))
+    assert not torch.equal(failed.logits, calm.logits)
 
 
 def test_a_second_turn_that_raises(monkeypatch):
@@ -211,7 +253,7 @@ def test_a_recall_that_raises(monkeypatch, backend):
 
 INPUTS = {"one row": prompt(tokens=53), "padded": left_padded(0, 13, tokens=53)}
 """Three tokens before a block is full, eleven before two are."""
-TIERS = {"two tiers": LOSSY, "one tier": LOSSY | {"split": "off"}}
+TIERS = {"two tiers": LOSSY, "one tier": {"budget": 24, "block_size": 8, "split": "off"}}
 
 
 def by_setting(function):

@@ -146,6 +146,13 @@ class TwoTierScout(OffloadingMethod):
         self._fit_to_host()
 
     def rollback(self, mark: Any) -> None:
+        """As for ``Method``: KV and digests are those of ``mark``.
+
+        Blocks that the failed pass recalled stay resident: to undo that, every step would copy the ids, and the blocks
+        that they replaced would have to come back over the link. Residents are attended whether chosen or not, so with
+        a budget below the context the next tokens may differ from those of a run without the failure. With
+        ``budget=None`` every block is attended anyway, and nothing is recalled that takes another's place.
+        """
         super().rollback(mark)
         self._fit_to_host()
         self.executor.pages_changed(self)
