@@ -37,8 +37,9 @@ class ScoutConfig:
         also attends residents that are not in its top-k, as in the paper; it can exceed the budget by the CPU's share.
     mass : float or None, default None
         Each layer and KV head attends as few blocks as hold this share of the attention mass by the digest's estimate,
-        in (0, 1), and at least 256 tokens. The budget is then the most that it attends; 1.0 sets no limit. ``None``:
-        the budget alone decides. Needs a digest that estimates mass: ``auto``, ``sign`` or ``sign2``.
+        in (0, 1), and at least 256 tokens; sinks count in both. The budget is then the most that it attends; 1.0 sets
+        no limit. ``None``: the budget alone decides. Needs a digest that estimates mass: ``auto``, ``sign`` or
+        ``sign2``.
     block_size : int, default 32
         Tokens per block, the unit of selection, storage and transfer: 8, 16, 32, 64, 128 or 256.
     sinks : int, default 4

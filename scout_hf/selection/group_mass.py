@@ -72,7 +72,9 @@ def recent_mass(
     return (logits * math.log(2)).logsumexp(-1).flatten(1) / math.log(2)
 
 
-def keep_mass(scores: torch.Tensor, mass: float, least: int, padding_mask: torch.Tensor | None) -> torch.Tensor:
+def keep_mass(
+    scores: torch.Tensor, mass: float, least: int, padding_mask: torch.Tensor | None, sinks: int = 0
+) -> torch.Tensor:
     """Scores with -inf for the blocks that are not needed to hold a share of the attention mass.
 
     Parameters
@@ -82,9 +84,11 @@ def keep_mass(scores: torch.Tensor, mass: float, least: int, padding_mask: torch
     mass : float
         The share in (0, 1): the blocks left out, those with the smallest shares, hold at most ``1 - mass``.
     least : int
-        Blocks that are kept in any case, the best ones.
+        Blocks that are kept in any case: sinks, then the best ones.
     padding_mask : Tensor (batch, blocks) of bool, or None
         False for blocks of only padding.
+    sinks : int
+        Leading real blocks of a row that are always kept; their mass counts.
 
     Returns
     -------
@@ -99,10 +103,15 @@ def keep_mass(scores: torch.Tensor, mass: float, least: int, padding_mask: torch
     """
     if padding_mask is not None:
         scores = scores.masked_fill(~padding_mask[:, None], -torch.inf)
-    order = scores.argsort(dim=2)
+    if padding_mask is None:
+        leading = torch.arange(scores.shape[2], dtype=torch.int64, device=scores.device) < sinks
+    else:
+        leading = (padding_mask & (padding_mask.cumsum(1) <= sinks))[:, None]
+    order = scores.masked_fill(leading, torch.inf).argsort(dim=2)
     shares = scores.gather(2, order).exp2()
     # NaN is never left out.
     needless = shares.cumsum(2) <= 1 - mass
     if least:
         needless[:, :, -least:] = False
-    return scores.masked_fill(torch.zeros_like(needless).scatter(2, order, needless), -torch.inf)
+    left_out = torch.zeros_like(needless).scatter(2, order, needless) & ~leading
+    return scores.masked_fill(left_out, -torch.inf)

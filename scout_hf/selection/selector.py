@@ -357,7 +357,7 @@ class Selector:
         if limits is None:
             return mean_share(scores, codes.shape[1], padding_mask)
         shares = mean_share(scores, codes.shape[1], padding_mask, limits.recent)
-        return keep_mass(shares, limits.mass, limits.least, padding_mask)
+        return keep_mass(shares, limits.mass, limits.least, padding_mask, self.config.blocks(self.config.sinks))
 
     def _count(self, step: Step, blocks: int) -> int | torch.Tensor:
         budget = self.config.budget

@@ -63,7 +63,7 @@ def choose(scores, count, sinks, padding_mask, slots, most, open_count=None, out
     blocks = scores.shape[2] if open_count is None else int(open_count)
     scores, padding_mask = scores[:, :, :blocks], padding_mask if padding_mask is None else padding_mask[:, :blocks]
     out.is_chosen.zero_()
-    best = pick.choose(scores.clone(), count, sinks, padding_mask)
+    best = pick.choose(scores.clone(), count, sinks, padding_mask, fewer=True)
     valid = best.valid_or_all()
     wanted = torch.zeros(*scores.shape[:2], blocks + 1, dtype=torch.uint8)
     wanted.scatter_(2, torch.where(valid, best.ids, blocks), 1)

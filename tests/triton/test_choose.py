@@ -70,6 +70,16 @@ def test_extreme_scores_keep_their_order():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_what_is_not_needed_is_chosen_only_as_a_sink(count):
+    scores = torch.full((1, 1, 9), -torch.inf)
+    scores[:, :, [4, 7]] = torch.tensor([1.0, 2.0])
+    choice = choose(scores, count, 2, None, torch.full((1, 1, 9), -1, dtype=torch.int32), 9)
+    assert lists(choice.is_chosen) == [[{1: [0], 3: [0, 1, 7], 9: [0, 1, 4, 7]}[count]]]
+    best = pick.choose(scores.clone(), count, 2, None, fewer=True)
+    assert sorted(best.ids[best.valid].tolist()) == lists(choice.is_chosen)[0][0]
+
+
 def test_only_blocks_that_are_open_are_chosen():
     """A captured graph scores the whole capacity, which is more blocks than there are."""
     scores = draw(0, BATCH, HEADS, 50)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -115,6 +117,82 @@ def test_newer_tokens_take_their_share():
     aimed = store.read(TOKENS - 2, TOKENS - 1)[0].repeat_interleave(2, dim=1) * 4
     few, many = (chosen((store, selector, mask, each), "native").sum(-1) for each in (aimed, query))
     assert bool((few == MASS_FLOOR // SIZE).all()) and bool((many > 2 * few).all())
+
+
+# -- sinks count in the floor and in the mass, everywhere alike -------------------------------------------------------
+
+BIG, ALL = 64, 40  # tokens in a block, of which the floor is 4, and whole blocks
+FLOOR = MASS_FLOOR // BIG
+
+
+def one_head(padded, config):
+    """One row and KV head, whose blocks have very different shares."""
+    generator = torch.Generator().manual_seed(3)
+    keys = 2.5 * torch.randn(1, 1, BIG * ALL + 15, DIM, generator=generator)
+    mask = torch.arange(keys.shape[2])[None] >= BIG * 5 + 7 if padded else None
+    store, selector = PagedKV(1, 1, DIM, BIG, torch.float32, "cpu"), Selector(config, 0, keys)
+    store.append(keys, keys)
+    selector.extend_from(store, ALL, mask)
+    return store, selector, mask, 2 * torch.randn(1, 2, 1, DIM, generator=generator)
+
+
+def shares_of(here, blocks):
+    """Each candidate's share of the mass by the codes, newer tokens counted."""
+    store, selector, mask, query = here
+    masses = selector.digest.score(query, selector.table.codes(blocks)).double()[0] * math.log(2)
+    if mask is not None:
+        masses[:, :5] = -torch.inf
+    newer = store.read(blocks * BIG, store.length)[0][0, 0].double() - selector.digest.mean.double()[0]
+    newer = query[0, :, 0].double() @ newer.T * DIM**-0.5
+    return torch.cat([masses, newer], -1).softmax(-1)[:, :blocks].mean(0).tolist()
+
+
+def candidates_of(here, blocks, way):
+    """Those of the first blocks that are attended: by torch, by native code, or by Triton's executor."""
+    store, selector, mask, query = here
+    step = make_step(store.length, mask, make_backend("native" if way == "native" else "torch"))
+    if way == "triton":
+        from tests.triton import reference
+
+        ranked = selector.rank(step, query, blocks, lambda: store.read(blocks * BIG, store.length)[0])
+        lists = torch.zeros(1, 1, blocks, dtype=torch.int32), *torch.zeros(2, 1, 1, dtype=torch.int32)
+        out = reference.Choice(torch.zeros(1, 1, blocks, dtype=torch.uint8), *lists)
+        absent = torch.full((1, 1, blocks), -1, dtype=torch.int32)
+        sinks = selector.config.blocks(selector.config.sinks)
+        reference.choose(*ranked[:2], sinks, ranked[2], absent, blocks, out=out)
+        return set(out.is_chosen[0, 0].nonzero().flatten().tolist())
+    ids, counts = selector.lists(step, query, store, blocks)
+    return set(ids[0, 0, : None if counts is None else int(counts[0, 0])].tolist()) - set(range(blocks, ALL + 1))
+
+
+@pytest.mark.parametrize("way", ["torch", "native", "triton"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("sinks", [0, 4, 3 * BIG, 6 * BIG, 99 * BIG])
+@pytest.mark.parametrize(("window", "budget"), [(0, 1.0), (32, 1.0), (300, 1.0), (32, 512), (300, 1024), (0, 128)])
+def test_sinks_count_in_the_floor_and_in_the_mass_everywhere_alike(way, padded, sinks, window, budget):
+    if (way == "native" and not ISAS) or (way == "triton" and not find_spec("triton")):
+        pytest.skip("not installed")
+    config = ScoutConfig(digest="sign2", block_size=BIG, budget=budget, mass=0.5, sinks=sinks, window=window)
+    here, recent = one_head(padded, config), config.blocks(window)
+    blocks, tokens = ALL - recent, int(here[2].sum()) if padded else here[0].length
+    ceiling = max(1, config.blocks(tokens if budget == 1.0 else budget) - recent)
+    real = range(5 * padded, blocks)
+    leading, others = list(real[: config.blocks(sinks)]), list(real[config.blocks(sinks) :])
+    shares = shares_of(here, blocks)
+    others.sort(key=shares.__getitem__)
+    left_out = torch.tensor([shares[block] for block in others]).cumsum(0).tolist()
+    if not others:
+        assert candidates_of(here, blocks, way) == set(leading[:ceiling])
+    for gone in range(1, len(others)):
+        if left_out[gone] < 1.3 * left_out[gone - 1]:
+            continue  # native masses are known to 10 %
+        # Between what the share of one block more or less would leave.
+        here[1].config = dataclasses.replace(config, mass=1 - math.sqrt(left_out[gone] * left_out[gone - 1]))
+        found = candidates_of(here, blocks, way)
+        assert len(found) == min(ceiling, len(real), max(FLOOR, len(leading) + len(others) - gone))
+        assert found <= set(real) and set(leading[:ceiling]) <= found
+        rest = len(found) - len(leading[:ceiling])
+        assert way == "native" or found == {*leading[:ceiling], *others[len(others) - rest :]}
 
 
 @pytest.mark.parametrize("least", [0, 2])

@@ -62,7 +62,7 @@ class ByMass(NamedTuple):
     mass : float
         The share.
     least : int
-        Blocks that are chosen in any case.
+        Blocks that are chosen in any case, sinks included.
     recent : Tensor (batch, query_heads) of float32, or None
         Logarithms, base 2, of the mass of the newest tokens, which are not among the candidates.
     """

@@ -89,7 +89,7 @@ typedef struct {
   int32_t newest;            // blocks after the candidates, always listed
   int32_t count, sinks;
   int32_t scorer;            // with code_dtype: any but I8, I8, any, I8
-  int32_t least;             // blocks to choose in any case, if mass is given
+  int32_t least;             // blocks to choose in any case, sinks included, if mass is given
   float mass;                // SIGN: choose no more blocks than hold this share of the mass; 0: choose all `count`
   const float* recent;       // SIGN: log2 of the mass of the newest blocks [batch][query_heads]; may be NULL
 } scout_select_args;

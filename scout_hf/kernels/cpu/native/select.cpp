@@ -196,6 +196,8 @@ struct Select {
     return a.padding_mask ? a.padding_mask + row * a.padding_mask_stride + block * a.block_size : nullptr;
   }
 
+  bool is_real(int row, int64_t block) const { return !a.padding_mask || any(marks(row, block), a.block_size); }
+
   // Upper bound of q.k over a block, summed over the group: relu(q) . max + min(q, 0) . min.
   void weights(int row, int head, float* into) const {
     const int group = a.query_heads / a.kv_heads, D = a.head_dim;
@@ -241,7 +243,7 @@ struct Select {
       float* mass = own + (int64_t)h * capacity;
       std::fill(mass + a.candidates, mass + capacity, -INFINITY);
       for (int i = 0; i < a.candidates && a.padding_mask; i++)
-        if (!any(marks(row, i), a.block_size)) mass[i] = -INFINITY;
+        if (!is_real(row, i)) mass[i] = -INFINITY;
       vf most = none;
       for (int i = 0; i < capacity; i += 4) most = load(mass + i) > most ? load(mass + i) : most;
       const float highest = std::max(std::max(most[0], most[1]), std::max(most[2], most[3]));
@@ -294,36 +296,38 @@ struct Select {
     }
   }
 
-  // How many of the largest shares must be chosen, so that the others are at most `1 - a.mass` in all.
-  int needed(const float* shares, float* sizes) const {
+  // How many blocks must be chosen, sinks and then the largest shares, so that the rest is at most `1 - a.mass` in all.
+  int needed(int row, const float* shares, float* sizes) const {
     // Bins of an eighth of a power of two; the last one has all that is smaller than 2^-32, NaN and padding.
     constexpr int EIGHTHS = 256;
     float sums[EIGHTHS] = {};
     int counts[EIGHTHS] = {};
     auto bin = [](float share) { return share > -31.9f ? share < 0 ? (int)(share * -8) : 0 : EIGHTHS - 1; };
+    int sinks = 0, first = 0;  // of what may be left out
+    for (; first < a.candidates && sinks < a.sinks; first++) sinks += is_real(row, first);
     int real = 0;
     for (int i = 0; i < a.candidates; i += 4) {
       const vf some = power(load(shares + i));
       memcpy(sizes + i, &some, sizeof some);
     }
-    for (int i = 0; i < a.candidates; i++) {
+    for (int i = first; i < a.candidates; i++) {
       const int at = bin(shares[i]);
       sums[at] += sizes[i], counts[at]++;
       real += !(shares[i] == -INFINITY);
     }
     float left = 1 - a.mass;
-    int at = EIGHTHS - 1, others = a.candidates - real;  // padding is never chosen, nor needed
+    int at = EIGHTHS - 1, others = a.candidates - first - real;  // padding is never chosen, nor needed
     counts[at] -= others;
     int out = 0;
     for (; at >= 0 && sums[at] <= left; at--) left -= sums[at], out += counts[at];
     if (at >= 0) {
       int inside = 0;
-      for (int i = 0; i < a.candidates; i++)
+      for (int i = first; i < a.candidates; i++)
         if (bin(shares[i]) == at && !(shares[i] == -INFINITY)) sizes[inside++] = sizes[i];
       std::sort(sizes, sizes + inside);
       for (int i = 0; i < inside && sizes[i] <= left; i++) left -= sizes[i], out++;
     }
-    return real - out;
+    return sinks + real - out;
   }
 
   void score_range(int64_t item) {
@@ -352,10 +356,10 @@ struct Select {
     if (a.scorer == SCOUT_SIGN && a.blocks) mean_shares(list, row, own_scores);
     int want = std::min(a.want ? a.want[row] : a.count, a.candidates);
     if (a.scorer == SCOUT_SIGN && a.blocks && a.mass > 0 && a.candidates)
-      want = std::min(want, std::max(a.least, needed(own_scores, spare + (int64_t)list * capacity)));
+      want = std::min(want, std::max(a.least, needed(row, own_scores, spare + (int64_t)list * capacity)));
     int sinks = std::min(a.sinks, want);
     for (int i = 0; i < a.candidates && (a.padding_mask || sinks > 0); i++) {
-      if (a.padding_mask && !any(marks(row, i), a.block_size))
+      if (!is_real(row, i))
         own_scores[i] = -INFINITY;
       else if (sinks > 0)
         own_scores[i] = INFINITY, sinks--;
