@@ -64,6 +64,22 @@ def a_faster_interpreter():
         yield
 
 
+@pytest.fixture(scope="session")
+def pocket():
+    """The packaged pocket model and its tokenizer, float32, unpatched."""
+    from scout_hf.eval.pocket import load_pocket
+
+    return load_pocket()
+
+
+@pytest.fixture(scope="session")
+def pocket64():
+    """The same in float64, where rounding is far below any tolerance."""
+    from scout_hf.eval.pocket import load_pocket
+
+    return load_pocket(dtype=torch.float64)
+
+
 @pytest.fixture
 def emulated(monkeypatch):
     """The clock of emulated links and CPUs: it moves only while somebody waits for them."""

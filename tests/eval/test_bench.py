@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +21,7 @@ from scout_hf.eval.markdown import begin_mark, between_marks, end_mark
 from scout_hf.eval.records import read_record
 from scout_hf.kernels.cpu.library import load_library
 from scout_hf.selection import digest_for
+from tests.eval.figures import check_numbers
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -32,6 +32,7 @@ TINY = {
     "num_key_value_heads": 2,
     "head_dim": 32,
 }
+POSITIVE = ("_ms", "gb_per_s", "bytes_per_token", ".n")
 needs_library = pytest.mark.skipif(load_library() is None, reason="the native library was not built")
 
 
@@ -51,20 +52,6 @@ def decode_record():
         return cpu_decode.run(CpuDecode([0, 256], 64, 16, 1, 3, 2, prefill_tokens=64, memory_tokens=256), shape=TINY)
 
 
-def check_numbers(part, where=""):
-    """All numbers are finite and not negative, all times and rates positive."""
-    if isinstance(part, dict):
-        for name, value in part.items():
-            check_numbers(value, f"{where}.{name}")
-    elif isinstance(part, list):
-        for index, value in enumerate(part):
-            check_numbers(value, f"{where}[{index}]")
-    elif isinstance(part, (int, float)):
-        assert math.isfinite(part) and part >= 0, where
-        if where.endswith(("_ms", "gb_per_s", "bytes_per_token", ".n")) or ".ratios." in where:
-            assert part > 0, where
-
-
 def printed(record):
     sink = io.StringIO()
     report.show(record, Console(file=sink, width=80))
@@ -73,7 +60,7 @@ def printed(record):
 
 def test_kernel_record_is_complete(kernel_record):
     json.dumps(kernel_record, allow_nan=False)
-    check_numbers(kernel_record)
+    check_numbers(kernel_record, POSITIVE)
     assert [row["tokens"] for row in kernel_record["attend"]] == [64, 256]
     for row in kernel_record["attend"]:
         assert row["kv_bytes"] == row["tokens"] * 2 * 2 * 32 * 2
@@ -106,7 +93,7 @@ def test_kernel_record_is_complete(kernel_record):
 
 def test_decode_record_is_complete(decode_record):
     json.dumps(decode_record, allow_nan=False)
-    check_numbers(decode_record)
+    check_numbers(decode_record, POSITIVE)
     assert [row["context"] for row in decode_record["contexts"]] == [0, 256]
     for row in decode_record["contexts"]:
         assert set(row["modes"]) == {"stock", "stock folded", "scout", "scout exact", "scout int8"}

@@ -23,9 +23,11 @@ from scout_hf.eval.bench import drift, gpu_decode, gpu_kernel, gpu_report, machi
 from scout_hf.eval.bench.options import GpuDecode, GpuKernel
 from scout_hf.kernels import find_kernels
 from scout_hf.selection import Selector, digest
+from tests.eval.figures import check_numbers
 from tests.libraries import ISAS
 
 GPU = torch.cuda.is_available()
+POSITIVE = (".us", "median_ms", "gb_per_s", "tokens_per_s", ".n", "calls")
 DEVICE = "cuda" if GPU else "cpu"
 PLACE = torch.device("cuda", 0) if GPU else torch.device("cpu")
 TINY = {
@@ -90,19 +92,6 @@ def decode(**options):
     return gpu_decode.run(GpuDecode(**options))
 
 
-def check_numbers(part, where=""):
-    if isinstance(part, dict):
-        for name, value in part.items():
-            check_numbers(value, f"{where}.{name}")
-    elif isinstance(part, list):
-        for index, value in enumerate(part):
-            check_numbers(value, f"{where}[{index}]")
-    elif isinstance(part, (int, float)):
-        assert math.isfinite(part) and (part >= 0 or "cosine" in where), where
-        if where.endswith((".us", "median_ms", "gb_per_s", "tokens_per_s", ".n", "calls")) or ".ratios" in where:
-            assert part > 0, where
-
-
 def out_of_memory(*_, **__):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nAnd more lines.")
 
@@ -112,7 +101,7 @@ def out_of_memory(*_, **__):
 
 def test_kernel_record_is_complete(kernel_record):
     json.dumps(kernel_record, allow_nan=False)
-    check_numbers(kernel_record)
+    check_numbers(kernel_record, POSITIVE)
     (row,), (far,), scores = kernel_record["dense"], kernel_record["scattered"], kernel_record["score"]
     assert row["kv_bytes"] == 2 * 32 * 16 * 2 and far["kv_bytes"] == 2 * 32 * 16 * 2
     for one in (row, far):
@@ -236,7 +225,7 @@ def test_without_a_gpu_every_call_is_made_once():
 
 def test_decode_record_is_complete(decode_record):
     json.dumps(decode_record, allow_nan=False)
-    check_numbers(decode_record)
+    check_numbers(decode_record, POSITIVE)
     names = [arm for arm in arms.GPU_DECODE if arm != arms.COMPILED]
     assert {f"scout {way}" for way in HAND_OVERS if way != "auto"} < set(names)
     keys = [(one["model"], one["context"], one["batch"], one["arm"]) for one in decode_record["arms"]]

@@ -10,11 +10,6 @@ TOKENS, NEW = 4096, 24
 
 
 @pytest.fixture(scope="module")
-def pocket():
-    return load_pocket()
-
-
-@pytest.fixture(scope="module")
 def prompt(pocket):
     document = make_document(TOKENS - 8, 16, seed=3)
     text = f"{document.text} {document.prompt(document.facts[5])}"

@@ -9,21 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 
-from scout_hf.eval.pocket import WEIGHTS, load_pocket
-
-
-@pytest.fixture(scope="session")
-def pocket():
-    """Model and tokenizer, float32, unpatched."""
-    return load_pocket()
-
-
-@pytest.fixture(scope="session")
-def pocket64():
-    """The same in float64, where rounding is far below any tolerance."""
-    return load_pocket(dtype=torch.float64)
+from scout_hf.eval.pocket import WEIGHTS
 
 
 @pytest.fixture(scope="session")

@@ -8,18 +8,16 @@ import time
 import pytest
 import torch
 
-from scout_hf.kernels.cpu.pool import CopyArgs, NativePool, quick
+from scout_hf.kernels.cpu.pool import CopyArgs, NativePool, PoolTicket, quick
 from scout_hf.kernels.cpu.torch_backend import TorchBackend, _Scratch
-from scout_hf.kernels.cpu.workers import Workers
+from scout_hf.kernels.cpu.workers import Workers, WorkerTicket
 from scout_hf.methods.scout import executor_torch, handoff
-from scout_hf.stores.pages import PagePool
 from tests.libraries import ISAS
+from tests.unit.naive import poison
 
 REAL_ATTEND, REAL_PAIR, REAL_PACK = TorchBackend.attend_blocks, _Scratch.pair, executor_torch.pack_lists
 
 REAL_SUBMIT, REAL_NATIVE_SUBMIT = Workers.submit, NativePool.submit
-
-REAL_ALLOCATE, REAL_RECYCLE = PagePool.allocate, PagePool._recycle
 
 REAL_EMPTY, REAL_NEW_EMPTY = torch.empty, torch.Tensor.new_empty
 
@@ -46,6 +44,24 @@ def raise_once(monkeypatch, module, after: int):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(module, "forward", forward)
+
+
+def interrupt_a_wait(monkeypatch, call: int) -> list:
+    """Ctrl-C in wait number ``call`` (from 0) for a CPU job, of either pool; the tickets that were waited for."""
+    waited = []
+
+    def interrupted(real):
+        def wait(ticket):
+            waited.append(ticket)
+            if len(waited) == call + 1:
+                raise KeyboardInterrupt
+            return real(ticket)
+
+        return wait
+
+    for kind in (PoolTicket, WorkerTicket):
+        monkeypatch.setattr(kind, "wait", interrupted(kind.wait))
+    return waited
 
 
 def delayed_jobs(monkeypatch):
@@ -91,26 +107,6 @@ def spoiled_scratch(monkeypatch):
     monkeypatch.setattr(_Scratch, "pair", pair)
 
 
-def spoiled_pages(monkeypatch):
-    """Pages are NaN, those of int8 by their scales, when they are handed out and again when they are given back."""
-
-    def fill(pool, ids):
-        for slab, _, local in pool.by_slab(ids):
-            slab.view(torch.uint8)[local] = 0xFF
-
-    def allocate(self, count):
-        ids = REAL_ALLOCATE(self, count)
-        fill(self, ids)
-        return ids
-
-    def recycle(self, ids):
-        fill(self, ids)
-        REAL_RECYCLE(self, ids)
-
-    monkeypatch.setattr(PagePool, "allocate", allocate)
-    monkeypatch.setattr(PagePool, "_recycle", recycle)
-
-
 def spoiled_buffers(monkeypatch):
     """Everything allocated without contents, tails and digests too, starts as NaN."""
     spoil = threading.Lock()
@@ -125,9 +121,9 @@ def spoiled_buffers(monkeypatch):
 
 
 DISTURBANCES = [
-    *((TORCH, way) for way in (delayed_jobs, delayed_submit, spoiled_scratch, spoiled_pages, spoiled_buffers)),
-    *((NATIVELY, way) for way in (delayed_jobs, spoiled_pages, spoiled_buffers) if ISAS),
-    *((INT8, way) for way in (delayed_jobs, delayed_submit, spoiled_pages, spoiled_buffers) if ISAS),
+    *((TORCH, way) for way in (delayed_jobs, delayed_submit, spoiled_scratch, poison, spoiled_buffers)),
+    *((NATIVELY, way) for way in (delayed_jobs, poison, spoiled_buffers) if ISAS),
+    *((INT8, way) for way in (delayed_jobs, delayed_submit, poison, spoiled_buffers) if ISAS),
 ]
 
 DISTURBED = pytest.mark.parametrize(("backend", "disturb"), DISTURBANCES)

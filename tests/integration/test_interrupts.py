@@ -4,10 +4,9 @@ import pytest
 import torch
 
 import scout_hf
-from scout_hf.kernels.cpu import pool, workers
 from scout_hf.methods.scout.executor import StepState
 from scout_hf.step import active_step
-from tests.integration.disturbances import delayed_jobs
+from tests.integration.disturbances import delayed_jobs, interrupt_a_wait
 from tests.libraries import ISAS
 from tests.patches.tiny import tiny_model
 
@@ -121,24 +120,14 @@ def test_a_fork_after_an_interrupt_is_whole(model, split):
 @pytest.mark.parametrize("call", [0, 2])
 def test_an_interrupt_while_waiting_for_the_cpu(model, monkeypatch, settings, call):
     """A job without a waiter continues while the cache is rolled back and filled again."""
-    ids, waited = torch.randint(1, 60, (1, 48), generator=torch.Generator().manual_seed(0)), []
-
-    def interrupted(real):
-        def wait(ticket):
-            waited.append(ticket)
-            if len(waited) == call + 1:
-                raise KeyboardInterrupt
-            return real(ticket)
-
-        return wait
+    ids = torch.randint(1, 60, (1, 48), generator=torch.Generator().manual_seed(0))
 
     with scout_hf.patch(model, **OPTIONS | settings) as handle:
         cache = handle.new_cache()
         logits(model, ids[:, :39], cache)
         expected = [logits(model, ids[:, at : at + 1], twin) for twin in [cache.fork()] for at in range(39, 48)]
         delayed_jobs(monkeypatch)
-        for kind in (pool.PoolTicket, workers.WorkerTicket):
-            monkeypatch.setattr(kind, "wait", interrupted(kind.wait))
+        waited = interrupt_a_wait(monkeypatch, call)
         with pytest.raises(KeyboardInterrupt):
             logits(model, ids[:, 39:40], cache)
         twin = cache.fork()

@@ -36,6 +36,7 @@ from tests.integration.disturbances import (
     INT8,
     Planted,
     delayed_jobs,
+    interrupt_a_wait,
     raise_once,
     spoiled_scratch,
 )
@@ -180,25 +181,14 @@ def test_going_on_with_the_cache_of_a_forward_that_raised(monkeypatch, name, aft
 @pytest.mark.parametrize("name", EXACT_METHODS)
 @pytest.mark.parametrize("call", [0, 2])
 def test_an_interrupt_while_waiting(monkeypatch, name, call):
-    model, waited = llama(), []
-    ids = prompt(1, 60)
-
-    def interrupted(real):
-        def wait(ticket):
-            waited.append(ticket)
-            if len(waited) == call + 1:
-                raise KeyboardInterrupt
-            return real(ticket)
-
-        return wait
+    model, ids = llama(), prompt(1, 60)
 
     expected = run(model, ids, new=8)
     with scout_hf.patch(model, **EXACT_METHODS[name]) as handle, torch.no_grad():
         cache = handle.new_cache()
         model(ids[:, :59], past_key_values=cache)
         delayed_jobs(monkeypatch)
-        for kind in (pool.PoolTicket, workers.WorkerTicket):
-            monkeypatch.setattr(kind, "wait", interrupted(kind.wait))
+        waited = interrupt_a_wait(monkeypatch, call)
         with pytest.raises(KeyboardInterrupt):
             model(ids[:, 59:], past_key_values=cache)
         assert cache.get_seq_length() == 59 and len(waited) == call + 1

@@ -30,11 +30,12 @@ from tests.integration.common import (
     prompt,
     run,
 )
-from tests.integration.disturbances import delayed_jobs, delayed_submit, refuse_thread, spoiled_buffers, spoiled_pages
+from tests.integration.disturbances import delayed_jobs, delayed_submit, refuse_thread, spoiled_buffers
 from tests.integration.executors import WAYS as HANDED
 from tests.integration.executors import use_triton
 from tests.libraries import ISAS
 from tests.patches.tiny import missing, tiny_model
+from tests.unit.naive import poison
 
 pytestmark = pytest.mark.usefixtures("monitored_at_once")
 
@@ -334,13 +335,8 @@ def eventful(model, handle):
 
 
 EVENTS = [
-    *(("torch", None, way) for way in (delayed_jobs, delayed_submit, spoiled_pages, spoiled_buffers)),
-    *(
-        ("native", kind, way)
-        for kind in (None, "int8")
-        for way in (delayed_jobs, spoiled_pages, spoiled_buffers)
-        if ISAS
-    ),
+    *(("torch", None, way) for way in (delayed_jobs, delayed_submit, poison, spoiled_buffers)),
+    *(("native", kind, way) for kind in (None, "int8") for way in (delayed_jobs, poison, spoiled_buffers) if ISAS),
 ]
 
 
@@ -370,7 +366,7 @@ def test_what_a_late_job_reads_has_not_changed(monkeypatch, split, backend, host
     model, expected = two_layers(), undisturbed(split, backend, host_dtype)
     with scout_hf.patch(model, **settings(split, backend, host_dtype), monitor=0.5) as handle:
         disturb(monkeypatch)
-        if disturb is spoiled_pages:
+        if disturb is poison:
             late(monkeypatch, handle)
         eventful(model, handle)
         assert measured(handle) == expected
@@ -405,7 +401,7 @@ def test_reading_pages_that_nobody_holds_is_seen(monkeypatch, backend):
         eventful(model, handle)
         expected = measured(handle)
         handle.reset_stats()
-        spoiled_pages(monkeypatch)
+        poison(monkeypatch)
         late(monkeypatch, handle)
         run_unheld(monkeypatch, model, handle, unheld)
         assert measured(handle) != expected

@@ -82,13 +82,18 @@ def share_found(scores, wanted):
     return (chosen[..., None] == wanted[:, :, None]).any(2).float().mean()
 
 
+def turned_of(digest, keys):
+    """The keys as they are quantised, float64."""
+    centred = keys.double() - digest.mean.double()[:, :, None, None]
+    return centred / digest.divisor.double()[:, :, None, None] @ random_rotation(keys.shape[-1]).double()
+
+
 def test_a_sign_code_is_one_bit_per_channel_and_a_byte_per_token():
     query, keys = draw(0, 2, 2, 2, 5, 16, 128)
     digest = fitted("sign", keys, query)
     codes = digest.encode(keys, None)
     assert codes.dtype == torch.uint8 and codes.shape == (2, 2, 5, 16 * 17)
-    centred = keys.double() - digest.mean.double()[:, :, None, None]
-    turned = centred / digest.divisor.double()[:, :, None, None] @ random_rotation(128).double()
+    turned = turned_of(digest, keys)
     for row, head, block, token, channel in ((0, 0, 0, 0, 0), (1, 1, 4, 15, 127), (0, 1, 2, 9, 77)):
         byte = int(codes[row, head, block, channel // 8 * 16 + token])
         assert bool(byte >> channel % 8 & 1) == bool(turned[row, head, block, token, channel] >= 0)
@@ -102,8 +107,7 @@ def test_a_code_of_two_bits_is_the_nearest_of_four_levels():
     digest = fitted("sign2", keys, query)
     codes = digest.encode(keys, None)
     assert codes.dtype == torch.uint8 and codes.shape == (2, 2, 5, 16 * 33)
-    centred = keys.double() - digest.mean.double()[:, :, None, None]
-    turned = centred / digest.divisor.double()[:, :, None, None] @ random_rotation(128).double()
+    turned = turned_of(digest, keys)
     high, low = levels_of(digest, codes, 16).split(128, dim=-1)
     levels = high + low / 2
     step = LEVEL_STEP * turned.square().mean(-1, keepdim=True).sqrt()
