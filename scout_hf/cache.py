@@ -144,8 +144,7 @@ class ScoutCache(Cache):
         return copy_as_dynamic(self)
 
     def __repr__(self) -> str:
-        settings = {"method": self.scout_config.method, "budget": self.scout_config.budget}
-        return describe(self, self.scout_layers, settings, self.tier_bytes())
+        return describe(self, self.scout_layers, self.scout_config.in_brief, self.tier_bytes())
 
     def tier_bytes(self) -> dict[str, int]:
         """Bytes held by tier: ``host``, ``device``, ``digests``, and ``stock`` for layers left to transformers."""

@@ -117,11 +117,11 @@ def _dynamic(layers: list[Any]) -> DynamicCache:
     return made
 
 
-def describe(cache: Cache, ours: Sequence[ReadableLayer], settings: dict[str, Any], held: dict[str, int]) -> str:
+def describe(cache: Cache, ours: Sequence[ReadableLayer], settings: str, held: dict[str, int]) -> str:
     """One line: settings, tokens, rows, layers (``ours`` of all), bytes by tier."""
     attention = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
     tokens = max((layer.get_seq_length() for layer in attention), default=0)
-    parts = [*(f"{name}={value!r}" for name, value in settings.items()), f"{tokens} tokens"]
+    parts = [settings, f"{tokens} tokens"]
     rows = next((layer.method.batch for layer in ours if layer.method is not None), None)
     if rows is not None:
         parts.append(f"{rows} {'row' if rows == 1 else 'rows'}")

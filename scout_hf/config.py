@@ -222,6 +222,12 @@ class ScoutConfig:
         """Whether all layers attend to all tokens: ``budget`` is None or 1.0, and ``mass`` takes nothing away."""
         return self.budget is None or (self.budget == 1.0 and self.mass is None)
 
+    @property
+    def in_brief(self) -> str:
+        """Method and budget, and ``mass`` where it is set, for reports of one line."""
+        given = f"method={self.method!r}, budget={self.budget!r}"
+        return given if self.mass is None else f"{given}, mass={self.mass!r}"
+
     def is_dense(self, layer_idx: int) -> bool:
         """Whether this layer attends to all tokens, by ``budget`` or ``dense_layers``."""
         return self.attends_all or self.names_dense(layer_idx)

@@ -330,8 +330,8 @@ class Handle:
 
     def __repr__(self) -> str:
         state = "patched" if self.model.__dict__.get(HANDLE) is self else "removed"
-        settings = f"method={self.config.method!r}, budget={self.config.budget!r}"
-        return f"Handle({type(self.model).__name__}, {settings}, {'exact' if self.exact else 'not exact'}, {state})"
+        exact = "exact" if self.exact else "not exact"
+        return f"Handle({type(self.model).__name__}, {self.config.in_brief}, {exact}, {state})"
 
     # -- installation -------------------------------------------------------------------------------------------
 

@@ -261,7 +261,8 @@ def test_repr_says_what_is_held():
     assert "method='scout'" in text and "budget=512" in text and str(held) in text
     assert repr(cache.layers[2]) == "ScoutLayer(2, 30 tokens)"
     empty = repr(ScoutCache(llama().config, budget=None))
-    assert " 0 tokens" in empty and "budget=None" in empty and "row" not in empty
+    assert " 0 tokens" in empty and "budget=None" in empty and "row" not in empty and "mass" not in empty
+    assert "budget=512, mass=0.9, 0 tokens" in repr(ScoutCache(llama().config, budget=512, mass=0.9))
 
 
 def test_repr_tells_layers_left_to_transformers():
