@@ -32,7 +32,7 @@ def said(result):
 
 
 def test_a_folder_is_measured_once(tmp_path):
-    arms = ["--budget", "64", "--split", "off,cpu", "--set", "block_size=16", "--set", "monitor=1.0"]
+    arms = ["--budget", "64", "--split", "off,cpu", "--set", "block_size=16", "--set", "monitor=0.125"]
     first = call(*SMALL, *arms, "--layers", "--out", tmp_path / "new" / "study")
     assert first.exit_code == 0, first.output
     record = read_record(tmp_path / "new" / "study" / study.RECORD, "fidelity")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -28,7 +29,7 @@ from scout_hf.eval.options import Fidelity
 from scout_hf.eval.text import load_text_model
 from tests.patches.tiny import VOCAB, tiny_model
 
-TOKENS, EACH = 1000, 2
+TOKENS, EACH, STUDIED = 1000, 2, 700
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,14 @@ def asked():
 @pytest.fixture(scope="module")
 def reading(asked):
     return forced.Reading(asked[0], asked[2])
+
+
+def part_of(reading, chosen, written):
+    """The same document with some of the cases, and an extraction that ends early."""
+    some, exam = copy.copy(reading), reading.exam
+    cases, extraction = tuple(exam.cases[index] for index in chosen), replace(exam.extraction, most=written)
+    some.exam, some.expected = replace(exam, cases=cases, extraction=extraction), [reading.expected[i] for i in chosen]
+    return some
 
 
 # -- exams ----------------------------------------------------------------------------------------------------------
@@ -134,10 +143,14 @@ def test_a_case_is_decoded_as_by_one_pass(asked, reading):
 def test_rows_are_as_alone(reading, config, monkeypatch):
     """Cases that are decoded together share pages; each chooses for itself."""
     config = dataclasses.replace(config, cpu_query="real", recall=1)
-    together, _ = reading.under(config)
+    groups = [group for group in forced._groups(reading.exam.cases, forced.ROWS) if len(group) > 1]
+    assert sorted(map(len, groups)) == [2, 2, 3, 4]
+    # What is decoded alone in any case proves nothing.
+    some = part_of(reading, [index for group in groups[1:] for index in group[:3]], written=8)
+    together, _ = some.under(config)
     monkeypatch.setattr(forced, "ROWS", 1)
-    alone, _ = reading.under(config)
-    assert together.written == alone.written
+    alone, _ = some.under(config)
+    assert together.written == alone.written and len(alone.outcomes) == 8
     for left, right in zip(together.outcomes, alone.outcomes):
         assert left.log_probs == pytest.approx(right.log_probs, abs=1e-3)
         assert left.divergences == pytest.approx(right.divergences, abs=1e-3)
@@ -189,8 +202,8 @@ def test_divergence_is_that_of_all_tokens():
 # -- the study ------------------------------------------------------------------------------------------------------
 
 
-SETTINGS = tuple(ScoutConfig(budget=budget, digest="minmax", monitor=1.0) for budget in (None, 64))
-PLAN = study.Plan((TOKENS,), 1, 1, 0, SETTINGS)
+SETTINGS = tuple(ScoutConfig(budget=budget, digest="minmax", monitor=0.125) for budget in (None, 64))
+PLAN = study.Plan((STUDIED,), 1, 1, 0, SETTINGS)
 
 
 @pytest.fixture
@@ -275,12 +288,13 @@ def test_a_study_that_was_killed_goes_on(studied, tmp_path, monkeypatch):
 
 
 def test_progress_ends_where_it_should(asked):
-    done = []
-    reading = forced.Reading(asked[0], asked[2], done.append)
-    assert sum(done) == forced.cost_of_reading(asked[2])
+    whole, done = asked[2], []
+    exam = replace(whole, cases=whole.cases[:5], extraction=replace(whole.extraction, most=8))
+    reading = forced.Reading(asked[0], exam, done.append)
+    assert sum(done) == forced.cost_of_reading(exam)
     done.clear()
     reading.under(ScoutConfig(budget=64), done.append)
-    assert sum(done) == forced.cost_of_asking(asked[2])
+    assert sum(done) == forced.cost_of_asking(exam)
 
 
 def test_tables_and_pictures(studied, tmp_path):
@@ -296,7 +310,7 @@ def test_tables_and_pictures(studied, tmp_path):
     assert sparse.scores[every].divergence.n == steps > 100
     assert sparse.attended < exact.attended == exact.context
     shown, note, *others = report.tables(record, layers=True)
-    assert len(shown.rows) == 3 and f"5 answers and {steps} steps at {TOKENS}" in note
+    assert len(shown.rows) == 3 and f"5 answers and {steps} steps at {STUDIED}" in note
     by_layer = [one for one in others if "by layer" in one.title]
     assert [len(one.rows) for one in by_layer] == [asked_layers(record)] * 2
     list(plots.save_plots(record, tmp_path))
