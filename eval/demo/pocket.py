@@ -17,6 +17,7 @@ from scout_hf.eval.decode_path import Session, ask_all
 from scout_hf.eval.options import Demo
 from scout_hf.eval.pocket import ANSWER_WORDS, TRAINED_TOKENS, Document, Fact, load_pocket, make_document
 from scout_hf.eval.pocket.tasks import usual_statements
+from scout_hf.eval.settings import single_values_of
 from scout_hf.eval.tables import tiers
 
 STOCK, EXACT = "stock", "exact"
@@ -38,10 +39,11 @@ def run(options: Demo, console: Console) -> bool:
     """Run the demo and print it; True if the exact mode answered everything as stock attention did."""
     tokens, questions = options.tokens, options.questions or QUESTIONS
     budget = BUDGET if options.budget is None else options.budget
-    sparse = scout_hf.ScoutConfig(budget=budget, block_size=options.block_size)
+    settings = {"budget": budget, "block_size": options.block_size} | single_values_of(options.set)
+    sparse = scout_hf.ScoutConfig(**settings)
     modes = {
         STOCK: None,
-        EXACT: replace(sparse, budget=None),
+        EXACT: scout_hf.ScoutConfig(budget=None, block_size=sparse.block_size),
         "sparse": sparse,
         "2 tiers": replace(sparse, split="cpu"),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from scout_hf import ScoutConfig
+from scout_hf import ScoutCache, ScoutConfig
 from scout_hf.diagnostics import usable_cpus
 from scout_hf.errors import ConfigError
 from scout_hf.eval.demo.asking import Session, ask_all, bytes_per_token, open_session, read
 from scout_hf.eval.demo.text import Document, Fact, make_prompts, place
 from scout_hf.eval.options import Demo
+from scout_hf.eval.settings import single_values_of
+from scout_hf.selection import check_digest
 
 STOCK, EXACT, SPARSE = "stock", "exact", "sparse"
 MOST_THREADS = 8
@@ -36,9 +39,11 @@ KV read is what a step attends, and digests. exact is budget=None, sparse {setti
 
 
 def configs_of(options: Demo) -> dict[str, ScoutConfig | None]:
-    """Settings by mode; ConfigError for a wrong budget."""
-    sparse = ScoutConfig() if options.budget is None else ScoutConfig(budget=options.budget)
-    return {STOCK: None, EXACT: ScoutConfig.from_options(sparse, budget=None), SPARSE: sparse}
+    """Settings by mode; ConfigError for wrong ones."""
+    budget = {} if options.budget is None else {"budget": options.budget}
+    sparse = ScoutConfig(**(budget | single_values_of(options.set)))
+    check_digest(sparse.digest, None, sparse.mass)
+    return {STOCK: None, EXACT: ScoutConfig(budget=None), SPARSE: sparse}
 
 
 def run(
@@ -88,6 +93,7 @@ def _run(
     asked: list[int],
     console: Console,
 ) -> bool:
+    ScoutCache(model.config, configs[SPARSE])  # ConfigError for what this model cannot do, before all is read
     start = time.perf_counter()
     prompts, facts = make_prompts(tokenizer, document), [document.facts[index] for index in asked]
     tokens = len(prompts.shared)
@@ -102,7 +108,7 @@ def _run(
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "read": time.perf_counter() - start,
-        "settings": _said(configs[SPARSE]),
+        "settings": _said(configs[SPARSE] or ScoutConfig()),
     }
     per_token = bytes_per_token(begun)
     del begun
@@ -202,5 +208,6 @@ def _compare(stock: Session, exact: Session, console: Console) -> bool:
     return True
 
 
-def _said(config: ScoutConfig | None) -> str:
-    return "with default settings" if config == ScoutConfig() else f"budget={config and config.budget}"
+def _said(config: ScoutConfig) -> str:
+    changed = [field.name for field in fields(config) if getattr(config, field.name) != field.default]
+    return ", ".join(f"{name}={getattr(config, name)!r}" for name in changed) or "with default settings"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import re
 import sys
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -24,6 +22,7 @@ from scout_hf.eval.language.study import JOURNAL, WATCHED, Plan, study
 from scout_hf.eval.markdown import to_markdown, update
 from scout_hf.eval.options import Fidelity
 from scout_hf.eval.records import read_record
+from scout_hf.eval.settings import value_of, values_of
 from scout_hf.eval.text import load_text_model
 from scout_hf.selection import check_digest
 
@@ -92,11 +91,7 @@ def settings_of(options: Fidelity) -> list[ScoutConfig]:
         "digest": _listed(options.digest),
         "budget": [_budget(one) for one in _listed(options.budget)],
     }
-    for given in options.set:
-        name, equals, values = given.partition("=")
-        if not equals or not name or not values:
-            raise ConfigError(f"--set {given} is not allowed: a setting and its values, such as block_size=16,32")
-        axes[name.strip()] = [_value(one) for one in _OUTSIDE.split(values)]
+    axes |= values_of(options.set)
     found: list[ScoutConfig] = []
     for values in product(*axes.values()):
         config = ScoutConfig.from_options(**({"monitor": WATCHED} | dict(zip(axes, values))))
@@ -129,24 +124,11 @@ def _listed(text: str) -> list[str]:
     return [one.strip() for one in text.split(",") if one.strip()]
 
 
-_OUTSIDE = re.compile(r",(?![^(\[{]*[)\]}])")
-"""Commas between values, not those inside of one."""
-
-
 def _budget(text: str) -> int | float | str | None:
-    value = _value(text)
+    value = value_of(text)
     if isinstance(value, str) and value != AUTO:
         raise ConfigError(f"--budget {text} is not allowed: tokens (512), a share (0.06) or none")
     return value
-
-
-def _value(text: str) -> Any:
-    """As Python writes it, or none, true and false; else the word itself."""
-    word = text.strip()
-    try:
-        return ast.literal_eval({"none": "None", "true": "True", "false": "False"}.get(word.lower(), word))
-    except (ValueError, SyntaxError):
-        return word
 
 
 def _whole(text: str, option: str) -> int:

@@ -139,6 +139,44 @@ def test_default_settings_are_those_of_scout_config():
     assert configs == {"stock": None, "exact": ScoutConfig(budget=None), "sparse": ScoutConfig()}
 
 
+def test_any_setting_can_be_tried(stand_in):
+    configs = real.configs_of(Demo(budget=512, set=["mass=0.95", "window=64"]))
+    assert configs["sparse"] == ScoutConfig(budget=512, mass=0.95, window=64)
+    assert configs["exact"] == ScoutConfig(budget=None)
+    assert real.configs_of(Demo(set=["budget=0.5"]))["sparse"] == ScoutConfig(budget=0.5)
+    same, page = shown(stand_in, set=["mass=0.5", "budget=1.0"])
+    assert same and "budget=1.0, mass=0.5" in " ".join(page.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("mass", "--set mass is not allowed"),
+        ("mass=0.9,0.95", "--set mass is not allowed with 2 values here: one, such as mass=0.95"),
+        ("mas=0.9", "did you mean 'mass'"),
+        ("mass=2", "mass=2 is not allowed"),
+        ("digest=signs", "digest='signs' is not known"),
+    ],
+)
+def test_wrong_settings_are_told_before_a_model_is_fetched(given, message, invoke, monkeypatch):
+    monkeypatch.setattr(command, "fetched", None)
+    result = invoke(["demo", "--set", given])
+    assert result.exit_code == 2 and message in " ".join(result.output.split())
+
+
+def test_what_the_model_cannot_do_is_told_before_the_document_is_read(stand_in, monkeypatch):
+    monkeypatch.setattr(real, "read", None)
+    with pytest.raises(ConfigError, match="dense_layers=99"):
+        shown(stand_in, set=["dense_layers=99"])
+
+
+def test_the_pocket_model_takes_settings_too(invoke):
+    result = invoke([*SMALL, "--set", "window=16"])
+    assert result.exit_code == 0
+    result = invoke([*SMALL, "--set", "method=nonesuch"])
+    assert result.exit_code == 2 and "method='nonesuch' is not known" in " ".join(result.output.split())
+
+
 def test_demo_says_where_exact_differs_from_stock(stand_in, monkeypatch):
     before = asking.ask
 
