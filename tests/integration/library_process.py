@@ -43,8 +43,14 @@ def record():
 
 
 def main(path, then):
-    """Write down what happens, and what happens then: with an unknown instruction set, and with a known one."""
+    """Write down what happens without the library, and with a path to none.
+
+    And what happens then: with an unknown instruction set, and with a known one.
+    """
     found = [record()]
+    load_library.cache_clear()
+    os.environ[PATH_VARIABLE] = "/nowhere/_scout_cpu.so"
+    found.append(record())
     if then:
         load_library.cache_clear()
         del os.environ[PATH_VARIABLE]

@@ -143,7 +143,9 @@ def test_settings_object_and_keyword_agree():
         assert_equal(run(model, prompt()), first)
 
 
-@pytest.mark.parametrize("options", [ONE_TIER, TWO_TIERS])
+@pytest.mark.parametrize(
+    "options", [pytest.param(ONE_TIER, marks=pytest.mark.full), TWO_TIERS], ids=["one tier", "two tiers"]
+)
 def test_compiled_forward(options):
     """A user's own torch.compile of forward, with graph breaks, over prefill and decode."""
     stock = run(llama(num_hidden_layers=2), prompt(), new=4)

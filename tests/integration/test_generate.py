@@ -51,6 +51,13 @@ def stock():
     return llama()
 
 
+@pytest.fixture(scope="module")
+def once():
+    """What all settings are compared with is made once."""
+    known = {}
+    return lambda what, make: known[what] if what in known else known.setdefault(what, make())
+
+
 @pytest.fixture
 def patched(settings):
     """A patched copy of ``stock``; on two tiers each must have had a share by the end."""
@@ -78,14 +85,14 @@ def test_mode(patched, mode):
 
 @pytest.mark.parametrize("which", ["target", "assistant", "both"])
 @pytest.mark.thin(3)
-def test_assisted_decoding(settings, which):
+def test_assisted_decoding(settings, once, which):
     """The assistant is a near copy, so that some drafts are taken and some are not."""
     target, assistant = llama(), llama()
     with torch.no_grad():
         for parameter in assistant.parameters():
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    alone = run(target, prompt(), new=20)
-    expected = run(target, prompt(), new=20, assistant_model=assistant)
+    alone = once("alone", lambda: run(target, prompt(), new=20))
+    expected = once("assisted", lambda: run(target, prompt(), new=20, assistant_model=assistant))
     assert torch.equal(alone.sequences, expected.sequences)
     for name, model in (("target", target), ("assistant", assistant)):
         if which in (name, "both"):
@@ -95,25 +102,25 @@ def test_assisted_decoding(settings, which):
     assert_close(got, expected)
 
 
-def test_early_exit_drafts(stock, patched):
+def test_early_exit_drafts(stock, patched, once):
     options = {"assistant_early_exit": 2, "new": 16}
-    assert_close(run(patched, prompt(), **options), run(stock, prompt(), **options))
+    assert_close(run(patched, prompt(), **options), once("early exit", lambda: run(stock, prompt(), **options)))
 
 
-def test_inference_mode(stock, patched):
-    expected = run(stock, left_padded(0, 5))
+def test_inference_mode(stock, patched, once):
+    expected = once("padded", lambda: run(stock, left_padded(0, 5)))
     with torch.inference_mode():
         got = run(patched, left_padded(0, 5))
     assert_close(got, expected)
     assert_close(run(patched, left_padded(0, 5)), expected)
 
 
-def test_cache_made_in_inference_mode_continues_without(stock, patched):
-    first = run(stock, prompt())
+def test_cache_made_in_inference_mode_continues_without(stock, patched, once):
+    first = once("one row", lambda: run(stock, prompt()))
     with torch.inference_mode():
         cache = run(patched, prompt()).past_key_values
     longer = torch.cat([first.sequences, prompt(1, 9, seed=3)], dim=1)
-    assert_close(run(patched, longer, past_key_values=cache), run(stock, longer))
+    assert_close(run(patched, longer, past_key_values=cache), once("longer", lambda: run(stock, longer)))
 
 
 def test_streamer(stock, patched):
@@ -134,13 +141,13 @@ def test_streamer(stock, patched):
     assert streamers[0].tokens == streamers[1].tokens and len(streamers[0].tokens) == 60
 
 
-def test_generate_in_another_thread(stock, patched):
+def test_generate_in_another_thread(stock, patched, once):
     """What TextIteratorStreamer users do."""
     found = []
     worker = threading.Thread(target=lambda: found.append(run(patched, prompt())))
     worker.start()
     worker.join()
-    assert_close(found[0], run(stock, prompt()))
+    assert_close(found[0], once("one row", lambda: run(stock, prompt())))
 
 
 def test_right_padded_forward(stock, patched):
@@ -154,26 +161,25 @@ def test_right_padded_forward(stock, patched):
     assert ((got - expected)[mask.bool()]).abs().max() <= 3e-6
 
 
-def test_decoding_after_right_padding(stock, patched):
+def test_decoding_after_right_padding(stock, patched, once):
     """Holes in the cache that no row starts with."""
-    ids, mask = prompt(2, 40), torch.ones(2, 40, dtype=torch.long)
-    mask[1, 20:] = 0
-    positions = mask.cumsum(-1) - 1
-    with torch.no_grad():
-        caches = [None, scout_hf.ScoutCache(patched.config, patched._scout_handle.config)]
-        outputs = [
-            model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-            for model, cache in zip((stock, patched), caches)
-        ]
-        for step in range(20):
+
+    def decoded(model, cache):
+        ids, mask, found = prompt(2, 40), torch.ones(2, 40, dtype=torch.long), []
+        mask[1, 20:] = 0
+        positions = mask.cumsum(-1) - 1
+        for step in range(21):
+            output = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+            cache, ids = output.past_key_values, prompt(2, 1, seed=step)
             mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
-            positions, token = mask.sum(-1, keepdim=True) - 1, prompt(2, 1, seed=step)
-            options = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
-            outputs = [
-                model(token, past_key_values=output.past_key_values, **options)
-                for model, output in zip((stock, patched), outputs)
-            ]
-            assert (outputs[0].logits - outputs[1].logits).abs().max() <= 3e-6
+            positions = mask.sum(-1, keepdim=True) - 1
+            found.append(output.logits[:, -1])
+        return torch.stack(found[1:])
+
+    with torch.no_grad():
+        expected = once("after right padding", lambda: decoded(stock, None))
+        got = decoded(patched, scout_hf.ScoutCache(patched.config, patched._scout_handle.config))
+    assert (got - expected).abs().max() <= 3e-6
 
 
 def turns(model, first, following, **options):
@@ -190,53 +196,56 @@ def turns(model, first, following, **options):
 
 @pytest.mark.parametrize("padding", [(0,), (0, 5, 21)], ids=["one row", "padded"])
 @pytest.mark.thin(2)
-def test_multi_turn(stock, patched, padding):
+def test_multi_turn(stock, patched, once, padding):
     following = [prompt(len(padding), tokens, seed=tokens) for tokens in (1, 23, 8)]
-    expected, got = (turns(model, left_padded(*padding), following) for model in (stock, patched))
+    expected = once(("turns", padding), lambda: turns(stock, left_padded(*padding), following))
+    got = turns(patched, left_padded(*padding), following)
     for a, b in zip(got, expected):
         assert_close(a, b)
-    fresh = run(stock, {"input_ids": expected[-1].sequences[:, :-10]}) if len(padding) == 1 else None
-    assert fresh is None or torch.equal(fresh.sequences, got[-1].sequences)
+    if len(padding) == 1:
+        fresh = once("without turns", lambda: run(stock, {"input_ids": expected[-1].sequences[:, :-10]}))
+        assert torch.equal(fresh.sequences, got[-1].sequences)
 
 
-def test_multi_turn_with_holes(stock, patched):
+def test_multi_turn_with_holes(stock, patched, once):
     """The second turn of a batch is padded on the left too, so that padding lies inside the rows."""
     first, hole = left_padded(0, 5), left_padded(0, 9, tokens=20, seed=7)
-    results = []
-    for model in (stock, patched):
+
+    def second(model):
         output = run(model, first)
         ids = torch.cat([output.sequences, hole["input_ids"]], dim=1)
         mask = torch.nn.functional.pad(first["attention_mask"], (0, 10), value=1)
         both = {"input_ids": ids, "attention_mask": torch.cat([mask, hole["attention_mask"]], dim=1)}
-        results.append(run(model, both, past_key_values=output.past_key_values, new=20))
-    assert_close(results[1], results[0])
+        return run(model, both, past_key_values=output.past_key_values, new=20)
+
+    assert_close(second(patched), once("holes", lambda: second(stock)))
 
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda cache: cache.fork() if hasattr(cache, "fork") else
                                      copy.deepcopy(cache)], ids=["deepcopy", "fork"])  # fmt: skip
 @pytest.mark.thin(2)
-def test_prefix_used_twice(stock, patched, copy_of):
+def test_prefix_used_twice(stock, patched, once, copy_of):
     """Copies continue one prefix differently, by turns, and the prefix itself stays usable."""
     prefix = prompt(1, 45)
     longer = [torch.cat([prefix, prompt(1, tokens, seed=tokens)], dim=1) for tokens in (3, 30)]
-    results = []
-    for model in (stock, patched):
+
+    def used(model):
         with torch.no_grad():
             cache = model(prefix, use_cache=True, past_key_values=model_cache(model)).past_key_values
         twins = [copy_of(cache), copy_of(cache)]
         outputs = [run(model, ids, past_key_values=twin) for ids, twin in zip(longer, twins)]
         again = [torch.cat([output.sequences, prompt(1, 4, seed=9)], dim=1) for output in outputs]
         outputs += [run(model, ids, past_key_values=twin) for ids, twin in zip(again, twins)]
-        outputs.append(run(model, longer[0], past_key_values=cache))
-        results.append(outputs)
-    for got, expected in zip(*reversed(results)):
+        return [*outputs, run(model, longer[0], past_key_values=cache)]
+
+    for got, expected in zip(used(patched), once("prefix", lambda: used(stock))):
         assert_close(got, expected)
 
 
-def test_batch_operations_of_a_cache(stock, patched):
+def test_batch_operations_of_a_cache(stock, patched, once):
     """Repeat and select rows between two turns, as contrastive search and user code do."""
-    results = []
-    for model in (stock, patched):
+
+    def selected(model):
         with torch.no_grad():
             cache = model(prompt(2), use_cache=True, past_key_values=model_cache(model)).past_key_values
             cache.batch_repeat_interleave(2)
@@ -246,8 +255,9 @@ def test_batch_operations_of_a_cache(stock, patched):
             steps = []
             for step in range(12):
                 steps.append(model(prompt(3, 1, seed=step), past_key_values=cache).logits)
-        results.append(torch.stack(steps))
-    assert (results[0] - results[1]).abs().max() <= 3e-6
+        return torch.stack(steps)
+
+    assert (selected(patched) - once("selected", lambda: selected(stock))).abs().max() <= 3e-6
 
 
 def model_cache(model):

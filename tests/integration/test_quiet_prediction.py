@@ -407,6 +407,7 @@ def replace(model, how):
 @pytest.mark.parametrize("make", [llama, unknown], ids=["known family", "unknown family"])
 @pytest.mark.parametrize("how", REPLACEMENTS)
 @pytest.mark.parametrize("when", ["before patch", "after patch", "while the cache is in use"])
+@pytest.mark.thin(2)
 def test_replaced_attention_is_served(make, how, when):
     inputs = left_padded(0, 9)
     stock, model = make(), make()

@@ -56,6 +56,7 @@ def stock_of(name: str, prompt: str):
 
 @pytest.mark.parametrize("tiers", TIERS)
 @families()
+@pytest.mark.thin(2)
 def test_prompts_with_and_without_images_equal_stock(name, tiers):
     for prompt, sizes in PROMPTS.items():
         expected = stock_of(name, prompt)
