@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         PatchError,
         SavingError,
         ScoutError,
+        SessionError,
         UnsupportedInputError,
         UnsupportedModelError,
     )
@@ -42,6 +43,7 @@ __all__ = [
     "ScoutCache",
     "ScoutConfig",
     "ScoutError",
+    "SessionError",
     "Stats",
     "UnsupportedInputError",
     "UnsupportedModelError",

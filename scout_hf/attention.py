@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, causal_mask_function
 
 from scout_hf.attention_name import AttentionName
-from scout_hf.cache import ScoutLayer
+from scout_hf.cache_layer import ScoutLayer
 from scout_hf.compat.modes import keeps_tensors
 from scout_hf.errors import ScoutError, UnsupportedInputError, UnsupportedModelError
 from scout_hf.fusion import Partial, fuse

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,15 +12,16 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from scout_hf.awaited import Awaited
-from scout_hf.cache_reading import KV, ReadableLayer, copy_as_dynamic, describe, iterate, refuse_saving
+from scout_hf.cache_layer import ScoutLayer
+from scout_hf.cache_reading import copy_as_dynamic, describe, iterate, refuse_saving
+from scout_hf.cache_saving import load, save
 from scout_hf.change_guard import LINEAR, ChangeGuard
 from scout_hf.compat.modes import keeps_tensors
 from scout_hf.config import ScoutConfig
-from scout_hf.errors import CacheStateError, ConfigError
-from scout_hf.fitting import check_names, layers_of, refuse_other_sizes
-from scout_hf.methods import Method, make_method
+from scout_hf.errors import ConfigError
+from scout_hf.fitting import check_names, layers_of
 from scout_hf.padding import Padding
-from scout_hf.step import active_step
+from scout_hf.sessions.mapped import OpenFile
 from scout_hf.stores.memory import huge_page_bytes
 from scout_hf.stores.staging import Staging
 
@@ -76,6 +78,10 @@ class ScoutCache(Cache):
         # A weak reference to the AliveCaches that count it.
         self.seen_by: Any = None
         self.awaited: Awaited | None = None
+        # A weak reference to the model whose passes filled it.
+        self.filled_by: Any = None
+        # The file that holds pages of a loaded one.
+        self.file: OpenFile | None = None
         self.padding, self.staging = Padding(), Staging()
         if not self.scout_layers:
             warnings.warn(
@@ -142,6 +148,73 @@ class ScoutCache(Cache):
         """
         self.guard.ready()
         return copy_as_dynamic(self)
+
+    @keeps_tensors
+    def save(self, path: str | os.PathLike[str], model: Any = None) -> None:
+        """Write this cache to a folder, from which :meth:`load` opens it again; also in the middle of a conversation.
+
+        The folder is written whole or not at all, and can be read by its owner only. It is about as large as the KV.
+
+        Parameters
+        ----------
+        path : path-like
+            A name that is free, or a session, which is replaced.
+        model : PreTrainedModel, optional
+            Whose keys and values these are; by default the patched model that filled the cache.
+
+        Raises
+        ------
+        SavingError
+            If there are no tokens, the model is not known, the method or digest cannot be saved, or ``path`` is not
+            free.
+        CacheStateError
+            During a forward pass, or if a failed pass left this cache unusable.
+        OSError
+            If the disk is full or the folder cannot be written to.
+
+        Examples
+        --------
+        >>> cache = handle.new_cache()
+        >>> tokens = model.generate(**inputs, **{scout_hf.CACHE: cache}, max_new_tokens=8)
+        >>> cache.save("contract.kv")
+        """
+        self.guard.between_passes("save()")
+        save(self, path, model)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: Any, **options: Any) -> ScoutCache:
+        """Open a saved cache: its pages are mapped from the file and read as they are wanted.
+
+        A block is checked when it is first read: a damaged one is an error, not wrong text. New tokens go to memory;
+        the file is not changed.
+
+        Parameters
+        ----------
+        path : path-like
+        model : PreTrainedModel
+            The model that it was made with, patched or not.
+        **options
+            Fields of ``ScoutConfig`` that replace those that it was saved with. If the method, ``block_size``,
+            ``window``, ``host_dtype`` or ``split`` differs, keys and values are copied into memory.
+
+        Returns
+        -------
+        ScoutCache
+
+        Raises
+        ------
+        SessionError
+            If there is no session, it is damaged, of another model or other weights, or of a newer format.
+        ConfigError
+            If a setting is not allowed.
+
+        Examples
+        --------
+        >>> cache = scout_hf.ScoutCache.load("contract.kv", model)
+        >>> cache.get_seq_length() > 0
+        True
+        """
+        return load(cls, path, model, options)
 
     def __repr__(self) -> str:
         return describe(self, self.scout_layers, self.scout_config.in_brief, self.tier_bytes())
@@ -248,6 +321,8 @@ class ScoutCache(Cache):
     def mark(self) -> list[Any]:
         """The state of every layer, for ``rollback``. No keys or values are copied."""
         self.guard.between_passes("another forward pass")
+        if self.file is not None:
+            self.file.check()
         # Stock attention layers replace their tensors at every update, so their attributes are a snapshot.
         return [layer.mark() if isinstance(layer, ScoutLayer) else dict(layer.__dict__) for layer in self.layers]
 
@@ -268,163 +343,3 @@ class ScoutCache(Cache):
                 layer.__dict__.update(mark)
                 torn = torn if isinstance(layer, CacheLayerMixin) else LINEAR
         self.guard.torn = torn
-
-
-class ScoutLayer(ReadableLayer):
-    """One full-attention layer: translates calls of transformers into calls of a method."""
-
-    is_compileable = False
-    is_croppable = True
-    is_sliding = False
-    supports_early_init = False
-
-    def __init__(self, config: ScoutConfig, layer_idx: int, guard: ChangeGuard | None = None):
-        super().__init__()
-        self.guard = guard or ChangeGuard()
-        self.config, self.layer_idx = config, layer_idx
-        self.method: Method | None = None
-        self.incoming: torch.Tensor | None = None
-        self.awaited: Awaited | None = None
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self._begin(key_states)
-
-    def _begin(self, key_states: torch.Tensor) -> Method:
-        # Attributes that stock layers have once they hold tokens.
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.sizes = key_states.shape[1], key_states.shape[3]
-        self.method = method = make_method(self.config, self.layer_idx, key_states)
-        return method
-
-    @keeps_tensors
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> KV:
-        """Store new tokens, (batch, kv_heads, tokens, head_dim) each.
-
-        Returns the same two tensors inside a patched forward pass, all keys and values anywhere else.
-        """
-        step = active_step()
-        inside = step is not None and step.cache.guard is self.guard
-        self.guard.check() if inside else self.guard.between_passes("update()")
-        if key_states.shape != value_states.shape:
-            raise CacheStateError(
-                f"layer {self.layer_idx} has keys {tuple(key_states.shape)} and values {tuple(value_states.shape)}; "
-                "scout_hf needs equal sizes (latent attention is not supported)"
-            )
-        method = self.method
-        if method is None:
-            method = self._begin(key_states)
-        else:
-            refuse_other_sizes(method.batch, self.sizes, key_states, self.layer_idx)
-        if inside:
-            self.incoming = key_states
-            method.append(key_states, value_states, step)
-            return key_states, value_states
-        return self._update_outside(method, key_states, value_states)
-
-    def _update_outside(self, method: Method, keys: torch.Tensor, values: torch.Tensor) -> KV:
-        if self.awaited is not None:
-            self.awaited.filled_outside()
-        was_empty = method.length == 0
-        # Other layers may have these tokens already, so that a rollback of this layer would not be enough.
-        with self.guard.changing("update()"):
-            method.append(keys.detach(), values.detach())
-            method.flush()
-            return (keys, values) if was_empty else method.read_all()
-
-    def mark(self) -> Any:
-        """The present state, for ``rollback``; None without tokens."""
-        return self.method.mark() if self.method and self.method.length else None
-
-    def rollback(self, mark: Any) -> None:
-        """Restore the state at ``mark``, wherever a pass was interrupted."""
-        self.incoming = None
-        if mark is None or self.method is None:
-            self.reset()
-        else:
-            self.method.rollback(mark)
-
-    @keeps_tensors
-    def read(self) -> KV | tuple[None, None]:
-        self.guard.ready()
-        if self.method is None:
-            return None, None
-        keys, values = self.method.read_all()
-        return keys.contiguous(), values.contiguous()
-
-    def get_seq_length(self) -> int:
-        """Tokens per row, in all tiers together."""
-        method = self.method
-        return method.length if method else 0
-
-    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
-        """Length and offset of the keys that a mask must cover; ``query_length`` may be a tensor of positions."""
-        queries = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return self.get_seq_length() + queries, 0
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-    @keeps_tensors
-    def crop(self, length: int | torch.Tensor) -> None:
-        """``length`` <= 0 removes that many tokens; a positive one is the length to keep (transformers < 5.14).
-
-        Prompt lookup of some versions (5.17) hands over a tensor of one number.
-        """
-        self.guard.refuse_in_pass("crop()")
-        if self.method:
-            held, length = self.method.length, int(length)
-            keep = max(0, held + length) if length <= 0 else min(length, held)
-            if keep < held:
-                self.method.crop(keep)
-
-    @keeps_tensors
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Replace row ``i`` by row ``beam_idx[i]``."""
-        self.guard.refuse_in_pass("reorder_cache()")
-        if self.method and not _is_identity(beam_idx, self.method.batch):
-            self.method.select_rows(beam_idx)
-
-    @keeps_tensors
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row ``repeats`` times."""
-        self.guard.refuse_in_pass("batch_repeat_interleave()")
-        if self.method:
-            rows = torch.arange(self.method.batch, dtype=torch.int64, device="cpu")
-            self.method.select_rows(rows.repeat_interleave(repeats))
-
-    @keeps_tensors
-    def batch_select_indices(self, indices: torch.Tensor | Sequence[int]) -> None:
-        """Keep the rows ``indices``: row numbers, or a bool per row."""
-        self.guard.refuse_in_pass("batch_select_indices()")
-        if self.method:
-            indices = torch.as_tensor(indices, device="cpu")
-            self.method.select_rows(indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices)
-
-    def reset(self) -> None:
-        """Remove all tokens."""
-        self.guard.refuse_in_pass("reset()")
-        if self.method:
-            self.method.drain()
-        self.method = self.incoming = None
-
-    def offload(self) -> None:
-        """Nothing to do: the method decides where KV lives."""
-
-    prefetch = offload
-
-    @keeps_tensors
-    def __deepcopy__(self, memo: dict[int, Any]) -> ScoutLayer:
-        self.guard.refuse_in_pass("copying a layer")
-        twin = object.__new__(type(self))
-        memo[id(self)] = twin
-        own = {"incoming": None, "method": self.method and self.method.fork()}
-        twin.__dict__.update(self.__dict__, guard=copy.deepcopy(self.guard, memo), **own)
-        return twin
-
-
-def _is_identity(rows: torch.Tensor, batch: int) -> bool:
-    same = rows.device.type == "cpu" and len(rows) == batch
-    return same and bool((rows == torch.arange(batch, dtype=torch.int64, device="cpu")).all())

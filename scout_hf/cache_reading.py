@@ -19,9 +19,9 @@ KV = tuple[torch.Tensor, torch.Tensor]
 def refuse_saving(held: Any, protocol: SupportsIndex) -> NoReturn:
     """The ``__reduce_ex__`` of objects that hold pages of this process."""
     raise SavingError(
-        f"a {type(held).__name__} cannot be pickled, saved or sent to another process. Save cache.to_dynamic(), a "
-        "DynamicCache for the unpatched model, or stay in this process and continue from cache.fork(). A file that was "
-        "being written for it is incomplete"
+        f"a {type(held).__name__} cannot be pickled or sent to another process. Save it with cache.save(folder), or "
+        "pickle cache.to_dynamic(), a DynamicCache for the unpatched model, or stay in this process and continue from "
+        "cache.fork(). A file that was being written for it is incomplete"
     )
 
 

@@ -35,6 +35,10 @@ class SavingError(ScoutError, TypeError):
     """An object that cannot be pickled, such as a ScoutCache, was to be saved or sent to another process."""
 
 
+class SessionError(ScoutError, ValueError):
+    """A saved session cannot be used: damaged, of another model, or of a newer version; the message says which."""
+
+
 class PatchError(ScoutError, RuntimeError):
     """The model cannot be patched or unpatched in its present state."""
 

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import glob
 import json
 import os
 import re
 import secrets
 import shutil
 import stat
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from scout_hf.errors import ConfigError, MissingFileError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 LARGEST_BYTES = 256 << 20
 DEEPEST = 40
@@ -56,14 +65,49 @@ def whole_file(path: str | os.PathLike[str], binary: bool = False) -> Iterator[I
         scratch.unlink(missing_ok=True)
 
 
+FRESH_SECONDS = 10.0
+
+
+def clear_scratch(path: Path) -> None:
+    """Remove what killed processes left of their attempts to make the folder ``path``; see :func:`whole_folder`."""
+    for left in path.parent.glob(f".{glob.escape(path.name[:40])}.{'?' * 32}.*"):
+        if left.suffix in (".part", ".old") and left.is_dir() and not left.is_symlink():
+            with contextlib.suppress(OSError), _locked(left) as alone:
+                # Between its making and its lock it looks abandoned.
+                if alone and time.time() - left.stat().st_mtime > FRESH_SECONDS:
+                    shutil.rmtree(left)
+
+
 @contextlib.contextmanager
-def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether a folder could be locked, which ends with the block or with the process."""
+    if fcntl is None:
+        yield True
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(number)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike[str], mode: int = 0o777, replace: bool = False) -> Iterator[Path]:
     """A new empty folder that becomes ``path`` at the end of the block; an error or interrupt leaves nothing.
 
     Parameters
     ----------
     path : path-like
         Nothing, or an empty folder.
+    mode : int
+        Permissions of the folder; files in it get those of this that fit.
+    replace : bool
+        Whether ``path`` may hold something, which is removed at the end.
 
     Raises
     ------
@@ -72,17 +116,43 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     scratch = path.with_name(f".{path.name[:40]}.{secrets.token_hex(16)}.part")
-    scratch.mkdir()
     try:
-        yield scratch
-        for file in scratch.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
-        os.replace(scratch, path)
-        _sync_folder(path.parent)
+        scratch.mkdir(mode)
+    except OSError as error:
+        # Name the folder that the caller knows, not the scratch folder.
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    former = scratch.with_suffix(".old")
+    try:
+        with _locked(scratch):
+            yield scratch
+            for file in scratch.rglob("*"):
+                if file.is_file():
+                    file.chmod(stat.S_IMODE(file.stat().st_mode) & mode)
+                    with file.open("rb") as written:
+                        os.fsync(written.fileno())
+            if replace and path.is_dir():
+                _exchange(scratch, path, former)
+            else:
+                os.replace(scratch, path)
+            _sync_folder(path.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(former, ignore_errors=True)
+
+
+def _exchange(new: Path, path: Path, former: Path) -> None:
+    """Give ``new`` the name ``path``, whose folder is then called ``new`` or ``former``; at once where Linux can."""
+    if sys.platform == "linux":
+        call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        at, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        if call is not None and call(at, os.fsencode(new), at, os.fsencode(path), exchange) == 0:
+            return
+    os.replace(path, former)
+    try:
+        os.replace(new, path)
+    except BaseException:
+        os.replace(former, path)
+        raise
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

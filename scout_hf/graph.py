@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from scout_hf.cache import ScoutCache, ScoutLayer
+from scout_hf.cache import ScoutCache
+from scout_hf.cache_layer import ScoutLayer
 from scout_hf.compat.cache_names import CACHE, given_cache
 from scout_hf.methods import Method
 from scout_hf.step import Step, active_step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from types import FrameType
 from typing import Any
 
@@ -167,6 +168,7 @@ class PassHooks:
         else:
             self.counters.prefill_tokens += step.queries
         self.counters.alive.add(cache)
+        cache.filled_by = weakref.ref(self._model)
         self.counters.pace.begin(step, inputs)
         cache.guard.enter_pass(step)
 

@@ -31,6 +31,7 @@ API = (
     "scout_hf.planner",
     "scout_hf.rules",
     "scout_hf.selection",
+    "scout_hf.sessions",
     "scout_hf.stores",
 )
 """The public and the extension API: modules whose ``__all__`` others may import; without one, all but private names."""
@@ -43,7 +44,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "scout_hf.fusion": (),
     "scout_hf.cache": (
         "scout_hf.awaited",
+        "scout_hf.cache_layer",
         "scout_hf.cache_reading",
+        "scout_hf.cache_saving",
         "scout_hf.change_guard",
         "scout_hf.compat.*",
         "scout_hf.config",
@@ -51,6 +54,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "scout_hf.kernels.*",
         "scout_hf.methods.*",
         "scout_hf.padding",
+        "scout_hf.sessions.*",
         "scout_hf.step",
         "scout_hf.stores.*",
     ),
@@ -76,6 +80,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "scout_hf.step",
         "scout_hf.stores.*",
     ),
+    "scout_hf.sessions": ("scout_hf.sessions.*", "scout_hf.stores.*"),
     "scout_hf.patches": ("scout_hf.compat.*", "scout_hf.patches.*"),
     "scout_hf.planner": ("scout_hf.planner.*", "scout_hf.split"),
     "scout_hf.eval": (*API, "scout_hf.eval.*"),

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 
 from scout_hf.config import ScoutConfig
-from scout_hf.errors import ConfigError
+from scout_hf.errors import ConfigError, SavingError, SessionError
 from scout_hf.fusion import Partial, empty_like, fuse
 from scout_hf.kernels.attend import attend
 from scout_hf.registry import Registry
 from scout_hf.step import Step
 from scout_hf.stores import KVStore
+from scout_hf.stores.state import State, maybe_number_in, state_in
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -266,6 +267,49 @@ class Method(ABC):
         twin.__dict__.update(self.__dict__, kv=self.kv.fork())
         return twin
 
+    def state_dict(self) -> State:
+        """What this layer holds between two passes, as views that are valid until the next change.
+
+        A method that holds more than its ``kv`` extends it, and ``load_state_dict``.
+
+        Raises
+        ------
+        SavingError
+            If the method copies more than its ``kv`` when it forks, and does not say here what.
+        """
+        self.drain()
+        if _definer(self, "fork") < _definer(self, "state_dict"):
+            raise SavingError(
+                f"method {self.name!r} cannot be saved: define state_dict() and load_state_dict() beside fork()"
+            )
+        scale, softcap = self.scoring
+        return {
+            "kv": self.kv.state_dict(),
+            "scale": None if math.isnan(scale) else scale,
+            "softcap": softcap,
+            "query_shape": None if self.query_shape is None else list(self.query_shape),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Take what ``state_dict`` of the same method and settings gave, into a new object without tokens.
+
+        Raises
+        ------
+        SessionError
+            If it does not fit; the object is of no use then.
+        """
+        scale, shape = maybe_number_in(state, "scale"), state.get("query_shape")
+        if shape is not None and (
+            not isinstance(shape, list)
+            or [type(size) for size in shape] != [int, int]
+            or min(shape) < 1
+            or shape[0] % self.kv_heads
+        ):
+            raise SessionError(f"queries of heads and channels {shape!r} do not fit {self.kv_heads} KV heads")
+        self.scoring = Scoring(math.nan if scale is None else scale, maybe_number_in(state, "softcap"))
+        self.kv.load_state_dict(state_in(state, "kv"))
+        self.query_shape = None if shape is None else (shape[0], shape[1])
+
     def drain(self) -> None:
         """Wait for all work in flight and drop its results."""
 
@@ -310,6 +354,11 @@ class Method(ABC):
     @abstractmethod
     def tier_bytes(self) -> dict[str, int]:
         """Bytes of KV per tier, and of digests: keys ``host``, ``device``, ``digests``."""
+
+
+def _definer(method: Method, name: str) -> int:
+    """How far up its classes that function is defined."""
+    return next(place for place, kind in enumerate(type(method).__mro__) if name in vars(kind))
 
 
 _METHODS: Registry[Method] = Registry("method")

@@ -14,6 +14,7 @@ from scout_hf.methods.base import register_method
 from scout_hf.methods.host_to_device import InFlightCopy, blocks_to_device
 from scout_hf.methods.offloading import OFFLOADING, OffloadingMethod
 from scout_hf.step import Step
+from scout_hf.stores.state import State
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -81,6 +82,10 @@ class Dense(OffloadingMethod):
         twin = super().fork()
         twin._coming = []
         return twin
+
+    def state_dict(self) -> State:
+        # Nothing else is held between two passes.
+        return super().state_dict()
 
     def drain(self) -> None:
         self._drop_coming()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from scout_hf.config import ScoutConfig
-from scout_hf.errors import ConfigError
+from scout_hf.errors import ConfigError, SessionError
 from scout_hf.fusion import Partial, fuse
 from scout_hf.kernels.cpu import Attended, Ticket
 from scout_hf.kernels.weigh import attend_weighing, mean_weights
@@ -15,6 +15,7 @@ from scout_hf.methods.base import register_method
 from scout_hf.methods.offloading import OFFLOADING, OffloadingMethod
 from scout_hf.step import Step
 from scout_hf.stores.retained_tokens import RetainedTokens
+from scout_hf.stores.state import State, state_in, tensor_in
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -152,6 +153,21 @@ class HGCA(OffloadingMethod):
         twin = super().fork()
         twin.kept, twin._ticket = self.kept.fork(), None
         return twin
+
+    def state_dict(self) -> State:
+        held = {"retained": self.kept.state_dict(), "past": self._past, "weights": self._weights}
+        return super().state_dict() | held
+
+    def load_state_dict(self, state: State) -> None:
+        super().load_state_dict(state)
+        held, lead, dtype = self.kv.host.length, (self.batch, self.kv_heads), self._weights.dtype
+        past = tensor_in(state, "past", (*lead, held), dtype)
+        weights = tensor_in(state, "weights", (*lead, None), dtype)
+        if weights.shape[2] > self.kv.length - held:
+            raise SessionError(f"there are weights of {weights.shape[2]} tokens in a window of {self.kv.length - held}")
+        self.kept.load_state_dict(state_in(state, "retained"), held)
+        self._past, self._weights = past.clone(), weights.to(self._weights.device, copy=True)
+        self.window_blocks = self.config.blocks(self._window_tokens())
 
     def drain(self) -> None:
         if self._ticket is not None:

@@ -72,6 +72,8 @@ def blocks_to_device(
     size, dim = host.block_size, host.head_dim
     shape = (2, host.batch, heads.stop - heads.start, (last - first) * size, dim)
 
+    host.touch(torch.arange(first, last, dtype=torch.int64, device="cpu").expand(host.batch, host.heads, -1))
+
     def places() -> tuple[torch.Tensor, int]:
         tile = size * dim * host.dtype.itemsize
         pages = host.table.addresses[:, None, first:last]
@@ -109,6 +111,7 @@ def tokens_to_device(
     """
     size, dim, heads = host.block_size, host.head_dim, host.heads
     offsets = (torch.arange(heads, dtype=torch.int64, device="cpu")[None, :, None] * (2 * size) + ids % size).flatten()
+    host.touch(ids // size)
     picked = None if real is None else real.flatten().nonzero()[:, 0]
     shape: tuple[int, ...] = ids.shape
     if picked is not None:

@@ -15,6 +15,7 @@ from scout_hf.methods.host_to_device import InFlightCopy, tokens_to_device
 from scout_hf.methods.offloading import OFFLOADING, OffloadingMethod
 from scout_hf.selection.partial import PartialKeys
 from scout_hf.step import Step
+from scout_hf.stores.state import State, count_in, state_in
 from scout_hf.stores.token_cache import StreamedTokens, TokenCache
 
 if TYPE_CHECKING:
@@ -159,6 +160,17 @@ class InfiniGen(OffloadingMethod):
         twin = super().fork()
         twin.partial, twin.tokens = self.partial.fork(), self.tokens.fork()
         return twin
+
+    def state_dict(self) -> State:
+        held = {"partial": self.partial.state_dict(), "guessed_from": self._guessed_from}
+        return super().state_dict() | held | {"tokens": self.tokens.state_dict()}
+
+    def load_state_dict(self, state: State) -> None:
+        super().load_state_dict(state)
+        held = self.kv.host.length
+        self.partial.load_state_dict(state_in(state, "partial"), self.batch, self.kv_heads, held, self.kv.device)
+        self._guessed_from = count_in(state, "guessed_from", self.kv.length)
+        self.tokens.load_state_dict(state_in(state, "tokens"), held)
 
     def drain(self) -> None:
         self._predicted = None

@@ -14,6 +14,7 @@ from scout_hf.kernels.attend import attend
 from scout_hf.methods.base import Method
 from scout_hf.step import Step
 from scout_hf.stores import TwoTierKV
+from scout_hf.stores.state import State
 from scout_hf.stores.streams import Mark
 
 OFFLOADING = frozenset({"block_size", "split", "threads", "cpu_backend"})
@@ -81,6 +82,10 @@ class OffloadingMethod(Method):
     def past_chunks(self, step: Step, past: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         self.written.finish()
         return super().past_chunks(step, past)
+
+    def state_dict(self) -> State:
+        self.written.finish()
+        return super().state_dict()
 
     def slabs(self) -> Sequence[torch.Tensor]:
         return self.kv.host.table.pool.slabs

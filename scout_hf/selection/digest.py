@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 
+from scout_hf.errors import SavingError, SessionError
 from scout_hf.registry import Registry
 
 
@@ -75,6 +77,29 @@ class Digest(ABC):
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Replace the constants of row ``i`` by those of the former row ``rows[i]``, for every ``i``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The constants of :meth:`fit`, for a saved session: all attributes, which must be tensors, numbers or words.
+
+        Raises
+        ------
+        SavingError
+            If an attribute is something else: override both methods then.
+        """
+        for name, value in vars(self).items():
+            if not isinstance(value, (torch.Tensor, int, float, str, type(None))):
+                raise SavingError(
+                    f"digest {self.name!r} cannot be saved: its {name} is a {type(value).__name__}; "
+                    "define state_dict() and load_state_dict()"
+                )
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any], batch: int, device: torch.device) -> None:
+        """Take what :meth:`state_dict` of the same digest gave; tensors of ``batch`` rows go to ``device``."""
+        for name, value in state.items():
+            if name.startswith("__") or isinstance(getattr(type(self), name, None), property):
+                raise SessionError(f"a digest has no attribute {name}")
+            setattr(self, name, value.to(device, copy=True) if isinstance(value, torch.Tensor) else value)
 
     @abstractmethod
     def encode(self, keys: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from scout_hf.errors import CacheStateError
+from scout_hf.errors import CacheStateError, SessionError
+from scout_hf.stores.state import State, maybe_tensor_in
 
 # The paper's models keep a fifth of 128 channels, which is 26; a fifth of 32 channels would be too few to rank by.
 FEWEST = 16
@@ -45,7 +46,8 @@ class PartialKeys:
         channels = wide.shape[-1]
         kept = min(channels, max(FEWEST, round(self.ratio * channels)))
         # eigh sorts eigenvalues in ascending order.
-        self._basis = torch.linalg.eigh(wide.transpose(-1, -2) @ wide).eigenvectors[..., channels - kept :]
+        vectors = torch.linalg.eigh(wide.transpose(-1, -2) @ wide).eigenvectors
+        self._basis = vectors[..., channels - kept :].contiguous()
 
     def extend(self, keys: torch.Tensor) -> None:
         """Append the keys of the next tokens, (batch, kv_heads, tokens, head_dim)."""
@@ -87,3 +89,20 @@ class PartialKeys:
         twin = PartialKeys(self.ratio)
         twin.__dict__.update(self.__dict__, _keys=None if self._keys is None else self._keys.clone())
         return twin
+
+    def state_dict(self) -> State:
+        """Directions and partial keys, as views that are valid until the next change."""
+        keys = None if self._keys is None else self._keys[:, :, : self.length]
+        return {"basis": self._basis, "keys": keys}
+
+    def load_state_dict(self, state: State, batch: int, heads: int, tokens: int, device: torch.device) -> None:
+        """Take what :meth:`state_dict` gave, of at most ``tokens`` tokens; SessionError if it does not fit."""
+        basis = maybe_tensor_in(state, "basis", (batch, heads, None, None))
+        keys = None
+        if basis is not None:
+            keys = maybe_tensor_in(state, "keys", (batch, heads, None, basis.shape[3]))
+        if keys is not None and keys.shape[2] > tokens:
+            raise SessionError(f"there are partial keys of {keys.shape[2]} tokens, and {tokens} tokens")
+        self._basis = None if basis is None else basis.to(device, copy=True)
+        self._keys = None if keys is None else keys.to(device, copy=True)
+        self.length = 0 if keys is None else keys.shape[2]

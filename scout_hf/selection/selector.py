@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 
 from scout_hf.config import ScoutConfig
+from scout_hf.errors import SessionError
 from scout_hf.kernels.cpu import BlockLists, ByMass, pages
 from scout_hf.kernels.cpu.protocols import PagedStore
 from scout_hf.kernels.device import find_kernels_for
@@ -19,6 +20,15 @@ from scout_hf.selection.group_mass import keep_mass, mean_share, recent_mass
 from scout_hf.selection.pick import Pick, choose, everything, pack_lists
 from scout_hf.selection.reading import Blocks, in_parts, read_parts, read_sample
 from scout_hf.selection.table import DigestTable
+from scout_hf.stores.state import (
+    State,
+    count_in,
+    flag_in,
+    maybe_count_in,
+    maybe_tensor_in,
+    number_in,
+    state_in,
+)
 
 if TYPE_CHECKING:
     from scout_hf.step import Step
@@ -210,6 +220,7 @@ class Selector:
         )
         covers = covers and (padding_mask is None or padding_mask.shape[1] >= last * size)
         if library is not None and native is not None and covers:
+            store.touch(torch.arange(first, last, dtype=torch.int64, device="cpu").expand(store.batch, store.heads, -1))
             shape = torch.Size((store.batch, store.heads, last - first, 2 * store.head_dim))
             codes = self.table.reserve(shape, store.dtype, store.device)
             pages.minmax(library, native, first, last, padding_mask, codes)
@@ -382,6 +393,53 @@ class Selector:
             self.digest.select_rows(rows)
         if self._query_power is not None:
             self._query_power = self._query_power[rows.to(self._query_power.device)]
+
+    def state_dict(self) -> State:
+        """Codes and what they were made with, as views that are valid until the next change."""
+        coded = self._coded
+        return {
+            "digest": coded.digest.name,
+            "constants": coded.digest.state_dict(),
+            "codes": coded.table.codes() if coded.table.blocks else None,
+            "fitted_blocks": coded.fitted_blocks,
+            "fitted_blindly": coded.fitted_blindly,
+            "early": self._early,
+            "query_power": self._query_power,
+            "scale": self._scale,
+        }
+
+    def load_state_dict(self, state: State, batch: int, heads: int, blocks: int, device: torch.device) -> None:
+        """Take what :meth:`state_dict` gave; without codes if those are of another digest.
+
+        Parameters
+        ----------
+        state : dict
+        batch, heads : int
+            Rows and KV heads.
+        blocks : int
+            Most blocks that may have codes.
+        device : torch.device
+            Of the codes.
+
+        Raises
+        ------
+        SessionError
+            If it does not fit.
+        """
+        power, scale = maybe_tensor_in(state, "query_power", (batch, heads, None)), number_in(state, "scale")
+        early, fitted = maybe_count_in(state, "early", blocks), count_in(state, "fitted_blocks", blocks)
+        blindly, coded = flag_in(state, "fitted_blindly"), self._coded
+        if state.get("digest") == self.digest.name and not self.dense:
+            codes = maybe_tensor_in(state, "codes", (batch, heads, None, None))
+            digest, table = make_digest(self.digest.name), DigestTable()
+            digest.load_state_dict(state_in(state, "constants"), batch, device)
+            if codes is not None and codes.shape[2] > blocks:
+                raise SessionError(f"there are codes of {codes.shape[2]} blocks, and {blocks} blocks")
+            if codes is not None:
+                table.load(codes, device)
+            coded = Coded(digest, table, fitted, blindly)
+        self._coded, self._early, self._scale = coded, early if coded.table.blocks else None, scale
+        self._query_power = None if power is None else power.to(device, copy=True)
 
     def fork(self) -> Selector:
         """An independent copy."""

@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 import torch
 
 from scout_hf.selection.digest import Digest, register_digest, repeat_real
+from scout_hf.stores.state import number_in, tensor_in
 
 ROTATION_SEED = 0x5C0
 CHUNK_TOKENS, FIT_TOKENS = 1024, 4096
@@ -34,6 +36,7 @@ LEVEL_STEP = 0.9957
 CONSTANT, UNIMPORTANT = 1e-4, 0.01
 # The byte of a scale: 4 bits of exponent and 4 of mantissa, cut out of a float32 whose typical value is 1.
 EXPONENT_BASE, KEPT_FROM = 120 << 23, 19
+CONSTANTS = ("mean", "divisor", "scale", "factor", "rotation")
 
 
 @register_digest
@@ -82,6 +85,15 @@ class SignCode(Digest):
         self.mean, self.divisor, self.scale = mean, balance * typical, scale
         self.factor = balance * typical * (scale * SHRINKAGE[self.bits] * math.log2(math.e))
         self.rotation = random_rotation(dim).to(spread.device)
+
+    def load_state_dict(self, state: dict[str, Any], batch: int, device: torch.device) -> None:
+        if state:
+            mean = tensor_in(state, "mean", (batch, None, None), torch.float32)
+            for name in ("divisor", "factor"):
+                tensor_in(state, name, tuple(mean.shape), torch.float32)
+            tensor_in(state, "rotation", (mean.shape[2],) * 2, torch.float32)
+            number_in(state, "scale")
+        super().load_state_dict({name: state[name] for name in CONSTANTS if name in state}, batch, device)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         rows = rows.to(self.mean.device)
@@ -157,7 +169,11 @@ class SignCode2(SignCode):
 def random_rotation(dim: int) -> torch.Tensor:
     """A fixed random orthogonal matrix (dim, dim) of float32."""
     generator = torch.Generator("cpu").manual_seed(ROTATION_SEED + dim)
-    return torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator, device="cpu"))[0].float()
+    return (
+        torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator, device="cpu"))[0]
+        .float()
+        .contiguous()
+    )
 
 
 def moments(keys: torch.Tensor, padding_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -79,3 +79,8 @@ class DigestTable:
         twin.blocks = self.blocks
         twin._codes = self._codes.clone()
         return twin
+
+    def load(self, codes: torch.Tensor, device: torch.device) -> None:
+        """Take saved codes, (batch, kv_heads, blocks, code), into an empty table; their own memory is kept."""
+        alone = codes.untyped_storage().nbytes() == codes.nbytes
+        self._codes, self.blocks = codes.to(device, copy=not alone), codes.shape[2]

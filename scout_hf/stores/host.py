@@ -12,6 +12,7 @@ from scout_hf.kernels.cpu.addresses import address
 from scout_hf.kernels.cpu.library import StoreArgs
 from scout_hf.stores.counted import counts
 from scout_hf.stores.pages import PagePool, PageTable
+from scout_hf.stores.state import State, count_in, pages_in
 from scout_hf.stores.streams import Links, Mark
 
 if TYPE_CHECKING:
@@ -191,6 +192,8 @@ class PagedKV:
         keys, values : Tensor (batch, kv_heads, n, block_size, head_dim), contiguous
             Output; undefined where the last block of the store is not filled.
         """
+        if self.table.pool.guard is not None:
+            self.touch(blocks)
         library, native = self.library, self.native()
         if library is not None and native is not None:
             return pages.gather(library, native, blocks, keys, values)
@@ -216,6 +219,33 @@ class PagedKV:
                 local = tiles[where] - first
                 flat_keys.index_copy_(0, where, flat.index_select(0, local))
                 flat_values.index_copy_(0, where, flat.index_select(0, local + 1))
+
+    def touch(self, blocks: torch.Tensor | None, counts: torch.Tensor | None = None) -> None:
+        """Check blocks of a mapped file before they are read through their addresses.
+
+        Parameters
+        ----------
+        blocks : Tensor (batch, kv_heads, n) of int, or None
+            Block numbers on the CPU, None for all.
+        counts : Tensor (batch, kv_heads) of int, or None
+            Leading entries that count; None for all.
+
+        Raises
+        ------
+        SessionError
+            If one is not what was written to the file.
+        """
+        guard, ids = self.table.pool.guard, self.table.ids
+        if guard is None or guard.complete:
+            return
+        if blocks is None:
+            return guard.touch(ids.reshape(-1))
+        # A packed store keeps its last block elsewhere.
+        here = blocks < ids.shape[1]
+        if counts is not None:
+            here = here & (torch.arange(blocks.shape[2], dtype=torch.int64, device="cpu") < counts.unsqueeze(-1))
+        rows, heads, places = here.nonzero(as_tuple=True)
+        guard.touch(ids[rows, blocks[rows, heads, places].long()], heads)
 
     def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A copy of tokens ``start:stop``: keys and values, (batch, kv_heads, stop - start, head_dim) each."""
@@ -243,6 +273,21 @@ class PagedKV:
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__, table=self.table.fork(), _args=None, _described=None)
         return twin
+
+    def state_dict(self) -> State:
+        """Length and pages, as views that are valid until the next change."""
+        return {"length": self.length, "pages": self.table.content(self._whole_blocks(self.length))}
+
+    def load_state_dict(self, state: State) -> None:
+        """Fill an empty store with what :meth:`state_dict` gave; SessionError if it does not fit."""
+        length, pages, pool = count_in(state, "length"), pages_in(state, "pages"), self.table.pool
+        pages.check(self.batch, pool.page_shape, pool.dtype, self._whole_blocks(length))
+        self.table.load(pages)
+        self.length = length
+
+    def _whole_blocks(self, length: int) -> int:
+        """Pages per row that ``length`` tokens take."""
+        return -(-length // self.block_size)
 
     # -- writing without the native library -----------------------------------------------------------------------
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from scout_hf.stores.resident_slots import EMPTY, more_slots
+from scout_hf.errors import SessionError
+from scout_hf.kernels.cpu.protocols import PagedStore
+from scout_hf.stores.resident_slots import EMPTY, content_of, load_content, more_slots
+from scout_hf.stores.state import State, count_in, maybe_count_in, tensor_in
 
 SPARE_BLOCKS = 64
 
@@ -111,3 +114,22 @@ class MappedSlots:
         for name in ("keys", "values", "ids", "slot_of"):
             setattr(twin, name, getattr(self, name).clone())
         return twin
+
+    def state_dict(self, host: PagedStore | None) -> State:
+        """Which blocks are in which slots, as views, and their content unless ``host`` has just that."""
+        return {"ids": self.ids, "filled": self.filled, "blocks": self._blocks} | content_of(self, host)
+
+    def load_state_dict(self, state: State, host: PagedStore | None, blocks: int) -> None:
+        """Fill new slots with what :meth:`state_dict` gave, of ``blocks`` blocks; SessionError if it does not fit."""
+        ids = tensor_in(state, "ids", tuple(self.ids.shape), torch.int32)
+        filled, held = maybe_count_in(state, "filled", self.slots), count_in(state, "blocks", blocks)
+        if ids.numel() and not EMPTY <= int(ids.min()) <= int(ids.max()) < held:
+            raise SessionError(f"residents outside of {held} blocks are named")
+        self.reserve(blocks)
+        load_content(self, state, host, ids.to(torch.int64).cpu())
+        here = ids.to(self.ids.device, copy=True)
+        slot_of = torch.full((*here.shape[:2], self.slot_of.shape[2] + 1), EMPTY, dtype=torch.int32, device=here.device)
+        slots = torch.arange(self.slots, dtype=torch.int32, device=here.device).expand_as(here)
+        slot_of.scatter_(2, torch.where(here == EMPTY, self.slot_of.shape[2], here).long(), slots)
+        self.slot_of = slot_of[:, :, :-1].contiguous()
+        self.filled, self._blocks, self.ids = filled, held, here

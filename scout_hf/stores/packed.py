@@ -11,6 +11,7 @@ from scout_hf.kernels.cpu.addresses import address
 from scout_hf.kernels.cpu.library import StoreArgs
 from scout_hf.stores.host import PagedKV
 from scout_hf.stores.pages import PagePool
+from scout_hf.stores.state import State, count_in, maybe_tensor_in, tensor_in
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -101,6 +102,7 @@ class PackedKV(PagedKV):
     def gather(self, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         if self.library is not None:
             return super().gather(blocks, keys, values)
+        self.touch(blocks)
         batch, heads, count = blocks.shape
         whole = self.length // self.block_size
         if whole:
@@ -145,6 +147,21 @@ class PackedKV(PagedKV):
         twin = super().fork()
         twin.tail = tail
         return twin
+
+    def state_dict(self) -> State:
+        before, kept = self._kept
+        return super().state_dict() | {"tail": self.tail, "kept": before, "kept_tail": kept}
+
+    def load_state_dict(self, state: State) -> None:
+        shape, dtype = tuple(self.tail.shape), self.tail.dtype
+        tail, kept = tensor_in(state, "tail", shape, dtype), maybe_tensor_in(state, "kept_tail", shape, dtype)
+        before = count_in(state, "kept", count_in(state, "length"))
+        super().load_state_dict(state)
+        self.tail = tail.to(self.device, copy=True)
+        self._kept = before, None if kept is None else kept.to(self.device, copy=True)
+
+    def _whole_blocks(self, length: int) -> int:
+        return length // self.block_size
 
     def _write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         at, tokens = 0, keys.shape[2]

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 
 import torch
 
+from scout_hf.errors import CacheStateError
 from scout_hf.stores.memory import allocate_slab
+from scout_hf.stores.state import Guard, Pages
 
 MIN_SLAB_PAGES = 64
 
@@ -50,7 +52,8 @@ class PagePool:
         self.dtype, self.device = dtype, torch.device(device)
         # Slabs, first page id of each slab, total pages: one object, because they change together.
         self._layout: tuple[tuple[torch.Tensor, ...], tuple[int, ...], int] = ((), (), 0)
-        self._fresh = 0
+        self._fresh = self._sealed = 0
+        self.guard: Guard | None = None
         self._free: list[int] = []
         self._references = torch.zeros(0, dtype=torch.int32, device="cpu")
         self._lock = threading.Lock()
@@ -126,6 +129,24 @@ class PagePool:
             self._references[ids] = 1
             return ids
 
+    def seal(self, slab: torch.Tensor, guard: Guard) -> None:
+        """Make a slab whose memory can only be read the first one; a write to one of its pages goes to a copy.
+
+        Each of its pages has a reference that is never dropped, so none is recycled.
+
+        Raises
+        ------
+        CacheStateError
+            If the pool has pages already.
+        """
+        with self._lock:
+            if self.pages:
+                raise CacheStateError("a pool that has pages cannot take those of a file; use a new one")
+            self._references = torch.ones(len(slab), dtype=torch.int32, device="cpu")
+            self._layout = ((slab,), (0,), len(slab))
+            self._fresh = self._sealed = len(slab)
+            self.guard = guard
+
     def retain(self, ids: torch.Tensor) -> None:
         """Add one reference for every occurrence in ``ids``."""
         with self._lock:
@@ -157,6 +178,8 @@ class PagePool:
 
     def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Copy page ``sources[i]`` to page ``targets[i]``, also across slabs."""
+        if self.guard is not None:
+            self.guard.touch(sources)
         content = torch.empty((len(sources), *self.page_shape), dtype=self.dtype, device=self.device)
         for slab, here, local in self.by_slab(sources):
             content[here] = slab[local]
@@ -209,7 +232,7 @@ class PagePool:
 
     def _add_slab(self, count: int) -> None:
         slabs, starts, pages = self._layout
-        size = max(MIN_SLAB_PAGES, count + count // 8, pages // 2)
+        size = max(MIN_SLAB_PAGES, count + count // 8, (pages - self._sealed) // 2)
         slab = allocate_slab((size, *self.page_shape), self.dtype, self.device, self.pinned)
         references = torch.zeros(pages + size, dtype=torch.int32, device="cpu")
         references[:pages] = self._references[:pages]
@@ -324,6 +347,33 @@ class PageTable:
         self.pool.retain(self.ids)
         twin.blocks = self.blocks
         return twin
+
+    def content(self, blocks: int) -> Pages:
+        """The first ``blocks`` pages of every row, as views; valid until the next change."""
+        ids = self.ids[:, :blocks]
+        distinct, order = torch.unique(ids, return_inverse=True)
+        return Pages(order.view(ids.shape), tuple(self.pool.runs(distinct)))
+
+    def load(self, pages: Pages) -> None:
+        """Fill an empty table with saved pages: shared with a file if they are sealed, else copied."""
+        pool, count = self.pool, pages.count
+        shared, guard = pool.device.type == "cpu" and not pool.pinned and len(pages.slabs) == 1, pages.guard
+        ids = torch.arange(count, dtype=torch.int64, device="cpu")
+        if guard is not None and shared:
+            pool.seal(pages.slabs[0], guard)
+        else:
+            if guard is not None:
+                guard.touch(ids)
+            ids, first = pool.allocate(count), 0
+            for slab in pages.slabs:
+                pool.write(ids[first : first + len(slab)], slab)
+                first += len(slab)
+        chosen = ids[pages.order]
+        pool.retain(chosen)
+        self.places = torch.stack([chosen, pool.addresses(chosen)])
+        self.blocks, self._last_is_ours = pages.order.shape[1], False
+        if pool.guard is None:
+            pool.release(ids)
 
     def own_last(self) -> None:
         """Copy the last page of every row whose last page is shared."""

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from scout_hf.stores.state import State
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -47,3 +49,9 @@ class KVStore(Protocol):
 
     def fork(self) -> Self:
         """An independent copy; it may share memory, copy on write."""
+
+    def state_dict(self) -> State:
+        """All that it holds, as views that are valid until the next change."""
+
+    def load_state_dict(self, state: State) -> None:
+        """Fill an empty store with what ``state_dict`` gave; SessionError if it does not fit."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from scout_hf.errors import SessionError
 from scout_hf.kernels.cpu.protocols import PagedStore
+from scout_hf.stores.state import State, count_in, flag_in, ids_in, tensor_in
 
 EMPTY = -1
 
@@ -188,6 +192,37 @@ class ResidentSlots:
         twin.keys, twin.values, twin.ids = self.keys.clone(), self.values.clone(), self.ids.clone()
         return twin
 
+    def state_dict(self, host: PagedStore | None) -> State:
+        """Which blocks are in which slots, as views, and their content unless ``host`` has just that."""
+        return {"ids": self.ids, "filled": self.filled, "gaps": self.gaps} | content_of(self, host)
+
+    def load_state_dict(self, state: State, host: PagedStore | None, blocks: int) -> None:
+        """Fill new slots with what :meth:`state_dict` gave, of ``blocks`` blocks; SessionError if it does not fit."""
+        ids = ids_in(state, "ids", tuple(self.ids.shape), EMPTY, blocks)
+        filled, gaps = count_in(state, "filled", self.slots), flag_in(state, "gaps")
+        if bool((ids[:, :, filled:] != EMPTY).any()) or (not gaps and bool((ids[:, :, :filled] == EMPTY).any())):
+            raise SessionError("the residents that are named and those that are counted differ")
+        load_content(self, state, host, ids)
+        self.filled, self.gaps, self.ids = filled, gaps, ids.to(self.ids.device, copy=True)
+
+
+def content_of(slots: Any, host: PagedStore | None) -> State:
+    """Keys and values of slots, unless an unpacked ``host`` has the same; packed, it has them rounded."""
+    return {} if host is not None and not host.packed else {"keys": slots.keys, "values": slots.values}
+
+
+def load_content(slots: Any, state: State, host: PagedStore | None, ids: torch.Tensor) -> None:
+    """Fill new slots with the content that was saved, else with blocks ``ids`` of ``host``."""
+    shape, dtype = tuple(slots.keys.shape), slots.keys.dtype
+    if host is None or host.packed:
+        content = [tensor_in(state, name, shape, dtype) for name in ("keys", "values")]
+    elif ids.numel() and host.blocks:
+        content = list(_fetch(host, ids.clamp(min=0)))
+    else:
+        return
+    slots.keys.copy_(content[0])
+    slots.values.copy_(content[1])
+
 
 class Recall:
     """A planned recall of host blocks into slots; call ``run`` once, on any thread, to copy the data."""
@@ -205,6 +240,7 @@ class Recall:
         slots = self.resident.keys
         if host.library is None or host.packed or not slots.is_cpu or slots.dtype != host.dtype:
             return None
+        host.touch(torch.where(self.real, self.ids, host.blocks))
         half = slots[0, 0, 0].nbytes
         rows, heads, which = self.real.nonzero(as_tuple=True)
         tiles = host.table.addresses[rows, self.ids[rows, heads, which]] + heads * (2 * half)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from scout_hf.stores.packed import make_store
+from scout_hf.stores.state import State, ids_in, state_in, tensor_in
 
 
 class RetainedTokens:
@@ -110,6 +111,21 @@ class RetainedTokens:
         twin = object.__new__(RetainedTokens)
         twin.__dict__.update(self.__dict__, kv=self.kv.fork())
         return twin
+
+    def state_dict(self) -> State:
+        """All entries, as views that are valid until the next change."""
+        names = ("tokens", "weights", "valid")
+        return {"kv": self.kv.state_dict()} | {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: State, tokens: int) -> None:
+        """Take what :meth:`state_dict` gave, of a context of ``tokens``; SessionError if it does not fit."""
+        kv = make_store(self.kv.batch, 1, self.kv.head_dim, self.kv.block_size, self.kv.dtype, "cpu")
+        kv.load_state_dict(state_in(state, "kv"))
+        shape = (kv.batch, kv.length)
+        places = ids_in(state, "tokens", shape, 0, max(1, tokens))
+        weights, valid = tensor_in(state, "weights", shape), tensor_in(state, "valid", shape, torch.bool)
+        self.kv, self.tokens, self.weights, self.valid = kv, places.clone(), weights.clone(), valid.clone()
+        self.total = int(valid.sum())
 
     def _compact(self) -> None:
         """After a drop: copy the valid entries into a new store if most entries are invalid."""

@@ -28,6 +28,7 @@ class WholeBlocks:
         self.heads, self.head_dim, self.block_size = store.heads, store.head_dim, store.block_size
         self.dtype, self.device, self.packed, self.library = store.dtype, store.device, store.packed, store.library
         self.blocks = store.length // store.block_size
+        store.touch(None)
         self._table = store.table.fork()
         self._table.truncate(self.blocks)
 

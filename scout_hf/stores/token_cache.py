@@ -6,6 +6,7 @@ import torch
 
 from scout_hf.errors import CacheStateError
 from scout_hf.stores.resident_slots import Recall, ResidentSlots
+from scout_hf.stores.state import State, state_in, tensor_in
 
 GROWTH = 1.125
 NOTHING = "no tokens are planned: call plan() first, then put() the tokens that it returned, then content() once"
@@ -57,6 +58,13 @@ class StreamedTokens:
     def fork(self) -> StreamedTokens:
         """A new, empty object: nothing is kept between attentions."""
         return StreamedTokens()
+
+    def state_dict(self) -> State:
+        """Nothing is kept between attentions."""
+        return {}
+
+    def load_state_dict(self, state: State, tokens: int) -> None:
+        """Nothing is kept between attentions."""
 
 
 class TokenCache:
@@ -162,3 +170,15 @@ class TokenCache:
         twin = object.__new__(TokenCache)
         twin.__dict__.update(self.__dict__, _slots=self._slots.fork(), _recall=None, _chosen=None)
         return twin
+
+    def state_dict(self) -> State:
+        """The tokens that are kept."""
+        return {"slots": self._slots.state_dict(None)}
+
+    def load_state_dict(self, state: State, tokens: int) -> None:
+        """Take what :meth:`state_dict` gave, of a context of ``tokens``; SessionError if it does not fit."""
+        held, batch, heads = state_in(state, "slots"), *self._sizes[:2]
+        slots = ResidentSlots(*self._sizes)
+        slots.grow(tensor_in(held, "ids", (batch, heads, None)).shape[2])
+        slots.load_state_dict(held, None, tokens)
+        self._slots = slots

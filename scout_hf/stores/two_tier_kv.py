@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+from scout_hf.errors import SessionError
 from scout_hf.stores.packed import make_store
+from scout_hf.stores.state import State, count_in, state_in, tensor_in
 from scout_hf.stores.streams import Links, Mark
 
 
@@ -217,6 +219,23 @@ class TwoTierKV:
         twin = object.__new__(TwoTierKV)
         twin.__dict__.update(self.__dict__, host=self.host.fork(), _tail=tail)
         return twin
+
+    def state_dict(self) -> State:
+        """Both tiers, as views that are valid until the next change; no write-back may be in flight."""
+        _, tokens, buffer, _ = self._tail
+        return {"host": self.host.state_dict(), "tail": buffer[:, :, :, :tokens], "capacity": buffer.shape[3]}
+
+    def load_state_dict(self, state: State) -> None:
+        """Fill an empty store with what :meth:`state_dict` gave; SessionError if it does not fit."""
+        like, host = self._tail.buffer, state_in(state, "host")
+        tail = tensor_in(state, "tail", (*like.shape[:3], None, like.shape[4]), like.dtype)
+        tokens, first = tail.shape[3], count_in(host, "length")
+        if first % self.block_size or count_in(state, "capacity", tokens + first + (1 << 20)) < tokens:
+            raise SessionError(f"a tail of {tokens} tokens behind {first} of the host does not fit")
+        buffer = self._reserve(state["capacity"])
+        buffer[:, :, :, :tokens] = tail
+        self.host.load_state_dict(host)
+        self._tail = Tail(first, tokens, buffer)
 
     def _reserve(self, tokens: int) -> torch.Tensor:
         """A tail buffer for at least ``tokens`` tokens, of undefined content."""

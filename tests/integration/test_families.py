@@ -16,7 +16,7 @@ from transformers.models.llama import modeling_llama
 
 import scout_hf
 from scout_hf import ScoutCache, UnsupportedModelError
-from scout_hf.cache import ScoutLayer
+from scout_hf.cache_layer import ScoutLayer
 from scout_hf.compat.cache_names import given_cache
 from scout_hf.patches import ProbeFamily, family_of
 from tests.integration.common import ONE_TIER, TWO_TIERS, left_padded, llama, logits, prompt, run

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import scout_hf
-from scout_hf.cache import ScoutLayer
+from scout_hf.cache_layer import ScoutLayer
 from scout_hf.stores.host import PagedKV
 from scout_hf.stores.pages import PagePool, PageTable
 from scout_hf.stores.resident_slots import ResidentSlots

@@ -51,6 +51,7 @@ class IpexBackend(CpuBackend):
     ) -> Attended:
         if not _serves(query, store, softcap, padding_mask):
             return self._torch.attend_blocks(query, store, lists, scale, softcap, padding_mask)
+        store.touch(*(lists or (None, None)))
         pages, filled = _entries(store, lists)
         parts, pool = [], store.table.pool
         for slab, start in zip(pool.slabs, pool.starts):

@@ -255,6 +255,7 @@ class NativeBackend(CpuBackend):
                 f"head_dim={store.head_dim}; pass (batch, query_heads, 1, head_dim), with query heads a multiple of KV "
                 "heads"
             )
+        store.touch(*(lists or (None, None)))
         if padding_mask is not None and (padding_mask.shape[0] != batch or padding_mask.shape[1] < store.length):
             raise CacheStateError(
                 f"got a padding mask of {tuple(padding_mask.shape)} for {batch} rows of {store.length} tokens; "

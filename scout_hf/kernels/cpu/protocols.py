@@ -114,6 +114,12 @@ class PagedStore(Protocol):
     def gather(self, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Copy blocks (batch, kv_heads, n) of int64 into tensors (batch, kv_heads, n, block_size, head_dim)."""
 
+    def touch(self, blocks: torch.Tensor | None, counts: torch.Tensor | None = None) -> None:
+        """Call it before reading blocks through their addresses: those of a file are checked then.
+
+        ``blocks`` is (batch, kv_heads, n) of int, None for all; of each list the first ``counts`` (batch, kv_heads).
+        """
+
     def memory(self) -> tuple[Any, ...]:
         """The tensors whose memory ``native()`` points to."""
 

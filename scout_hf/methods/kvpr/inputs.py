@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from scout_hf.errors import SessionError
 from scout_hf.stores import PagedKV, TwoTierKV
+from scout_hf.stores.state import State, count_in, flag_in, state_in
 from scout_hf.stores.streams import Links, Mark
 
 
@@ -89,6 +91,35 @@ class LayerInputs:
                 (0, torch.cat([part.expand(rows, *part.shape[1:]) for _, part in self._positions], dim=1))
             ]
         return self._positions[0][1][:, :tokens]
+
+    def state_dict(self) -> State:
+        """All hidden states and positions, as views that are valid until the next change."""
+        self.written.finish()
+        known = self._positions is not None
+        return {
+            "hidden_size": self.hidden_size,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "known": known,
+            "positions": self.positions(self.store.length) if known and self._positions else None,
+            "store": self.store.state_dict(),
+        }
+
+    @classmethod
+    def of_state(cls, state: State, batch: int, block_size: int, on_host: bool, device: torch.device) -> LayerInputs:
+        """What :meth:`state_dict` gave; SessionError if it does not fit."""
+        dtype = getattr(torch, str(state.get("dtype")), None)
+        size = count_in(state, "hidden_size", 1 << 24)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or not size or size % 2:
+            raise SessionError(f"inputs of {size} channels of {state.get('dtype')!r} are not possible")
+        made = cls(torch.empty((batch, 0, size), dtype=dtype, device=device), block_size, on_host)
+        made.store.load_state_dict(state_in(state, "store"))
+        if not flag_in(state, "known"):
+            made._positions = None
+        elif (positions := state.get("positions")) is not None:
+            if not isinstance(positions, torch.Tensor) or positions.shape[:1] not in ((1,), (batch,)):
+                raise SessionError("positions of inputs do not fit the rows")
+            made._positions = [(0, positions.to(device, copy=True))]
+        return made
 
     def tier_bytes(self) -> dict[str, int]:
         """Bytes per tier."""

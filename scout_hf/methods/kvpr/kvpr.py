@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from scout_hf.methods.host_to_device import InFlightCopy, blocks_to_device
 from scout_hf.methods.kvpr.inputs import LayerInputs
 from scout_hf.split import Rates, best_split
 from scout_hf.step import Step
+from scout_hf.stores.state import State, number_in, state_in
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -157,6 +159,27 @@ class KVPR(Dense):
         twin = super().fork()
         twin.inputs, twin._inputs_coming = self.inputs and self.inputs.fork(), None
         return twin
+
+    def state_dict(self) -> State:
+        inputs = self.inputs
+        return super().state_dict() | {
+            "inputs": inputs and inputs.state_dict(),
+            "against": self._against,
+            "rates": self._rates and asdict(self._rates),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        super().load_state_dict(state)
+        against = state.get("against")
+        self._against = None if against is None else str(against)
+        if state.get("rates") is not None:
+            rates = state_in(state, "rates")
+            self._rates = Rates(*(number_in(rates, field.name) for field in fields(Rates)))
+        if state.get("inputs") is not None:
+            held = state_in(state, "inputs")
+            self.inputs = LayerInputs.of_state(
+                held, self.batch, self.config.block_size, self.settings["inputs"] == "host", self.kv.device
+            )
 
     def tier_bytes(self) -> dict[str, int]:
         held, inputs = super().tier_bytes(), self.inputs

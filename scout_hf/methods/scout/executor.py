@@ -141,6 +141,10 @@ class Executor(StepExecutor):
         """Run the CPU attention of this step again with another query; not counted."""
 
     @abstractmethod
+    def new_residents(self, layer: Layer, slots: int) -> Any:
+        """So many empty slots; ResidentMemoryError if there is no memory for them."""
+
+    @abstractmethod
     def load_residents(self, layer: Layer, step: Step, query: torch.Tensor, slots: Any) -> Any:
         """Fill ``slots`` (new ones if None) with the top-k blocks of this query."""
 

@@ -75,14 +75,16 @@ class TorchExecutor(Executor):
 
     # -- residents ------------------------------------------------------------------------------------------------
 
+    def new_residents(self, layer: Layer, slots: int) -> ResidentSlots:
+        host = layer.kv.host
+        sizes = (host.batch, layer.kv_heads, slots, host.block_size, host.head_dim)
+        with resident_memory(layer, slots):
+            return ResidentSlots(*sizes, host.dtype, layer.kv.device)
+
     def load_residents(
         self, layer: Layer, step: Step, query: torch.Tensor, slots: ResidentSlots | None
     ) -> ResidentSlots:
-        host = layer.kv.host
-        if slots is None:
-            sizes = (layer.slots(), host.block_size, host.head_dim)
-            with resident_memory(layer, sizes[0]):
-                slots = ResidentSlots(len(query), layer.kv_heads, *sizes, host.dtype, query.device)
+        host, slots = layer.kv.host, self.new_residents(layer, layer.slots()) if slots is None else slots
         pick = layer.selector.pick(step, query, host.blocks, layer.kv_heads, whole=True)
         slots.load(pick.ids, pick.valid_or_all(), host)
         return slots

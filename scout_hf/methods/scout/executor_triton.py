@@ -231,12 +231,14 @@ class TritonExecutor(Executor):
 
     # -- residents ------------------------------------------------------------------------------------------------
 
-    def load_residents(self, layer: Layer, step: Step, query: torch.Tensor, slots: MappedSlots | None) -> MappedSlots:
+    def new_residents(self, layer: Layer, slots: int) -> MappedSlots:
         host = layer.kv.host
-        if slots is None:
-            sizes = (layer.slots(), host.block_size, host.head_dim)
-            with resident_memory(layer, sizes[0]):
-                slots = MappedSlots(len(query), layer.kv_heads, *sizes, host.dtype, query.device)
+        sizes = (host.batch, layer.kv_heads, slots, host.block_size, host.head_dim)
+        with resident_memory(layer, slots):
+            return MappedSlots(*sizes, host.dtype, layer.kv.device)
+
+    def load_residents(self, layer: Layer, step: Step, query: torch.Tensor, slots: MappedSlots | None) -> MappedSlots:
+        host, slots = layer.kv.host, self.new_residents(layer, layer.slots()) if slots is None else slots
         slots.clear(host.blocks)
         choice, scores, most = self._choose(layer, step, query, slots, loading=True)
         layer.written.before(query.device)
@@ -286,6 +288,7 @@ class TritonExecutor(Executor):
 
     def _map_pages(self, layer: Layer, first: int) -> None:
         """Copy the addresses of pages from block ``first`` on to the device."""
+        layer.kv.host.touch(None)  # kernels read the pages of a file unseen
         addresses, device = layer.kv.host.table.addresses, self.pages.device
         rows, blocks = addresses.shape
         if rows != self.pages.shape[0] or blocks > self.pages.shape[1]:

@@ -13,6 +13,7 @@ from scout_hf.methods.base import Method
 from scout_hf.selection import Selector
 from scout_hf.step import Step
 from scout_hf.stores import PagedKV, make_store
+from scout_hf.stores.state import State, state_in
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -67,6 +68,17 @@ class OneTierScout(Method):
         twin = super().fork()
         twin.selector = self.selector.fork()
         return twin
+
+    def state_dict(self) -> State:
+        return super().state_dict() | {"selector": self.selector.state_dict()}
+
+    def load_state_dict(self, state: State) -> None:
+        super().load_state_dict(state)
+        kv = self.kv
+        whole = kv.length // self.config.block_size
+        self.selector.load_state_dict(state_in(state, "selector"), kv.batch, kv.heads, whole, kv.device)
+        if not self.selector.blocks:
+            self.flush()  # codes of another digest were left out
 
     def slabs(self) -> Sequence[torch.Tensor]:
         return self.kv.table.pool.slabs

@@ -18,12 +18,15 @@ from scout_hf.methods.scout.query_gate import QueryGate
 from scout_hf.methods.scout.recall_policy import RecallPolicy
 from scout_hf.selection import Pick, Selector
 from scout_hf.step import Step
+from scout_hf.stores.state import State, count_in, maybe_count_in, state_in
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 DEFAULT_RESIDENT_TOKENS = 2048
 SPARE_BLOCKS = 64
+# More slots than blocks are refused in a saved session.
+MOST_SPARE_SLOTS = 1 << 16
 NO_SHARE = 2.0  # above any share of the CPU: no recall
 
 
@@ -184,6 +187,32 @@ class TwoTierScout(OffloadingMethod):
         twin.executor, twin.recall_policy = self.executor.fork(), copy.copy(self.recall_policy)
         twin.state = StepState()
         return twin
+
+    def state_dict(self) -> State:
+        held, resident = super().state_dict(), self.resident
+        return held | {
+            "selector": self.selector.state_dict(),
+            "gate": self.gate.state_dict(),
+            "recall_steps": self.recall_policy.steps,
+            "slots": resident and resident.slots,
+            "residents": resident and resident.state_dict(self.kv.host),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        super().load_state_dict(state)
+        host, heads = self.kv.host, self.kv_heads
+        parts = state_in(state, "selector"), host.batch, heads, host.blocks, self.kv.device
+        self.selector.load_state_dict(*parts)
+        if not self.selector.blocks:
+            self.selector.extend_early(host, host.blocks)  # codes of another digest were left out
+        self.gate.load_state_dict(state_in(state, "gate"))
+        self.recall_policy.steps = count_in(state, "recall_steps")
+        slots = maybe_count_in(state, "slots", self.config.blocks(self.kv.length) + MOST_SPARE_SLOTS)
+        self.executor.pages_changed(self, rows=True)
+        if slots is not None:
+            resident = self.executor.new_residents(self, slots)
+            resident.load_state_dict(state_in(state, "residents"), host, host.blocks)
+            self.resident = resident
 
     def drain(self) -> None:
         self._drop_job()

@@ -7,6 +7,7 @@ import math
 import torch
 
 from scout_hf.fusion import Partial
+from scout_hf.stores.state import State, count_in, maybe_number_in
 from scout_hf.stores.streams import Mark
 
 CHECK_EVERY = 4
@@ -57,6 +58,18 @@ class QueryGate:
     def _learn(self, error: float) -> None:
         if math.isfinite(error):
             self.error = error if self.error is None else (self.error + error) / 2
+
+    def state_dict(self) -> State:
+        """What was learnt."""
+        if self._coming is not None:
+            self._coming[1].finish()
+            self._learn(float(self._coming[0]))
+            self._coming = None
+        return {"error": self.error, "steps": self._steps}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take what :meth:`state_dict` gave; SessionError if it does not fit."""
+        self.error, self._steps = maybe_number_in(state, "error"), count_in(state, "steps")
 
     def fork(self) -> QueryGate:
         """An independent copy."""

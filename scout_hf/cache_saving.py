@@ -1,0 +1,160 @@
+"""A ScoutCache as a session on disk, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from scout_hf.cache_layer import ScoutLayer
+from scout_hf.config import ScoutConfig
+from scout_hf.errors import ConfigError, SavingError, SessionError
+from scout_hf.recall_intervals import RecallIntervals
+from scout_hf.sessions import fingerprint, read_session, write_session
+from scout_hf.stores.state import State, count_in, state_in
+
+if TYPE_CHECKING:
+    from scout_hf.cache import ScoutCache
+
+CHUNK_TOKENS = 4096
+KEEP_STATE = ("method", "block_size", "host_dtype", "split", "window", "method_options", "dense_layers")
+"""Settings that decide what a layer holds; if one differs, keys and values alone are taken."""
+
+WITH_RESIDENTS = ("budget", "resident", "gpu_kernels", "hand_over")
+"""Settings that decide which blocks are resident."""
+
+
+def save(cache: ScoutCache, path: str | os.PathLike[str], model: Any) -> None:
+    """Write a cache as a session; see :meth:`ScoutCache.save`."""
+    model = cache.filled_by() if model is None and cache.filled_by is not None else model
+    if model is None:
+        raise SavingError(
+            "this cache was filled by no patched model, or that model is gone: pass the model that its keys and values "
+            "are of, cache.save(path, model)"
+        )
+    if not any(layer.get_seq_length() for layer in cache.layers if isinstance(layer, CacheLayerMixin)):
+        raise SavingError("this cache holds no tokens: there is nothing to save")
+    state = {"layers": [_state_of(layer) for layer in cache.layers], "depth": cache.depth}
+    about = {"tokens": cache.get_seq_length(), "rows": _rows(cache)}
+    write_session(path, fingerprint(model).as_json(), settings_as_json(cache.scout_config), state, about)
+
+
+def load(kind: type[ScoutCache], path: str | os.PathLike[str], model: Any, options: dict[str, Any]) -> ScoutCache:
+    """Open a session as a cache; see :meth:`ScoutCache.load`."""
+    session = read_session(path)
+    fingerprint(model).refuse(session.model, f"session {os.fspath(path)}")
+    before = settings_from_json(session.settings)
+    config = ScoutConfig.from_options(before, **options)
+    cache = kind(model.config, config)
+    layers = session.state.get("layers") if isinstance(session.state, dict) else None
+    if not isinstance(layers, list) or len(layers) != len(cache.layers):
+        raise SessionError(f"session {os.fspath(path)} does not have the layers of this model; save it again")
+    devices = devices_of(model, len(layers))
+    for layer, state, device in zip(cache.layers, layers, devices):
+        _load_layer(layer, state, device, before)
+    cache.file = session.file
+    return cache
+
+
+def _rows(cache: ScoutCache) -> int | None:
+    return next((layer.method.batch for layer in cache.scout_layers if layer.method is not None), None)
+
+
+def _state_of(layer: Any) -> State:
+    if isinstance(layer, ScoutLayer):
+        return {"kind": "scout", "state": layer.state_dict()}
+    return {"kind": type(layer).__name__, "state": dict(vars(layer))}
+
+
+def _load_layer(layer: Any, state: Any, device: torch.device, before: ScoutConfig) -> None:
+    kind = "scout" if isinstance(layer, ScoutLayer) else type(layer).__name__
+    if not isinstance(state, dict) or state.get("kind") != kind:
+        raise SessionError(f"a layer is a {kind} here and something else in the session; save it again")
+    if not isinstance(layer, ScoutLayer):
+        layer.__dict__.update(_on(state_in(state, "state"), device))
+        return
+    held = state.get("state")
+    if held is None:
+        return
+    if not isinstance(held, dict):
+        raise SessionError("a layer of the session has no state")
+    config = layer.config
+    if any(getattr(config, name) != getattr(before, name) for name in KEEP_STATE):
+        return _take_tokens(layer, held, device, before)
+    if any(getattr(config, name) != getattr(before, name) for name in WITH_RESIDENTS):
+        held = held | {"method": state_in(held, "method") | {"slots": None, "residents": None}}
+    layer.load_state_dict(held, device)
+
+
+def _take_tokens(layer: ScoutLayer, held: State, device: torch.device, before: ScoutConfig) -> None:
+    """Keys and values of a session with other settings: in memory, with digests made anew."""
+    there = ScoutLayer(before, layer.layer_idx)
+    there.load_state_dict(held, device)
+    method = there.method
+    if method is None:
+        return
+    tokens = method.length
+    for start in range(0, tokens, CHUNK_TOKENS):
+        keys, values = method.kv.read(start, min(start + CHUNK_TOKENS, tokens))
+        layer.update(keys, values)
+    count_in({"tokens": layer.get_seq_length()}, "tokens", tokens)
+
+
+def _on(state: State, device: torch.device) -> State:
+    """The attributes of a stock layer on a device."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(device)
+        if isinstance(value, torch.device):
+            return device
+        if isinstance(value, dict):
+            return {name: moved(one) for name, one in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(moved(one) for one in value)
+        return value
+
+    if any(name.startswith("__") for name in state):
+        raise SessionError("a layer of the session has attributes that no layer has")
+    return {name: moved(value) for name, value in state.items()}
+
+
+def devices_of(model: Any, layers: int) -> list[torch.device]:
+    """The device of each layer of a model, which ``device_map`` may have spread."""
+    spread = getattr(model, "hf_device_map", None)
+    if not spread or len(set(spread.values())) < 2:
+        return [model.device] * layers
+    found = [model.device] * layers
+    for module in model.modules():
+        index = getattr(module, "layer_idx", None)
+        weight = next(module.parameters(), None)
+        if isinstance(index, int) and 0 <= index < layers and weight is not None and not weight.is_meta:
+            found[index] = weight.device
+    return found
+
+
+def settings_as_json(config: ScoutConfig) -> dict[str, Any]:
+    """Fields of a config as JSON has them."""
+    made = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, RecallIntervals):
+            value = {"recall_intervals": dataclasses.asdict(value) | {"intervals": list(value.intervals)}}
+        made[field.name] = list(value) if isinstance(value, tuple) else value
+    return made
+
+
+def settings_from_json(made: dict[str, Any]) -> ScoutConfig:
+    """Undo :func:`settings_as_json`; SessionError if a field is unknown or not allowed."""
+    options: dict[str, Any] = {}
+    try:
+        for name, value in made.items():
+            if isinstance(value, dict) and set(value) == {"recall_intervals"}:
+                value = RecallIntervals(**value["recall_intervals"])
+            options[name] = tuple(value) if isinstance(value, list) else value
+        return ScoutConfig(**options)
+    except (ConfigError, TypeError) as error:
+        raise SessionError(f"the settings of the session cannot be used: {error}") from error

@@ -1,0 +1,119 @@
+"""Which model a session belongs to: its config, and numbers taken out of every weight."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from scout_hf.errors import SessionError
+
+SAMPLED = 4096
+"""Numbers of each weight, spread over all of it."""
+
+WITHOUT_EFFECT = (
+    "_name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype", "auto_map",
+    "_attn_implementation", "_attn_implementation_internal", "attn_implementation", "experts_implementation",
+    "_experts_implementation", "return_dict", "output_hidden_states", "output_attentions", "id2label", "label2id",
+    "problem_type", "chunk_size_feed_forward", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings",
+    "is_decoder", "gradient_checkpointing", "base_model_tp_plan", "base_model_pp_plan",
+)  # fmt: skip
+"""Entries of a config that change neither keys nor values; weights have a check of their own."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Of one model.
+
+    config : dict
+        What of its config has an effect.
+    weights : str
+        A hash over names, shapes and some numbers of all weights and buffers.
+    """
+
+    config: dict[str, Any]
+    weights: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Both, as plain data."""
+        return {"config": self.config, "weights": self.weights}
+
+    def refuse(self, other: Any, what: str) -> None:
+        """Raise SessionError, which says how they differ, unless ``other``, from a file, is of the same model."""
+        theirs = other.get("config") if isinstance(other, dict) else None
+        if not isinstance(theirs, dict):
+            raise SessionError(f"{what} does not say which model it is of")
+        if theirs != self.config:
+            names = sorted(
+                name for name in theirs.keys() | self.config.keys() if theirs.get(name) != self.config.get(name)
+            )
+            shown = ", ".join(
+                f"{name}={theirs.get(name)!r:.80} there and {self.config.get(name)!r:.80} here" for name in names[:4]
+            )
+            raise SessionError(f"{what} is of another model: {shown}; load the model that it was made with")
+        if other.get("weights") != self.weights:
+            raise SessionError(
+                f"{what} was made with other weights of this kind of model (another checkpoint, adapter or dtype); "
+                "load those that it was made with"
+            )
+
+
+def fingerprint(model: torch.nn.Module) -> Fingerprint:
+    """The fingerprint of a model, in well under a second: a few numbers of every weight are read.
+
+    Two models with the same one give the same keys and values, unless a weight was changed in a few numbers only.
+    Adapters count, with what is active of them.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+
+    Returns
+    -------
+    Fingerprint
+
+    Examples
+    --------
+    >>> from scout_hf.sessions import fingerprint
+    >>> fingerprint(model).weights == fingerprint(model).weights
+    True
+    """
+    return Fingerprint(config_of(model), weights_hash(model))
+
+
+def config_of(model: Any) -> dict[str, Any]:
+    """What of a model's config changes keys and values, as plain data."""
+    text = json.dumps(_effective(model.config.to_dict()), sort_keys=True, default=str)
+    return json.loads(text)
+
+
+def _effective(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _effective(one) for name, one in value.items() if name not in WITHOUT_EFFECT}
+    if isinstance(value, (list, tuple)):
+        return [_effective(one) for one in value]
+    return value
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """A hash over names, shapes and some numbers of every weight and buffer: another one for any other checkpoint."""
+    found = hashlib.sha256()
+    for name, weight in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda one: one[0]):
+        most = max(2, round(SAMPLED ** (1 / max(1, weight.dim()))))
+        some = weight.detach()
+        for place, size in enumerate(weight.shape):
+            step = max(1, size // most)
+            some = some[(slice(None),) * place + (slice(None, step * most, step),)]
+        found.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode())
+        if not weight.is_meta:
+            plain = some.cpu().contiguous().view(-1)
+            found.update(plain.view(torch.uint8).numpy().tobytes())
+    for name, module in model.named_modules():
+        active = getattr(module, "active_adapters", None)
+        if active is not None and not callable(active) and hasattr(module, "base_layer"):
+            state = (list(active), getattr(module, "disable_adapters", None), getattr(module, "scaling", None))
+            found.update(f"{name} {state!r} ".encode())
+    return found.hexdigest()

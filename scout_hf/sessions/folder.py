@@ -1,0 +1,233 @@
+"""The folder of a session: ``session.json`` says what it is, two safetensors files hold it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import transformers
+import xxhash
+
+from scout_hf.errors import ConfigError, MissingFileError, SavingError, SessionError
+from scout_hf.files import clear_scratch, read_json, whole_folder
+from scout_hf.rules import anything, count, fields, items, table, text
+from scout_hf.sessions.container import map_pages, write_pages
+from scout_hf.sessions.mapped import OpenFile
+from scout_hf.sessions.tree import Flat, flatten, unflatten
+from scout_hf.stores.state import Pages, State
+
+FORMAT = "scout_hf.session/1"
+ABOUT, PAGES, TENSORS = "session.json", "pages.safetensors", "tensors.safetensors"
+PRIVATE = 0o700
+LARGEST_ABOUT = 64 << 20
+SUMS = "sums"
+_REMEDY = "save it again with cache.save(path)"
+
+_RULE = fields(
+    {
+        "format": text(200),
+        "made": table(text(200)),
+        "model": table(anything),
+        "settings": table(anything),
+        "about": table(anything),
+        "state": anything,
+        "hash": text(64),
+        "pages": fields({"bytes": count(), "header": text(64), "names": items(text(1000))}),
+        "tensors": fields({"bytes": count(), "hash": text(64)}),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a session holds.
+
+    Attributes
+    ----------
+    model : dict
+        The fingerprint of its model.
+    settings : dict
+        Fields of its ScoutConfig, as JSON has them.
+    state : dict
+        Of the cache; tensors are on the CPU, pages are mapped.
+    about : dict
+        Further facts: tokens, rows.
+    made : dict of str
+        When, and by which versions.
+    file : OpenFile or None
+        The file that is mapped, to be checked before its pages are used.
+    """
+
+    model: dict[str, Any]
+    settings: dict[str, Any]
+    state: State
+    about: dict[str, Any]
+    made: dict[str, str]
+    file: OpenFile | None = None
+
+
+def write_session(
+    path: str | os.PathLike[str],
+    model: dict[str, Any],
+    settings: dict[str, Any],
+    state: State,
+    about: dict[str, Any],
+) -> None:
+    """Write a session: the whole folder or nothing, readable by its owner only.
+
+    Parameters
+    ----------
+    path : path-like
+        Nothing, an empty folder, or a session, which is replaced.
+    model, settings, state, about
+        As in :class:`Session`.
+
+    Raises
+    ------
+    SavingError
+        If ``path`` is something else, or a state is not plain data.
+    OSError
+        If the disk is full or the folder cannot be written to.
+    """
+    path = Path(path)
+    refuse_other_files(path)
+    clear_scratch(path)
+    flat = flatten(state)
+    made = {
+        "at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "scout_hf": version("scout_hf"),
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+    }
+    with whole_folder(path, mode=PRIVATE, replace=True) as folder:
+        written = write_pages(folder / PAGES, flat.pages)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in flat.tensors.items()}
+        for name, pages in flat.pages.items():
+            tensors[f"{name}/order"] = pages.order.contiguous()
+            if name in written.sums:
+                tensors[f"{name}/{SUMS}"] = written.sums[name]
+        data = safetensors.torch.save(_apart(tensors))
+        (folder / TENSORS).write_bytes(data)
+        said = {
+            "format": FORMAT,
+            "made": made,
+            "model": model,
+            "settings": settings,
+            "about": about,
+            "pages": {"bytes": written.size, "header": written.header, "names": list(flat.pages)},
+            "tensors": {"bytes": len(data), "hash": xxhash.xxh3_128_hexdigest(data)},
+            "state": flat.tree,
+        }
+        said["hash"] = _hash(said)
+        (folder / ABOUT).write_text(json.dumps(said, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def refuse_other_files(path: Path) -> None:
+    """Raise SavingError if a session cannot be written there without losing something else."""
+    if path.is_dir():
+        names = os.listdir(path)
+        if names and ABOUT not in names:
+            raise SavingError(f"{path} is a folder that holds no session ({names[0]}, ...); take another name")
+    elif os.path.lexists(path):
+        raise SavingError(f"{path} is there and no session; take another name")
+
+
+def read_about(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What ``session.json`` says; nothing else is read.
+
+    Raises
+    ------
+    SessionError
+        If there is no session, or it cannot be used.
+    """
+    path = Path(path)
+    try:
+        said = read_json(path / ABOUT, _RULE, _REMEDY, LARGEST_ABOUT)
+    except MissingFileError as error:
+        raise SessionError(f"{path} holds no session: {error}") from error
+    except ConfigError as error:
+        raise SessionError(str(error)) from error
+    known = said.pop("hash")
+    if said["format"] != FORMAT:
+        raise SessionError(
+            f"{path} has the format {said['format']!r}, and this version of scout_hf reads {FORMAT!r}; "
+            "install a version that reads it, or save it again"
+        )
+    if _hash(said) != known:
+        raise SessionError(f"{path / ABOUT} is damaged: it is not what was written; {_REMEDY}")
+    return said
+
+
+def read_session(path: str | os.PathLike[str]) -> Session:
+    """Open a session: tensors are read and checked, pages are mapped, and checked when they are first wanted.
+
+    Parameters
+    ----------
+    path : path-like
+
+    Returns
+    -------
+    Session
+
+    Raises
+    ------
+    SessionError
+        If there is none, or it is damaged or of another format.
+    """
+    path = Path(path)
+    said = read_about(path)
+    tensors = _read_tensors(path / TENSORS, said["tensors"])
+    sums = {name: tensors.pop(f"{name}/{SUMS}") for name in said["pages"]["names"] if f"{name}/{SUMS}" in tensors}
+    file, mapped = map_pages(path / PAGES, said["pages"]["bytes"], said["pages"]["header"], sums)
+    pages = {}
+    for name in said["pages"]["names"]:
+        order = tensors.pop(f"{name}/order", None)
+        if order is None:
+            raise SessionError(f"{path} has no table for {name}: it is damaged")
+        held = mapped.get(name)
+        pages[name] = Pages(order, ()) if held is None else Pages(order, (held.slab,), held)
+    state = unflatten(Flat(said["state"], tensors, pages), torch.device("cpu"))
+    return Session(said["model"], said["settings"], state, said["about"], said["made"], file)
+
+
+def _read_tensors(path: Path, said: dict[str, Any]) -> dict[str, torch.Tensor]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise SessionError(f"{path} cannot be read: {error.strerror or error}") from error
+    if len(data) != said["bytes"] or xxhash.xxh3_128_hexdigest(data) != said["hash"]:
+        raise SessionError(f"{path} is damaged: it is not what was written")
+    try:
+        return safetensors.torch.load(data)
+    except Exception as error:
+        raise SessionError(f"{path} cannot be read: {error}") from error
+
+
+def _hash(said: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(said, sort_keys=True).encode())
+
+
+def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors that share no memory, as safetensors wants them."""
+    made, seen = {}, set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        alone = storage.data_ptr() not in seen and storage.nbytes() == tensor.nbytes
+        made[name] = tensor if alone else tensor.clone()
+        seen.add(storage.data_ptr())
+    return made
+
+
+def remove_session(path: str | os.PathLike[str]) -> None:
+    """Remove a session, and only if it is one; caches that were opened from it keep their pages."""
+    path = Path(path)
+    read_about(path)
+    shutil.rmtree(path)

@@ -1,0 +1,283 @@
+"""A saved cache goes on as if it had never left: bitwise, for every method, tier, dtype and kind of layer."""
+
+import json
+import os
+import stat
+
+import pytest
+import safetensors
+import torch
+
+import scout_hf
+from scout_hf import CACHE, ScoutCache, SessionError
+from scout_hf.sessions.container import ALIGNED
+from scout_hf.sessions.folder import ABOUT, PAGES, TENSORS
+from tests.integration.common import left_padded, llama, one_llama, prompt
+from tests.patches.tiny import missing, tiny_model
+
+TIERED = {"block_size": 8, "window": 8}
+SETTINGS = {
+    "defaults": {},
+    "exact": {"budget": None, "block_size": 8},
+    "sparse": TIERED | {"budget": 32},
+    "by mass": TIERED | {"budget": 64, "mass": 0.9},
+    "min/max": TIERED | {"budget": 32, "digest": "minmax"},
+    "int8": TIERED | {"budget": 32, "host_dtype": "int8"},
+    "dense layers": TIERED | {"budget": 32, "dense_layers": (1,)},
+    "two tiers": TIERED | {"budget": 32, "split": "cpu", "resident": 16},
+    "two tiers, predicted": TIERED
+    | {"budget": 24, "split": "cpu", "resident": 16, "recall": 1, "cpu_query": "predicted"},
+    "two tiers, int8": TIERED | {"budget": 32, "split": "cpu", "host_dtype": "int8"},
+    "two tiers, a share": TIERED | {"budget": 0.3, "split": "cpu"},
+    "dense": TIERED | {"method": "dense"},
+    "kvpr": TIERED | {"method": "kvpr", "method_options": {"share": 0.5}},
+    "hgca": {"method": "hgca", "block_size": 8, "budget": 32, "method_options": {"least": 2}},
+    "infinigen": TIERED | {"method": "infinigen", "budget": 40},
+    "infinigen, kept": TIERED | {"method": "infinigen", "budget": 0.4, "method_options": {"keep": True}},
+}
+INPUTS = {
+    "one row": {"input_ids": prompt(1, 101)},
+    "padded rows": left_padded(0, 13, 40, tokens=90),
+    "one block": {"input_ids": prompt(2, 8)},
+}
+FAMILIES = ("llama", "gemma3", "qwen3_next", "gpt_oss")
+
+
+class Conversation:
+    """Passes over one cache, with the padding mask that they need."""
+
+    def __init__(self, model, cache, inputs, seed: int = 7):
+        self.model, self.cache = model, cache
+        mask = inputs.get("attention_mask")
+        self.mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask
+        self.seed = seed
+        self.first = inputs["input_ids"]
+
+    def read(self):
+        """The prompt."""
+        return self._run(self.first)
+
+    def go_on(self, steps: int = 12, turn: int = 5):
+        """Decode steps, then a turn of several tokens, then steps: logits of all."""
+        rows, found = len(self.first), []
+        for tokens in (*(1 for _ in range(steps)), turn, *(1 for _ in range(steps))):
+            self.seed += 1
+            self.mask = torch.nn.functional.pad(self.mask, (0, tokens), value=1)
+            found.append(self._run(prompt(rows, tokens, seed=self.seed)))
+        return torch.cat(found, dim=1)
+
+    @torch.no_grad()
+    def _run(self, ids):
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        return self.model(ids, attention_mask=self.mask, position_ids=positions, **{CACHE: self.cache}).logits
+
+    def with_cache(self, cache):
+        """The same conversation, up to here, over another cache."""
+        twin = Conversation(self.model, cache, {"input_ids": self.first}, self.seed)
+        twin.mask = self.mask
+        return twin
+
+
+def begun(model, handle, inputs, steps: int = 5):
+    """A conversation in the middle of a block."""
+    talk = Conversation(model, handle.new_cache(), inputs)
+    talk.read()
+    talk.go_on(steps, turn=3)
+    return talk
+
+
+def assert_goes_on(talk, path, **options):
+    """What comes after saving and loading is what comes without."""
+    talk.cache.save(path)
+    loaded = ScoutCache.load(path, talk.model, **options)
+    assert loaded.get_seq_length() == talk.cache.get_seq_length()
+    again = talk.with_cache(loaded)
+    assert torch.equal(talk.go_on(), again.go_on())
+    return loaded
+
+
+# -- what comes back --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS)
+@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+def test_a_loaded_cache_goes_on_bitwise(options, inputs, tmp_path):
+    model = one_llama()
+    with scout_hf.patch(model, **options) as handle:
+        assert_goes_on(begun(model, handle, inputs), tmp_path / "kv")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["sparse", "two tiers", "hgca", "kvpr"])
+def test_other_dtypes(name, dtype, tmp_path):
+    model = llama(dtype=dtype)
+    with scout_hf.patch(model, **SETTINGS[name]) as handle:
+        assert_goes_on(begun(model, handle, INPUTS["padded rows"]), tmp_path / "kv")
+
+
+@pytest.mark.parametrize("options", [SETTINGS["sparse"], SETTINGS["two tiers"], SETTINGS["dense"]], ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sliding_and_linear_layers_come_back_too(name, options, tmp_path):
+    if reason := missing(name):
+        pytest.skip(reason)
+    model = tiny_model(name)
+    with scout_hf.patch(model, **options) as handle:
+        assert_goes_on(begun(model, handle, INPUTS["one row"]), tmp_path / "kv")
+
+
+@pytest.mark.parametrize("name", ["sparse", "two tiers", "int8", "hgca"])
+def test_a_cache_that_was_loaded_is_saved_again(name, tmp_path):
+    """Pages of the file and of memory in one table; forks share them."""
+    model = one_llama()
+    with scout_hf.patch(model, **SETTINGS[name]) as handle:
+        talk = begun(model, handle, INPUTS["padded rows"])
+        talk.cache.save(tmp_path / "first")
+        talk = talk.with_cache(ScoutCache.load(tmp_path / "first", model))
+        talk.go_on()
+        talk.cache.save(tmp_path / "first")  # over the file that is mapped
+        fork = talk.with_cache(talk.cache.fork())
+        again = talk.with_cache(ScoutCache.load(tmp_path / "first", model))
+        expected = talk.go_on()
+        assert torch.equal(expected, again.go_on()) and torch.equal(expected, fork.go_on())
+
+
+@pytest.mark.parametrize("name", ["sparse", "two tiers"])
+def test_a_loaded_cache_is_cropped_reordered_and_forked(name, tmp_path):
+    """Into the middle of a block of the file, whose page must be copied before it is written."""
+    model = one_llama()
+    with scout_hf.patch(model, **SETTINGS[name]) as handle:
+        talk = begun(model, handle, INPUTS["padded rows"])
+        talk.cache.save(tmp_path / "kv")
+        loaded = ScoutCache.load(tmp_path / "kv", model)
+        found = []
+        for cache in (talk.cache, loaded):
+            cache.crop(-29)
+            cache.batch_select_indices(torch.tensor([2, 0, 1, 2]))
+            other = talk.with_cache(cache)
+            other.first, other.mask = talk.first[[2, 0, 1, 2]], talk.mask[[2, 0, 1, 2], :-29]
+            found.append(other.go_on())
+        assert torch.equal(*found)
+        again = ScoutCache.load(tmp_path / "kv", model)
+        assert torch.equal(again.layers[0].keys, ScoutCache.load(tmp_path / "kv", model).layers[0].keys)
+
+
+def test_the_pages_are_those_of_the_file_until_they_are_written(tmp_path):
+    """Otherwise nothing above says anything about mapped pages."""
+    model = one_llama()
+    with scout_hf.patch(model, **SETTINGS["sparse"]) as handle:
+        talk = begun(model, handle, INPUTS["one row"])
+        talk.cache.save(tmp_path / "kv")
+        loaded = ScoutCache.load(tmp_path / "kv", model)
+        pool = loaded.layers[0].method.kv.table.pool
+        assert pool.guard is not None and not pool.guard.complete and pool.used_pages == len(pool.slabs[0])
+        talk.with_cache(loaded).go_on(steps=2, turn=1)
+        assert len(pool.slabs) == 2 and not pool.guard.complete  # sparse: not all blocks were wanted
+        assert loaded.layers[0].keys is not None and pool.guard.complete
+
+
+# -- other settings ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", ["exact", "min/max", "two tiers", "dense", "kvpr", "hgca", "infinigen"])
+@pytest.mark.parametrize("before", ["sparse", "two tiers", "infinigen"])
+def test_other_settings_find_the_same_keys_and_values(before, after, tmp_path):
+    model = one_llama()
+    with scout_hf.patch(model, **SETTINGS[before]) as handle:
+        talk = begun(model, handle, INPUTS["padded rows"])
+        talk.cache.save(tmp_path / "kv")
+    given = {"budget": 2048, "window": 64, "split": "auto", "resident": None, "digest": "auto", "method": "scout"}
+    loaded = ScoutCache.load(tmp_path / "kv", model, **(given | {"method_options": None} | SETTINGS[after]))
+    for one, other in zip(talk.cache.layers, loaded.layers):
+        assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
+    with scout_hf.patch(model, **SETTINGS[after]):
+        assert torch.isfinite(talk.with_cache(loaded).go_on()).all()
+
+
+def test_an_exact_setting_is_exact_after_a_sparse_one(tmp_path):
+    model = one_llama()
+    with scout_hf.patch(model, **SETTINGS["sparse"]) as handle:
+        talk = Conversation(model, handle.new_cache(), INPUTS["padded rows"])
+        talk.read()
+        talk.cache.save(tmp_path / "kv")
+        stock = talk.with_cache(talk.cache.to_dynamic())
+        exact = talk.with_cache(ScoutCache.load(tmp_path / "kv", model, budget=None)).go_on()
+    error = (exact - stock.go_on()).abs().max()
+    assert error <= 3e-6
+
+
+# -- the folder -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A model, a conversation and its session."""
+    model = one_llama()
+    with scout_hf.patch(model, **SETTINGS["sparse"]) as handle:
+        talk = begun(model, handle, INPUTS["one row"])
+        talk.cache.save(tmp_path / "kv")
+        yield model, talk, tmp_path / "kv"
+
+
+def test_it_is_private_and_made_of_json_and_safetensors(saved):
+    _, _, path = saved
+    assert sorted(os.listdir(path)) == sorted([ABOUT, PAGES, TENSORS])
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    assert all(stat.S_IMODE((path / name).stat().st_mode) == 0o600 for name in os.listdir(path))
+    for name in (PAGES, TENSORS):
+        with safetensors.safe_open(path / name, "pt") as file:
+            assert file.keys()
+    with (path / PAGES).open("rb") as file:
+        assert (8 + int.from_bytes(file.read(8), "little")) % ALIGNED == 0
+    assert json.loads((path / ABOUT).read_text())["about"]["tokens"] > 101
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: llama(seed=1),
+        lambda: llama(rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+        lambda: llama(num_hidden_layers=4),
+        lambda: llama(dtype=torch.bfloat16),
+        lambda: tiny_model("mistral"),
+    ],
+    ids=["weights", "rope", "layers", "dtype", "family"],
+)
+def test_another_model_is_refused(saved, other):
+    with pytest.raises(SessionError, match="another model|other weights"):
+        ScoutCache.load(saved[2], other())
+
+
+def test_a_single_changed_weight_of_those_that_are_read_is_noticed(saved):
+    model, _, path = saved
+    weight = model.model.layers[1].self_attn.k_proj.weight.data
+    before = weight[0, 0].clone()
+    weight[0, 0] += 1
+    try:
+        with pytest.raises(SessionError, match="other weights"):
+            ScoutCache.load(path, model)
+    finally:
+        weight[0, 0] = before
+    ScoutCache.load(path, model)
+
+
+def test_nothing_to_save_and_nowhere_to_save_it(saved, tmp_path):
+    model, talk, _ = saved
+    with pytest.raises(scout_hf.SavingError, match="no tokens"):
+        ScoutCache(model.config).save(tmp_path / "empty", model)
+    outside = ScoutCache(model.config)
+    for layer in range(3):
+        outside.update(*torch.randn(2, 1, 2, 9, 8), layer)
+    with pytest.raises(scout_hf.SavingError, match="pass the model"):
+        outside.save(tmp_path / "unknown")
+    outside.save(tmp_path / "known", model)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").write_text("dear")
+    (tmp_path / "file").write_text("dear")
+    for name in ("other", "file"):
+        with pytest.raises(scout_hf.SavingError, match="take another name"):
+            talk.cache.save(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        talk.cache.save(tmp_path / "no" / "folder")
+    with pytest.raises(SessionError, match="no session"):
+        ScoutCache.load(tmp_path / "other", model)
+    assert sorted(os.listdir(tmp_path)) == ["file", "known", "kv", "other"]
