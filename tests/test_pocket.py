@@ -172,6 +172,7 @@ FLOORS = {"needle": 0.85, "values": 0.7, "trace": 0.6, "copy": 0.8, "aggregate":
 
 @pytest.mark.parametrize("task", pocket.TASKS)
 @pytest.mark.parametrize("name", pocket.POCKET_MODELS)
+@pytest.mark.thin(2)
 def test_answers_each_task(models, name, task):
     assert train.accuracy(*models[name], tokens=1024, questions=16, seed=900, task=task) >= FLOORS[task]
 

@@ -110,6 +110,7 @@ def test_one_wrong_block_of_native_selection_is_seen(monkeypatch):
 @pytest.mark.parametrize("split", ["off", "cpu"])
 @pytest.mark.parametrize("layer_ahead", [False, True])
 @pytest.mark.parametrize("budget", [32, 0.3, 0.1, None])
+@pytest.mark.thin(2)
 def test_a_padded_row_is_as_if_alone(split, layer_ahead, budget):
     """Whole blocks of padding, so that the row's own blocks lie alike: they cost no budget and change nothing."""
     model, padding = spiky(), (0, 8, 40)

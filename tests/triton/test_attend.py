@@ -90,6 +90,7 @@ CASES = [
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.thin(2)
 def test_listed_blocks_are_attended_as_in_float64(case, dtype):
     heads, group, dim, size, listed, parts, tokens = case
     batch, seed = 2, hash(case) % 1000

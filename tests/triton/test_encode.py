@@ -85,7 +85,7 @@ def test_bounds_on_the_grid_itself():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim, size, blocks", [*zip((*DIMS, 128), SIZES, (1, 11, 5, 3, 1, 2))])
 @pytest.mark.parametrize("name", SIGNS)
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 def test_signs(name, dim, size, blocks, dtype):
     query, keys = draw(dim + size, 2, 1, 2, blocks, size, dim, dtype)
     for padding_mask in (None, some_padding(2, blocks, size)):
@@ -133,6 +133,7 @@ def test_views(name):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("rubbish", [1e30, torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.thin(2)
 def test_padding_has_no_say(name, rubbish):
     query, keys = draw(2, 2, 1, 2, 7, 16, 64)
     padding_mask = some_padding(2, 7, 16)
