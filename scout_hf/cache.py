@@ -16,6 +16,7 @@ from scout_hf.cache_layer import ScoutLayer
 from scout_hf.cache_reading import copy_as_dynamic, describe, iterate, refuse_saving
 from scout_hf.cache_saving import load, save
 from scout_hf.change_guard import LINEAR, ChangeGuard
+from scout_hf.compat.cropping import tokens_to_crop
 from scout_hf.compat.modes import keeps_tensors
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import ConfigError
@@ -255,11 +256,13 @@ class ScoutCache(Cache):
         self.guard.torn = None
 
     def crop(self, tokens_to_remove: int | torch.Tensor) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens of every row, in all layers; see ``ScoutLayer.crop``."""
+        """Remove the last ``-tokens_to_remove`` tokens of every row, in all layers; a positive number is kept."""
         self.guard.between_passes("crop()")
-        tokens_to_remove = int(tokens_to_remove)
-        with self.guard.changing("crop()"):
-            super().crop(tokens_to_remove)
+        held = max((layer.get_seq_length() for layer in self.scout_layers), default=self.get_seq_length())
+        removed = tokens_to_crop(int(tokens_to_remove), held)
+        if removed is not None:
+            with self.guard.changing("crop()"):
+                super().crop(removed)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Replace row ``i`` by row ``beam_idx[i]``, in all layers."""

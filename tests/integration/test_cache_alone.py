@@ -123,3 +123,16 @@ def test_reset():
         assert_close(run(model, prompt(), past_key_values=cache), expected, 0.0)
         cache.reset()
         run(model, left_padded(0, 5), past_key_values=cache)
+
+
+@pytest.mark.parametrize("first", ["sliding_attention", "full_attention"])
+@pytest.mark.parametrize(("given", "kept"), [(0, 20), (7, 7), (30, 20), (-5, 15)])
+def test_all_layers_are_cropped_alike_in_every_release(first, given, kept):
+    """Some releases refuse a length to keep, of others 0 is one."""
+    others = {"full_attention": "sliding_attention", "sliding_attention": "full_attention"}
+    model = tiny_model("qwen2_sliding", layer_types=[first, others[first]] * 2, sliding_window=64)
+    with scout_hf.patch(model) as handle, torch.no_grad():
+        cache = handle.new_cache()
+        model(prompt(tokens=20)[:1], **{scout_hf.CACHE: cache})
+        cache.crop(given)
+    assert {layer.get_seq_length() for layer in cache.layers} == {kept}
