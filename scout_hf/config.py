@@ -145,7 +145,7 @@ class ScoutConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
-        for name, example in (("method", "scout"), ("digest", "minmax"), ("cpu_backend", "auto")):
+        for name, example in (("method", "scout"), ("digest", "auto"), ("cpu_backend", "auto")):
             if not isinstance(getattr(self, name), str):
                 self._refuse(name, "a registered name, as a string", repr(example))
         if not _is_int(self.block_size) or self.block_size not in BLOCK_SIZES:
