@@ -70,7 +70,7 @@ def patched(settings):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 def test_mode(patched, mode):
     (inputs, options), found = MODES[mode], [stock_mode(mode)]
     torch.manual_seed(0)

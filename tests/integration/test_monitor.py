@@ -204,12 +204,12 @@ def test_what_is_told_is_true(monkeypatch, case, executor, inputs, backend):
         use_triton(monkeypatch, executor)
     reference, model = Reference(monkeypatch), spiky()
     with scout_hf.patch(model, **TRUTHS[case], cpu_backend=backend, monitor=1.0) as handle:
-        run(model, INPUTS[inputs], new=12)
+        run(model, INPUTS[inputs], new=9)
         stats = handle.stats()
     rows = 1 if inputs == "one row" else 3
     for layer in stats.layers:
         found, index = layer.fidelity, layer.layer
-        assert (found.samples, found.skipped) == (11 * 2 * rows, 0)
+        assert (found.samples, found.skipped) == (8 * 2 * rows, 0)
         # Two blocks of the same mass may change places by rounding.
         assert found.block_recall == pytest.approx(reference.mean(index, "block_recall"), abs=0.01)
         for name in ("mass", "output_error", "selection_error"):

@@ -14,7 +14,7 @@ from tests.libraries import ISAS
 
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 def test_one_tier(case, inputs):
     check(inputs, case, "off")
 
@@ -31,7 +31,7 @@ def test_two_tiers_in_native_code(case):
 
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("case", TWO_TIER_CASES)
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 def test_two_tiers_attend_to_the_union(case, inputs):
     """Residents, and what the real query selects: without recall the residents are those of the prompt."""
     check(inputs, case, "cpu")
