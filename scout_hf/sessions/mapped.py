@@ -111,7 +111,8 @@ class Mapped:
             return
         of_file = pages < self.pages
         if tiles is None:
-            wanted = (pages[of_file][:, None] * self.tiles + torch.arange(self.tiles, dtype=torch.int64)).flatten()
+            every = torch.arange(self.tiles, dtype=torch.int64, device=pages.device)
+            wanted = (pages[of_file][:, None] * self.tiles + every).flatten()
         else:
             wanted = pages[of_file] * self.tiles + tiles[of_file]
         wanted = wanted[~self._checked[wanted]]
