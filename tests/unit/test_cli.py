@@ -39,6 +39,8 @@ print(json.dumps(told))
 def call_all(commands, cwd, hidden=()):
     """Exit code, stdout and stderr of each command in one process, and the heavy packages imported by then."""
     environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}
+    # Whether a user has fetched a real model must not change what runs here.
+    environment["SCOUT_HF_CACHE"] = str(cwd)
     given = json.dumps([commands, HEAVY, hidden])
     # Not the checkout, whose folders would be found as packages.
     done = subprocess.run([sys.executable, "-c", CODE, given], capture_output=True, text=True, cwd=cwd, env=environment)
