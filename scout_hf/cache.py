@@ -23,6 +23,8 @@ from scout_hf.errors import ConfigError
 from scout_hf.fitting import check_names, layers_of
 from scout_hf.padding import Padding
 from scout_hf.sessions.mapped import OpenFile
+from scout_hf.sizes import bytes_of
+from scout_hf.stores.host_memory import HostMemory
 from scout_hf.stores.memory import huge_page_bytes
 from scout_hf.stores.staging import Staging
 
@@ -68,13 +70,15 @@ class ScoutCache(Cache):
         text = config.get_text_config(decoder=True)
         layers = DynamicCache(config=text).layers
         self.guard = ChangeGuard()
+        limit = self.scout_config.host_memory
+        memory = None if limit is None else HostMemory(bytes_of(limit), self.scout_config.spill_dir)
         # Number of layers by the config: layers that share the KV of another have no cache layer.
         self.depth = layers_of(text, len(layers))
         check_names(self.scout_config, text, len(layers))
         for index, layer in enumerate(layers):
             # By exact type: sliding and quantized layers are subclasses that stay as they are.
             if type(layer) is DynamicLayer:
-                layers[index] = ScoutLayer(self.scout_config, index, self.guard)
+                layers[index] = ScoutLayer(self.scout_config, index, self.guard, memory)
         super().__init__(layers=layers)
         # A weak reference to the AliveCaches that count it.
         self.seen_by: Any = None
@@ -239,7 +243,7 @@ class ScoutCache(Cache):
     def huge_page_bytes(self) -> int:
         """Bytes of KV in host memory that lie on huge pages. Takes milliseconds."""
         methods = [layer.method for layer in self.scout_layers if layer.method]
-        return huge_page_bytes([slab for method in methods for slab in method.slabs()])
+        return huge_page_bytes([slab for method in methods for pool in method.pools() for slab in pool.slabs])
 
     def fork(self) -> ScoutCache:
         """A copy that continues independently; both share pages until one writes to them. Same as ``copy.deepcopy``."""

@@ -17,6 +17,7 @@ from scout_hf.errors import CacheStateError, SessionError
 from scout_hf.fitting import refuse_other_sizes
 from scout_hf.methods import Method, make_method
 from scout_hf.step import active_step
+from scout_hf.stores.host_memory import HostMemory
 from scout_hf.stores.state import State, count_in, state_in
 
 
@@ -28,8 +29,15 @@ class ScoutLayer(ReadableLayer):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, config: ScoutConfig, layer_idx: int, guard: ChangeGuard | None = None):
+    def __init__(
+        self,
+        config: ScoutConfig,
+        layer_idx: int,
+        guard: ChangeGuard | None = None,
+        memory: HostMemory | None = None,
+    ):
         super().__init__()
+        self.memory = memory
         self.guard = guard or ChangeGuard()
         self.config, self.layer_idx = config, layer_idx
         self.method: Method | None = None
@@ -43,7 +51,14 @@ class ScoutLayer(ReadableLayer):
         # Attributes that stock layers have once they hold tokens.
         self.dtype, self.device = key_states.dtype, key_states.device
         self.sizes = key_states.shape[1], key_states.shape[3]
-        self.method = method = make_method(self.config, self.layer_idx, key_states)
+        self.method = method = self._make(key_states)
+        return method
+
+    def _make(self, like: torch.Tensor) -> Method:
+        method = make_method(self.config, self.layer_idx, like)
+        for pool in method.pools():
+            if self.memory is not None and pool.device.type == "cpu" and not pool.pinned:
+                pool.limit(self.memory)
         return method
 
     @keeps_tensors
@@ -191,7 +206,7 @@ class ScoutLayer(ReadableLayer):
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or not min(sizes[0], sizes[1], sizes[3]):
             raise SessionError(f"layer {self.layer_idx} holds {sizes[1]} KV heads of {sizes[3]} channels in {dtype}")
         like = torch.empty(sizes, dtype=dtype, device=device)
-        method = make_method(self.config, self.layer_idx, like)
+        method = self._make(like)
         method.load_state_dict(state_in(state, "method"))
         self.dtype, self.device, self.sizes = dtype, device, (sizes[1], sizes[3])
         self.method = method

@@ -10,7 +10,9 @@ from typing import Any
 
 from scout_hf.errors import ConfigError
 from scout_hf.recall_intervals import RecallIntervals
+from scout_hf.sizes import bytes_of
 
+LEAST_MEMORY = 1 << 16
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 SPLITS = ("auto", "cpu", "off")
 CPU_QUERIES = ("auto", "predicted", "real")
@@ -81,6 +83,13 @@ class ScoutConfig:
     host_dtype : {None, "int8"}, default None
         How keys and values are stored in host memory. ``None``: in the model's dtype. ``int8``: half the bytes of bf16,
         and faster on the CPU; keys have one scale per channel and block, values one per token. Never exact.
+    host_memory : int, str or None, default None
+        Most host memory for the pages of a cache and its forks, such as ``"8GiB"``: what was not used for longest stays
+        in files alone, and is read again when it is wanted. ``None``: no limit, and no files. Not for pages that a GPU
+        reads.
+    spill_dir : str or None, default None
+        With ``host_memory``: the folder of those files, on a local disk. ``None``: that for temporary files. They have
+        no name and go with the process.
     cpu_backend : str, default "auto"
         The implementation of attention on the CPU; see ``scout_hf.kernels.cpu.backend_names()``.
     gpu_kernels : {"auto", "torch", "triton"}, default "auto"
@@ -127,6 +136,8 @@ class ScoutConfig:
     resident: int | None = None
     threads: int | None = None
     host_dtype: str | None = None
+    host_memory: int | str | None = None
+    spill_dir: str | None = None
     cpu_backend: str = "auto"
     gpu_kernels: str = "auto"
     hand_over: str = "auto"
@@ -177,6 +188,7 @@ class ScoutConfig:
             self._refuse("resident", f"None, or at least one block of tokens ({self.block_size})", "None, the budget")
         if self.threads is not None and (not _is_int(self.threads) or self.threads < 1):
             self._refuse("threads", "None, or a whole number of threads from 1 up", "None, torch's own setting")
+        self._check_host_memory()
         self._check_dense_layers()
         if not isinstance(self.monitor, bool) and not (isinstance(self.monitor, float) and 0.0 < self.monitor <= 1.0):
             shares = "True, False, or the share of (layer, KV head) pairs measured per step, a float in (0, 1]"
@@ -272,6 +284,16 @@ class ScoutConfig:
             path = isinstance(self.recall, str)
             hint = f"RecallIntervals.load({self.recall!r})" if path else "0.12, the paper's threshold"
             self._refuse("recall", allowed, hint)
+
+    def _check_host_memory(self) -> None:
+        try:
+            fits = self.host_memory is None or bytes_of(self.host_memory) >= LEAST_MEMORY
+        except ValueError:
+            fits = False
+        if not fits:
+            self._refuse("host_memory", f"None, or bytes from {LEAST_MEMORY} up, as a number or with a unit", "'8GiB'")
+        if self.spill_dir is not None and not isinstance(self.spill_dir, str):
+            self._refuse("spill_dir", "None, or the name of a folder", "'/var/tmp'")
 
     def _check_dense_layers(self) -> None:
         allowed = "a number of leading layers, or a tuple of layer indices"

@@ -36,7 +36,7 @@ API = (
 )
 """The public and the extension API: modules whose ``__all__`` others may import; without one, all but private names."""
 
-BASIS = ("scout_hf.errors", "scout_hf.files", "scout_hf.registry", "scout_hf.rules")
+BASIS = ("scout_hf.errors", "scout_hf.files", "scout_hf.registry", "scout_hf.rules", "scout_hf.sizes")
 """What any room may import."""
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {

@@ -18,7 +18,7 @@ from scout_hf.fusion import Partial, empty_like, fuse
 from scout_hf.kernels.attend import attend
 from scout_hf.registry import Registry
 from scout_hf.step import Step
-from scout_hf.stores import KVStore
+from scout_hf.stores import KVStore, PagePool
 from scout_hf.stores.state import State, maybe_number_in, state_in
 
 if TYPE_CHECKING:
@@ -313,8 +313,8 @@ class Method(ABC):
     def drain(self) -> None:
         """Wait for all work in flight and drop its results."""
 
-    def slabs(self) -> Sequence[torch.Tensor]:
-        """The slabs of the KV in host memory."""
+    def pools(self) -> Sequence[PagePool]:
+        """The pools of the KV in host memory."""
         return ()
 
     @property

@@ -13,11 +13,14 @@ from scout_hf.fusion import Partial
 from scout_hf.kernels.attend import attend
 from scout_hf.methods.base import Method
 from scout_hf.step import Step
-from scout_hf.stores import TwoTierKV
+from scout_hf.stores import PagePool, TwoTierKV
 from scout_hf.stores.state import State
 from scout_hf.stores.streams import Mark
 
-OFFLOADING = frozenset({"block_size", "split", "threads", "cpu_backend"})
+ON_HOST = frozenset({"host_memory", "spill_dir"})
+"""What has no effect on pages that a GPU reads."""
+
+OFFLOADING = frozenset({"block_size", "split", "threads", "cpu_backend"}) | ON_HOST
 SCOUTS_OWN = ("host_dtype", "monitor", "digest", "recall", "cpu_query", "hand_over")
 
 
@@ -56,6 +59,10 @@ class OffloadingMethod(Method):
                 f"split='off' is not possible with method={cls.name!r}, which keeps two tiers; try 'auto'"
             )
 
+    @classmethod
+    def used_settings(cls, config: ScoutConfig, device: torch.device) -> frozenset[str] | None:
+        return cls.uses if cls.uses is None or device.type == "cpu" else cls.uses - ON_HOST
+
     def settle(self, step: Step) -> None:
         self._write_back(step)
 
@@ -87,8 +94,8 @@ class OffloadingMethod(Method):
         self.written.finish()
         return super().state_dict()
 
-    def slabs(self) -> Sequence[torch.Tensor]:
-        return self.kv.host.table.pool.slabs
+    def pools(self) -> Sequence[PagePool]:
+        return [self.kv.host.table.pool]
 
     def tier_bytes(self) -> dict[str, int]:
         return {"host": self.kv.host.used_bytes, "device": self.kv.device_bytes}

@@ -13,6 +13,7 @@ import torch
 import xxhash
 
 from scout_hf.errors import SessionError
+from scout_hf.stores.host_memory import HostMemory, Region
 
 PAGE = mmap.PAGESIZE
 
@@ -91,6 +92,10 @@ class Mapped:
     @property
     def complete(self) -> bool:
         return not self._left
+
+    def watched_by(self, memory: HostMemory) -> Region:
+        """Let a limit on memory count these pages too."""
+        return memory.watch(self._memory, self._first, self.slab)
 
     def touch(self, pages: torch.Tensor, tiles: torch.Tensor | None = None) -> None:
         """Check tiles that are about to be read, those that have not been.

@@ -132,6 +132,9 @@ class PagedKV:
         if keys.dtype != self.dtype or values.dtype != self.dtype or not keys.device == values.device == self.device:
             keys, values = (part.to(self.device, self.dtype) for part in (keys, values))
         self._reserve(tokens)
+        if self.table.pool.watched:
+            first, last = self.length // self.block_size, self.table.blocks
+            self.table.pool.touch(self.table.ids[:, first:last].reshape(-1), read=False)
         library, native = self.library, self.native()
         if library is not None and native is not None:
             pages.append(library, native, keys, values)
@@ -192,7 +195,7 @@ class PagedKV:
         keys, values : Tensor (batch, kv_heads, n, block_size, head_dim), contiguous
             Output; undefined where the last block of the store is not filled.
         """
-        if self.table.pool.guard is not None:
+        if self.table.pool.watched:
             self.touch(blocks)
         library, native = self.library, self.native()
         if library is not None and native is not None:
@@ -235,17 +238,17 @@ class PagedKV:
         SessionError
             If one is not what was written to the file.
         """
-        guard, ids = self.table.pool.guard, self.table.ids
-        if guard is None or guard.complete:
+        pool, ids = self.table.pool, self.table.ids
+        if not pool.watched:
             return
         if blocks is None:
-            return guard.touch(ids.reshape(-1))
+            return pool.touch(ids.reshape(-1))
         # A packed store keeps its last block elsewhere.
         here = blocks < ids.shape[1]
         if counts is not None:
             here = here & (torch.arange(blocks.shape[2], dtype=torch.int64, device="cpu") < counts.unsqueeze(-1))
         rows, heads, places = here.nonzero(as_tuple=True)
-        guard.touch(ids[rows, blocks[rows, heads, places].long()], heads)
+        pool.touch(ids[rows, blocks[rows, heads, places].long()], heads)
 
     def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A copy of tokens ``start:stop``: keys and values, (batch, kv_heads, stop - start, head_dim) each."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from scout_hf.errors import CacheStateError
+from scout_hf.stores.host_memory import HostMemory, Region
 from scout_hf.stores.memory import allocate_slab
 from scout_hf.stores.state import Guard, Pages
 
@@ -54,6 +55,8 @@ class PagePool:
         self._layout: tuple[tuple[torch.Tensor, ...], tuple[int, ...], int] = ((), (), 0)
         self._fresh = self._sealed = 0
         self.guard: Guard | None = None
+        self._memory: HostMemory | None = None
+        self._regions: tuple[Region, ...] = ()
         self._free: list[int] = []
         self._references = torch.zeros(0, dtype=torch.int32, device="cpu")
         self._lock = threading.Lock()
@@ -129,6 +132,41 @@ class PagePool:
             self._references[ids] = 1
             return ids
 
+    def limit(self, memory: HostMemory) -> None:
+        """Keep the pages in files and within a limit; for a pool without pages, on the CPU."""
+        if self.pages:
+            raise CacheStateError("a pool that has pages cannot be moved to files; use a new one")
+        self._memory = memory
+
+    @property
+    def watched(self) -> bool:
+        """Whether :meth:`touch` must be called before pages are read or written through their addresses."""
+        return self._memory is not None or (self.guard is not None and not self.guard.complete)
+
+    def touch(self, ids: torch.Tensor, tiles: torch.Tensor | None = None, read: bool = True) -> None:
+        """Pages are about to be used: check those of a file, and note them as used.
+
+        Parameters
+        ----------
+        ids : Tensor (n,) of int64
+        tiles : Tensor (n,) of int64, or None
+            Which KV head's tile of each; None for all.
+        read : bool
+            Whether they hold something that must be read.
+        """
+        if self.guard is not None and not self.guard.complete:
+            self.guard.touch(ids, tiles)
+        memory = self._memory
+        if memory is None or len(self._regions) != len(self.slabs):
+            return
+        of_page = self.page_shape[0]
+        if tiles is None:
+            numbers = torch.arange(of_page, dtype=torch.int64, device="cpu")
+            ids, tiles = ids.repeat_interleave(of_page), numbers.repeat(len(ids))
+        for region, slab, start in zip(self._regions, self.slabs, self.starts):
+            here = (ids >= start) & (ids < start + len(slab))
+            memory.touch(region, (ids[here] - start) * of_page + tiles[here], read)
+
     def seal(self, slab: torch.Tensor, guard: Guard) -> None:
         """Make a slab whose memory can only be read the first one; a write to one of its pages goes to a copy.
 
@@ -146,6 +184,8 @@ class PagePool:
             self._layout = ((slab,), (0,), len(slab))
             self._fresh = self._sealed = len(slab)
             self.guard = guard
+            if self._memory is not None:
+                self._regions = (guard.watched_by(self._memory),)
 
     def retain(self, ids: torch.Tensor) -> None:
         """Add one reference for every occurrence in ``ids``."""
@@ -173,13 +213,15 @@ class PagePool:
 
     def write(self, ids: torch.Tensor, content: torch.Tensor) -> None:
         """Overwrite whole pages; ``content`` is (len(ids), *page_shape) with any strides."""
+        if self.watched:
+            self.touch(ids, read=False)
         for slab, here, local in self.by_slab(ids):
             slab[local] = content[here]
 
     def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Copy page ``sources[i]`` to page ``targets[i]``, also across slabs."""
-        if self.guard is not None:
-            self.guard.touch(sources)
+        if self.watched:
+            self.touch(sources)
         content = torch.empty((len(sources), *self.page_shape), dtype=self.dtype, device=self.device)
         for slab, here, local in self.by_slab(sources):
             content[here] = slab[local]
@@ -233,11 +275,16 @@ class PagePool:
     def _add_slab(self, count: int) -> None:
         slabs, starts, pages = self._layout
         size = max(MIN_SLAB_PAGES, count + count // 8, (pages - self._sealed) // 2)
-        slab = allocate_slab((size, *self.page_shape), self.dtype, self.device, self.pinned)
+        shape, regions = (size, *self.page_shape), self._regions
+        if self._memory is None:
+            slab = allocate_slab(shape, self.dtype, self.device, self.pinned)
+        else:
+            slab, region = self._memory.slab(shape, self.dtype)
+            regions = (*regions, region)
         references = torch.zeros(pages + size, dtype=torch.int32, device="cpu")
         references[:pages] = self._references[:pages]
         # Before the layout: counters of pages that do not exist yet do no harm.
-        self._references = references
+        self._references, self._regions = references, regions
         self._layout = ((*slabs, slab), (*starts, pages), pages + size)
 
     def _recycle(self, ids: torch.Tensor) -> None:

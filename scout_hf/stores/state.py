@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from scout_hf.errors import SessionError
+
+if TYPE_CHECKING:
+    from scout_hf.stores.host_memory import HostMemory, Region
 
 State = dict[str, Any]
 """Values are tensors, :class:`Pages`, None, booleans, numbers, words, lists of these, or further states."""
@@ -21,6 +24,9 @@ class Guard(Protocol):
     @property
     def complete(self) -> bool:
         """Whether there is nothing left to check."""
+
+    def watched_by(self, memory: HostMemory) -> Region:
+        """Let a limit count these pages too."""
 
     def touch(self, pages: torch.Tensor, tiles: torch.Tensor | None = None) -> None:
         """Check these tiles (None for all) of pages with these ids, both of int64; SessionError if one is wrong."""

@@ -199,7 +199,9 @@ def test_the_gpu_holds_a_small_part():
         held = torch.cuda.memory_allocated() - weights
         kv = cache.tier_bytes()
         assert weights > before and held < 0.12 * kv["host"]
-        assert all(slab.is_pinned() for layer in cache.scout_layers for slab in layer.method.slabs())
+        assert all(
+            slab.is_pinned() for layer in cache.scout_layers for pool in layer.method.pools() for slab in pool.slabs
+        )
 
 
 def test_a_next_turn_longer_than_a_piece_is_exact():

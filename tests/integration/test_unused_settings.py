@@ -35,6 +35,8 @@ CHANGED = {
     "resident": 64,
     "threads": 1,
     "host_dtype": "int8",
+    "host_memory": "8MiB",
+    "spill_dir": "/var/tmp",
     "cpu_backend": "torch",
     "gpu_kernels": "torch",
     "hand_over": "join",
@@ -126,7 +128,7 @@ def test_a_method_that_declares_nothing_is_not_warned_about(monkeypatch):
 # -- what is declared is what is read -----------------------------------------------------------------------------
 
 # Read where a model is patched, or by the stores: not in the rooms that are watched.
-READ_ELSEWHERE = {"threads", "cpu_backend", "monitor", "split", "block_size"}
+READ_ELSEWHERE = {"threads", "cpu_backend", "monitor", "split", "block_size", "host_memory", "spill_dir"}
 # Read without effect: methods other than scout refuse host_dtype; hgca's window goes by its other settings.
 IN_VAIN = {"hgca": {"host_dtype", "window"}, **{name: {"host_dtype"} for name in ("dense", "kvpr", "infinigen")}}
 

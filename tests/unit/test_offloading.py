@@ -414,8 +414,9 @@ def test_hgca_keeps_what_its_threshold_says_and_reads_nothing_else():
         for layer in world.scout.layers:
             kept = layer.method.kept
             assert 0 < kept.total < 2 * 2 * layer.method.kv.host.length * 0.9
-            for slab in layer.method.slabs():
-                slab.fill_(torch.nan)
+            for pool in layer.method.pools():
+                for slab in pool.slabs:
+                    slab.fill_(torch.nan)
         assert world.run(1, 1, True) < 10
     finally:
         del SETTINGS["sparse hgca"]

@@ -12,7 +12,7 @@ from scout_hf.fusion import Partial
 from scout_hf.methods.base import Method
 from scout_hf.selection import Selector
 from scout_hf.step import Step
-from scout_hf.stores import PagedKV, make_store
+from scout_hf.stores import PagedKV, PagePool, make_store
 from scout_hf.stores.state import State, state_in
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class OneTierScout(Method):
     """Decode attends the blocks that the real query selects; no second tier, no predicted query."""
 
     name = "scout"
-    uses = Selector.uses | {"split", "cpu_backend", "host_dtype", "monitor"}
+    uses = Selector.uses | {"split", "cpu_backend", "host_dtype", "host_memory", "monitor", "spill_dir"}
     kv: PagedKV
 
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
@@ -80,8 +80,8 @@ class OneTierScout(Method):
         if not self.selector.blocks:
             self.flush()  # codes of another digest were left out
 
-    def slabs(self) -> Sequence[torch.Tensor]:
-        return self.kv.table.pool.slabs
+    def pools(self) -> Sequence[PagePool]:
+        return [self.kv.table.pool]
 
     def tier_bytes(self) -> dict[str, int]:
         tier = "host" if self.kv.device.type == "cpu" else "device"

@@ -6,7 +6,7 @@ import torch
 
 from scout_hf.config import ScoutConfig
 from scout_hf.methods.base import Method, register_method
-from scout_hf.methods.offloading import OffloadingMethod
+from scout_hf.methods.offloading import ON_HOST, OffloadingMethod
 from scout_hf.methods.scout.executor_torch import TorchExecutor
 from scout_hf.methods.scout.executor_triton import TritonExecutor
 from scout_hf.methods.scout.one_tier import OneTierScout
@@ -42,11 +42,12 @@ class Scout(TwoTierScout):
 
     @classmethod
     def used_settings(cls, config: ScoutConfig, device: torch.device) -> frozenset[str]:
+        on_host = frozenset() if device.type == "cpu" else ON_HOST
         if not cls.has_two_tiers(config, device):
             done = {name for name, value in ONE_TIER_DOES.items() if getattr(config, name) == value}
-            return OneTierScout.uses | done
+            return OneTierScout.uses - on_host | done
         executor = TritonExecutor if TritonExecutor.runs_on(config, device) else TorchExecutor
-        return cls.uses | executor.uses
+        return cls.uses - on_host | executor.uses
 
     @staticmethod
     def has_two_tiers(config: ScoutConfig, device: torch.device) -> bool:
