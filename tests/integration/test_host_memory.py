@@ -31,7 +31,7 @@ def talked(model, handle, inputs, **options):
 
 @pytest.mark.parametrize("inputs", [INPUTS["padded rows"], {"input_ids": prompt(1, 301)}], ids=["padded rows", "long"])
 @pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.thin(2)
+@pytest.mark.thin(6)
 def test_the_limit_changes_no_bit(options, inputs):
     model = one_llama()
     with scout_hf.patch(model, **options) as handle:
@@ -162,6 +162,7 @@ with scout_hf.patch(model, budget=256, host_memory=limit) as handle, torch.no_gr
 """
 
 
+@pytest.mark.full
 def test_the_system_agrees_about_the_memory():
     """Resident memory of a process with 128 MiB of keys and values, with and without a limit of 32."""
     sizes = {}

@@ -215,6 +215,7 @@ def check_after_kills(path, times: int):
     assert os.listdir(path.parent) == [path.name]
 
 
+@pytest.mark.full
 def test_a_process_killed_while_it_saves_leaves_a_whole_session(tmp_path):
     check_after_kills(tmp_path / "kv", 3)
 

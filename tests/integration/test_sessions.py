@@ -101,6 +101,7 @@ def assert_goes_on(talk, path, **options):
 
 @pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS)
 @pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.thin(3)
 def test_a_loaded_cache_goes_on_bitwise(options, inputs, tmp_path):
     model = one_llama()
     with scout_hf.patch(model, **options) as handle:
@@ -109,6 +110,7 @@ def test_a_loaded_cache_goes_on_bitwise(options, inputs, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["sparse", "two tiers", "hgca", "kvpr"])
+@pytest.mark.thin(3)
 def test_other_dtypes(name, dtype, tmp_path):
     model = llama(dtype=dtype)
     with scout_hf.patch(model, **SETTINGS[name]) as handle:
@@ -117,6 +119,7 @@ def test_other_dtypes(name, dtype, tmp_path):
 
 @pytest.mark.parametrize("options", [SETTINGS["sparse"], SETTINGS["two tiers"], SETTINGS["dense"]], ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.thin(2)
 def test_sliding_and_linear_layers_come_back_too(name, options, tmp_path):
     if reason := missing(name):
         pytest.skip(reason)
@@ -180,6 +183,7 @@ def test_the_pages_are_those_of_the_file_until_they_are_written(tmp_path):
 
 @pytest.mark.parametrize("after", ["exact", "min/max", "two tiers", "dense", "kvpr", "hgca", "infinigen"])
 @pytest.mark.parametrize("before", ["sparse", "two tiers", "infinigen"])
+@pytest.mark.thin(3)
 def test_other_settings_find_the_same_keys_and_values(before, after, tmp_path):
     model = one_llama()
     with scout_hf.patch(model, **SETTINGS[before]) as handle:
