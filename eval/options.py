@@ -33,9 +33,9 @@ class Demo:
     )
     threads: Annotated[int | None, Option(min=1, help="Of torch; as many as there are CPUs, 8 at most.")] = None
     pocket: Annotated[bool, Option("--pocket", help="Ask a packaged model of one million parameters instead.")] = False
-    tokens: Annotated[int, Option(min=256, help="Of the pocket model's document.")] = 8192
-    block_size: Annotated[int, Option(help="Tokens per block, of the pocket model.")] = 16
-    seed: Annotated[int, Option(help="Decides the pocket model's document and questions.")] = 0
+    tokens: Annotated[int | None, Option(min=256, help="Of the pocket model's document; 8192.")] = None
+    block_size: Annotated[int | None, Option(help="Tokens per block, with the pocket model; 16.")] = None
+    seed: Annotated[int | None, Option(help="Decides the pocket model's document and questions; 0.")] = None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from scout_hf.change_guard import LINEAR, ChangeGuard
 from scout_hf.compat.cropping import tokens_to_crop
 from scout_hf.compat.modes import keeps_tensors
 from scout_hf.config import ScoutConfig
-from scout_hf.errors import ConfigError
+from scout_hf.errors import CacheStateError, ConfigError
 from scout_hf.fitting import check_names, layers_of
 from scout_hf.padding import Padding
 from scout_hf.sessions.mapped import OpenFile
@@ -184,7 +184,17 @@ class ScoutCache(Cache):
         >>> cache.save("contract.kv")
         """
         self.guard.between_passes("save()")
-        save(self, path, model)
+        begun = self.guard.changes
+
+        def unchanged() -> None:
+            self.guard.refuse_in_pass("save()")
+            if self.guard.changes != begun:
+                raise CacheStateError(
+                    "this cache was changed by another thread while it was being saved, and nothing was written; "
+                    "save it between passes, or save a fork"
+                )
+
+        save(self, path, model, unchanged)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Any, **options: Any) -> ScoutCache:

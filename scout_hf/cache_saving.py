@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from scout_hf.cache_layer import ScoutLayer
 from scout_hf.config import ScoutConfig
-from scout_hf.errors import ConfigError, SavingError, SessionError
+from scout_hf.errors import ConfigError, SavingError, ScoutError, SessionError
 from scout_hf.recall_intervals import RecallIntervals
 from scout_hf.sessions import fingerprint, read_session, write_session
 from scout_hf.stores.state import State, count_in, state_in
@@ -27,8 +29,8 @@ WITH_RESIDENTS = ("budget", "resident", "gpu_kernels", "hand_over")
 """Settings that decide which blocks are resident."""
 
 
-def save(cache: ScoutCache, path: str | os.PathLike[str], model: Any) -> None:
-    """Write a cache as a session; see :meth:`ScoutCache.save`."""
+def save(cache: ScoutCache, path: str | os.PathLike[str], model: Any, unchanged: Callable[[], None]) -> None:
+    """Write a cache as a session; see :meth:`ScoutCache.save`. ``unchanged`` raises if what was written is void."""
     model = cache.filled_by() if model is None and cache.filled_by is not None else model
     if model is None:
         raise SavingError(
@@ -39,23 +41,35 @@ def save(cache: ScoutCache, path: str | os.PathLike[str], model: Any) -> None:
         raise SavingError("this cache holds no tokens: there is nothing to save")
     state = {"layers": [_state_of(layer) for layer in cache.layers], "depth": cache.depth}
     about = {"tokens": cache.get_seq_length(), "rows": _rows(cache)}
-    write_session(path, fingerprint(model).as_json(), settings_as_json(cache.scout_config), state, about)
+    write_session(path, fingerprint(model).as_json(), settings_as_json(cache.scout_config), state, about, unchanged)
 
 
 def load(kind: type[ScoutCache], path: str | os.PathLike[str], model: Any, options: dict[str, Any]) -> ScoutCache:
     """Open a session as a cache; see :meth:`ScoutCache.load`."""
-    session = read_session(path)
-    fingerprint(model).refuse(session.model, f"session {os.fspath(path)}")
+    session, name = read_session(path), f"session {os.fspath(path)}"
+    fingerprint(model).refuse(session.model, name)
     before = settings_from_json(session.settings)
     config = ScoutConfig.from_options(before, **options)
-    cache = kind(model.config, config)
+    try:
+        cache = kind(model.config, config)
+    except ConfigError as error:
+        if options:
+            raise
+        raise SessionError(f"{name} has settings that cannot be used: {error}") from error
     layers = session.state.get("layers") if isinstance(session.state, dict) else None
     if not isinstance(layers, list) or len(layers) != len(cache.layers):
-        raise SessionError(f"session {os.fspath(path)} does not have the layers of this model; save it again")
-    devices = devices_of(model, len(layers))
-    for layer, state, device in zip(cache.layers, layers, devices):
-        _load_layer(layer, state, device, before)
-    cache.file = session.file
+        raise SessionError(f"{name} does not have the layers of this model; save it again")
+    try:
+        for layer, state, device in zip(cache.layers, layers, devices_of(model, len(layers))):
+            _load_layer(layer, state, device, before)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, ScoutError) and not isinstance(error, ConfigError):
+            raise
+        raise SessionError(f"{name} cannot be used: {error}") from error
+    sizes = {(layer.get_seq_length(), layer.method and layer.method.batch) for layer in cache.scout_layers}
+    if len(sizes) > 1:
+        raise SessionError(f"{name} cannot be used: its layers hold different numbers of tokens or rows, {sizes}")
+    cache.file, cache.filled_by = session.file, weakref.ref(model)
     return cache
 
 

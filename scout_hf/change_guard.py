@@ -26,6 +26,8 @@ class ChangeGuard:
     def __init__(self) -> None:
         self.torn: str | None = None
         self.open_pass: Step | None = None
+        # How often anything began to change.
+        self.changes = 0
 
     def check(self) -> None:
         """Raise CacheStateError if a change was interrupted."""
@@ -61,11 +63,13 @@ class ChangeGuard:
         """Mark the cache as torn while the block runs; an error or interrupt leaves it torn."""
         self.check()
         self.torn = what
+        self.changes += 1
         yield
         self.torn = None
 
     def enter_pass(self, step: Step) -> None:
         """Enter this pass in the calling thread."""
+        self.changes += 1
         self.open_pass = step
         set_active_step(step)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from scout_hf.errors import ScoutError
+from scout_hf.errors import ConfigError, ScoutError
 from scout_hf.eval.demo import pocket, real
 from scout_hf.eval.demo.text import Document, read_document
 from scout_hf.eval.language.load import load
@@ -26,10 +26,23 @@ def run(options: Demo, console: Console | None = None) -> bool:
     """
     console = console or Console()
     configs = real.configs_of(options)
+    refuse_in_vain(options)
     found = None if options.pocket else _real_model(options, console)
     if found is None:
         return pocket.run(options, console)
     return real.run(NAME, *found, configs, options, console)
+
+
+def refuse_in_vain(options: Demo) -> None:
+    """Raise ConfigError for options that would be ignored."""
+    if options.budget is not None and any(one.partition("=")[0].strip() == "budget" for one in options.set):
+        raise ConfigError("--budget and --set budget are both given: leave one out")
+    given = {"--tokens": options.tokens, "--block-size": options.block_size, "--seed": options.seed}
+    unused = [] if options.pocket else [f"{name} {value}" for name, value in given.items() if value is not None]
+    if unused:
+        raise ConfigError(
+            f"{', '.join(unused)} is of the pocket model: add --pocket, or leave it out (--set block_size=16 is possible)"
+        )
 
 
 def _real_model(options: Demo, console: Console) -> tuple[Any, Any, Document] | None:

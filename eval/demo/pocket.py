@@ -21,7 +21,7 @@ from scout_hf.eval.settings import single_values_of
 from scout_hf.eval.tables import tiers
 
 STOCK, EXACT = "stock", "exact"
-QUESTIONS, BUDGET = 8, 1024
+QUESTIONS, BUDGET, TOKENS, BLOCK_SIZE = 8, 1024, 8192, 16
 EXCERPT_WORDS = 36
 
 METHOD = """\
@@ -37,10 +37,10 @@ by reading less."""
 
 def run(options: Demo, console: Console) -> bool:
     """Run the demo and print it; True if the exact mode answered everything as stock attention did."""
-    tokens, questions = options.tokens, options.questions or QUESTIONS
+    tokens, questions = options.tokens or TOKENS, options.questions or QUESTIONS
     budget = BUDGET if options.budget is None else options.budget
-    settings = {"budget": budget, "block_size": options.block_size} | single_values_of(options.set)
-    sparse = scout_hf.ScoutConfig(**settings)
+    size = BLOCK_SIZE if options.block_size is None else options.block_size
+    sparse = scout_hf.ScoutConfig(**({"budget": budget, "block_size": size} | single_values_of(options.set)))
     modes = {
         STOCK: None,
         EXACT: scout_hf.ScoutConfig(budget=None, block_size=sparse.block_size),
@@ -48,7 +48,7 @@ def run(options: Demo, console: Console) -> bool:
         "2 tiers": replace(sparse, split="cpu"),
     }
     model, tokenizer = load_pocket()
-    document = make_document(tokens, max(questions, usual_statements(tokens)), options.seed)
+    document = make_document(tokens, max(questions, usual_statements(tokens)), options.seed or 0)
     every = len(document.facts) / questions
     asked = [document.facts[int(index * every)] for index in range(questions)]
     console.print(_excerpt(document, asked[0]))

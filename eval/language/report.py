@@ -11,11 +11,14 @@ from scout_hf.eval.language.tasks import CONTINUATION, RECORDS, REPETITION
 from scout_hf.eval.tables import NONE, Grid, by, share
 
 COMMAND = "scout-hf fidelity"
+FEW = 0.5
+"""Share of right answers below which the model itself finds too little."""
+
 NOTE = (
     "log-prob: of the right answer, in nats, mean over answers; loss: full attention's less this one's, over the same "
     "answers. KL: divergence of the next token's distribution from full attention's, in nats, mean over all decode "
     "steps. Figures are means ± standard errors, of answers, and of steps by the spread between answers. attended: "
-    "tokens per step, layer and KV head. mass: attention captured, in a sample of layers and heads."
+    "tokens per step, layer and KV head."
 )
 
 
@@ -72,10 +75,10 @@ def _said(every: list[Row]) -> str:
         told.append(f"{row.scores[HEADLINE].right.n} answers and {steps} steps at {row.tokens} tokens")
     lines = [f"{', '.join(told)}. {NOTE}"]
     for row in full:
-        if row.scores[HEADLINE].right.value < 0.1:
+        if row.scores[HEADLINE].right.value < FEW:
             lines.append(
                 f"At {row.tokens} tokens full attention itself gives {percent(row.scores[HEADLINE].right)} % of the "
-                "answers: the model is too small for these questions, and only log-prob and KL say something."
+                "answers: the model is too small for these questions; log-prob and KL say more."
             )
     return " ".join(lines)
 

@@ -18,6 +18,7 @@ import scout_hf
 from scout_hf import ConfigError, ScoutConfig
 from scout_hf.eval.bench.machine import describe
 from scout_hf.eval.caches import caches_of
+from scout_hf.eval.language.figures import label
 from scout_hf.eval.language.forced import LAST_TOKENS, Answers, Reading, cost_of_asking, cost_of_reading
 from scout_hf.eval.language.tasks import Exam, make_exam
 from scout_hf.eval.records import Journal, write_record
@@ -130,7 +131,7 @@ def study(
             where = {"tokens": tokens, "document": plan.seed + number_}
             asked_for = {"exam": hashlib.sha256(repr(exam).encode()).hexdigest()}
             asked = [common | where | asked_for | {"setting": _said(one)} for one in every]
-            _measure(model, tokenizer, exam, every, asked, journal, bar.update)
+            _measure(model, tokenizer, exam, every, asked, journal, bar.update, tell)
             asked += journal.others(common | where | asked_for, asked)
             cells += [where | {"setting": one["setting"]} | (journal.get(one) or {}) for one in asked]
     record = {
@@ -155,17 +156,22 @@ def _measure(
     asked: Sequence[dict[str, Any]],
     journal: Journal,
     tick: Callable[[int], Any],
+    tell: Callable[[str], Any],
 ) -> None:
     """One document: read if anything is missing."""
     missing = [(config, one) for config, one in zip(every, asked) if journal.get(one) is None]
     there = len(every) - len(missing)
+    if there:
+        tell(f"{asked[0]['tokens']} tokens: {there} of {len(every)} measured before")
     if not missing:
         tick(cost_of_reading(exam) + cost_of_asking(exam) * (len(every) - 1))
         return
 
     def keep(one: dict[str, Any], answers: Answers, stats: scout_hf.Stats | None) -> None:
         said = exam.extraction.read(tokenizer.decode(answers.written, skip_special_tokens=True))
-        journal.add(one, _result(exam, answers, said, time.perf_counter() - begin, stats))
+        journal.add(one, _result(exam, answers, said, seconds := time.perf_counter() - begin, stats))
+        setting = "full attention" if one["setting"] is None else label(one["setting"])
+        tell(f"{one['tokens']} tokens: {setting}: {seconds:.0f} s")
 
     begin = time.perf_counter()
     reading = Reading(model, exam, tick)

@@ -427,7 +427,7 @@ class Selector:
             If it does not fit.
         """
         power, scale = maybe_tensor_in(state, "query_power", (batch, heads, None)), number_in(state, "scale")
-        early, fitted = maybe_count_in(state, "early", blocks), count_in(state, "fitted_blocks", blocks)
+        early, fitted = maybe_count_in(state, "early", blocks), count_in(state, "fitted_blocks")
         blindly, coded = flag_in(state, "fitted_blindly"), self._coded
         if state.get("digest") == self.digest.name and not self.dense:
             codes = maybe_tensor_in(state, "codes", (batch, heads, None, None))

@@ -144,6 +144,15 @@ def map_pages(
         raise SessionError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise SessionError(f"{path} cannot be mapped: {error}") from error
+    try:
+        return opened, _mapped(path, memory, header, sums)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, SessionError):
+            raise
+        raise SessionError(f"{path} is damaged: its header cannot be used ({error!r})") from error
+
+
+def _mapped(path: Path, memory: mmap.mmap, header: str, sums: Mapping[str, torch.Tensor]) -> dict[str, Mapped]:
     entries, first = _header(path, memory, header)
     everything = _as_tensor(memory)
     made = {}
@@ -154,7 +163,7 @@ def map_pages(
         if known is None or known.dtype != torch.int64 or tuple(known.shape) != tuple(shape[:2]):
             raise SessionError(f"{path} has no checksums for {name}: it is damaged")
         made[name] = Mapped(slab, known, memory, first + start, f"{name} of {path}")
-    return opened, made
+    return made
 
 
 def _header(path: Path, memory: mmap.mmap, known: str) -> tuple[dict[str, Any], int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,11 @@ SAMPLED = 4096
 """Numbers of each weight, spread over all of it."""
 
 WITHOUT_EFFECT = (
-    "_name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype", "auto_map",
-    "_attn_implementation", "_attn_implementation_internal", "attn_implementation", "experts_implementation",
-    "_experts_implementation", "return_dict", "output_hidden_states", "output_attentions", "id2label", "label2id",
-    "problem_type", "chunk_size_feed_forward", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings",
-    "is_decoder", "gradient_checkpointing", "base_model_tp_plan", "base_model_pp_plan",
+    "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype", "auto_map",
+    "attn_implementation", "experts_implementation", "return_dict", "output_hidden_states",
+    "output_attentions", "id2label", "label2id", "problem_type", "chunk_size_feed_forward", "bos_token_id",
+    "eos_token_id", "pad_token_id", "tie_word_embeddings", "is_decoder", "gradient_checkpointing",
+    "base_model_tp_plan", "base_model_pp_plan",
 )  # fmt: skip
 """Entries of a config that change neither keys nor values; weights have a check of their own."""
 
@@ -92,7 +93,9 @@ def config_of(model: Any) -> dict[str, Any]:
 
 def _effective(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(name): _effective(one) for name, one in value.items() if name not in WITHOUT_EFFECT}
+        # Names that begin with an underscore are labels and notes of transformers.
+        kept = {str(name): one for name, one in value.items() if name not in WITHOUT_EFFECT}
+        return {name: _effective(one) for name, one in kept.items() if not name.startswith("_")}
     if isinstance(value, (list, tuple)):
         return [_effective(one) for one in value]
     return value
@@ -100,8 +103,11 @@ def _effective(value: Any) -> Any:
 
 def weights_hash(model: torch.nn.Module) -> str:
     """A hash over names, shapes and some numbers of every weight and buffer: another one for any other checkpoint."""
-    found = hashlib.sha256()
-    for name, weight in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda one: one[0]):
+    found, unused = hashlib.sha256(), tuple(_of_unused_adapters(model))
+    # Buffers that are no part of a checkpoint, such as frequencies of the rotary embedding, follow from the config.
+    for name, weight in sorted(model.state_dict(keep_vars=True).items()):
+        if not isinstance(weight, torch.Tensor) or name.startswith(unused):
+            continue
         most = max(2, round(SAMPLED ** (1 / max(1, weight.dim()))))
         some = weight.detach()
         for place, size in enumerate(weight.shape):
@@ -112,8 +118,26 @@ def weights_hash(model: torch.nn.Module) -> str:
             plain = some.cpu().contiguous().view(-1)
             found.update(plain.view(torch.uint8).numpy().tobytes())
     for name, module in model.named_modules():
-        active = getattr(module, "active_adapters", None)
-        if active is not None and not callable(active) and hasattr(module, "base_layer"):
-            state = (list(active), getattr(module, "disable_adapters", None), getattr(module, "scaling", None))
-            found.update(f"{name} {state!r} ".encode())
+        if (active := _active_adapters(module)) is not None:
+            scaling = getattr(module, "scaling", None)
+            scaling = {one: scaling.get(one) for one in active} if isinstance(scaling, dict) else None
+            found.update(f"{name} {active!r} {scaling!r} ".encode())
     return found.hexdigest()
+
+
+def _active_adapters(module: torch.nn.Module) -> list[str] | None:
+    """Adapters of a PEFT layer that have an effect; None for any other module."""
+    active = getattr(module, "active_adapters", None)
+    if active is None or callable(active) or not hasattr(module, "base_layer"):
+        return None
+    return [] if getattr(module, "disable_adapters", False) else list(active)
+
+
+def _of_unused_adapters(model: torch.nn.Module) -> Iterator[str]:
+    """Beginnings of the names of weights that belong to adapters without effect."""
+    for name, module in model.named_modules():
+        if (active := _active_adapters(module)) is not None:
+            for part, held in module.named_children():
+                if isinstance(held, (torch.nn.ModuleDict, torch.nn.ParameterDict)):
+                    end = "." if isinstance(held, torch.nn.ModuleDict) else ""
+                    yield from (f"{name}.{part}.{one}{end}" for one in held if one not in active)

@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -80,6 +81,7 @@ def write_session(
     settings: dict[str, Any],
     state: State,
     about: dict[str, Any],
+    unchanged: Callable[[], None] = lambda: None,
 ) -> None:
     """Write a session: the whole folder or nothing, readable by its owner only.
 
@@ -89,6 +91,8 @@ def write_session(
         Nothing, an empty folder, or a session, which is replaced.
     model, settings, state, about
         As in :class:`Session`.
+    unchanged : callable
+        Raises if the state changed while it was being written; nothing is left then.
 
     Raises
     ------
@@ -97,7 +101,7 @@ def write_session(
     OSError
         If the disk is full or the folder cannot be written to.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays one
     refuse_other_files(path)
     clear_scratch(path)
     flat = flatten(state)
@@ -128,6 +132,7 @@ def write_session(
         }
         said["hash"] = _hash(said)
         (folder / ABOUT).write_text(json.dumps(said, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        unchanged()
 
 
 def refuse_other_files(path: Path) -> None:

@@ -381,6 +381,21 @@ def test_wrong_settings_end_in_a_message(invoke, options, message):
     assert message in result.output and "Traceback" not in result.output
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--tokens 1024",
+        "--block-size 16",
+        "--seed 1",
+        "--budget 99 --set budget=9",
+        "--pocket --budget 9 --set budget=9",
+    ],
+)
+def test_no_option_is_ignored(invoke, options):
+    result = invoke(["demo", *options.split()])
+    assert result.exit_code == 2 and "leave" in result.output
+
+
 # -- the command line -----------------------------------------------------------------------------------------------
 
 

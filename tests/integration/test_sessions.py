@@ -7,6 +7,7 @@ import stat
 import pytest
 import safetensors
 import torch
+import xxhash
 
 import scout_hf
 from scout_hf import CACHE, ScoutCache, SessionError
@@ -161,7 +162,8 @@ def test_a_loaded_cache_is_cropped_reordered_and_forked(name, tmp_path):
             found.append(other.go_on())
         assert torch.equal(*found)
         again = ScoutCache.load(tmp_path / "kv", model)
-        assert torch.equal(again.layers[0].keys, ScoutCache.load(tmp_path / "kv", model).layers[0].keys)
+        again.save(tmp_path / "again")  # at once: it knows its model
+        assert torch.equal(again.layers[0].keys, ScoutCache.load(tmp_path / "again", model).layers[0].keys)
 
 
 def test_the_pages_are_those_of_the_file_until_they_are_written(tmp_path):
@@ -235,6 +237,13 @@ def test_it_is_private_and_made_of_json_and_safetensors(saved):
     assert json.loads((path / ABOUT).read_text())["about"]["tokens"] > 101
 
 
+def test_a_model_of_another_name_is_the_same(saved):
+    model = llama()
+    model.config._name_or_path, model.config.eos_token_id = "elsewhere", 5
+    model.set_attn_implementation("eager")
+    assert ScoutCache.load(saved[2], model).get_seq_length() > 0
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -285,3 +294,116 @@ def test_nothing_to_save_and_nowhere_to_save_it(saved, tmp_path):
     with pytest.raises(SessionError, match="no session"):
         ScoutCache.load(tmp_path / "other", model)
     assert sorted(os.listdir(tmp_path)) == ["file", "known", "kv", "other"]
+
+
+@pytest.mark.parametrize("name", ["defaults", "sparse", "two tiers", "int8"])
+def test_a_cropped_cache_is_saved_and_opened(name, tmp_path):
+    """Its digest was fitted to more blocks than are left."""
+    model = one_llama()
+    with scout_hf.patch(model, **SETTINGS[name]) as handle:
+        talk = begun(model, handle, {"input_ids": prompt(1, 201)})
+        talk.cache.crop(-120)
+        talk.mask = talk.mask[:, :-120]
+        assert_goes_on(talk, tmp_path / "kv")
+
+
+def test_a_pass_of_another_thread_voids_what_is_being_saved(tmp_path):
+    model = llama()
+    with scout_hf.patch(model, **SETTINGS["sparse"]) as handle:
+        talk = begun(model, handle, INPUTS["one row"])
+        method = talk.cache.layers[2].method
+        looked = method.state_dict
+
+        def late():
+            method.state_dict = looked
+            talk.go_on(1, turn=1)
+            return looked()
+
+        method.state_dict = late
+        with pytest.raises(scout_hf.CacheStateError, match="nothing was written"):
+            talk.cache.save(tmp_path / "kv")
+        assert os.listdir(tmp_path) == []
+
+
+def rewrite(path, change):
+    """Change what a session says, with a hash that fits."""
+    said = json.loads((path / ABOUT).read_text())
+    change(said)
+    del said["hash"]
+    said["hash"] = xxhash.xxh3_128_hexdigest(json.dumps(said, sort_keys=True).encode())
+    (path / ABOUT).write_text(json.dumps(said))
+
+
+def test_layers_of_different_lengths_are_refused(saved):
+    model, _, path = saved
+    rewrite(path, lambda said: said["state"]["layers"][1].update(state=None))
+    with pytest.raises(SessionError, match="different numbers of tokens"):
+        ScoutCache.load(path, model)
+
+
+def of_first(said):
+    """The state of the first layer."""
+    return said["state"]["layers"][0]["state"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda said: said["settings"].update(method="os.system"),
+        lambda said: said["settings"].update(digest="nothing"),
+        lambda said: said["state"].update(layers=3),
+        lambda said: of_first(said)["method"]["kv"].update(length=10**9),
+        lambda said: of_first(said).update(dtype={"~": "dtype", "name": "load"}),
+        lambda said: of_first(said).update(heads=-3),
+        lambda said: of_first(said)["method"].update(query_shape=[8, "x"]),
+        lambda said: of_first(said)["method"]["selector"].update(codes={"~": "tensor", "name": "x"}),
+    ],
+)
+def test_absurd_values_are_refused(saved, change):
+    model, _, path = saved
+    rewrite(path, change)
+    with pytest.raises(SessionError):
+        ScoutCache.load(path, model)
+
+
+def test_what_a_model_computed_does_not_make_it_another(tmp_path):
+    """A dynamic rotary embedding changes its frequencies with the length of a text."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    model = llama(rope_parameters=rope, max_position_embeddings=64)
+    with scout_hf.patch(model, **SETTINGS["sparse"]) as handle, torch.no_grad():
+        cache = handle.new_cache()
+        model(prompt(1, 40), **{CACHE: cache})
+        cache.save(tmp_path / "kv")
+        model(prompt(1, 100))
+        assert ScoutCache.load(tmp_path / "kv", model).get_seq_length() == 40
+
+
+def test_adapters_count_as_far_as_they_are_active(tmp_path):
+    peft = pytest.importorskip("peft")
+    settings = {"r": 2, "target_modules": ["k_proj", "v_proj"], "init_lora_weights": False}
+    model = peft.get_peft_model(llama(), peft.LoraConfig(**settings))
+    with scout_hf.patch(model, **SETTINGS["sparse"]) as handle, torch.no_grad():
+        inner = handle.model
+        cache = handle.new_cache()
+        inner(prompt(1, 40), **{CACHE: cache})
+        cache.save(tmp_path / "kv")
+        model.add_adapter("two", peft.LoraConfig(**settings))
+        assert ScoutCache.load(tmp_path / "kv", inner).get_seq_length() == 40
+        model.set_adapter("two")
+        with pytest.raises(SessionError, match="other weights"):
+            ScoutCache.load(tmp_path / "kv", inner)
+        model.set_adapter("default")
+        with model.disable_adapter(), pytest.raises(SessionError, match="other weights"):
+            ScoutCache.load(tmp_path / "kv", inner)
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    model = one_llama()
+    with scout_hf.patch(model, **SETTINGS["sparse"]) as handle:
+        talk = begun(model, handle, INPUTS["one row"])
+        for _ in range(2):
+            talk.cache.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and sorted(os.listdir(tmp_path)) == ["disk", "link"]
+    assert ScoutCache.load(tmp_path / "disk", model).get_seq_length() == talk.cache.get_seq_length()
