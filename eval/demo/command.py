@@ -41,7 +41,7 @@ def refuse_in_vain(options: Demo) -> None:
     unused = [] if options.pocket else [f"{name} {value}" for name, value in given.items() if value is not None]
     if unused:
         raise ConfigError(
-            f"{', '.join(unused)} is of the pocket model: add --pocket, or leave it out (--set block_size=16 is possible)"
+            f"{', '.join(unused)} is of the pocket model: add --pocket, or leave it out (--set takes block_size)"
         )
 
 

@@ -387,8 +387,8 @@ def test_wrong_settings_end_in_a_message(invoke, options, message):
         "--tokens 1024",
         "--block-size 16",
         "--seed 1",
-        "--budget 99 --set budget=9",
-        "--pocket --budget 9 --set budget=9",
+        "--budget 99 --set budget=64",
+        "--pocket --budget 99 --set budget=64",
     ],
 )
 def test_no_option_is_ignored(invoke, options):
