@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from scout_hf.errors import SessionError
+from scout_hf.files import parse_json
 
 SAMPLED = 4096
 """Numbers of each weight, spread over all of it."""
@@ -88,7 +89,7 @@ def fingerprint(model: torch.nn.Module) -> Fingerprint:
 def config_of(model: Any) -> dict[str, Any]:
     """What of a model's config changes keys and values, as plain data."""
     text = json.dumps(_effective(model.config.to_dict()), sort_keys=True, default=str)
-    return json.loads(text)
+    return parse_json(text, infinite=True)
 
 
 def _effective(value: Any) -> Any:

@@ -180,7 +180,7 @@ def test_a_reader_that_ends_early_is_no_error(words, tmp_path):
 
 def test_no_progress_bar_in_a_pipe(tmp_path):
     small = ["--tokens", "256", "--questions", "1", "--budget", "64"]
-    code, out, errors, _ = call("demo", *small, cwd=tmp_path)
+    code, out, errors, _ = call("demo", "--pocket", *small, cwd=tmp_path)
     assert code == 0 and "right" in out
     assert "\r" not in errors and "%|" not in errors and "it/s" not in errors, errors
 
