@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -48,10 +48,11 @@ class ScoutLayer(ReadableLayer):
         self._begin(key_states)
 
     def _begin(self, key_states: torch.Tensor) -> Method:
+        method = self._make(key_states)
         # Attributes that stock layers have once they hold tokens.
         self.dtype, self.device = key_states.dtype, key_states.device
         self.sizes = key_states.shape[1], key_states.shape[3]
-        self.method = method = self._make(key_states)
+        self.method = method
         return method
 
     def _make(self, like: torch.Tensor) -> Method:
@@ -188,6 +189,13 @@ class ScoutLayer(ReadableLayer):
         own = {"incoming": None, "method": self.method and self.method.fork()}
         twin.__dict__.update(self.__dict__, guard=copy.deepcopy(self.guard, memo), **own)
         return twin
+
+    def take(self, chunks: Iterable[KV]) -> None:
+        """Fill a layer without tokens with keys and values of another one, chunk by chunk, outside of a pass."""
+        for keys, values in chunks:
+            method = self.method or self._begin(keys)
+            method.append(keys, values)
+            method.flush()
 
     def state_dict(self) -> State | None:
         """What this layer holds, as views that are valid until the next change; None without tokens."""

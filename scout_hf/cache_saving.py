@@ -16,7 +16,7 @@ from scout_hf.config import ScoutConfig
 from scout_hf.errors import ConfigError, SavingError, ScoutError, SessionError
 from scout_hf.recall_intervals import RecallIntervals
 from scout_hf.sessions import fingerprint, read_session, write_session
-from scout_hf.stores.state import State, count_in, state_in
+from scout_hf.stores.state import State, state_in
 
 if TYPE_CHECKING:
     from scout_hf.cache import ScoutCache
@@ -110,11 +110,8 @@ def _take_tokens(layer: ScoutLayer, held: State, device: torch.device, before: S
     method = there.method
     if method is None:
         return
-    tokens = method.length
-    for start in range(0, tokens, CHUNK_TOKENS):
-        keys, values = method.kv.read(start, min(start + CHUNK_TOKENS, tokens))
-        layer.update(keys, values)
-    count_in({"tokens": layer.get_seq_length()}, "tokens", tokens)
+    kv, tokens = method.kv, method.length
+    layer.take(kv.read(start, min(start + CHUNK_TOKENS, tokens)) for start in range(0, tokens, CHUNK_TOKENS))
 
 
 def _on(state: State, device: torch.device) -> State:
