@@ -24,6 +24,7 @@ from scout_hf.eval.language.tasks import Exam, make_exam
 from scout_hf.eval.records import Journal, write_record
 from scout_hf.files import parse_json
 from scout_hf.rules import anything, count, fields, flag, items, maybe, number, one_of, simple, table, text
+from scout_hf.sessions import fingerprint
 
 JOURNAL, RECORD = "fidelity.jsonl", "fidelity.json"
 BAR = "{desc} |{bar}| {percentage:3.0f}% {elapsed}, about {remaining} left"
@@ -82,16 +83,6 @@ class Plan:
     settings: tuple[ScoutConfig, ...]
 
 
-def weights_hash(model: torch.nn.Module) -> str:
-    """Of the config and of numbers taken evenly out of every weight: cheap, and another for any other checkpoint."""
-    found = hashlib.sha256(model.config.to_json_string().encode())
-    for name, weight in sorted(model.state_dict().items()):
-        some = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
-        found.update(f"{name} {tuple(weight.shape)} ".encode())
-        found.update(some.float().cpu().numpy().tobytes())
-    return found.hexdigest()
-
-
 def study(
     model: Any, tokenizer: Any, name: str, text_: str, plan: Plan, out: Path, fresh: bool, tell: Callable[[str], Any]
 ) -> dict[str, Any]:
@@ -117,7 +108,7 @@ def study(
     journal = Journal(out / JOURNAL, RESULT, fresh, machine["commit"])
     common = {
         "model": name,
-        "weights": weights_hash(model),
+        "weights": fingerprint(model).key,
         "text": hashlib.sha256(text_.encode()).hexdigest(),
         "each": plan.each,
         "dtype": str(model.dtype).removeprefix("torch."),

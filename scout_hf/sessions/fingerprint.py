@@ -43,6 +43,11 @@ class Fingerprint:
         """Both, as plain data."""
         return {"config": self.config, "weights": self.weights}
 
+    @property
+    def key(self) -> str:
+        """One word for both."""
+        return hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()
+
     def refuse(self, other: Any, what: str) -> None:
         """Raise SessionError, which says how they differ, unless ``other``, from a file, is of the same model."""
         theirs = other.get("config") if isinstance(other, dict) else None
