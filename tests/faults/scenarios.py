@@ -5,8 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,6 +85,7 @@ class World:
     far: bool = False
     cache: Any = None
     twin: Any = None
+    path: Path | None = None
     lossy: float = field(init=False)
 
     def __post_init__(self):
@@ -194,6 +199,22 @@ def _reset(world: World) -> None:
     world.cache.reset()
 
 
+def _save_and_open(world: World) -> None:
+    world.path = Path(tempfile.mkdtemp()) / "kv"
+    world.cache.save(world.path)
+    ScoutCache.load(world.path, world.model)
+
+
+def _save_over(world: World) -> None:
+    """A session of the cache as it is, in place of one of its fork."""
+    world.path = Path(tempfile.mkdtemp()) / "kv"
+    tracing = sys.gettrace()
+    sys.settrace(None)  # the first save is not what is looked at
+    world.twin.save(world.path)
+    sys.settrace(tracing)
+    world.cache.save(world.path)
+
+
 PADDED = {"rows": 2, "padding": 5}
 ALL = [
     Scenario("prompt", "prefill", {"length": 0}, _pass(LONG), LONG),
@@ -219,6 +240,8 @@ ALL = [
     Scenario("outside", "outside", {}, _outside, LONG + TURN),
     Scenario("way back", "way back", {}, _failed_pass(LONG + TURN), LONG + TURN),
     Scenario("reset", "reset", {}, _reset, LONG, (_reset,)),
+    Scenario("save", "save and open", {}, _save_and_open),
+    Scenario("save", "save over", {}, _save_over),
 ]
 SCENARIOS = {scenario.name: scenario for scenario in ALL}
 
@@ -241,6 +264,19 @@ def expect_state(world: World, scenario: Scenario, stage: Callable) -> tuple[tup
     return world.go_on(world.cache, scenario.turn)
 
 
+def _verify_session(world: World, scenario: Scenario, expected: Expected) -> None:
+    """Where a session was being written there is nothing, or one that goes on as the cache or its fork does."""
+    if world.path is None:
+        return
+    if world.path.exists():
+        opened = ScoutCache.load(world.path, world.model)
+        if opened.get_seq_length() == world.length:
+            close(world.go_on(opened, world.length + 2, 2)[1], expected.twin, world.lossy, "the former session")
+        else:
+            close(world.go_on(opened, scenario.turn)[1], next(iter(expected.states.values())), world.lossy, "a session")
+    shutil.rmtree(world.path.parent)
+
+
 def verify(world: World, scenario: Scenario, expected: Expected) -> str:
     """``continued`` or ``refused``; AssertionError where a cache is wrong."""
     outcome = "continued"
@@ -257,6 +293,7 @@ def verify(world: World, scenario: Scenario, expected: Expected) -> str:
         assert fitting, f"the cache has (tokens, rows) {found}, allowed are {[key[:2] for key in expected.states]}"
         errors = [float((logits - each).abs().max()) for each in fitting]
         assert min(errors) <= world.lossy, f"goes on wrong by {errors} of {float(fitting[0].abs().max()):.2g}"
+    _verify_session(world, scenario, expected)
     if world.twin is not None:
         close(world.go_on(world.twin, world.length + 2, 2)[1], expected.twin, TOLERANCE, "the fork")
     world.cache = world.twin = None
