@@ -198,7 +198,7 @@ def read_session(path: str | os.PathLike[str]) -> Session:
         if order is None:
             raise SessionError(f"{path} has no table for {name}: it is damaged")
         held = mapped.get(name)
-        pages[name] = Pages(order, ()) if held is None else Pages(order, (held.slab,), held)
+        pages[name] = Pages(order, ()) if held is None else Pages(order, (held.slab,), (held,))
     state = unflatten(Flat(said["state"], tensors, pages), torch.device("cpu"))
     return Session(said["model"], said["settings"], state, said["about"], said["made"], file)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -54,7 +55,8 @@ class PagePool:
         # Slabs, first page id of each slab, total pages: one object, because they change together.
         self._layout: tuple[tuple[torch.Tensor, ...], tuple[int, ...], int] = ((), (), 0)
         self._fresh = self._sealed = 0
-        self.guard: Guard | None = None
+        # Of the first slabs, which can only be read.
+        self.guards: tuple[Guard, ...] = ()
         self._memory: HostMemory | None = None
         self._regions: tuple[Region, ...] = ()
         self._free: list[int] = []
@@ -141,7 +143,12 @@ class PagePool:
     @property
     def watched(self) -> bool:
         """Whether :meth:`touch` must be called before pages are read or written through their addresses."""
-        return self._memory is not None or (self.guard is not None and not self.guard.complete)
+        return self._memory is not None or not self.checked
+
+    @property
+    def checked(self) -> bool:
+        """Whether every page of a file has been checked."""
+        return all(guard.complete for guard in self.guards)
 
     def touch(self, ids: torch.Tensor, tiles: torch.Tensor | None = None, read: bool = True) -> None:
         """Pages are about to be used: check those of a file, and note them as used.
@@ -154,8 +161,10 @@ class PagePool:
         read : bool
             Whether they hold something that must be read.
         """
-        if self.guard is not None and not self.guard.complete:
-            self.guard.touch(ids, tiles)
+        for guard, start, slab in zip(self.guards, self.starts, self.slabs):
+            if not guard.complete:
+                here = (ids >= start) & (ids < start + len(slab))
+                guard.touch(ids[here] - start, None if tiles is None else tiles[here])
         memory = self._memory
         if memory is None or len(self._regions) != len(self.slabs):
             return
@@ -167,8 +176,8 @@ class PagePool:
             here = (ids >= start) & (ids < start + len(slab))
             memory.touch(region, (ids[here] - start) * of_page + tiles[here], read)
 
-    def seal(self, slab: torch.Tensor, guard: Guard) -> None:
-        """Make a slab whose memory can only be read the first one; a write to one of its pages goes to a copy.
+    def seal(self, slabs: Sequence[torch.Tensor], guards: Sequence[Guard]) -> None:
+        """Make slabs whose memory can only be read the first ones; a write to one of their pages goes to a copy.
 
         Each of its pages has a reference that is never dropped, so none is recycled.
 
@@ -180,12 +189,13 @@ class PagePool:
         with self._lock:
             if self.pages:
                 raise CacheStateError("a pool that has pages cannot take those of a file; use a new one")
-            self._references = torch.ones(len(slab), dtype=torch.int32, device="cpu")
-            self._layout = ((slab,), (0,), len(slab))
-            self._fresh = self._sealed = len(slab)
-            self.guard = guard
+            *starts, count = itertools.accumulate(map(len, slabs), initial=0)
+            self._references = torch.ones(count, dtype=torch.int32, device="cpu")
+            self._layout = (tuple(slabs), tuple(starts), count)
+            self._fresh = self._sealed = count
+            self.guards = tuple(guards)
             if self._memory is not None:
-                self._regions = (guard.watched_by(self._memory),)
+                self._regions = tuple(guard.watched_by(self._memory) for guard in guards)
 
     def retain(self, ids: torch.Tensor) -> None:
         """Add one reference for every occurrence in ``ids``."""
@@ -404,13 +414,12 @@ class PageTable:
     def load(self, pages: Pages) -> None:
         """Fill an empty table with saved pages: shared with a file if they are sealed, else copied."""
         pool, count = self.pool, pages.count
-        shared, guard = pool.device.type == "cpu" and not pool.pinned and len(pages.slabs) == 1, pages.guard
         ids = torch.arange(count, dtype=torch.int64, device="cpu")
-        if guard is not None and shared:
-            pool.seal(pages.slabs[0], guard)
+        if pages.guards and pool.device.type == "cpu" and not pool.pinned:
+            pool.seal(pages.slabs, pages.guards)
         else:
-            if guard is not None:
-                guard.touch(ids)
+            for guard, slab in zip(pages.guards, pages.slabs):
+                guard.touch(torch.arange(len(slab), dtype=torch.int64, device="cpu"))
             ids, first = pool.allocate(count), 0
             for slab in pages.slabs:
                 pool.write(ids[first : first + len(slab)], slab)
@@ -419,7 +428,7 @@ class PageTable:
         pool.retain(chosen)
         self.places = torch.stack([chosen, pool.addresses(chosen)])
         self.blocks, self._last_is_ours = pages.order.shape[1], False
-        if pool.guard is None:
+        if not pool.guards:
             pool.release(ids)
 
     def own_last(self) -> None:

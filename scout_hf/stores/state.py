@@ -42,14 +42,14 @@ class Pages:
         Which of the distinct pages each row has at each block.
     slabs : tuple of Tensor (pages, *page_shape)
         The distinct pages in order, in runs that are contiguous in memory.
-    guard : Guard or None
-        For memory that can only be read, such as that of a file: a table that takes these pages shares it, and asks
-        the guard before it reads.
+    guards : tuple of Guard
+        One for each slab, for memory that can only be read, such as that of files: a table that takes these pages shares
+        it, and asks the guard before it reads. Without guards pages are copied.
     """
 
     order: torch.Tensor
     slabs: tuple[torch.Tensor, ...]
-    guard: Guard | None = None
+    guards: tuple[Guard, ...] = ()
 
     @property
     def count(self) -> int:

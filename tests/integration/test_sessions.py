@@ -176,10 +176,10 @@ def test_the_pages_are_those_of_the_file_until_they_are_written(tmp_path):
         talk.cache.save(tmp_path / "kv")
         loaded = ScoutCache.load(tmp_path / "kv", model)
         pool = loaded.layers[0].method.kv.table.pool
-        assert pool.guard is not None and not pool.guard.complete and pool.used_pages == len(pool.slabs[0])
+        assert pool.guards and not pool.checked and pool.used_pages == len(pool.slabs[0])
         talk.with_cache(loaded).go_on(steps=2, turn=1)
-        assert len(pool.slabs) == 2 and not pool.guard.complete  # sparse: not all blocks were wanted
-        assert loaded.layers[0].keys is not None and pool.guard.complete
+        assert len(pool.slabs) == 2 and not pool.checked  # sparse: not all blocks were wanted
+        assert loaded.layers[0].keys is not None and pool.checked
 
 
 # -- other settings ---------------------------------------------------------------------------------------------------
