@@ -27,6 +27,7 @@ from scout_hf.sizes import bytes_of
 from scout_hf.stores.host_memory import HostMemory
 from scout_hf.stores.memory import huge_page_bytes
 from scout_hf.stores.staging import Staging
+from scout_hf.token_log import TokenLog
 
 
 class ScoutCache(Cache):
@@ -87,7 +88,7 @@ class ScoutCache(Cache):
         self.filled_by: Any = None
         # The file that holds pages of a loaded one.
         self.file: OpenFile | None = None
-        self.padding, self.staging = Padding(), Staging()
+        self.padding, self.staging, self.log = Padding(), Staging(), TokenLog()
         if not self.scout_layers:
             warnings.warn(
                 f"every layer of this {text.model_type} model has a sliding window or no attention at all: there is "
@@ -105,6 +106,22 @@ class ScoutCache(Cache):
         """Whether it holds tokens. Models that take images read this to detect the first pass."""
         layers = self.scout_layers
         return any(layer.is_initialized for layer in layers) if layers else super().is_initialized
+
+    @property
+    def token_ids(self) -> torch.Tensor | None:
+        """The ids of the tokens that it holds, padding included, (batch, tokens) of int64 on the CPU.
+
+        None where they are not known: after embeddings, images, positions of the caller's own, or ``update()``.
+
+        Examples
+        --------
+        >>> cache = handle.new_cache()
+        >>> tokens = model.generate(**inputs, **{scout_hf.CACHE: cache}, max_new_tokens=8)
+        >>> bool((cache.token_ids == tokens[:, :-1]).all())
+        True
+        """
+        held = self.log.held(self.get_seq_length(), self.guard.changes)
+        return None if held is None else held.ids
 
     @property
     def has_stock_full_layers(self) -> bool:
@@ -155,7 +172,7 @@ class ScoutCache(Cache):
         return copy_as_dynamic(self)
 
     @keeps_tensors
-    def save(self, path: str | os.PathLike[str], model: Any = None) -> None:
+    def save(self, path: str | os.PathLike[str], model: Any = None, *, token_ids: bool = True) -> None:
         """Write this cache to a folder, from which :meth:`load` opens it again; also in the middle of a conversation.
 
         The folder is written whole or not at all, and can be read by its owner only. It is about as large as the KV.
@@ -166,6 +183,9 @@ class ScoutCache(Cache):
             A name that is free, or a session, which is replaced.
         model : PreTrainedModel, optional
             Whose keys and values these are; by default the patched model that filled the cache.
+        token_ids : bool
+            Whether to save the token ids too, as far as they are known (:attr:`token_ids`). Without them the text
+            cannot be read out of the session, and ``generate()`` needs the ids from you.
 
         Raises
         ------
@@ -194,7 +214,7 @@ class ScoutCache(Cache):
                     "save it between passes, or save a fork"
                 )
 
-        save(self, path, model, unchanged)
+        save(self, path, model, token_ids, unchanged)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Any, **options: Any) -> ScoutCache:
@@ -267,6 +287,7 @@ class ScoutCache(Cache):
         super().reset()
         self.padding.forget()
         self.staging.forget()
+        self.log.forget()
         self.guard.torn = None
 
     def crop(self, tokens_to_remove: int | torch.Tensor) -> None:
@@ -277,6 +298,7 @@ class ScoutCache(Cache):
         if removed is not None:
             with self.guard.changing("crop()"):
                 super().crop(removed)
+            self.log.cropped(self.get_seq_length(), self.guard.changes)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Replace row ``i`` by row ``beam_idx[i]``, in all layers."""
@@ -299,6 +321,7 @@ class ScoutCache(Cache):
         with self.guard.changing(f"{operation}()"):
             self.padding.forget()
             getattr(super(), operation)(rows)
+        self.log.selected(rows, self.guard.changes)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens per row of a layer, padding included. Rolls back a pass that was interrupted."""
@@ -317,6 +340,7 @@ class ScoutCache(Cache):
         self.guard.between_passes("fork()")
         twin = object.__new__(type(self))
         memo[id(self)] = twin
+        memo[id(self.log)] = self.log.fork(self.guard.changes, 0)
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         if self.seen_by is not None and (others := self.seen_by()) is not None:
             others.add(twin)

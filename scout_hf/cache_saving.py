@@ -16,7 +16,8 @@ from scout_hf.config import ScoutConfig
 from scout_hf.errors import ConfigError, SavingError, ScoutError, SessionError
 from scout_hf.recall_intervals import RecallIntervals
 from scout_hf.sessions import fingerprint, read_session, write_session
-from scout_hf.stores.state import State, state_in
+from scout_hf.stores.state import State, count_in, maybe_tensor_in, state_in, tensor_in
+from scout_hf.token_log import Held
 
 if TYPE_CHECKING:
     from scout_hf.cache import ScoutCache
@@ -29,7 +30,9 @@ WITH_RESIDENTS = ("budget", "resident", "gpu_kernels", "hand_over")
 """Settings that decide which blocks are resident."""
 
 
-def save(cache: ScoutCache, path: str | os.PathLike[str], model: Any, unchanged: Callable[[], None]) -> None:
+def save(
+    cache: ScoutCache, path: str | os.PathLike[str], model: Any, token_ids: bool, unchanged: Callable[[], None]
+) -> None:
     """Write a cache as a session; see :meth:`ScoutCache.save`. ``unchanged`` raises if what was written is void."""
     model = cache.filled_by() if model is None and cache.filled_by is not None else model
     if model is None:
@@ -39,7 +42,12 @@ def save(cache: ScoutCache, path: str | os.PathLike[str], model: Any, unchanged:
         )
     if not any(layer.get_seq_length() for layer in cache.layers if isinstance(layer, CacheLayerMixin)):
         raise SavingError("this cache holds no tokens: there is nothing to save")
-    state = {"layers": [_state_of(layer) for layer in cache.layers], "depth": cache.depth}
+    known = cache.log.held(cache.get_seq_length(), cache.guard.changes) if token_ids else None
+    state = {
+        "layers": [_state_of(layer) for layer in cache.layers],
+        "depth": cache.depth,
+        "known": None if known is None else known._asdict(),
+    }
     about = {"tokens": cache.get_seq_length(), "rows": _rows(cache)}
     write_session(path, fingerprint(model).as_json(), settings_as_json(cache.scout_config), state, about, unchanged)
 
@@ -69,8 +77,16 @@ def load(kind: type[ScoutCache], path: str | os.PathLike[str], model: Any, optio
     sizes = {(layer.get_seq_length(), layer.method and layer.method.batch) for layer in cache.scout_layers}
     if len(sizes) > 1:
         raise SessionError(f"{name} cannot be used: its layers hold different numbers of tokens or rows, {sizes}")
+    if session.state.get("known") is not None:
+        cache.log.take(_known(state_in(session.state, "known"), cache.get_seq_length()), cache.guard.changes)
     cache.file, cache.filled_by = session.file, weakref.ref(model)
     return cache
+
+
+def _known(state: State, tokens: int) -> Held:
+    ids = tensor_in(state, "ids", (None, tokens), torch.int64)
+    mask = maybe_tensor_in(state, "mask", tuple(ids.shape), torch.bool)
+    return Held(ids, mask, count_in(state, "exact", tokens))
 
 
 def _rows(cache: ScoutCache) -> int | None:

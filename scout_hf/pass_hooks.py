@@ -163,13 +163,16 @@ class PassHooks:
         if step.queries == 1:
             if self.tracer is not None:
                 self.tracer.begin(step)
+            exact = self.is_exact(cache.scout_config)
             self.counters.steps += 1
-            self.counters.approximate_steps += not self.is_exact(cache.scout_config)
+            self.counters.approximate_steps += not exact
         else:
+            exact = True
             self.counters.prefill_tokens += step.queries
         self.counters.alive.add(cache)
         cache.filled_by = weakref.ref(self._model)
         self.counters.pace.begin(step, inputs)
+        cache.log.add(given, tokens - queries, exact, cache.guard.changes + 1)
         cache.guard.enter_pass(step)
 
     @keeps_tensors

@@ -43,8 +43,8 @@ class Pages:
     slabs : tuple of Tensor (pages, *page_shape)
         The distinct pages in order, in runs that are contiguous in memory.
     guards : tuple of Guard
-        One for each slab, for memory that can only be read, such as that of files: a table that takes these pages shares
-        it, and asks the guard before it reads. Without guards pages are copied.
+        One for each slab, for memory that can only be read, such as that of files: a table that takes these pages
+        shares it, and asks the guard before it reads. Without guards pages are copied.
     """
 
     order: torch.Tensor
