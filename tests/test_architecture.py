@@ -57,6 +57,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "scout_hf.sessions.*",
         "scout_hf.step",
         "scout_hf.stores.*",
+        "scout_hf.token_log",
     ),
     "scout_hf.fitting": (
         "scout_hf.config",

@@ -3,7 +3,8 @@
 from scout_hf.stores.host import PagedKV
 from scout_hf.stores.memory import allocate_slab, huge_page_bytes
 from scout_hf.stores.packed import PackedKV, make_store
-from scout_hf.stores.pages import PagePool, PageTable
+from scout_hf.stores.page_table import PageTable
+from scout_hf.stores.pages import PagePool
 from scout_hf.stores.protocols import KVStore
 from scout_hf.stores.resident_slots import ResidentSlots
 from scout_hf.stores.two_tier_kv import TwoTierKV

@@ -11,7 +11,8 @@ from scout_hf.kernels.cpu import pages
 from scout_hf.kernels.cpu.addresses import address
 from scout_hf.kernels.cpu.library import StoreArgs
 from scout_hf.stores.counted import counts
-from scout_hf.stores.pages import PagePool, PageTable
+from scout_hf.stores.page_table import PageTable
+from scout_hf.stores.pages import PagePool
 from scout_hf.stores.state import State, count_in, pages_in
 from scout_hf.stores.streams import Links, Mark
 

@@ -59,11 +59,11 @@ def test_every_line(capsys):
 
 @FORKS
 def test_the_sweep_sees_a_page_that_is_given_back_twice():
-    before = f"from scout_hf.stores import pages\n{OLD_TRUNCATE}\npages.PageTable.truncate = truncate"
+    before = f"from scout_hf.stores import page_table\n{OLD_TRUNCATE}\npage_table.PageTable.truncate = truncate"
     # The wrong lines are compiled under the name that the sweep looks at.
-    before = before.replace(OLD_TRUNCATE, f"exec(compile({OLD_TRUNCATE!r}, pages.__file__, 'exec'))")
+    before = before.replace(OLD_TRUNCATE, f"exec(compile({OLD_TRUNCATE!r}, page_table.__file__, 'exec'))")
     where = ("--settings", "one tier", "--scenarios", "crop", "--errors", "interrupt", "--jobs", "1")
-    status, figures, text = run(*where, "--rooms", "stores/pages.py", before=before)
+    status, figures, text = run(*where, "--rooms", "stores/page_table.py", before=before)
     assert status == 1 and figures["faults"] and "the fork is wrong" in text
 
 

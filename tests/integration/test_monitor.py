@@ -17,7 +17,7 @@ from scout_hf.kernels.cpu.native_backend import NativeBackend
 from scout_hf.kernels.cpu.torch_backend import TorchBackend
 from scout_hf.methods import Scout
 from scout_hf.methods.scout.one_tier import OneTierScout
-from scout_hf.stores.pages import PageTable
+from scout_hf.stores.page_table import PageTable
 from tests.integration.common import (
     LOSSY,
     ONE_TIER,

@@ -11,7 +11,8 @@ import torch
 import scout_hf
 from scout_hf.cache_layer import ScoutLayer
 from scout_hf.stores.host import PagedKV
-from scout_hf.stores.pages import PagePool, PageTable
+from scout_hf.stores.page_table import PageTable
+from scout_hf.stores.pages import PagePool
 from scout_hf.stores.resident_slots import ResidentSlots
 from tests.integration.common import ONE_TIER, TOLERANCE, TWO_TIERS, llama, prompt
 from tests.integration.disturbances import raise_once
