@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from scout_hf.patching import Handle, patch, unpatch
+    from scout_hf.prefix.store import PrefixStore
     from scout_hf.recall_intervals import RecallIntervals
     from scout_hf.stats import Stats
 
@@ -38,6 +39,7 @@ __all__ = [
     "ConfigError",
     "Handle",
     "PatchError",
+    "PrefixStore",
     "RecallIntervals",
     "SavingError",
     "ScoutCache",
@@ -54,7 +56,7 @@ __all__ = [
 # Imported at first use: torch and transformers take seconds to import, which would slow down `scout-hf --help`.
 _ROOMS = {"cache": "ScoutCache", "config": "ScoutConfig", "recall_intervals": "RecallIntervals", "stats": "Stats"}
 _HOME = {name: room for room, name in _ROOMS.items()} | dict.fromkeys(("Handle", "patch", "unpatch"), "patching")
-_HOME["CACHE"] = "compat.cache_names"
+_HOME |= {"CACHE": "compat.cache_names", "PrefixStore": "prefix.store"}
 
 
 # In a checkout, patches/ and eval/ lie beside this folder; Python finds it before the installed package.

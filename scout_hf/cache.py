@@ -86,8 +86,8 @@ class ScoutCache(Cache):
         self.awaited: Awaited | None = None
         # A weak reference to the model whose passes filled it.
         self.filled_by: Any = None
-        # The file that holds pages of a loaded one.
-        self.file: OpenFile | None = None
+        # Files that hold pages of it.
+        self.files: tuple[OpenFile, ...] = ()
         self.padding, self.staging, self.log = Padding(), Staging(), TokenLog()
         if not self.scout_layers:
             warnings.warn(
@@ -362,8 +362,8 @@ class ScoutCache(Cache):
     def mark(self) -> list[Any]:
         """The state of every layer, for ``rollback``. No keys or values are copied."""
         self.guard.between_passes("another forward pass")
-        if self.file is not None:
-            self.file.check()
+        for file in self.files:
+            file.check()
         # Stock attention layers replace their tensors at every update, so their attributes are a snapshot.
         return [layer.mark() if isinstance(layer, ScoutLayer) else dict(layer.__dict__) for layer in self.layers]
 

@@ -190,10 +190,24 @@ class ScoutLayer(ReadableLayer):
         twin.__dict__.update(self.__dict__, guard=copy.deepcopy(self.guard, memo), **own)
         return twin
 
-    def take(self, chunks: Iterable[KV]) -> None:
-        """Fill a layer without tokens with keys and values of another one, chunk by chunk, outside of a pass."""
+    def take(self, chunks: Iterable[KV], known: Sequence[Method] = (), rows: Sequence[int] = ()) -> None:
+        """Fill a layer without tokens with keys and values of others, chunk by chunk, outside of a pass.
+
+        Parameters
+        ----------
+        chunks : iterable of (Tensor, Tensor)
+            Keys and values, (batch, kv_heads, tokens, head_dim) each.
+        known : sequence of Method
+            What kept each row before, if that is known: see :meth:`Method.learn_from`.
+        rows : sequence of int
+            Which row of each that was; its only one by default.
+        """
         for keys, values in chunks:
-            method = self.method or self._begin(keys)
+            method = self.method
+            if method is None:
+                method = self._begin(keys)
+                if known:
+                    method.learn_from(known, rows or [0] * len(known))
             method.append(keys, values)
             method.flush()
 

@@ -44,7 +44,7 @@ def save(
         raise SavingError("this cache holds no tokens: there is nothing to save")
     known = cache.log.held(cache.get_seq_length(), cache.guard.changes) if token_ids else None
     state = {
-        "layers": [_state_of(layer) for layer in cache.layers],
+        "layers": [state_of(layer) for layer in cache.layers],
         "depth": cache.depth,
         "known": None if known is None else known._asdict(),
     }
@@ -69,7 +69,7 @@ def load(kind: type[ScoutCache], path: str | os.PathLike[str], model: Any, optio
         raise SessionError(f"{name} does not have the layers of this model; save it again")
     try:
         for layer, state, device in zip(cache.layers, layers, devices_of(model, len(layers))):
-            _load_layer(layer, state, device, before)
+            load_layer(layer, state, device, before)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, ScoutError) and not isinstance(error, ConfigError):
             raise
@@ -79,7 +79,8 @@ def load(kind: type[ScoutCache], path: str | os.PathLike[str], model: Any, optio
         raise SessionError(f"{name} cannot be used: its layers hold different numbers of tokens or rows, {sizes}")
     if session.state.get("known") is not None:
         cache.log.take(_known(state_in(session.state, "known"), cache.get_seq_length()), cache.guard.changes)
-    cache.file, cache.filled_by = session.file, weakref.ref(model)
+    cache.files = () if session.file is None else (session.file,)
+    cache.filled_by = weakref.ref(model)
     return cache
 
 
@@ -93,13 +94,21 @@ def _rows(cache: ScoutCache) -> int | None:
     return next((layer.method.batch for layer in cache.scout_layers if layer.method is not None), None)
 
 
-def _state_of(layer: Any) -> State:
+def state_of(layer: Any) -> State:
+    """What a layer holds, as :func:`load_layer` takes it."""
     if isinstance(layer, ScoutLayer):
         return {"kind": "scout", "state": layer.state_dict()}
     return {"kind": type(layer).__name__, "state": dict(vars(layer))}
 
 
-def _load_layer(layer: Any, state: Any, device: torch.device, before: ScoutConfig) -> None:
+def load_layer(layer: Any, state: Any, device: torch.device, before: ScoutConfig) -> None:
+    """Fill a layer without tokens with what :func:`state_of` gave, under the settings ``before``.
+
+    Raises
+    ------
+    SessionError
+        If it does not fit.
+    """
     kind = "scout" if isinstance(layer, ScoutLayer) else type(layer).__name__
     if not isinstance(state, dict) or state.get("kind") != kind:
         raise SessionError(f"a layer is a {kind} here and something else in the session; save it again")

@@ -68,9 +68,13 @@ def whole_file(path: str | os.PathLike[str], binary: bool = False) -> Iterator[I
 FRESH_SECONDS = 10.0
 
 
-def clear_scratch(path: Path) -> None:
-    """Remove what killed processes left of their attempts to make the folder ``path``; see :func:`whole_folder`."""
-    for left in path.parent.glob(f".{glob.escape(path.name[:40])}.{'?' * 32}.*"):
+def clear_scratch(path: Path, everything: bool = False) -> None:
+    """Remove what killed processes left of their attempts to make the folder ``path``; see :func:`whole_folder`.
+
+    ``everything``: of all attempts in the folder ``path``.
+    """
+    name = "*" if everything else glob.escape(path.name[:40])
+    for left in (path if everything else path.parent).glob(f".{name}.{'?' * 32}.*"):
         if left.suffix in (".part", ".old") and left.is_dir() and not left.is_symlink():
             with contextlib.suppress(OSError), _locked(left) as alone:
                 # Between its making and its lock it looks abandoned.
@@ -153,6 +157,25 @@ def _exchange(new: Path, path: Path, former: Path) -> None:
     except BaseException:
         os.replace(former, path)
         raise
+
+
+@contextlib.contextmanager
+def locked_file(path: Path) -> Iterator[None]:
+    """Wait for a lock that other processes, and other threads, may hold; the file is made if it is missing."""
+    number = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+    try:
+        if fcntl is not None:
+            fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(number)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder: it is gone at once under its name, and :func:`clear_scratch` removes what a kill leaves."""
+    scratch = path.with_name(f".{path.name[:40]}.{secrets.token_hex(16)}.old")
+    os.replace(path, scratch)
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

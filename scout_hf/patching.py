@@ -23,6 +23,8 @@ from scout_hf.methods.unused import warn_of_unused
 from scout_hf.naming import AttentionNames
 from scout_hf.pass_hooks import PassHooks, is_patched
 from scout_hf.patches import family_of
+from scout_hf.prefix.reuse import GENERATE, Reuse, ReusingGenerate, ReusingInputs
+from scout_hf.prefix.store import PrefixStore, store_of
 from scout_hf.recall_intervals import RecallIntervals
 from scout_hf.recall_profile import profile_recall
 from scout_hf.restart import PREPARE_INPUTS, RestartingInputs
@@ -35,7 +37,12 @@ ATTENTIONS = ("auto", "sdpa")
 
 
 def patch(
-    model: torch.nn.Module, config: ScoutConfig | None = None, *, attention: str = "auto", **options: Any
+    model: torch.nn.Module,
+    config: ScoutConfig | None = None,
+    *,
+    attention: str = "auto",
+    store: PrefixStore | str | os.PathLike[str] | None = None,
+    **options: Any,
 ) -> Handle:
     """Make ``model.generate()`` use a :class:`ScoutCache`: paged KV, and block-sparse attention in decode steps.
 
@@ -50,6 +57,9 @@ def patch(
         ``auto`` accepts transformers' own attention functions, which are plain causal softmax attention, and refuses
         functions that users registered or replaced. ``sdpa`` accepts any function as plain softmax attention; if it is
         not one of transformers', prompts run through transformers' sdpa (eager for softcaps and sinks).
+    store : PrefixStore, path-like or None
+        A folder in which ``generate()`` keeps what prompts it read, and looks for the beginning of each new one, so
+        that only the rest is read. None: nothing is kept.
 
     Returns
     -------
@@ -81,6 +91,7 @@ def patch(
     if attention not in ATTENTIONS:
         raise ConfigError(f"attention={attention!r} is not allowed: attention takes 'auto' or 'sdpa'; try 'auto'")
     config = ScoutConfig.from_options(config, **options)
+    kept = None if store is None else store_of(store)
     model = unwrapped(model)
     family = family_of(model)
     _drop_leftovers(model)
@@ -90,7 +101,7 @@ def patch(
     text = whole.config.get_text_config(decoder=True)
     check_names(config, text, len(family.layers(family.decoder(model))))
     find_kernels(config.gpu_kernels, whole.device)
-    handle_of = functools.partial(Handle, config=config, family=family, any_attention=attention == "sdpa")
+    handle_of = functools.partial(Handle, config=config, family=family, any_attention=attention == "sdpa", store=kept)
     handle = handle_of(model)
     try:
         check_unknown_family(model, family, handle_of, handle._names.foreign)
@@ -147,6 +158,8 @@ class Handle:
         The patched model, without wrappers.
     config : ScoutConfig
         The settings of the patch.
+    store : PrefixStore or None
+        Where prompts are kept.
 
     Examples
     --------
@@ -155,12 +168,20 @@ class Handle:
     ...     print(handle.stats())
     """
 
-    def __init__(self, model: torch.nn.Module, config: ScoutConfig, family: Any, any_attention: bool = False):
-        self.model, self.config, self._family = model, config, family
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: ScoutConfig,
+        family: Any,
+        any_attention: bool = False,
+        store: PrefixStore | None = None,
+    ):
+        self.model, self.config, self.store, self._family = model, config, store, family
         self._decoder = family.decoder(model)
         self._names = AttentionNames(self._decoder, family.layers(self._decoder), any_attention)
         self._hooks = PassHooks(model, config, family, self._names)
         self._changes = Changes()
+        self._reuse = None if store is None else Reuse(store, model, self._hooks.counters)
 
     # -- what a user calls --------------------------------------------------------------------------------------
 
@@ -346,7 +367,11 @@ class Handle:
             self._changes.make(Attribute(self._decoder, "forward", graphs, keep_others=True))
         prepare = CacheForGenerate(self.model, self.new_cache, self._hooks)
         self._changes.make(Attribute(self.model, PREPARE, prepare))
-        inputs = RestartingInputs(getattr(self.model, PREPARE_INPUTS))
+        inputs: Any = RestartingInputs(getattr(self.model, PREPARE_INPUTS))
+        if self._reuse is not None:
+            inputs = ReusingInputs(inputs, self._reuse)
+            generate = ReusingGenerate(getattr(self.model, GENERATE), self._reuse)
+            self._changes.make(Attribute(self.model, GENERATE, generate))
         self._changes.make(Attribute(self.model, PREPARE_INPUTS, inputs))
 
     def _uninstall(self) -> None:
@@ -363,6 +388,7 @@ def _drop_leftovers(model: torch.nn.Module) -> None:
     own = model.__dict__
     handle = own.get(HANDLE)
     if handle is not None and handle.model is not model and handle.model.__dict__.get(HANDLE) is not handle:
-        for name, kind in ((PREPARE, CacheForGenerate), (PREPARE_INPUTS, RestartingInputs), (HANDLE, Handle)):
-            if isinstance(own.get(name), kind):
+        ours = (CacheForGenerate, RestartingInputs, ReusingInputs, ReusingGenerate, Handle)
+        for name in (PREPARE, PREPARE_INPUTS, GENERATE, HANDLE):
+            if isinstance(own.get(name), ours):
                 del own[name]

@@ -117,6 +117,8 @@ class Stats:
         page that forks share counts once. ``reset_stats`` does not change it.
     alive_caches : int
         How many caches these are.
+    found_tokens, kept_tokens : int
+        Tokens per row that the prefix store knew, so that they were not read; tokens that were added to it.
     prefill_tokens_per_second, decode_tokens_per_second : float or None
         Tokens of all rows, padding included, per second of wall time in passes with several new tokens and in decode
         steps. A pass lasts until the next one of the same ``generate()`` begins, so that sampling is included. The
@@ -148,6 +150,8 @@ class Stats:
     stock_passes: dict[str, int] = field(default_factory=dict)
     alive_bytes: dict[str, int] = field(default_factory=dict)
     alive_caches: int = 0
+    found_tokens: int = 0
+    kept_tokens: int = 0
     prefill_tokens_per_second: float | None = None
     decode_tokens_per_second: float | None = None
 
@@ -249,6 +253,8 @@ def summarise(
         stock_passes=dict(counters.stock_passes),
         alive_bytes=alive_bytes,
         alive_caches=alive_caches,
+        found_tokens=counters.found_tokens,
+        kept_tokens=counters.kept_tokens,
         prefill_tokens_per_second=counters.pace.tokens_per_second("prefill"),
         decode_tokens_per_second=counters.pace.tokens_per_second("decode"),
     )

@@ -20,6 +20,8 @@ def tables(stats: Stats) -> Iterator[Table]:
     share = stats.attended_tokens / stats.context_tokens if stats.context_tokens else 1.0
     head.add_row("decode steps", f"{stats.steps}{_speed(stats.decode_tokens_per_second)}")
     head.add_row("prefilled tokens", f"{stats.prefill_tokens}{_speed(stats.prefill_tokens_per_second)}")
+    if stats.found_tokens or stats.kept_tokens:
+        head.add_row("prefix store", f"{stats.found_tokens} tokens found, {stats.kept_tokens} added")
     attended = f"{stats.attended_tokens:.0f} of {stats.context_tokens:.0f} ({share:.1%})"
     head.add_row("attended per step", attended if stats.steps else "nothing decoded")
     head.add_row("KV of the newest cache", _by_tier(stats.kv_bytes) or "-")

@@ -71,7 +71,7 @@ class TokenLog:
         else:
             self._cut(past)
         ids, mask = given.get("input_ids"), given.get("attention_mask")
-        if ids is None or not _is_plain(given, past, mask):
+        if ids is None or not is_plain(given) or not _has_plain_positions(given, past):
             return self.forget()
         # A copy: loops of users may write the next ids into the same tensor.
         self._parts.append(ids.detach().clone())
@@ -144,17 +144,19 @@ class TokenLog:
             self.forget()
 
 
-def _is_plain(given: dict[str, Any], past: int, mask: torch.Tensor | None) -> bool:
-    """Whether keys and values of a pass follow from its token ids and its padding alone."""
-    ids = given["input_ids"]
-    if ids.dim() != 2 or any(value is not None and name not in PLAIN for name, value in given.items()):
-        return False
-    positions, queries = given.get("position_ids"), ids.shape[1]
+def is_plain(given: dict[str, Any]) -> bool:
+    """Whether keys and values of a pass with these arguments follow from token ids, positions and padding alone."""
+    ids = given.get("input_ids")
+    return ids is not None and ids.dim() == 2 and not any(given[name] is not None for name in given.keys() - PLAIN)
+
+
+def _has_plain_positions(given: dict[str, Any], past: int) -> bool:
+    positions, queries = given.get("position_ids"), given["input_ids"].shape[1]
     if positions is None or queries == 1:  # a decode step of a loop that began plainly
         return True
     if positions.dim() != 2 or positions.shape[1] != queries:
         return False
-    return has_plain_positions(positions, mask, past)
+    return has_plain_positions(positions, given.get("attention_mask"), past)
 
 
 def has_plain_positions(positions: torch.Tensor, mask: torch.Tensor | None, past: int) -> bool:

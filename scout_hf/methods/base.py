@@ -89,6 +89,9 @@ class Method(ABC):
     """Fields of ``ScoutConfig`` that have an effect, beside the method's name and options. None: not declared."""
     needs_query = True
     """Whether ``ahead`` gets a predicted query; if not, it is also called for the first layer, with None."""
+    blockwise = False
+    """Whether all that a layer holds of a token lies in its block's page and code, so that a beginning of a text can be
+    cut between blocks and be put together again."""
     takes_inputs = False
     """Whether ``step.inputs`` must hold the hidden states that enter a layer."""
 
@@ -293,10 +296,7 @@ class Method(ABC):
     def load_state_dict(self, state: State) -> None:
         """Take what ``state_dict`` of the same method and settings gave, into a new object without tokens.
 
-        Raises
-        ------
-        SessionError
-            If it does not fit; the object is of no use then.
+        SessionError if it does not fit; the object is of no use then.
         """
         scale, shape = maybe_number_in(state, "scale"), state.get("query_shape")
         if shape is not None and (
@@ -309,6 +309,10 @@ class Method(ABC):
         self.scoring = Scoring(math.nan if scale is None else scale, maybe_number_in(state, "softcap"))
         self.kv.load_state_dict(state_in(state, "kv"))
         self.query_shape = None if shape is None else (shape[0], shape[1])
+
+    def learn_from(self, others: Sequence[Method], rows: Sequence[int]) -> None:
+        """Called before rows that others kept, row ``i`` as row ``rows[i]`` of ``others[i]``, are appended here."""
+        self.scoring, self.query_shape = others[0].scoring, others[0].query_shape
 
     def drain(self) -> None:
         """Wait for all work in flight and drop its results."""
@@ -410,14 +414,6 @@ def find_method(name: str) -> type[Method]:
     return _METHODS.find(name)
 
 
-def _complete(made: Method) -> Method:
-    if getattr(made, "kv", None) is None:
-        raise ConfigError(
-            f"method {made.name!r} has not set self.kv in __init__; set it to a store, such as stores.PagedKV"
-        )
-    return made
-
-
 def make_method(config: ScoutConfig, layer_idx: int, keys: torch.Tensor) -> Method:
     """Create the configured method for one layer.
 
@@ -447,4 +443,7 @@ def make_method(config: ScoutConfig, layer_idx: int, keys: torch.Tensor) -> Meth
     >>> method.length
     5
     """
-    return _complete(find_method(config.method).create(config, layer_idx, keys))
+    made = find_method(config.method).create(config, layer_idx, keys)
+    if getattr(made, "kv", None) is None:
+        raise ConfigError(f"method {made.name!r} has not set self.kv in __init__; set it to a store, such as PagedKV")
+    return made

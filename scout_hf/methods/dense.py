@@ -37,6 +37,7 @@ class Dense(OffloadingMethod):
     """
 
     name = "dense"
+    blockwise = True
     options = {"heads": None}
     uses = OFFLOADING | {"window", "link_gbps"}
     needs_query = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
@@ -394,6 +394,16 @@ class Selector:
         if self._query_power is not None:
             self._query_power = self._query_power[rows.to(self._query_power.device)]
 
+    def learn_from(self, others: Sequence[Selector | None], rows: Sequence[int]) -> None:
+        """Take what others measured of queries: row ``i`` from row ``rows[i]`` of ``others[i]``."""
+        known = [other for other in others if other is not None]
+        self._scale = known[0]._scale if known else self._scale
+        powers = [other._query_power for other in known]
+        if len(known) == len(others) and all(power is not None for power in powers):
+            self._query_power = torch.cat(
+                [power[row : row + 1] for power, row in zip(powers, rows) if power is not None]
+            )
+
     def state_dict(self) -> State:
         """Codes and what they were made with, as views that are valid until the next change."""
         coded = self._coded
@@ -411,20 +421,8 @@ class Selector:
     def load_state_dict(self, state: State, batch: int, heads: int, blocks: int, device: torch.device) -> None:
         """Take what :meth:`state_dict` gave; without codes if those are of another digest.
 
-        Parameters
-        ----------
-        state : dict
-        batch, heads : int
-            Rows and KV heads.
-        blocks : int
-            Most blocks that may have codes.
-        device : torch.device
-            Of the codes.
-
-        Raises
-        ------
-        SessionError
-            If it does not fit.
+        ``batch`` rows of ``heads`` KV heads, of which at most ``blocks`` have codes, on ``device``. SessionError if it
+        does not fit.
         """
         power, scale = maybe_tensor_in(state, "query_power", (batch, heads, None)), number_in(state, "scale")
         early, fitted = maybe_count_in(state, "early", blocks), count_in(state, "fitted_blocks")

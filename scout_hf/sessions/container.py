@@ -86,12 +86,15 @@ def _write_part(file: Any, pages: Pages) -> torch.Tensor:
     """Write the slabs of one part; the hash of each tile."""
     tiles = pages.page_shape[0]
     sums = np.empty(pages.count * tiles, dtype=np.uint64)
-    done = 0
+    done = number = 0
     for slab in pages.slabs:
         step = max(1, CHUNK_BYTES // max(1, slab[0].nbytes))
         for first in range(0, len(slab), step):
             # A copy on the host where the pages are on another device.
             chunk = slab[first : first + step].detach().cpu().contiguous()
+            if pages.touch is not None:
+                pages.touch(torch.arange(number, number + len(chunk), dtype=torch.int64, device="cpu"))
+            number += len(chunk)
             view = chunk.view(torch.uint8).numpy().reshape(-1).data
             count = len(chunk) * tiles
             size = len(view) // count

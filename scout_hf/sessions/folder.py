@@ -23,7 +23,7 @@ from scout_hf.rules import anything, count, fields, items, table, text
 from scout_hf.sessions.container import map_pages, write_pages
 from scout_hf.sessions.mapped import OpenFile
 from scout_hf.sessions.tree import Flat, flatten, unflatten
-from scout_hf.stores.state import Pages, State
+from scout_hf.stores.state import Pages, State, leaves
 
 FORMAT = "scout_hf.session/1"
 ABOUT, PAGES, TENSORS = "session.json", "pages.safetensors", "tensors.safetensors"
@@ -73,6 +73,13 @@ class Session:
     about: dict[str, Any]
     made: dict[str, str]
     file: OpenFile | None = None
+
+    def check_pages(self) -> None:
+        """Read all pages; SessionError if one is not what was written."""
+        for _, value in leaves(self.state):
+            if isinstance(value, Pages):
+                for guard, slab in zip(value.guards, value.slabs):
+                    guard.touch(torch.arange(len(slab), dtype=torch.int64, device="cpu"))
 
 
 def write_session(

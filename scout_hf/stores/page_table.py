@@ -107,7 +107,9 @@ class PageTable:
         """The first ``blocks`` pages of every row, as views; valid until the next change."""
         ids = self.ids[:, :blocks]
         distinct, order = torch.unique(ids, return_inverse=True)
-        return Pages(order.view(ids.shape), tuple(self.pool.runs(distinct)))
+        pool = self.pool
+        touch = (lambda places: pool.touch(distinct[places])) if pool.watched else None
+        return Pages(order.view(ids.shape), tuple(pool.runs(distinct)), touch=touch)
 
     def load(self, pages: Pages) -> None:
         """Fill an empty table with saved pages: shared with a file if they are sealed, else copied."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import math
 import threading
@@ -14,7 +13,7 @@ import torch
 from scout_hf.errors import CacheStateError
 from scout_hf.stores.host_memory import HostMemory, Region
 from scout_hf.stores.memory import allocate_slab
-from scout_hf.stores.state import Guard
+from scout_hf.stores.state import Guard, runs
 
 MIN_SLAB_PAGES = 64
 
@@ -252,15 +251,7 @@ class PagePool:
 
     def runs(self, ids: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield the pages ``ids`` (1-D) in order, as views (n, *page_shape) of runs that are contiguous in memory."""
-        numbers = ids.tolist()
-        begin = 0
-        for end in range(1, len(numbers) + 1):
-            if end < len(numbers) and numbers[end] == numbers[end - 1] + 1 and numbers[end] not in self.starts:
-                continue
-            which = bisect.bisect_right(self.starts, numbers[begin]) - 1
-            first = numbers[begin] - self.starts[which]
-            yield self.slabs[which][first : first + end - begin]
-            begin = end
+        return runs(self.slabs, self.starts, ids)
 
     def _reap(self) -> None:
         while self._abandoned:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -45,11 +47,15 @@ class Pages:
     guards : tuple of Guard
         One for each slab, for memory that can only be read, such as that of files: a table that takes these pages
         shares it, and asks the guard before it reads. Without guards pages are copied.
+    touch : callable or None
+        To be called before distinct pages are read, with their numbers, (n,) of int64; SessionError if one is not what
+        was written to the file that it is in.
     """
 
     order: torch.Tensor
     slabs: tuple[torch.Tensor, ...]
     guards: tuple[Guard, ...] = ()
+    touch: Callable[[torch.Tensor], None] | None = None
 
     @property
     def count(self) -> int:
@@ -61,6 +67,18 @@ class Pages:
         """Shape of one page; empty without pages."""
         return tuple(self.slabs[0].shape[1:]) if self.slabs else ()
 
+    def behind(self, first: int) -> Pages:
+        """Those of block ``first`` and later ones."""
+        kept = self.order[:, first:]
+        distinct, order = torch.unique(kept, return_inverse=True)
+        starts = tuple(itertools.accumulate(map(len, self.slabs), initial=0))[:-1]
+        touch = self.touch
+        return Pages(
+            order.view(kept.shape),
+            tuple(runs(self.slabs, starts, distinct)),
+            touch=None if touch is None else lambda places: touch(distinct[places]),
+        )
+
     def check(self, batch: int, page_shape: tuple[int, ...], dtype: torch.dtype, blocks: int) -> None:
         """Raise SessionError unless these are ``blocks`` pages for each row, of that shape and dtype."""
         if self.order.shape != (batch, blocks) or self.order.dtype != torch.int64:
@@ -71,6 +89,26 @@ class Pages:
             raise SessionError(f"pages of {dtype} {tuple(page_shape)} were expected, and {found} were found")
         if self.order.numel() and not 0 <= int(self.order.min()) <= int(self.order.max()) < self.count:
             raise SessionError(f"a page table names pages outside of the {self.count} that there are")
+
+
+def runs(slabs: Sequence[torch.Tensor], starts: Sequence[int], ids: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the pages ``ids`` (1-D) in order, as views (n, *page_shape) of runs that are contiguous in memory.
+
+    Parameters
+    ----------
+    slabs : sequence of Tensor (pages, *page_shape)
+    starts : sequence of int
+        The first id of each slab.
+    ids : Tensor (n,) of int64
+    """
+    numbers, begin = ids.tolist(), 0
+    for end in range(1, len(numbers) + 1):
+        if end < len(numbers) and numbers[end] == numbers[end - 1] + 1 and numbers[end] not in starts:
+            continue
+        which = bisect.bisect_right(starts, numbers[begin]) - 1
+        first = numbers[begin] - starts[which]
+        yield slabs[which][first : first + end - begin]
+        begin = end
 
 
 def tensor_in(

@@ -54,6 +54,7 @@ class KVPR(Dense):
     """
 
     name = "kvpr"
+    blockwise = False  # it keeps inputs of tokens too
     options = {"inputs": "host", "share": None, **Dense.options}
     takes_inputs = True
 

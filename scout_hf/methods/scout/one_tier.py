@@ -24,6 +24,7 @@ class OneTierScout(Method):
 
     name = "scout"
     uses = Selector.uses | {"split", "cpu_backend", "host_dtype", "host_memory", "monitor", "spill_dir"}
+    blockwise = True
     kv: PagedKV
 
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
@@ -63,6 +64,10 @@ class OneTierScout(Method):
     def select_rows(self, rows: torch.Tensor) -> None:
         super().select_rows(rows)
         self.selector.select_rows(rows)
+
+    def learn_from(self, others: Sequence[Method], rows: Sequence[int]) -> None:
+        super().learn_from(others, rows)
+        self.selector.learn_from([getattr(other, "selector", None) for other in others], rows)
 
     def fork(self) -> Self:
         twin = super().fork()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from scout_hf.config import ScoutConfig
 from scout_hf.fusion import Partial
+from scout_hf.methods.base import Method
 from scout_hf.methods.offloading import OFFLOADING, OffloadingMethod
 from scout_hf.methods.scout.executor import Executor, StepState, resident_memory
 from scout_hf.methods.scout.executor_torch import TorchExecutor
@@ -53,6 +54,7 @@ class TwoTierScout(OffloadingMethod):
     """
 
     name = "scout"
+    blockwise = True
     uses = OFFLOADING | Selector.uses | {"host_dtype", "monitor", "layer_ahead", "cpu_query", "recall", "resident"}
 
     def __init__(
@@ -179,6 +181,10 @@ class TwoTierScout(OffloadingMethod):
         if self.resident is not None:
             self.resident.select_rows(rows)
         self.executor.pages_changed(self, rows=True)
+
+    def learn_from(self, others: Sequence[Method], rows: Sequence[int]) -> None:
+        super().learn_from(others, rows)
+        self.selector.learn_from([getattr(other, "selector", None) for other in others], rows)
 
     def fork(self) -> Self:
         twin = super().fork()
