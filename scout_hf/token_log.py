@@ -11,7 +11,7 @@ PLAIN = frozenset(
     {
         "input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "cache_position", "use_cache",
         "logits_to_keep", "num_logits_to_keep", "return_dict", "labels", "output_hidden_states", "output_attentions",
-        "output_router_logits", "num_items_in_batch",
+        "output_router_logits", "num_items_in_batch", "tokenizer", "assistant_tokenizer",
     }
 )  # fmt: skip
 """Arguments of a forward pass that change neither keys nor values, or are looked at here."""

@@ -64,6 +64,15 @@ def test_asked_again_and_asked_on(options, tmp_path):
         assert found(handle) == 136
 
 
+def test_a_tokenizer_is_no_input_of_the_model(tmp_path):
+    """Which generate() takes for stop strings, and hands on to every pass."""
+    model, inputs = one_llama(), {"input_ids": prompt(1, 101)}
+    with scout_hf.patch(model, store=tmp_path, **ONE_TIER) as handle:
+        generate(model, inputs, tokenizer=object())
+        generate(model, inputs, tokenizer=object())
+        assert found(handle) == 96
+
+
 BATCHES = {
     "left-padded": left_padded(0, 13, 40, tokens=90),
     "all padded": left_padded(3, 3, tokens=60),
