@@ -23,7 +23,8 @@ export TOKENIZERS_PARALLELISM ?= false
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(JOBS)
 
 # What a release of transformers can change, and, of the integration tests, what it cannot.
-VERSIONED = tests/patches tests/integration tests/unit/test_cache.py tests/eval/test_examples.py
+VERSIONED = tests/patches tests/integration tests/unit/test_cache.py tests/eval/test_examples.py \
+	tests/eval/test_serve.py
 SAME_EVERYWHERE = native_safety recall trust monitor trace two_devices on_device graph host_dtype sparse devices \
 	without_library methods
 

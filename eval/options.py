@@ -75,6 +75,40 @@ class Fidelity:
 
 
 @dataclass(frozen=True)
+class Serve:
+    """Serve a patched model to OpenAI clients: transformers' own server, as `transformers serve` runs it.
+
+    Chat completions, responses and completions, whole or streamed, at http://HOST:PORT/v1; statistics at /stats.
+    """
+
+    model: Annotated[
+        str,
+        Argument(metavar="MODEL", help="A folder, a name of the hub, or a packaged model, such as smollm2-135m."),
+    ]
+    budget: Annotated[str | None, Option(help="Tokens (512) or share (0.06) attended per step and layer, or none.")] = (
+        None
+    )
+    split: Annotated[str | None, Option(help="One tier (off), two (auto, cpu).")] = None
+    set: Annotated[list[str], Option(help="Any setting of patch(), as in mass=0.95; may be repeated.")] = field(
+        default_factory=list
+    )
+    store: Annotated[
+        Path | None, Option(metavar="DIR", help="Keep what was read here, and read only what is new; made if missing.")
+    ] = None
+    store_limit: Annotated[str | None, Option(help="Bytes of the store, such as 20GiB; 32GiB by default.")] = None
+    host: Annotated[str, Option(help="Address to listen at; 0.0.0.0 takes requests of other machines, too.")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[int, Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")] = 8000
+    device: Annotated[str, Option(help="Where the model runs: auto, cpu, cuda, cuda:1.")] = "auto"
+    dtype: Annotated[str | None, Option(help="Such as bfloat16, or auto: that of the weights; float32 on a CPU.")] = (
+        None
+    )
+    threads: Annotated[int | None, Option(min=1, help="Of torch; as many as it takes by itself.")] = None
+    yes: Annotated[bool, Option("--yes", help="Fetch a packaged model without asking.")] = False
+
+
+@dataclass(frozen=True)
 class Trace:
     """A timeline of decode steps for Perfetto and a picture: who does what, when, and who waits for whom."""
 

@@ -17,7 +17,7 @@ from scout_hf.cli_shared import (
 )
 from scout_hf.eval.bench.options import CpuDecode, CpuKernel, GpuDecode, GpuKernel
 from scout_hf.eval.methods.options import Methods
-from scout_hf.eval.options import Demo, Fidelity, MakeData, Report, Trace
+from scout_hf.eval.options import Demo, Fidelity, MakeData, Report, Serve, Trace
 from scout_hf.eval.plan.options import Plan
 
 ABOUT = "Long-context decoding for HuggingFace Transformers: KV in host memory, attended block-sparsely."
@@ -53,6 +53,18 @@ def fidelity(options: Fidelity) -> None:
             run(options, tell)
         except KeyboardInterrupt as error:
             raise typer.Exit(130) from error
+
+
+@command(app, "serve", Serve)
+def serve(options: Serve) -> None:
+    with exits_on_errors():
+        from scout_hf.eval.serve.needs import must_be_servable
+
+        must_be_servable()
+    with evaluation(options.threads):
+        from scout_hf.eval.serve.command import run
+
+        run(options, tell)
 
 
 @command(bench, "cpu-decode", CpuDecode)

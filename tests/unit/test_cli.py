@@ -1,7 +1,9 @@
 """The command line: what is wrong with an argument is said before anything heavy is imported, and pipes stay clean."""
 
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -54,7 +56,10 @@ def call(*words, cwd):
     return call_all([words], cwd)[0]
 
 
-HELP = [["--help"], *([name, "--help"] for name in ("demo", "fidelity", "plan", "report", "trace", "version", "bench"))]
+HELP = [
+    ["--help"],
+    *([name, "--help"] for name in ("demo", "fidelity", "serve", "plan", "report", "trace", "version", "bench")),
+]
 HELP += [["bench", "methods", "--help"], ["lm-eval", "--help"], ["lm-eval", "make-data", "--help"]]
 
 
@@ -153,6 +158,18 @@ def test_help_of_lm_eval_helps_without_lm_eval(tmp_path):
         assert code == 0 and "--longbench-dir" in out and "pip install 'scout_hf[eval]'" in out and not heavy
     code, out, errors, heavy = refused
     assert code == 2 and "pip install 'scout_hf[eval]'" in errors and not heavy
+
+
+SERVER = "transformers.cli.serving"
+
+
+@pytest.mark.parametrize("hidden", [[SERVER], ["uvicorn", "openai"]], ids=["server", "packages"])
+def test_without_what_the_server_needs_nothing_is_loaded(hidden, tmp_path):
+    code, out, errors, heavy = call_all([["serve", "smollm2-135m"]], tmp_path, hidden)[0]
+    there = importlib.util.find_spec(SERVER) is not None and hidden != [SERVER]
+    expected = "needs .*openai.*uvicorn: pip install 'scout_hf.serve.'" if there else "has no server that takes"
+    assert code == 2 and not out and re.search(expected, errors)
+    assert errors.startswith("error: ") and errors.count("\n") == 1 and not (there and "torch" in heavy)
 
 
 def test_version_is_plain_words(tmp_path):

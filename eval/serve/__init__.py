@@ -1,0 +1,1 @@
+"""``scout-hf serve``: transformers' own server in front of a patched model."""
