@@ -6,7 +6,9 @@ import json
 import math
 import mmap
 import os
+import platform
 import struct
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +27,12 @@ from scout_hf.stores.state import Pages
 ALIGNED = 4096
 CHUNK_BYTES = 32 << 20
 LARGEST_HEADER = 64 << 20
+LINUX = sys.platform == "linux"
+# Private, so that it may get pages of its own, and none of its size is reserved for that (see Region).
+NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if platform.machine() in ("x86_64", "aarch64") else 0)
+HOW: dict[str, Any] = (
+    {"flags": mmap.MAP_PRIVATE | NORESERVE, "prot": mmap.PROT_READ} if LINUX else {"access": mmap.ACCESS_READ}
+)
 DTYPES = {
     torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64", torch.uint8: "U8"
 }  # fmt: skip
@@ -141,7 +149,7 @@ def map_pages(
             found = os.fstat(file.fileno()).st_size
             if found != size:
                 raise SessionError(f"{path} has {found} bytes, and {size} were written: it is damaged")
-            memory = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+            memory = mmap.mmap(file.fileno(), size, **HOW)
             opened = OpenFile(file.fileno(), str(path))
     except OSError as error:
         raise SessionError(f"{path} cannot be read: {error.strerror or error}") from error

@@ -13,7 +13,8 @@ import torch
 import xxhash
 
 from scout_hf.errors import SessionError
-from scout_hf.stores.host_memory import HostMemory, Region
+from scout_hf.stores.host_memory import HostMemory
+from scout_hf.stores.region import Region
 
 PAGE = mmap.PAGESIZE
 
@@ -88,6 +89,7 @@ class Mapped:
         self._checked = torch.zeros(self.pages * self.tiles, dtype=torch.bool, device="cpu")
         self._left = self.pages * self.tiles
         self._lock = threading.Lock()
+        self._announces = True
 
     @property
     def complete(self) -> bool:
@@ -95,7 +97,8 @@ class Mapped:
 
     def watched_by(self, memory: HostMemory) -> Region:
         """Let a limit on memory count these pages too."""
-        return memory.watch(self._memory, self._first, self.slab)
+        self._announces = False
+        return memory.watch(self._memory, self._first, self.slab, private=True)
 
     def touch(self, pages: torch.Tensor, tiles: torch.Tensor | None = None) -> None:
         """Check tiles that are about to be read, those that have not been.
@@ -127,7 +130,8 @@ class Mapped:
 
     def _check(self, wanted: torch.Tensor) -> None:
         places = wanted.tolist()
-        self._read_ahead(places)
+        if self._announces:
+            self._read_ahead(places)
         size, view = self.tile_bytes, memoryview(self._memory)
         for place in places:
             at = self._first + place * size

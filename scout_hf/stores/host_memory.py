@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import mmap
@@ -15,62 +14,10 @@ from typing import Any
 import torch
 
 from scout_hf.errors import HostMemoryError
+from scout_hf.stores.region import Region
 
-PAGE = mmap.PAGESIZE
-# The system maps so much around a place of a file that is touched, as far as it has it (Linux, fault_around_bytes).
-WINDOW = 1 << 16
 # Below the limit by so much after tiles have left, so that this is rare.
 LEFT_OVER = 0.9
-
-
-class Region:
-    """The memory of one slab in a mapped file, and when each window of it was last used; held as long as the slab.
-
-    Parameters
-    ----------
-    memory : mmap
-    first : int
-        Where the slab begins in it.
-    slab : Tensor (pages, tiles, ...)
-    """
-
-    def __init__(self, memory: mmap.mmap, first: int, slab: torch.Tensor):
-        pages, self.tiles = slab.shape[:2]
-        self.memory, self.first, self.tile_bytes = memory, first, slab.nbytes // max(1, pages * self.tiles)
-        self._base = first // WINDOW
-        # 0: not in memory, as far as we know.
-        self.used = torch.zeros((first + slab.nbytes - 1) // WINDOW - self._base + 1, dtype=torch.int64, device="cpu")
-
-    def windows(self, tiles: torch.Tensor) -> torch.Tensor:
-        """The windows that tiles lie in, (n,) of int64, each once or more."""
-        begins = tiles * self.tile_bytes + self.first
-        firsts, lasts = begins // WINDOW, (begins + self.tile_bytes - 1) // WINDOW
-        most = self.tile_bytes // WINDOW + 2
-        return torch.cat([torch.minimum(firsts + step, lasts) for step in range(most)]) - self._base
-
-    def read_ahead(self, tiles: torch.Tensor) -> None:
-        """Let the system read all of it at once, not piece by piece as it is touched."""
-        if hasattr(mmap, "MADV_WILLNEED"):
-            for begin, end in _runs(tiles.unique(), self.tile_bytes, self.first):
-                begin = begin // PAGE * PAGE
-                with contextlib.suppress(OSError):
-                    self.memory.madvise(mmap.MADV_WILLNEED, begin, end - begin)
-
-    def let_go(self, windows: torch.Tensor) -> None:
-        """Give memory back; the file keeps what it held."""
-        self.used[windows] = 0
-        for begin, end in _runs(windows, WINDOW, self._base * WINDOW):
-            self.memory.madvise(mmap.MADV_DONTNEED, begin, min(end, len(self.memory)) - begin)
-
-
-def _runs(numbers: torch.Tensor, size: int, first: int) -> list[tuple[int, int]]:
-    """Pieces of ``size`` bytes, their numbers ascending, as runs of bytes: begin and end."""
-    if not len(numbers):
-        return []
-    breaks = (numbers[1:] != numbers[:-1] + 1).nonzero().squeeze(1)
-    begins = torch.cat([numbers[:1], numbers[breaks + 1]]) * size + first
-    ends = (torch.cat([numbers[breaks], numbers[-1:]]) + 1) * size + first
-    return list(zip(begins.tolist(), ends.tolist()))
 
 
 class HostMemory:
@@ -131,9 +78,9 @@ class HostMemory:
         slab = torch.frombuffer(memory, dtype=torch.uint8)[:size].view(dtype).view(shape)
         return slab, self.watch(memory, 0, slab)
 
-    def watch(self, memory: mmap.mmap, first: int, slab: torch.Tensor) -> Region:
-        """Keep a mapped slab (pages, tiles, ...) within the limit too."""
-        region = Region(memory, first, slab)
+    def watch(self, memory: mmap.mmap, first: int, slab: torch.Tensor, private: bool = False) -> Region:
+        """Keep a mapped slab (pages, tiles, ...) within the limit too; ``private`` as in :class:`Region`."""
+        region = Region(memory, first, slab, private)
         self._regions.add(region)
         return region
 
@@ -143,32 +90,37 @@ class HostMemory:
             return
         with self._lock:
             self._clock += 1
-            windows = region.windows(wanted)
-            away = region.used[windows] == 0
+            units = region.units(wanted)
+            away = region.used[units] == 0
             if bool(away.any()):
-                self._held += len(windows[away].unique()) * WINDOW
+                self._held += len(units[away].unique()) * region.unit
                 if read:
                     tiles = wanted[away.view(-1, len(wanted)).any(0)]
                     self.wanted_bytes += len(tiles) * region.tile_bytes
-                    region.read_ahead(tiles)
-            region.used[windows] = self._clock
+                    region.bring(tiles)
+            region.used[units] = self._clock
             if self._held > self.limit:
                 self._shrink()
 
     def _shrink(self) -> None:
-        """Let go of the windows that were not used for longest, but of none that is just being used."""
+        """Let go of what was not used for longest, but of nothing that is just being used."""
         regions = list(self._regions)
         used = torch.cat([region.used for region in regions])
-        here = (used > 0).nonzero().squeeze(1)
-        self._held = len(here) * WINDOW
-        most = (self._held - int(self.limit * LEFT_OVER)) // WINDOW
-        leaving = here[used[here].argsort(stable=True)[:most]]
-        leaving = leaving[used[leaving] < self._clock].sort().values
-        starts = [0, *itertools.accumulate(len(region.used) for region in regions)]
-        for region, start, end in zip(regions, starts, starts[1:]):
-            region.let_go(leaving[(leaving >= start) & (leaving < end)] - start)
-        self._held -= len(leaving) * WINDOW
-        self.evicted_bytes += len(leaving) * WINDOW
+        starts = list(itertools.accumulate((len(region.used) for region in regions), initial=0))
+        bounds = torch.tensor(starts, dtype=torch.int64, device="cpu")
+        units = torch.tensor([region.unit for region in regions], dtype=torch.int64, device="cpu")
+        here = used.nonzero().squeeze(1)
+        when, sizes = used[here], units[torch.bucketize(here, bounds, right=True) - 1]
+        self._held = int(sizes.sum())
+        share = max(0.0, 1 - self.limit * LEFT_OVER / max(1, self._held))
+        oldest = when.kthvalue(max(1, math.ceil(share * len(here)))).values
+        leaves = (when <= oldest) & (when < self._clock)
+        leaving, gone = here[leaves], int(sizes[leaves].sum())
+        ends = torch.searchsorted(leaving, bounds).tolist()
+        for region, start, first, last in zip(regions, starts, ends, ends[1:]):
+            region.let_go(leaving[first:last] - start)
+        self._held -= gone
+        self.evicted_bytes += gone
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HostMemory:
         return self

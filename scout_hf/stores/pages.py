@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from scout_hf.errors import CacheStateError
-from scout_hf.stores.host_memory import HostMemory, Region
+from scout_hf.stores.host_memory import HostMemory
 from scout_hf.stores.memory import allocate_slab
+from scout_hf.stores.region import Region
 from scout_hf.stores.state import Guard, runs
 
 MIN_SLAB_PAGES = 64
@@ -160,10 +161,14 @@ class PagePool:
         read : bool
             Whether they hold something that must be read.
         """
+        self._hold(ids, tiles, read)
         for guard, start, slab in zip(self.guards, self.starts, self.slabs):
             if not guard.complete:
                 here = (ids >= start) & (ids < start + len(slab))
                 guard.touch(ids[here] - start, None if tiles is None else tiles[here])
+
+    def _hold(self, ids: torch.Tensor, tiles: torch.Tensor | None, read: bool) -> None:
+        """Bring pages into memory within its limit. Before they are checked: what is checked is what is read then."""
         memory = self._memory
         if memory is None or len(self._regions) != len(self.slabs):
             return

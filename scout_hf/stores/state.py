@@ -14,7 +14,8 @@ import torch
 from scout_hf.errors import SessionError
 
 if TYPE_CHECKING:
-    from scout_hf.stores.host_memory import HostMemory, Region
+    from scout_hf.stores.host_memory import HostMemory
+    from scout_hf.stores.region import Region
 
 State = dict[str, Any]
 """Values are tensors, :class:`Pages`, None, booleans, numbers, words, lists of these, or further states."""

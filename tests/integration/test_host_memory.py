@@ -1,20 +1,26 @@
 """A limit on host memory changes nothing but speed: what was not used for longest lies in files alone."""
 
 import gc
+import mmap
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import scout_hf
 from scout_hf import CACHE, ScoutCache
 from scout_hf.errors import HostMemoryError
+from scout_hf.sessions.container import HOW
 from scout_hf.sizes import bytes_of
-from scout_hf.stores.host_memory import WINDOW, HostMemory
+from scout_hf.stores.host_memory import HostMemory
+from scout_hf.stores.region import WINDOW
 from tests.integration.common import left_padded, one_llama, prompt
 from tests.integration.test_sessions import INPUTS, SETTINGS, Conversation
 
@@ -86,6 +92,41 @@ def test_what_is_in_use_stays_even_beyond_the_limit():
     _, region = memory.slab((8, 1, WINDOW), torch.uint8)
     memory.touch(region, torch.arange(8), read=False)
     assert (region.used > 0).all() and memory.held_bytes == 8 * WINDOW
+
+
+def in_memory(slab):
+    """Bytes of a mapped slab that the system has in the memory of this process."""
+    held = 0
+    for one in Path("/proc/self/smaps").read_text().split("VmFlags")[:-1]:
+        begin, end = (int(place, 16) for place in re.search(r"^([0-9a-f]+)-([0-9a-f]+) ", one, re.M).groups())
+        if begin <= slab.data_ptr() < end:
+            held += 1024 * int(re.search(r"^Rss: +(\d+) kB", one, re.M)[1])
+    return held
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say what is in memory")
+@pytest.mark.parametrize("private", [False, True], ids=["running", "session"])
+def test_the_system_holds_what_is_counted_and_no_more(private, tmp_path):
+    """Linux maps pages of up to 2 MiB around a place of a file that is touched, unless it is told not to."""
+    memory, shape = HostMemory(2 << 20), (1024, 8, 8192)
+    content = torch.arange(1024).to(torch.uint8)[:, None, None].expand(shape)
+    if private:
+        (tmp_path / "pages").write_bytes(content.contiguous().numpy().tobytes())
+        with (tmp_path / "pages").open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, **HOW)
+        slab = torch.from_numpy(np.frombuffer(mapped, dtype=np.uint8)).view(shape)
+        region = memory.watch(mapped, 0, slab, private=True)
+    else:
+        slab, region = memory.slab(shape, torch.uint8)
+        slab.copy_(content)
+        memory.touch(region, torch.arange(8192), read=False)
+    memory.touch(region, torch.tensor([0]), read=True)  # the rest leaves now
+    for first in range(0, 8192, 256):
+        wanted = torch.arange(first % 499, 8192, 499)
+        memory.touch(region, wanted, read=True)
+        assert torch.equal(slab.flatten(0, 1)[wanted, 77].long(), wanted // 8 % 256)
+        assert in_memory(slab) <= memory.held_bytes + 4096 <= memory.limit + 4096
+    assert memory.evicted_bytes > 0 and memory.wanted_bytes > memory.limit
 
 
 def test_nothing_is_left_on_disk(tmp_path):
