@@ -15,7 +15,7 @@ from scout_hf.cli_shared import (
     tell,
     typed,
 )
-from scout_hf.eval.bench.options import CpuDecode, CpuKernel, GpuDecode, GpuKernel
+from scout_hf.eval.bench.options import CpuDecode, CpuKernel, GpuDecode, GpuKernel, Sessions
 from scout_hf.eval.methods.options import Methods
 from scout_hf.eval.options import Demo, Fidelity, MakeData, Report, Serve, Trace
 from scout_hf.eval.plan.options import Plan
@@ -69,7 +69,8 @@ def serve(options: Serve) -> None:
 
 @command(bench, "cpu-decode", CpuDecode)
 @command(bench, "cpu-kernel", CpuKernel)
-def cpu_benchmark(options: CpuKernel | CpuDecode) -> None:
+@command(bench, "sessions", Sessions)
+def cpu_benchmark(options: CpuKernel | CpuDecode | Sessions) -> None:
     with benchmark(options.out, options.threads) as finish:
         finish(options.measure(tell))
 

@@ -127,6 +127,30 @@ class GpuDecode:
         return run(self, tell)
 
 
+@dataclass(frozen=True)
+class Sessions:
+    """Saving and opening caches, and decoding from files, beside bare reads and writes; takes three minutes."""
+
+    context: Annotated[int, Option(min=1, help="Tokens of the session that is saved and opened.")] = 32768
+    limited: Annotated[int, Option(min=0, help="Tokens decoded under a limit of memory; 0 for none.")] = 65536
+    share: Annotated[float, Option(min=0.01, max=1, help="The limit: this part of their KV.")] = 0.25
+    question: Annotated[int, Option(min=0, help="Tokens of a question after opening; 0 for none.")] = 8
+    budget: Budget = 2048
+    block_size: BlockSize = 32
+    threads: Cpus = None
+    repeat: Annotated[int, Option(min=3, help="Rounds, each with all arms in random order.")] = 5
+    steps: Annotated[int, Option(min=2, help="Decode steps of each arm in a round.")] = 6
+    layers: Annotated[int, Option(min=1, help="Of the model; fewer take less time and memory.")] = 16
+    folder: Annotated[Path | None, Option(help="On the disk to measure; that for temporary files by default.")] = None
+    out: Out = None
+
+    def measure(self, tell: Tell) -> dict[str, Any]:
+        """The record of the benchmark."""
+        from scout_hf.eval.bench.sessions import run
+
+        return run(self, tell)
+
+
 def all_but(options: Any, *names: str) -> dict[str, Any]:
     """Options by name, as a record keeps them, without some."""
     return {name: value for name, value in asdict(options).items() if name not in names}

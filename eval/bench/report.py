@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from scout_hf.eval import tables
-from scout_hf.eval.bench import cpu_report, gpu_report
+from scout_hf.eval.bench import cpu_report, gpu_report, sessions_report
 from scout_hf.eval.methods import plots as method_plots
 from scout_hf.eval.methods import tables as method_tables
 from scout_hf.eval.records import write_record
@@ -21,6 +21,7 @@ TABLES = {
     "cpu_decode": cpu_report.decode_tables,
     "gpu_kernel": gpu_report.kernel_tables,
     "gpu_decode": gpu_report.decode_tables,
+    "sessions": sessions_report.tables,
     "methods": method_tables.tables,
 }
 PLOTS = {
@@ -28,6 +29,7 @@ PLOTS = {
     "cpu_decode": cpu_report.plot_decode,
     "gpu_kernel": gpu_report.plot_kernel,
     "gpu_decode": gpu_report.plot_decode,
+    "sessions": sessions_report.plot,
     "methods": method_plots.plot,
 }
 

@@ -56,9 +56,9 @@ def interleave(calls: Mapping[Any, Prepare], repeat: int | Mapping[Any, int], se
         for index in range(rounds):
             due = [name for name in calls if (index + 1) * counts[name] // rounds > index * counts[name] // rounds]
             for name in order.sample(due, len(due)):
-                call, before = calls[name](), _preemptions()
+                call, before = calls[name](), preemptions()
                 seconds = timed(call)
-                taken[name].append((seconds, _preemptions() > before))
+                taken[name].append((seconds, preemptions() > before))
             gc.collect()
     return {name: Timing(*zip(*pairs)) for name, pairs in taken.items()}
 
@@ -78,7 +78,7 @@ def median_of(call: Callable[[], Any], repeat: int) -> float:
     return float(np.median([timed(call) for _ in range(repeat)]))
 
 
-def _preemptions() -> int:
+def preemptions() -> int:
     """How often the calling thread was preempted; 0 where the system does not count."""
     who = getattr(resource, "RUSAGE_THREAD", None)
     return 0 if who is None else resource.getrusage(who).ru_nivcsw
