@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from scout_hf.methods.unused import warn_of_unused
 from scout_hf.naming import AttentionNames
 from scout_hf.pass_hooks import PassHooks, is_patched
 from scout_hf.patches import family_of
+from scout_hf.prefix.reading import Reading, read_ahead
 from scout_hf.prefix.reuse import GENERATE, Reuse, ReusingGenerate, ReusingInputs
 from scout_hf.prefix.store import PrefixStore, store_of
 from scout_hf.recall_intervals import RecallIntervals
@@ -242,6 +244,55 @@ class Handle:
             warn_of_unused(cache.scout_config, model.device, stacklevel=2, among=options)
         self._hooks.counters.alive.add(cache)
         return cache
+
+    def read(
+        self,
+        ids: torch.Tensor,
+        tick: Callable[[int], Any] = lambda tokens: None,
+        *,
+        must_keep: bool = True,
+        **options: Any,
+    ) -> Reading:
+        """Read a text ahead into the store of this patch, in chunks, from where the store knows it.
+
+        Parameters
+        ----------
+        ids : Tensor (tokens,) or (1, tokens) of int64
+            Without padding. ``generate()`` finds it where a prompt begins with these tokens.
+        tick : callable
+            Gets the number of tokens that are there: at the begin those that were found, then after each chunk.
+        must_keep : bool
+            Whether a store that cannot be written to is an error; else a warning.
+        **options
+            Fields of ``ScoutConfig`` for the cache.
+
+        Returns
+        -------
+        Reading
+            What was found and read, and the cache, from whose forks questions can be answered.
+
+        Raises
+        ------
+        ConfigError
+            If the patch has no store, or for ids that are no text.
+        OSError
+            If the disk is full; what was kept before is there.
+        SessionError
+            If what the store has is damaged; it is removed, and the next call reads that part again.
+        KeyboardInterrupt
+            What was read until then is kept.
+
+        Examples
+        --------
+        >>> with scout_hf.patch(model, store="kv-store") as handle:
+        ...     reading = handle.read(document)
+        ...     tokens = model.generate(prompt, **{scout_hf.CACHE: reading.cache.fork()}, max_new_tokens=8)
+        """
+        if self._reuse is None:
+            raise ConfigError("read() needs a store to read into; try patch(model, store='kv-store')")
+        if self.model.__dict__.get(HANDLE) is not self:
+            raise PatchError("this patch was removed; patch the model again to read with it")
+        return read_ahead(self._reuse, self.model, self.new_cache(**options), ids, tick, must_keep)
 
     def profile_recall(self, prompts: Any, steps: int = 48, threshold: float | None = None) -> RecallIntervals:
         """Measure a recall interval per layer on prompts (ScoutAttention, section 3.4).

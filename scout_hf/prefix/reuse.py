@@ -102,7 +102,7 @@ class Reuse:
         try:
             yield now
         except SessionError:
-            self._drop_damaged(now)
+            self.drop_damaged(now.found)
             now.cache = None
             raise
         finally:
@@ -124,20 +124,31 @@ class Reuse:
         call.context = self.context(cache.scout_config)
         mask = kwargs.get("attention_mask")
         most = min(ids.shape[1], call.prompt or ids.shape[1]) - max(1, int(kwargs.get("logits_to_keep") or 1))
-        found = self._find(call.context, cache, ids, mask, most)
-        if found is not None:
-            try:
-                fill(cache, self._model, found, ids, mask)
-            except SessionError as error:
-                warn("could not open what it knows of this prompt, which is read again", error)
-                self._drop(found)
-            else:
-                call.found = found
-                self._counters.found_tokens += found.tokens
-                self.store.used([piece for row in set(found.pieces) for piece in row])
+        call.found = self.fill(call.context, cache, ids, mask, most)
         if len(cache.scout_layers) < len(cache.layers):
             self._read_to_stops(call, ids, kwargs, prepare)
         return cache.get_seq_length()
+
+    def fill(
+        self, context: Context, cache: ScoutCache, ids: torch.Tensor, mask: torch.Tensor | None, most: int
+    ) -> Found | None:
+        """Give an empty cache what is known of the first ``most`` tokens; None if that is nothing."""
+        found = self._find(context, cache, ids, mask, most)
+        if found is None:
+            return None
+        try:
+            fill(cache, self._model, found, ids, mask)
+        except SessionError as error:
+            warn("could not open what it knows of this prompt, which is read again", error)
+            self._drop(found)
+            return None
+        self._counters.found_tokens += found.tokens
+        self.store.used([piece for row in set(found.pieces) for piece in row])
+        return found
+
+    def add(self, tokens: int) -> None:
+        """Count tokens that were kept."""
+        self._counters.kept_tokens += tokens
 
     def context(self, config: ScoutConfig) -> Context:
         """What decides keys and values of this model now, beside tokens."""
@@ -228,7 +239,7 @@ class Reuse:
         if cache is None or context is None or cache.guard.torn is not None:
             return
         try:
-            self._counters.kept_tokens += keep(self.store, cache, context, call.stops)
+            self.add(keep(self.store, cache, context, call.stops))
         except (OSError, SavingError, SessionError) as error:
             # The answer is there: it must not be lost because of a full disk.
             warn("did not keep what was read", error)
@@ -237,9 +248,9 @@ class Reuse:
         for piece in {piece for row in found.pieces for piece in row}:
             self.store.remove(piece.segment)
 
-    def _drop_damaged(self, call: Call) -> None:
-        """Remove the segments of a call that are not what was written, so that the next call reads the text again."""
-        for piece in {piece for row in call.found.pieces for piece in row} if call.found is not None else ():
+    def drop_damaged(self, found: Found | None) -> None:
+        """Remove the segments that are not what was written, so that the next call reads the text again."""
+        for piece in {piece for row in found.pieces for piece in row} if found is not None else ():
             try:
                 read_session(piece.segment.path).check_pages()
             except SessionError:
