@@ -23,7 +23,7 @@ from scout_hf.rules import anything, count, fields, items, table, text
 from scout_hf.sessions.container import map_pages, write_pages
 from scout_hf.sessions.mapped import OpenFile
 from scout_hf.sessions.tree import Flat, flatten, unflatten
-from scout_hf.stores.state import Pages, State, leaves
+from scout_hf.stores.state import Pages, State
 
 FORMAT = "scout_hf.session/1"
 ABOUT, PAGES, TENSORS = "session.json", "pages.safetensors", "tensors.safetensors"
@@ -65,6 +65,8 @@ class Session:
         When, and by which versions.
     file : OpenFile or None
         The file that is mapped, to be checked before its pages are used.
+    pages : tuple of Pages
+        All that are mapped.
     """
 
     model: dict[str, Any]
@@ -73,13 +75,13 @@ class Session:
     about: dict[str, Any]
     made: dict[str, str]
     file: OpenFile | None = None
+    pages: tuple[Pages, ...] = ()
 
     def check_pages(self) -> None:
         """Read all pages; SessionError if one is not what was written."""
-        for _, value in leaves(self.state):
-            if isinstance(value, Pages):
-                for guard, slab in zip(value.guards, value.slabs):
-                    guard.touch(torch.arange(len(slab), dtype=torch.int64, device="cpu"))
+        for pages in self.pages:
+            for guard, slab in zip(pages.guards, pages.slabs):
+                guard.touch(torch.arange(len(slab), dtype=torch.int64, device="cpu"))
 
 
 def write_session(
@@ -207,7 +209,7 @@ def read_session(path: str | os.PathLike[str]) -> Session:
         held = mapped.get(name)
         pages[name] = Pages(order, ()) if held is None else Pages(order, (held.slab,), (held,))
     state = unflatten(Flat(said["state"], tensors, pages), torch.device("cpu"))
-    return Session(said["model"], said["settings"], state, said["about"], said["made"], file)
+    return Session(said["model"], said["settings"], state, said["about"], said["made"], file, tuple(pages.values()))
 
 
 def _read_tensors(path: Path, said: dict[str, Any]) -> dict[str, torch.Tensor]:
