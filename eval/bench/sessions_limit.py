@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 from collections.abc import Callable
@@ -35,7 +36,7 @@ def measure(walker: Walker, folder: Path, options: Sessions, tell: Tell) -> dict
     memory, done = {}, {MEMORY: walker.walk(held.fork(), warm_up)}
 
     def add(name: str, make: Callable[[], ScoutCache], files: Path) -> None:
-        gc.collect()
+        _tidy()
         with Peak() as peak:
             arms[name] = make()
             os.sync()  # a long prompt takes minutes, in which the system writes what is new
@@ -47,7 +48,7 @@ def measure(walker: Walker, folder: Path, options: Sessions, tell: Tell) -> dict
 
             done[name] = walker.walk(arms[name].fork(), warm_up, before=look)
             look()
-            gc.collect()
+            _tidy()
             grown = peak.grown()
         digests = arms[name].tier_bytes()["digests"]
         memory[name] = {
@@ -87,3 +88,11 @@ def measure(walker: Walker, folder: Path, options: Sessions, tell: Tell) -> dict
         "steps": found,
         "ratios": {f"{MEMORY}/{name}": found[MEMORY]["median_ms"] / found[name]["median_ms"] for name in arms},
     }
+
+
+def _tidy() -> None:
+    """Give freed memory back to the system, such as that of drawing random keys."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
@@ -22,10 +21,10 @@ import xxhash
 from scout_hf.errors import SessionError
 from scout_hf.files import parse_json
 from scout_hf.sessions.mapped import Mapped, OpenFile
+from scout_hf.sessions.writing import CHUNK_BYTES, DTYPES, bytes_of, dtype_name, header_of, write_all
 from scout_hf.stores.state import Pages
 
 ALIGNED = 4096
-CHUNK_BYTES = 32 << 20
 LARGEST_HEADER = 64 << 20
 LINUX = sys.platform == "linux"
 # Private, so that it may get pages of its own, and none of its size is reserved for that (see Region).
@@ -33,9 +32,6 @@ NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if platform.machine() in ("x86
 HOW: dict[str, Any] = (
     {"flags": mmap.MAP_PRIVATE | NORESERVE, "prot": mmap.PROT_READ} if LINUX else {"access": mmap.ACCESS_READ}
 )
-DTYPES = {
-    torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64", torch.uint8: "U8"
-}  # fmt: skip
 _BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -76,14 +72,12 @@ def write_pages(path: Path, parts: Mapping[str, Pages]) -> Written:
         if pages.count:
             dtype, shape = pages.slabs[0].dtype, [pages.count, *pages.page_shape]
             end = at + dtype.itemsize * math.prod(shape)
-            entries[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [at, end]}
+            entries[name] = {"dtype": dtype_name(dtype), "shape": shape, "data_offsets": [at, end]}
             at = end
-    text = json.dumps(entries).encode()
-    text += b" " * (-(len(text) + 8) % ALIGNED)
-    header = struct.pack("<Q", len(text)) + text
+    header = header_of(entries, ALIGNED)
     sums = {}
     with path.open("xb", buffering=0) as file:
-        _write_all(file, memoryview(header))
+        write_all(file, memoryview(header))
         for name, pages in parts.items():
             if pages.count:
                 sums[name] = _write_part(file, pages)
@@ -103,19 +97,14 @@ def _write_part(file: Any, pages: Pages) -> torch.Tensor:
             if pages.touch is not None:
                 pages.touch(torch.arange(number, number + len(chunk), dtype=torch.int64, device="cpu"))
             number += len(chunk)
-            view = chunk.view(torch.uint8).numpy().reshape(-1).data
+            view = bytes_of(chunk)
             count = len(chunk) * tiles
             size = len(view) // count
             hashed = (xxhash.xxh3_64_intdigest(view[place : place + size]) for place in range(0, len(view), size))
             sums[done : done + count] = np.fromiter(hashed, dtype=np.uint64, count=count)
-            _write_all(file, view)
+            write_all(file, view)
             done += count
     return torch.from_numpy(sums.view(np.int64)).view(pages.count, tiles)
-
-
-def _write_all(file: Any, view: memoryview) -> None:
-    while len(view):
-        view = view[file.write(view) :]
 
 
 def map_pages(

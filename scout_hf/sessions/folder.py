@@ -23,6 +23,7 @@ from scout_hf.rules import anything, count, fields, items, table, text
 from scout_hf.sessions.container import map_pages, write_pages
 from scout_hf.sessions.mapped import OpenFile
 from scout_hf.sessions.tree import Flat, flatten, unflatten
+from scout_hf.sessions.writing import write_tensors
 from scout_hf.stores.state import Pages, State
 
 FORMAT = "scout_hf.session/1"
@@ -122,13 +123,12 @@ def write_session(
     }
     with whole_folder(path, mode=PRIVATE, replace=True) as folder:
         written = write_pages(folder / PAGES, flat.pages)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in flat.tensors.items()}
+        tensors = dict(flat.tensors)
         for name, pages in flat.pages.items():
-            tensors[f"{name}/order"] = pages.order.contiguous()
+            tensors[f"{name}/order"] = pages.order
             if name in written.sums:
                 tensors[f"{name}/{SUMS}"] = written.sums[name]
-        data = safetensors.torch.save(_apart(tensors))
-        (folder / TENSORS).write_bytes(data)
+        size, seen = write_tensors(folder / TENSORS, tensors)
         said = {
             "format": FORMAT,
             "made": made,
@@ -136,7 +136,7 @@ def write_session(
             "settings": settings,
             "about": about,
             "pages": {"bytes": written.size, "header": written.header, "names": list(flat.pages)},
-            "tensors": {"bytes": len(data), "hash": xxhash.xxh3_128_hexdigest(data)},
+            "tensors": {"bytes": size, "hash": seen},
             "state": flat.tree,
         }
         said["hash"] = _hash(said)
@@ -227,17 +227,6 @@ def _read_tensors(path: Path, said: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def _hash(said: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(said, sort_keys=True).encode())
-
-
-def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors that share no memory, as safetensors wants them."""
-    made, seen = {}, set()
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage()
-        alone = storage.data_ptr() not in seen and storage.nbytes() == tensor.nbytes
-        made[name] = tensor if alone else tensor.clone()
-        seen.add(storage.data_ptr())
-    return made
 
 
 def remove_session(path: str | os.PathLike[str]) -> None:
