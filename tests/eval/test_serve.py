@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import http.client
 import json
 import re
 import signal
@@ -188,6 +189,13 @@ def test_a_request_of_stock_attention_is_answered_and_told(fresh, stock):
     assert fresh.stats()["steps"] == 0 and sum(fresh.stats()["stock_passes"].values()) == TOKENS
 
 
+def test_a_request_that_fails_harms_no_other(fresh, stock):
+    with pytest.raises(openai.InternalServerError):
+        fresh.chat(QUESTIONS[0], max_tokens=0)
+    assert fresh.chat(QUESTIONS[0]).choices[0].message.content == stock(said(QUESTIONS[0]))
+    assert fresh.stats()["alive_caches"] == 0
+
+
 # -- clients that go ------------------------------------------------------------------------------------------------
 
 
@@ -206,11 +214,11 @@ def test_a_stream_whose_client_goes_ends(fresh, stock):
 
 
 def test_an_answer_whose_client_goes_ends(fresh, stock):
-    with pytest.raises(openai.APITimeoutError):
-        fresh.client(timeout=0.5).chat.completions.create(
-            model=fresh.name, messages=said(QUESTIONS[0]), extra_body=ENDLESS
-        )
-    assert fresh.models.handle.stats().steps > 5
+    client = http.client.HTTPConnection(fresh.address.removeprefix("http://"))
+    body = {"model": fresh.name, "messages": said(QUESTIONS[0]), **ENDLESS}
+    client.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    until(lambda: fresh.models.handle.stats().steps > 5)
+    client.close()
     ends_early(fresh, stock)
 
 
@@ -221,7 +229,7 @@ def test_a_client_that_goes_before_its_turn_costs_nothing(fresh, stock, streamed
     until(lambda: fresh.models.handle.stats().steps > 0)
     read = fresh.models.handle.stats().prefill_tokens
     with contextlib.suppress(openai.APITimeoutError):
-        client = fresh.client(timeout=0.3)
+        client = fresh.client(timeout=0.5)
         waiting = client.chat.completions.create(
             model=fresh.name, messages=said("why " * 500), stream=streamed, extra_body=ENDLESS
         )
@@ -242,8 +250,11 @@ def test_a_request_that_ends_before_its_stream_begins_ends_too(running, folder):
         inputs = tokenizer(QUESTIONS[0], return_tensors="pt")
         streamers.append(manager.generate_streaming(model, tokenizer, inputs, config, request_id="one")[1])
 
-    asyncio.run(request())
-    manager.submit(lambda: None).result(20)
+    async def server():
+        await asyncio.create_task(request())
+        await asyncio.wrap_future(manager.submit(lambda: None))  # behind it
+
+    asyncio.run(server())
     assert streamers[0].total_tokens < 3000
 
 
