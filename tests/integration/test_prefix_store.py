@@ -75,6 +75,7 @@ def test_a_tokenizer_is_no_input_of_the_model(tmp_path):
 
 BATCHES = {
     "left-padded": left_padded(0, 13, 40, tokens=90),
+    "several documents": {"input_ids": prompt(3, 77)},
     "all padded": left_padded(3, 3, tokens=60),
     "one document, several questions": {
         "input_ids": torch.cat([prompt(1, 70).expand(3, -1), prompt(3, 12, seed=8)], dim=1)
