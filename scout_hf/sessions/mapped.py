@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import threading
@@ -14,9 +13,7 @@ import xxhash
 
 from scout_hf.errors import SessionError
 from scout_hf.stores.host_memory import HostMemory
-from scout_hf.stores.region import Region
-
-PAGE = mmap.PAGESIZE
+from scout_hf.stores.region import Region, will_need
 
 
 class OpenFile:
@@ -129,14 +126,13 @@ class Mapped:
                 self._check(wanted.unique())
 
     def _check(self, wanted: torch.Tensor) -> None:
-        places = wanted.tolist()
         if self._announces:
-            self._read_ahead(places)
+            will_need(self._memory, wanted, self.tile_bytes, self._first)
         size, view = self.tile_bytes, memoryview(self._memory)
-        for place in places:
-            at = self._first + place * size
-            if xxhash.xxh3_64_intdigest(view[at : at + size]) != self._sums[place]:
-                page, tile = divmod(place, self.tiles)
+        begins, known = (wanted * size + self._first).tolist(), self._sums[wanted.numpy()].tolist()
+        for at, number in zip(begins, known):
+            if xxhash.xxh3_64_intdigest(view[at : at + size]) != number:
+                page, tile = divmod((at - self._first) // size, self.tiles)
                 raise SessionError(
                     f"{self.what} is damaged: block {page} of KV head {tile} is not what was written; remove "
                     "the session and read the text again"
@@ -144,18 +140,3 @@ class Mapped:
         fresh = int((~self._checked[wanted]).sum())
         self._checked[wanted] = True
         self._left -= fresh
-
-    def _read_ahead(self, places: list[int]) -> None:
-        """Let the system read all of it at once, run by run, not one after the other as they are touched."""
-        if not hasattr(mmap, "MADV_WILLNEED"):
-            return
-        begin = previous = places[0]
-        for place in [*places[1:], -1]:
-            if place == previous + 1:
-                previous = place
-                continue
-            start = (self._first + begin * self.tile_bytes) // PAGE * PAGE
-            end = self._first + (previous + 1) * self.tile_bytes
-            with contextlib.suppress(OSError):
-                self._memory.madvise(mmap.MADV_WILLNEED, start, end - start)
-            begin = previous = place

@@ -58,26 +58,29 @@ class Region:
 
     def bring(self, tiles: torch.Tensor) -> None:
         """Let the system read all of it at once, not piece by piece as it is touched."""
-        self.read_ahead(tiles)
+        tiles = tiles.unique()
+        will_need(self.memory, tiles, self.tile_bytes, self.first)
         if self._copies:
-            self._advise(POPULATE_WRITE, tiles)
-
-    def read_ahead(self, tiles: torch.Tensor) -> None:
-        """Let the system begin to read; returns at once."""
-        if hasattr(mmap, "MADV_WILLNEED"):
-            self._advise(mmap.MADV_WILLNEED, tiles)
-
-    def _advise(self, advice: int, tiles: torch.Tensor) -> None:
-        for begin, end in _runs(tiles.unique(), self.tile_bytes, self.first):
-            begin = begin // PAGE * PAGE
-            with contextlib.suppress(OSError):
-                self.memory.madvise(advice, begin, end - begin)
+            _advise(self.memory, POPULATE_WRITE, tiles, self.tile_bytes, self.first)
 
     def let_go(self, units: torch.Tensor) -> None:
         """Give memory back; the file keeps what it held."""
         self.used[units] = 0
         for begin, end in _runs(units, self.unit, self._origin):
             self.memory.madvise(mmap.MADV_DONTNEED, begin, min(end, len(self.memory)) - begin)
+
+
+def will_need(memory: mmap.mmap, tiles: torch.Tensor, tile_bytes: int, first: int) -> None:
+    """Let the system begin to read tiles, their numbers ascending, all at once; returns before they are there."""
+    if hasattr(mmap, "MADV_WILLNEED"):
+        _advise(memory, mmap.MADV_WILLNEED, tiles, tile_bytes, first)
+
+
+def _advise(memory: mmap.mmap, advice: int, tiles: torch.Tensor, tile_bytes: int, first: int) -> None:
+    for begin, end in _runs(tiles, tile_bytes, first):
+        begin = begin // PAGE * PAGE
+        with contextlib.suppress(OSError):
+            memory.madvise(advice, begin, end - begin)
 
 
 def _runs(numbers: torch.Tensor, size: int, first: int) -> list[tuple[int, int]]:

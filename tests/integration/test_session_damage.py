@@ -88,7 +88,8 @@ def test_any_flipped_bit_is_an_error_or_changes_nothing(copied, made, name):
         assert all(torch.equal(*pair) for one, other in zip(found, expected) for pair in zip(one, other))
 
 
-def test_a_damaged_block_is_an_error_when_it_is_first_wanted(copied):
+@pytest.mark.parametrize("limit", [None, 1 << 16, "1GiB"])
+def test_a_damaged_block_is_an_error_when_it_is_first_wanted(copied, limit):
     """Not before, and the model goes on."""
     model, path = copied
     size = (path / PAGES).stat().st_size
@@ -98,17 +99,18 @@ def test_a_damaged_block_is_an_error_when_it_is_first_wanted(copied):
         file.seek(size - 1)
         file.write(bytes([byte[0] ^ 1]))
     with scout_hf.patch(model, **OPTIONS) as handle, torch.no_grad():
-        cache = ScoutCache.load(path, model)
+        cache = ScoutCache.load(path, model, host_memory=limit)
         with pytest.raises(SessionError, match="damaged: block"):
             model(prompt(1, 5, seed=3), **{CACHE: cache})
         assert torch.isfinite(model(prompt(1, 9), **{CACHE: handle.new_cache()}).logits).all()
 
 
+@pytest.mark.parametrize("limit", [None, 1 << 16])
 @pytest.mark.parametrize("how", ["cut", "written to"])
-def test_a_file_that_is_changed_while_it_is_open(copied, how):
+def test_a_file_that_is_changed_while_it_is_open(copied, how, limit):
     model, path = copied
     with scout_hf.patch(model, **OPTIONS), torch.no_grad():
-        cache = ScoutCache.load(path, model)
+        cache = ScoutCache.load(path, model, host_memory=limit)
         model(prompt(1, 1), **{CACHE: cache})
         if how == "cut":
             os.truncate(path / PAGES, 4096)
