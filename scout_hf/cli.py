@@ -7,6 +7,7 @@ import typer
 from scout_hf.cli_options import command
 from scout_hf.cli_shared import (
     benchmark,
+    ends_on_interrupt,
     evaluation,
     exits_on_errors,
     must_be_there,
@@ -15,7 +16,9 @@ from scout_hf.cli_shared import (
     tell,
     typed,
 )
+from scout_hf.eval.ask.options import Ask, Read
 from scout_hf.eval.bench.options import CpuDecode, CpuKernel, GpuDecode, GpuKernel, Sessions
+from scout_hf.eval.kept.options import Info, Ls, Prune, Rm
 from scout_hf.eval.methods.options import Methods
 from scout_hf.eval.options import Demo, Fidelity, MakeData, Report, Serve, Trace
 from scout_hf.eval.plan.options import Plan
@@ -23,12 +26,15 @@ from scout_hf.eval.plan.options import Plan
 ABOUT = "Long-context decoding for HuggingFace Transformers: KV in host memory, attended block-sparsely."
 ABOUT_BENCH = "How fast this machine attends and decodes, beside its own limits."
 ABOUT_HARNESS = "lm-eval with scout_hf: LongBench, RULER and any other of its tasks."
+ABOUT_SESSION = "What is kept on disk: saved sessions, and the texts of prefix stores."
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=ABOUT)
 bench = typer.Typer(no_args_is_help=True, help=ABOUT_BENCH)
+session = typer.Typer(no_args_is_help=True, help=ABOUT_SESSION)
 harness = typer.Typer(no_args_is_help=True, help=ABOUT_HARNESS)
 app.add_typer(bench, name="bench")
+app.add_typer(session, name="session")
 app.add_typer(harness, name="lm-eval")
 
 
@@ -49,10 +55,8 @@ def fidelity(options: Fidelity) -> None:
     with evaluation(1):
         from scout_hf.eval.language.command import run
 
-        try:
+        with ends_on_interrupt():
             run(options, tell)
-        except KeyboardInterrupt as error:
-            raise typer.Exit(130) from error
 
 
 @command(app, "serve", Serve)
@@ -65,6 +69,56 @@ def serve(options: Serve) -> None:
         from scout_hf.eval.serve.command import run
 
         run(options, tell)
+
+
+@command(app, "read", Read)
+def read(options: Read) -> None:
+    with evaluation(options.threads), ends_on_interrupt():
+        from scout_hf.eval.ask.reading import run
+
+        run(options, tell, typer.echo)
+
+
+@command(app, "ask", Ask)
+def ask(options: Ask) -> None:
+    with evaluation(options.threads), ends_on_interrupt():
+        from scout_hf.eval.ask.answering import run
+
+        run(options, tell)
+
+
+@command(session, "ls", Ls)
+def session_ls(options: Ls) -> None:
+    with evaluation(None):
+        from scout_hf.eval.kept.command import ls
+
+        ls(options, typer.echo)
+
+
+@command(session, "info", Info)
+def session_info(options: Info) -> None:
+    with evaluation(None):
+        from scout_hf.eval.kept.command import info
+
+        whole = info(options, typer.echo, tell)
+    raise typer.Exit(0 if whole else 1)
+
+
+@command(session, "rm", Rm)
+def session_rm(options: Rm) -> None:
+    with evaluation(None):
+        from scout_hf.eval.kept.command import rm
+
+        done = rm(options, typer.echo)
+    raise typer.Exit(0 if done else 1)
+
+
+@command(session, "prune", Prune)
+def session_prune(options: Prune) -> None:
+    with evaluation(None):
+        from scout_hf.eval.kept.command import prune
+
+        prune(options, typer.echo)
 
 
 @command(bench, "cpu-decode", CpuDecode)

@@ -91,6 +91,15 @@ def exits_on_errors() -> Iterator[None]:
 
 
 @contextmanager
+def ends_on_interrupt() -> Iterator[None]:
+    """Exit with code 130 when the user interrupts, without a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise typer.Exit(130) from error
+
+
+@contextmanager
 def evaluation(threads: int | None, device: str | None = None) -> Iterator[None]:
     """As ``exits_on_errors``, with ``threads`` torch threads; raises if there is no such ``device``."""
     with exits_on_errors():

@@ -19,6 +19,7 @@ from scout_hf.eval.options import Serve
 from scout_hf.eval.serve.app import make_app
 from scout_hf.eval.serve.models import PatchedModel
 from scout_hf.eval.settings import single_values_of, value_of
+from scout_hf.eval.stores import open_store
 from scout_hf.selection import check_digest
 
 PATIENCE = 5
@@ -66,14 +67,7 @@ def store_of(options: Serve) -> PrefixStore | None:
         if options.store_limit is not None:
             raise ConfigError(f"--store-limit {options.store_limit} is of a store: add --store DIR, or leave it out")
         return None
-    try:
-        return PrefixStore(options.store, **({"limit": options.store_limit} if options.store_limit else {}))
-    except ScoutError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"--store-limit {options.store_limit} is not allowed: bytes, such as 20GiB") from error
-    except OSError as error:
-        raise ConfigError(f"--store {options.store} cannot be used: {error}") from error
+    return open_store(options.store, options.store_limit)
 
 
 def load(options: Serve, config: ScoutConfig, store: PrefixStore | None, tell: Callable[[str], Any]) -> PatchedModel:

@@ -59,6 +59,8 @@ def call(*words, cwd):
 HELP = [
     ["--help"],
     *([name, "--help"] for name in ("demo", "fidelity", "serve", "plan", "report", "trace", "version", "bench")),
+    *([name, "--help"] for name in ("read", "ask", "session")),
+    *(["session", name, "--help"] for name in ("ls", "info", "rm", "prune")),
 ]
 HELP += [["bench", "methods", "--help"], ["lm-eval", "--help"], ["lm-eval", "make-data", "--help"]]
 

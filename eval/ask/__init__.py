@@ -1,0 +1,1 @@
+"""Reading texts ahead into a prefix store, and answering questions about them from there."""
