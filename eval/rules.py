@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from scout_hf.rules import count, fields, flag, items, maybe, number, one_of, simple, table, text
+from scout_hf.rules import anything, count, fields, flag, items, maybe, number, one_of, simple, table, text
 
 ABOVE_ZERO = number(1e-12, 1e15)
 FROM_ZERO = number(0, 1e18)
@@ -143,10 +143,41 @@ METHODS = fields(
     {"commands": items(text()), "models": table(fields(_HEADS))},
 )
 
+_WALK = fields({"first": TIMED, "later": TIMED})
+_COUNTED = fields(
+    {name: FROM_ZERO for name in ("grown_bytes", "peak_bytes", "digest_bytes", "page_bytes", "over_limit")}
+)
+_READS = ("warm in order", "cold in order", "warm scattered", "cold one by one", "cold announced", "memcpy")
+
+SESSIONS = fields(
+    {
+        "benchmark": one_of("sessions"),
+        "settings": _all_of(count(1), "context", "budget", "block_size", "threads"),
+        "machine": MACHINE,
+        "company": fields({"cpus_used_by_others": FROM_ZERO}),
+        "disk": table(anything),
+        "model": fields(_HEADS | {"weight_bytes": count(), "dtype": WORD}),
+        "save": fields({"bytes": count(1), "save": RATED, "bare": RATED}),
+        "load": fields({"bytes": count(1)} | {name: RATED for name in ("warm", "cold", "bare warm", "bare cold")}),
+        "steps": fields({"memory": _WALK, "warm": _WALK, "cold": _WALK}),
+        "question": maybe(fields({"tokens": count(1), "memory": TIMED, "warm": TIMED})),
+        "read": fields({"pieces": count(1), "piece_bytes": count(1)} | dict.fromkeys(_READS, RATED)),
+        "limited": maybe(
+            fields(
+                {"tokens": count(1), "kv_bytes": count(1), "limit_bytes": count(1)}
+                | {"ratios": table(ABOVE_ZERO), "memory": table(_COUNTED)}
+                | {"steps": table(fields(TIME | {"away_bytes": FROM_ZERO, "disk_bytes": FROM_ZERO}))}
+            )
+        ),
+        "targets": items(fields({"name": WORD, "bound": FROM_ZERO, "found": FROM_ZERO, "at_most": flag, "held": flag})),
+    }
+)
+
 BENCHMARKS = {
     "cpu_kernel": CPU_KERNEL,
     "cpu_decode": CPU_DECODE,
     "gpu_kernel": GPU_KERNEL,
     "gpu_decode": GPU_DECODE,
     "methods": METHODS,
+    "sessions": SESSIONS,
 }

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from scout_hf.eval.bench import sessions_report
 from scout_hf.eval.markdown import between_marks, to_markdown, update
 from scout_hf.eval.methods import tables as methods
 from scout_hf.eval.records import read_record
@@ -58,11 +59,12 @@ def _kernel(record: dict[str, Any]) -> Iterator[Grid | str]:
     )
 
 
-PARTS = {"cpu_decode": _decode, "cpu_kernel": _kernel, "methods": methods.parts}
+PARTS = {"cpu_decode": _decode, "cpu_kernel": _kernel, "methods": methods.parts, "sessions": sessions_report.parts}
 COMMANDS = {
     "cpu_decode": "scout-hf bench cpu-decode",
     "cpu_kernel": "scout-hf bench cpu-kernel",
     "methods": methods.COMMAND,
+    "sessions": "scout-hf bench sessions",
 }
 
 

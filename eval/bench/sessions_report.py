@@ -66,6 +66,54 @@ def tables(record: dict[str, Any]) -> Iterator[Grid | str]:
     yield table
 
 
+def parts(record: dict[str, Any]) -> Iterator[Grid | str]:
+    """For Markdown: each figure beside what it cannot beat."""
+    saved, load, read, limited = (record[name] for name in ("save", "load", "read", "limited"))
+    steps, settings, facts = record["steps"], record["settings"], record["machine"]
+    if (others := record["company"]["cpus_used_by_others"]) > QUIET:
+        yield f"Measured beside others, the system's own writing included, that used {others:.1f} CPUs."
+    disk = record["disk"].get("filesystem", "a disk")
+    yield (
+        f"{facts['cpu']}, {settings['threads']} threads, {record['model']['num_hidden_layers']} layers in the shape of "
+        f"Llama 3.2 1B, budget {settings['budget']}; {disk}, read in order at "
+        f"{read['cold in order']['gb_per_s']:.1f} GB/s. Medians."
+    )
+
+    def ms(one: dict[str, Any]) -> str:
+        return three(one["median_ms"])
+
+    context, memory = short(settings["context"]), f"{ms(steps['memory']['later'])}, all in memory"
+    scattered = f"{ms(read['cold announced'])}, bare reads of as many pieces of {read['piece_bytes'] >> 10} KiB"
+    table = Grid("", ("", "ms", "beside"), 1)
+    table.add(
+        f"save {context} tokens, {mib(saved['bytes'])} MiB", ms(saved["save"]), f"{ms(saved['bare'])}, bare write"
+    )
+    table.add("open them", ms(load["warm"]), f"{ms(load['bare warm'])}, bare read of what opening reads")
+    table.add("open them, cold", ms(load["cold"]), f"{ms(load['bare cold'])}, the same")
+    table.add("first step then", ms(steps["warm"]["first"]), memory)
+    table.add("first step then, cold", ms(steps["cold"]["first"]), scattered)
+    table.add("later steps", ms(steps["warm"]["later"]), memory)
+    table.add("later steps, cold", ms(steps["cold"]["later"]), memory)
+    if question := record["question"]:
+        table.add(
+            f"a question of {question['tokens']} tokens", ms(question["warm"]), f"{ms(question['memory'])}, in memory"
+        )
+    if limited:
+        size = f"{mib(limited['limit_bytes'])} of {mib(limited['kv_bytes'])} MiB"
+        within, all_of = limited["steps"], f"{ms(limited['steps']['memory'])}, all in memory"
+        table.add(f"step, {short(limited['tokens'])} tokens, {size} in memory", ms(within["limit"]), all_of)
+        table.add("the same from a session", ms(within["session, limit"]), all_of)
+        table.add("the same, cold", ms(within["session, limit, cold"]), all_of)
+    yield table
+    if limited:
+        one, away = limited["memory"]["limit"], limited["steps"]["limit"]["away_bytes"]
+        yield (
+            f"Every step of these chooses other blocks: {mib(away)} MiB of them were not in memory. The process grew "
+            f"by {mib(one['grown_bytes'])} MiB, {mib(one['digest_bytes'])} of digests and at most "
+            f"{mib(one['page_bytes'])} of pages."
+        )
+
+
 def plot(record: dict[str, Any], figure: Any) -> None:
     """Steps after opening, and within a limit."""
     limited = record["limited"]

@@ -27,6 +27,7 @@ TITLES = {
     "cpu_kernel": "Attention over scattered blocks",
     "gpu_decode": "Decoding on a GPU",
     "gpu_kernel": "The kernel on a GPU",
+    "sessions": "Sessions on disk",
 }
 LEGEND = (
     "step ms: mean time of a decode step of all rows, with its quartiles; x stock: how much faster than stock, by its "

@@ -32,6 +32,7 @@ TINY = {
     "num_key_value_heads": 2,
     "head_dim": 32,
 }
+PAGES = {"methods": "docs/results/methods.md", "sessions": "docs/guides/sessions.md"}
 POSITIVE = ("_ms", "gb_per_s", "bytes_per_token", ".n")
 needs_library = pytest.mark.skipif(load_library() is None, reason="the native library was not built")
 
@@ -161,13 +162,13 @@ def test_files_are_written(name, request, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", readme.COMMANDS)
 def test_the_page_says_what_was_measured(name):
-    page = "docs/results/methods.md" if name == "methods" else "docs/results/speed.md"
+    page = PAGES.get(name, "docs/results/speed.md")
     text = (ROOT / page).read_text(encoding="utf-8")
     record = json.loads((ROOT / "eval" / "results" / f"{name}.json").read_text())
     assert between_marks(text, readme.COMMANDS[name])[1].strip() == readme.markdown(record), (
         f"make it again with: python -m scout_hf.eval.bench.readme {page} eval/results"
     )
-    if name != "methods":  # as long as there are ways and contexts
+    if name not in PAGES:  # as long as there are ways and contexts
         assert len(readme.markdown(record).splitlines()) == (7 if name == "cpu_decode" else 6)
 
 

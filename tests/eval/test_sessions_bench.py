@@ -7,8 +7,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from scout_hf.eval.bench import disk, report, sessions, sessions_walk
+from scout_hf.errors import ConfigError
+from scout_hf.eval.bench import disk, readme, report, sessions, sessions_walk
 from scout_hf.eval.bench.options import Sessions
+from scout_hf.eval.records import read_record
 from tests.eval.figures import check_numbers
 from tests.eval.test_bench import TINY
 
@@ -41,6 +43,16 @@ def test_the_record_is_complete(record):
     assert all(one["n"] == 6 for one in limited["steps"].values()) and len(limited["steps"]) == 4
     assert limited["steps"]["limit"]["away_bytes"] > 0 == limited["steps"]["memory"]["away_bytes"]
     assert [row["name"] for row in record["targets"]] == [*sessions.NAMED]
+
+
+def test_it_is_read_back_and_told_in_markdown(record, tmp_path):
+    (tmp_path / "sessions.json").write_text(json.dumps(record))
+    text = readme.markdown(read_record(tmp_path / "sessions.json", "sessions"))
+    assert text.count("\n| ") == 12 and "| open them, cold | " in text
+    broken = record | {"save": {"bytes": 1}}
+    (tmp_path / "sessions.json").write_text(json.dumps(broken))
+    with pytest.raises(ConfigError, match="save"):
+        read_record(tmp_path / "sessions.json", "sessions")
 
 
 def test_targets_hold_or_not(record):
