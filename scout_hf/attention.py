@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 import warnings
 from typing import Any
 
@@ -96,7 +97,11 @@ def scout_attention(
     with torch.autocast(query.device.type, enabled=False) if mixed else contextlib.nullcontext():
         real = query if query.dtype == method.dtype else query.to(method.dtype)
         if step.queries == 1:
-            out = _finish(_checked(method, method.attend(step, real), real), query, kwargs.get("s_aux"))
+            begun = time.perf_counter()
+            result = _checked(method, method.attend(step, real), real)
+            if step.auto is not None:
+                step.auto.attended(time.perf_counter() - begun)
+            out = _finish(result, query, kwargs.get("s_aux"))
         elif method.length > step.queries:
             keys, values = key.to(method.dtype), value.to(method.dtype)
             out = _finish(method.attend_many(step, real, keys, values), query, kwargs.get("s_aux"))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from scout_hf.auto_budget import AutoBudget
 from scout_hf.awaited import Awaited
 from scout_hf.cache_layer import ScoutLayer
 from scout_hf.cache_reading import copy_as_dynamic, describe, iterate, refuse_saving
@@ -89,6 +90,7 @@ class ScoutCache(Cache):
         # Files that hold pages of it.
         self.files: tuple[OpenFile, ...] = ()
         self.padding, self.staging, self.log = Padding(), Staging(), TokenLog()
+        self.auto = AutoBudget()
         if not self.scout_layers:
             warnings.warn(
                 f"every layer of this {text.model_type} model has a sliding window or no attention at all: there is "

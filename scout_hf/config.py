@@ -8,6 +8,7 @@ import numbers
 from dataclasses import dataclass
 from typing import Any
 
+from scout_hf.auto_budget import SPARSE_TOKENS
 from scout_hf.errors import ConfigError
 from scout_hf.recall_intervals import RecallIntervals
 from scout_hf.sizes import bytes_of
@@ -32,9 +33,11 @@ class ScoutConfig:
         ``scout``, ``infinigen`` and ``hgca`` are sparse. All but ``scout`` always keep two tiers.
     method_options : dict or None, default None
         Settings of that method alone, documented at its class.
-    budget : int, float or None, default 2048
+    budget : {"auto"}, int, float or None, default "auto"
         Tokens attended per decode step, layer and KV head: an int counts tokens (at least one block), a float in
-        (0, 1] is a share of each row's context, ``None`` attends to everything. Sinks and window count in the budget,
+        (0, 1] is a share of each row's context, ``None`` attends to everything. ``auto``: everything, exactly, while
+        that costs little of a step, as measured; 2048 tokens beyond (with method ``scout`` on one tier and a CPU;
+        elsewhere always 2048). ``stats()`` tells from where on. Sinks and window count in the budget,
         and are attended even where they exceed it; the block that is being filled does not count. On two tiers a step
         also attends residents that are not in its top-k, as in the paper; it can exceed the budget by the CPU's share.
     mass : float or None, default None
@@ -122,7 +125,7 @@ class ScoutConfig:
 
     method: str = "scout"
     method_options: dict[str, Any] | None = None
-    budget: int | float | None = 2048
+    budget: int | float | str | None = "auto"
     mass: float | None = None
     block_size: int = 32
     sinks: int = 4
@@ -230,6 +233,11 @@ class ScoutConfig:
         return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)} | options)
 
     @property
+    def sparse_budget(self) -> int | float | None:
+        """``budget``, and that of sparse steps for ``"auto"``."""
+        return SPARSE_TOKENS if isinstance(self.budget, str) else self.budget
+
+    @property
     def attends_all(self) -> bool:
         """Whether all layers attend to all tokens: ``budget`` is None or 1.0, and ``mass`` takes nothing away."""
         return self.budget is None or (self.budget == 1.0 and self.mass is None)
@@ -255,10 +263,10 @@ class ScoutConfig:
         return -(-tokens // self.block_size)
 
     def _check_budget(self) -> None:
-        allowed = f"an int of at least one block ({self.block_size} tokens), a float in (0, 1], or None for everything"
-        if self.budget is None:
+        allowed = f"'auto', an int of at least one block ({self.block_size} tokens), a float in (0, 1], or None for all"
+        if self.budget is None or self.budget == "auto":
             return
-        if _is_int(self.budget):
+        if isinstance(self.budget, int) and _is_int(self.budget):
             if self.budget < self.block_size:
                 hint = "1.0 for the whole context, or None" if self.budget == 1 else "2048, or 0.1 for a tenth"
                 self._refuse("budget", allowed, hint)

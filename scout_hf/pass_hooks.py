@@ -163,7 +163,7 @@ class PassHooks:
         if step.queries == 1:
             if self.tracer is not None:
                 self.tracer.begin(step)
-            exact = self.is_exact(cache.scout_config)
+            exact = self._begin_step(step)
             self.counters.steps += 1
             self.counters.approximate_steps += not exact
         else:
@@ -174,6 +174,18 @@ class PassHooks:
         self.counters.pace.begin(step, inputs)
         cache.log.add(given, tokens - queries, exact, cache.guard.changes + 1)
         cache.guard.enter_pass(step)
+
+    def _begin_step(self, step: Step) -> bool:
+        """Whether a decode step is exact."""
+        config, kind = step.cache.scout_config, find_method(step.cache.scout_config.method)
+        if config.budget == "auto" and kind.may_attend_all(config, self._model.device):
+            step.auto, was = step.cache.auto, step.cache.auto.sparse_from
+            step.attends_all = step.auto.attends_all(step.tokens)
+            if step.auto.sparse_from != was:
+                self.counters.note("budget", step.auto.in_words())
+            step.auto.begin()
+            return step.attends_all and config.host_dtype is None
+        return self.is_exact(config)
 
     @keeps_tensors
     def close(self, module: torch.nn.Module, args: tuple[Any, ...], *given: Any) -> None:
@@ -192,6 +204,8 @@ class PassHooks:
             step.abort()
         else:
             step.cache.end_step()
+            if step.auto is not None:
+                step.auto.end(step.tokens, step.attends_all)
             self.counters.pace.end()
         if unread and output is not None:
             raise PatchError(

@@ -65,7 +65,7 @@ def profile_recall(handle: Any, prompts: Sequence[Any], steps: int, threshold: f
         intervals=intervals_below(threshold, mean),
         threshold=threshold,
         model_type=handle.model.config.get_text_config(decoder=True).model_type,
-        budget=handle.config.budget,
+        budget=handle.config.sparse_budget,
         block_size=handle.config.block_size,
     )
 

@@ -13,6 +13,7 @@ import torch
 if TYPE_CHECKING:
     from types import FrameType
 
+    from scout_hf.auto_budget import AutoBudget
     from scout_hf.cache import ScoutCache
     from scout_hf.counters import Counters
     from scout_hf.graph import Clock
@@ -93,6 +94,10 @@ class Step:
         that is not causal.
     shared : dict
         What layers of this pass share, by method.
+    auto : AutoBudget or None
+        Measures this decode step, with ``budget="auto"``.
+    attends_all : bool
+        Whether layers attend to all tokens in this decode step, whatever the budget is.
     depth : int
         Nested modules of this pass that are still running.
     clock : Clock or None
@@ -119,6 +124,8 @@ class Step:
     keys_values: Callable[..., tuple[torch.Tensor, torch.Tensor] | None] = makes_nothing
     plain_masks: list[Any] = field(default_factory=list)
     allowed: torch.Tensor | None = None
+    auto: AutoBudget | None = None
+    attends_all: bool = False
     shared: dict[str, Any] = field(default_factory=dict)
     depth: int = 1
     frame: FrameType | None = None

@@ -41,9 +41,10 @@ BASIS = ("scout_hf.errors", "scout_hf.files", "scout_hf.registry", "scout_hf.rul
 """What any room may import."""
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
-    "scout_hf.config": ("scout_hf.recall_intervals",),
+    "scout_hf.config": ("scout_hf.auto_budget", "scout_hf.recall_intervals"),
     "scout_hf.fusion": (),
     "scout_hf.cache": (
+        "scout_hf.auto_budget",
         "scout_hf.awaited",
         "scout_hf.cache_layer",
         "scout_hf.cache_reading",

@@ -129,6 +129,11 @@ class Method(ABC):
         """Whether every decode step is exact (all tokens, real query), for a model on that device."""
         return False
 
+    @classmethod
+    def may_attend_all(cls, config: ScoutConfig, device: torch.device) -> bool:
+        """Whether ``attend`` obeys ``step.attends_all``, and can tell in time how long it took."""
+        return False
+
     # -- hooks, in the order of a decode step -------------------------------------------------------------------
 
     def ahead(self, step: Step, query: torch.Tensor | None) -> None:
@@ -245,7 +250,7 @@ class Method(ABC):
         self.kv.crop(length)
 
     def mark(self) -> Any:
-        """The current state for ``rollback``, by reference (no copies of KV)."""
+        """The current state for ``rollback``, by reference."""
         return self.length
 
     def rollback(self, mark: Any) -> None:
@@ -273,12 +278,7 @@ class Method(ABC):
     def state_dict(self) -> State:
         """What this layer holds between two passes, as views that are valid until the next change.
 
-        A method that holds more than its ``kv`` extends it, and ``load_state_dict``.
-
-        Raises
-        ------
-        SavingError
-            If the method copies more than its ``kv`` when it forks, and does not say here what.
+        A method that holds more than its ``kv`` extends it, and ``load_state_dict``; SavingError if it does not.
         """
         self.drain()
         if _definer(self, "fork") < _definer(self, "state_dict"):

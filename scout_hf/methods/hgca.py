@@ -78,7 +78,7 @@ class HGCA(OffloadingMethod):
 
     @classmethod
     def is_exact(cls, config: ScoutConfig, device: torch.device) -> bool:
-        return config.budget in (None, 1.0) and (config.method_options or {}).get("threshold") == 0
+        return config.sparse_budget in (None, 1.0) and (config.method_options or {}).get("threshold") == 0
 
     # -- hooks --------------------------------------------------------------------------------------------------
 
@@ -183,7 +183,7 @@ class HGCA(OffloadingMethod):
     # -- the parts of a step ------------------------------------------------------------------------------------
 
     def _window_tokens(self) -> int:
-        budget = self.config.budget
+        budget = self.config.sparse_budget
         if self.config.resident is not None or budget is None:
             return self.config.resident or WINDOW_TOKENS
         return int(budget * self.kv.length) // 2 if isinstance(budget, float) else budget // 2
@@ -250,7 +250,7 @@ class HGCA(OffloadingMethod):
 
     def _most(self, step: Step | None) -> torch.Tensor | None:
         """The budget minus the window, in tokens per row; None for no limit."""
-        budget, window = self.config.budget, self.config.blocks(self._window_tokens()) * self.config.block_size
+        budget, window = self.config.sparse_budget, self.config.blocks(self._window_tokens()) * self.config.block_size
         if budget is None or self.config.is_dense(self.layer_idx):
             return None
         tokens: float | torch.Tensor = budget

@@ -74,7 +74,7 @@ class InfiniGen(OffloadingMethod):
 
     @classmethod
     def is_exact(cls, config: ScoutConfig, device: torch.device) -> bool:
-        return config.budget in (None, 1.0)
+        return config.sparse_budget in (None, 1.0)
 
     # -- hooks --------------------------------------------------------------------------------------------------
 
@@ -250,7 +250,7 @@ class InfiniGen(OffloadingMethod):
 
     def _most(self, step: Step, padding_mask: torch.Tensor | None) -> torch.Tensor:
         """The budget minus the window, in tokens per row."""
-        budget, device, window = self.config.budget, self.kv.device, self.window_blocks * self.config.block_size
+        budget, device, window = self.config.sparse_budget, self.kv.device, self.window_blocks * self.config.block_size
         if isinstance(budget, float):
             context = torch.full((self.batch,), step.tokens, dtype=torch.int64, device=device)
             if padding_mask is not None:

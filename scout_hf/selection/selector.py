@@ -334,7 +334,7 @@ class Selector:
 
     def count(self, step: Step, blocks: int) -> int | torch.Tensor | None:
         """The top-k size among the first ``blocks``, for all rows or for each; None if all are chosen."""
-        if self.dense or not blocks:
+        if self.dense or step.attends_all or not blocks:
             return None
         count = self._count(step, blocks)
         return None if isinstance(count, int) and count >= blocks and not self.by_mass else count
@@ -371,7 +371,7 @@ class Selector:
         return keep_mass(shares, limits.mass, limits.least, padding_mask, self.config.blocks(self.config.sinks))
 
     def _count(self, step: Step, blocks: int) -> int | torch.Tensor:
-        budget = self.config.budget
+        budget = self.config.sparse_budget
         # Whole blocks of the window, which are always attended; after a crop there may be fewer than configured.
         recent = min(self.config.blocks(self.config.window), max(0, step.tokens // self.config.block_size - blocks))
         if isinstance(budget, int):

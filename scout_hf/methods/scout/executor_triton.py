@@ -354,7 +354,7 @@ class TritonExecutor(Executor):
     # -- captured steps -------------------------------------------------------------------------------------------
 
     def capture_key(self, layer: Layer, step: Step) -> tuple[Any, ...] | None:
-        budget, kv, selector = layer.config.budget, layer.kv, layer.selector
+        budget, kv, selector = layer.config.sparse_budget, layer.kv, layer.selector
         ready = isinstance(self.handoff, Flags) and not self.handoff.lost
         if not ready or layer.config.mass is not None or (isinstance(budget, float) and budget < 1.0):
             return None

@@ -272,7 +272,7 @@ class TwoTierScout(OffloadingMethod):
         return min(self.config.blocks(tokens), held + max(SPARE_BLOCKS, held // 4))
 
     def _resident_tokens(self) -> int | float:
-        return self.config.resident or self.config.budget or DEFAULT_RESIDENT_TOKENS
+        return self.config.resident or self.config.sparse_budget or DEFAULT_RESIDENT_TOKENS
 
     def _by_share(self) -> bool:
         return isinstance(self._resident_tokens(), float)

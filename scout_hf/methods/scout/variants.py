@@ -41,6 +41,10 @@ class Scout(TwoTierScout):
         return config.attends_all and not predicts and config.host_dtype is None
 
     @classmethod
+    def may_attend_all(cls, config: ScoutConfig, device: torch.device) -> bool:
+        return device.type == "cpu" and not cls.has_two_tiers(config, device)
+
+    @classmethod
     def used_settings(cls, config: ScoutConfig, device: torch.device) -> frozenset[str]:
         on_host = frozenset() if device.type == "cpu" else ON_HOST
         if not cls.has_two_tiers(config, device):
