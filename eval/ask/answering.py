@@ -13,14 +13,15 @@ from transformers import TextStreamer
 
 import scout_hf
 from scout_hf import CACHE, PrefixStore, ScoutCache
-from scout_hf.errors import ConfigError
+from scout_hf.errors import ConfigError, SessionError
 from scout_hf.eval.ask.opening import config_of, listed, load_model, must_fit, progress, text_of
 from scout_hf.eval.ask.options import Ask
 from scout_hf.eval.ask.prompt import begin_ids, end_ids
 from scout_hf.eval.ask.texts import Text, choose, digest_of, model_word, note, texts_in
 from scout_hf.eval.settings import single_values_of
 from scout_hf.eval.stores import open_store
-from scout_hf.sessions import fingerprint
+from scout_hf.prefix import Piece
+from scout_hf.sessions import fingerprint, read_session
 
 
 @dataclass(frozen=True)
@@ -81,21 +82,48 @@ def run(options: Ask, tell: Callable[[str], Any]) -> None:
     must_fit(model, asked.name, len(begin), max(map(len, ends)) + options.new_tokens)
     tell(f"{asked.name}: {len(begin)} tokens; {options.model} was loaded in {loaded - begun:.1f} s")
     with scout_hf.patch(model, config, store=store) as handle:
-        if asked.content is None:
-            note(store, known)
-        else:
-            settings = [*settings, *options.set]
-            listed(handle, options.model, asked.name, digest_of(asked.content), begin, settings, plain)
-        since = time.perf_counter()
-        with progress(asked.name, len(begin)) as tick:
-            made = handle.read(torch.tensor([begin], dtype=torch.int64), tick, must_keep=False)
-        tell(f"found {made.found} tokens in the store, read {len(begin) - made.found}")
-        for question, end in zip(options.questions, ends):
-            if len(ends) > 1:
-                tell(f"> {question}")
-            answer = _answer(model, tokenizer, made.cache.fork(), [*begin, *end], options)
-            tell(f"first token after {answer.first - since:.2f} s, {answer.speed}")
-            since = time.perf_counter()
+        try:
+            if asked.content is None:
+                note(store, known)
+            else:
+                settings = [*settings, *options.set]
+                listed(handle, options.model, asked.name, digest_of(asked.content), begin, settings, plain)
+        except OSError as error:
+            tell(f"{asked.name} could not be listed in the store: {error}")
+        waiting = list(zip(options.questions, ends))
+        while waiting:
+            pieces: tuple[Piece, ...] = ()
+            try:
+                since = time.perf_counter()
+                with progress(asked.name, len(begin)) as tick:
+                    made = handle.read(torch.tensor([begin], dtype=torch.int64), tick, must_keep=False)
+                pieces = made.pieces
+                tell(f"found {made.found} tokens in the store, read {len(begin) - made.found}")
+                while waiting:
+                    question, end = waiting[0]
+                    if len(ends) > 1:
+                        tell(f"> {question}")
+                    answer = _answer(model, tokenizer, made.cache.fork(), [*begin, *end], options)
+                    tell(f"first token after {answer.first - since:.2f} s, {answer.speed}")
+                    del waiting[0]
+                    since = time.perf_counter()
+            except SessionError as error:
+                if not drop_damaged(store, pieces):
+                    raise
+                tell(f"{error}; it was removed, and is read again")
+
+
+def drop_damaged(store: PrefixStore, pieces: Sequence[Piece]) -> int:
+    """Remove the segments that are not what was written; how many these are."""
+    bad = []
+    for piece in pieces:
+        try:
+            read_session(piece.segment.path).check_pages()
+        except SessionError:
+            bad.append(piece.segment)
+    for segment in bad:
+        store.remove(segment)
+    return len(bad)
 
 
 def asked_about(options: Ask, store: PrefixStore) -> Asked:

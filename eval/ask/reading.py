@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 import scout_hf
-from scout_hf import Handle, PrefixStore
-from scout_hf.errors import ConfigError
+from scout_hf import Handle
+from scout_hf.errors import ConfigError, SessionError
 from scout_hf.eval.ask.opening import config_of, decoded, listed, load_model, must_fit, progress, text_of
 from scout_hf.eval.ask.options import Read
 from scout_hf.eval.ask.pace import in_words
@@ -21,7 +21,7 @@ from scout_hf.eval.ask.prompt import begin_ids
 from scout_hf.eval.ask.texts import digest_of
 from scout_hf.eval.stores import open_store
 from scout_hf.planner import ModelShape
-from scout_hf.prefix import Reading
+from scout_hf.prefix import Reading, block_hashes
 from scout_hf.sizes import in_words as size_in_words
 
 STANDARD_INPUT = "-"
@@ -40,7 +40,7 @@ def run(options: Read, tell: Callable[[str], Any], write: Callable[[str], Any]) 
     ids = {name: begin_ids(tokenizer, content, options.plain, options.tokens) for name, content in texts.items()}
     for name, one in ids.items():
         must_fit(model, name, len(one), FOR_QUESTIONS)
-        must_have_place(model, store, name, len(one))
+        must_be_within(store.limit, model, name, len(one))
     with scout_hf.patch(model, config, store=store) as handle:
         for name, content in texts.items():
             write(_read(handle, options, name, content, ids[name], tell))
@@ -54,36 +54,59 @@ def contents(options: Read) -> dict[str, str]:
         raise ConfigError(f"--name {options.name} is for one text, and there are {len(options.texts)}; add --together")
     parts: dict[str, str] = {}
     for path in options.texts:
-        name = "standard input" if str(path) == STANDARD_INPUT else path.name
+        name = "standard input" if str(path) == STANDARD_INPUT else printable(path.name)
         if name in parts and not options.together:
             raise ConfigError(f"two texts have the name {name}: read them one by one, each with a --name")
         content = decoded(sys.stdin.buffer.read(), name) if str(path) == STANDARD_INPUT else text_of(path)
         parts[str(path) if options.together else name] = content
     if options.together:
         more = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
-        parts = {f"{options.texts[0].name}{more}": "\n\n".join(parts.values())}
-    return {options.name: next(iter(parts.values()))} if options.name else parts
+        parts = {f"{printable(options.texts[0].name)}{more}": "\n\n".join(parts.values())}
+    return {printable(options.name): next(iter(parts.values()))} if options.name else parts
 
 
-def must_have_place(model: Any, store: PrefixStore, name: str, tokens: int) -> None:
-    """ConfigError if keys and values of a text are larger than the store may be, or than what is free on its disk."""
+def printable(name: str) -> str:
+    """A name without what a terminal or a file in UTF-8 would not show."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
+
+
+def must_be_within(limit: int, model: Any, name: str, tokens: int) -> None:
+    """ConfigError if keys and values of a text are larger than the store may be."""
+    size = kv_bytes(model, tokens)
+    if size > limit:
+        raise ConfigError(
+            f"{name} has {tokens} tokens, whose keys and values take about {size_in_words(size)}, and the store is "
+            f"limited to {size_in_words(limit)}; try --store-limit {-(-size * 5 // (4 << 20))}MiB, or --tokens for its "
+            "beginning"
+        )
+
+
+def must_have_place(handle: Handle, name: str, ids: list[int]) -> None:
+    """ConfigError if the disk of the store has no room for what is not there yet."""
+    root, store = handle.read(torch.tensor(ids[:1], dtype=torch.int64)).root, handle.store
+    block = handle.config.block_size
+    hashes = block_hashes(ids, block, root)
+    pieces = store.find(root, hashes, "") if hashes else []
+    size = kv_bytes(handle.model, len(ids) // block * block - (pieces[-1].end * block if pieces else 0))
+    free = shutil.disk_usage(store.folder).free
+    if size > free:
+        raise ConfigError(
+            f"the rest of {name} takes about {size_in_words(size)}, and {store.folder} has {size_in_words(free)} free; "
+            "try another --store, or scout-hf session prune"
+        )
+
+
+def kv_bytes(model: Any, tokens: int) -> int:
+    """About how much the keys and values of so many tokens take; 0 for models whose size is not known before."""
     try:
         shape = replace(ModelShape.of(model.config), item=model.dtype.itemsize)
     except ConfigError:
-        return  # a kind of model whose size is not known before
-    size = tokens * shape.full * shape.kv_bytes
-    wanted = f"{name} has {tokens} tokens, whose keys and values take about {size_in_words(size)}"
-    if size > store.limit:
-        raise ConfigError(
-            f"{wanted}, and the store is limited to {size_in_words(store.limit)}; try --store-limit "
-            f"{-(-size * 5 // (4 << 20))}MiB, or --tokens for its beginning"
-        )
-    free = shutil.disk_usage(store.folder).free
-    if size > free:
-        raise ConfigError(f"{wanted}, and {store.folder} has {size_in_words(free)} free; try another --store")
+        return 0
+    return tokens * shape.full * shape.kv_bytes
 
 
 def _read(handle: Handle, options: Read, name: str, content: str, ids: list[int], tell: Callable[[str], Any]) -> str:
+    must_have_place(handle, name, ids)
     text = torch.tensor([ids], dtype=torch.int64)
     if not options.unlisted:
         listed(handle, options.model, name, digest_of(content), ids, list(options.set), options.plain)
@@ -96,6 +119,9 @@ def _read(handle: Handle, options: Read, name: str, content: str, ids: list[int]
 
     with progress(name, len(ids)) as show:
         try:
+            made = handle.read(text, tick)
+        except SessionError as error:
+            tell(f"{name}: {error}; it was removed, and is read again")
             made = handle.read(text, tick)
         except KeyboardInterrupt:
             tell(

@@ -87,13 +87,7 @@ class Text:
     def pieces(self, store: PrefixStore) -> list[Piece]:
         """Where the store has it; its first tokens only, if others had to leave."""
         hashes = block_hashes(np.asarray(self.ids), self.block_size, self.root)
-        pieces = store.find(self.root, hashes, "") if hashes else []
-        return pieces
-
-    def kept(self, store: PrefixStore) -> int:
-        """Tokens of it that the store has."""
-        pieces = self.pieces(store)
-        return pieces[-1].end * self.block_size if pieces else 0
+        return store.find(self.root, hashes, "") if hashes else []
 
 
 def digest_of(content: str) -> str:
@@ -112,6 +106,7 @@ def note(store: PrefixStore, one: Text) -> Text:
     word = hashlib.blake2b(f"{one.root} {one.ids}".encode(), digest_size=16).hexdigest()
     path = folder / f"{word}.json"
     write_text(path, json.dumps(said))
+    path.chmod(0o600)
     return replace(one, at=said["at"], path=path)
 
 

@@ -20,6 +20,7 @@ from scout_hf.eval.kept.entries import (
     TEXT,
     Entry,
     entries_of,
+    folder_bytes,
     is_session,
     is_store,
     session_entry,
@@ -66,17 +67,23 @@ def _table(found: Sequence[Entry]) -> Table:
     for entry in found:
         tokens = str(entry.tokens) if entry.kept == entry.tokens else f"{entry.kept} of {entry.tokens}"
         made, what = entry.made.get("at", NONE)[:10], "damaged" if entry.problem else entry.what
-        table.add_row(entry.name, what, entry.model or NONE, tokens, in_words(entry.size), _when(entry.used), made)
+        table.add_row(entry.name, what, entry.model or NONE, tokens, in_words(entry.size), _in_short(entry.used), made)
     return table
 
 
 def _own_sizes(found: Sequence[Entry]) -> dict[Path, int]:
     """Bytes of each folder once, though texts may share it."""
-    return {path: sum(file.stat().st_size for file in path.iterdir()) for entry in found for path in entry.folders}
+    return {path: folder_bytes(path) for entry in found for path in entry.folders}
 
 
 def _when(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
+
+
+def _in_short(seconds: float) -> str:
+    """The time of today, else the day."""
+    day, _, clock = _when(seconds).partition(" ")
+    return clock if day == datetime.now().strftime("%Y-%m-%d") else day
 
 
 def info(options: Info, write: Write, tell: Write) -> bool:

@@ -99,7 +99,7 @@ def entries_of(path: Path) -> Iterator[Entry]:
 
 def session_entry(path: Path) -> Entry:
     """A saved session; of a damaged one what can be known."""
-    size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    size = folder_bytes(path)
     used = (path / ABOUT).stat().st_mtime
     try:
         said = read_about(path)
@@ -108,6 +108,14 @@ def session_entry(path: Path) -> Entry:
     tokens = said["about"].get("tokens")
     tokens = tokens if isinstance(tokens, int) else 0
     return Entry(SESSION, str(path), _model_type(said), tokens, tokens, size, used, said["made"], (path,))
+
+
+def folder_bytes(path: Path) -> int:
+    """Of the files in a folder; 0 if another process has removed it."""
+    try:
+        return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    except FileNotFoundError:
+        return 0
 
 
 def store_entries(store: PrefixStore) -> Iterator[Entry]:
@@ -130,35 +138,34 @@ def text_entry(store: PrefixStore, text: Text) -> Entry:
     pieces = text.pieces(store)
     segments = [piece.segment for piece in pieces]
     kept = pieces[-1].end * text.block_size if pieces else 0
-    model, made = _first_said(segments)
+    said = _first_said(segments)
     return Entry(
         TEXT,
         text.name,
-        model,
+        _model_type(said),
         len(text.ids),
         kept,
         sum(segment.size for segment in segments),
         max((segment.used for segment in segments), default=text.at),
-        made,
+        said.get("made", {}),
         tuple(segment.path for segment in segments),
         text,
     )
 
 
 def _others(segments: list[Segment]) -> Entry:
-    model, made = _first_said(segments)
-    said = read_about(segments[0].path)
-    block = said["settings"].get("block_size")
+    said = _first_said(segments)
+    block = said.get("settings", {}).get("block_size")
     tokens = sum(segment.end - segment.first for segment in segments) * (block if isinstance(block, int) else 0)
     return Entry(
         OTHERS,
         f"{len(segments)} segment{'s' * (len(segments) > 1)}",
-        model,
+        _model_type(said),
         tokens,
         tokens,
         sum(segment.size for segment in segments),
         max(segment.used for segment in segments),
-        made,
+        said.get("made", {}),
         tuple(segment.path for segment in segments),
     )
 
@@ -171,15 +178,15 @@ def unreadable(store: PrefixStore) -> list[Path]:
     return sorted(path for path in inside if path not in known)
 
 
-def _first_said(segments: Iterable[Segment]) -> tuple[str | None, dict[str, str]]:
+def _first_said(segments: Iterable[Segment]) -> dict[str, Any]:
+    """What the first of them that is still there says of itself."""
     for segment in segments:
         with contextlib.suppress(SessionError):
-            said = read_about(segment.path)
-            return _model_type(said), said["made"]
-    return None, {}
+            return read_about(segment.path)
+    return {}
 
 
 def _model_type(said: dict[str, Any]) -> str | None:
-    config = said["model"].get("config")
+    config = said.get("model", {}).get("config")
     kind = config.get("model_type") if isinstance(config, dict) else None
     return kind if isinstance(kind, str) else None

@@ -334,8 +334,9 @@ def test_texts_that_do_not_fit_are_refused(place, folder, tokenizer, monkeypatch
     _, errors = told(call("ask", folder, QUESTION, "--text", "long.txt"), 2)
     assert "try --tokens" in errors
     monkeypatch.setattr(reading.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    _, errors = told(call("read", folder, "text.txt"), 2)
-    assert "has 1000 bytes free; try another --store" in errors
+    told(call("read", folder, "text.txt"))  # which is there already
+    _, errors = told(call("read", folder, "text.txt", "--store", "x"), 2)
+    assert "the rest of text.txt takes about " in errors and "has 1000 bytes free; try another --store" in errors
 
 
 def test_other_weights_and_other_models_do_not_take_a_text(place, folder, tmp_path):
@@ -353,3 +354,44 @@ def test_other_weights_and_other_models_do_not_take_a_text(place, folder, tmp_pa
     assert "text.txt was read with other weights than" in errors and "--text" in errors
     one.write_text(one.read_text()[:-20])
     assert "the store has no texts" in told(call("ask", changed, QUESTION), 2)[1]
+
+
+def test_damage_is_read_again(place, folder, stock, small_pieces):
+    """It shows when the text is attended: in the pass of the question, or of what is read behind it."""
+    told(call("read", folder, "text.txt", *EXACT))
+    for again in ("ask", "read"):
+        second = sorted(PrefixStore("cache/store").segments(), key=lambda one: one.first)[1]
+        data = bytearray((second.path / "pages.safetensors").read_bytes())
+        data[-1] ^= 1
+        (second.path / "pages.safetensors").write_bytes(data)
+        if again == "ask":
+            out, errors = told(call("ask", folder, QUESTION, "Why?", "--new-tokens", NEW))
+            assert out.split() == f"{stock()} {stock('Why?')}".split()
+            assert [int(each) for each in re.findall(r"found (\d+) tokens", errors)][1:] == [128]
+        else:
+            Path("text.txt").write_text(TEXT + TEXT)
+            out, errors = told(call("read", folder, "text.txt", *EXACT))
+            assert "text.txt: found 128 tokens" in out
+        assert errors.count("is damaged: ") == 1 and "it was removed, and is read again" in errors
+
+
+def test_a_store_that_cannot_be_written_to_serves_questions(place, folder, monkeypatch):
+    told(call("read", folder, "text.txt"))
+
+    def fails(*given, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("scout_hf.eval.ask.texts.write_text", fails)
+    for text in ([], ["--text", place / "text.txt"]):
+        _, errors = told(call("ask", folder, QUESTION, "--new-tokens", 1, *text))
+        assert found(errors) > 500 and "text.txt could not be listed in the store: " in errors
+
+
+def test_names_are_shown_as_they_are_and_notes_are_private(place, folder):
+    odd = Path("a\x1b[31m\udcff.txt")
+    odd.write_text(TEXT)
+    out, _ = told(call("read", folder, odd))
+    assert out.startswith("a?[31m?.txt: found 0")
+    (one,) = texts_in(PrefixStore("cache/store"))
+    assert one.name == "a?[31m?.txt"
+    assert one.path.stat().st_mode & 0o077 == one.path.parent.stat().st_mode & 0o077 == 0

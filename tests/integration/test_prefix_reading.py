@@ -127,6 +127,19 @@ def test_a_full_disk(tmp_path, monkeypatch):
         assert (made.tokens, made.kept, made.pieces) == (56, 0, ()) and made.cache.get_seq_length() == 56
 
 
+def test_a_damaged_text_is_read_again(tmp_path):
+    model, text = one_llama(), prompt(1, 125)
+    with scout_hf.patch(model, store=tmp_path, **ONE_TIER) as handle:
+        pages = handle.read(text).pieces[1].segment.path / "pages.safetensors"
+        data = bytearray(pages.read_bytes())
+        data[-1] ^= 1
+        pages.write_bytes(data)
+        with pytest.raises(scout_hf.SessionError):
+            handle.read(torch.cat([text, prompt(1, 50, seed=4)], dim=1))
+        made = handle.read(text)
+        assert (made.found, made.kept) == (48, 120)
+
+
 def test_what_is_no_text_is_refused(tmp_path):
     model = one_llama()
     with scout_hf.patch(model) as handle, pytest.raises(scout_hf.ConfigError, match="needs a store .* try patch"):
