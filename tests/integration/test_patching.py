@@ -50,7 +50,7 @@ def test_removal_is_exact(options, way):
     [
         (ONE_TIER, "method='scout', budget=None, exact"),
         (LOSSY | {"budget": 0.25}, "method='scout', budget=0.25, not exact"),
-        ({"method": "dense"}, "method='dense', budget=2048, exact"),
+        ({"method": "dense"}, "method='dense', budget='auto', exact"),
         ({"mass": 0.9, "budget": 1.0}, "method='scout', budget=1.0, mass=0.9, not exact"),
     ],
 )
