@@ -90,7 +90,7 @@ class Selector:
         self._kernels = find_kernels_for(config.gpu_kernels, keys)
         self._early: int | None = None  # first block encoded before its padding mask was known
         self._query_power: torch.Tensor | None = None
-        self._scale = keys.shape[-1] ** -0.5
+        self._scale, self._like = keys.shape[-1] ** -0.5, keys[:, :, :0]
 
     @property
     def digest(self) -> Digest:
@@ -424,13 +424,16 @@ class Selector:
         ``batch`` rows of ``heads`` KV heads, of which at most ``blocks`` have codes, on ``device``. SessionError if it
         does not fit.
         """
-        power, scale = maybe_tensor_in(state, "query_power", (batch, heads, None)), number_in(state, "scale")
+        dim = self._like.shape[3]
+        power, scale = maybe_tensor_in(state, "query_power", (batch, heads, dim)), number_in(state, "scale")
         early, fitted = maybe_count_in(state, "early", blocks), count_in(state, "fitted_blocks")
         blindly, coded = flag_in(state, "fitted_blindly"), self._coded
         if state.get("digest") == self.digest.name and not self.dense:
-            codes = maybe_tensor_in(state, "codes", (batch, heads, None, None))
             digest, table = make_digest(self.digest.name), DigestTable()
             digest.load_state_dict(state_in(state, "constants"), batch, device)
+            one = digest.encode(self._like.new_zeros((batch, heads, 1, self.config.block_size, dim)), None)
+            # Native code reads as many bytes as it expects.
+            codes = maybe_tensor_in(state, "codes", (batch, heads, None, one.shape[3]), one.dtype)
             if codes is not None and codes.shape[2] > blocks:
                 raise SessionError(f"there are codes of {codes.shape[2]} blocks, and {blocks} blocks")
             if codes is not None:

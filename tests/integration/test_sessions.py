@@ -409,3 +409,21 @@ def test_a_link_stays_a_link(tmp_path):
             talk.cache.save(tmp_path / "link")
     assert (tmp_path / "link").is_symlink() and sorted(os.listdir(tmp_path)) == ["disk", "link"]
     assert ScoutCache.load(tmp_path / "disk", model).get_seq_length() == talk.cache.get_seq_length()
+
+
+@pytest.mark.parametrize("name", ["sparse", "min/max", "two tiers"])
+@pytest.mark.parametrize("change", ["narrower", "another dtype", "query power"])
+def test_codes_that_native_code_would_read_beyond_are_refused(name, change):
+    """A session that was edited by hand, with all hashes made anew."""
+    model = one_llama()
+    with scout_hf.patch(model, **SETTINGS[name]) as handle:
+        layer = begun(model, handle, INPUTS["one row"]).cache.layers[1]
+    state = layer.state_dict()
+    selector = state["method"]["selector"]
+    if change == "query power":
+        selector["query_power"] = torch.zeros(1, 2, 3)
+    else:
+        codes = selector["codes"]
+        selector["codes"] = codes[..., :-1] if change == "narrower" else codes.to(torch.int16)
+    with pytest.raises(SessionError, match="query_power" if change == "query power" else "codes"):
+        type(layer)(layer.config, 1).load_state_dict(state, torch.device("cpu"))
