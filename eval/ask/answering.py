@@ -87,7 +87,8 @@ def run(options: Ask, tell: Callable[[str], Any]) -> None:
                 note(store, known)
             else:
                 settings = [*settings, *options.set]
-                listed(handle, options.model, asked.name, digest_of(asked.content), begin, settings, plain)
+                name = asked.name if known is None else known.name
+                listed(handle, options.model, name, digest_of(asked.content), begin, settings, plain)
         except OSError as error:
             tell(f"{asked.name} could not be listed in the store: {error}")
         waiting = list(zip(options.questions, ends))

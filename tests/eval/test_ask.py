@@ -237,6 +237,13 @@ def test_together_by_name_from_the_standard_input_and_plain(place, folder, token
     assert found(errors) == len(both.ids) // 32 * 32
 
 
+def test_a_name_stays_when_the_text_is_asked_by_its_file(place, folder):
+    told(call("read", folder, "text.txt", "--name", "novel"))
+    for text in ("text.txt", "novel"):
+        assert found(told(call("ask", folder, QUESTION, "--new-tokens", 1, "--text", text))[1]) > 500
+    assert [one.name for one in texts_in(PrefixStore("cache/store"))] == ["novel"]
+
+
 def test_dtype_and_settings_of_the_reading_are_those_of_the_asking(place, folder):
     told(call("read", folder, "text.txt", "--dtype", "bfloat16", "--set", "block_size=64"))
     for more in ([], ["--text", place / "text.txt"], ["--set", "budget=256"]):
