@@ -431,9 +431,11 @@ class Selector:
         if state.get("digest") == self.digest.name and not self.dense:
             digest, table = make_digest(self.digest.name), DigestTable()
             digest.load_state_dict(state_in(state, "constants"), batch, device)
-            one = digest.encode(self._like.new_zeros((batch, heads, 1, self.config.block_size, dim)), None)
-            # Native code reads as many bytes as it expects.
-            codes = maybe_tensor_in(state, "codes", (batch, heads, None, one.shape[3]), one.dtype)
+            codes = maybe_tensor_in(state, "codes", (batch, heads, None, None))
+            if codes is not None:  # a digest that was never fitted has none, and could encode nothing
+                one = digest.encode(self._like.new_zeros((batch, heads, 1, self.config.block_size, dim)), None)
+                # Native code reads as many bytes as it expects.
+                codes = maybe_tensor_in(state, "codes", (batch, heads, None, one.shape[3]), one.dtype)
             if codes is not None and codes.shape[2] > blocks:
                 raise SessionError(f"there are codes of {codes.shape[2]} blocks, and {blocks} blocks")
             if codes is not None:

@@ -109,6 +109,16 @@ def test_a_loaded_cache_goes_on_bitwise(options, inputs, tmp_path):
         assert_goes_on(begun(model, handle, inputs), tmp_path / "kv")
 
 
+@pytest.mark.parametrize("name", ["sparse", "min/max", "two tiers"])
+def test_a_text_shorter_than_a_block(name, tmp_path):
+    """No digest is fitted yet."""
+    model = one_llama()
+    with scout_hf.patch(model, **SETTINGS[name]) as handle:
+        talk = Conversation(model, handle.new_cache(), {"input_ids": prompt(1, 5)})
+        talk.read()
+        assert_goes_on(talk, tmp_path / "kv")
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["sparse", "two tiers", "hgca", "kvpr"])
 @pytest.mark.thin(3)
