@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 SPARSE_TOKENS = 2048
 """The budget of sparse steps."""
@@ -15,25 +18,65 @@ LEAST = SPARSE_TOKENS
 """Contexts up to this are always attended wholly."""
 
 SCORING = 1 / 10
-"""Share of the bytes of keys and values that selection reads, at most (codes of two bits in bf16)."""
+"""Share of the bytes of keys and values that selection reads, about (codes of two bits beside bf16)."""
 
-MEASURED = 2
-"""Exact steps that are measured before the first sparse one."""
-
-NEWEST = 0.25
-"""Weight of the newest step in a mean."""
+MEASURED, NEWEST = 5, 15
+"""Steps of a kind that must have been measured before they count, and how many of the newest do; their median does."""
 
 AGAIN = 1.25
 """Where sparse steps turn out to be no faster, they are tried again when the context has grown so many times."""
+
+
+class Exact(NamedTuple):
+    """Seconds of an exact step: of attention per token of the context, and of all that is not attention."""
+
+    per_token: float
+    rest: float
+
+
+class Rates:
+    """What steps of a patched model take on this machine, with so many rows; shared by its caches."""
+
+    def __init__(self) -> None:
+        self._exact: deque[Exact] = deque(maxlen=NEWEST)
+        self._sparse: deque[float] = deque(maxlen=NEWEST)
+        self._warm = False
+
+    @property
+    def exact(self) -> Exact | None:
+        """Of an exact step; None until enough were measured."""
+        steps = list(self._exact)
+        if len(steps) < MEASURED:
+            return None
+        return Exact(statistics.median(step[0] for step in steps), statistics.median(step[1] for step in steps))
+
+    @property
+    def sparse(self) -> float | None:
+        """Seconds of attention in a sparse step; None until enough were measured."""
+        steps = list(self._sparse)
+        return statistics.median(steps) if len(steps) >= MEASURED else None
+
+    def add(self, attention: float, rest: float, tokens: int, exact: bool) -> None:
+        """A step with so many tokens per row took so many seconds."""
+        if not self._warm:
+            self._warm = True  # the first step also makes what later ones use again
+        elif exact:
+            self._exact.append(Exact(attention / tokens, rest))
+        else:
+            self._sparse.append(attention)
+
+    def forget_sparse(self) -> None:
+        """Measure sparse steps anew."""
+        self._sparse.clear()
 
 
 @dataclass
 class AutoBudget:
     """Decides for one cache, step by step, whether a decode step attends to all tokens.
 
-    What reading keys and values takes is measured in its own exact steps, beside the rest of the step, which is mostly
-    the weights. So the turning point depends on the model, the batch and the machine, and may differ a little from run
-    to run.
+    What reading keys and values takes is measured in exact steps, beside the rest of the step, which is mostly the
+    weights. So the turning point depends on the model, the batch and the machine, and may differ a little from run to
+    run.
 
     Attributes
     ----------
@@ -45,34 +88,30 @@ class AutoBudget:
 
     sparse_from: int | None = None
     saving: float = 0.0
-    _exact_steps: int = 0
-    _per_token: float = 0.0
-    _rest: float = 0.0
-    _sparse: float | None = None
     _not_before: int = field(default_factory=lambda: LEAST)
     _begun: float = 0.0
     _attention: float = 0.0
 
-    def attends_all(self, tokens: int) -> bool:
+    def attends_all(self, tokens: int, rates: Rates) -> bool:
         """Whether the next step, with so many tokens per row, attends to all of them."""
-        if tokens <= self._not_before:
+        known = rates.exact
+        if tokens <= self._not_before or known is None:
             self.sparse_from = None
             return True
-        if self._exact_steps <= MEASURED:
+        whole, measured = known.per_token * tokens, rates.sparse
+        if measured is not None and measured >= whole:
+            rates.forget_sparse()
+            self._not_before, self.sparse_from = int(tokens * AGAIN), None
             return True
-        whole = self._per_token * tokens
-        if self._sparse is not None and self._sparse >= whole:
-            self._not_before, self._sparse, self.sparse_from = int(tokens * AGAIN), None, None
-            return True
-        left = whole * min(1.0, SPARSE_TOKENS / tokens + SCORING) if self._sparse is None else self._sparse
+        left = whole * min(1.0, SPARSE_TOKENS / tokens + SCORING) if measured is None else measured
         saved = whole - left
         # Once sparse, it stays so unless that gains nothing: two kinds of steps in turn would help nobody.
         wanted = WORTH if self.sparse_from is None else WORTH / 4
-        if saved <= wanted * (self._rest + left):
+        if saved <= wanted * (known.rest + left):
             self.sparse_from = None
             return True
         if self.sparse_from is None:
-            self.sparse_from, self.saving = tokens, saved / (self._rest + whole)
+            self.sparse_from, self.saving = tokens, saved / (known.rest + whole)
         return False
 
     def in_words(self) -> str:
@@ -92,20 +131,6 @@ class AutoBudget:
         """A layer's attention took so long."""
         self._attention += seconds
 
-    def end(self, tokens: int, exact: bool) -> None:
+    def end(self, tokens: int, exact: bool, rates: Rates) -> None:
         """The step succeeded."""
-        rest = time.perf_counter() - self._begun - self._attention
-        if not exact:
-            self._sparse = _mean(self._sparse, self._attention)
-            self._rest = _mean(self._rest, rest)
-            return
-        self._exact_steps += 1
-        if self._exact_steps == 1:
-            return  # the first step also makes what later ones use again
-        first = self._exact_steps == 2
-        self._per_token = _mean(None if first else self._per_token, self._attention / tokens)
-        self._rest = _mean(None if first else self._rest, rest)
-
-
-def _mean(before: float | None, newest: float) -> float:
-    return newest if before is None else before + NEWEST * (newest - before)
+        rates.add(self._attention, time.perf_counter() - self._begun - self._attention, tokens, exact)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import sys
 import weakref
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from scout_hf.ahead import Parts
+from scout_hf.auto_budget import Rates
 from scout_hf.awaited import hooks_reached
 from scout_hf.cache import ScoutCache
 from scout_hf.changes import Changes, Hook, call_all
@@ -53,6 +55,8 @@ class PassHooks:
         Shared by all steps of this model, see :class:`scout_hf.step.Step`.
     running : RunningPasses
         Passes that are running, in any thread.
+    rates : dict of Rates
+        What decode steps take, by rows and what else counts.
     tracer : Tracer or None
         Records decode steps while a trace is open.
     kv_bytes, huge_page_bytes
@@ -69,6 +73,7 @@ class PassHooks:
         self.movers, self.links = Workers(), Links()
         self.counters, self.monitor = Counters(), Monitor()
         self.running = RunningPasses()
+        self.rates: dict[Any, Rates] = collections.defaultdict(Rates)
         self.stock_warnings = StockWarnings(type(model).__name__)
         self.tracer: Tracer | None = None
         self.kv_bytes: dict[str, int] = {}
@@ -163,7 +168,7 @@ class PassHooks:
         if step.queries == 1:
             if self.tracer is not None:
                 self.tracer.begin(step)
-            exact = self._begin_step(step)
+            exact = self._begin_step(step, rows)
             self.counters.steps += 1
             self.counters.approximate_steps += not exact
         else:
@@ -175,12 +180,13 @@ class PassHooks:
         cache.log.add(given, tokens - queries, exact, cache.guard.changes + 1)
         cache.guard.enter_pass(step)
 
-    def _begin_step(self, step: Step) -> bool:
+    def _begin_step(self, step: Step, rows: int) -> bool:
         """Whether a decode step is exact."""
         config, kind = step.cache.scout_config, find_method(step.cache.scout_config.method)
         if config.budget == "auto" and kind.may_attend_all(config, self._model.device):
             step.auto, was = step.cache.auto, step.cache.auto.sparse_from
-            step.attends_all = step.auto.attends_all(step.tokens)
+            step.rates = self.rates[rows, config.host_dtype, config.block_size, config.mass]
+            step.attends_all = step.auto.attends_all(step.tokens, step.rates)
             if step.auto.sparse_from != was:
                 self.counters.note("budget", step.auto.in_words())
             step.auto.begin()
@@ -204,8 +210,8 @@ class PassHooks:
             step.abort()
         else:
             step.cache.end_step()
-            if step.auto is not None:
-                step.auto.end(step.tokens, step.attends_all)
+            if step.auto is not None and step.rates is not None:
+                step.auto.end(step.tokens, step.attends_all, step.rates)
             self.counters.pace.end()
         if unread and output is not None:
             raise PatchError(

@@ -13,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from types import FrameType
 
-    from scout_hf.auto_budget import AutoBudget
+    from scout_hf.auto_budget import AutoBudget, Rates
     from scout_hf.cache import ScoutCache
     from scout_hf.counters import Counters
     from scout_hf.graph import Clock
@@ -96,6 +96,8 @@ class Step:
         What layers of this pass share, by method.
     auto : AutoBudget or None
         Measures this decode step, with ``budget="auto"``.
+    rates : Rates or None
+        What such steps took before.
     attends_all : bool
         Whether layers attend to all tokens in this decode step, whatever the budget is.
     depth : int
@@ -125,6 +127,7 @@ class Step:
     plain_masks: list[Any] = field(default_factory=list)
     allowed: torch.Tensor | None = None
     auto: AutoBudget | None = None
+    rates: Rates | None = None
     attends_all: bool = False
     shared: dict[str, Any] = field(default_factory=dict)
     depth: int = 1

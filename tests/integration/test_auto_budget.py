@@ -8,21 +8,22 @@ from scout_hf import CACHE, ConfigError, ScoutCache, auto_budget
 from tests.integration.common import assert_close, left_padded, llama, one_llama, prompt, run
 
 SMALL = {"block_size": 8, "window": 8}
+TURN = 150 + auto_budget.MEASURED + 2
+"""The first step of a prompt of 150 tokens warms up, the others are measured."""
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """Sparse steps of 32 tokens, and contexts of a tiny model in which attention is all that counts."""
+    """Sparse steps of 32 tokens, on a machine where nothing but attention takes time."""
     monkeypatch.setattr(auto_budget, "SPARSE_TOKENS", 32)
     monkeypatch.setattr("scout_hf.config.SPARSE_TOKENS", 32)
     monkeypatch.setattr(auto_budget, "LEAST", 64)
-    monkeypatch.setattr(auto_budget.AutoBudget, "end", lambda auto, tokens, exact: measured(auto, exact))
+    add = auto_budget.Rates.add
 
+    def on_such_a_machine(rates, attention, rest, tokens, exact):
+        add(rates, float(tokens if exact else 32), 0.0, tokens, exact)
 
-def measured(auto, exact, per_token=1.0):
-    """As on a machine where nothing but attention takes time."""
-    auto._exact_steps += exact
-    auto._per_token, auto._rest = per_token, 0.0
+    monkeypatch.setattr(auto_budget.Rates, "add", on_such_a_machine)
 
 
 def test_it_is_the_default_and_short_contexts_are_exact():
@@ -44,15 +45,15 @@ def test_it_turns_sparse_and_says_since_when(small, inputs):
         cache = handle.new_cache()
         output = run(model, inputs, 12, **{CACHE: cache})
         stats = handle.stats()
-        assert not stats.exact and cache.auto.sparse_from == 154
-        assert any("from a context of 154 tokens on" in note for note in stats.notes)
+        assert not stats.exact and cache.auto.sparse_from == TURN
+        assert any(f"from a context of {TURN} tokens on" in note for note in stats.notes)
         assert stats.attended_tokens < stats.context_tokens
         # What the store may keep ends with the last exact step.
-        assert cache.log.held(cache.get_seq_length(), cache.guard.changes).exact == 153
+        assert cache.log.held(cache.get_seq_length(), cache.guard.changes).exact == TURN - 1
     with scout_hf.patch(model, budget=None, **SMALL):
         exact = run(model, inputs, 12)
-    assert torch.equal(output.sequences[:, :154], exact.sequences[:, :154])
-    assert_close_until(output, exact, 4)
+    assert torch.equal(output.sequences[:, :TURN], exact.sequences[:, :TURN])
+    assert_close_until(output, exact, TURN - 150)
 
 
 def assert_close_until(got, wanted, steps):
@@ -68,7 +69,7 @@ def test_each_cache_and_fork_decides_for_itself(small):
         fork = cache.fork()
         fork.crop(-100)
         model(ids[:, :1], **{CACHE: fork})
-        assert fork.auto.sparse_from is None and cache.auto.sparse_from == 154
+        assert fork.auto.sparse_from is None and cache.auto.sparse_from == TURN
         other = handle.new_cache(budget=None)
         handle.reset_stats()
         run(model, ids, 12, **{CACHE: other})

@@ -3,7 +3,7 @@
 import pytest
 
 from scout_hf import auto_budget
-from scout_hf.auto_budget import LEAST, AutoBudget
+from scout_hf.auto_budget import LEAST, MEASURED, AutoBudget, Rates
 
 
 class Machine:
@@ -11,7 +11,7 @@ class Machine:
 
     def __init__(self, monkeypatch, rest=0.05, token=1e-6, sparse_token=1e-6, score=0.08e-6):
         self.rest, self.token, self.sparse_token, self.score = rest, token, sparse_token, score
-        self.now, self.auto = 0.0, AutoBudget()
+        self.now, self.auto, self.rates = 0.0, AutoBudget(), Rates()
         monkeypatch.setattr(auto_budget.time, "perf_counter", lambda: self.now)
 
     def exact_seconds(self, tokens):
@@ -22,15 +22,15 @@ class Machine:
 
     def step(self, tokens, slow=1.0):
         """One step; whether it was exact, and what it took."""
-        exact = self.auto.attends_all(tokens)
+        exact = self.auto.attends_all(tokens, self.rates)
         self.auto.begin()
         attention = (self.exact_seconds(tokens) if exact else self.sparse_seconds(tokens)) - self.rest
         self.now += (self.rest + attention) * slow
         self.auto.attended(attention * slow)
-        self.auto.end(tokens, exact)
+        self.auto.end(tokens, exact, self.rates)
         return exact, self.rest + attention
 
-    def at(self, tokens, steps=8):
+    def at(self, tokens, steps=2 * MEASURED + 2):
         """The kind of step it settles on."""
         return [self.step(tokens)[0] for _ in range(steps)][-1]
 
@@ -73,14 +73,17 @@ def test_steps_that_another_program_slows_down_turn_nothing(monkeypatch):
 
 def test_a_first_prompt_beyond_it_is_measured_first(monkeypatch):
     machine = Machine(monkeypatch, rest=0.01, token=2e-6)
-    kinds = [machine.step(100_000 + number)[0] for number in range(8)]
-    assert kinds == [True, True, True, False, False, False, False, False]
+    kinds = [machine.step(100_000 + number)[0] for number in range(16)]
+    assert kinds == [True] * (MEASURED + 1) + [False] * 10
+    again = Machine(monkeypatch, rest=0.01, token=2e-6)
+    again.rates = machine.rates  # of the same patched model
+    assert again.step(100_000)[0] is False
 
 
 def test_sparse_steps_that_gain_nothing_are_given_up_for_a_while(monkeypatch):
     machine = Machine(monkeypatch, rest=0.001, token=1e-6, score=2e-6)
     kinds = [machine.step(20_000 + number)[0] for number in range(2000)]
-    assert kinds.count(False) <= 3 and machine.auto.sparse_from is None
+    assert kinds.count(False) <= MEASURED + 1 and machine.auto.sparse_from is None
 
 
 def test_a_cache_that_is_cropped_is_exact_again(monkeypatch):
