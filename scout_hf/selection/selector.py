@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -15,6 +15,7 @@ from scout_hf.kernels.cpu import BlockLists, ByMass, pages
 from scout_hf.kernels.cpu.protocols import PagedStore
 from scout_hf.kernels.device import find_kernels_for
 from scout_hf.selection.auto import digest_for
+from scout_hf.selection.coded import Coded
 from scout_hf.selection.digest import Digest, make_digest
 from scout_hf.selection.group_mass import keep_mass, mean_share, recent_mass
 from scout_hf.selection.pick import Pick, choose, everything, pack_lists
@@ -39,22 +40,6 @@ POWER_QUERIES = 512
 # Tokens that are attended with ``mass`` in any case: heads that seem to look at few blocks are those whose estimate is
 # least certain.
 MASS_FLOOR = 256
-
-
-class Coded(NamedTuple):
-    """Codes and the digest that made them; one object, because codes are void with another digest.
-
-    digest, table : Digest, DigestTable
-    fitted_blocks : int
-        Blocks that the digest was fitted to.
-    fitted_blindly : bool
-        Whether it was fitted before any query was seen.
-    """
-
-    digest: Digest
-    table: DigestTable
-    fitted_blocks: int = 0
-    fitted_blindly: bool = False
 
 
 class Selector:
