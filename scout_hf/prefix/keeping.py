@@ -17,6 +17,9 @@ from scout_hf.prefix.hashing import HASH_BYTES, block_hashes
 from scout_hf.prefix.states import bytes_in, constants_of, cut, one_row, paged_blocks, with_tensors
 from scout_hf.prefix.store import PrefixStore
 
+MANY = 16
+"""Segments of one text beyond which those behind the first are written as one, as in a chat of many turns."""
+
 Stop = tuple[int, list[Any]]
 """Tokens, and the states of stock layers after them (None for layers that methods keep)."""
 
@@ -99,6 +102,8 @@ def _keep_row(
     twins = [_one_row(layer, row, left, end * size) for layer in cache.scout_layers]
     states = [layer.state_dict() or {} for layer in twins]
     first, coded, digest = 0, False, constants_of(states)
+    if len(pieces) >= MANY:
+        pieces = pieces[:1]
     if (
         pieces
         and pieces[0].segment.chain == context.chain

@@ -5,7 +5,8 @@ import torch
 
 import scout_hf
 from scout_hf import CACHE
-from scout_hf.prefix import reuse
+from scout_hf.prefix import keeping, reuse
+from scout_hf.prefix.hashing import block_hashes
 from tests.integration.common import (
     EXACT_METHODS,
     ONE_TIER,
@@ -71,6 +72,24 @@ def test_a_tokenizer_is_no_input_of_the_model(tmp_path):
         generate(model, inputs, tokenizer=object())
         generate(model, inputs, tokenizer=object())
         assert found(handle) == 96
+
+
+def test_a_chat_of_many_turns_does_not_become_many_segments(tmp_path, monkeypatch):
+    """Small ones are joined behind the first, which may be large."""
+    monkeypatch.setattr(keeping, "MANY", 5)
+    model, ids = one_llama(), prompt(1, 101)
+    with scout_hf.patch(model, store=tmp_path, **ONE_TIER) as handle:
+        for turn in range(13):
+            read = ids.shape[1] if not turn else 30
+            output = generate(model, ids)
+            assert found(handle) >= ids.shape[1] - read - SIZE
+            ids = torch.cat([output.sequences, prompt(1, 20, seed=turn)], dim=1)
+        context = handle._reuse.context(handle.config)
+        pieces = handle.store.find(context.root, block_hashes(ids[0].numpy(), SIZE, context.root), context.chain)
+        assert pieces[-1].end >= (ids.shape[1] - 30) // SIZE and 2 <= len(pieces) <= 6
+        assert pieces[0].segment.end == 13
+        got = generate(model, ids)
+    assert_close(got, generate(model, ids))
 
 
 BATCHES = {
