@@ -14,8 +14,8 @@ import torch
 
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import ConfigError, SavingError, SessionError
-from scout_hf.fusion import Partial, empty_like, fuse
-from scout_hf.kernels.attend import attend
+from scout_hf.fusion import Partial, fuse
+from scout_hf.methods.several_tokens import attend_new, attend_past
 from scout_hf.registry import Registry
 from scout_hf.step import Step
 from scout_hf.stores import KVStore, PagePool
@@ -23,6 +23,8 @@ from scout_hf.stores.state import State, maybe_number_in, state_in
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from scout_hf.kernels.cpu.protocols import PagedStore
 
 PAST_CHUNK_TOKENS = 4096
 
@@ -196,24 +198,17 @@ class Method(ABC):
         -------
         Partial
         """
-        queries, parts = query.shape[2], []
-        past = self.kv.length - queries
-        for start, old_keys, old_values in self.past_chunks(step, past):
-            stop = start + old_keys.shape[2]
-            allowed = None if step.mask is None else step.padding(query.device)[:, None, None, start:stop]
-            allowed = allowed if step.allowed is None else step.allowed[..., start:stop]
-            parts.append(attend(query, old_keys, old_values, *self.scoring, allowed))
-        new = None if step.mask is None else step.padding(query.device)[:, None, None, past:]
-        if step.allowed is not None:
-            parts.append(attend(query, keys, values, *self.scoring, step.allowed[..., past:]))
-        elif new is None or bool(new.all()):
-            parts.append(attend(query, keys, values, *self.scoring, causal=True))
-        else:
-            order = torch.arange(queries, dtype=torch.int64, device=query.device)
-            allowed = new & (order[:, None] >= order[None, :])
-            parts.append(attend(query, keys, values, *self.scoring, allowed))
+        past = self.kv.length - query.shape[2]
+        parts = attend_past(self, step, query, past) + [attend_new(self, step, query, keys, values)]
         step.counters.exact(self.layer_idx, self.kv.length)
-        return fuse(parts) if parts else empty_like(query)
+        return fuse(parts)
+
+    def past_pages(self, step: Step) -> PagedStore | None:
+        """A store in host memory that holds the first tokens, for the CPU to attend in place.
+
+        None: they are attended as ``past_chunks`` yields them.
+        """
+        return None
 
     def past_chunks(self, step: Step, past: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Yield the first ``past`` tokens in chunks: position, keys, values, (batch, kv_heads, tokens, head_dim) each.

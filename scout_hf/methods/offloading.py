@@ -13,7 +13,7 @@ from scout_hf.fusion import Partial
 from scout_hf.kernels.attend import attend
 from scout_hf.methods.base import Method
 from scout_hf.step import Step
-from scout_hf.stores import PagePool, TwoTierKV
+from scout_hf.stores import PagedKV, PagePool, TwoTierKV
 from scout_hf.stores.state import State
 from scout_hf.stores.streams import Mark
 
@@ -89,6 +89,12 @@ class OffloadingMethod(Method):
     def past_chunks(self, step: Step, past: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         self.written.finish()
         return super().past_chunks(step, past)
+
+    def past_pages(self, step: Step) -> PagedKV | None:
+        if self.kv.device.type != "cpu":
+            return None
+        self.written.finish()
+        return self.kv.host
 
     def state_dict(self) -> State:
         self.written.finish()

@@ -128,6 +128,33 @@ class CpuBackend(ABC):
         Attended
         """
 
+    def attend_past(
+        self,
+        query: torch.Tensor,
+        store: PagedStore,
+        tokens: int,
+        scale: float,
+        softcap: float | None = None,
+        padding_mask: torch.Tensor | None = None,
+    ) -> Partial | None:
+        """Attention of several queries per row over the first ``tokens`` tokens, in one read of them.
+
+        Parameters
+        ----------
+        query : Tensor (batch, query_heads, queries, head_dim)
+        store : PagedKV
+        tokens : int
+            All queries see all of them.
+        scale, softcap, padding_mask
+            As in :meth:`attend_blocks`.
+
+        Returns
+        -------
+        Partial or None
+            None if this backend does not support it, or gains nothing by it; the caller then copies the tokens.
+        """
+        return None
+
     def start(
         self,
         query: torch.Tensor,

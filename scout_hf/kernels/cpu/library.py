@@ -20,7 +20,7 @@ import torch
 from scout_hf.errors import ConfigError
 from scout_hf.kernels.cpu.shared_object import check_whole
 
-ABI = 5
+ABI = 6
 ISA_VARIABLE = "SCOUT_HF_ISA"
 PATH_VARIABLE = "SCOUT_HF_LIBRARY"
 INT8 = 3
@@ -49,13 +49,14 @@ class StoreArgs(ctypes.Structure):
 
 
 class AttendArgs(ctypes.Structure):
-    """``scout_attend_args``: attention of one query per row over listed blocks, or over all."""
+    """``scout_attend_args``: attention of one or several queries per row over listed blocks, or over all."""
 
     _fields_ = [
         ("store", StoreArgs),
         ("query", c_void_p),
         ("query_row", c_int64),
         ("query_head", c_int64),
+        ("query_token", c_int64),
         ("blocks", c_void_p),
         ("counts", c_void_p),
         ("blocks_stride", c_int64),
@@ -73,6 +74,8 @@ class AttendArgs(ctypes.Structure):
         ("status", c_int32),
         ("scale", c_float),
         ("softcap", c_float),
+        ("queries", c_int32),
+        ("end", c_int64),
     ]
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from ctypes import byref
 from typing import Any
 
 import torch
 
 from scout_hf.errors import CacheStateError, NativeInputError
-from scout_hf.fusion import Partial
+from scout_hf.fusion import Partial, fuse
 from scout_hf.kernels.cpu.addresses import address
 from scout_hf.kernels.cpu.backend import Attended, BlockLists, ByMass, CpuBackend
 from scout_hf.kernels.cpu.library import (
@@ -27,6 +28,11 @@ from scout_hf.kernels.cpu.library import (
 from scout_hf.kernels.cpu.pool import CopyArgs, NativePool, PoolTicket, quick
 from scout_hf.kernels.cpu.protocols import PagedStore, Ticket
 from scout_hf.kernels.cpu.torch_backend import TorchBackend
+
+# Torch multiplies matrices of more queries faster.
+MOST_QUERIES = 64
+# As much as is copied at a time without this backend.
+PIECE_TOKENS = 4096
 
 
 class NativeBackend(CpuBackend):
@@ -61,6 +67,28 @@ class NativeBackend(CpuBackend):
         library, args, partial, _ = described
         check(library.attend(byref(args), torch.get_num_threads()), "blocks to attend")
         return Attended(partial, args.attended)
+
+    def attend_past(
+        self,
+        query: torch.Tensor,
+        store: PagedStore,
+        tokens: int,
+        scale: float,
+        softcap: float | None = None,
+        padding_mask: torch.Tensor | None = None,
+    ) -> Partial | None:
+        if not 0 < tokens <= store.length or query.shape[2] > MOST_QUERIES:
+            return None
+        parts: list[Partial] = []
+        for lists in _pieces(store, tokens):
+            described = self._describe(query, store, lists, scale, softcap, padding_mask, several=True)
+            if described is None:
+                return None
+            library, args, partial, _ = described
+            args.end = tokens
+            check(library.attend(byref(args), torch.get_num_threads()), "the past to attend")
+            parts.append(partial)
+        return fuse(parts)
 
     def start(
         self,
@@ -239,6 +267,7 @@ class NativeBackend(CpuBackend):
         softcap: float | None,
         padding_mask: torch.Tensor | None,
         into: Partial | None = None,
+        several: bool = False,
     ) -> tuple[Library, AttendArgs, Partial, Any] | None:
         """The library, its arguments, the outputs, and objects to keep alive until the call has ended.
 
@@ -249,7 +278,8 @@ class NativeBackend(CpuBackend):
         if native is None or library is None:
             return None
         batch, _, queries, dim = query.shape
-        if (batch, queries, dim) != (store.batch, 1, store.head_dim) or query.shape[1] % store.heads:
+        fits = (batch, dim) == (store.batch, store.head_dim) and (queries == 1 or several)
+        if not fits or query.shape[1] % store.heads:
             raise CacheStateError(
                 f"got queries {tuple(query.shape)} for a store of {store.batch} rows and {store.heads} KV heads with "
                 f"head_dim={store.head_dim}; pass (batch, query_heads, 1, head_dim), with query heads a multiple of KV "
@@ -271,6 +301,8 @@ class NativeBackend(CpuBackend):
             query=address(query, *DTYPES, strided=True),
             query_row=query.stride(0),
             query_head=query.stride(1),
+            query_token=query.stride(2),
+            queries=queries,
             out=address(out, torch.float32),
             lse=address(lse, torch.float32),
             query_heads=query.shape[1],
@@ -300,6 +332,21 @@ class NativeBackend(CpuBackend):
             lists = BlockLists(ids, counts)
             args.blocks = address(ids, torch.int32)
         return library, args, Partial(out, lse), (query, lists, padding_mask)
+
+
+def _pieces(store: PagedStore, tokens: int) -> Iterator[BlockLists | None]:
+    """Lists of the blocks that hold the first tokens; None for all at once.
+
+    Pages that are in files come piece by piece, so that no more than one is brought into memory at a time.
+    """
+    size = store.block_size
+    blocks, most = -(-tokens // size), max(1, PIECE_TOKENS // size)
+    if not store.table.pool.watched or blocks <= most:
+        yield None
+        return
+    for first in range(0, blocks, most):
+        ids = torch.arange(first, min(first + most, blocks), dtype=torch.int32, device="cpu")
+        yield BlockLists(ids.expand(store.batch, store.heads, -1), None)
 
 
 def _served(query: torch.Tensor, *others: torch.Tensor | None) -> bool:

@@ -57,6 +57,10 @@ class Pool(Protocol):
     def starts(self) -> tuple[int, ...]:
         """First page id of each slab."""
 
+    @property
+    def watched(self) -> bool:
+        """Whether :meth:`PagedStore.touch` must be called before pages are read through their addresses."""
+
 
 class Table(Protocol):
     """A page table: the pages of each row, in order."""

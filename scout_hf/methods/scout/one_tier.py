@@ -44,6 +44,9 @@ class OneTierScout(Method):
             step.monitor.watch(step, self, query, result.partial, lambda: lists and [lists], predicted=False)
         return result.partial
 
+    def past_pages(self, step: Step) -> PagedKV | None:
+        return self.kv if self.kv.device.type == "cpu" else None
+
     def observe(self, step: Step, query: torch.Tensor) -> None:
         self.selector.observe(query, self.kv_heads, self.scoring.scale, step.mask)
 

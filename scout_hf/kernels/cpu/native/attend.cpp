@@ -14,14 +14,31 @@
 
 namespace {
 
-constexpr int CHUNK_TOKENS = 1024, MAX_CHUNK_BLOCKS = 256, GROUP_AT_ONCE = 16;
+constexpr int CHUNK_TOKENS = 1024, MAX_CHUNK_BLOCKS = 256;
 constexpr int64_t WORTH_A_TEAM_BYTES = 64 << 10;
+
+// Scratch memory of calls, one per thread.
+struct Kept {
+  void* memory = nullptr;
+  int64_t bytes = 0;
+  ~Kept() { free(memory); }
+  // NULL if memory is short.
+  void* at_least(int64_t need) {
+    if (need > bytes) {
+      free(memory);
+      memory = malloc(need);
+      bytes = memory ? need : 0;
+    }
+    return memory;
+  }
+};
+thread_local Kept kept, kept_queries;
 
 struct Attend {
   scout_attend_args a;
   const scout_isa* isa = nullptr;
-  int lists, group, chunk_blocks, threads = 1;
-  int64_t tile_bytes, tail_tile_bytes, blocks, items = 0, stride;
+  int lists, queries, group, chunk_blocks, threads = 1;  // group: queries of all query heads of a KV head
+  int64_t tile_bytes, tail_tile_bytes, end, blocks, items = 0, stride;
   bool has_tail;
   int64_t* first_item = nullptr;             // [lists + 1]
   std::atomic<int32_t>* unfinished = nullptr;  // [lists]
@@ -66,12 +83,15 @@ struct Attend {
     isa = scout_isa_for(s.head_dim, s.dtype == SCOUT_I8 ? s.block_size : 0);
     if (!isa) return SCOUT_UNSUPPORTED;
     lists = s.batch * s.kv_heads;
-    group = a.query_heads / s.kv_heads;
-    chunk_blocks = CHUNK_TOKENS / s.block_size;
+    queries = a.queries > 1 ? a.queries : 1;
+    group = a.query_heads / s.kv_heads * queries;
+    // A chunk's result is small beside what is read for it.
+    chunk_blocks = (group > CHUNK_TOKENS / 16 ? 16 * group : CHUNK_TOKENS) / s.block_size;
     if (chunk_blocks > MAX_CHUNK_BLOCKS) chunk_blocks = MAX_CHUNK_BLOCKS;
     tile_bytes = scout_tile_bytes(s.dtype, s.block_size, s.head_dim);
     tail_tile_bytes = scout_tile_bytes(s.plain_dtype, s.block_size, s.head_dim);
-    blocks = (s.length + s.block_size - 1) / s.block_size;
+    end = a.end > 0 && a.end < s.length ? a.end : s.length;
+    blocks = (end + s.block_size - 1) / s.block_size;
     has_tail = s.dtype == SCOUT_I8 && s.length % s.block_size;
     stride = (int64_t)group * (s.head_dim + 2);
     return SCOUT_OK;
@@ -145,7 +165,7 @@ struct Attend {
     bool marked = false;
     for (int64_t entry = p.first; entry < p.last; entry++) {
       const int64_t block = block_at(p.list, entry);
-      const int64_t left = s.length - block * s.block_size;
+      const int64_t left = end - block * s.block_size;
       if (block < 0 || left <= 0) {
         status.store(SCOUT_BAD_BLOCK, std::memory_order_relaxed);
         continue;
@@ -181,12 +201,21 @@ struct Attend {
     c.scale = a.scale;
     c.softcap = a.softcap;
     float* partial = partials + item * stride;
-    for (int g0 = 0; g0 < group; g0 += GROUP_AT_ONCE) {
-      alignas(64) float query[GROUP_AT_ONCE * SCOUT_MAX_HEAD_DIM];
-      alignas(64) uint16_t raw[GROUP_AT_ONCE * SCOUT_MAX_HEAD_DIM];
-      c.group = group - g0 < GROUP_AT_ONCE ? group - g0 : GROUP_AT_ONCE;
+    const int at_once = group < SCOUT_MANY ? group : SCOUT_MANY;
+    float* query = (float*)kept_queries.at_least(at_once * s.head_dim * (int64_t)(sizeof(float) + sizeof(uint16_t)));
+    if (!query) {
+      status.store(SCOUT_NO_MEMORY, std::memory_order_relaxed);
+      return;
+    }
+    uint16_t* raw = (uint16_t*)(query + at_once * s.head_dim);
+    const int heads = group / queries;
+    // The other path reads packed tiles only whole.
+    const bool many = (queries > 1 && group >= SCOUT_SEVERAL) || (c.dtype == SCOUT_I8 && last_tokens < s.block_size);
+    for (int g0 = 0; g0 < group; g0 += at_once) {
+      c.group = group - g0 < at_once ? group - g0 : at_once;
       for (int g = 0; g < c.group; g++) {
-        const int64_t from = p.row * a.query_row + (p.head * group + g0 + g) * a.query_head;
+        const int64_t head = p.head * heads + (g0 + g) / queries;
+        const int64_t from = p.row * a.query_row + head * a.query_head + (g0 + g) % queries * a.query_token;
         scout::read_numbers(a.query, from, s.head_dim, a.query_dtype, query + g * s.head_dim);
         if (a.query_dtype == SCOUT_BF16)
           memcpy(raw + g * s.head_dim, (const uint16_t*)a.query + from, s.head_dim * sizeof(uint16_t));
@@ -196,7 +225,7 @@ struct Attend {
       c.out = partial + (int64_t)g0 * s.head_dim;
       c.max = partial + (int64_t)group * s.head_dim + g0;
       c.sum = c.max + group;
-      isa->attend(&c);
+      (many ? isa->attend_many : isa->attend)(&c);
     }
     if (unfinished[p.list].fetch_sub(1, std::memory_order_acq_rel) == 1) merge(p.list, p.row, p.head);
   }
@@ -222,7 +251,7 @@ struct Attend {
       const bool empty = e_max == -INFINITY && !(e_sum != e_sum);
       const float scale = empty ? 0.0f : 1.0f / e_sum;
       for (int d = 0; d < D; d++) acc[d] *= scale;
-      const int64_t which = (int64_t)row * a.query_heads + head * group + g;
+      const int64_t which = (int64_t)row * a.query_heads * queries + head * group + g;
       scout::write_numbers(acc, D, a.out_dtype, a.out, which * D);
       if (a.lse) a.lse[which] = empty ? -INFINITY : e_max + logf(e_sum);
     }
@@ -252,14 +281,6 @@ struct Attend {
     }
   }
 };
-
-// Scratch memory of calls, one per calling thread.
-struct Kept {
-  void* memory = nullptr;
-  int64_t bytes = 0;
-  ~Kept() { free(memory); }
-};
-thread_local Kept kept;
 
 template <class Body>
 int with_plan(const scout_attend_args* args, int threads, Body body) {

@@ -3,6 +3,9 @@
 
 #include <stdint.h>
 
+enum { SCOUT_MAX_HEAD_DIM = 512, SCOUT_MAX_BLOCK = 256 };
+enum { SCOUT_SEVERAL = 9, SCOUT_MANY = 256 };
+
 // Attention of one GQA group over a list of tiles at any addresses; the caller merges the partial results.
 struct scout_chunk {
   const uint8_t* const* tiles;   // [count]
@@ -42,6 +45,9 @@ struct scout_isa {
   bool (*runs)();                // whether this machine supports it
   int width;                     // head_dim and code must be multiples of 2 * width
   void (*attend)(const scout_chunk*);
+  // The same for up to SCOUT_MANY queries in place of a group, from about SCOUT_SEVERAL on faster. With bf16 queries
+  // and keys weights may be rounded to bf16.
+  void (*attend_many)(const scout_chunk*);
   // out[i] = row i of codes . weights, for `rows` rows of `numbers` numbers
   void (*dots)(const uint8_t* codes, int dtype, int64_t rows, int numbers, const float* weights, float* out);
   void (*signs)(const scout_signs*);
@@ -50,7 +56,6 @@ struct scout_isa {
   int64_t (*read)(const uint8_t* start, int64_t bytes, const uint8_t* next);
 };
 
-enum { SCOUT_MAX_HEAD_DIM = 512, SCOUT_MAX_BLOCK = 256 };
 
 // The table for rows of `numbers` numbers and vectors along `tokens` tokens; NULL if none fits.
 const scout_isa* scout_isa_for(int numbers, int tokens);

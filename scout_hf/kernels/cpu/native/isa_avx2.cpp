@@ -38,6 +38,7 @@ inline vb side_by_side(const uint8_t* const* blocks, int64_t at) {
 }  // namespace
 
 #include "tile.inl"
+#include "tile_many.inl"
 #include "sign_mass.inl"
 #include "sign_shuffle.inl"
 
@@ -50,5 +51,5 @@ bool runs() {
 }
 }  // namespace
 
-extern const scout_isa scout_isa_avx2 = {"avx2", runs, W, attend, score, signs, signs_fit, read};
+extern const scout_isa scout_isa_avx2 = {"avx2", runs, W, attend, attend_many, score, signs, signs_fit, read};
 #endif

@@ -5,6 +5,7 @@
 #if defined(__AVX512BW__)
 #include "isa_avx512.inl"
 #include "tile.inl"
+#include "tile_many.inl"
 #include "sign_mass.inl"
 #include "sign_shuffle.inl"
 
@@ -15,5 +16,5 @@ bool runs() {
 }
 }  // namespace
 
-extern const scout_isa scout_isa_avx512 = {"avx512", runs, W, attend, score, signs, signs_fit, read};
+extern const scout_isa scout_isa_avx512 = {"avx512", runs, W, attend, attend_many, score, signs, signs_fit, read};
 #endif

@@ -12,10 +12,14 @@ namespace {
 inline vi byte_dot(vi sum, vi from_0_to_255, vi bytes) {
   return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)from_0_to_255, (__m512i)bytes);
 }
+inline void to_bf16(vf numbers, uint16_t* to) {
+  _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)numbers));
+}
 inline vf bf16_dot(vf sum, vi a, vi b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
 }  // namespace
 
 #include "tile.inl"
+#include "tile_many.inl"
 #include "sign_mass.inl"
 #include "sign_permute.inl"
 
@@ -27,5 +31,5 @@ bool runs() {
 }
 }  // namespace
 
-extern const scout_isa scout_isa_avx512bf16 = {"avx512bf16", runs, W, attend, score, signs, signs_fit, read};
+extern const scout_isa scout_isa_avx512bf16 = {"avx512bf16", runs, W, attend, attend_many, score, signs, signs_fit, read};
 #endif

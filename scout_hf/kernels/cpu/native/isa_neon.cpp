@@ -39,6 +39,7 @@ inline vf smaller(vf a, vf b) { return (vf)vminq_f32((float32x4_t)a, (float32x4_
 }  // namespace
 
 #include "tile.inl"
+#include "tile_many.inl"
 #include "sign_mass.inl"
 #include "sign_shuffle.inl"
 
@@ -46,5 +47,5 @@ namespace {
 bool runs() { return true; }
 }  // namespace
 
-extern const scout_isa scout_isa_neon = {"neon", runs, W, attend, score, signs, signs_fit, read};
+extern const scout_isa scout_isa_neon = {"neon", runs, W, attend, attend_many, score, signs, signs_fit, read};
 #endif

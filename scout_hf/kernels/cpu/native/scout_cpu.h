@@ -8,7 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define SCOUT_ABI 5
+#define SCOUT_ABI 6
 
 #if defined(_WIN32)
 #define SCOUT_EXPORT __declspec(dllexport)
@@ -48,18 +48,19 @@ typedef struct {
   int32_t plain_dtype;   // of the tail and of unpacked tokens; equals dtype unless that is int8
 } scout_store;
 
-// Attention of one query per row over listed blocks, or over all.
+// Attention of one or several queries per row over listed blocks, or over all.
+// All queries of a row see the same tokens; blocks hold those before `end`.
 typedef struct {
   scout_store store;
-  const void* query;         // [batch][query_heads][head_dim], head_dim contiguous
-  int64_t query_row, query_head;  // strides in numbers
+  const void* query;         // [batch][query_heads][queries][head_dim], head_dim contiguous
+  int64_t query_row, query_head, query_token;  // strides in numbers
   const int32_t* blocks;     // [batch][kv_heads][blocks_stride], a partly filled block last; NULL for all blocks
   const int32_t* counts;     // [batch][kv_heads] used entries of each list; NULL: `count` in all
   int64_t blocks_stride;
   const uint8_t* padding_mask;  // [batch][padding_mask_stride] one byte per token, 0 for padding; NULL: no padding
   int64_t padding_mask_stride;
-  void* out;                 // [batch][query_heads][head_dim] contiguous
-  float* lse;                // [batch][query_heads], natural log; may be NULL
+  void* out;                 // [batch][query_heads][queries][head_dim] contiguous
+  float* lse;                // [batch][query_heads][queries], natural log; may be NULL
   uint64_t* done;            // of a job: set to `number` when it has ended, also after an error; may be NULL
   uint64_t number;
   int64_t attended;          // result: tokens attended, over all rows and KV heads
@@ -67,6 +68,8 @@ typedef struct {
   int32_t query_heads, query_dtype, out_dtype;
   int32_t status;            // result
   float scale, softcap;      // softcap 0: none
+  int32_t queries;           // per row and head; 0 is 1
+  int64_t end;               // attend only tokens before it; 0: all of the store
 } scout_attend_args;
 
 // The top-k blocks of every row and KV head by score, in ascending order, followed by the newest ones.

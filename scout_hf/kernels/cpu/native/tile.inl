@@ -27,7 +27,8 @@ inline void store(void* to, T value) {
   __builtin_memcpy(to, &value, sizeof value);
 }
 
-inline vf splat(float x) { return vf{} + x; }
+// Adding zero would be an instruction, since it changes -0.
+inline vf splat(float x) { return x - vf{}; }
 
 inline void prefetch_span(const uint8_t* from, int bytes) {
   for (int at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
