@@ -160,15 +160,38 @@ def _exchange(new: Path, path: Path, former: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked_file(path: Path) -> Iterator[None]:
-    """Wait for a lock that other processes, and other threads, may hold; the file is made if it is missing."""
+def locked_file(path: Path, seconds: float) -> Iterator[None]:
+    """Hold a lock that other processes and threads may want; the file is made if it is missing.
+
+    Raises
+    ------
+    TimeoutError
+        If somebody else has it for so long.
+    """
     number = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
     try:
-        if fcntl is not None:
-            fcntl.flock(number, fcntl.LOCK_EX)
+        until = time.monotonic() + seconds
+        while fcntl is not None:
+            try:
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > until:
+                    raise TimeoutError(f"another process has {path} locked for more than {seconds:.0f} s") from error
+                time.sleep(0.01)
         yield
     finally:
         os.close(number)
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """An ordinary file, to be read; OSError for a pipe, which would never end."""
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    file = os.fdopen(number, "rb")
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        file.close()
+        raise OSError(f"{path} is not a regular file")
+    return file
 
 
 def remove_folder(path: Path) -> None:

@@ -254,6 +254,13 @@ class PassHooks:
                 method.ahead(step, query)
 
 
+def is_ours(hook: Any) -> bool:
+    """Whether a hook of a module is one of a patch."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return isinstance(getattr(hook, "__self__", None), PassHooks)
+
+
 def is_patched(decoder: torch.nn.Module) -> bool:
     """Whether a decoder has hooks of a patch, also one of another model that shares it."""
     hooks = decoder._forward_pre_hooks.values()

@@ -22,7 +22,7 @@ from scout_hf.graph import StepGraphs
 from scout_hf.kernels.device import find_kernels
 from scout_hf.methods.unused import warn_of_unused
 from scout_hf.naming import AttentionNames
-from scout_hf.pass_hooks import PassHooks, is_patched
+from scout_hf.pass_hooks import PassHooks, is_ours, is_patched
 from scout_hf.patches import family_of
 from scout_hf.prefix.reading import Reading, read_ahead
 from scout_hf.prefix.reuse import GENERATE, Reuse, ReusingGenerate, ReusingInputs
@@ -183,7 +183,7 @@ class Handle:
         self._names = AttentionNames(self._decoder, family.layers(self._decoder), any_attention)
         self._hooks = PassHooks(model, config, family, self._names)
         self._changes = Changes()
-        self._reuse = None if store is None else Reuse(store, model, self._hooks.counters)
+        self._reuse = None if store is None else Reuse(store, model, self._hooks.counters, is_ours)
 
     # -- what a user calls --------------------------------------------------------------------------------------
 

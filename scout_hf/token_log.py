@@ -108,6 +108,8 @@ class TokenLog:
         if not self._parts or self._changes != changes or self._length < length:
             return None
         self._cut(length)
+        if not self._parts:
+            return None
         self._parts = [torch.cat(self._parts, dim=1)] if len(self._parts) > 1 else self._parts
         ids = self._parts[0].cpu().to(torch.int64)
         mask = None if self._mask is None else self._mask[:, :length].cpu().bool()
@@ -152,7 +154,7 @@ def is_plain(given: dict[str, Any]) -> bool:
 
 def _has_plain_positions(given: dict[str, Any], past: int) -> bool:
     positions, queries = given.get("position_ids"), given["input_ids"].shape[1]
-    if positions is None or queries == 1:  # a decode step of a loop that began plainly
+    if positions is None or (queries == 1 and past):  # a decode step of a loop that began plainly
         return True
     if positions.dim() != 2 or positions.shape[1] != queries:
         return False

@@ -97,6 +97,8 @@ def _layer(
         fresh = object.__new__(type(layer))
         fresh.__dict__.update(layer.__dict__)
         load_layer(fresh, _state(last, index), device, settings_from_json(last.settings))
+        if "record_past" in vars(layer):
+            fresh.__dict__["record_past"] = vars(layer)["record_past"]
         return {name: with_tensors(value, lambda tensor: repeated(tensor, rows)) for name, value in vars(fresh).items()}
     if found.shares_one:
         fresh = _row(layer, found.pieces[0], found.tokens, sessions, device)

@@ -75,7 +75,10 @@ def read_ahead(
 
     ``chunk``: tokens per pass; ``every``: tokens per segment of the store. Both are rounded up to whole blocks.
     """
-    size, given = cache.scout_config.block_size, checked(ids)
+    size, given = (
+        cache.scout_config.block_size,
+        checked(ids, getattr(model.get_input_embeddings(), "num_embeddings", 1 << 62)),
+    )
     tokens = given.shape[1] // size * size
     ids = given[:, :tokens].to(model.device)
     chunk = chunk or (CHUNK if model.device.type == "cpu" else CHUNK_ON_GPU)
@@ -117,13 +120,17 @@ def _keep(reuse: Reuse, cache: ScoutCache, context: Context, must_keep: bool) ->
         warn("did not keep what was read", error)
 
 
-def checked(ids: Any) -> torch.Tensor:
-    """Token ids of one text as (1, tokens); ConfigError for anything else."""
+def checked(ids: Any, tokens: int) -> torch.Tensor:
+    """Ids of one text as (1, tokens), for a model that knows so many tokens; ConfigError for anything else."""
     fits = isinstance(ids, torch.Tensor) and (ids.dim() == 1 or (ids.dim() == 2 and len(ids) == 1))
     if not fits or ids.dtype not in (torch.int64, torch.int32):
         given = f"shape {tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, torch.Tensor) else type(ids).__name__
         raise ConfigError(
             f"read() got {given}; it takes the token ids of one text, (tokens,) or (1, tokens), without padding: try "
             "tokenizer(text, return_tensors='pt').input_ids"
+        )
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < tokens:
+        raise ConfigError(
+            f"read() got ids from {int(ids.min())} to {int(ids.max())}; the model knows 0 to {tokens - 1}"
         )
     return ids.view(1, -1).to(torch.int64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import threading
 from collections.abc import Callable, Iterator
@@ -17,16 +16,16 @@ from scout_hf.compat.cache_names import CACHE, given_cache
 from scout_hf.compat.modes import keeps_tensors
 from scout_hf.config import ScoutConfig
 from scout_hf.counters import Counters
-from scout_hf.errors import ConfigError, SavingError, SessionError
+from scout_hf.errors import ConfigError, SessionError
+from scout_hf.prefix import reasons
 from scout_hf.prefix.hashing import block_hashes, common_blocks, root_of
 from scout_hf.prefix.keeping import Context, Stop, keep, stock_states
 from scout_hf.prefix.opening import Found, fill, until
-from scout_hf.prefix.store import PrefixStore, warn
+from scout_hf.prefix.store import PrefixStore, is_shortage, warn
 from scout_hf.sessions import FORMAT, fingerprint, read_session
-from scout_hf.token_log import has_plain_positions, is_plain
 
-GENERATE = "generate"
-OF_GENERATE = frozenset({"is_first_iteration", "next_sequence_length"})
+GENERATE, PREPARE_INPUTS = "generate", "prepare_inputs_for_generation"
+LEFT = 2
 STOP_TOKENS = 8192
 """How far segments of a model with stock layers are apart in a long prompt, whose states are kept there."""
 
@@ -46,6 +45,8 @@ class Call:
     cache : ScoutCache or None
         The cache that it fills, once it is known.
     found : Found or None
+    version : int
+        Of the weights when it began.
     stops : list of Stop
     """
 
@@ -54,6 +55,7 @@ class Call:
         self.cache: ScoutCache | None = None
         self.context: Context | None = None
         self.found: Found | None = None
+        self.version = 0
         self.stops: list[Stop] = []
 
 
@@ -65,6 +67,8 @@ class Reuse:
     store : PrefixStore
     model : PreTrainedModel
     counters : Counters
+    is_ours : callable
+        Whether a hook of a module is one of the patch.
 
     Raises
     ------
@@ -72,22 +76,20 @@ class Reuse:
         If keys and values of this model depend on more than the tokens before them.
     """
 
-    def __init__(self, store: PrefixStore, model: Any, counters: Counters):
-        self.store, self._model, self._counters = store, model, counters
+    def __init__(
+        self, store: PrefixStore, model: Any, counters: Counters, is_ours: Callable[[Any], bool] = lambda hook: False
+    ):
+        self.store, self._model, self._counters, self._is_ours = store, model, counters, is_ours
         self._calls = threading.local()
-        kind = changing_rope(model.config)
-        if kind is not None:
-            raise ConfigError(
-                f"store=... cannot serve {type(model).__name__}: with {kind} rotary angles, keys depend on the length "
-                "of the whole text, not only on what stands before; leave store out"
-            )
+        reason = reasons.of_model(model)
+        if reason is not None:
+            raise ConfigError(f"store=... cannot serve {type(model).__name__}: {reason}; leave store out")
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Reuse:
-        twin = object.__new__(Reuse)
-        memo[id(self)] = twin
-        twin.store, twin._calls = self.store, threading.local()
-        twin._model, twin._counters = copy.deepcopy(self._model, memo), copy.deepcopy(self._counters, memo)
-        return twin
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_calls"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _calls=threading.local())
 
     @property
     def call(self) -> Call | None:
@@ -110,23 +112,30 @@ class Reuse:
             self._keep(now)
 
     @keeps_tensors
-    def begin(self, ids: torch.Tensor, kwargs: dict[str, Any], prepare: Callable[..., dict[str, Any]]) -> int:
+    def begin(self, ids: torch.Tensor, kwargs: dict[str, Any], caller: ReusingInputs) -> int:
         """The first pass of a call: fill its cache with what is known; returns how many tokens per row that are."""
         call, cache = self.call, given_cache(kwargs)
         if call is None or call.cache is not None or not isinstance(cache, ScoutCache) or cache.get_seq_length():
             return 0
-        call.cache = cache
-        reason = self._reason(ids, kwargs, cache)
+        reason = reasons.of_call(self._model, ids, kwargs, cache, self._is_ours)
+        if getattr(self._model, PREPARE_INPUTS, None) is not caller:
+            reason = "a wrapper that was put around the model after patch()"
         if reason is not None:
-            call.cache = None
             self._counters.note(NOTE, f"not used for a call with {reason}")
             return 0
-        call.context = self.context(cache.scout_config)
-        mask = kwargs.get("attention_mask")
-        most = min(ids.shape[1], call.prompt or ids.shape[1]) - max(1, int(kwargs.get("logits_to_keep") or 1))
-        call.found = self.fill(call.context, cache, ids, mask, most)
+        # At least two tokens are left: a pass of one is a decode step, which may be sparse, and prompts are exact.
+        most = min(ids.shape[1], call.prompt or ids.shape[1]) - max(LEFT, int(kwargs.get("logits_to_keep") or 1))
+        try:
+            call.context, call.version = self.context(cache.scout_config), reasons.version_of(self._model)
+            call.found = self.fill(call.context, cache, ids, kwargs.get("attention_mask"), most)
+        except Exception as error:
+            if cache.get_seq_length():
+                raise
+            warn("could not be asked for this prompt, which is read", error)
+            return 0
+        call.cache = cache
         if len(cache.scout_layers) < len(cache.layers):
-            self._read_to_stops(call, ids, kwargs, prepare)
+            self._read_to_stops(call, ids, kwargs, caller.prepare)
         return cache.get_seq_length()
 
     def fill(
@@ -140,7 +149,7 @@ class Reuse:
             fill(cache, self._model, found, ids, mask)
         except SessionError as error:
             warn("could not open what it knows of this prompt, which is read again", error)
-            self._drop(found)
+            self.drop_damaged(found)
             return None
         self._counters.found_tokens += found.tokens
         self.store.used([piece for row in set(found.pieces) for piece in row])
@@ -154,6 +163,7 @@ class Reuse:
         """What decides keys and values of this model now, beside tokens."""
         made = fingerprint(self._model)
         device = self._model.device.type
+        device = "cpu" if device == "meta" else device  # offloaded weights
         autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
         root = root_of(
             format=FORMAT,
@@ -163,25 +173,6 @@ class Reuse:
             autocast=autocast,
         )
         return Context(root, made.as_json(), root_of(**{name: getattr(config, name) for name in KEEP_STATE})[:32])
-
-    def _reason(self, ids: torch.Tensor, kwargs: dict[str, Any], cache: ScoutCache) -> str | None:
-        """Why a call is not served; None if it is."""
-        given = {name: value for name, value in kwargs.items() if name not in OF_GENERATE}
-        mask = given.get("attention_mask")
-        if not cache.scout_layers:
-            return "a model of which no layer is kept by scout_hf"
-        if given.get("output_hidden_states"):
-            return "output_hidden_states=True, which wants those of the whole prompt"
-        if ids is None or ids.dim() != 2 or not is_plain(given | {"input_ids": ids}):
-            return "inputs that are more than token ids"
-        if isinstance(mask, torch.Tensor) and mask.dim() != 2:
-            return "a mask of its own"
-        positions = given.get("position_ids")
-        if positions is not None:
-            plain = positions.dim() == 2 and positions.shape[1] == ids.shape[1]
-            if not plain or not has_plain_positions(positions, mask, 0):
-                return "positions of its own"
-        return None
 
     def _find(
         self, context: Context, cache: ScoutCache, ids: torch.Tensor, mask: torch.Tensor | None, most: int
@@ -219,7 +210,7 @@ class Reuse:
             self._counters.note(NOTE, "not used for padded rows, as this model has layers with states of their own")
             return
         size = cache.scout_config.block_size
-        last = (min(ids.shape[1], call.prompt or ids.shape[1]) - 1) // size * size
+        last = (min(ids.shape[1], call.prompt or ids.shape[1]) - LEFT) // size * size
         here, every = cache.get_seq_length(), -(-STOP_TOKENS // size) * size
         stops = [*range(here - here % every + every, last, every), last] if last > here else []
         for stop in stops:
@@ -239,22 +230,22 @@ class Reuse:
         if cache is None or context is None or cache.guard.torn is not None:
             return
         try:
-            self.add(keep(self.store, cache, context, call.stops))
-        except (OSError, SavingError, SessionError) as error:
-            # The answer is there: it must not be lost because of a full disk.
+            # Weights, adapters or hooks that were changed during the call: what was read is of neither model.
+            now = self.context(cache.scout_config), reasons.version_of(self._model)
+            if now == (context, call.version) and reasons.of_state(self._model, self._is_ours) is None:
+                self.add(keep(self.store, cache, context, call.stops))
+        except Exception as error:
+            # The answer is there: it must not be lost because of a full disk, or of anything else here.
             warn("did not keep what was read", error)
-
-    def _drop(self, found: Found) -> None:
-        for piece in {piece for row in found.pieces for piece in row}:
-            self.store.remove(piece.segment)
 
     def drop_damaged(self, found: Found | None) -> None:
         """Remove the segments that are not what was written, so that the next call reads the text again."""
         for piece in {piece for row in found.pieces for piece in row} if found is not None else ():
             try:
                 read_session(piece.segment.path).check_pages()
-            except SessionError:
-                self.store.remove(piece.segment)
+            except SessionError as error:
+                if not is_shortage(error):
+                    self.store.remove(piece.segment)
 
 
 class ReusingInputs:
@@ -262,17 +253,17 @@ class ReusingInputs:
 
     # An object, not a closure: a deep copy of the model needs its own.
     def __init__(self, prepare: Callable[..., dict[str, Any]], reuse: Reuse):
-        self._prepare, self._reuse = prepare, reuse
+        self.prepare, self._reuse = prepare, reuse
 
     @property
     def __signature__(self) -> inspect.Signature:
         """Signature of the replaced function, from which generate() reads the model's arguments."""
-        return inspect.signature(self._prepare)
+        return inspect.signature(self.prepare)
 
     def __call__(self, input_ids: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if not args and (tokens := self._reuse.begin(input_ids, kwargs, self._prepare)):
+        if not args and (tokens := self._reuse.begin(input_ids, kwargs, self)):
             kwargs = kwargs | {"next_sequence_length": input_ids.shape[1] - tokens}
-        return self._prepare(input_ids, *args, **kwargs)
+        return self.prepare(input_ids, *args, **kwargs)
 
 
 class ReusingGenerate:
@@ -290,11 +281,3 @@ class ReusingGenerate:
         prompt = given.shape[-1] if isinstance(given, torch.Tensor) else None
         with self._reuse.calling(prompt):
             return self._generate(*args, **kwargs)
-
-
-def changing_rope(config: Any) -> str | None:
-    """The kind of rotary angles that change with the length of a text; None if they do not."""
-    parameters = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    several = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    kinds = {str(one.get("rope_type", one.get("type"))) for one in several}
-    return next((kind for kind in ("dynamic", "longrope") if kind in kinds), None)

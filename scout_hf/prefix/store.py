@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 import threading
 import time
@@ -24,6 +25,9 @@ from scout_hf.stores.state import State
 
 KIND, LIMIT, LOCK = "prefix/1", "32GiB", "lock"
 PRIVATE = 0o700
+LOCK_SECONDS = 10.0
+TICK_NS = 50_000_000
+_NAME = re.compile(r"[0-9a-f]{32}-\d+(-s)?")
 
 _RULE = fields(
     {
@@ -133,7 +137,7 @@ class PrefixStore:
         self.folder, self.limit, self.token_ids = Path(folder).expanduser().absolute(), bytes_of(limit), token_ids
         self.folder.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
         _refuse_unsafe(self.folder)
-        self._known: dict[Path, Segment | None] = {}
+        self._rooms: dict[Path, _Room] = {}
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -142,19 +146,26 @@ class PrefixStore:
     def __deepcopy__(self, memo: dict[int, Any]) -> PrefixStore:
         return self
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (self.folder, self.limit, self.token_ids)
+
     def segments(self, root: str | None = None) -> list[Segment]:
         """What is in the store, of one root or of all; read anew where the folder has changed.
 
         Damaged segments and those of a newer format are left out.
         """
         with self._lock:
-            folders = [self._room(root)] if root else [path for path in self.folder.iterdir() if path.is_dir()]
-            there = {path for folder in folders for path in _folders_in(folder)}
-            for path in [path for path in self._known if path.parent in folders and path not in there]:
-                del self._known[path]
-            for path in there - self._known.keys():
-                self._known[path] = _read(path)
-            return [found for path in sorted(there) if (found := self._known[path]) is not None]
+            return [segment for room in self._refreshed(root) for segment in room.held.values()]
+
+    def _refreshed(self, root: str | None) -> list[_Room]:
+        """The rooms of one root or of all, as they are now."""
+        folders = [self._room(root)] if root else [path for path in self.folder.iterdir() if path.is_dir()]
+        for path in [path for path in self._rooms if not root and path not in folders]:
+            del self._rooms[path]
+        rooms = [self._rooms.setdefault(path, _Room(path)) for path in folders]
+        for room in rooms:
+            room.refresh()
+        return rooms
 
     def find(self, root: str, wanted: bytes, chain: str, at_states: bool = False) -> list[Piece]:
         """The longest known beginning of a text.
@@ -174,12 +185,11 @@ class PrefixStore:
         list of Piece
             In order, without gaps, all of one chain; empty if nothing is known.
         """
-        chains: dict[str, list[Segment]] = {}
-        for segment in self.segments(root):
-            chains.setdefault(segment.chain, []).append(segment)
+        with self._lock:
+            fitting = [piece for room in self._refreshed(root) for piece in room.fitting(wanted)]
         best: list[Piece] = []
-        for name in sorted(chains, key=lambda name: name != chain):
-            found = _longest(chains[name], wanted, at_states)
+        for name in sorted({piece.segment.chain for piece in fitting}, key=lambda name: name != chain):
+            found = _longest([piece for piece in fitting if piece.segment.chain == name], at_states)
             if found and (not best or found[-1].end > best[-1].end):
                 best = found
         return best
@@ -208,8 +218,11 @@ class PrefixStore:
         last = about["hashes"][-2 * HASH_BYTES :]
         path = room / f"{last}-{about['first']}{'-s' if about['states'] else ''}"
         if path.is_dir():
-            return False
-        self.prune(self.limit - size)
+            if not _is_broken(path):
+                return False
+            remove_folder(path)
+        if sum(segment.size for segment in self.segments()) + size > self.limit:
+            self.prune(self.limit - size)
         write_session(path, model, settings, state, about | {"kind": KIND, "root": root})
         return True
 
@@ -228,17 +241,20 @@ class PrefixStore:
         """
         limit = self.limit if limit is None else bytes_of(limit)
         freed = 0
-        with locked_file(self.folder / LOCK):
+        with locked_file(self.folder / LOCK, LOCK_SECONDS):
             for room in self.folder.iterdir():
                 if room.is_dir():
                     clear_scratch(room, everything=True)
+                    for path in filter(_is_broken, _folders_in(room)):
+                        with contextlib.suppress(FileNotFoundError):
+                            remove_folder(path)
             held = [_with_use(segment) for segment in self.segments()]
             total = sum(segment.size for segment in held)
             # Those behind first: without what is before them they are of no use.
             for segment in sorted(held, key=lambda segment: (segment.used, -segment.first)):
                 if total <= limit:
                     break
-                remove_folder(segment.path)
+                self.remove(segment)
                 total, freed = total - segment.size, freed + segment.size
         return freed
 
@@ -252,12 +268,42 @@ class PrefixStore:
         return self.folder / root[:32]
 
 
-def _longest(segments: list[Segment], wanted: bytes, at_states: bool) -> list[Piece]:
-    fitting: list[Piece] = []
-    for segment in segments:
-        same = common_blocks(segment.hashes, wanted[segment.first * HASH_BYTES :])
-        if same:
-            fitting.append(Piece(segment, segment.first + same))
+class _Room:
+    """The segments of one root, by the hash of their first block."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.held: dict[Path, Segment] = {}
+        self._first: dict[bytes, list[Segment]] = {}
+        self._looked = -1
+
+    def refresh(self) -> None:
+        """Read what is new, if the folder has changed."""
+        try:
+            changed = self.path.stat().st_mtime_ns
+        except FileNotFoundError:
+            self.held, self._first, self._looked = {}, {}, -1
+            return
+        # Names that appear within one tick of the clock of files leave its time as it is.
+        if changed == self._looked and time.time_ns() - changed > TICK_NS:
+            return
+        there = set(_folders_in(self.path))
+        new = {path: found for path in there - self.held.keys() if (found := _read(path)) is not None}
+        self.held = {path: segment for path, segment in self.held.items() if path in there} | new
+        self._first = {}
+        for segment in self.held.values():
+            self._first.setdefault(segment.hashes[:HASH_BYTES], []).append(segment)
+        self._looked = changed
+
+    def fitting(self, wanted: bytes) -> Iterator[Piece]:
+        """What of the segments is part of a text, with the hashes ``wanted``."""
+        for start in range(0, len(wanted), HASH_BYTES):
+            for segment in self._first.get(wanted[start : start + HASH_BYTES], ()):
+                if segment.first * HASH_BYTES == start:
+                    yield Piece(segment, segment.first + common_blocks(segment.hashes, wanted[start:]))
+
+
+def _longest(fitting: list[Piece], at_states: bool) -> list[Piece]:
     for last in sorted(fitting, key=lambda piece: (-piece.end, piece.segment.first)):
         if at_states and not (last.segment.states and last.end == last.segment.end):
             continue
@@ -278,7 +324,7 @@ def _longest(segments: list[Segment], wanted: bytes, at_states: bool) -> list[Pi
 
 
 def _folders_in(room: Path) -> Iterator[Path]:
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for path in room.iterdir():
             if not path.name.startswith(".") and path.is_dir():
                 yield path
@@ -300,6 +346,25 @@ def _read(path: Path) -> Segment | None:
     return Segment(path, before=before, hashes=hashes, size=size, used=used, **names)
 
 
+def _is_broken(path: Path) -> bool:
+    """Whether a folder has the name of a segment and cannot be one any more, of any format."""
+    if not _NAME.fullmatch(path.name):
+        return False
+    try:
+        read_about(path)
+    except SessionError as error:
+        # What a newer version wrote is whole.
+        return not is_shortage(error) and "has the format" not in str(error)
+    return False
+
+
+def is_shortage(error: BaseException | None) -> bool:
+    """Whether a segment could not be read for a reason that may pass, such as missing file descriptors or rights."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    return error is not None and not isinstance(error, FileNotFoundError)
+
+
 def _with_use(segment: Segment) -> Segment:
     with contextlib.suppress(OSError):
         return Segment(**{**vars(segment), "used": (segment.path / ABOUT).stat().st_mtime})
@@ -315,6 +380,10 @@ def _refuse_unsafe(folder: Path) -> None:
             f"store={str(folder)!r} can be written to by others, who could slip in a text of theirs; "
             f"run: chmod go-w {folder}"
         )
+
+
+def _again(folder: Path, limit: int, token_ids: bool) -> PrefixStore:
+    return PrefixStore(folder, limit=limit, token_ids=token_ids)
 
 
 def store_of(given: PrefixStore | str | os.PathLike[str]) -> PrefixStore:

@@ -19,7 +19,7 @@ import torch
 import xxhash
 
 from scout_hf.errors import SessionError
-from scout_hf.files import parse_json
+from scout_hf.files import open_regular, parse_json
 from scout_hf.sessions.mapped import Mapped, OpenFile
 from scout_hf.sessions.writing import CHUNK_BYTES, DTYPES, bytes_of, dtype_name, header_of, write_all
 from scout_hf.stores.state import Pages
@@ -134,7 +134,7 @@ def map_pages(
         If the file is missing or cannot be read, is shorter or longer, or has another header.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             found = os.fstat(file.fileno()).st_size
             if found != size:
                 raise SessionError(f"{path} has {found} bytes, and {size} were written: it is damaged")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,12 @@ from scout_hf.files import parse_json
 
 SAMPLED = 4096
 """Numbers of each weight, spread over all of it."""
+
+EVERY_ROW = 4
+"""Numbers of each row of the input embeddings."""
+
+FACTORS = ("scaling", "attention_scaling")
+"""Attributes of modules that change keys, and that somebody may have set."""
 
 WITHOUT_EFFECT = (
     "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype", "auto_map",
@@ -94,7 +101,7 @@ def fingerprint(model: torch.nn.Module) -> Fingerprint:
 def config_of(model: Any) -> dict[str, Any]:
     """What of a model's config changes keys and values, as plain data."""
     text = json.dumps(_effective(model.config.to_dict()), sort_keys=True, default=str)
-    return parse_json(text, infinite=True)
+    return parse_json(text, infinite=True)  # large numbers are allowed
 
 
 def _effective(value: Any) -> Any:
@@ -104,31 +111,59 @@ def _effective(value: Any) -> Any:
         return {name: _effective(one) for name, one in kept.items() if not name.startswith("_")}
     if isinstance(value, (list, tuple)):
         return [_effective(one) for one in value]
-    return value
+    # JSON has no infinities.
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def weights_hash(model: torch.nn.Module) -> str:
     """A hash over names, shapes and some numbers of every weight and buffer: another one for any other checkpoint."""
     found, unused = hashlib.sha256(), tuple(_of_unused_adapters(model))
+    embedding = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
     # Buffers that are no part of a checkpoint, such as frequencies of the rotary embedding, follow from the config.
     for name, weight in sorted(model.state_dict(keep_vars=True).items()):
         if not isinstance(weight, torch.Tensor) or name.startswith(unused):
             continue
         most = max(2, round(SAMPLED ** (1 / max(1, weight.dim()))))
-        some = weight.detach()
+        some = whole = offloaded(model, name) if weight.is_meta else weight.detach()
+        if weight is embedding and whole.dim() == 2:
+            # A checkpoint may differ in the rows of a few added tokens.
+            found.update(_bytes(whole[:, :: max(1, whole.shape[1] // EVERY_ROW)]))
         for place, size in enumerate(weight.shape):
             step = max(1, size // most)
             some = some[(slice(None),) * place + (slice(None, step * most, step),)]
         found.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode())
-        if not weight.is_meta:
-            plain = some.cpu().contiguous().view(-1)
-            found.update(plain.view(torch.uint8).numpy().tobytes())
+        found.update(_bytes(some))
     for name, module in model.named_modules():
+        found.update("".join(f"{name} {one} {getattr(module, one, None)!r} " for one in FACTORS).encode())
         if (active := _active_adapters(module)) is not None:
             scaling = getattr(module, "scaling", None)
             scaling = {one: scaling.get(one) for one in active} if isinstance(scaling, dict) else None
             found.update(f"{name} {active!r} {scaling!r} ".encode())
     return found.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def offloaded(model: torch.nn.Module, name: str) -> torch.Tensor:
+    """A weight that accelerate keeps in memory or on disk until its layer runs.
+
+    Raises
+    ------
+    SessionError
+        If it is not at hand: such a model cannot be recognised.
+    """
+    path, _, own = name.rpartition(".")
+    hook = getattr(model.get_submodule(path), "_hf_hook", None)
+    for one in (hook, *getattr(hook, "hooks", ())):
+        held = getattr(one, "weights_map", None)
+        if held is not None:
+            return held[own].detach()
+    raise SessionError(
+        f"{name} has no numbers at hand (device 'meta'), so the model cannot be recognised; load its weights, or do "
+        "without sessions and a store"
+    )
 
 
 def _active_adapters(module: torch.nn.Module) -> list[str] | None:

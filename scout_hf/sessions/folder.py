@@ -18,7 +18,7 @@ import transformers
 import xxhash
 
 from scout_hf.errors import ConfigError, MissingFileError, SavingError, SessionError
-from scout_hf.files import clear_scratch, read_json, whole_folder
+from scout_hf.files import clear_scratch, open_regular, read_json, whole_folder
 from scout_hf.rules import anything, count, fields, items, table, text
 from scout_hf.sessions.container import map_pages, write_pages
 from scout_hf.sessions.mapped import OpenFile
@@ -214,7 +214,8 @@ def read_session(path: str | os.PathLike[str]) -> Session:
 
 def _read_tensors(path: Path, said: dict[str, Any]) -> dict[str, torch.Tensor]:
     try:
-        data = path.read_bytes()
+        with open_regular(path) as file:
+            data = file.read()
     except OSError as error:
         raise SessionError(f"{path} cannot be read: {error.strerror or error}") from error
     if len(data) != said["bytes"] or xxhash.xxh3_128_hexdigest(data) != said["hash"]:
