@@ -2,7 +2,7 @@
 # make test            set up and pass the tests
 # make test-full       what make test leaves out: most cells of large grids, and what is marked full
 # make test-faults     an error at every line that changes a cache: 10 to 20 minutes on two cores; KEEP=10 tries every tenth point
-# make test-real       a real language model of 135M parameters: exact as stock, sparse answers kept; fetches 93 MB
+# make test-real       a real language model of 135M parameters: exact as stock, sparse answers kept; and quantised weights; fetches 250 MB
 # make test-upstream   transformers' own generation tests on patched models, token by token and logit by logit as unpatched
 # make test-versions   what depends on transformers, on the oldest and an older one, each in an environment of its own
 # make lint            ruff: rules and format; mypy: types of scout_hf and patches
@@ -47,8 +47,9 @@ test-faults: $(VENV)/.installed-test
 	SCOUT_TEST_JOBS=$(JOBS) SCOUT_TEST_KEEP=$(KEEP) $(VENV)/bin/python -m pytest -m slow -n 0 tests/faults
 
 test-real: $(VENV)/.installed-test
-	$(VENV)/bin/pip install -q -e ".[demo]"
+	$(VENV)/bin/pip install -q -e ".[demo,quantised]"
 	SCOUT_TEST_NETWORK=1 $(VENV)/bin/python -m pytest -m slow -n 0 -rs tests/eval
+	$(call PYTEST,$(VENV)) tests/integration/test_quantised_weights.py
 
 test-versions: $(VERSIONS:%=test-transformers-%)
 

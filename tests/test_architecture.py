@@ -115,6 +115,8 @@ FOREIGN_PRIVATE = {
     "_buffers": "torch: what a module holds itself, without its __getattr__",
     "_parameters": "the same",
     "_modules": "the same",
+    "_non_persistent_buffers_set": "torch: what is part of a checkpoint; state_dict() may change weights",
+    "_save_to_state_dict": "torch: the same of one module, which may hold weights where no parameter is",
     "_forward_pre_hooks": "torch: the order of hooks that are there",
     "_forward_hooks": "the same",
     "_version": "torch: whether a weight was written to",

@@ -13,6 +13,7 @@ import torch
 
 from scout_hf.errors import SessionError
 from scout_hf.files import parse_json
+from scout_hf.sessions.weights import weights_of
 
 SAMPLED = 4096
 """Numbers of each weight, spread over all of it."""
@@ -28,7 +29,7 @@ WITHOUT_EFFECT = (
     "attn_implementation", "experts_implementation", "return_dict", "output_hidden_states",
     "output_attentions", "id2label", "label2id", "problem_type", "chunk_size_feed_forward", "bos_token_id",
     "eos_token_id", "pad_token_id", "tie_word_embeddings", "is_decoder", "gradient_checkpointing",
-    "base_model_tp_plan", "base_model_pp_plan",
+    "base_model_tp_plan", "base_model_pp_plan", "gguf_file",
 )  # fmt: skip
 """Entries of a config that change neither keys nor values; weights have a check of their own."""
 
@@ -119,9 +120,11 @@ def weights_hash(model: torch.nn.Module) -> str:
     """A hash over names, shapes and some numbers of every weight and buffer: another one for any other checkpoint."""
     found, unused = hashlib.sha256(), tuple(_of_unused_adapters(model))
     embedding = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
-    # Buffers that are no part of a checkpoint, such as frequencies of the rotary embedding, follow from the config.
-    for name, weight in sorted(model.state_dict(keep_vars=True).items()):
-        if not isinstance(weight, torch.Tensor) or name.startswith(unused):
+    for name, weight in weights_of(model):
+        if name.startswith(unused):
+            continue
+        if isinstance(weight, str):
+            found.update(f"{name} {weight} ".encode())
             continue
         most = max(2, round(SAMPLED ** (1 / max(1, weight.dim()))))
         some = whole = offloaded(model, name) if weight.is_meta else weight.detach()
