@@ -25,7 +25,7 @@ from scout_hf.masks import allowed_by, for_prompt, is_special, refuse_unless_pad
 from scout_hf.methods.base import Method, Scoring
 from scout_hf.plain_attention import attention_function, prompt_function, prompt_mask_function
 from scout_hf.prefill import prefill
-from scout_hf.step import Step, active_step
+from scout_hf.step import Role, Step, active_step
 
 # Arguments that change which keys are attended, or how; plain causal attention layers pass none of them.
 UNSERVED = frozenset({"sliding_window", "position_bias", "indices", "block_indices", "sinks"})
@@ -96,19 +96,22 @@ def scout_attention(
     mixed = torch.is_autocast_enabled(query.device.type)
     with torch.autocast(query.device.type, enabled=False) if mixed else contextlib.nullcontext():
         real = query if query.dtype == method.dtype else query.to(method.dtype)
-        if step.queries == 1:
+        if step.queries == 1 and not step.as_several:
             begun = time.perf_counter()
             result = _checked(method, method.attend(step, real), real)
             if step.auto is not None:
                 step.auto.attended(time.perf_counter() - begun)
             out = _finish(result, query, kwargs.get("s_aux"))
-        elif method.length > step.queries:
+        elif step.as_several or method.length > step.queries:
             keys, values = key.to(method.dtype), value.to(method.dtype)
             out = _finish(method.attend_many(step, real, keys, values), query, kwargs.get("s_aux"))
-        if step.queries > 1:
+            if step.as_several:
+                step.counters.attended(method.layer_idx, step.context(), step.context())
+        several = step.queries > 1 and step.role is not Role.CHECK
+        if several:
             method.observe(step, real)
         method.settle(step)
-        if step.queries > 1:
+        if several:
             method.prefilled(step, real[:, :, -1:])
     return out, None
 

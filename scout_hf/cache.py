@@ -12,6 +12,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from scout_hf.auto_budget import AutoBudget
+from scout_hf.auto_draft import AutoDraft
 from scout_hf.awaited import Awaited
 from scout_hf.cache_layer import ScoutLayer
 from scout_hf.cache_reading import copy_as_dynamic, describe, iterate, refuse_saving
@@ -25,6 +26,7 @@ from scout_hf.fitting import check_names, layers_of
 from scout_hf.padding import Padding
 from scout_hf.sessions.mapped import OpenFile
 from scout_hf.sizes import bytes_of
+from scout_hf.step import Role
 from scout_hf.stores.host_memory import HostMemory
 from scout_hf.stores.memory import huge_page_bytes
 from scout_hf.stores.staging import Staging
@@ -90,7 +92,9 @@ class ScoutCache(Cache):
         # Files that hold pages of it.
         self.files: tuple[OpenFile, ...] = ()
         self.padding, self.staging, self.log = Padding(), Staging(), TokenLog()
-        self.auto = AutoBudget()
+        self.auto, self.auto_draft = AutoBudget(), AutoDraft()
+        # What its next passes are for.
+        self.role = Role.ORDINARY
         if not self.scout_layers:
             warnings.warn(
                 f"every layer of this {text.model_type} model has a sliding window or no attention at all: there is "

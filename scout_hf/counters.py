@@ -31,6 +31,7 @@ class Counters:
     def reset(self) -> None:
         """Set all sums to 0."""
         self.steps = self.approximate_steps = self.prefill_tokens = self.found_tokens = self.kept_tokens = 0
+        self.drafted = self.accepted = self.checks = 0
         self.sums: dict[str, dict[int, float | torch.Tensor]] = defaultdict(lambda: defaultdict(float))
         self.history: dict[int, list[float]] | None = None
         self.stock_passes: dict[str, int] = {}

@@ -44,6 +44,12 @@ class Pace:
         if last is not None:
             last.done, last.end = True, time.perf_counter() if last.waits else None
 
+    def add(self, kind: str, tokens: int, seconds: float) -> None:
+        """Tokens that passes gave which are not told of by ``begin``, such as drafts and their check."""
+        both = self._sums[kind]
+        both[0] += tokens
+        both[1] += seconds
+
     def tokens_per_second(self, kind: str) -> float | None:
         """Of all rows together, padding included; None where nothing was measured."""
         sums = {name: list(both) for name, both in self._sums.items()}

@@ -29,7 +29,7 @@ from scout_hf.monitor import Monitor
 from scout_hf.naming import AttentionNames
 from scout_hf.pass_inputs import named_arguments, refuse_unservable
 from scout_hf.running import RunningPasses
-from scout_hf.step import Inputs, Step, active_step, grid_positions
+from scout_hf.step import Inputs, Role, Step, active_step, grid_positions
 from scout_hf.stock_passes import StockWarnings, reason_of_pass
 from scout_hf.stores.streams import Links
 from scout_hf.trace import Tracer
@@ -48,6 +48,8 @@ class PassHooks:
     family : Family
     names : AttentionNames
         Checked and renewed in each pass.
+    lossless : bool
+        Whether decode steps of method ``scout`` are exact, except for drafts.
 
     Attributes
     ----------
@@ -63,8 +65,8 @@ class PassHooks:
         Last measurements, see :class:`scout_hf.Stats`.
     """
 
-    def __init__(self, model: Any, config: ScoutConfig, family: Any, names: AttentionNames):
-        self._model, self._family, self._names = model, family, names
+    def __init__(self, model: Any, config: ScoutConfig, family: Any, names: AttentionNames, lossless: bool = False):
+        self._model, self._family, self._names, self._lossless = model, family, names, lossless
         self._decoder = family.decoder(model)
         self._text_config = model.config.get_text_config(decoder=True)
         self.parts = Parts(family, self._decoder)
@@ -95,7 +97,9 @@ class PassHooks:
         call_all(*tracing, self.monitor.close, self._wait_for_devices, self.backend.close, self.movers.close)
 
     def is_exact(self, config: ScoutConfig) -> bool:
-        """Whether decode steps with these settings attend to all tokens with the real query."""
+        """Whether decode steps with these settings attend to all tokens with the real query, drafts aside."""
+        if self._lossless and find_method(config.method).can_draft:
+            return config.host_dtype is None
         return find_method(config.method).is_exact(config, self._model.device)
 
     def _wait_for_devices(self) -> None:
@@ -160,6 +164,7 @@ class PassHooks:
             inputs={} if find_method(cache.scout_config.method).takes_inputs else None,
             keys_values=self.parts.keys_values,
             positions=grid_positions(given.get("position_ids")) if module is self._decoder else None,
+            role=cache.role,
             frame=_calling_frame(),
         )
         if not self.running.enter(step):
@@ -170,19 +175,26 @@ class PassHooks:
                 self.tracer.begin(step)
             exact = self._begin_step(step, rows)
             self.counters.steps += 1
-            self.counters.approximate_steps += not exact
+            self.counters.approximate_steps += not exact and step.role is not Role.DRAFT
         else:
             exact = True
-            self.counters.prefill_tokens += step.queries
+            self.counters.prefill_tokens += step.queries if step.role is Role.ORDINARY else 0
         self.counters.alive.add(cache)
         cache.filled_by = weakref.ref(self._model)
-        self.counters.pace.begin(step, inputs)
+        if step.role is Role.ORDINARY:
+            self.counters.pace.begin(step, inputs)
         cache.log.add(given, tokens - queries, exact, cache.guard.changes + 1)
         cache.guard.enter_pass(step)
 
     def _begin_step(self, step: Step, rows: int) -> bool:
         """Whether a decode step is exact."""
         config, kind = step.cache.scout_config, find_method(step.cache.scout_config.method)
+        if step.role is Role.DRAFT:
+            return False
+        if self._lossless and kind.can_draft:
+            step.attends_all = True
+            step.as_several = not kind.may_attend_all(config, self._model.device)
+            return config.host_dtype is None
         if config.budget == "auto" and kind.may_attend_all(config, self._model.device):
             step.auto, was = step.cache.auto, step.cache.auto.sparse_from
             step.rates = self.rates[rows, config.host_dtype, config.block_size, config.mass]
@@ -212,7 +224,8 @@ class PassHooks:
             step.cache.end_step()
             if step.auto is not None and step.rates is not None:
                 step.auto.end(step.tokens, step.attends_all, step.rates)
-            self.counters.pace.end()
+            if step.role is Role.ORDINARY:
+                self.counters.pace.end()
         if unread and output is not None:
             raise PatchError(
                 f"layers {unread} stored keys but did not attend through scout_hf: the attention implementation was "
@@ -239,7 +252,7 @@ class PassHooks:
             hidden = args[0] if args else kwargs["hidden_states"]
             positions = kwargs.get("position_ids") if step.positions is None else step.positions
             step.inputs[index] = Inputs(hidden, positions)
-        if step.queries != 1:
+        if step.queries != 1 or step.as_several:
             return
         following = (index + 1) % min(len(layers), len(step.cache.layers))
         method = getattr(step.cache.layers[following], "method", None)

@@ -15,21 +15,22 @@ from scout_hf.changes import Attribute, Changes, call_all
 from scout_hf.compat.cache_names import CACHE
 from scout_hf.compat.unwrap import unwrapped
 from scout_hf.config import ScoutConfig
+from scout_hf.drafting import Drafting, most_drafts
 from scout_hf.errors import ConfigError, PatchError
 from scout_hf.fitting import check_names
-from scout_hf.generating import PREPARE, CacheForGenerate
 from scout_hf.graph import StepGraphs
 from scout_hf.kernels.device import find_kernels
 from scout_hf.methods.unused import warn_of_unused
 from scout_hf.naming import AttentionNames
+from scout_hf.on_generate import changes_of_generate, drop_ours
 from scout_hf.pass_hooks import PassHooks, is_ours, is_patched
 from scout_hf.patches import family_of
+from scout_hf.prefix import reasons
 from scout_hf.prefix.reading import Reading, read_ahead
-from scout_hf.prefix.reuse import GENERATE, Reuse, ReusingGenerate, ReusingInputs
+from scout_hf.prefix.reuse import Reuse
 from scout_hf.prefix.store import PrefixStore, store_of
 from scout_hf.recall_intervals import RecallIntervals
 from scout_hf.recall_profile import profile_recall
-from scout_hf.restart import PREPARE_INPUTS, RestartingInputs
 from scout_hf.selfcheck import check_unknown_family
 from scout_hf.stats import Stats, summarise
 from scout_hf.trace import Trace, record
@@ -44,6 +45,7 @@ def patch(
     *,
     attention: str = "auto",
     store: PrefixStore | str | os.PathLike[str] | None = None,
+    draft: bool | int | None = None,
     **options: Any,
 ) -> Handle:
     """Make ``model.generate()`` use a :class:`ScoutCache`: paged KV, and block-sparse attention in decode steps.
@@ -62,6 +64,9 @@ def patch(
     store : PrefixStore, path-like or None
         A folder in which ``generate()`` keeps what prompts it read, and looks for the beginning of each new one, so
         that only the rest is read. None: nothing is kept.
+    draft : bool, int or None
+        True: decode exactly, and faster where that pays: sparse steps draft tokens, and one exact pass checks them. An
+        int: the most tokens per check. See the guide "Lossless drafts".
 
     Returns
     -------
@@ -102,8 +107,10 @@ def patch(
     whole: Any = model  # a PreTrainedModel, whose attributes a Module does not declare
     text = whole.config.get_text_config(decoder=True)
     check_names(config, text, len(family.layers(family.decoder(model))))
+    most = most_drafts(draft, config, reasons.of_model(whole))
     find_kernels(config.gpu_kernels, whole.device)
-    handle_of = functools.partial(Handle, config=config, family=family, any_attention=attention == "sdpa", store=kept)
+    parts = {"any_attention": attention == "sdpa", "store": kept, "most_drafts": most}
+    handle_of = functools.partial(Handle, config=config, family=family, **parts)
     handle = handle_of(model)
     try:
         check_unknown_family(model, family, handle_of, handle._names.foreign)
@@ -177,13 +184,16 @@ class Handle:
         family: Any,
         any_attention: bool = False,
         store: PrefixStore | None = None,
+        most_drafts: int = 0,
     ):
         self.model, self.config, self.store, self._family = model, config, store, family
         self._decoder = family.decoder(model)
         self._names = AttentionNames(self._decoder, family.layers(self._decoder), any_attention)
-        self._hooks = PassHooks(model, config, family, self._names)
+        self._hooks = PassHooks(model, config, family, self._names, lossless=most_drafts > 0)
         self._changes = Changes()
-        self._reuse = None if store is None else Reuse(store, model, self._hooks.counters, is_ours)
+        counters, running = self._hooks.counters, self._hooks.running
+        self._reuse = None if store is None else Reuse(store, model, counters, is_ours)
+        self._drafting = Drafting(most_drafts, counters, running) if most_drafts else None
 
     # -- what a user calls --------------------------------------------------------------------------------------
 
@@ -416,14 +426,8 @@ class Handle:
         if self.config.hand_over == "graph":
             graphs = StepGraphs(self._decoder.forward, self._decoder.config)
             self._changes.make(Attribute(self._decoder, "forward", graphs, keep_others=True))
-        prepare = CacheForGenerate(self.model, self.new_cache, self._hooks)
-        self._changes.make(Attribute(self.model, PREPARE, prepare))
-        inputs: Any = RestartingInputs(getattr(self.model, PREPARE_INPUTS))
-        if self._reuse is not None:
-            inputs = ReusingInputs(inputs, self._reuse)
-            generate = ReusingGenerate(getattr(self.model, GENERATE), self._reuse)
-            self._changes.make(Attribute(self.model, GENERATE, generate))
-        self._changes.make(Attribute(self.model, PREPARE_INPUTS, inputs))
+        for change in changes_of_generate(self.model, self.new_cache, self._hooks, self._reuse, self._drafting):
+            self._changes.make(change)
 
     def _uninstall(self) -> None:
         call_all(self._restore, self._hooks.end)
@@ -439,7 +443,5 @@ def _drop_leftovers(model: torch.nn.Module) -> None:
     own = model.__dict__
     handle = own.get(HANDLE)
     if handle is not None and handle.model is not model and handle.model.__dict__.get(HANDLE) is not handle:
-        ours = (CacheForGenerate, RestartingInputs, ReusingInputs, ReusingGenerate, Handle)
-        for name in (PREPARE, PREPARE_INPUTS, GENERATE, HANDLE):
-            if isinstance(own.get(name), ours):
-                del own[name]
+        drop_ours(own)
+        del own[HANDLE]

@@ -85,9 +85,9 @@ class Stats:
     exact : bool
         Whether the settings of all decode steps were exact.
     steps : int
-        Decode steps.
+        Decode steps, drafts included.
     prefill_tokens : int
-        Tokens per row in passes with several new tokens (prompts, next turns, drafts to verify).
+        Tokens per row in passes with several new tokens (prompts, next turns, drafts of assisted decoding).
     context_tokens, attended_tokens : float
         Tokens in the context and tokens attended: means per decode step over layers, rows and KV heads, without
         padding.
@@ -122,7 +122,15 @@ class Stats:
     prefill_tokens_per_second, decode_tokens_per_second : float or None
         Tokens of all rows, padding included, per second of wall time in passes with several new tokens and in decode
         steps. A pass lasts until the next one of the same ``generate()`` begins, so that sampling is included. The
-        last pass of a call lasts until its own end; on a GPU it is left out. Warm-up passes are included.
+        last pass of a call lasts until its own end; on a GPU it is left out. Warm-up passes are included. With drafts,
+        the tokens that ``generate()`` took, and the time of the drafts and of their check.
+    drafted_tokens, accepted_tokens, draft_checks : int
+        With ``patch(draft=...)``: tokens that sparse steps drafted, those of them that ``generate()`` took, and exact
+        passes that checked them. A position counts once for all rows, which take it together.
+    acceptance : float or None
+        ``accepted_tokens / drafted_tokens``; those behind the end of a text count as not accepted.
+    tokens_per_exact_pass : float or None
+        Tokens that a check gave, with its own.
 
     Examples
     --------
@@ -154,6 +162,11 @@ class Stats:
     kept_tokens: int = 0
     prefill_tokens_per_second: float | None = None
     decode_tokens_per_second: float | None = None
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    draft_checks: int = 0
+    acceptance: float | None = None
+    tokens_per_exact_pass: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values, layers and fidelity included.
@@ -257,4 +270,9 @@ def summarise(
         kept_tokens=counters.kept_tokens,
         prefill_tokens_per_second=counters.pace.tokens_per_second("prefill"),
         decode_tokens_per_second=counters.pace.tokens_per_second("decode"),
+        drafted_tokens=counters.drafted,
+        accepted_tokens=counters.accepted,
+        draft_checks=counters.checks,
+        acceptance=counters.accepted / counters.drafted if counters.drafted else None,
+        tokens_per_exact_pass=1.0 + counters.accepted / counters.checks if counters.checks else None,
     )

@@ -22,6 +22,9 @@ def tables(stats: Stats) -> Iterator[Table]:
     head.add_row("prefilled tokens", f"{stats.prefill_tokens}{_speed(stats.prefill_tokens_per_second)}")
     if stats.found_tokens or stats.kept_tokens:
         head.add_row("prefix store", f"{stats.found_tokens} tokens found, {stats.kept_tokens} added")
+    if stats.acceptance is not None:
+        accepted = f"{stats.accepted_tokens} of {stats.drafted_tokens} accepted ({stats.acceptance:.0%})"
+        head.add_row("drafts", f"{accepted}; {stats.tokens_per_exact_pass:.2f} tokens per exact pass")
     attended = f"{stats.attended_tokens:.0f} of {stats.context_tokens:.0f} ({share:.1%})"
     head.add_row("attended per step", attended if stats.steps else "nothing decoded")
     head.add_row("KV of the newest cache", _by_tier(stats.kv_bytes) or "-")

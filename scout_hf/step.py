@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import sys
 import threading
 from collections.abc import Callable
@@ -33,6 +34,14 @@ def active_step() -> Step | None:
 def set_active_step(step: Step | None) -> None:
     """Make ``step`` the calling thread's forward pass; None ends it."""
     _ACTIVE.step = step
+
+
+class Role(enum.Enum):
+    """What a pass is for: ``DRAFT`` steps are sparse and taken back, an exact ``CHECK`` of them takes their place."""
+
+    ORDINARY = "ordinary"
+    DRAFT = "draft"
+    CHECK = "check"
 
 
 class Inputs(NamedTuple):
@@ -100,6 +109,9 @@ class Step:
         What such steps took before.
     attends_all : bool
         Whether layers attend to all tokens in this decode step, whatever the budget is.
+    as_several : bool
+        Whether they do that as in passes of several tokens, because ``attend`` of the method cannot.
+    role : Role
     depth : int
         Nested modules of this pass that are still running.
     clock : Clock or None
@@ -129,6 +141,8 @@ class Step:
     auto: AutoBudget | None = None
     rates: Rates | None = None
     attends_all: bool = False
+    as_several: bool = False
+    role: Role = Role.ORDINARY
     shared: dict[str, Any] = field(default_factory=dict)
     depth: int = 1
     frame: FrameType | None = None

@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "scout_hf.fusion": (),
     "scout_hf.cache": (
         "scout_hf.auto_budget",
+        "scout_hf.auto_draft",
         "scout_hf.awaited",
         "scout_hf.cache_layer",
         "scout_hf.cache_reading",
@@ -84,6 +85,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "scout_hf.stores.*",
     ),
     "scout_hf.sessions": ("scout_hf.sessions.*", "scout_hf.stores.*"),
+    "scout_hf.drafting": (
+        "scout_hf.cache",
+        "scout_hf.compat.*",
+        "scout_hf.config",
+        "scout_hf.counters",
+        "scout_hf.drafting.*",
+        "scout_hf.methods.*",
+        "scout_hf.running",
+        "scout_hf.step",
+    ),
     "scout_hf.prefix": (
         "scout_hf.cache",
         "scout_hf.cache_layer",

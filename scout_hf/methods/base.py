@@ -89,11 +89,12 @@ class Method(ABC):
     """Allowed keys of ``ScoutConfig(method_options=...)``, with defaults."""
     uses: ClassVar[frozenset[str] | None] = None
     """Fields of ``ScoutConfig`` that have an effect, beside the method's name and options. None: not declared."""
+    can_draft = False
+    """Whether decode steps are sparse and passes of several tokens exact, so that these can check drafts of those."""
     needs_query = True
     """Whether ``ahead`` gets a predicted query; if not, it is also called for the first layer, with None."""
     blockwise = False
-    """Whether all that a layer holds of a token lies in its block's page and code, so that a beginning of a text can be
-    cut between blocks and be put together again."""
+    """Whether all that a layer holds of a token lies in its block's page and code: texts can be cut between blocks."""
     takes_inputs = False
     """Whether ``step.inputs`` must hold the hidden states that enter a layer."""
 

@@ -14,6 +14,7 @@ from scout_hf.kernels.attend import attend
 from scout_hf.methods.base import Method
 from scout_hf.step import Step
 from scout_hf.stores import PagedKV, PagePool, TwoTierKV
+from scout_hf.stores.emulated_link import Done
 from scout_hf.stores.state import State
 from scout_hf.stores.streams import Mark
 
@@ -88,11 +89,16 @@ class OffloadingMethod(Method):
 
     def past_chunks(self, step: Step, past: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         self.written.finish()
-        return super().past_chunks(step, past)
+        for start, keys, values in super().past_chunks(step, past):
+            # The part that is on the host comes over the link.
+            moved = max(0, min(start + keys.shape[2], self.kv.host.length) - start)
+            nbytes = 2 * moved * keys[:, :, :1].numel() * keys.element_size()
+            step.links.limit(Done(), nbytes, self.config.link_gbps).wait()
+            yield start, keys, values
 
     def past_pages(self, step: Step) -> PagedKV | None:
-        if self.kv.device.type != "cpu":
-            return None
+        if self.kv.device.type != "cpu" or self.config.link_gbps is not None:
+            return None  # chunks come over the link, emulated or not
         self.written.finish()
         return self.kv.host
 

@@ -55,3 +55,18 @@ class LimitedTicket(Ticket[T_co]):
     def times(self) -> tuple[int, int]:
         """When the transfer began and ended on the emulated link, ns."""
         return int(self.begin * 1e9), int(self.due * 1e9)
+
+
+class Done(Ticket[None]):
+    """The ticket of work that was done when it was asked for."""
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+    def drain(self) -> bool:
+        """It succeeded."""
+        return True
+
+    def done(self) -> bool:
+        """It is."""
+        return True

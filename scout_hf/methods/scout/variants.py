@@ -31,6 +31,8 @@ class Scout(TwoTierScout):
     'OneTierScout'
     """
 
+    can_draft = True
+
     @classmethod
     def check(cls, config: ScoutConfig) -> None:
         super(OffloadingMethod, cls).check(config)  # without the check for settings of other methods
