@@ -30,7 +30,7 @@ from scout_hf.kernels.cpu.protocols import PagedStore, Ticket
 from scout_hf.kernels.cpu.torch_backend import TorchBackend
 
 # Torch multiplies matrices of more queries faster.
-MOST_QUERIES = 64
+MOST_QUERIES = 128
 # As much as is copied at a time without this backend.
 PIECE_TOKENS = 4096
 

@@ -9,6 +9,15 @@
 #define SCOUT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})  // for GCC before version 12
 #endif
 
+// Keeps the compiler from loading a vector again for each of its uses.
+#if defined(__x86_64__)
+#define SCOUT_IN_REGISTER(v) asm("" : "+v"(v))
+#elif defined(__aarch64__)
+#define SCOUT_IN_REGISTER(v) asm("" : "+w"(v))
+#else
+#define SCOUT_IN_REGISTER(v) (void)(v)
+#endif
+
 namespace {
 
 typedef uint32_t vu __attribute__((vector_size(4 * W)));  // for sums that may wrap
@@ -30,8 +39,15 @@ inline void store(void* to, T value) {
 // Adding zero would be an instruction, since it changes -0.
 inline vf splat(float x) { return x - vf{}; }
 
+// Into L2.
 inline void prefetch_span(const uint8_t* from, int bytes) {
   for (int at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
+}
+
+// Into L1, from where an earlier prefetch has brought it. Half a tile at a time: a whole one would push out too much.
+constexpr int64_t NEAR_BYTES = 8192;
+inline void prefetch_near(const uint8_t* from, int bytes) {
+  for (int at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 3);
 }
 
 // -- from 2W stored numbers to two vectors of floats ---------------------------------------------------------------
@@ -238,35 +254,33 @@ inline vf soft_cap(vf x, float cap) {
 template <class R>
 struct FloatProduct {
   typedef float Query;
-  struct Key {
+  typedef vf Part;
+  static constexpr int bytes = R::bytes, parts = 2;
+  static inline vf key(const uint8_t* from, int part) {
     vf a, b;
-  };
-  static constexpr int bytes = R::bytes;
-  static inline Key key(const uint8_t* from) {
-    Key k;
-    R::pair(from, k.a, k.b);
-    return k;
+    R::pair(from, a, b);
+    return part ? b : a;
   }
-  static inline vf add(vf sum, const Key& k, const float* query) {
-    return sum + k.a * load<vf>(query) + k.b * load<vf>(query + W);
-  }
+  static inline vf query(const float* from, int part) { return load<vf>(from + part * W); }
+  static inline vf add(vf sum, vf k, vf q) { return sum + k * q; }
 };
 
 #ifdef SCOUT_BF16_DOT
 // For bf16 queries: exact products, half the instructions.
 struct Bf16Product {
   typedef uint16_t Query;
-  typedef vi Key;
-  static constexpr int bytes = 2;
-  static inline vi key(const uint8_t* from) { return load<vi>(from); }
-  static inline vf add(vf sum, vi k, const uint16_t* query) { return bf16_dot(sum, k, load<vi>(query)); }
+  typedef vi Part;
+  static constexpr int bytes = 2, parts = 1;
+  static inline vi key(const uint8_t* from, int) { return load<vi>(from); }
+  static inline vi query(const uint16_t* from, int) { return load<vi>(from); }
+  static inline vf add(vf sum, vi k, vi q) { return bf16_dot(sum, k, q); }
 };
 #endif
 
 // out[g][t] = keys[t] . query[g]; does not read rows from `rows` on, but writes whole vectors.
 template <class P, int GB>
 inline void dots(const uint8_t* keys, int rows, int numbers, const typename P::Query* query, float* out,
-                 int out_stride, const uint8_t* next) {
+                 int out_stride, const uint8_t* next, const uint8_t* soon = nullptr) {
   constexpr int RUNS = GB == 3 ? 4 : GB, TB = W / RUNS;
   const int64_t row_bytes = (int64_t)numbers * P::bytes;
   for (int t0 = 0; t0 < rows; t0 += W) {
@@ -278,16 +292,26 @@ inline void dots(const uint8_t* keys, int rows, int numbers, const typename P::Q
       const uint8_t* row[TB];
 #pragma GCC unroll 16
       for (int t = 0; t < TB; t++) row[t] = keys + (first + t < rows ? first + t : rows - 1) * row_bytes;
-      if (next) prefetch_span(next + first * row_bytes, TB * (int)row_bytes);
       vf sum[W] = {};
       for (int d = 0; d < numbers; d += 2 * W) {
+        constexpr int BYTES = TB * 2 * W * P::bytes;
+        if (next) prefetch_span(next + first * row_bytes + (int64_t)d * TB * P::bytes, BYTES);
+        if (soon) prefetch_near(soon + first * row_bytes + (int64_t)d * TB * P::bytes, BYTES);
+        // A part of all keys, then of one query after the other: few registers, and each number is loaded once.
+#pragma GCC unroll 2
+        for (int part = 0; part < P::parts; part++) {
+          typename P::Part k[TB];
 #pragma GCC unroll 16
-        for (int t = 0; t < TB; t++) {
-          const typename P::Key k = P::key(row[t] + (int64_t)d * P::bytes);
+          for (int t = 0; t < TB; t++) k[t] = P::key(row[t] + (int64_t)d * P::bytes, part);
 #pragma GCC unroll 4
           for (int g = 0; g < GB; g++) {
-            vf& s = sum[slot(g * TB + t)];
-            s = P::add(s, k, query + g * numbers + d);
+            typename P::Part q = P::query(query + g * numbers + d, part);
+            if (TB > 1) SCOUT_IN_REGISTER(q);
+#pragma GCC unroll 16
+            for (int t = 0; t < TB; t++) {
+              vf& s = sum[slot(g * TB + t)];
+              s = P::add(s, k[t], q);
+            }
           }
         }
       }
@@ -360,7 +384,7 @@ inline void weigh(float* scores, int tokens, const uint8_t* padding_mask, const 
 
 template <class R, int GB, int NS>
 inline void add_slice(const uint8_t* values, int tokens, int numbers, int d0, const float* weights,
-                      const Softmax* states, float* out, const uint8_t* next) {
+                      const Softmax* states, float* out, const uint8_t* next, const uint8_t* soon) {
   vf sum[GB][2 * NS];
   const int64_t row_bytes = (int64_t)numbers * R::bytes;
 #pragma GCC unroll 4
@@ -368,9 +392,14 @@ inline void add_slice(const uint8_t* values, int tokens, int numbers, int d0, co
 #pragma GCC unroll 4
     for (int s = 0; s < 2 * NS; s++) sum[g][s] = load<vf>(out + g * numbers + d0 + s * W) * splat(states[g].shrink);
   const uint8_t* at = values + (int64_t)d0 * R::bytes;
-  if (next) next += (int64_t)d0 * R::bytes;
+  constexpr int BYTES = NS * 2 * W * R::bytes;
+  // Where two slices share a line, the first prefetches from memory and the second from L2.
+  const bool first = BYTES >= 64 || d0 * R::bytes % 64 == 0;
+  next = next && first ? next + (int64_t)d0 * R::bytes : nullptr;
+  soon = soon && (BYTES >= 64 || !first) ? soon + (int64_t)d0 * R::bytes : nullptr;
   for (int t = 0; t < tokens; t++, at += row_bytes) {
-    if (next) prefetch_span(next + t * row_bytes, NS * 2 * W * R::bytes);
+    if (next) prefetch_span(next + t * row_bytes, BYTES);
+    if (soon) prefetch_near(soon + t * row_bytes, BYTES);
     vf v[2 * NS];
 #pragma GCC unroll 2
     for (int s = 0; s < NS; s++) R::pair(at + s * 2 * W * R::bytes, v[2 * s], v[2 * s + 1]);
@@ -389,11 +418,12 @@ inline void add_slice(const uint8_t* values, int tokens, int numbers, int d0, co
 
 template <class R, int GB>
 inline void add_values(const uint8_t* values, int tokens, int numbers, const float* weights, const Softmax* states,
-                       float* out, const uint8_t* next) {
+                       float* out, const uint8_t* next, const uint8_t* soon = nullptr) {
+  constexpr int NS = R::bytes == 4 ? 1 : SLICES;
   int d = 0;
-  for (; d + 2 * W * SLICES <= numbers; d += 2 * W * SLICES)
-    add_slice<R, GB, SLICES>(values, tokens, numbers, d, weights, states, out, next);
-  for (; d < numbers; d += 2 * W) add_slice<R, GB, 1>(values, tokens, numbers, d, weights, states, out, next);
+  for (; d + 2 * W * NS <= numbers; d += 2 * W * NS)
+    add_slice<R, GB, NS>(values, tokens, numbers, d, weights, states, out, next, soon);
+  for (; d < numbers; d += 2 * W) add_slice<R, GB, 1>(values, tokens, numbers, d, weights, states, out, next, soon);
 }
 
 #if SCOUT_W == 16
@@ -610,15 +640,17 @@ void attend_group(const scout_chunk& c, int g0, bool prefetches) {
     const uint8_t* values = keys + c.tile_bytes / 2;
     const uint8_t* next = !prefetches ? nullptr : i + 1 < c.count ? c.tiles[i + 1] : c.after;
     const uint8_t* next_values = next ? next + c.tile_bytes / 2 : nullptr;
+    const bool near = prefetches && c.tile_bytes / 2 <= NEAR_BYTES;
+    const uint8_t *own = near ? values : nullptr, *next_keys = near ? next : nullptr;
 #ifdef SCOUT_BF16_DOT
     if (R::even_odd && c.query_bf16)
-      dots<Bf16Product, GB>(keys, tokens, D, c.query_bf16 + g0 * D, scores, ROW, next);
+      dots<Bf16Product, GB>(keys, tokens, D, c.query_bf16 + g0 * D, scores, ROW, next, own);
     else
 #endif
-      dots<FloatProduct<R>, GB>(keys, tokens, D, query, scores, ROW, next);
+      dots<FloatProduct<R>, GB>(keys, tokens, D, query, scores, ROW, next, own);
     const uint8_t* padding_mask = c.padding_mask ? c.padding_mask[i] : nullptr;
     weigh<GB>(scores, tokens, padding_mask, scales, c.softcap, states);
-    add_values<R, GB>(values, tokens, D, scores, states, out, next_values);
+    add_values<R, GB>(values, tokens, D, scores, states, out, next_values, next_keys);
   }
   for (int g = 0; g < GB; g++) bring_back<R>(out + g * D, D);
   finish<GB>(c, g0, states);
