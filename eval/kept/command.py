@@ -14,6 +14,7 @@ from rich.table import Table
 
 from scout_hf import PrefixStore
 from scout_hf.errors import ConfigError, MissingFileError, ScoutError, SessionError
+from scout_hf.eval.ask.texts import FOLDER as TEXTS
 from scout_hf.eval.ask.texts import forget, texts_in
 from scout_hf.eval.kept.entries import (
     SESSION,
@@ -201,6 +202,10 @@ def _found(name: str, folder: Path | None) -> Entry:
         for text in texts_in(store):
             if text.name == name:
                 return text_entry(store, text)
+    if (Path(name) / TEXTS).is_dir() or any(Path(name).glob("*/*/session.json")):
+        raise MissingFileError(
+            f"{name} is a store: delete the folder, or scout-hf session prune --store {name} --limit 1B"
+        )
     texts = f"its texts are {', '.join(sorted(set(there)))}" if there else "the store has no texts"
     raise MissingFileError(f"{name} is no session, and no text of the store; {texts}; try scout-hf session ls")
 

@@ -237,6 +237,7 @@ class Reuse:
         except Exception as error:
             # The answer is there: it must not be lost because of a full disk, or of anything else here.
             warn("did not keep what was read", error)
+            self._counters.note(NOTE, f"did not keep what was read: {error}")
 
     def drop_damaged(self, found: Found | None) -> None:
         """Remove the segments that are not what was written, so that the next call reads the text again."""

@@ -114,7 +114,22 @@ def write_session(
     path = Path(os.path.realpath(path))  # a link stays one
     refuse_other_files(path)
     clear_scratch(path)
-    flat = flatten(state)
+    try:
+        _write_into(path, model, settings, flatten(state), about, unchanged)
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _write_into(
+    path: Path,
+    model: dict[str, Any],
+    settings: dict[str, Any],
+    flat: Flat,
+    about: dict[str, Any],
+    unchanged: Callable[[], None],
+) -> None:
     made = {
         "at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "scout_hf": version("scout_hf"),

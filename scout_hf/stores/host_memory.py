@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from scout_hf.errors import HostMemoryError
+from scout_hf.sizes import in_words
 from scout_hf.stores.region import Region
 
 # Below the limit by so much after tiles have left, so that this is rare.
@@ -72,7 +73,7 @@ class HostMemory:
                 memory = mmap.mmap(file.fileno(), max(size, 1))
         except OSError as error:
             raise HostMemoryError(
-                f"no room for {size / 2**30:.3g} GiB of pages in {self.folder or tempfile.gettempdir()} ({error}): "
+                f"no room for {in_words(size)} of pages in {self.folder or tempfile.gettempdir()} ({error}): "
                 "free some, set spill_dir to a folder on another disk, or leave host_memory out to keep KV in memory"
             ) from error
         slab = torch.frombuffer(memory, dtype=torch.uint8)[:size].view(dtype).view(shape)

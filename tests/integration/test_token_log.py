@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -139,3 +140,16 @@ def test_a_session_has_them_unless_told_not_to(model, ids, tmp_path):
     step(model, opened, ids[:, :2], attention_mask=torch.cat([mask, mask.new_ones(2, 2)], dim=1))
     assert torch.equal(opened.token_ids, torch.cat([ids, ids[:, :2]], dim=1))
     assert scout_hf.ScoutCache.load(tmp_path / "b", model).token_ids is None
+
+
+def test_ids_that_are_not_those_of_the_cache_are_told_of(model, ids):
+    cache = filled(model, ids)
+    turned = torch.cat([ids, ids[:, :5]], dim=1)
+    mask = torch.ones_like(turned)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate(turned, attention_mask=mask, **{CACHE: cache.fork()}, max_new_tokens=2)
+    other = turned.clone()
+    other[1, 30] = 99
+    with pytest.warns(RuntimeWarning, match="other tokens .* from token 30 on"):
+        model.generate(other, attention_mask=mask, **{CACHE: cache.fork()}, max_new_tokens=2)
