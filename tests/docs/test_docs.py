@@ -9,6 +9,7 @@ import pytest
 import transformers
 import typer
 
+from scout_hf.eval.bench import weights
 from scout_hf.eval.pocket import load_pocket
 from scout_hf.kernels import cpu
 from scout_hf.methods import base
@@ -100,5 +101,13 @@ def check_pytest(arguments):
     assert all((ROOT / one).exists() for one in arguments if "/" in one)
 
 
-KNOWN = {"scout-hf": check_scout_hf, "make": check_make, "pip": check_pip}
+def check_module(arguments):
+    """A benchmark that is a module: its options."""
+    assert arguments[:2] == ["-m", weights.__name__]
+    app = typer.Typer()
+    app.command()(weights.main)
+    typer.main.get_command(app).make_context("", arguments[2:])
+
+
+KNOWN = {"python": check_module, "scout-hf": check_scout_hf, "make": check_make, "pip": check_pip}
 KNOWN |= {".venv/bin/python": check_pytest, ".venv/bin/scout-hf": check_scout_hf}

@@ -1,0 +1,35 @@
+"""The benchmark of weight formats: what it counts as bytes of a step, and its table."""
+
+import pytest
+import torch
+from torch import nn
+
+from scout_hf.eval.bench.weights import main, step_bytes
+from tests.integration.common import llama
+
+
+def test_a_step_reads_all_but_an_embedding_that_is_not_the_head():
+    model = llama()
+    held, embedding = (sum(one.numel() for one in part.parameters()) for part in (model, model.model.embed_tokens))
+    assert step_bytes(model) == 4 * (held - embedding)
+    assert step_bytes(llama(tie_word_embeddings=True)) == 4 * (held - embedding)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_dynamic_weights_count_with_their_scales():
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("no 8-bit kernels in this torch")
+    model = nn.Module()
+    model.projection, model.head = nn.Linear(64, 32, bias=False), nn.Linear(32, 16, bias=False)
+    model.get_input_embeddings, model.get_output_embeddings = lambda: nn.Embedding(4, 4), lambda: None
+    assert step_bytes(model) == 4 * (64 * 32 + 32 * 16)
+    torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True)
+    assert step_bytes(model) == 32 * (64 + 4) + 16 * (32 + 4)
+
+
+def test_the_table_has_a_row_per_format(tmp_path, capsys):
+    llama().save_pretrained(tmp_path)
+    main(str(tmp_path), context=[0, 64], formats=["float32", "nothing"], threads=1, repeat=3)
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [len(line) for line in lines] == [8] * len(lines)
+    assert lines[1][0] == "| float32" and all("(" in cell for cell in lines[1][2:])
