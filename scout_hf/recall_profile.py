@@ -49,6 +49,8 @@ def profile_recall(handle: Any, prompts: Sequence[Any], steps: int, threshold: f
         raise ConfigError(f"method={handle.config.method!r} has no recall intervals; patch with method='scout'")
     if not Scout.has_two_tiers(handle.config, handle.model.device):
         raise ConfigError("one tier has nothing to recall; patch with split='cpu', or move the model to a GPU")
+    if handle._drafting is not None:
+        raise ConfigError("with draft=... only drafts are sparse and recall; profile a patch without it")
     if threshold is None:
         threshold = handle.config.recall if isinstance(handle.config.recall, float) else DEFAULT_THRESHOLD
     if not isinstance(threshold, float) or not 0.0 < threshold <= 1.0:

@@ -3,6 +3,8 @@
 import collections
 import copy
 import itertools
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -510,6 +512,49 @@ def test_a_copy_drafts_for_itself_and_removal_restores_all():
     assert_close(run(twin, inputs), wanted)
     scout_hf.unpatch(twin)
     assert vars(twin).keys() == before.keys()
+
+
+def test_a_pickled_model_drafts():
+    model, inputs = llama(), prompt(1, 60)
+    wanted = run(model, inputs)
+    with scout_hf.patch(model, draft=3, **SPARSE):
+        twin = pickle.loads(pickle.dumps(model))
+    assert_close(run(twin, inputs), wanted)
+    assert twin._scout_handle.stats().draft_checks
+
+
+def test_threads_draft_side_by_side():
+    """Each call, also one inside another, has rounds of its own."""
+    model = one_llama()
+    inputs = [prompt(1, 60, seed) for seed in range(3)]
+    wanted = [exact(model, each).sequences for each in inputs]
+    seen = []
+
+    def nested(ids, scores):
+        if ids.shape[1] == 70:
+            seen.append(run(model, inputs[0], 24).sequences)
+        return torch.zeros(1, dtype=torch.bool)
+
+    with scout_hf.patch(model, draft=3, **SPARSE) as handle, ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda each: run(model, each, 24, stopping_criteria=[nested]).sequences, inputs))
+        assert handle.stats().draft_checks
+    assert (
+        all(map(torch.equal, found, wanted)) and all(torch.equal(each, wanted[0]) for each in seen) and len(seen) == 3
+    )
+
+
+def test_under_inference_mode():
+    model, inputs = one_llama(), left_padded(0, 5, tokens=60)
+    wanted = exact(model, inputs)
+    with torch.inference_mode(), scout_hf.patch(model, draft=3, **SPARSE):
+        got = run(model, inputs, 24)
+    assert_close(got, wanted)
+
+
+def test_a_recall_profile_wants_sparse_steps():
+    with scout_hf.patch(one_llama(), draft=3, **TIERS["two tiers"]) as handle:
+        with pytest.raises(ConfigError, match="profile a patch without it"):
+            handle.profile_recall([prompt(1, 60)])
 
 
 def test_a_patch_that_is_removed_in_the_middle(monkeypatch):
