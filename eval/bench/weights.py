@@ -157,7 +157,8 @@ def main(
     ]
     heads = ("weights", "MB a step", *(f"{arm}, {tokens}" for tokens, arm in places))
     about = machine.describe()
-    typer.echo(f"{model}, {about['cpu']}, {about['isa']}, {count} threads, others used {others:.1f} CPUs")
+    isa = about["isa"] or "no native library"
+    typer.echo(f"{model}, {about['cpu']}, {isa}, {count} threads, others used {others:.1f} CPUs")
     typer.echo(f"ms per step (tokens/s), medians of {repeat}\n\n{to_markdown([Grid('', heads, rows=rows)])}")
 
 
