@@ -137,7 +137,9 @@ def weights_hash(model: torch.nn.Module) -> str:
         found.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode())
         found.update(_bytes(some))
     for name, module in model.named_modules():
-        found.update("".join(f"{name} {one} {getattr(module, one, None)!r} " for one in FACTORS).encode())
+        for factor in FACTORS:
+            if isinstance(value := getattr(module, factor, None), (int, float)):
+                found.update(f"{name} {factor} {value!r} ".encode())
         if (active := _active_adapters(module)) is not None:
             scaling = getattr(module, "scaling", None)
             scaling = {one: scaling.get(one) for one in active} if isinstance(scaling, dict) else None
