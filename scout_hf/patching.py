@@ -109,8 +109,9 @@ def patch(
     check_names(config, text, len(family.layers(family.decoder(model))))
     most = most_drafts(draft, config, reasons.of_model(whole))
     find_kernels(config.gpu_kernels, whole.device)
-    parts = {"any_attention": attention == "sdpa", "store": kept, "most_drafts": most}
-    handle_of = functools.partial(Handle, config=config, family=family, **parts)
+    handle_of = functools.partial(
+        Handle, config=config, family=family, any_attention=attention == "sdpa", store=kept, most_drafts=most
+    )
     handle = handle_of(model)
     try:
         check_unknown_family(model, family, handle_of, handle._names.foreign)

@@ -70,3 +70,7 @@ class Done(Ticket[None]):
     def done(self) -> bool:
         """It is."""
         return True
+
+    def times(self) -> tuple[int, int] | None:
+        """They are not known."""
+        return None
