@@ -421,6 +421,16 @@ def test_a_link_stays_a_link(tmp_path):
     assert ScoutCache.load(tmp_path / "disk", model).get_seq_length() == talk.cache.get_seq_length()
 
 
+@pytest.mark.parametrize("more", [{}, {"host_memory": "256KiB"}, {"split": "cpu", "window": 8}], ids=str)
+def test_a_turn_behind_more_than_one_piece_of_the_past_is_bitwise_the_same(more, tmp_path, monkeypatch):
+    """Several new tokens read the past in place, in pieces, whether its pages lie in a file or in memory."""
+    monkeypatch.setattr("scout_hf.kernels.cpu.native_backend.PIECE_TOKENS", 32)
+    model = one_llama()
+    with scout_hf.patch(model, block_size=8, budget=None, **more) as handle:
+        assert_goes_on(begun(model, handle, INPUTS["one row"]), tmp_path / "kv", **more)
+        assert_goes_on(begun(model, handle, INPUTS["padded rows"]), tmp_path / "other", host_memory=None)
+
+
 @pytest.mark.parametrize("name", ["sparse", "min/max", "two tiers"])
 @pytest.mark.parametrize("change", ["narrower", "another dtype", "query power"])
 def test_codes_that_native_code_would_read_beyond_are_refused(name, change):

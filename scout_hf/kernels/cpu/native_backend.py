@@ -337,11 +337,12 @@ class NativeBackend(CpuBackend):
 def _pieces(store: PagedStore, tokens: int) -> Iterator[BlockLists | None]:
     """Lists of the blocks that hold the first tokens; None for all at once.
 
-    Pages that are in files come piece by piece, so that no more than one is brought into memory at a time.
+    Pages that are in files come piece by piece, so that no more than one is brought into memory at a time; all others
+    too, so that a cache of a file computes the same bits.
     """
     size = store.block_size
     blocks, most = -(-tokens // size), max(1, PIECE_TOKENS // size)
-    if not store.table.pool.watched or blocks <= most:
+    if blocks <= most:
         yield None
         return
     for first in range(0, blocks, most):
