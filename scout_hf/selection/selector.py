@@ -75,7 +75,9 @@ class Selector:
         self._kernels = find_kernels_for(config.gpu_kernels, keys)
         self._early: int | None = None  # first block encoded before its padding mask was known
         self._query_power: torch.Tensor | None = None
-        self._scale, self._like = keys.shape[-1] ** -0.5, keys[:, :, :0]
+        self._scale = keys.shape[-1] ** -0.5
+        # No view: it would hold the first prompt's keys.
+        self._like = keys.new_empty((*keys.shape[:2], 0, keys.shape[3]))
 
     @property
     def digest(self) -> Digest:

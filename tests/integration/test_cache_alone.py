@@ -1,5 +1,9 @@
 """ScoutCache without a patched model around it: as DynamicCache, and on to a patched model and back."""
 
+import gc
+import weakref
+
+import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache
@@ -136,3 +140,18 @@ def test_all_layers_are_cropped_alike_in_every_release(first, given, kept):
         model(prompt(tokens=20)[:1], **{scout_hf.CACHE: cache})
         cache.crop(given)
     assert {layer.get_seq_length() for layer in cache.layers} == {kept}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"split": "cpu"}, {"host_dtype": "int8"}, {"method": "hgca"}, {"method": "dense"}], ids=str
+)
+def test_a_prompt_s_own_keys_and_values_are_let_go(options):
+    """Only their pages stay; what is as large as the prompt would double the memory."""
+    cache = ScoutCache(llama().config, block_size=8, window=8, **options)
+    # Torch holds an array as long as any tensor uses its memory.
+    arrays = [np.random.default_rng(place).standard_normal((1, 2, 203, 8), dtype=np.float32) for place in range(2)]
+    alive = [weakref.ref(array) for array in arrays]
+    cache.layers[0].update(*map(torch.from_numpy, arrays))
+    del arrays
+    gc.collect()
+    assert all(one() is None for one in alive)
