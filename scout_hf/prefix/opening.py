@@ -77,10 +77,11 @@ def fill(cache: ScoutCache, model: Any, found: Found, ids: torch.Tensor, mask: t
         if isinstance(error, SessionError):
             raise
         raise SessionError(f"a text of the store cannot be used: {error!r}") from error
+    files = tuple(session.file for session in sessions.values() if session.file is not None)
     with cache.guard.changing("filling it from the store"):
+        cache.files = files  # first: pages are checked by them
         for layer, one in zip(cache.layers, made):
             layer.__dict__.update(one)
-    cache.files = tuple(session.file for session in sessions.values() if session.file is not None)
     tokens = found.tokens
     known = None if mask is None else mask[:, :tokens].cpu().bool()
     held = Held(ids[:, :tokens].cpu(), None if known is None or bool(known.all()) else known, tokens)

@@ -83,6 +83,7 @@ def read_ahead(
     ids = given[:, :tokens].to(model.device)
     chunk = chunk or (CHUNK if model.device.type == "cpu" else CHUNK_ON_GPU)
     chunk, every = (-(-each // size) * size for each in (chunk, every))
+    reuse.refuse_state()
     context, stock = reuse.context(cache.scout_config), len(cache.scout_layers) < len(cache.layers)
     options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     found = reuse.fill(context, cache, ids, None, tokens) if tokens else None
@@ -112,6 +113,9 @@ def read_ahead(
 def _keep(reuse: Reuse, cache: ScoutCache, context: Context, must_keep: bool) -> None:
     stock = len(cache.scout_layers) < len(cache.layers)
     stops = [(cache.get_seq_length(), stock_states(cache))] if stock else []
+    if reuse.context(cache.scout_config) != context:
+        raise ConfigError("the model's weights or adapters changed while a text was being read; read it again")
+    reuse.refuse_state()
     try:
         reuse.add(keep(reuse.store, cache, context, stops))
     except (OSError, SavingError) as error:

@@ -174,6 +174,12 @@ class Reuse:
         )
         return Context(root, made.as_json(), root_of(**{name: getattr(config, name) for name in KEEP_STATE})[:32])
 
+    def refuse_state(self) -> None:
+        """Raise ConfigError if the model is in a state that its weights do not tell, such as training mode."""
+        reason = reasons.of_state(self._model, self._is_ours)
+        if reason is not None:
+            raise ConfigError(f"a text cannot be kept with {reason}; undo that, or do without a store")
+
     def _find(
         self, context: Context, cache: ScoutCache, ids: torch.Tensor, mask: torch.Tensor | None, most: int
     ) -> Found | None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import scout_hf
-from scout_hf import CACHE
+from scout_hf import CACHE, ConfigError
 from scout_hf.prefix import reading
 from tests.integration.common import ONE_TIER, TWO_TIERS, assert_close, left_padded, llama, one_llama, prompt
 from tests.integration.common import run as generate
@@ -88,19 +88,21 @@ def test_an_interrupt_loses_nothing_that_was_read(name, tmp_path):
         assert_close(generate(model, question(text), **{CACHE: made.cache}), expected, 2e-5)
 
 
-def test_an_interrupt_in_the_middle_of_a_pass_loses_that_pass(tmp_path):
+def test_an_interrupt_in_the_middle_of_a_pass_loses_that_pass(tmp_path, monkeypatch):
     model, text, passes = llama(), prompt(1, 125), []
+    mlp = model.model.layers[1].mlp
+    forward = mlp.forward
 
-    def interrupt(*given):
-        passes.append(given)
+    def interrupted(hidden):
+        passes.append(hidden)
         if len(passes) == 2:
             raise KeyboardInterrupt
+        return forward(hidden)
 
     with scout_hf.patch(model, store=tmp_path, **ONE_TIER) as handle:
-        hook = model.model.layers[1].mlp.register_forward_hook(interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(mlp, "forward", interrupted)
             handle.read(text)
-        hook.remove()
         assert handle.read(text).found == 24
 
 
@@ -152,3 +154,24 @@ def test_what_is_no_text_is_refused(tmp_path):
         assert (made.tokens, made.kept, made.size) == (0, 0, 0) and made.cache.get_seq_length() == 0
     with pytest.raises(scout_hf.PatchError, match="removed"):
         handle.read(prompt())
+
+
+def test_a_model_whose_state_its_weights_do_not_tell_is_not_read(tmp_path):
+    model = llama(attention_dropout=0.5)
+    with scout_hf.patch(model, store=tmp_path, block_size=8) as handle:
+        model.train()
+        with pytest.raises(ConfigError, match="training mode"):
+            handle.read(prompt(1, 40))
+        model.eval()
+        hook = model.model.layers[1].register_forward_hook(lambda *given: None)
+        with pytest.raises(ConfigError, match="hook"):
+            handle.read(prompt(1, 40))
+        hook.remove()
+
+        def change(tokens):
+            with torch.no_grad():
+                model.model.layers[0].mlp.up_proj.weight.add_(0.1)
+
+        with pytest.raises(ConfigError, match="changed while"):
+            handle.read(prompt(1, 40), tick=change)
+        assert not handle.store.segments()
