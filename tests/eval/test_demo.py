@@ -134,9 +134,9 @@ def test_demo_shows_answers_and_costs_side_by_side(stand_in):
     assert not hasattr(stand_in[0], "_scout_handle")
 
 
-def test_default_settings_are_those_of_scout_config():
+def test_sparse_is_always_sparse_whatever_the_machine_is_fast_at():
     configs = real.configs_of(Demo())
-    assert configs == {"stock": None, "exact": ScoutConfig(budget=None), "sparse": ScoutConfig()}
+    assert configs == {"stock": None, "exact": ScoutConfig(budget=None), "sparse": ScoutConfig(budget=2048)}
 
 
 def test_any_setting_can_be_tried(stand_in):
