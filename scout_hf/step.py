@@ -149,6 +149,11 @@ class Step:
     clock: Clock | None = None
     _masks: dict[Any, torch.Tensor] = field(default_factory=dict)
 
+    def method_behind(self, layer_idx: int) -> Any:
+        """The method of the next layer that has tokens and a method; None behind the last."""
+        following = (getattr(layer, "method", None) for layer in self.cache.layers[layer_idx + 1 :])
+        return next((method for method in following if method is not None), None)
+
     def is_running_here(self) -> bool:
         """Whether the calling thread is inside this pass."""
         return self.frame is not None and self._is_under(sys._getframe(1))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from scout_hf.config import ScoutConfig
@@ -11,13 +9,9 @@ from scout_hf.errors import ConfigError
 from scout_hf.fusion import Partial, fuse
 from scout_hf.kernels.attend import attend
 from scout_hf.methods.base import register_method
-from scout_hf.methods.host_to_device import InFlightCopy, blocks_to_device
 from scout_hf.methods.offloading import OFFLOADING, OffloadingMethod
+from scout_hf.methods.streaming import Piece
 from scout_hf.step import Step
-from scout_hf.stores.state import State
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 @register_method
@@ -42,11 +36,6 @@ class Dense(OffloadingMethod):
     uses = OFFLOADING | {"window", "link_gbps"}
     needs_query = False
 
-    def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
-        super().__init__(config, layer_idx, keys)
-        # In-flight copies, in the order of use.
-        self._coming: list[InFlightCopy] = []
-
     @classmethod
     def check(cls, config: ScoutConfig) -> None:
         super().check(config)
@@ -67,8 +56,8 @@ class Dense(OffloadingMethod):
         return self.query_shape is not None and self.kv.host.blocks > 0
 
     def ahead(self, step: Step, query: torch.Tensor | None) -> None:
-        self._drop_coming()
-        self._coming.append(self._bring(step, self._first_block(step), self._pieces()[0]))
+        self.stream.drop()
+        self.stream.start(self._pieces(self._first_block(step)), self._bringer(step))
 
     def attend(self, step: Step, query: torch.Tensor) -> Partial:
         parts = [self._attend_tail(step, query)]
@@ -77,19 +66,8 @@ class Dense(OffloadingMethod):
         step.counters.attended(self.layer_idx, step.context(), step.context())
         return fuse(parts)
 
-    # -- structure ----------------------------------------------------------------------------------------------
-
-    def fork(self) -> Self:
-        twin = super().fork()
-        twin._coming = []
-        return twin
-
-    def state_dict(self) -> State:
-        # Nothing else is held between two passes.
-        return super().state_dict()
-
-    def drain(self) -> None:
-        self._drop_coming()
+    def end_step(self) -> None:
+        """Nothing to drop: the first layer's copy is for the next step."""
 
     # -- the parts of a step ------------------------------------------------------------------------------------
 
@@ -97,43 +75,22 @@ class Dense(OffloadingMethod):
         """The first block to copy."""
         return 0
 
-    def _pieces(self) -> list[slice]:
-        """The KV heads of each copy."""
-        most = self.settings["heads"] or self.kv_heads
-        return [slice(first, min(first + most, self.kv_heads)) for first in range(0, self.kv_heads, most)]
-
-    def _bring(self, step: Step, first: int, heads: slice) -> InFlightCopy:
-        self.written.finish()
-        host = self.kv.host
-        return blocks_to_device(step, host, first, host.blocks, heads, self.kv.device, self.config.link_gbps)
+    def _pieces(self, first: int) -> list[Piece]:
+        """The copies of the blocks from ``first`` on: some KV heads each."""
+        most, last = self.settings["heads"] or self.kv_heads, self.kv.host.blocks
+        heads = [slice(head, min(head + most, self.kv_heads)) for head in range(0, self.kv_heads, most)]
+        return [Piece(first, last, each) for each in heads]
 
     def _attend_host(self, step: Step, query: torch.Tensor, first: int) -> Partial:
         """Attention over the host blocks from ``first`` on, piece by piece, while the next piece is in flight."""
-        pieces, group, size = self._pieces(), query.shape[1] // self.kv_heads, self.config.block_size
-        if self._coming and self._coming[0].what != (first, self.kv.host.blocks, pieces[0]):
-            self._drop_coming()  # started before tokens were appended outside a step
-        if not self._coming:
-            self._coming.append(self._bring(step, first, pieces[0]))
+        group, size = query.shape[1] // self.kv_heads, self.config.block_size
         padding_mask, parts = self.padding_mask(step, first * size, self.kv.host.length), []
-        for number, heads in enumerate(pieces):
-            if number + 1 < len(pieces):
-                self._coming.append(self._bring(step, first, pieces[number + 1]))
-            here = self._coming[0]
-            keys, values = self._wait(step, here)
-            chosen = query[:, heads.start * group : heads.stop * group]
+        for piece, coming in self.stream.each(self._pieces(first), self._bringer(step), ahead=1):
+            keys, values = self._wait(step, coming)
+            chosen = query[:, piece.heads.start * group : piece.heads.stop * group]
             parts.append(attend(chosen, keys, values, *self.scoring, padding_mask))
-            step.counters.recalled(self.layer_idx, self._blocks_of(heads, first), here.nbytes)
-            self._coming.pop(0).give_back()
+            step.counters.recalled(self.layer_idx, self._blocks_of(piece), coming.nbytes)
         return parts[0] if len(parts) == 1 else Partial(*(torch.cat(each, dim=1) for each in zip(*parts)))
 
-    def _wait(self, step: Step, coming: InFlightCopy) -> tuple[torch.Tensor, torch.Tensor]:
-        with step.counters.timed(self.layer_idx, "join"):
-            return coming.wait()
-
-    def _blocks_of(self, heads: slice, first: int) -> int:
-        return (self.kv.host.blocks - first) * self.batch * (heads.stop - heads.start)
-
-    def _drop_coming(self) -> None:
-        while self._coming:
-            self._coming[0].drain()
-            self._coming.pop(0).give_back()
+    def _blocks_of(self, piece: Piece) -> int:
+        return (piece.last - piece.first) * self.batch * (piece.heads.stop - piece.heads.start)

@@ -170,6 +170,7 @@ class HGCA(OffloadingMethod):
         self.window_blocks = self.config.blocks(self._window_tokens())
 
     def drain(self) -> None:
+        super().drain()
         if self._ticket is not None:
             self._ticket.drain()
             self._ticket = None

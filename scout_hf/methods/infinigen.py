@@ -173,6 +173,7 @@ class InfiniGen(OffloadingMethod):
         self.tokens.load_state_dict(state_in(state, "tokens"), held)
 
     def drain(self) -> None:
+        super().drain()
         self._predicted = None
         if self._coming is not None:
             self._coming.drain()

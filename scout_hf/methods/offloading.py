@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,12 +11,19 @@ from scout_hf.config import ScoutConfig
 from scout_hf.errors import ConfigError
 from scout_hf.fusion import Partial
 from scout_hf.kernels.attend import attend
-from scout_hf.methods.base import Method
+from scout_hf.methods.base import PAST_CHUNK_TOKENS, Method
+from scout_hf.methods.host_to_device import InFlightCopy, blocks_to_device
+from scout_hf.methods.streaming import Bring, PageStream, Piece
 from scout_hf.step import Step
 from scout_hf.stores import PagedKV, PagePool, TwoTierKV
-from scout_hf.stores.emulated_link import Done
 from scout_hf.stores.state import State
 from scout_hf.stores.streams import Mark
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+CHUNKS_AHEAD = 2
+"""Chunks of the past that are in flight beside the one that is attended."""
 
 ON_HOST = frozenset({"host_memory", "spill_dir"})
 """What has no effect on pages that a GPU reads."""
@@ -36,6 +43,8 @@ class OffloadingMethod(Method):
         Newest whole blocks that stay on the device.
     written : Mark
         The end of the last write-back; wait for it before reading the host.
+    stream : PageStream
+        Host pages on their way to the device.
     """
 
     kv: TwoTierKV
@@ -45,7 +54,7 @@ class OffloadingMethod(Method):
         batch, heads, _, dim = keys.shape
         self.kv = TwoTierKV(batch, heads, dim, config.block_size, keys.dtype, keys.device, config.host_dtype)
         self.window_blocks = config.blocks(config.window)
-        self.written = Mark()
+        self.written, self.stream = Mark(), PageStream()
 
     @classmethod
     def check(cls, config: ScoutConfig) -> None:
@@ -66,6 +75,17 @@ class OffloadingMethod(Method):
 
     def settle(self, step: Step) -> None:
         self._write_back(step)
+
+    def end_step(self) -> None:
+        self.stream.drop()
+
+    def drain(self) -> None:
+        self.stream.drop()
+
+    def fork(self) -> Self:
+        twin = super().fork()
+        twin.stream = PageStream()
+        return twin
 
     def flush(self) -> None:
         self.drain()
@@ -88,13 +108,24 @@ class OffloadingMethod(Method):
         self.kv.rollback(mark)
 
     def past_chunks(self, step: Step, past: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        self.written.finish()
-        for start, keys, values in super().past_chunks(step, past):
-            # The part that is on the host comes over the link.
-            moved = max(0, min(start + keys.shape[2], self.kv.host.length) - start)
-            nbytes = 2 * moved * keys[:, :, :1].numel() * keys.element_size()
-            step.links.limit(Done(), nbytes, self.config.link_gbps).wait()
-            yield start, keys, values
+        """As of ``Method``; chunks of the host come ahead of their use, those of the next layer behind the last one."""
+        held, size = min(past, self.kv.host.length), self.config.block_size
+        behind = step.method_behind(self.layer_idx)
+
+        def start_behind(most: int) -> None:
+            if isinstance(behind, OffloadingMethod):
+                behind.start_past(step, most)
+
+        for piece, coming in self.stream.each(self._chunks(held), self._bringer(step), CHUNKS_AHEAD, start_behind):
+            start = piece.first * size
+            keys, values = self._wait(step, coming)
+            yield start, keys[:, :, : held - start], values[:, :, : held - start]
+        if past > held:
+            yield held, *self.kv.read(held, past)
+
+    def start_past(self, step: Step, most: int) -> None:
+        """Start up to ``most`` copies that ``past_chunks`` of this pass needs, before ``append``."""
+        self.stream.start(self._chunks(self.kv.host.length), self._bringer(step), most)
 
     def past_pages(self, step: Step) -> PagedKV | None:
         if self.kv.device.type != "cpu" or self.config.link_gbps is not None:
@@ -111,6 +142,24 @@ class OffloadingMethod(Method):
 
     def tier_bytes(self) -> dict[str, int]:
         return {"host": self.kv.host.used_bytes, "device": self.kv.device_bytes}
+
+    # -- copies to the device -----------------------------------------------------------------------------------
+
+    def _chunks(self, tokens: int) -> list[Piece]:
+        """The first ``tokens`` of the host, all KV heads, as passes of several tokens copy them."""
+        size = self.config.block_size
+        blocks, most = -(-tokens // size), max(1, PAST_CHUNK_TOKENS // size)
+        heads = slice(0, self.kv_heads)
+        return [Piece(first, min(first + most, blocks), heads) for first in range(0, blocks, most)]
+
+    def _bringer(self, step: Step) -> Bring:
+        self.written.finish()
+        host, device, link = self.kv.host, self.kv.device, self.config.link_gbps
+        return lambda piece: blocks_to_device(step, host, *piece, device, link)
+
+    def _wait(self, step: Step, coming: InFlightCopy) -> tuple[torch.Tensor, torch.Tensor]:
+        with step.counters.timed(self.layer_idx, "join"):
+            return coming.wait()
 
     # -- for subclasses -----------------------------------------------------------------------------------------
 

@@ -39,6 +39,7 @@ SETTINGS: dict[str, dict] = {
     "two tiers": {**TWO, "layer_ahead": False},
     "two tiers, ahead": {**TWO, "layer_ahead": True, "cpu_query": "real", "recall": 0.1},
     "two tiers, torch": {**TWO, "layer_ahead": True, "cpu_query": "real", "cpu_backend": "torch"},
+    "two tiers, over a link": {**TWO, "layer_ahead": False, "link_gbps": 1e4},
     "two tiers, int8": {**TWO, "layer_ahead": False, "host_dtype": "int8"},
     "two tiers, sign codes": {**TWO, "layer_ahead": False, "budget": 4096, "digest": "sign"},
     "dense": {"method": "dense"},

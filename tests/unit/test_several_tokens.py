@@ -9,6 +9,7 @@ from scout_hf.kernels.attend import attend
 from scout_hf.kernels.cpu import make_backend
 from scout_hf.kernels.cpu.native_backend import MOST_QUERIES, PIECE_TOKENS, NativeBackend
 from scout_hf.methods.base import Method
+from scout_hf.methods.offloading import OffloadingMethod
 from scout_hf.stores import PagedKV, make_store, pages
 from tests.libraries import ISAS, using_isa
 from tests.unit.naive import attention, poison
@@ -157,7 +158,8 @@ def test_every_method_goes_this_way(name, padding, monkeypatch):
     monkeypatch.setattr(NativeBackend, "attend_past", watched)
     world = World(name, 3, padding)
     world.check(50, 1, True)
-    monkeypatch.setattr(Method, "past_chunks", refused)
+    for kind in (Method, OffloadingMethod):
+        monkeypatch.setattr(kind, "past_chunks", refused)
     for turn, tokens in enumerate((2, 1, 7, 1, 20)):
         world.check(tokens, turn, True)
     assert len(served) >= 6 and all(part is not None for part in served)

@@ -108,11 +108,11 @@ class KVPR(Dense):
         self.inputs.write_back(self.kv.host.length)
 
     def ahead(self, step: Step, query: torch.Tensor | None) -> None:
-        self._drop_coming()
+        self.drain()
         self._split = self._best_split(step)
         self._bring_inputs(step)
         if self._split < self.kv.host.blocks:
-            self._coming.append(self._bring(step, self._split, self._pieces()[0]))
+            self.stream.start(self._pieces(self._split), self._bringer(step))
 
     def prefilled(self, step: Step, query: torch.Tensor) -> None:
         inputs = self.inputs
@@ -160,6 +160,15 @@ class KVPR(Dense):
         twin = super().fork()
         twin.inputs, twin._inputs_coming = self.inputs and self.inputs.fork(), None
         return twin
+
+    def drain(self) -> None:
+        self._split = 0  # first: after an error below, the inputs may be gone
+        super().drain()
+        coming = self._inputs_coming
+        if coming is not None:
+            coming.drain()
+            self._inputs_coming = None
+            coming.give_back()
 
     def state_dict(self) -> State:
         inputs = self.inputs
@@ -256,15 +265,6 @@ class KVPR(Dense):
             inputs.written.finish()
             device, link = self.kv.device, self.config.link_gbps
             self._inputs_coming = blocks_to_device(step, host, 0, self._split, slice(0, 1), device, link)
-
-    def _drop_coming(self) -> None:
-        self._split = 0  # first: after an error below, the inputs may be gone
-        super()._drop_coming()
-        coming = self._inputs_coming
-        if coming is not None:
-            coming.drain()
-            self._inputs_coming = None
-            coming.give_back()
 
     # -- how much to compute ------------------------------------------------------------------------------------
 

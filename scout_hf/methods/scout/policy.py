@@ -133,6 +133,7 @@ class TwoTierScout(OffloadingMethod):
             self.resident = None
 
     def end_step(self) -> None:
+        super().end_step()
         if self.state.pick is not None:
             self._drop_job()
 
@@ -221,6 +222,7 @@ class TwoTierScout(OffloadingMethod):
             self.resident = resident
 
     def drain(self) -> None:
+        super().drain()
         self._drop_job()
         self.executor.drain(self)
 
