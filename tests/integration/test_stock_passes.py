@@ -142,6 +142,8 @@ def test_continuous_batching_is_stock_and_leaves_the_patch_as_it_was(implementat
         each.set_attn_implementation(implementation)
     alone = run(stock, prompt())
     expected = batch(stock, inputs)
+    if len(expected[0]) < len(inputs):
+        pytest.skip("the continuous batching of this transformers fails by itself; 5.4 does beside opentelemetry")
     with scout_hf.patch(model, **ONE_TIER) as handle:
         run(model, prompt())
         with pytest.warns(UserWarning, match="stock attention.*continuous batching"):
