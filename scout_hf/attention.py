@@ -23,6 +23,7 @@ from scout_hf.errors import ScoutError, UnsupportedInputError, UnsupportedModelE
 from scout_hf.fusion import Partial, fuse
 from scout_hf.masks import allowed_by, for_prompt, is_special, refuse_unless_padding
 from scout_hf.methods.base import Method, Scoring
+from scout_hf.methods.several_tokens import pages_of_all
 from scout_hf.plain_attention import attention_function, prompt_function, prompt_mask_function
 from scout_hf.prefill import prefill
 from scout_hf.step import Role, Step, active_step
@@ -78,13 +79,14 @@ def scout_attention(
     method.scoring = Scoring(query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("softcap"))
     method.query_shape = query.shape[1], query.shape[3]
     special = is_special(step, attention_mask)
+    out = None
     if step.queries > 1 and method.length == step.queries:
         mask = None if step.mask is None else step.padding(query.device)
         alone = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
         stock, attention = prompt_function(previous, module, special=alone)
         if special:
             out = attention(module, query, key, value, for_prompt(attention_mask, stock, query), **kwargs)[0]
-        else:
+        elif alone or not _is_faster_by_pages(method, step, query, stock, kwargs):
             out = prefill(attention, stock, module, query, key, value, mask, **kwargs)
     elif special and step.queries == 1:
         refuse_unless_padding(step, attention_mask)
@@ -102,7 +104,7 @@ def scout_attention(
             if step.auto is not None:
                 step.auto.attended(time.perf_counter() - begun)
             out = _finish(result, query, kwargs.get("s_aux"))
-        elif step.as_several or method.length > step.queries:
+        elif out is None:
             keys, values = key.to(method.dtype), value.to(method.dtype)
             out = _finish(method.attend_many(step, real, keys, values), query, kwargs.get("s_aux"))
             if step.as_several:
@@ -147,6 +149,16 @@ def _tell_of_dropout(step: Step, share: float) -> None:
         )
         step.counters.note("dropout", message)
         warnings.warn(f"scout_hf: {message}", RuntimeWarning, stacklevel=2)
+
+
+def _is_faster_by_pages(method: Method, step: Step, query: torch.Tensor, stock: str, given: dict[str, Any]) -> bool:
+    """Whether a prompt is attended over the pages in place of stock's kernel, which is as exact.
+
+    In float32 it is not: there a prompt gives the bits of stock.
+    """
+    half = query.dtype == method.dtype and query.dtype in (torch.bfloat16, torch.float16)
+    plain = stock == "sdpa" and not given.get("dropout")
+    return half and plain and pages_of_all(method, step, query) is not None
 
 
 def _checked(method: Method, result: Partial, query: torch.Tensor) -> Partial:

@@ -15,7 +15,7 @@ import torch
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import ConfigError, SavingError, SessionError
 from scout_hf.fusion import Partial, fuse
-from scout_hf.methods.several_tokens import attend_new, attend_past
+from scout_hf.methods.several_tokens import attend_new, attend_over_pages, attend_past, pages_of_all
 from scout_hf.registry import Registry
 from scout_hf.step import Step
 from scout_hf.stores import KVStore, PagePool
@@ -199,10 +199,13 @@ class Method(ABC):
         -------
         Partial
         """
-        past = self.kv.length - query.shape[2]
-        parts = attend_past(self, step, query, past) + [attend_new(self, step, query, keys, values)]
+        past, pages = self.kv.length - query.shape[2], pages_of_all(self, step, query)
+        if pages is not None:
+            result = attend_over_pages(self, step, query, keys, values, pages)
+        else:
+            result = fuse(attend_past(self, step, query, past) + [attend_new(self, step, query, keys, values, past)])
         step.counters.exact(self.layer_idx, self.kv.length)
-        return fuse(parts)
+        return result
 
     def past_pages(self, step: Step) -> PagedStore | None:
         """A store in host memory that holds the first tokens, for the CPU to attend in place.

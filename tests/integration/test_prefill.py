@@ -1,9 +1,13 @@
 """Prompts go through the stock kernel, without a mask over queries and keys, and KV is kept once."""
 
+import copy
+
 import pytest
 import torch
 
 import scout_hf
+from scout_hf.kernels.cpu.native_backend import NativeBackend
+from tests.libraries import ISAS, using_isa
 from tests.patches.tiny import tiny_model
 
 PROMPT = 300
@@ -87,3 +91,37 @@ def test_padding_behind_a_prompt(name, settings):
         got = model.generate(**given, **options)
     for one, other in zip(got.logits, expected.logits, strict=True):
         assert (one - other).abs().max() <= 3e-6
+
+
+@pytest.mark.skipif("avx512bf16" not in ISAS, reason="elsewhere torch's own kernel is as fast")
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("parts", [(1300,), (600, 700), (3, 1297)], ids=str)
+def test_long_prompts_in_bf16_are_attended_over_the_pages(parts, padded, monkeypatch):
+    """As near to float64 as stock is; the second part of a prompt, and a next turn, go the same way."""
+    served, serve = [], NativeBackend.attend_past
+
+    def watched(*args):
+        served.append(serve(*args))
+        return served[-1]
+
+    monkeypatch.setattr(NativeBackend, "attend_past", watched)
+    model = tiny_model("llama").bfloat16()
+    exact = copy.deepcopy(model).double()
+    ids = torch.randint(1, 60, (2, sum(parts)), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :700] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad(), using_isa("avx512bf16"):
+        want = exact(ids, attention_mask=mask, position_ids=positions).logits[:, 700:]
+        stock = model(ids, attention_mask=mask, position_ids=positions).logits[:, 700:]
+        with scout_hf.patch(model, budget=None) as handle:
+            cache, found, begin = handle.new_cache(), [], 0
+            for part in parts:
+                new = slice(begin, begin + part)
+                given = {"attention_mask": mask[:, : new.stop], "position_ids": positions[:, new]}
+                found.append(model(ids[:, new], past_key_values=cache, **given).logits)
+                begin = new.stop
+    assert len(served) > len(model.model.layers) and all(part is not None for part in served)
+    error, stocks = ((logits.double() - want).abs() for logits in (torch.cat(found, dim=1)[:, 700:], stock))
+    assert error.mean() <= 1.2 * stocks.mean() and error.max() <= 2 * stocks.max()

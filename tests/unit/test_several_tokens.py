@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from scout_hf.kernels.attend import attend
 from scout_hf.kernels.cpu import make_backend
-from scout_hf.kernels.cpu.native_backend import MOST_QUERIES, PIECE_TOKENS, NativeBackend
+from scout_hf.kernels.cpu.native_backend import MANY, MOST_QUERIES, PIECE_TOKENS, NativeBackend
+from scout_hf.methods import several_tokens
 from scout_hf.methods.base import Method
 from scout_hf.methods.offloading import OffloadingMethod
 from scout_hf.stores import PagedKV, make_store, pages
@@ -91,6 +94,50 @@ def test_it_is_as_exact_as_torch(dtype, block, queries, group, padding, isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("padding", [None, "left", "holes", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_queries_than_fit_one_strip(dtype, padding, isa):
+    """The queries of a group are cut into strips, also within a query head; tokens are taken from any block on."""
+    length, begin, past = 200, 64, 187
+    store, keys, values = filled(dtype, length, 16)
+    mask = make_mask(padding, length)
+    query = torch.randn(BATCH, 113, HEADS * 5, 32).to(dtype).transpose(1, 2)
+    allowed = None if mask is None else mask[:, None, None, begin:past]
+    keys, values = keys[:, :, begin:past], values[:, :, begin:past]
+    want = attention(query, keys, values, 0.2, None, allowed)
+    torchs = largest_error(attend(query, keys, values, 0.2, None, allowed), want)
+    with using_isa(isa):
+        got = make_backend("native").attend_past(query, store, past, 0.2, None, mask, begin)
+    assert largest_error(got, want) <= max(2 * torchs, 4e-6)
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if torch.bfloat16 in MANY.get(isa, ())])
+@pytest.mark.parametrize("padding", [None, "left", "all"])
+@pytest.mark.parametrize("before", [0, 1, 16, 45])
+@pytest.mark.parametrize("queries", [17, 40, 64, 100])
+def test_many_new_tokens_attend_over_the_pages(queries, before, padding, isa, monkeypatch):
+    """To all before them, and causally to each other, in pieces that begin anywhere in a block."""
+    monkeypatch.setattr(several_tokens, "PIECE", 8)
+    monkeypatch.setattr(several_tokens, "AT_ONCE", 40)
+    store, keys, values = filled(torch.bfloat16, before + queries, 16)
+    mask = make_mask(padding, before + queries)
+    query = torch.randn(BATCH, queries, HEADS * 2, 32).to(torch.bfloat16).transpose(1, 2)
+    backend = make_backend("native")
+    step = SimpleNamespace(mask=mask, padding=lambda device: mask, allowed=None, backend=backend)
+    method = SimpleNamespace(kv=store, length=store.length, scoring=(0.2, None), past_pages=lambda step: store)
+    order = torch.arange(before + queries)
+    allowed = (order[before:, None] >= order)[None, None]
+    allowed = allowed if mask is None else allowed & mask[:, None, None]
+    want = attention(query, keys, values, 0.2, None, allowed)
+    torchs = largest_error(attend(query, keys, values, 0.2, None, allowed), want)
+    with using_isa(isa):
+        pages_of = several_tokens.pages_of_all(method, step, query)
+        new = slice(before, before + queries)
+        got = several_tokens.attend_over_pages(method, step, query, keys[:, :, new], values[:, :, new], pages_of)
+    assert largest_error(got, want) <= 2 * torchs
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("queries", [1, 3, 16])
 def test_packed_pages_are_unpacked_on_the_way(queries, isa):
     """Also where the past ends within a packed block, or within the one that is being filled."""
@@ -121,7 +168,14 @@ def test_what_it_does_not_gain_by_or_know_is_left_to_others():
     backend = make_backend("native")
     store, _, _ = filled(torch.float32, 40, 16)
     many = torch.randn(BATCH, HEADS, MOST_QUERIES + 1, 32)
-    assert backend.attend_past(many, store, 40, 0.2) is None
+    for isa in ISAS:
+        with using_isa(isa):
+            gains = torch.float32 in MANY.get(isa, ())
+            assert backend.gains_by_many(many, store) is gains
+            assert (backend.attend_past(many, store, 40, 0.2) is not None) is gains
+    assert not backend.gains_by_many(many.bfloat16(), store)
+    assert not backend.gains_by_many(many.bfloat16(), filled(torch.bfloat16, 40, 16, host_dtype="int8")[0])
+    assert not make_backend("torch").gains_by_many(many, store)
     assert backend.attend_past(many[:, :, 1:], store, 40, 0.2) is not None
     assert backend.attend_past(many[:, :, :2].double(), store, 40, 0.2) is None
     assert backend.attend_past(many[:, :, :2], store, 0, 0.2) is None

@@ -136,8 +136,9 @@ class CpuBackend(ABC):
         scale: float,
         softcap: float | None = None,
         padding_mask: torch.Tensor | None = None,
+        first: int = 0,
     ) -> Partial | None:
-        """Attention of several queries per row over the first ``tokens`` tokens, in one read of them.
+        """Attention of several queries per row over tokens ``first:tokens``, in one read of them.
 
         Parameters
         ----------
@@ -147,6 +148,8 @@ class CpuBackend(ABC):
             All queries see all of them.
         scale, softcap, padding_mask
             As in :meth:`attend_blocks`.
+        first : int
+            The first token of a block.
 
         Returns
         -------
@@ -154,6 +157,10 @@ class CpuBackend(ABC):
             None if this backend does not support it, or gains nothing by it; the caller then copies the tokens.
         """
         return None
+
+    def gains_by_many(self, query: torch.Tensor, store: PagedStore) -> bool:
+        """Whether ``attend_past`` is faster than matrix products of torch for any number of such queries."""
+        return False
 
     def start(
         self,

@@ -29,8 +29,13 @@ from scout_hf.kernels.cpu.pool import CopyArgs, NativePool, PoolTicket, quick
 from scout_hf.kernels.cpu.protocols import PagedStore, Ticket
 from scout_hf.kernels.cpu.torch_backend import TorchBackend
 
-# Torch multiplies matrices of more queries faster.
+# Torch multiplies matrices of more queries faster, unless MANY names the instruction set and the dtype of query and KV.
 MOST_QUERIES = 128
+MANY = {
+    "avx2": {torch.float16},
+    "avx512": {torch.float16, torch.float32},
+    "avx512bf16": {torch.float16, torch.float32, torch.bfloat16},
+}
 # As much as is copied at a time without this backend.
 PIECE_TOKENS = 4096
 
@@ -76,11 +81,14 @@ class NativeBackend(CpuBackend):
         scale: float,
         softcap: float | None = None,
         padding_mask: torch.Tensor | None = None,
+        first: int = 0,
     ) -> Partial | None:
-        if not 0 < tokens <= store.length or query.shape[2] > MOST_QUERIES:
+        if not first < tokens <= store.length:
+            return None
+        if query.shape[2] > MOST_QUERIES and not self.gains_by_many(query, store):
             return None
         parts: list[Partial] = []
-        for lists in _pieces(store, tokens):
+        for lists in _pieces(store, first, tokens):
             described = self._describe(query, store, lists, scale, softcap, padding_mask, several=True)
             if described is None:
                 return None
@@ -89,6 +97,11 @@ class NativeBackend(CpuBackend):
             check(library.attend(byref(args), torch.get_num_threads()), "the past to attend")
             parts.append(partial)
         return fuse(parts)
+
+    def gains_by_many(self, query: torch.Tensor, store: PagedStore) -> bool:
+        if self._library is None or query.dtype != store.dtype or store.packed:
+            return False
+        return query.dtype in MANY.get(self._library.isa, ()) and _served(query) and store.native() is not None
 
     def start(
         self,
@@ -334,18 +347,18 @@ class NativeBackend(CpuBackend):
         return library, args, Partial(out, lse), (query, lists, padding_mask)
 
 
-def _pieces(store: PagedStore, tokens: int) -> Iterator[BlockLists | None]:
-    """Lists of the blocks that hold the first tokens; None for all at once.
+def _pieces(store: PagedStore, begin: int, tokens: int) -> Iterator[BlockLists | None]:
+    """Lists of the blocks that hold tokens ``begin:tokens``; None for all from the first one on at once.
 
     Pages that are in files come piece by piece, so that no more than one is brought into memory at a time; all others
     too, so that a cache of a file computes the same bits.
     """
     size = store.block_size
     blocks, most = -(-tokens // size), max(1, PIECE_TOKENS // size)
-    if blocks <= most:
+    if not begin and blocks <= most:
         yield None
         return
-    for first in range(0, blocks, most):
+    for first in range(begin // size, blocks, most):
         ids = torch.arange(first, min(first + most, blocks), dtype=torch.int32, device="cpu")
         yield BlockLists(ids.expand(store.batch, store.heads, -1), None)
 

@@ -37,7 +37,8 @@ thread_local Kept kept, kept_queries;
 struct Attend {
   scout_attend_args a;
   const scout_isa* isa = nullptr;
-  int lists, queries, group, chunk_blocks, threads = 1;  // group: queries of all query heads of a KV head
+  // Queries of all query heads of a KV head, `all_group`, go in strips of `group`; every strip is a list of its own.
+  int lists, queries, all_group, group, strips, chunk_blocks, threads = 1;
   int64_t tile_bytes, tail_tile_bytes, end, blocks, items = 0, stride;
   bool has_tail;
   int64_t* first_item = nullptr;             // [lists + 1]
@@ -50,17 +51,19 @@ struct Attend {
 
   // A work item: entries [first, last) of one list.
   struct Piece {
-    int list, row, head;
+    int list, row, head, first_query, queries;
     int64_t first, last;
     bool tail;
   };
 
   int64_t entries(int list) const {
     if (!a.blocks) return blocks;
-    return a.counts ? a.counts[list] : a.count;
+    return a.counts ? a.counts[list / strips] : a.count;
   }
 
-  int64_t block_at(int list, int64_t entry) const { return a.blocks ? a.blocks[list * a.blocks_stride + entry] : entry; }
+  int64_t block_at(int list, int64_t entry) const {
+    return a.blocks ? a.blocks[list / strips * a.blocks_stride + entry] : entry;
+  }
 
   // int8 pages hold only whole blocks; the partly filled last block is a separate unpacked tile.
   bool ends_in_tail(int list, int64_t count) const {
@@ -82,9 +85,11 @@ struct Attend {
       return SCOUT_UNSUPPORTED;
     isa = scout_isa_for(s.head_dim, s.dtype == SCOUT_I8 ? s.block_size : 0);
     if (!isa) return SCOUT_UNSUPPORTED;
-    lists = s.batch * s.kv_heads;
     queries = a.queries > 1 ? a.queries : 1;
-    group = a.query_heads / s.kv_heads * queries;
+    all_group = a.query_heads / s.kv_heads * queries;
+    strips = (all_group + SCOUT_MANY - 1) / SCOUT_MANY;
+    group = strips > 1 ? SCOUT_MANY : all_group;
+    lists = s.batch * s.kv_heads * strips;
     // A chunk's result is small beside what is read for it.
     chunk_blocks = (group > CHUNK_TOKENS / 16 ? 16 * group : CHUNK_TOKENS) / s.block_size;
     if (chunk_blocks > MAX_CHUNK_BLOCKS) chunk_blocks = MAX_CHUNK_BLOCKS;
@@ -139,7 +144,9 @@ struct Attend {
     const int64_t count = entries(low), chunk = item - first_item[low];
     const bool tail = ends_in_tail(low, count);
     const int64_t whole = count - tail, first = chunk * chunk_blocks;
-    Piece p{low, low / a.store.kv_heads, low % a.store.kv_heads, first, first + chunk_blocks, false};
+    const int of = low / strips, from = low % strips * group;
+    Piece p{low,  of / a.store.kv_heads, of % a.store.kv_heads, from, all_group - from < group ? all_group - from : group,
+            first, first + chunk_blocks, false};
     if (p.last > whole) p.last = whole;
     if (tail && first >= whole) p.first = whole, p.last = count, p.tail = true;
     return p;
@@ -187,7 +194,7 @@ struct Attend {
       last_tokens = tokens;
       count++;
     }
-    attended.fetch_add(tokens_in_all, std::memory_order_relaxed);
+    if (!p.first_query) attended.fetch_add(tokens_in_all, std::memory_order_relaxed);
     scout_chunk c;
     c.tiles = tiles;
     c.padding_mask = marked ? padding_mask : nullptr;
@@ -201,41 +208,43 @@ struct Attend {
     c.scale = a.scale;
     c.softcap = a.softcap;
     float* partial = partials + item * stride;
-    const int at_once = group < SCOUT_MANY ? group : SCOUT_MANY;
-    float* query = (float*)kept_queries.at_least(at_once * s.head_dim * (int64_t)(sizeof(float) + sizeof(uint16_t)));
+    float* query = (float*)kept_queries.at_least(group * s.head_dim * (int64_t)(sizeof(float) + sizeof(uint16_t)));
     if (!query) {
       status.store(SCOUT_NO_MEMORY, std::memory_order_relaxed);
       return;
     }
-    uint16_t* raw = (uint16_t*)(query + at_once * s.head_dim);
-    const int heads = group / queries;
-    // The other path reads packed tiles only whole.
-    const bool many = (queries > 1 && group >= SCOUT_SEVERAL) || (c.dtype == SCOUT_I8 && last_tokens < s.block_size);
-    for (int g0 = 0; g0 < group; g0 += at_once) {
-      c.group = group - g0 < at_once ? group - g0 : at_once;
-      for (int g = 0; g < c.group; g++) {
-        const int64_t head = p.head * heads + (g0 + g) / queries;
-        const int64_t from = p.row * a.query_row + head * a.query_head + (g0 + g) % queries * a.query_token;
-        scout::read_numbers(a.query, from, s.head_dim, a.query_dtype, query + g * s.head_dim);
-        if (a.query_dtype == SCOUT_BF16)
-          memcpy(raw + g * s.head_dim, (const uint16_t*)a.query + from, s.head_dim * sizeof(uint16_t));
-      }
-      c.query = query;
-      c.query_bf16 = a.query_dtype == SCOUT_BF16 ? raw : nullptr;
-      c.out = partial + (int64_t)g0 * s.head_dim;
-      c.max = partial + (int64_t)group * s.head_dim + g0;
-      c.sum = c.max + group;
-      (many ? isa->attend_many : isa->attend)(&c);
+    uint16_t* raw = (uint16_t*)(query + group * s.head_dim);
+    for (int g = 0; g < p.queries; g++) {
+      const int64_t head = query_head(p, g), from = p.row * a.query_row + head * a.query_head + token(p, g) * a.query_token;
+      scout::read_numbers(a.query, from, s.head_dim, a.query_dtype, query + g * s.head_dim);
+      if (a.query_dtype == SCOUT_BF16)
+        memcpy(raw + g * s.head_dim, (const uint16_t*)a.query + from, s.head_dim * sizeof(uint16_t));
     }
-    if (unfinished[p.list].fetch_sub(1, std::memory_order_acq_rel) == 1) merge(p.list, p.row, p.head);
+    c.group = p.queries;
+    c.query = query;
+    c.query_bf16 = a.query_dtype == SCOUT_BF16 ? raw : nullptr;
+    c.out = partial;
+    c.max = partial + (int64_t)group * s.head_dim;
+    c.sum = c.max + group;
+    // The other path reads packed tiles only whole.
+    const bool many =
+        (queries > 1 && all_group >= SCOUT_SEVERAL) || (c.dtype == SCOUT_I8 && last_tokens < s.block_size);
+    (many ? isa->attend_many : isa->attend)(&c);
+    if (unfinished[p.list].fetch_sub(1, std::memory_order_acq_rel) == 1) merge(p);
   }
 
+  // Of query g of a piece.
+  int64_t query_head(const Piece& p, int g) const {
+    return p.head * (all_group / queries) + (p.first_query + g) / queries;
+  }
+  int64_t token(const Piece& p, int g) const { return (p.first_query + g) % queries; }
+
   // Run by the thread that finishes the list's last item; merges in list order, so that results are deterministic.
-  void merge(int list, int row, int head) {
+  void merge(const Piece& p) {
     const int D = a.store.head_dim;
-    const int64_t first = first_item[list], last = first_item[list + 1];
+    const int64_t first = first_item[p.list], last = first_item[p.list + 1];
     float acc[SCOUT_MAX_HEAD_DIM];
-    for (int g = 0; g < group; g++) {
+    for (int g = 0; g < p.queries; g++) {
       float e_max = -INFINITY, e_sum = 0.0f;
       for (int64_t i = first; i < last; i++) {
         const float max = partials[i * stride + group * D + g];
@@ -251,7 +260,7 @@ struct Attend {
       const bool empty = e_max == -INFINITY && !(e_sum != e_sum);
       const float scale = empty ? 0.0f : 1.0f / e_sum;
       for (int d = 0; d < D; d++) acc[d] *= scale;
-      const int64_t which = (int64_t)row * a.query_heads * queries + head * group + g;
+      const int64_t which = (p.row * (int64_t)a.query_heads + query_head(p, g)) * queries + token(p, g);
       scout::write_numbers(acc, D, a.out_dtype, a.out, which * D);
       if (a.lse) a.lse[which] = empty ? -INFINITY : e_max + logf(e_sum);
     }
