@@ -115,6 +115,13 @@ CPU_DECODE = {name: STOCK[name] for name in ("stock", FOLDED)} | _by_name(
     Arm("scout int8", {"split": "off", "host_dtype": "int8"}),
 )
 
+RIVALS = {name: STOCK[name] for name in ("stock", FOLDED)} | _by_name(
+    Arm("scout exact", {"split": "off", "budget": None}),
+    Arm("scout auto", {"split": "off", "budget": "auto"}),
+    Arm("scout sparse", {"split": "off"}),
+)
+"""Beside other runtimes."""
+
 COMPILED, IN_LAYER = "stock compiled", "scout in-layer"
 HANDED_OVER = {f"scout {way}": way for way in HAND_OVERS if way != "auto"}
 GPU_DECODE = _by_name(

@@ -173,6 +173,42 @@ SESSIONS = fields(
     }
 )
 
+_BYTES = {f"{name}_bytes": FROM_ZERO for name in ("held", "peak", "kv", "read")}
+_RUN = TIME | _BYTES | {"tokens_per_s": ABOVE_ZERO, "limit_ms": ABOVE_ZERO, "kv_share": FROM_ZERO}
+_RUN |= {"rounds_ms": items(ABOVE_ZERO, fewest=1), "held_tokens": count(1), "attended_tokens": ABOVE_ZERO}
+_NAMED = fields(
+    {name: WORD for name in ("name", "kind", "weights", "kv")},
+    {"told": text(), "attention": WORD, "agrees": maybe(number(0, 1)), "versions": table(WORD)},
+)
+
+RIVALS = fields(
+    {
+        "benchmark": one_of("rivals"),
+        "settings": _all_of(count(1), "budget", "block_size", "threads", "rounds", "steps"),
+        "machine": MACHINE,
+        "models": items(
+            fields(
+                {
+                    "name": WORD,
+                    "settings": _all_of(count(1), "budget", "threads", "rounds", "prefill"),
+                    "machine": MACHINE,
+                    "company": maybe(fields({"cpus_used_by_others": FROM_ZERO})),
+                    "read": RATE,
+                    "arms": items(_NAMED),
+                    "contexts": items(
+                        fields(
+                            {"context": count(), "prefill": table(ABOVE_ZERO), "arms": table(fields(_RUN))}
+                            | {"ratios": table(ABOVE_ZERO)}
+                        )
+                    ),
+                },
+                {"idle_cpus": table(FROM_ZERO), "model": table(simple)},
+            ),
+            fewest=1,
+        ),
+    }
+)
+
 BENCHMARKS = {
     "cpu_kernel": CPU_KERNEL,
     "cpu_decode": CPU_DECODE,
@@ -180,4 +216,5 @@ BENCHMARKS = {
     "gpu_decode": GPU_DECODE,
     "methods": METHODS,
     "sessions": SESSIONS,
+    "rivals": RIVALS,
 }

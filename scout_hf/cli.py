@@ -17,7 +17,7 @@ from scout_hf.cli_shared import (
     typed,
 )
 from scout_hf.eval.ask.options import Ask, Read
-from scout_hf.eval.bench.options import CpuDecode, CpuKernel, GpuDecode, GpuKernel, Sessions
+from scout_hf.eval.bench.options import CpuDecode, CpuKernel, GpuDecode, GpuKernel, Rivals, Sessions
 from scout_hf.eval.kept.options import Info, Ls, Prune, Rm
 from scout_hf.eval.methods.options import Methods
 from scout_hf.eval.options import Demo, Fidelity, MakeData, Report, Serve, Trace
@@ -125,6 +125,15 @@ def session_prune(options: Prune) -> None:
 @command(bench, "cpu-kernel", CpuKernel)
 @command(bench, "sessions", Sessions)
 def cpu_benchmark(options: CpuKernel | CpuDecode | Sessions) -> None:
+    with benchmark(options.out, options.threads) as finish:
+        finish(options.measure(tell))
+
+
+@command(bench, "rivals", Rivals)
+def rivals(options: Rivals) -> None:
+    with exits_on_errors():
+        must_run("--rivals-python", options.rivals_python)
+        must_be_there(*options.gguf)
     with benchmark(options.out, options.threads) as finish:
         finish(options.measure(tell))
 

@@ -16,14 +16,12 @@ from transformers import Cache, LlamaForCausalLM
 
 import scout_hf
 from scout_hf import CACHE, ScoutCache
-from scout_hf.diagnostics import MemoryReader, native_isa
 from scout_hf.eval.arms import CPU_DECODE, FOLDED
-from scout_hf.eval.bench import machine, memory
+from scout_hf.eval.bench import bandwidth, machine, memory
 from scout_hf.eval.bench.models import SHAPE, make_llama, twin, weight_bytes
 from scout_hf.eval.bench.options import CpuDecode, Tell, all_but, silent
 from scout_hf.eval.bench.timing import interleave, timed
 from scout_hf.eval.caches import DTYPE, Caches, fill, kv_bytes, kv_bytes_per_token, tensor_bytes
-from scout_hf.stores import allocate_slab
 
 STOCK, SCOUT, EXACT, INT8 = "stock", "scout", "scout exact", "scout int8"
 Mode = tuple[LlamaForCausalLM, Caches]
@@ -33,7 +31,6 @@ FIRST_TOKENS = 8
 WARM_UPS = 2
 LONG_SECONDS = 60.0
 FEWEST = 3
-SPAN_BYTES = 1 << 30
 PREFILL_REPEAT = 3
 WARM_UP_TOKENS = 256
 SPARE_BYTES = 2 << 30
@@ -56,7 +53,7 @@ def run(options: CpuDecode, tell: Tell = silent, shape: dict[str, int] | None = 
         model = make_llama(seed, **shape)
         most = kv_bytes_per_token(model.config) * max(contexts)
         machine.check_memory(int(1.2 * most) + SPARE_BYTES, "lower --contexts or --layers")
-        span = _bandwidth(threads, repeat)
+        span = bandwidth.read_rate(threads, repeat)
         with ExitStack() as stack:
             # All modes share the same weights.
             modes: dict[str, Mode] = {}
@@ -133,7 +130,7 @@ def _time_group(modes: dict[str, Mode], context: int, repeat: int, seed: int, te
     weights, found = weight_bytes(next(iter(modes.values()))[0]), {}
     for name, mode in modes.items():
         # What must be read once: weights, chosen keys and values, digests of all.
-        held, digests = _held(caches[name])
+        held, digests = read_bytes(caches[name])
         share = _share(mode, caches[name])
         zero, least = times.get((name, 0), times[name]), weights + share * held + digests
         found[name] = {
@@ -170,8 +167,8 @@ def _share(mode: Mode, cache: Cache) -> float:
     return stats.attended_tokens / stats.context_tokens
 
 
-def _held(cache: Cache) -> tuple[int, int]:
-    """Bytes of keys and values, and of the digests that a step scores."""
+def read_bytes(cache: Cache) -> tuple[int, int]:
+    """Bytes of keys and values of a cache, and of the digests that a sparse step scores."""
     if not isinstance(cache, ScoutCache):
         return kv_bytes(cache)["stock"], 0
     selectors = [layer.method.selector for layer in cache.scout_layers]
@@ -207,19 +204,3 @@ def _prefill(model, tokens: int, layers: int, budget: int, block_size: int, seed
         **{name: timing.record() for name, timing in times.items()},
         "ratios": {f"{SCOUT}/{STOCK}": times[SCOUT].median / times[STOCK].median},
     }
-
-
-def _bandwidth(threads: int, repeat: int) -> dict[str, Any]:
-    """The machine's own sequential read rate on so many threads."""
-    memory = allocate_slab((SPAN_BYTES,), torch.uint8, torch.device("cpu")).fill_(1)
-    reader = MemoryReader(threads) if native_isa() else None
-    numbers = memory.view(torch.int64)
-
-    def read():
-        return reader.span(memory) if reader else numbers.sum()
-
-    read()
-    timing = interleave({"read": lambda: read}, repeat)["read"]
-    if reader:
-        reader.close()
-    return {"bytes": SPAN_BYTES, "by": "native" if reader else "torch.sum", **timing.record(SPAN_BYTES)}

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Option
+from typer import Argument, Option
 
 from scout_hf.eval.options import BlockSize, Budget, Cpus, Drift
 
@@ -147,6 +147,46 @@ class Sessions:
     def measure(self, tell: Tell) -> dict[str, Any]:
         """The record of the benchmark."""
         from scout_hf.eval.bench.sessions import run
+
+        return run(self, tell)
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """A real model, stock, with scout_hf, in llama.cpp and in OpenVINO, reading and decoding; takes many minutes.
+
+    llama.cpp comes with llama-cpp-python, OpenVINO with openvino-genai; what is not installed is left out, and said.
+    """
+
+    model: Annotated[str, Argument(help="A packaged model, a folder, a GGUF file, a name of the hub.")] = "smollm2-135m"
+    contexts: Annotated[list[int], Option(min=0, help="Tokens in the cache; may be given several times.")] = field(
+        default_factory=lambda: [0, 4096, 16384, 32768]
+    )
+    prefill: Annotated[
+        int, Option(min=8, help="Tokens that transformers' arms read; longer caches are filled with repeats of them.")
+    ] = 4096
+    weights: Annotated[
+        list[str], Option(help="Of transformers' arms: float32, bfloat16, 'torch int8'; several times.")
+    ] = field(default_factory=lambda: ["float32"])
+    arm: Annotated[list[str] | None, Option(help="Whose names begin so, such as 'scout' or 'llama.cpp'; all.")] = None
+    gguf: Annotated[list[Path], Option(help="The same weights for the others; of a packaged model its own.")] = field(
+        default_factory=list
+    )
+    f16: Annotated[bool, Option("--f16", help="llama.cpp also with weights in F16, made from the GGUF file.")] = False
+    openvino: Annotated[Path | None, Option(help="Folder with the model as OpenVINO has it, not the GGUF.")] = None
+    rivals_python: Annotated[str | None, Option(help="Python that has the others; this one by default.")] = None
+    budget: Budget = 2048
+    block_size: BlockSize = 32
+    threads: Cpus = None
+    rounds: Annotated[int, Option(min=1, help="Each with all arms in random order.")] = 3
+    steps: Annotated[int, Option(min=1, help="Timed steps of each arm in a round; slow arms take fewer.")] = 8
+    yes: Annotated[bool, Option("--yes", help="Fetch a packaged model without asking.")] = False
+    quick: Annotated[bool, Option("--quick", help="Up to 1k tokens, few steps: a look.")] = False
+    out: Out = None
+
+    def measure(self, tell: Tell) -> dict[str, Any]:
+        """The record of the benchmark, with those of other models that ``out`` has."""
+        from scout_hf.eval.bench.rivals import run
 
         return run(self, tell)
 

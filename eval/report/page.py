@@ -28,6 +28,7 @@ TITLES = {
     "gpu_decode": "Decoding on a GPU",
     "gpu_kernel": "The kernel on a GPU",
     "sessions": "Sessions on disk",
+    "rivals": "Beside other runtimes",
 }
 LEGEND = (
     "step ms: mean time of a decode step of all rows, with its quartiles; x stock: how much faster than stock, by its "
