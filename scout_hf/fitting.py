@@ -18,7 +18,7 @@ def check_names(config: ScoutConfig, text_config: Any, layers: int) -> None:
     """Raise ConfigError if ``config`` names something unknown, or does not fit a model of so many layers."""
     method = find_method(config.method)
     method.check(config)
-    mass = config.mass if method.uses is None or "mass" in method.uses else None
+    mass = config.mass if method.uses is None or "mass" in method.uses | method.uses_in_drafts else None
     check_digest(config.digest, getattr(text_config, "head_dim", None), mass)
     find_backend(config.cpu_backend)
     if isinstance(config.recall, RecallIntervals):

@@ -49,7 +49,7 @@ class PassHooks:
     names : AttentionNames
         Checked and renewed in each pass.
     lossless : bool
-        Whether decode steps of method ``scout`` are exact, except for drafts.
+        Whether decode steps of methods that can draft are exact, except for drafts.
 
     Attributes
     ----------
@@ -164,6 +164,7 @@ class PassHooks:
             inputs={} if find_method(cache.scout_config.method).takes_inputs else None,
             keys_values=self.parts.keys_values,
             positions=grid_positions(given.get("position_ids")) if module is self._decoder else None,
+            drafts=self._lossless,
             role=cache.role,
             frame=_calling_frame(),
         )
@@ -191,7 +192,7 @@ class PassHooks:
         config, kind = step.cache.scout_config, find_method(step.cache.scout_config.method)
         if step.role is Role.DRAFT:
             return False
-        if self._lossless and kind.can_draft:
+        if self._lossless and kind.can_draft and not kind.is_exact(config, self._model.device):
             step.attends_all = True
             step.as_several = not kind.may_attend_all(config, self._model.device)
             return config.host_dtype is None

@@ -116,7 +116,7 @@ def patch(
     try:
         check_unknown_family(model, family, handle_of, handle._names.foreign)
         handle._install()
-        warn_of_unused(config, whole.device, stacklevel=2)
+        warn_of_unused(config, whole.device, stacklevel=2, drafting=most > 0)
         return handle
     except BaseException:
         handle._uninstall()
@@ -252,7 +252,8 @@ class Handle:
         cache = ScoutCache(self.model.config, self.config, **options)
         if options:
             model: Any = self.model  # a PreTrainedModel, whose attributes a Module does not declare
-            warn_of_unused(cache.scout_config, model.device, stacklevel=2, among=options)
+            drafting = self._drafting is not None
+            warn_of_unused(cache.scout_config, model.device, stacklevel=2, among=options, drafting=drafting)
         self._hooks.counters.alive.add(cache)
         return cache
 

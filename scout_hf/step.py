@@ -111,6 +111,8 @@ class Step:
         Whether layers attend to all tokens in this decode step, whatever the budget is.
     as_several : bool
         Whether they do that as in passes of several tokens, because ``attend`` of the method cannot.
+    drafts : bool
+        Whether drafts may follow, as with ``patch(draft=True)``.
     role : Role
     depth : int
         Nested modules of this pass that are still running.
@@ -142,6 +144,7 @@ class Step:
     rates: Rates | None = None
     attends_all: bool = False
     as_several: bool = False
+    drafts: bool = False
     role: Role = Role.ORDINARY
     shared: dict[str, Any] = field(default_factory=dict)
     depth: int = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import ConfigError
-from scout_hf.methods.base import find_method
+from scout_hf.methods.base import find_method, method_names
 
 MOST = 16
 """Tokens per draft with ``draft=True``, at most."""
@@ -34,9 +34,10 @@ def most_drafts(draft: bool | int | None, config: ScoutConfig, reason: str | Non
         )
     given = f"draft={draft!r} is not possible with "
     if not find_method(config.method).can_draft:
+        able = ", ".join(repr(name) for name in method_names() if find_method(name).can_draft)
         raise ConfigError(
-            f"{given}method={config.method!r}: drafts are sparse steps of 'scout', whose other passes are exact; use "
-            "method='scout', with split='cpu' for two tiers without a GPU"
+            f"{given}method={config.method!r}, which has no sparse steps beside exact passes; methods that have both "
+            f"are {able}; try method='scout', with split='cpu' for two tiers without a GPU"
         )
     if config.attends_all:
         raise ConfigError(

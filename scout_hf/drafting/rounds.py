@@ -12,6 +12,7 @@ import torch
 from scout_hf.cache import ScoutCache
 from scout_hf.compat.cache_names import CACHE, OLD
 from scout_hf.drafting.picks import Picks
+from scout_hf.errors import CacheStateError
 from scout_hf.step import Role
 
 CONTINUED = {CACHE, OLD, "input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict"}
@@ -143,7 +144,13 @@ def _taken_back(cache: ScoutCache, length: int) -> Iterator[None]:
         with _in_role(cache, Role.DRAFT):
             yield
     finally:
-        crop_to(cache, length)
+        try:
+            crop_to(cache, length)
+        except BaseException:
+            # Interrupted before it began, sparse tokens would stay; half cropped, the cache refuses to go on.
+            with contextlib.suppress(CacheStateError):
+                crop_to(cache, length)
+            raise
 
 
 def _continued(given: dict[str, Any], ids: torch.Tensor, skipped: int = 0) -> dict[str, Any]:

@@ -90,7 +90,12 @@ class Method(ABC):
     uses: ClassVar[frozenset[str] | None] = None
     """Fields of ``ScoutConfig`` that have an effect, beside the method's name and options. None: not declared."""
     can_draft = False
-    """Whether decode steps are sparse and passes of several tokens exact, so that these can check drafts of those."""
+    """Whether steps of ``Role.DRAFT`` are sparse, and passes of several tokens exact: these can check drafts of those.
+
+    Other decode steps are exact then, or made as passes of several tokens.
+    """
+    uses_in_drafts: ClassVar[frozenset[str]] = frozenset()
+    """Fields of ``ScoutConfig`` that have an effect on drafts alone."""
     needs_query = True
     """Whether ``ahead`` gets a predicted query; if not, it is also called for the first layer, with None."""
     blockwise = False

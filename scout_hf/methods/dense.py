@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from scout_hf.config import ScoutConfig
@@ -9,9 +11,14 @@ from scout_hf.errors import ConfigError
 from scout_hf.fusion import Partial, fuse
 from scout_hf.kernels.attend import attend
 from scout_hf.methods.base import register_method
+from scout_hf.methods.host_drafts import HostDrafts
 from scout_hf.methods.offloading import OFFLOADING, OffloadingMethod
 from scout_hf.methods.streaming import Piece
-from scout_hf.step import Step
+from scout_hf.step import Role, Step
+from scout_hf.stores.state import State
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @register_method
@@ -21,6 +28,8 @@ class Dense(OffloadingMethod):
     While a layer is attended, the next layer's KV is copied into a second buffer; the first layer's KV during the last
     layer of the previous step. ``method_options={"heads": n}`` copies ``n`` KV heads at a time, so that the device
     holds three pieces of that size instead of two whole layers.
+
+    Steps that draft attend to chosen blocks in host memory instead, see :class:`HostDrafts`.
 
     Examples
     --------
@@ -35,6 +44,12 @@ class Dense(OffloadingMethod):
     options = {"heads": None}
     uses = OFFLOADING | {"window", "link_gbps"}
     needs_query = False
+    can_draft = True
+    uses_in_drafts = HostDrafts.uses
+
+    def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
+        super().__init__(config, layer_idx, keys)
+        self.drafts: HostDrafts | None = None
 
     @classmethod
     def check(cls, config: ScoutConfig) -> None:
@@ -56,20 +71,86 @@ class Dense(OffloadingMethod):
         return self.query_shape is not None and self.kv.host.blocks > 0
 
     def ahead(self, step: Step, query: torch.Tensor | None) -> None:
+        if step.role is not Role.DRAFT:
+            self._start(step)
+
+    def observe(self, step: Step, query: torch.Tensor) -> None:
+        if step.drafts:
+            self._drafts().observe(step, query, self.kv_heads, self.scoring.scale)
+
+    def attend(self, step: Step, query: torch.Tensor) -> Partial:
+        return self._draft(step, query) if step.role is Role.DRAFT else self._attend_all(step, query)
+
+    def settle(self, step: Step) -> None:
+        if step.role is not Role.DRAFT:  # its tokens are taken back
+            super().settle(step)
+
+    def end_step(self) -> None:
+        """Nothing to drop: the first layer's copy is for the next step."""
+
+    # -- structure ----------------------------------------------------------------------------------------------
+
+    def crop(self, length: int) -> None:
+        super().crop(length)
+        self._fit_drafts()
+
+    def rollback(self, mark: Any) -> None:
+        super().rollback(mark)
+        self._fit_drafts()
+
+    def _fit_drafts(self) -> None:
+        if self.drafts is not None:
+            self.drafts.crop(self.kv.host.blocks)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        super().select_rows(rows)
+        if self.drafts is not None:
+            self.drafts.select_rows(rows)
+
+    def fork(self) -> Self:
+        twin = super().fork()
+        twin.drafts = self.drafts and self.drafts.fork()
+        return twin
+
+    def state_dict(self) -> State:
+        # Digests of drafts are made again.
+        return super().state_dict()
+
+    def tier_bytes(self) -> dict[str, int]:
+        drafts = self.drafts  # read once: another thread may be decoding
+        return super().tier_bytes() | ({} if drafts is None else {"digests": drafts.used_bytes})
+
+    # -- the parts of a step ------------------------------------------------------------------------------------
+
+    def _start(self, step: Step) -> None:
+        """Start the first copy of this layer's next exact step."""
         self.stream.drop()
         self.stream.start(self._pieces(self._first_block(step)), self._bringer(step))
 
-    def attend(self, step: Step, query: torch.Tensor) -> Partial:
+    def _attend_all(self, step: Step, query: torch.Tensor) -> Partial:
         parts = [self._attend_tail(step, query)]
         if self.kv.host.blocks:
             parts.append(self._attend_host(step, query, self._first_block(step)))
         step.counters.attended(self.layer_idx, step.context(), step.context())
         return fuse(parts)
 
-    def end_step(self) -> None:
-        """Nothing to drop: the first layer's copy is for the next step."""
+    def _draft(self, step: Step, query: torch.Tensor) -> Partial:
+        parts, mask = [self._attend_tail(step, query)], self.padding_mask(step, self.kv.host.length)
+        attended: float | torch.Tensor = self.kv.length - self.kv.host.length
+        if mask is not None:
+            attended = mask.sum(dtype=torch.float32) / self.batch
+        if self.kv.host.blocks:
+            self.written.finish()
+            found = self._drafts().attend(step, query, self.kv, self.scoring)
+            parts.append(Partial(*(part.to(query.device) for part in found.partial)))
+            attended = attended + found.tokens / (self.batch * self.kv_heads)
+        step.counters.attended(self.layer_idx, step.context(), attended)
+        return fuse(parts)
 
-    # -- the parts of a step ------------------------------------------------------------------------------------
+    def _drafts(self) -> HostDrafts:
+        if self.drafts is None:
+            self.drafts = HostDrafts(self.config, self.layer_idx, self.kv.host)
+        return self.drafts
 
     def _first_block(self, step: Step) -> int:
         """The first block to copy."""

@@ -60,7 +60,7 @@ class OffloadingMethod(Method):
     def check(cls, config: ScoutConfig) -> None:
         super().check(config)
         for name in SCOUTS_OWN:
-            if (value := getattr(config, name)) != getattr(ScoutConfig, name):
+            if name not in cls.uses_in_drafts and (value := getattr(config, name)) != getattr(ScoutConfig, name):
                 raise ConfigError(
                     f"{name}={value!r} is not possible with method={cls.name!r}: it belongs to 'scout'; leave it out"
                 )

@@ -14,7 +14,7 @@ from scout_hf.methods.base import find_method, method_names
 ALWAYS = frozenset({"method", "method_options"})
 
 
-def unused_settings(config: ScoutConfig, device: torch.device) -> list[str]:
+def unused_settings(config: ScoutConfig, device: torch.device, drafting: bool = False) -> list[str]:
     """Settings that were changed from their default, and have no effect for a model on ``device``.
 
     Parameters
@@ -22,6 +22,8 @@ def unused_settings(config: ScoutConfig, device: torch.device) -> list[str]:
     config : ScoutConfig
     device : torch.device
         The model's device.
+    drafting : bool
+        Whether sparse steps draft, as with ``patch(draft=True)``.
 
     Returns
     -------
@@ -36,14 +38,19 @@ def unused_settings(config: ScoutConfig, device: torch.device) -> list[str]:
     >>> unused_settings(ScoutConfig(method="dense", budget=512), torch.device("cpu"))
     ['budget']
     """
-    used = find_method(config.method).used_settings(config, device)
+    kind = find_method(config.method)
+    used = kind.used_settings(config, device)
     if used is None:
         return []
+    if drafting and kind.can_draft:
+        used |= kind.uses_in_drafts
     changed = [field.name for field in dataclasses.fields(config) if getattr(config, field.name) != field.default]
     return [name for name in changed if name not in used | ALWAYS]
 
 
-def warn_of_unused(config: ScoutConfig, device: torch.device, stacklevel: int, among: Iterable[str] = ()) -> None:
+def warn_of_unused(
+    config: ScoutConfig, device: torch.device, stacklevel: int, among: Iterable[str] = (), drafting: bool = False
+) -> None:
     """Warn once about all settings without effect; with ``among``, about those of these names.
 
     Parameters
@@ -55,8 +62,10 @@ def warn_of_unused(config: ScoutConfig, device: torch.device, stacklevel: int, a
         As for ``warnings.warn``, seen from the caller.
     among : iterable of str
         Names to look at; by default all.
+    drafting : bool
+        Whether sparse steps draft.
     """
-    unused = [name for name in unused_settings(config, device) if not among or name in among]
+    unused = [name for name in unused_settings(config, device, drafting) if not among or name in among]
     if not unused:
         return
     given = ", ".join(f"{name}={getattr(config, name)!r}" for name in unused)
@@ -70,11 +79,13 @@ def warn_of_unused(config: ScoutConfig, device: torch.device, stacklevel: int, a
 
 def _ways_to_use(config: ScoutConfig, device: torch.device, names: set[str]) -> list[str]:
     """Other settings with which all of ``names`` have an effect."""
-    own = find_method(config.method)
+    own, ways = find_method(config.method), []
+    if own.can_draft and names <= own.uses_in_drafts | (own.used_settings(config, device) or set()):
+        ways.append("draft=True")
     for split in ("auto", "cpu"):
         if names <= (own.used_settings(dataclasses.replace(config, split=split), device) or set()):
             return [f"split={split!r}"]
     others = [name for name in method_names() if name != config.method]
-    return [
+    return ways + [
         f"method={name!r}" for name in others if names <= (find_method(name).used_settings(config, device) or set())
     ]

@@ -219,17 +219,28 @@ class Selector:
         else:
             self._append(read_parts(store, first, last, padding_mask))
 
-    def lists(self, step: Step, query: torch.Tensor, store: PagedStore, blocks: int) -> BlockLists | None:
-        """The blocks of a PagedKV to attend: the top-k of the first ``blocks`` and all newer ones; None for all."""
+    def lists(
+        self,
+        step: Step,
+        query: torch.Tensor,
+        store: PagedStore,
+        blocks: int,
+        newer: Callable[[], torch.Tensor] | None = None,
+    ) -> BlockLists | None:
+        """The blocks of a PagedKV to attend: the top-k of the first ``blocks`` and all newer ones; None for all.
+
+        ``newer`` returns the keys of all tokens behind the first ``blocks``, if not all of them are in the store.
+        """
         newest, count = store.blocks - blocks, self.count(step, blocks)
         if count is None:
             return None
 
         def tail() -> torch.Tensor:
-            return store.read(blocks * self.config.block_size, store.length)[0]
+            return store.read(blocks * self.config.block_size, store.length)[0] if newer is None else newer()
 
         if self.digest.native is not None:
-            settings = (count, self.config.blocks(self.config.sinks), newest, self.config.block_size, step.mask)
+            mask = None if step.mask is None else step.padding(query.device)
+            settings = (count, self.config.blocks(self.config.sinks), newest, self.config.block_size, mask)
             limits = self._limits(step, query, blocks, tail)
             prepared = self.digest.prepare(query)
             chosen = step.backend.select(self.digest.native, prepared, self.table.codes(blocks), *settings, limits)

@@ -20,9 +20,11 @@ import torch
 import scout_hf
 from scout_hf import CacheStateError, PrefixStore, ScoutCache, padding
 from scout_hf.counters import Counters
+from scout_hf.drafting import rounds
 from scout_hf.prefix.keeping import keep
 from scout_hf.prefix.reuse import Reuse
 from scout_hf.sessions import read_session
+from scout_hf.step import Role
 from tests.unit.worlds import CROP_TAKES_LENGTH, VOCAB, stock_model
 
 IS_FAR = padding._is_far
@@ -43,6 +45,7 @@ SETTINGS: dict[str, dict] = {
     "two tiers, int8": {**TWO, "layer_ahead": False, "host_dtype": "int8"},
     "two tiers, sign codes": {**TWO, "layer_ahead": False, "budget": 4096, "digest": "sign"},
     "dense": {"method": "dense"},
+    "dense, sign codes": {"method": "dense", "budget": 4096, "digest": "sign"},
     "dense, head by head": {"method": "dense", "method_options": {"heads": 1}},
     "kvpr": {"method": "kvpr", "method_options": {"share": 0.5}},
     "infinigen": {"method": "infinigen", "layer_ahead": True},
@@ -193,6 +196,16 @@ def _chunks(world: World) -> None:
         world.run(world.cache, until)
 
 
+def _draft_and_check(world: World) -> None:
+    """Two sparse steps, whose tokens are taken back, and a pass over them that is exact."""
+    held = world.cache.get_seq_length()
+    with rounds._taken_back(world.cache, held):
+        for until in (held + 1, held + 2):
+            world.run(world.cache, until)
+    with rounds._in_role(world.cache, Role.CHECK):
+        world.run(world.cache, held + 3)
+
+
 def _outside(world: World) -> None:
     with torch.no_grad():
         stock_model()(world.ids[:, world.cache.get_seq_length() : LONG + TURN], past_key_values=world.cache)
@@ -279,6 +292,7 @@ ALL = [
             ("select", 2, lambda world: world.cache.batch_select_indices(torch.tensor([1]))),
         )
     ),
+    Scenario("draft", "draft and check", {}, _draft_and_check, LONG + 4),
     Scenario("outside", "outside", {}, _outside, LONG + TURN),
     Scenario("way back", "way back", {}, _failed_pass(LONG + TURN), LONG + TURN),
     Scenario("reset", "reset", {}, _reset, LONG, (_reset,)),

@@ -26,6 +26,8 @@ TIERS = {
     "one tier": SPARSE,
     "two tiers": SPARSE | {"split": "cpu", "resident": 16},
     "real query": SPARSE | {"split": "cpu", "resident": 16, "layer_ahead": False},
+    "dense": SPARSE | {"method": "dense"},
+    "kvpr": SPARSE | {"method": "kvpr", "method_options": {"share": 0.5}},
 }
 INPUTS = {"one row": prompt(1, 90), "batch": prompt(3, 90), "padded": left_padded(0, 13, 40, tokens=90)}
 
@@ -477,7 +479,7 @@ def slow_to_try_again(real):
 
 @pytest.mark.parametrize(
     "options",
-    [{"method": "dense"}, {"method": "hgca"}, {"host_dtype": "int8"}, {"budget": None}],
+    [{"method": "infinigen"}, {"method": "hgca"}, {"host_dtype": "int8"}, {"budget": None}],
     ids=lambda options: next(iter(options)),
 )
 def test_a_cache_without_sparse_and_exact_steps_has_no_drafts(options):
@@ -592,8 +594,7 @@ def test_without_drafts_nothing_is_replaced(draft):
     [
         ({"budget": None}, "budget='auto'"),
         ({"budget": 1.0}, "budget='auto'"),
-        ({"method": "dense"}, "method='scout'"),
-        ({"method": "kvpr"}, "method='scout'"),
+        ({"method": "dense", "budget": None}, "budget='auto'"),
         ({"method": "hgca"}, "method='scout'"),
         ({"method": "infinigen"}, "method='scout'"),
         ({"host_dtype": "int8"}, "host_dtype=None"),

@@ -12,6 +12,7 @@ import torch
 
 import scout_hf
 from scout_hf import RecallIntervals, ScoutConfig
+from scout_hf.auto_draft import AutoDraft
 from scout_hf.methods import Method, method_names, unused_settings
 from scout_hf.methods.base import find_method
 from scout_hf.methods.offloading import SCOUTS_OWN
@@ -71,7 +72,7 @@ def test_every_setting_is_declared_by_a_method():
 @pytest.mark.parametrize("method", BUILT_IN)
 def test_a_setting_without_effect_is_named_once(method, name):
     """Scout's own settings are refused by the other methods."""
-    if method != "scout" and name in SCOUTS_OWN:
+    if method != "scout" and name in SCOUTS_OWN and name not in find_method(method).uses_in_drafts:
         pytest.skip("refused")
     handle, found = warned(lambda: scout_hf.patch(llama(), method=method, **{name: CHANGED[name]}))
     handle.remove()
@@ -95,7 +96,9 @@ def test_the_warning_says_what_to_do():
         "or set split='cpu', which uses them"
     )
     _, (warning,) = warned(lambda: scout_hf.patch(llama(), method="dense", budget=64))
-    assert str(warning.message).endswith("or set method='hgca' or method='infinigen' or method='scout', which uses it")
+    assert str(warning.message).endswith(
+        "or set draft=True or method='hgca' or method='infinigen' or method='scout', which uses it"
+    )
 
 
 def test_one_tier_does_what_is_asked_for():
@@ -119,6 +122,20 @@ def test_a_warning_that_is_an_error_leaves_the_model_unpatched():
     scout_hf.patch(model).remove()
 
 
+@pytest.mark.parametrize("name", ["budget", "mass", "sinks", "dense_layers", "digest", "cpu_gbps"])
+@pytest.mark.parametrize("draft", [True, None])
+@pytest.mark.parametrize("method", ["dense", "kvpr"])
+def test_settings_of_drafts_have_an_effect_with_drafts_alone(method, draft, name):
+    """A cache's own settings too."""
+    options = {"method": method, name: CHANGED[name]}
+    handle, found = warned(lambda: scout_hf.patch(llama(), draft=draft, **options))
+    _, of_cache = warned(lambda: handle.new_cache(**{name: CHANGED[name]}))
+    handle.remove()
+    assert len(found) == len(of_cache) == (draft is None)
+    assert all("set draft=True or " in str(warning.message) for warning in found)
+    assert unused_settings(ScoutConfig(**options), CPU, drafting=bool(draft)) == ([] if draft else [name])
+
+
 def test_a_method_that_declares_nothing_is_not_warned_about(monkeypatch):
     assert Method.uses is None
     monkeypatch.setattr(find_method("dense"), "uses", None)
@@ -131,13 +148,16 @@ def test_a_method_that_declares_nothing_is_not_warned_about(monkeypatch):
 READ_ELSEWHERE = {"threads", "cpu_backend", "monitor", "split", "block_size", "host_memory", "spill_dir"}
 # Read without effect: methods other than scout refuse host_dtype; hgca's window goes by its other settings.
 IN_VAIN = {"hgca": {"host_dtype", "window"}, **{name: {"host_dtype"} for name in ("dense", "kvpr", "infinigen")}}
+for name in ("dense", "kvpr"):
+    IN_VAIN[name].add("gpu_kernels")  # drafts select on the CPU
 
 
 @pytest.mark.parametrize(
     "method, settings",
     [("scout", {"split": "off"}), ("scout", {"split": "cpu", "resident": 16, "recall": 0.01})]
-    + [(method, {"split": "cpu"}) for method in BUILT_IN[1:]],
-    ids=lambda value: value if isinstance(value, str) else value["split"],
+    + [(method, {"split": "cpu"}) for method in BUILT_IN[1:]]
+    + [(method, {"split": "cpu", "draft": True}) for method in ("dense", "kvpr")],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
 def test_a_method_reads_the_settings_that_it_declares(method, settings, monkeypatch):
     read, plain = set(), object.__getattribute__
@@ -151,12 +171,17 @@ def test_a_method_reads_the_settings_that_it_declares(method, settings, monkeypa
                 read.add(name)
         return plain(config, name)
 
-    options = {"block_size": 8, **settings} | ({"budget": 64} if "budget" in used(method) else {})
-    with scout_hf.patch(llama(), method=method, **options) as handle:
+    settings = dict(settings)
+    drafting = settings.pop("draft", None)
+    options = {"block_size": 8, **settings} | ({"budget": 64} if "budget" in used(method) or drafting else {})
+    with scout_hf.patch(llama(), method=method, draft=drafting, **options) as handle:
+        monkeypatch.setattr(AutoDraft, "length", lambda pace, most: max(0, most))
         monkeypatch.setattr(ScoutConfig, "__getattribute__", noted)
         run(handle.model, {"input_ids": prompt(tokens=131)}, new=8)
         monkeypatch.undo()
         declared = find_method(method).used_settings(handle.config, CPU)
+        if drafting:
+            declared |= find_method(method).uses_in_drafts
     assert declared - READ_ELSEWHERE == read - READ_ELSEWHERE - IN_VAIN.get(method, set())
 
 

@@ -107,13 +107,6 @@ class KVPR(Dense):
         self.inputs.append(hidden, position_ids, first)
         self.inputs.write_back(self.kv.host.length)
 
-    def ahead(self, step: Step, query: torch.Tensor | None) -> None:
-        self.drain()
-        self._split = self._best_split(step)
-        self._bring_inputs(step)
-        if self._split < self.kv.host.blocks:
-            self.stream.start(self._pieces(self._split), self._bringer(step))
-
     def prefilled(self, step: Step, query: torch.Tensor) -> None:
         inputs = self.inputs
         if self._rates is None and inputs is not None and inputs.blocks and self.kv.host.blocks:
@@ -122,18 +115,6 @@ class KVPR(Dense):
                 self.inputs = None
         if self._against is not None:
             step.counters.note("kvpr", self._against, self.layer_idx)
-
-    def attend(self, step: Step, query: torch.Tensor) -> Partial:
-        self._apart = 0.0
-        result = super().attend(step, query)
-        if self.kv.device.type == "cpu" and self._rates is not None:
-            end = time.perf_counter()
-            # The time between two attentions is the rest of a layer.
-            before = step.shared.get(self.name)
-            if before is not None:
-                self._rates.did_besides(end - before - self._apart)
-            step.shared[self.name] = end
-        return result
 
     # -- structure ----------------------------------------------------------------------------------------------
 
@@ -198,6 +179,25 @@ class KVPR(Dense):
         return held
 
     # -- the parts of a step ------------------------------------------------------------------------------------
+
+    def _start(self, step: Step) -> None:
+        self.drain()
+        self._split = self._best_split(step)
+        self._bring_inputs(step)
+        if self._split < self.kv.host.blocks:
+            self.stream.start(self._pieces(self._split), self._bringer(step))
+
+    def _attend_all(self, step: Step, query: torch.Tensor) -> Partial:
+        self._apart = 0.0
+        result = super()._attend_all(step, query)
+        if self.kv.device.type == "cpu" and self._rates is not None:
+            end = time.perf_counter()
+            # The time between two attentions is the rest of a layer.
+            before = step.shared.get(self.name)
+            if before is not None:
+                self._rates.did_besides(end - before - self._apart)
+            step.shared[self.name] = end
+        return result
 
     def _first_block(self, step: Step) -> int:
         return self._split
