@@ -163,7 +163,7 @@ class Rivals:
         default_factory=lambda: [0, 4096, 16384, 32768]
     )
     prefill: Annotated[
-        int, Option(min=8, help="Tokens that transformers' arms read; longer caches are filled with repeats of them.")
+        int, Option(min=8, help="Tokens to read; longer caches are filled with repeats, where a runtime takes them.")
     ] = 4096
     weights: Annotated[
         list[str], Option(help="Of transformers' arms: float32, bfloat16, 'torch int8'; several times.")

@@ -6,10 +6,8 @@ proves what it did: tokens in its cache, tokens attended, and that it goes on as
 
 from __future__ import annotations
 
-import os
 import random
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -25,7 +23,8 @@ from scout_hf.eval import rules
 from scout_hf.eval.arms import RIVALS, Missing
 from scout_hf.eval.bench import bandwidth, machine
 from scout_hf.eval.bench.options import Rivals, Tell, all_but, silent
-from scout_hf.eval.bench.rivals_ours import Decoder, Ours, format_of
+from scout_hf.eval.bench.rivals_idle import Arm, Idle
+from scout_hf.eval.bench.rivals_ours import Ours, format_of
 from scout_hf.eval.bench.rivals_process import RivalError
 from scout_hf.eval.bench.rivals_theirs import Setting, Their, files_for, settings_for
 from scout_hf.eval.bench.timing import Timing
@@ -52,8 +51,6 @@ SPARE_BYTES = 3 << 30
 BUSY = 0.05
 QUICK = {"contexts": [0, 1024], "prefill": 1024, "rounds": 2, "steps": 4}
 GIVEN = ("out", "gguf", "openvino", "rivals_python", "yes", "quick", "model")
-
-Arm = Decoder | Their
 
 
 def run(options: Rivals, tell: Tell = silent, seed: int = 0) -> dict[str, Any]:
@@ -99,7 +96,7 @@ class _Bench:
         entry: dict[str, Any],
     ):
         self.options, self.tell, self.entry, self._stack = options, tell, entry, stack
-        self._order, self._idle = random.Random(seed), _Idle()
+        self._order, self._idle = random.Random(seed), Idle()
         longest = max(FIRST_TOKENS, *contexts)
         tell(f"loading {options.model}")
         _, tokenizer = load(options.model, ask, tell, torch.bfloat16)
@@ -130,7 +127,7 @@ class _Bench:
         """Read up to a context, then decode in rounds."""
         tokens, options = max(context, FIRST_TOKENS), self.options
         row: dict[str, Any] = {"context": context, "prefill": {}, "arms": {}}
-        # Transformers' arms read as far as was asked, and what they decode behind a longer context is that repeated.
+        # A text is read as far as was asked, and what is decoded behind in a longer context is that repeated.
         reads = min(tokens, options.prefill)
         for form, ours in self.ours.items():
             if reads <= ours.length():
@@ -141,9 +138,8 @@ class _Bench:
                     row["prefill"][self._title(form, name)] = seconds
         for name, arm in list(self.arms.items()):
             if isinstance(arm, Their):
-                self.tell(f"context {context}: reading {tokens} tokens, {name}")
-                seconds = self._watched(name, lambda arm=arm: arm.read(tokens))
-                if seconds is not None and tokens >= FEW:
+                seconds = self._watched(name, lambda arm=arm, name=name: self._read(arm, name, reads, tokens))
+                if seconds and tokens >= FEW:
                     row["prefill"][name] = seconds
         for ours in self.ours.values():
             ours.start(tokens, options.steps)
@@ -153,6 +149,16 @@ class _Bench:
     def idle(self) -> dict[str, float]:
         """CPUs that each process used on average while another one was timed."""
         return self._idle.shares()
+
+    def _read(self, arm: Their, name: str, reads: int, tokens: int) -> float | None:
+        """Have so many tokens in the cache of an arm; seconds, if it read them all."""
+        seconds = None
+        if reads > arm.length():
+            self.tell(f"context {reads}: reading, {name}")
+            seconds = arm.read(reads)
+        if reads < tokens:
+            seconds = arm.fill(tokens)
+        return seconds
 
     def _decode(self, row: dict[str, Any]) -> None:
         self.tell(f"context {row['context']}: {self.options.rounds} rounds of steps")
@@ -203,6 +209,9 @@ class _Bench:
             arm = self.arms.pop(name)
             if isinstance(arm, Their):
                 arm.close()
+            else:
+                for ours in self.ours.values():
+                    ours.drop(arm)
             return None
 
     def _failed(self, name: str, why: str) -> None:
@@ -249,46 +258,6 @@ class _Bench:
         machine.check_memory(int(need) + SPARE_BYTES, "lower --contexts, or choose arms with --arm")
 
 
-class _Idle:
-    """Watches that who is not timed does nothing."""
-
-    def __init__(self) -> None:
-        self._cpu: dict[str, float] = {}
-        self._wall: dict[str, float] = {}
-
-    def turn(self, arm: Arm, arms: dict[str, Arm]) -> _Turn:
-        """A context in which one arm is timed."""
-        others = {
-            name: one.rival.cpu_seconds for name, one in arms.items() if isinstance(one, Their) and one is not arm
-        }
-        if isinstance(arm, Their):
-            others["transformers"] = _own_seconds
-        return _Turn(self, others)
-
-    def add(self, name: str, cpu: float, wall: float) -> None:
-        """What a process used in a turn of another one."""
-        self._cpu[name] = self._cpu.get(name, 0.0) + max(0.0, cpu)
-        self._wall[name] = self._wall.get(name, 0.0) + wall
-
-    def shares(self) -> dict[str, float]:
-        """CPUs used, by process."""
-        return {name: cpu / max(self._wall[name], 1e-9) for name, cpu in self._cpu.items()}
-
-
-class _Turn:
-    def __init__(self, idle: _Idle, others: dict[str, Callable[[], float]]):
-        self._idle, self._others = idle, others
-
-    def __enter__(self) -> None:
-        self._before = {name: cpu() for name, cpu in self._others.items()}
-        self._begin = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        wall = time.perf_counter() - self._begin
-        for name, cpu in self._others.items():
-            self._idle.add(name, cpu() - self._before[name], wall)
-
-
 def _begin(
     options: Rivals, contexts: list[int], forms: list[str], threads: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -331,8 +300,3 @@ def _is_chosen(name: str, chosen: Sequence[str] | None) -> bool:
 
 def _kv(form: str) -> str:
     return "bfloat16" if "bfloat16" in form else "float32"
-
-
-def _own_seconds() -> float:
-    times = os.times()
-    return times.user + times.system

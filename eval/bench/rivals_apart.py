@@ -5,6 +5,7 @@
 here, so that no pipe is part of them.
 """
 
+import ctypes
 import json
 import os
 import sys
@@ -12,76 +13,108 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 
 GGML_TYPES = {"f16": 1, "q8_0": 8}
+TEXT, SPARE = 0, 1
 READ_AT_ONCE = 2048
 WARM_UPS = 2
 """Steps before the timed ones of a request: the first one after a prompt has buffers to make."""
 
 
 class LlamaCpp:
-    """llama.cpp by llama-cpp-python; flash attention is on."""
+    """llama.cpp by the C functions of llama-cpp-python; flash attention is on."""
 
-    packages = ("llama-cpp-python",)
+    packages, fills = ("llama-cpp-python",), True
 
     def __init__(self):
         import llama_cpp
 
-        self._library, self._model = llama_cpp, None
+        self._c = llama_cpp
+        self._context, self._piece, self._piece_tokens = None, None, 0
 
     def open(self, file, threads, tokens, kv):
         """Load a GGUF file with room for so many tokens."""
-        kind = GGML_TYPES[kv]
-        self._model = self._library.Llama(
-            model_path=file,
-            n_ctx=tokens,
-            n_batch=READ_AT_ONCE,
-            n_ubatch=512,
-            n_threads=threads,
-            n_threads_batch=threads,
-            n_gpu_layers=0,
-            flash_attn=True,
-            type_k=kind,
-            type_v=kind,
-            verbose=True,  # its log, to stderr, says how it attends
-        )
-        given = self._model.context_params
-        return {"vocabulary": self._model.n_vocab(), "kv_types": [given.type_k, given.type_v]}
+        c, kind = self._c, GGML_TYPES[kv]
+        c.llama_log_set(c.llama_log_callback(), None)  # what it says goes to stderr
+        c.llama_backend_init()
+        given = c.llama_model_default_params()
+        given.n_gpu_layers = 0
+        self._model = c.llama_model_load_from_file(file.encode(), given)
+        if not self._model:
+            raise ValueError("llama.cpp cannot load it")
+        given = c.llama_context_default_params()
+        given.n_ctx, given.n_batch, given.n_ubatch = tokens, READ_AT_ONCE, READ_AT_ONCE // 4
+        given.n_threads = given.n_threads_batch = threads
+        given.type_k = given.type_v = kind
+        given.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        # A second sequence in the same memory, for parts of a text that are repeated.
+        given.n_seq_max, given.kv_unified = 2, True
+        self._context = c.llama_init_from_model(self._model, given)
+        if not self._context:
+            raise ValueError(f"llama.cpp makes no context of {tokens} tokens with keys and values in {kv}")
+        self._memory = c.llama_get_memory(self._context)
+        self._vocabulary = c.llama_vocab_n_tokens(c.llama_model_get_vocab(self._model))
+        return {"vocabulary": self._vocabulary, "kv_types": [given.type_k, given.type_v]}
 
     def likeliest(self, ids):
         """The token that follows a text, which is forgotten."""
-        self._model.n_tokens = 0
-        self._model.eval(ids)
-        logits = self._library.llama_get_logits_ith(self._model.ctx, -1)
-        found = max(range(self._model.n_vocab()), key=logits.__getitem__)
-        self._model.n_tokens = 0
+        self._decode(ids)
+        logits = self._c.llama_get_logits_ith(self._context, -1)
+        found = max(range(self._vocabulary), key=logits.__getitem__)
+        self._forget(0)
         return found
 
     def read(self, ids):
         """Have a text in the cache, of which a beginning may be there; seconds."""
-        first = self._model.n_tokens
+        more = ids[self._held() :]
         begin = time.perf_counter()
-        self._model.eval(ids[first:])
+        for place in range(0, len(more), READ_AT_ONCE):
+            self._decode(more[place : place + READ_AT_ONCE])
         return time.perf_counter() - begin, self._held()
+
+    def fill(self, tokens):
+        """Have so many tokens in the cache, by repeating keys and values of what was read, at later places."""
+        c, context, memory = self._c, self._context, self._memory
+        if self._piece is None:
+            size = c.llama_state_seq_get_size(context, TEXT)
+            self._piece, self._piece_tokens = (ctypes.c_uint8 * size)(), self._held()
+            if c.llama_state_seq_get_data(context, self._piece, size, TEXT) != size:
+                raise RuntimeError("llama.cpp did not hand out its keys and values")
+        while (held := self._held()) < tokens:
+            if not c.llama_state_seq_set_data(context, self._piece, len(self._piece), SPARE):
+                raise RuntimeError(f"llama.cpp did not take keys and values again behind {held} tokens")
+            c.llama_memory_seq_rm(memory, SPARE, min(self._piece_tokens, tokens - held), -1)
+            c.llama_memory_seq_add(memory, SPARE, 0, -1, held)
+            c.llama_memory_seq_cp(memory, SPARE, TEXT, -1, -1)
+            c.llama_memory_seq_rm(memory, SPARE, -1, -1)
+        return self._held()
 
     def step(self, ids, count):
         """Behind the text, further tokens one by one, which are forgotten; seconds of the last ``count``."""
-        first, seconds = self._model.n_tokens, []
+        first, seconds = self._held(), []
         for token in ids:
             begin = time.perf_counter()
-            self._model.eval([token])
+            self._decode([token])
             seconds.append(time.perf_counter() - begin)
         held = self._held()
-        self._model.n_tokens = first  # what is behind goes with the next call
+        self._forget(first)
         return seconds[-count:], held
 
+    def _decode(self, ids):
+        tokens = (self._c.llama_token * len(ids))(*ids)
+        if code := self._c.llama_decode(self._context, self._c.llama_batch_get_one(tokens, len(ids))):
+            raise RuntimeError(f"llama_decode of {len(ids)} tokens returned {code}")
+
+    def _forget(self, first):
+        if not self._c.llama_memory_seq_rm(self._memory, TEXT, first, -1):
+            raise RuntimeError(f"llama.cpp cannot forget what is behind {first} tokens")
+
     def _held(self):
-        memory = self._library.llama_get_memory(self._model.ctx)
-        return self._library.llama_memory_seq_pos_max(memory, 0) + 1
+        return self._c.llama_memory_seq_pos_max(self._memory, TEXT) + 1
 
 
 class OpenVino:
     """OpenVINO GenAI's LLMPipeline on the CPU; it knows the beginning of a prompt that it has read before."""
 
-    packages = ("openvino-genai", "openvino")
+    packages, fills = ("openvino-genai", "openvino"), False
 
     def __init__(self):
         import numpy
@@ -152,6 +185,9 @@ class Served:
         seconds, held = self.runtime.read(self._text)
         return {"seconds": seconds, "held": held}
 
+    def _fill(self, tokens):
+        return {"held": self.runtime.fill(tokens)}
+
     def _step(self, ids):
         """All but the first tokens are timed."""
         count = len(ids) - WARM_UPS
@@ -180,7 +216,7 @@ def main(kind):
             found[package] = version(package)
         except PackageNotFoundError:
             pass
-    say(versions=found)
+    say(versions=found, fills=served.runtime.fills)
     for line in sys.stdin:
         try:
             said = served.answer(json.loads(line))

@@ -196,6 +196,10 @@ class Ours:
             stock = cache if name == STOCK else stock
             decoder.start(cache, steps)
 
+    def drop(self, decoder: Decoder) -> None:
+        """Go on without an arm."""
+        self.chosen = [name for name in self.chosen if self.decoders[name] is not decoder]
+
     def kv_numbers(self, tokens: int) -> int:
         """Keys and values of a context, as numbers: what an exact step reads."""
         config = self._reading[STOCK].layers

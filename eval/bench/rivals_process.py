@@ -53,6 +53,7 @@ class Rival:
             if "absent" in said:
                 raise Missing(f"not installed: pip install {PIP[kind]} ({said['absent']})"[:_WIDEST])
             self.versions: dict[str, str] = said["versions"]
+            self.fills: bool = said["fills"]
             self._before = self._watched.memory_info().rss
         except BaseException:
             self.close()

@@ -117,6 +117,14 @@ class Their:
         self._read, self._seconds = tokens, self._seconds + said["seconds"]
         return self._seconds
 
+    def fill(self, tokens: int) -> float | None:
+        """Fill the cache with repeats of what was read, if it can; else read on: seconds from the text's beginning."""
+        if not self.rival.fills:
+            return self.read(tokens)
+        self._held(self.rival.ask("fill", tokens=tokens), tokens)
+        self._read = tokens
+        return None
+
     def steps(self) -> tuple[list[float], dict[str, Any]]:
         """Seconds of steps behind the text, and what was done."""
         count = WARM_UPS + self._steps

@@ -498,6 +498,20 @@ def test_nothing_is_left_of_what_failed(toy, monkeypatch):
     assert list(older.parent.iterdir()) == [older]  # it stays until another is whole
 
 
+def test_the_file_of_a_packaged_model_is_kept_as_it_is(toy, monkeypatch):
+    asked = []
+    assert packaged.gguf_of("toy", lambda question: asked.append(question)) is None
+    file = packaged.gguf_of("toy", lambda question: True)
+    assert file.read_bytes() == b"first second" and "none" in asked[0]
+    monkeypatch.setattr(packaged, "_download", None)
+    assert packaged.gguf_of("toy", None) == file
+    # One that was cut off is fetched again.
+    file.write_bytes(b"first")
+    with pytest.raises(TypeError):
+        packaged.gguf_of("toy", lambda question: True)
+    assert [path.name for path in file.parent.iterdir()] == ["toy.gguf"]
+
+
 @pytest.mark.parametrize("missing", ["gguf", "accelerate"])
 def test_nothing_is_fetched_that_could_not_be_read(monkeypatch, tmp_path, missing):
     monkeypatch.setenv("SCOUT_HF_CACHE", str(tmp_path))

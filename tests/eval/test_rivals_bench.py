@@ -104,11 +104,21 @@ def test_the_record_is_complete(record):
 
 
 def test_a_longer_context_is_filled_with_what_was_read(folder, plan, tmp_path):
-    record = measure(folder, plan, tmp_path, contexts=[512], prefill=64, arm=["stock", "scout exact", "llama.cpp"])
-    (row,) = record["models"][0]["contexts"]
-    assert set(row["prefill"]) == {LLAMA, LLAMA_Q8}
-    assert all(512 < one["held_tokens"] < 512 + 64 for one in row["arms"].values())
-    assert set(row["arms"]) == {"stock", "stock folded", "scout exact", LLAMA, LLAMA_Q8}
+    record = measure(
+        folder, plan, tmp_path, contexts=[100, 512], prefill=64, arm=["stock", "scout exact", "llama", "Open"]
+    )
+    for row in record["models"][0]["contexts"]:
+        least = row["context"]
+        assert set(row["arms"]) == {"stock", "stock folded", "scout exact", LLAMA, LLAMA_Q8, OPENVINO}
+        assert all(least < one["held_tokens"] < least + 64 for one in row["arms"].values())
+    # One that cannot be given keys and values reads on, and says how long that took.
+    assert set(row["prefill"]) == {OPENVINO} and not told(record)
+
+
+def test_a_rival_that_cannot_be_filled_is_left_out(folder, plan, tmp_path):
+    record = measure(folder, plan | {"takes_nothing": True}, tmp_path, prefill=64, arm=["stock", "llama.cpp Q4_1, f16"])
+    first, second = record["models"][0]["contexts"]
+    assert LLAMA in first["arms"] and LLAMA not in second["arms"] and "did not take keys" in told(record)[LLAMA]
 
 
 def test_arms_by_the_format_of_their_weights(folder, plan, tmp_path):
@@ -141,9 +151,9 @@ def test_without_a_gguf_file_others_say_so(folder, plan, tmp_path):
 @pytest.mark.parametrize(
     ("fault", "why"),
     [
-        ({"broken": True}, "ValueError: the file is broken"),
+        ({"broken": True}, "ValueError: llama.cpp cannot load it"),
         ({"flash": "disabled"}, "flash attention is off"),
-        ({"kv_types": [0, 0]}, "its cache is of the types"),
+        ({"kv_type": 0}, "its cache is of the types"),
         ({"more": 3}, "should be in its cache"),
         ({"fewer": 1}, "were counted"),
         ({"next": {}}, "it is another model"),
@@ -192,6 +202,14 @@ def test_other_models_of_a_record_are_kept(folder, plan, tmp_path, record):
     assert found[0] == json.loads(json.dumps(held)) | {"name": "another"} and len(found[1]["contexts"]) == 1
 
 
+def test_an_arm_of_ours_that_is_not_what_it_says_takes_no_part(folder, plan, tmp_path, monkeypatch):
+    sparse = arms.Arm("scout exact", {"split": "off", "budget": 64})
+    monkeypatch.setattr(rivals_ours, "RIVALS", arms.RIVALS | {"scout exact": sparse})
+    record = measure(folder, plan, tmp_path, contexts=[512, 600], arm=["stock", "scout exact"])
+    assert [set(row["arms"]) for row in record["models"][0]["contexts"]] == [{"stock", "stock folded"}] * 2
+    assert "calls exact: False" in told(record)["scout exact"]
+
+
 def test_a_gguf_file_of_another_shape_is_refused(folder, plan, tmp_path):
     with pytest.raises(ConfigError, match="is another model: it has .* layers and 7 tokens.*--gguf"):
         measure(folder, plan | {"vocabulary": 7}, tmp_path, contexts=[0])
@@ -228,6 +246,7 @@ def test_what_libraries_print_is_no_answer(plan, tmp_path, standins):
             said = rival.ask("step", ids=[1] * count)
             assert said["held"] == 3 + count and len(said["seconds"]) == 2
         assert rival.ask("read", ids=[4])["held"] == 4
+        assert [rival.ask("fill", tokens=tokens)["held"] for tokens in (6, 7)] == [6, 7]
 
 
 def test_a_program_that_is_no_python_is_an_error(tmp_path):
