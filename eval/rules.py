@@ -209,6 +209,24 @@ RIVALS = fields(
     }
 )
 
+_DRAFTING = {"attended": FROM_ZERO, "drafted": count(), "checks": count(), "tokens": count(1), "equal": maybe(flag)}
+_DRAFTING |= {"acceptance": maybe(number(0, 1)), "tokens_per_exact_pass": maybe(ABOVE_ZERO), "notes": items(text())}
+
+DRAFTS = fields(
+    {
+        "benchmark": one_of("drafts"),
+        "settings": fields({"model": WORD} | {name: count(1) for name in ("context", "budget", "new", "threads")}),
+        "machine": MACHINE,
+        "company": fields({"cpus_used_by_others": FROM_ZERO}),
+        "model": fields({"dtype": WORD, "kv_bytes_per_token": count(1)}),
+        "read": RATE,
+        "link_gbps": ABOVE_ZERO,
+        "arms": table(fields(_DRAFTING | {"tokens_per_s": ABOVE_ZERO})),
+        "ratios": table(ABOVE_ZERO),
+        "targets": items(fields({"name": WORD, "bound": FROM_ZERO, "found": FROM_ZERO, "held": flag})),
+    }
+)
+
 BENCHMARKS = {
     "cpu_kernel": CPU_KERNEL,
     "cpu_decode": CPU_DECODE,
@@ -217,4 +235,5 @@ BENCHMARKS = {
     "methods": METHODS,
     "sessions": SESSIONS,
     "rivals": RIVALS,
+    "drafts": DRAFTS,
 }

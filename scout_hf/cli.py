@@ -17,7 +17,7 @@ from scout_hf.cli_shared import (
     typed,
 )
 from scout_hf.eval.ask.options import Ask, Read
-from scout_hf.eval.bench.options import CpuDecode, CpuKernel, GpuDecode, GpuKernel, Rivals, Sessions
+from scout_hf.eval.bench.options import CpuDecode, CpuKernel, Drafts, GpuDecode, GpuKernel, Rivals, Sessions
 from scout_hf.eval.kept.options import Info, Ls, Prune, Rm
 from scout_hf.eval.methods.options import Methods
 from scout_hf.eval.options import Demo, Fidelity, MakeData, Report, Serve, Trace
@@ -134,6 +134,14 @@ def rivals(options: Rivals) -> None:
     with exits_on_errors():
         must_run("--rivals-python", options.rivals_python)
         must_be_there(*options.gguf)
+    with benchmark(options.out, options.threads) as finish:
+        finish(options.measure(tell))
+
+
+@command(bench, "drafts", Drafts)
+def drafts(options: Drafts) -> None:
+    with exits_on_errors():
+        must_be_there(*options.text)
     with benchmark(options.out, options.threads) as finish:
         finish(options.measure(tell))
 

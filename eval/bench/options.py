@@ -191,6 +191,35 @@ class Rivals:
         return run(self, tell)
 
 
+@dataclass(frozen=True)
+class Drafts:
+    """Lossless drafts of a real model over an emulated link, beside exact and sparse steps; takes many minutes."""
+
+    model: Annotated[str, Argument(help="A packaged model, a folder, a GGUF file, a name of the hub.")] = "smollm2-135m"
+    context: Annotated[int, Option(min=2, help="Tokens of the text before what is decoded.")] = 16384
+    budget: Annotated[int, Option(min=1, help="Tokens that drafts and sparse steps attend to.")] = 2048
+    most: Annotated[int, Option(min=1, help="Tokens that are drafted before a check, at most.")] = 16
+    new: Annotated[int, Option(min=16, help="Tokens that arms decode.")] = 80
+    exact_new: Annotated[int, Option(min=2, help="Timed tokens of arms that cross the link at every token.")] = 8
+    share: Annotated[float, Option(min=1e-6, help="Rate of the link, as a part of what memory reads.")] = 1 / 50
+    rounds: Annotated[int, Option(min=1, help="Each with all arms in random order.")] = 1
+    text: Annotated[list[Path], Option(help="To be continued; several times. Own sources by default.")] = field(
+        default_factory=list
+    )
+    session: Annotated[Path | None, Option(help="Where the prompt is kept, so that later runs need not read it.")] = (
+        None
+    )
+    threads: Cpus = None
+    yes: Annotated[bool, Option("--yes", help="Fetch a packaged model without asking.")] = False
+    out: Out = None
+
+    def measure(self, tell: Tell) -> dict[str, Any]:
+        """The record of the benchmark."""
+        from scout_hf.eval.bench.drafts import run
+
+        return run(self, tell)
+
+
 def all_but(options: Any, *names: str) -> dict[str, Any]:
     """Options by name, as a record keeps them, without some."""
     return {name: value for name, value in asdict(options).items() if name not in names}

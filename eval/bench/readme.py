@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scout_hf.eval.bench import rivals_report, sessions_report
+from scout_hf.eval.bench import drafts_report, rivals_report, sessions_report
 from scout_hf.eval.markdown import between_marks, to_markdown, update
 from scout_hf.eval.methods import tables as methods
 from scout_hf.eval.records import read_record
@@ -65,6 +65,7 @@ PARTS = {
     "methods": methods.parts,
     "sessions": sessions_report.parts,
     "rivals": rivals_report.parts,
+    "drafts": drafts_report.parts,
 }
 COMMANDS = {
     "cpu_decode": "scout-hf bench cpu-decode",
@@ -72,6 +73,7 @@ COMMANDS = {
     "methods": methods.COMMAND,
     "sessions": "scout-hf bench sessions",
     "rivals": "scout-hf bench rivals",
+    "drafts": "scout-hf bench drafts",
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from scout_hf.eval import tables
-from scout_hf.eval.bench import cpu_report, gpu_report, rivals_report, sessions_report
+from scout_hf.eval.bench import cpu_report, drafts_report, gpu_report, rivals_report, sessions_report
 from scout_hf.eval.methods import plots as method_plots
 from scout_hf.eval.methods import tables as method_tables
 from scout_hf.eval.records import write_record
@@ -23,6 +23,7 @@ TABLES = {
     "gpu_decode": gpu_report.decode_tables,
     "sessions": sessions_report.tables,
     "rivals": rivals_report.tables,
+    "drafts": drafts_report.tables,
     "methods": method_tables.tables,
 }
 PLOTS = {
@@ -32,6 +33,7 @@ PLOTS = {
     "gpu_decode": gpu_report.plot_decode,
     "sessions": sessions_report.plot,
     "rivals": rivals_report.plot,
+    "drafts": drafts_report.plot,
     "methods": method_plots.plot,
 }
 

@@ -29,6 +29,7 @@ TITLES = {
     "gpu_kernel": "The kernel on a GPU",
     "sessions": "Sessions on disk",
     "rivals": "Beside other runtimes",
+    "drafts": "Lossless drafts over a slow link",
 }
 LEGEND = (
     "step ms: mean time of a decode step of all rows, with its quartiles; x stock: how much faster than stock, by its "

@@ -90,10 +90,7 @@ class Method(ABC):
     uses: ClassVar[frozenset[str] | None] = None
     """Fields of ``ScoutConfig`` that have an effect, beside the method's name and options. None: not declared."""
     can_draft = False
-    """Whether steps of ``Role.DRAFT`` are sparse, and passes of several tokens exact: these can check drafts of those.
-
-    Other decode steps are exact then, or made as passes of several tokens.
-    """
+    """Whether steps of ``Role.DRAFT`` are sparse and passes of several tokens exact, so that they can check drafts."""
     uses_in_drafts: ClassVar[frozenset[str]] = frozenset()
     """Fields of ``ScoutConfig`` that have an effect on drafts alone."""
     needs_query = True

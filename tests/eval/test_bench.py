@@ -36,6 +36,7 @@ PAGES = {
     "methods": "docs/results/methods.md",
     "sessions": "docs/guides/sessions.md",
     "rivals": "docs/guides/rivals.md",
+    "drafts": "docs/guides/lossless.md",
 }
 RESULTS = ROOT / "eval" / "results"
 MEASURED = [name for name in readme.COMMANDS if (RESULTS / f"{name}.json").is_file()]
