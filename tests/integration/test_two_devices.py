@@ -17,7 +17,7 @@ from scout_hf.methods import offloading  # noqa: E402
 from scout_hf.methods.scout import executor_triton  # noqa: E402
 from scout_hf.methods.scout.executor_triton import TritonExecutor  # noqa: E402
 from scout_hf.selection.table import DigestTable  # noqa: E402
-from scout_hf.step import Step  # noqa: E402
+from scout_hf.step import Role, Step  # noqa: E402
 from scout_hf.stores.staging import Staging  # noqa: E402
 from tests.fake_cuda import Event, Stream, install, use_kernels, use_references  # noqa: E402
 from tests.fake_devices import FakeDevices, MixedDevices, OnDevice, unwrapped  # noqa: E402
@@ -347,3 +347,40 @@ def test_what_is_in_the_wrong_place_is_seen(monkeypatch, kernels, what):
     with patched(**TRITON | {"budget": 0.999, "digest": "minmax", "recall": 1}) as handle:
         with pytest.raises(MixedDevices):
             go(handle.model, handle.new_cache(), INPUTS["padded"], there)
+
+
+@pytest.mark.parametrize("digest", ["minmax", "sign"])
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("method", ["dense", "kvpr"])
+def test_drafts_over_host_memory_on_two_devices(cuda, method, inputs, digest):
+    """Sparse steps on the CPU, whose tokens are taken back, and exact passes over the same tokens, on each device."""
+    ids, mask = INPUTS[inputs]["input_ids"], INPUTS[inputs]["attention_mask"]
+    more = prompt(len(ids), 12, seed=3)
+    ids, mask = torch.cat([ids, more], dim=1), torch.cat([mask, torch.ones_like(more)], dim=1)
+
+    def forward(model, cache, first, last, place=lambda tensor: tensor):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, first:last]
+        given = {"input_ids": ids[:, first:last], "attention_mask": mask[:, :last], "position_ids": positions}
+        given = {name: place(part) for name, part in given.items()}
+        return unwrapped(model(**given, past_key_values=cache, use_cache=True).logits)
+
+    with torch.no_grad():
+        model = llama(**LAYERS)
+        wanted = forward(model, DynamicCache(config=model.config), 0, ids.shape[1])
+    known = ids.shape[1] - 12
+    options = {"block_size": 8, "window": 8, "budget": 16, "method": method, "digest": digest}
+    with patched(draft=3, **options) as handle:
+        model, cache = handle.model, handle.new_cache()
+        forward(model, cache, 0, known, there)
+        for first in range(known, known + 12, 4):
+            cache.role = Role.DRAFT
+            sparse = [forward(model, cache, at, at + 1, there) for at in range(first, first + 3)]
+            cache.crop(-3)
+            cache.role = Role.CHECK
+            got = forward(model, cache, first, first + 4, there)
+            cache.role = Role.ORDINARY
+            assert (got - wanted[:, first : first + 4]).abs().max() <= 3e-6
+            assert (torch.cat(sparse, dim=1) - wanted[:, first : first + 3]).abs().max() > 1e-4
+        for layer in cache.layers:
+            check_places(layer.method, place(layer.layer_idx))
+            assert layer.method.drafts.selector.blocks
