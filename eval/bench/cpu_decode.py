@@ -172,7 +172,7 @@ def read_bytes(cache: Cache) -> tuple[int, int]:
     if not isinstance(cache, ScoutCache):
         return kv_bytes(cache)["stock"], 0
     selectors = [layer.method.selector for layer in cache.scout_layers]
-    return kv_bytes(cache)["host"], tensor_bytes([one.table.codes() for one in selectors if one.blocks])
+    return kv_bytes(cache)["host"], tensor_bytes([one.table.rows() for one in selectors if one.blocks])
 
 
 def _prefill(model, tokens: int, layers: int, budget: int, block_size: int, seed: int, tell) -> dict[str, Any] | None:

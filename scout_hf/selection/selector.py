@@ -15,6 +15,7 @@ from scout_hf.kernels.cpu import BlockLists, ByMass, pages
 from scout_hf.kernels.cpu.protocols import PagedStore
 from scout_hf.kernels.device import find_kernels_for
 from scout_hf.selection.auto import digest_for
+from scout_hf.selection.coarse import CoarseCodes, fitting, own_code, summaries
 from scout_hf.selection.coded import Coded
 from scout_hf.selection.digest import Digest, make_digest
 from scout_hf.selection.group_mass import keep_mass, mean_share, recent_mass
@@ -29,6 +30,7 @@ from scout_hf.stores.state import (
     maybe_tensor_in,
     number_in,
     state_in,
+    tensor_in,
 )
 
 if TYPE_CHECKING:
@@ -71,8 +73,9 @@ class Selector:
 
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
         self.config, self.dense = config, config.is_dense(layer_idx)
-        self._coded = Coded(make_digest(digest_for(config, keys)), DigestTable())
-        self._kernels = find_kernels_for(config.gpu_kernels, keys)
+        digest, self._kernels = make_digest(digest_for(config, keys)), find_kernels_for(config.gpu_kernels, keys)
+        own = None if self._kernels is not None else own_code(digest, config.block_size, keys)
+        self._coded = Coded(digest, DigestTable(own), CoarseCodes())
         self._early: int | None = None  # first block encoded before its padding mask was known
         self._query_power: torch.Tensor | None = None
         self._scale = keys.shape[-1] ** -0.5
@@ -149,7 +152,11 @@ class Selector:
         try:
             for part in parts:
                 codes = None if self._kernels is None else self._kernels.encode(self.digest, *part)
-                self.table.append(self.digest.encode(*part) if codes is None else codes)
+                codes = self.digest.encode(*part) if codes is None else codes
+                if self.table.own and (not self.blocks or self.table.summaries() is not None):
+                    two = self.digest.encode(summaries(*part, self._query_power), None)
+                    codes = torch.cat([codes, two], dim=3)
+                self.table.append(codes)
         except BaseException:
             self.table.crop(first)
             raise
@@ -157,10 +164,10 @@ class Selector:
     def _fit_again(self, sample: Blocks, parts: Iterable[Blocks]) -> None:
         """Fit to a sample and encode all blocks again; on an error nothing has changed."""
         fresh = copy.copy(self)
-        fresh._coded = Coded(copy.copy(self.digest), DigestTable())
+        fresh._coded = Coded(copy.copy(self.digest), DigestTable(self.table.own), CoarseCodes())
         fresh.digest.fit(*sample, self._query_power, self._scale)
         fresh._append(parts)
-        self._coded = Coded(fresh.digest, fresh.table, fresh.blocks, self._query_power is None)
+        self._coded = fresh._coded._replace(fitted_blocks=fresh.blocks, fitted_blindly=self._query_power is None)
 
     def _fit_is_due(self, new: int) -> bool:
         if not self.digest.needs_fit or not self.blocks:
@@ -242,8 +249,10 @@ class Selector:
             mask = None if step.mask is None else step.padding(query.device)
             settings = (count, self.config.blocks(self.config.sinks), newest, self.config.block_size, mask)
             limits = self._limits(step, query, blocks, tail)
-            prepared = self.digest.prepare(query)
-            chosen = step.backend.select(self.digest.native, prepared, self.table.codes(blocks), *settings, limits)
+            most = count if isinstance(count, int) else int(count.max())
+            coarse = self._coded.coarse.choice(self.table.summaries(blocks), most) if limits is None else None
+            given = self.digest.prepare(query), self.table.codes(blocks)
+            chosen = step.backend.select(self.digest.native, *given, *settings, limits, coarse)
             if chosen is not None:
                 return chosen
         picked = self.pick(step, query, blocks, store.heads, tail)
@@ -382,11 +391,13 @@ class Selector:
 
     def crop(self, blocks: int) -> None:
         """Drop the codes of blocks from ``blocks`` on."""
+        self._coded.coarse.crop(blocks)
         self.table.crop(blocks)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Replace row ``i`` by the former row ``rows[i]``, for every ``i``."""
         self.table.select_rows(rows)
+        self._coded.coarse.select_rows(rows)
         if self.blocks and self.digest.needs_fit:
             self.digest.select_rows(rows)
         if self._query_power is not None:
@@ -408,7 +419,7 @@ class Selector:
         return {
             "digest": coded.digest.name,
             "constants": coded.digest.state_dict(),
-            "codes": coded.table.codes() if coded.table.blocks else None,
+            "codes": coded.table.rows() if coded.table.blocks else None,
             "fitted_blocks": coded.fitted_blocks,
             "fitted_blindly": coded.fitted_blindly,
             "early": self._early,
@@ -427,24 +438,26 @@ class Selector:
         early, fitted = maybe_count_in(state, "early", blocks), count_in(state, "fitted_blocks")
         blindly, coded = flag_in(state, "fitted_blindly"), self._coded
         if state.get("digest") == self.digest.name and not self.dense:
-            digest, table = make_digest(self.digest.name), DigestTable()
+            digest, table = make_digest(self.digest.name), DigestTable(self.table.own)
             digest.load_state_dict(state_in(state, "constants"), batch, device)
             codes = maybe_tensor_in(state, "codes", (batch, heads, None, None))
             if codes is not None:  # a digest that was never fitted has none, and could encode nothing
                 one = digest.encode(self._like.new_zeros((batch, heads, 1, self.config.block_size, dim)), None)
                 # Native code reads as many bytes as it expects.
-                codes = maybe_tensor_in(state, "codes", (batch, heads, None, one.shape[3]), one.dtype)
+                codes, size = fitting(codes, one.shape[3], self.config.block_size, table.own is not None)
+                codes = tensor_in({"codes": codes}, "codes", (batch, heads, None, size), one.dtype)
             if codes is not None and codes.shape[2] > blocks:
                 raise SessionError(f"there are codes of {codes.shape[2]} blocks, and {blocks} blocks")
             if codes is not None:
                 table.load(codes, device)
-            coded = Coded(digest, table, fitted, blindly)
+            coded = Coded(digest, table, CoarseCodes(), fitted, blindly)
         self._coded, self._early, self._scale = coded, early if coded.table.blocks else None, scale
         self._query_power = None if power is None else power.to(device, copy=True)
 
     def fork(self) -> Selector:
         """An independent copy."""
         twin = object.__new__(Selector)
-        coded = self._coded._replace(digest=copy.copy(self.digest), table=self.table.fork())
+        digest, coarse = copy.copy(self.digest), self._coded.coarse.fork()
+        coded = self._coded._replace(digest=digest, table=self.table.fork(), coarse=coarse)
         twin.__dict__.update(self.__dict__, _coded=coded)
         return twin

@@ -68,6 +68,10 @@ class SignCode(Digest):
     def serves(cls, head_dim: int) -> bool:
         return head_dim % 8 == 0
 
+    def code_bytes(self, block_size: int, head_dim: int) -> int:
+        """Bytes of a block's code."""
+        return block_size * (self.bits * head_dim // 8 + 1)
+
     def fit(
         self, keys: torch.Tensor, padding_mask: torch.Tensor | None, query_power: torch.Tensor | None, scale: float
     ) -> None:

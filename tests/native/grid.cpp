@@ -1237,7 +1237,7 @@ void check_select(Random& random) {
     for (int32_t& n : want) n = (int32_t)some();
   scout_select_args a = {};
   a.batch = batch, a.kv_heads = kv_heads, a.query_heads = kv_heads * group, a.head_dim = dim, a.block_size = block;
-  a.query_dtype = query_dtype, a.code_dtype = dtype, a.code = code, a.candidates = candidates;
+  a.query_dtype = query_dtype, a.code_dtype = dtype, a.code = a.codes_block = code, a.candidates = candidates;
   a.newest = (int)random.below(4), a.sinks = random.pick<int>({0, 0, 1, 2, 5});
   Bytes want_bytes(per_row ? batch * 4 : 0);
   for (size_t row = 0; row < (size_t)batch && per_row; row++) want_bytes.as<int32_t>()[row] = want[row];
@@ -1486,7 +1486,7 @@ void check_signs(Random& random) {
   scout_select_args a = some_selection(random, random.pick<int>({0, 1, 2, 3, 4, 7, 8, 9, 15, 17, many}));
   const int lists = a.batch * a.kv_heads;
   a.scorer = SCOUT_SIGN, a.code_dtype = SCOUT_I8, a.head_dim = dim, a.block_size = block;
-  a.query_heads = a.kv_heads * group, a.code = block * (dim / 8 + 1);
+  a.query_heads = a.kv_heads * group, a.code = a.codes_block = block * (dim / 8 + 1);
   // Of exponents: no more than 120, or far more than floats hold.
   const bool large = random.chance(30);
   const double size = random.chance(5) ? 0 : (large ? 100 : 1.5) / sqrt(dim);
@@ -1599,7 +1599,7 @@ void check_dots(Random& random) {
   scout_select_args a = some_selection(random, random.pick<int>({0, 1, 2, 3, 7, 15, 17, 70, 300}));
   const int lists = a.batch * a.kv_heads;
   a.scorer = packed ? SCOUT_DOTS4 : SCOUT_DOTS, a.code_dtype = packed ? (int)SCOUT_I8 : dtype;
-  a.head_dim = numbers, a.query_heads = a.kv_heads, a.code = numbers * parts / (packed ? 2 : 1), a.block_size = 32;
+  a.head_dim = numbers, a.query_heads = a.kv_heads, a.code = a.codes_block = numbers * parts / (packed ? 2 : 1), a.block_size = 32;
   const Bytes query = some_query(a, random, 1);
   a.codes_head = (a.candidates + random.below(3)) * a.code + random.below(3), a.codes_row = a.kv_heads * a.codes_head;
   const int64_t all = a.candidates ? (lists - 1) * a.codes_head + (int64_t)a.candidates * a.code : 0;

@@ -145,13 +145,14 @@ def test_what_is_no_sign_code_has_no_native_score():
     codes = torch.zeros(1, 2, 4, 32 * 9, dtype=torch.uint8)
     wide = torch.zeros(1, 2, 4, 32 * 9 + 1, dtype=torch.uint8)
     assert backend.score("sign", query, codes, block_size=32) is not None
+    assert backend.score("sign", query, wide[..., :-1], block_size=32) is not None  # something lies between the codes
     for one, code, size in (
         (query, codes, 1),
         (query, codes, 16),
         (query, codes.char(), 32),
         (query, codes.float(), 32),
         (query, wide, 32),
-        (query, wide[..., :-1], 32),
+        (query, wide[:, :, :, ::2][..., : 32 * 9 // 2], 16),
         (query[..., :60], codes, 32),
         (query.double(), codes, 32),
         (query.expand(2, -1, -1, -1), codes, 32),

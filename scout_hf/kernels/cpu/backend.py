@@ -72,6 +72,23 @@ class ByMass(NamedTuple):
     recent: torch.Tensor | None
 
 
+class Coarse(NamedTuple):
+    """Codes that tell which blocks are worth scoring; see :mod:`scout_hf.selection.coarse`.
+
+    codes : Tensor (batch, kv_heads, groups, code) of uint8
+        Of ``GROUP`` blocks at a time: two tokens of each block, of which the first stands for all but one.
+    fine : int
+        Blocks that are scored by their own codes.
+    """
+
+    codes: torch.Tensor
+    fine: int
+
+
+GROUP = 16
+"""Blocks whose coarse codes lie side by side."""
+
+
 class CpuBackend(ABC):
     """Attention of one query per row over blocks of a paged store; thread-safe.
 
@@ -230,6 +247,7 @@ class CpuBackend(ABC):
         block_size: int,
         padding_mask: torch.Tensor | None,
         by_mass: ByMass | None = None,
+        coarse: Coarse | None = None,
     ) -> BlockLists | None:
         """The top-k blocks by score in ascending order, sinks included, followed by the newest blocks.
 
@@ -256,6 +274,8 @@ class CpuBackend(ABC):
             As in :meth:`attend_blocks`.
         by_mass : ByMass or None
             For ``"sign"``: choose fewer than ``count`` blocks where those hold enough of the attention mass.
+        coarse : Coarse or None
+            For ``"sign"``, without ``by_mass``: score only the blocks that are best by these codes.
 
         Returns
         -------

@@ -20,7 +20,7 @@ import torch
 from scout_hf.errors import ConfigError
 from scout_hf.kernels.cpu.shared_object import check_whole
 
-ABI = 6
+ABI = 7
 ISA_VARIABLE = "SCOUT_HF_ISA"
 PATH_VARIABLE = "SCOUT_HF_LIBRARY"
 INT8 = 3
@@ -89,6 +89,7 @@ class SelectArgs(ctypes.Structure):
         ("codes", c_void_p),
         ("codes_row", c_int64),
         ("codes_head", c_int64),
+        ("codes_block", c_int64),
         ("padding_mask", c_void_p),
         ("padding_mask_stride", c_int64),
         ("want", c_void_p),
@@ -112,6 +113,11 @@ class SelectArgs(ctypes.Structure):
         ("least", c_int32),
         ("mass", c_float),
         ("recent", c_void_p),
+        ("coarse", c_void_p),
+        ("coarse_row", c_int64),
+        ("coarse_head", c_int64),
+        ("coarse_code", c_int32),
+        ("fine", c_int32),
     ]
 
 

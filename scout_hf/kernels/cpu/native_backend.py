@@ -11,7 +11,7 @@ import torch
 from scout_hf.errors import CacheStateError, NativeInputError
 from scout_hf.fusion import Partial, fuse
 from scout_hf.kernels.cpu.addresses import address
-from scout_hf.kernels.cpu.backend import Attended, BlockLists, ByMass, CpuBackend
+from scout_hf.kernels.cpu.backend import Attended, BlockLists, ByMass, Coarse, CpuBackend
 from scout_hf.kernels.cpu.library import (
     DTYPES,
     INT8,
@@ -162,6 +162,7 @@ class NativeBackend(CpuBackend):
         block_size: int,
         padding_mask: torch.Tensor | None,
         by_mass: ByMass | None = None,
+        coarse: Coarse | None = None,
     ) -> BlockLists | None:
         batch, heads, candidates = codes.shape[:3]
         library, known = self._library, self._knows(scorer, query, codes, block_size, padding_mask)
@@ -189,6 +190,10 @@ class NativeBackend(CpuBackend):
             choice |= {"mass": by_mass.mass, "least": by_mass.least}
             if by_mass.recent is not None:
                 choice["recent"] = address(by_mass.recent, torch.float32)
+        if coarse is not None and by_mass is None:
+            choice |= {"fine": coarse.fine, "coarse_code": coarse.codes.shape[3]}
+            choice |= {"coarse": address(coarse.codes, torch.uint8, strided=True)}
+            choice |= {"coarse_row": coarse.codes.stride(0), "coarse_head": coarse.codes.stride(1)}
         self._select(library, query, codes, **known, **choice)
         return BlockLists(ids, counts)
 
@@ -215,7 +220,10 @@ class NativeBackend(CpuBackend):
         if self._library is None or scorer not in SCORERS or not _served(query, codes, padding_mask):
             return None
         heads, dim, code = codes.shape[1], query.shape[3], codes.shape[3]
-        if query.shape[0] != codes.shape[0] or codes.stride(2) != code or query.shape[1] % heads:
+        if query.shape[0] != codes.shape[0] or query.shape[1] % heads:
+            return None
+        # Of sign codes something else may lie between two blocks.
+        if codes.stride(2) < code or (scorer != "sign" and codes.stride(2) != code):
             return None
         known = {"scorer": SCORERS[scorer], "block_size": block_size, "code_dtype": DTYPES.get(codes.dtype, INT8)}
         if scorer == "minmax":
@@ -240,6 +248,7 @@ class NativeBackend(CpuBackend):
             codes=address(codes, *DTYPES, torch.int8, torch.uint8, strided=True),
             codes_row=codes.stride(0),
             codes_head=codes.stride(1),
+            codes_block=codes.stride(2),
             batch=batch,
             kv_heads=heads,
             query_heads=query.shape[1],

@@ -23,10 +23,11 @@ struct scout_chunk {
 };
 
 // The attention mass of every block for up to SCOUT_SIGN_HEADS query heads, from sign codes (see scout_cpu.h).
-enum { SCOUT_SIGN_HEADS = 4 };
+enum { SCOUT_SIGN_HEADS = 4, SCOUT_PAIRS = 16 };
 struct scout_signs {
   const uint8_t* codes;
-  int64_t code_bytes;            // of one block
+  int64_t code_bytes;            // from one block to the next
+  const int32_t* ids;            // [blocks] which ones; NULL: the first ones
   int64_t blocks;
   int block_size, rows;          // rows: bytes of signs per token
   int heads;
@@ -36,6 +37,8 @@ struct scout_signs {
   const float* reference;        // [heads], subtracted in the exponent
   float* out;                    // result [heads][out_stride]: sum of 2^(scale * (sum - offset) * worth - reference)
   int64_t out_stride;
+  // Not 0: blocks of 2 * SCOUT_PAIRS tokens, and a result for each pair of them, in which the first one counts so often.
+  float first_of_pair;
 };
 
 enum { SCOUT_I4 = -1 };  // in addition to the types of scout_cpu.h: two numbers per byte, the lower half first

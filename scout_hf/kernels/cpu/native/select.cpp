@@ -165,6 +165,9 @@ const scout_isa* isa_for(const scout_select_args& a) {
       if (a.head_dim % 8 || a.head_dim > SCOUT_MAX_HEAD_DIM || !bytes || a.block_size < 1 ||
           a.block_size > SCOUT_MAX_BLOCK || a.code != a.block_size * (a.head_dim / 8 + 1))
         return nullptr;
+      if (a.fine && (!a.coarse || !a.blocks || a.mass > 0 || a.fine < 1 || a.fine > a.candidates ||
+                     a.coarse_code != 2 * SCOUT_PAIRS * (a.head_dim / 8 + 1)))
+        return nullptr;
       return scout_isa_for_signs(a.block_size);
     case SCOUT_DOTS:
     case SCOUT_DOTS4: {
@@ -186,7 +189,9 @@ struct Select {
   int32_t* places;                   // [lists][capacity]
   float* scores;                     // [lists][capacity]
   float* masses;                     // SIGN: [lists][group][capacity], log2 for every query head
-  int capacity;                      // candidates, rounded up to a multiple of 4
+  float* fine_masses;                // [lists][group][fine], rounded up to a multiple of 4
+  int32_t* fine_ids;                 // [lists][fine], as well
+  int capacity;                      // candidates, rounded up to a multiple of 4, with coarse codes of 16
   std::atomic<int32_t>* unfinished;  // [lists]
   std::atomic<int64_t> next{0};
 
@@ -219,7 +224,7 @@ struct Select {
     isa->dots(codes, a.code_dtype, count, a.code, w, into);
   }
 
-  void signs(int row, int head, const uint8_t* codes, int64_t count, float* into) const {
+  void signs(int row, int head, const scout_coded& coded, float* into, int64_t stride) const {
     const int group = a.query_heads / a.kv_heads, D = a.head_dim;
     float query[HEADS_AT_ONCE * SCOUT_MAX_HEAD_DIM];
     for (int g0 = 0; g0 < group; g0 += HEADS_AT_ONCE) {
@@ -228,22 +233,39 @@ struct Select {
         const int64_t from = row * a.query_row + (head * group + g0 + g) * a.query_head;
         scout::read_numbers(a.query, from, D, a.query_dtype, query + g * D);
       }
-      scout_sign_scores(isa, codes, a.code, count, a.block_size, D, query, heads, into + (int64_t)g0 * capacity,
-                        capacity);
+      scout_sign_scores(isa, coded, D, query, heads, into + g0 * stride, stride);
+    }
+  }
+
+  // Some candidates, all or those of `ids`, which ascend.
+  struct Scored {
+    float *masses, *scores;  // [group][stride] and [stride]; the stride is a multiple of 4
+    int stride, count;
+    const int32_t* ids;
+    int block(int i) const { return ids ? ids[i] : i; }
+  };
+
+  // Gives blocks of only padding the lowest score, and up to `sinks` leading real ones the highest.
+  void mark(int row, const Scored& s, int sinks) const {
+    for (int i = 0; i < s.count && (a.padding_mask || sinks > 0); i++) {
+      if (!is_real(row, s.block(i)))
+        s.scores[i] = -INFINITY;
+      else if (sinks > 0)
+        s.scores[i] = INFINITY, sinks--;
     }
   }
 
   // log2 of the mean over the group of each block's share of its head's mass, computed in logarithms, since a share may
   // be too small for a float. Blocks of only padding have no share.
-  void mean_shares(int list, int row, float* into) {
-    const int group = a.query_heads / a.kv_heads;
-    float* own = masses + (int64_t)list * group * capacity;
+  void mean_shares(int list, int row, const Scored& s) {
+    const int group = a.query_heads / a.kv_heads, capacity = s.stride;
+    float *own = s.masses, *into = s.scores;
     const vf none = vf{} - INFINITY;
     for (int h = 0; h < group; h++) {
       float* mass = own + (int64_t)h * capacity;
-      std::fill(mass + a.candidates, mass + capacity, -INFINITY);
-      for (int i = 0; i < a.candidates && a.padding_mask; i++)
-        if (!is_real(row, i)) mass[i] = -INFINITY;
+      std::fill(mass + s.count, mass + capacity, -INFINITY);
+      for (int i = 0; i < s.count && a.padding_mask; i++)
+        if (!is_real(row, s.block(i))) mass[i] = -INFINITY;
       vf most = none;
       for (int i = 0; i < capacity; i += 4) most = load(mass + i) > most ? load(mass + i) : most;
       const float highest = std::max(std::max(most[0], most[1]), std::max(most[2], most[3]));
@@ -330,43 +352,61 @@ struct Select {
     return sinks + real - out;
   }
 
+  float* masses_of(int list) const { return masses + (int64_t)list * (a.query_heads / a.kv_heads) * capacity; }
+
+  // Chooses among the blocks that are best by their coarse codes.
+  void coarse_then_fine(int list, int row, int head, const uint8_t* codes) {
+    const int group = a.query_heads / a.kv_heads, tokens = 2 * SCOUT_PAIRS, stride = (a.fine + 3) / 4 * 4;
+    const Scored all = all_of(list);
+    int32_t* ids = fine_ids + (int64_t)list * stride;
+    const uint8_t* coarse = a.coarse + row * a.coarse_row + head * a.coarse_head;
+    const int64_t groups = (a.candidates + SCOUT_PAIRS - 1) / SCOUT_PAIRS, at = (int64_t)list * capacity;
+    signs(row, head, {coarse, a.coarse_code, nullptr, groups, tokens, (float)(a.block_size - 1)}, all.masses, capacity);
+    mean_shares(list, row, all);
+    mark(row, all, std::min(a.sinks, a.fine));
+    const int count = best(all.scores, all.count, a.fine, spare + at, places + at, ids);
+    const Scored some = {fine_masses + (int64_t)list * group * stride, all.scores, stride, count, ids};
+    signs(row, head, {codes, a.codes_block, ids, count, a.block_size, 0}, some.masses, stride);
+    choose(list, row, some);
+  }
+
   void score_range(int64_t item) {
     const int list = (int)(item / ranges), row = list / a.kv_heads, head = list % a.kv_heads;
     const int64_t first = item % ranges * RANGE_BLOCKS;
     const int64_t count = std::min<int64_t>(RANGE_BLOCKS, a.candidates - first);
-    const int64_t start = row * a.codes_row + head * a.codes_head + first * a.code;
+    const int64_t start = row * a.codes_row + head * a.codes_head + first * a.codes_block;
     const uint8_t* codes = (const uint8_t*)a.codes + start * scout::bytes_of(a.code_dtype);
     float* into = scores + (int64_t)list * capacity + first;
+    if (a.fine) return coarse_then_fine(list, row, head, codes);
     if (a.scorer == SCOUT_SIGN)
-      signs(row, head, codes, count, masses + (int64_t)list * (a.query_heads / a.kv_heads) * capacity + first);
+      signs(row, head, {codes, a.codes_block, nullptr, count, a.block_size, 0}, masses_of(list) + first, capacity);
     else if (a.scorer == SCOUT_MINMAX)
       bounds(row, head, codes, count, into);
     else
       products(row, head, codes, count, into);
-    if (unfinished[list].fetch_sub(1, std::memory_order_acq_rel) == 1) choose(list, row);
+    if (unfinished[list].fetch_sub(1, std::memory_order_acq_rel) == 1) choose(list, row, all_of(list));
   }
 
-  void choose(int list, int row) {
-    float* own_scores = scores + (int64_t)list * capacity;
+  Scored all_of(int list) const {
+    return {masses_of(list), scores + (int64_t)list * capacity, capacity, a.candidates, nullptr};
+  }
+
+  void choose(int list, int row, const Scored& s) {
+    float* own_scores = s.scores;
     const int rows = a.scorer == SCOUT_SIGN ? a.query_heads / a.kv_heads : 1;
     const float* found = rows * (int64_t)list * capacity + (a.scorer == SCOUT_SIGN ? masses : scores);
     for (int h = 0; h < rows && a.scores; h++)
       memcpy(a.scores + ((int64_t)list * rows + h) * a.candidates, found + (int64_t)h * capacity,
              sizeof(float) * a.candidates);
-    if (a.scorer == SCOUT_SIGN && a.blocks) mean_shares(list, row, own_scores);
+    if (a.scorer == SCOUT_SIGN && a.blocks) mean_shares(list, row, s);
     int want = std::min(a.want ? a.want[row] : a.count, a.candidates);
     if (a.scorer == SCOUT_SIGN && a.blocks && a.mass > 0 && a.candidates)
       want = std::min(want, std::max(a.least, needed(row, own_scores, spare + (int64_t)list * capacity)));
-    int sinks = std::min(a.sinks, want);
-    for (int i = 0; i < a.candidates && (a.padding_mask || sinks > 0); i++) {
-      if (!is_real(row, i))
-        own_scores[i] = -INFINITY;
-      else if (sinks > 0)
-        own_scores[i] = INFINITY, sinks--;
-    }
+    mark(row, s, std::min(a.sinks, want));
     int32_t* ids = a.blocks + list * a.blocks_stride;
     const int64_t own = (int64_t)list * capacity;
-    int chosen = best(own_scores, a.candidates, want, spare + own, places + own, ids);
+    int chosen = best(own_scores, s.count, want, spare + own, places + own, ids);
+    for (int i = 0; i < chosen && s.ids; i++) ids[i] = s.ids[ids[i]];
     for (int i = 0; i < a.newest; i++) ids[chosen++] = a.candidates + i;
     a.counts[list] = chosen;
   }
@@ -394,11 +434,14 @@ extern "C" SCOUT_EXPORT int scout_select(scout_select_args* args, int threads) {
   job.isa = isa_for(*args);
   if (!job.isa) return SCOUT_UNSUPPORTED;
   job.lists = args->batch * args->kv_heads;
-  job.ranges = std::max(1, (int)((args->candidates + RANGE_BLOCKS - 1) / RANGE_BLOCKS));
-  job.capacity = (args->candidates + 3) / 4 * 4;
+  job.ranges = args->fine ? 1 : std::max(1, (int)((args->candidates + RANGE_BLOCKS - 1) / RANGE_BLOCKS));
+  const int round = args->fine ? SCOUT_PAIRS : 4;
+  job.capacity = (args->candidates + round - 1) / round * round;
   const int64_t numbers = (int64_t)job.lists * job.capacity;
   const int64_t heads = args->scorer == SCOUT_SIGN ? args->query_heads / args->kv_heads : 0;
-  const int64_t need = numbers * (3 + heads) * sizeof(float) + job.lists * sizeof(std::atomic<int32_t>);
+  const int64_t fine = (int64_t)job.lists * ((args->fine + 3) / 4 * 4);
+  const int64_t need =
+      (numbers * (3 + heads) + fine * (heads + 1)) * sizeof(float) + job.lists * sizeof(std::atomic<int32_t>);
   if (need > kept.bytes) {
     free(kept.memory);
     kept.memory = malloc(need);
@@ -409,7 +452,9 @@ extern "C" SCOUT_EXPORT int scout_select(scout_select_args* args, int threads) {
   job.spare = job.scores + numbers;
   job.places = (int32_t*)(job.spare + numbers);
   job.masses = (float*)(job.places + numbers);
-  job.unfinished = (std::atomic<int32_t>*)(job.masses + numbers * heads);
+  job.fine_masses = job.masses + numbers * heads;
+  job.fine_ids = (int32_t*)(job.fine_masses + fine * heads);
+  job.unfinished = (std::atomic<int32_t>*)(job.fine_ids + fine);
   for (int list = 0; list < job.lists; list++) new (&job.unfinished[list]) std::atomic<int32_t>(job.ranges);
   const bool large = numbers * args->code * scout::bytes_of(args->code_dtype) >= WORTH_A_TEAM_BYTES;
   scout_team_run([](void* it) { ((Select*)it)->work(); }, &job, large ? threads : 1);

@@ -32,4 +32,9 @@ inline vf sums_of_four(const vf* v) {
 #endif
 }
 
+inline const uint8_t* code_at(const scout_signs& s, int64_t place) {
+  place = place < s.blocks - 1 ? place : s.blocks - 1;
+  return s.codes + (s.ids ? s.ids[place] : place) * s.code_bytes;
+}
+
 }  // namespace

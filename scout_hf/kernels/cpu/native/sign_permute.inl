@@ -63,16 +63,16 @@ struct Order<1> {
 
 inline vz sixteen(const uint8_t* from) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from)); }
 
-// Byte i of dword t: `first` + t + i * apart, from the 64 bytes of one or of two vectors.
-inline vz places(int first, int apart) {
+// Byte i of dword t: `first` + t * step + i * apart, from the 64 bytes of one or of two vectors.
+inline vz places(int first, int apart, int step = 1) {
   const vz tokens = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const vz all = _mm512_mullo_epi32(tokens, _mm512_set1_epi32(0x01010101));
+  const vz all = _mm512_mullo_epi32(tokens, _mm512_set1_epi32(step * 0x01010101));
   return _mm512_add_epi8(all, _mm512_set1_epi32(first * 0x01010101 + apart * 0x03020100));
 }
 
-template <>
-struct Order<2> {
-  const vz first_half = places(0, 32), second_half = places(16, 32);
+struct Halves {
+  const vz first_half, second_half;
+  Halves(vz first, vz second) : first_half(first), second_half(second) {}
   template <bool WHOLE>
   ALWAYS_INLINE void read(const uint8_t* const* blocks, int64_t at, int64_t, int rows, vz* signs) const {
 #pragma GCC unroll 2
@@ -83,8 +83,26 @@ struct Order<2> {
       signs[2 * r + 1] = _mm512_permutex2var_epi8(a, second_half, b);
     }
   }
+};
+
+template <>
+struct Order<2> : Halves {
+  Order() : Halves(places(0, 32), places(16, 32)) {}
   inline void read_scales(const uint8_t* const* blocks, int64_t at, vz* bytes) const {
     for (int k = 0; k < 4; k++) bytes[k] = sixteen(blocks[k / 2] + at + k % 2 * 16);
+  }
+};
+
+// Of two blocks of 32 tokens the even ones, then the odd ones.
+constexpr int IN_PAIRS = -2;
+template <>
+struct Order<IN_PAIRS> : Halves {
+  Order() : Halves(places(0, 32, 2), places(1, 32, 2)) {}
+  inline void read_scales(const uint8_t* const* blocks, int64_t at, vz* bytes) const {
+    for (int r = 0; r < 2; r++) {
+      const vz both = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(blocks[r] + at)));
+      bytes[2 * r] = both & _mm512_set1_epi32(255), bytes[2 * r + 1] = _mm512_srli_epi32(both, 8);
+    }
   }
 };
 
@@ -106,8 +124,8 @@ struct Sums {
   vz of[H][4];
 };
 
-template <bool WHOLE, int H, int R>
-ALWAYS_INLINE void add_rows(const Order<R>& order, const uint8_t* const* blocks, int64_t at, int64_t size, int rows,
+template <bool WHOLE, int H, class O>
+ALWAYS_INLINE void add_rows(const O& order, const uint8_t* const* blocks, int64_t at, int64_t size, int rows,
                             const vz* tables, Sums<H>& sums) {
   const vz ones = _mm512_set1_epi8(1), half = _mm512_set1_epi8(15), table_of_row = _mm512_set1_epi32(0x30201000);
   vz signs[4];
@@ -124,8 +142,8 @@ ALWAYS_INLINE void add_rows(const Order<R>& order, const uint8_t* const* blocks,
 }
 
 // Less the offsets.
-template <int H, int R>
-ALWAYS_INLINE Sums<H> add_up(const Order<R>& order, const uint8_t* const* blocks, int64_t size, int rows,
+template <int H, class O>
+ALWAYS_INLINE Sums<H> add_up(const O& order, const uint8_t* const* blocks, int64_t size, int rows,
                              const vz* tables, const int* offsets) {
   Sums<H> sums;
 #pragma GCC unroll 4
@@ -139,23 +157,25 @@ ALWAYS_INLINE Sums<H> add_up(const Order<R>& order, const uint8_t* const* blocks
   return sums;
 }
 
-// R blocks at a time, 64 tokens; R 1: a block takes one or several turns.
-template <int H, int R>
+// ORDER blocks at a time, 64 tokens; 1: a block takes one or several turns.
+template <int H, int ORDER>
 void masses(const scout_signs& s) {
+  constexpr int R = ORDER == IN_PAIRS ? 2 : ORDER;
   vz tables[SCOUT_MAX_HEAD_DIM / 16 * H];
   lay_tables<H>(s, tables);
-  const Order<R> order;
-  const int64_t last = s.blocks - 1, behind = (int64_t)s.rows * s.block_size;
+  const Order<ORDER> order;
+  const int64_t behind = (int64_t)s.rows * s.block_size;
+  const int code_bytes = (int)behind + s.block_size;
   for (int64_t block = 0; block < s.blocks; block += BATCH) {
     vf mass[H][BATCH];
     for (int i = 0; i < BATCH; i += R) {
       const uint8_t* blocks[R];
       for (int r = 0; r < R; r++) {
-        blocks[r] = s.codes + (block + i + r < last ? block + i + r : last) * s.code_bytes;
-        prefetch_span(blocks[r] + 2 * BATCH * s.code_bytes, (int)s.code_bytes);
+        blocks[r] = code_at(s, block + i + r);
+        prefetch_span(code_at(s, block + i + r + 2 * BATCH), code_bytes);
       }
       for (int first = 0; first < s.block_size; first += 64) {
-        const Sums<H> sums = add_up<H, R>(order, blocks, s.block_size, s.rows, tables, s.offsets);
+        const Sums<H> sums = add_up<H>(order, blocks, s.block_size, s.rows, tables, s.offsets);
         vz scale[4];
         order.read_scales(blocks, behind, scale);
 #pragma GCC unroll 4
@@ -168,7 +188,11 @@ void masses(const scout_signs& s) {
 #pragma GCC unroll 4
           for (int k = 0; k < 4; k++)
             of[k] = mass_of((vf)_mm512_cvtepi32_ps(sums.of[h][k]), (vf)scale[k], factor, one);
-          if (R == 4)
+          if (ORDER == IN_PAIRS) {
+            for (int r = 0; r < R && block + i + r < s.blocks; r++)
+              store(s.out + h * s.out_stride + (block + i + r) * SCOUT_PAIRS,
+                    of[2 * r] * splat(s.first_of_pair) + of[2 * r + 1]);
+          } else if (R == 4)
             for (int k = 0; k < 4; k++) mass[h][k] = of[k];
           else if (R == 2)
             mass[h][i] = of[0] + of[1], mass[h][i + 1] = of[2] + of[3];
@@ -179,7 +203,7 @@ void masses(const scout_signs& s) {
       }
     }
     const int64_t left = s.blocks - block;
-    for (int h = 0; h < H; h++) {
+    for (int h = 0; h < H && ORDER != IN_PAIRS; h++) {
       const __m512 lanes = (__m512)sums_of_four(mass[h]);
       const __m128 all = _mm_add_ps(_mm_add_ps(_mm512_castps512_ps128(lanes), _mm512_extractf32x4_ps(lanes, 1)),
                                     _mm_add_ps(_mm512_extractf32x4_ps(lanes, 2), _mm512_extractf32x4_ps(lanes, 3)));
@@ -188,17 +212,18 @@ void masses(const scout_signs& s) {
   }
 }
 
-template <int R>
+template <int ORDER>
 void masses_of(const scout_signs& s) {
   switch (s.heads) {
-    case 1: return masses<1, R>(s);
-    case 2: return masses<2, R>(s);
-    case 3: return masses<3, R>(s);
-    default: return masses<4, R>(s);
+    case 1: return masses<1, ORDER>(s);
+    case 2: return masses<2, ORDER>(s);
+    case 3: return masses<3, ORDER>(s);
+    default: return masses<4, ORDER>(s);
   }
 }
 
 void signs(const scout_signs* s) {
+  if (s->first_of_pair != 0) return masses_of<IN_PAIRS>(*s);
   if (s->block_size == 16) return masses_of<4>(*s);
   if (s->block_size == 32) return masses_of<2>(*s);
   masses_of<1>(*s);

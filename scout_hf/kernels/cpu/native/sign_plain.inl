@@ -11,7 +11,7 @@ void signs(const scout_signs* s) {
       for (int byte = 0; byte < 256; byte++) tables[row][byte] = (uint16_t)(low[byte & 15] + low[16 + (byte >> 4)]);
     }
     for (int64_t block = 0; block < s->blocks; block++) {
-      const uint8_t* code = s->codes + block * s->code_bytes;
+      const uint8_t* code = s->codes + (s->ids ? s->ids[block] : block) * s->code_bytes;
       for (int t = 0; t < s->block_size; t++) sums[t] = tables[0][code[t]];
       for (int row = 1; row < s->rows; row++) {
         code += s->block_size;
@@ -29,9 +29,13 @@ void signs(const scout_signs* s) {
         const int32_t power_bits = (int32_t)(x < 253 * 0x1p23f ? x : 253 * 0x1p23f);
         float power;
         __builtin_memcpy(&power, &power_bits, sizeof power);
+        if (s->first_of_pair != 0) {
+          float* pair = s->out + h * s->out_stride + block * SCOUT_PAIRS + t / 2;
+          *pair = t % 2 ? *pair + power : power * s->first_of_pair;
+        }
         mass += power;
       }
-      s->out[h * s->out_stride + block] = mass;
+      if (s->first_of_pair == 0) s->out[h * s->out_stride + block] = mass;
     }
   }
 }

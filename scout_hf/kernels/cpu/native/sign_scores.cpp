@@ -102,20 +102,22 @@ bool raise_references(const float* mass, int count, int heads, float* reference)
 
 }  // namespace
 
-void scout_sign_scores(const scout_isa* isa, const uint8_t* codes, int64_t code_bytes, int64_t blocks, int block_size,
-                       int dims, const float* query, int heads, float* scores, int64_t stride) {
+void scout_sign_scores(const scout_isa* isa, const scout_coded& coded, int dims, const float* query, int heads,
+                       float* scores, int64_t stride) {
   uint8_t tables[MOST_HEADS * SCOUT_MAX_HEAD_DIM * 4];
   float worth[MOST_HEADS], mass[SCOUT_SIGN_HEADS * BLOCKS_AT_ONCE];
   float reference[MOST_HEADS] = {};
   int offsets[MOST_HEADS];
   for (int h = 0; h < heads; h++)
     worth[h] = make_tables(query + h * dims, dims, tables + h * dims * 4, &offsets[h]);
-  for (int64_t first = 0; first < blocks; first += BLOCKS_AT_ONCE) {
-    const int count = (int)std::min<int64_t>(BLOCKS_AT_ONCE, blocks - first);
+  const int each = coded.first_of_pair != 0 ? SCOUT_PAIRS : 1, at_once = BLOCKS_AT_ONCE / each;
+  for (int64_t first = 0; first < coded.blocks; first += at_once) {
+    const int some = (int)std::min<int64_t>(at_once, coded.blocks - first), count = some * each;
     for (int h = 0; h < heads; h += SCOUT_SIGN_HEADS) {
       scout_signs part = {};
-      part.codes = codes + first * code_bytes, part.code_bytes = code_bytes, part.blocks = count;
-      part.block_size = block_size, part.rows = dims / 8, part.heads = std::min(heads - h, (int)SCOUT_SIGN_HEADS);
+      part.codes = coded.codes + (coded.ids ? 0 : first * coded.code_bytes), part.code_bytes = coded.code_bytes;
+      part.ids = coded.ids ? coded.ids + first : nullptr, part.blocks = some, part.first_of_pair = coded.first_of_pair;
+      part.block_size = coded.block_size, part.rows = dims / 8, part.heads = std::min(heads - h, (int)SCOUT_SIGN_HEADS);
       part.tables = tables + h * dims * 4, part.offsets = offsets + h;
       part.worth = worth + h, part.reference = reference + h;
       part.out = mass, part.out_stride = BLOCKS_AT_ONCE;
@@ -125,7 +127,7 @@ void scout_sign_scores(const scout_isa* isa, const uint8_t* codes, int64_t code_
       // A NaN query gives NaN scores.
       for (int i = 0; i < part.heads; i++)
         logarithms(mass + i * BLOCKS_AT_ONCE, count, reference[h + i] + 0 * worth[h + i],
-                   scores + (h + i) * stride + first);
+                   scores + (h + i) * stride + first * each);
     }
   }
 }

@@ -96,20 +96,34 @@ inline void as_numbers(const Sums<H>& sums, int h, int offset, vf* numbers) {
 
 bool signs_fit(int block_size) { return block_size % VB == 0 || (block_size >= 16 && VB % block_size == 0); }
 
+// Two vectors of pairs, in fours: those of the even and of the odd fours of each of R blocks, `first` of which went before.
+template <int R>
+inline void store_pairs(const scout_signs& s, int h, int64_t block, int first, vf even, vf odd) {
+  constexpr int EACH = W / 4 / R;
+  float fours[2][W];
+  store(fours[0], even), store(fours[1], odd);
+  for (int r = 0; r < R && block + r < s.blocks; r++)
+    for (int k = 0; k < EACH; k++) {
+      float* out = s.out + h * s.out_stride + (block + r) * SCOUT_PAIRS + first / 2 + 8 * k;
+      for (int half = 0; half < 2; half++) __builtin_memcpy(out + 4 * half, fours[half] + 4 * (r * EACH + k), 16);
+    }
+}
+
 // R blocks lie side by side in every vector; R 1: a block takes one or several.
-template <int H, int R>
+template <int H, int R, bool PAIRS>
 void masses(const scout_signs& s, int h0) {
   vb tables[SCOUT_MAX_HEAD_DIM / 4 * H];
   lay_tables<H>(s, h0, tables);
   const int64_t last = s.blocks - 1, signs_bytes = (int64_t)s.rows * s.block_size;
+  const int code_bytes = (int)signs_bytes + s.block_size;
   for (int64_t block = 0; block < s.blocks; block += BATCH * R) {
     vf mass[H][BATCH];
     for (int i = 0; i < BATCH; i++) {
       const uint8_t* blocks[R];
       for (int r = 0; r < R; r++) {
         const int64_t wanted = block + i * R + r;
-        blocks[r] = s.codes + (wanted < last ? wanted : last) * s.code_bytes;
-        if (h0 == 0) prefetch_span(blocks[r] + BATCH * R * s.code_bytes, (int)s.code_bytes);
+        blocks[r] = code_at(s, wanted);
+        if (h0 == 0) prefetch_span(code_at(s, wanted + BATCH * R), code_bytes);
       }
       for (int first = 0; first < s.block_size; first += VB) {
         const Sums<H> sums = add_up<H, R>(blocks, s.block_size, s.rows, tables);
@@ -120,6 +134,13 @@ void masses(const scout_signs& s, int h0) {
           vf numbers[4];
           as_numbers(sums, h, s.offsets[h0 + h], numbers);
           const vf factor = splat(s.worth[h0 + h] * 0x1p23f), one = splat((127 - s.reference[h0 + h]) * 0x1p23f);
+          if (PAIRS) {
+            const vf even = mass_of(numbers[0], scales[0], factor, one) * splat(s.first_of_pair);
+            const vf odd = mass_of(numbers[1], scales[1], factor, one) * splat(s.first_of_pair);
+            store_pairs<R>(s, h0 + h, block + i * R, first, even + mass_of(numbers[2], scales[2], factor, one),
+                           odd + mass_of(numbers[3], scales[3], factor, one));
+            continue;
+          }
           const vf part = (mass_of(numbers[0], scales[0], factor, one) + mass_of(numbers[1], scales[1], factor, one)) +
                           (mass_of(numbers[2], scales[2], factor, one) + mass_of(numbers[3], scales[3], factor, one));
           mass[h][i] = first ? mass[h][i] + part : part;
@@ -127,7 +148,7 @@ void masses(const scout_signs& s, int h0) {
         blocks[0] += VB;
       }
     }
-    for (int h = 0; h < H; h++) {
+    for (int h = 0; h < H && !PAIRS; h++) {
       float lanes[W];
       store(lanes, sums_of_four(mass[h]));
       float* out = s.out + (h0 + h) * s.out_stride + block;
@@ -142,24 +163,25 @@ void masses(const scout_signs& s, int h0) {
   }
 }
 
-template <int R>
+template <int R, bool PAIRS>
 void masses_of(const scout_signs& s) {
   int h = 0;
-  for (; h + SCOUT_SIGN_GROUP <= s.heads; h += SCOUT_SIGN_GROUP) masses<SCOUT_SIGN_GROUP, R>(s, h);
+  for (; h + SCOUT_SIGN_GROUP <= s.heads; h += SCOUT_SIGN_GROUP) masses<SCOUT_SIGN_GROUP, R, PAIRS>(s, h);
 #if SCOUT_SIGN_GROUP >= 4
-  if (s.heads - h == 3) return masses<3, R>(s, h);
-  if (s.heads - h == 2) return masses<2, R>(s, h);
+  if (s.heads - h == 3) return masses<3, R, PAIRS>(s, h);
+  if (s.heads - h == 2) return masses<2, R, PAIRS>(s, h);
 #endif
-  if (s.heads - h == 1) masses<1, R>(s, h);
+  if (s.heads - h == 1) masses<1, R, PAIRS>(s, h);
 }
 
 void signs(const scout_signs* s) {
-  if (s->block_size >= VB) return masses_of<1>(*s);
+  if (s->first_of_pair != 0) return masses_of<W == 16 ? 2 : 1, true>(*s);
+  if (s->block_size >= VB) return masses_of<1, false>(*s);
 #if SCOUT_W == 16
-  if (s->block_size == 16) return masses_of<4>(*s);
+  if (s->block_size == 16) return masses_of<4, false>(*s);
 #endif
 #if SCOUT_W > 4
-  masses_of<2>(*s);
+  masses_of<2, false>(*s);
 #endif
 }
 
