@@ -247,12 +247,14 @@ class Selector:
 
         if self.digest.native is not None:
             mask = None if step.mask is None else step.padding(query.device)
-            settings = (count, self.config.blocks(self.config.sinks), newest, self.config.block_size, mask)
+            size, sinks = self.config.block_size, self.config.blocks(self.config.sinks)
             limits = self._limits(step, query, blocks, tail)
             most = count if isinstance(count, int) else int(count.max())
             coarse = self._coded.coarse.choice(self.table.summaries(blocks), most) if limits is None else None
-            given = self.digest.prepare(query), self.table.codes(blocks)
-            chosen = step.backend.select(self.digest.native, *given, *settings, limits, coarse)
+            prepared, codes = self.digest.prepare(query), self.table.codes(blocks)
+            chosen = step.backend.select(
+                self.digest.native, prepared, codes, count, sinks, newest, size, mask, limits, coarse
+            )
             if chosen is not None:
                 return chosen
         picked = self.pick(step, query, blocks, store.heads, tail)
