@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from scout_hf.selection.coarse import CoarseCodes
-from scout_hf.selection.digest import Digest
+import torch
+
+from scout_hf.errors import SessionError
+from scout_hf.selection.coarse import CoarseCodes, fitting
+from scout_hf.selection.digest import Digest, make_digest
 from scout_hf.selection.table import DigestTable
+from scout_hf.stores.state import State, maybe_tensor_in, state_in, tensor_in
 
 
 class Coded(NamedTuple):
@@ -26,3 +30,36 @@ class Coded(NamedTuple):
     coarse: CoarseCodes
     fitted_blocks: int = 0
     fitted_blindly: bool = False
+
+    def loaded(
+        self, state: State, like: torch.Tensor, block_size: int, batch: int, blocks: int, device: torch.device
+    ) -> Coded:
+        """Codes and constants of the same digest as ``Selector.state_dict`` gave them.
+
+        Parameters
+        ----------
+        state : dict
+        like : Tensor (any, kv_heads, 0, head_dim)
+            Keys, for sizes and dtype.
+        block_size, batch : int
+        blocks : int
+            Most blocks that may have codes.
+        device : torch.device
+
+        Raises
+        ------
+        SessionError
+            If they do not fit.
+        """
+        digest, table, (heads, dim) = make_digest(self.digest.name), DigestTable(self.table.own), like.shape[1::2]
+        digest.load_state_dict(state_in(state, "constants"), batch, device)
+        codes = maybe_tensor_in(state, "codes", (batch, heads, None, None))
+        if codes is not None:  # a digest that was never fitted has none, and could encode nothing
+            one = digest.encode(like.new_zeros((batch, heads, 1, block_size, dim)), None)
+            # Native code reads as many bytes as it expects.
+            codes, size = fitting(codes, one.shape[3], block_size, table.own is not None)
+            codes = tensor_in({"codes": codes}, "codes", (batch, heads, None, size), one.dtype)
+            if codes.shape[2] > blocks:
+                raise SessionError(f"there are codes of {codes.shape[2]} blocks, and {blocks} blocks")
+            table.load(codes, device)
+        return Coded(digest, table, CoarseCodes())

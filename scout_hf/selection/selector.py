@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from scout_hf.config import ScoutConfig
-from scout_hf.errors import SessionError
 from scout_hf.kernels.cpu import BlockLists, ByMass, pages
 from scout_hf.kernels.cpu.protocols import PagedStore
 from scout_hf.kernels.device import find_kernels_for
 from scout_hf.selection.auto import digest_for
-from scout_hf.selection.coarse import CoarseCodes, fitting, own_code, summaries
+from scout_hf.selection.coarse import CoarseCodes, own_code, summaries
 from scout_hf.selection.coded import Coded
 from scout_hf.selection.digest import Digest, make_digest
 from scout_hf.selection.group_mass import keep_mass, mean_share, recent_mass
@@ -29,8 +28,6 @@ from scout_hf.stores.state import (
     maybe_count_in,
     maybe_tensor_in,
     number_in,
-    state_in,
-    tensor_in,
 )
 
 if TYPE_CHECKING:
@@ -440,19 +437,8 @@ class Selector:
         early, fitted = maybe_count_in(state, "early", blocks), count_in(state, "fitted_blocks")
         blindly, coded = flag_in(state, "fitted_blindly"), self._coded
         if state.get("digest") == self.digest.name and not self.dense:
-            digest, table = make_digest(self.digest.name), DigestTable(self.table.own)
-            digest.load_state_dict(state_in(state, "constants"), batch, device)
-            codes = maybe_tensor_in(state, "codes", (batch, heads, None, None))
-            if codes is not None:  # a digest that was never fitted has none, and could encode nothing
-                one = digest.encode(self._like.new_zeros((batch, heads, 1, self.config.block_size, dim)), None)
-                # Native code reads as many bytes as it expects.
-                codes, size = fitting(codes, one.shape[3], self.config.block_size, table.own is not None)
-                codes = tensor_in({"codes": codes}, "codes", (batch, heads, None, size), one.dtype)
-            if codes is not None and codes.shape[2] > blocks:
-                raise SessionError(f"there are codes of {codes.shape[2]} blocks, and {blocks} blocks")
-            if codes is not None:
-                table.load(codes, device)
-            coded = Coded(digest, table, CoarseCodes(), fitted, blindly)
+            coded = coded.loaded(state, self._like, self.config.block_size, batch, blocks, device)
+            coded = coded._replace(fitted_blocks=fitted, fitted_blindly=blindly)
         self._coded, self._early, self._scale = coded, early if coded.table.blocks else None, scale
         self._query_power = None if power is None else power.to(device, copy=True)
 
