@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import scout_hf
-from scout_hf import CACHE
+from scout_hf import CACHE, ScoutCache
 from scout_hf.methods import host_to_device, offloading, several_tokens
 from scout_hf.step import Role
 from tests.integration.common import EXACT_METHODS, TOLERANCE, left_padded, llama, one_llama, prompt
@@ -213,6 +213,29 @@ def test_threads_with_caches_of_their_own():
         for thread in threads:
             thread.join()
     assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("kept", ["a limit on memory", "a session"])
+@pytest.mark.parametrize("name", ["scout", "dense", "kvpr"])
+def test_pages_that_lie_in_files(name, kept, emulated, tmp_path):
+    """They are brought and checked before a copy of them starts; others that it drives out are read where they are."""
+    model, ids = one_llama(), prompt(2, 320)
+    options = METHODS[name] | ({"budget": None} if name == "scout" else {}) | {"link_gbps": LINK}
+
+    def turns(cache):
+        return [passed(model, cache, ids[:, at : at + 10]) for at in (301, 311)]
+
+    with scout_hf.patch(model, **options) as handle, torch.no_grad():
+        whole = filled(model, handle, ids[:, :301])
+        if kept == "a session":
+            whole.save(tmp_path / "kept")
+            cache = ScoutCache.load(tmp_path / "kept", model)
+        else:
+            cache = handle.new_cache(host_memory=1 << 16)
+            model(ids[:, :301], **{CACHE: cache})
+        got, wanted = turns(cache), turns(whole)
+    assert all(map(torch.equal, got, wanted))
+    assert kept == "a session" or cache.layers[0].memory.evicted_bytes > 0
 
 
 def test_exact_steps_of_drafting_take_this_way(emulated, monkeypatch):
