@@ -51,7 +51,7 @@ def run(options: CpuDecode, tell: Tell = silent, shape: dict[str, int] | None = 
     with machine.measuring(threads, tell) as company:
         tell(f"making a model of {layers} layers with random weights")
         model = make_llama(seed, **shape)
-        most = kv_bytes_per_token(model.config) * max(contexts)
+        most = kv_bytes_per_token(model.config) * max(contexts) * options.batch
         machine.check_memory(int(1.2 * most) + SPARE_BYTES, "lower --contexts or --layers")
         span = bandwidth.read_rate(threads, repeat)
         with ExitStack() as stack:
@@ -60,7 +60,7 @@ def run(options: CpuDecode, tell: Tell = silent, shape: dict[str, int] | None = 
             for name, arm in CPU_DECODE.items():
                 mine = twin(model)
                 modes[name] = mine, stack.enter_context(arm.caches(mine, budget=budget, block_size=block_size))
-            rows = [_decode(modes, context, repeat, seed, tell) for context in contexts]
+            rows = [_decode(modes, context, options.batch, repeat, seed, tell) for context in contexts]
         prefill = _prefill(model, options.prefill_tokens, prefill_layers, budget, block_size, seed, tell)
     held = []
     if memory_tokens:
@@ -88,16 +88,16 @@ def run(options: CpuDecode, tell: Tell = silent, shape: dict[str, int] | None = 
     }
 
 
-def _decode(modes: dict[str, Mode], context: int, repeat: int, seed: int, tell) -> dict[str, Any]:
+def _decode(modes: dict[str, Mode], context: int, batch: int, repeat: int, seed: int, tell) -> dict[str, Any]:
     config = modes[STOCK][0].config
-    kv = context * kv_bytes_per_token(config)
+    kv = batch * context * kv_bytes_per_token(config)
     # Stock attention copies one layer's keys and values in every step; folded, it uses the same cache.
     together = 2.7 * kv + SPARE_BYTES < psutil.virtual_memory().available
     groups = [list(modes)] if together else [[STOCK, FOLDED], [SCOUT], [EXACT], [INT8]]
     found: dict[str, dict[str, Any]] = {}
     for names in groups:
         tell(f"context {context}: filling caches for {', '.join(names)}")
-        found |= _time_group({name: modes[name] for name in names}, context, repeat, seed, tell)
+        found |= _time_group({name: modes[name] for name in names}, context, batch, repeat, seed, tell)
     ratios = {
         f"{stock}/{ours}": found[stock]["median_ms"] / found[ours]["median_ms"]
         for stock in (STOCK, FOLDED)
@@ -106,15 +106,17 @@ def _decode(modes: dict[str, Mode], context: int, repeat: int, seed: int, tell) 
     return {"context": context, "kv_bytes": kv, "interleaved": together, "modes": found, "ratios": ratios}
 
 
-def _time_group(modes: dict[str, Mode], context: int, repeat: int, seed: int, tell) -> dict[str, dict[str, Any]]:
+def _time_group(
+    modes: dict[str, Mode], context: int, batch: int, repeat: int, seed: int, tell
+) -> dict[str, dict[str, Any]]:
     """Steps of some modes, interleaved with steps over an empty context."""
     caches, steps, counts = {}, {}, {}
     for name, (model, made) in modes.items():
         tokens = max(context, FIRST_TOKENS)
-        caches[name] = caches[STOCK] if name == FOLDED else fill(made.new(), model.config, tokens)
-        steps[name] = _stepper(model, caches[name])
+        caches[name] = caches[STOCK] if name == FOLDED else fill(made.new(), model.config, tokens, batch)
+        steps[name] = _stepper(model, caches[name], batch)
         if context:
-            steps[name, 0] = _stepper(model, fill(made.new(), model.config, FIRST_TOKENS))
+            steps[name, 0] = _stepper(model, fill(made.new(), model.config, FIRST_TOKENS, batch), batch)
     for name, step in steps.items():
         seconds = min(timed(step) for _ in range(WARM_UPS))
         counts[name] = min(repeat, max(FEWEST, int(LONG_SECONDS / seconds)))
@@ -131,7 +133,7 @@ def _time_group(modes: dict[str, Mode], context: int, repeat: int, seed: int, te
     for name, mode in modes.items():
         # What must be read once: weights, chosen keys and values, digests of all.
         held, digests = read_bytes(caches[name])
-        share = _share(mode, caches[name])
+        share = _share(mode, caches[name], batch)
         zero, least = times.get((name, 0), times[name]), weights + share * held + digests
         found[name] = {
             **times[name].record(least),
@@ -146,8 +148,8 @@ def _time_group(modes: dict[str, Mode], context: int, repeat: int, seed: int, te
     return found
 
 
-def _stepper(model: LlamaForCausalLM, cache: Cache) -> Callable[[], Any]:
-    ids = torch.ones((1, 1), dtype=torch.long)
+def _stepper(model: LlamaForCausalLM, cache: Cache, batch: int) -> Callable[[], Any]:
+    ids = torch.ones((batch, 1), dtype=torch.long)
 
     @torch.no_grad()
     def step():
@@ -156,13 +158,13 @@ def _stepper(model: LlamaForCausalLM, cache: Cache) -> Callable[[], Any]:
     return step
 
 
-def _share(mode: Mode, cache: Cache) -> float:
+def _share(mode: Mode, cache: Cache, batch: int) -> float:
     """Tokens that one more step attends to, of those in the cache."""
     model, (_, handle) = mode
     if handle is None:
         return 1.0
     handle.reset_stats()
-    _stepper(model, cache)()
+    _stepper(model, cache, batch)()
     stats = handle.stats()
     return stats.attended_tokens / stats.context_tokens
 

@@ -57,6 +57,7 @@ class CpuDecode:
     threads: Cpus = None
     repeat: Repeat = 20
     layers: Annotated[int, Option(min=1, help="Of the model; fewer take less time and memory.")] = 16
+    batch: Annotated[int, Option(min=1, help="Rows of every cache.")] = 1
     prefill_tokens: Annotated[int, Option(min=0, help="Length of the prompt to read; 0 for none.")] = 8192
     prefill_layers: Annotated[int, Option(min=1, help="That read it; the cost per layer is the same.")] = 2
     memory_tokens: Annotated[int, Option(min=0, help="Context to measure memory for; 0 for none.")] = 32768

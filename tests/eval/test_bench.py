@@ -57,7 +57,7 @@ def decode_record():
         patch.setattr(bandwidth, "SPAN_BYTES", 1 << 24)
         # Here, and not in processes of their own, which take seconds to start.
         patch.setattr(memory, "in_fresh_process", memory.measure)
-        return cpu_decode.run(CpuDecode([0, 256], 64, 16, 1, 3, 2, prefill_tokens=64, memory_tokens=256), shape=TINY)
+        return cpu_decode.run(CpuDecode([0, 256], 64, 16, 1, 3, 2, 2, prefill_tokens=64, memory_tokens=256), shape=TINY)
 
 
 def printed(record):
