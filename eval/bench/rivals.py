@@ -236,7 +236,7 @@ class _Bench:
         self.entry["arms"].append(told)
         self.tell(f"opening {name}")
         try:
-            arm = Their(setting, python, threads, longest, self.ids, self.options.steps)
+            arm = Their(setting, python, threads, longest, self.ids, self.options.steps, self.tell)
         except Missing as why:
             self._failed(name, str(why))
             return
@@ -245,7 +245,7 @@ class _Bench:
             return
         self._stack.callback(arm.close)
         self.arms[name] = arm
-        told |= {"attention": arm.attention, "versions": arm.rival.versions}
+        told |= {"weights": arm.setting.weights, "attention": arm.attention, "versions": arm.rival.versions}
         told["agrees"] = self._watched(name, lambda: arm.must_be(prompts, likely))
 
     def _title(self, form: str, name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -50,7 +51,9 @@ def loaded(name: str, form: str, ask: Any, tell: Any) -> PreTrainedModel:
     """A model with weights of a format."""
     dtype, config, change = weights.FORMATS[form]
     if not name.endswith(".gguf"):
-        return weights.load(located(name, ask, tell), form)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of libraries that name their successors
+            return weights.load(located(name, ask, tell), form)
     if config is not None:
         raise ConfigError(f"--weights {form} cannot be made of a GGUF file; give a folder, or float32 or bfloat16")
     model, _ = load(name, ask, tell, dtype)

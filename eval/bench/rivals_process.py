@@ -72,7 +72,7 @@ class Rival:
             self._process.stdin.flush()
         said = self._answer()
         if "failed" in said:
-            raise RivalError(said["failed"][:_WIDEST])
+            raise RivalError(" ".join(said["failed"].split())[:_WIDEST])
         return said
 
     def log(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ LLAMA, OPENVINO = KINDS
 TITLES = {LLAMA: "llama.cpp", OPENVINO: "OpenVINO"}
 KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32, "u8": 1.0}
 """Per number; blocks of q8_0 have a scale. Those of u8 have some too, so that its limit is a little too low."""
+
+OPENVINO_READS = ("F16", "F32", "Q4_0", "Q4_1", "Q4_K", "Q6_K", "Q8_0")
+"""Formats of weights in a GGUF file that OpenVINO GenAI 2026.4 loads; Q5_0 is none."""
 
 SPARE_TOKENS = 512
 _FLASH = re.compile(r"flash_attn\s*=\s*(\w+)")
@@ -51,10 +54,14 @@ def files_for(model: str, given: Sequence[Path], f16: bool, ask: Any, tell: Any)
             tell(f"no GGUF file of {model}: {error}")
     if f16 and files:
         out = cache_folder() / "gguf" / f"{files[0].stem}.f16.gguf"
-        if not out.is_file() or out.stat().st_mtime < files[0].stat().st_mtime:
+        if not _is_newer(out, files[0]):
             gguf_files.write_f16(files[0], out, tell)
         files.append(out)
     return files
+
+
+def _is_newer(made: Path, file: Path) -> bool:
+    return made.is_file() and made.stat().st_mtime >= file.stat().st_mtime
 
 
 def settings_for(files: Sequence[Path], openvino: Path | None, layers: int, vocabulary: int) -> list[Setting]:
@@ -80,14 +87,30 @@ def settings_for(files: Sequence[Path], openvino: Path | None, layers: int, voca
     return found
 
 
+def loadable(setting: Setting, tell: Any) -> Setting:
+    """The same, of a file that the runtime loads: formats that OpenVINO does not know are written in another one."""
+    if setting.kind != OPENVINO or setting.file.is_dir():
+        return setting
+    if not (unknown := gguf_files.foreign(setting.file, OPENVINO_READS)):
+        return setting
+    out = cache_folder() / "gguf" / f"{setting.file.stem}.openvino.gguf"
+    if not _is_newer(out, setting.file):
+        gguf_files.write_known(setting.file, out, OPENVINO_READS, tell)
+    weights = f"{setting.weights}, {' and '.join(sorted(unknown))} as Q8_0"
+    return replace(setting, file=out, weights=weights, step_bytes=gguf_files.facts(out).step_bytes)
+
+
 class Their:
     """One arm, with its process; RivalError and Missing as :class:`Rival` has them."""
 
-    def __init__(self, setting: Setting, python: str, threads: int, tokens: int, ids: Sequence[int], steps: int):
-        self.name, self.setting, self._ids, self._steps = setting.name, setting, ids, steps
-        self.rival = Rival(setting.kind, python, threads)
+    def __init__(
+        self, given: Setting, python: str, threads: int, tokens: int, ids: Sequence[int], steps: int, tell: Any
+    ):
+        self.name, self._ids, self._steps = given.name, ids, steps
+        self.rival = Rival(given.kind, python, threads)
         self._read, self._seconds = 0, 0.0
         try:
+            self.setting = setting = loadable(given, tell)
             room = tokens + SPARE_TOKENS
             said = self.rival.ask("open", file=str(setting.file), threads=threads, tokens=room, kv=setting.kv)
             self.attention = self._checked(said)

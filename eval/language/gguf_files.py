@@ -1,11 +1,11 @@
-"""What a GGUF file holds, and the same weights in F16 as another file; without loading a model."""
+"""What a GGUF file holds, and the same weights in other formats as another file; without loading a model."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,34 +52,64 @@ def facts(file: Path) -> GgufFacts:
 def write_f16(file: Path, out: Path, tell: Callable[[str], object] = print) -> None:
     """Write the same model with its matrices in F16, all of it or nothing."""
     import gguf
-    from gguf.quants import dequantize
 
-    reader = _reader(file)
     tell(f"writing the weights of {file.name} in F16 to {out}")
+    kinds = gguf.GGMLQuantizationType
+    # Vectors stay in F32, as other writers of F16 do it.
+    _rewrite(file, out, lambda tensor: kinds.F16 if len(tensor.shape) > 1 else kinds.F32, gguf.LlamaFileType.MOSTLY_F16)
+
+
+def foreign(file: Path, known: Collection[str]) -> set[str]:
+    """Formats of weights in a file that are none of the known ones."""
+    return {tensor.tensor_type.name for tensor in _reader(file).tensors} - set(known)
+
+
+def write_known(file: Path, out: Path, known: Collection[str], tell: Callable[[str], object] = print) -> None:
+    """Write the same model with weights of other formats than the known ones in Q8_0, which loses next to nothing."""
+    import gguf
+
+    tell(f"writing the weights of {file.name} to {out}, in Q8_0 what is not in {', '.join(sorted(known))}")
+    finer = gguf.GGMLQuantizationType.Q8_0
+    _rewrite(file, out, lambda tensor: tensor.tensor_type if tensor.tensor_type.name in known else finer, None)
+
+
+def _rewrite(file: Path, out: Path, kind_of: Callable[[Any], Any], file_type: Any | None) -> None:
+    """Write a model with each tensor in the format that ``kind_of`` gives it, vectors and plain numbers included."""
+    import gguf
+    from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
+
+    reader, plain = _reader(file), {"F32": np.float32, "F16": np.float16}
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".f16-", dir=out.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=out.parent) as scratch:
         made = Path(scratch, out.name)
         writer = gguf.GGUFWriter(made, _architecture(reader))
+        skipped = _WRITTEN if file_type is not None else _WRITTEN[:1]
         for field in reader.fields.values():
             kind, *of = field.types
-            if not field.name.startswith("GGUF.") and field.name not in _WRITTEN:
+            if not field.name.startswith("GGUF.") and field.name not in skipped:
                 writer.add_key_value(field.name, field.contents(), kind, sub_type=of[-1] if of else None)
-        writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+        if file_type is not None:
+            writer.add_file_type(file_type)
         for tensor in reader.tensors:
-            shape, dtype = [int(size) for size in reversed(tensor.shape)], np.dtype(_kind(tensor))
-            writer.add_tensor_info(tensor.name, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
+            shape, kind = [int(size) for size in reversed(tensor.shape)], kind_of(tensor)
+            dtype = np.dtype(plain.get(kind.name, np.uint8))
+            stored = shape if kind.name in plain else list(quant_shape_to_byte_shape(shape, kind))
+            size = int(np.prod(stored)) * dtype.itemsize
+            raw = None if kind.name in plain else kind
+            writer.add_tensor_info(tensor.name, stored, dtype, size, raw_dtype=raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in reader.tensors:
-            writer.write_tensor_data(dequantize(tensor.data, tensor.tensor_type).astype(_kind(tensor)))
+            kind = kind_of(tensor)
+            if kind == tensor.tensor_type:
+                data = tensor.data
+            else:
+                numbers = dequantize(tensor.data, tensor.tensor_type)
+                data = numbers.astype(plain[kind.name]) if kind.name in plain else quantize(numbers, kind)
+            writer.write_tensor_data(np.ascontiguousarray(data))
         writer.close()
         os.replace(made, out)
-
-
-def _kind(tensor: Any) -> type[np.floating[Any]]:
-    """Vectors stay in F32, as other writers of F16 do it."""
-    return np.float16 if len(tensor.shape) > 1 else np.float32
 
 
 def _reader(file: Path) -> Any:

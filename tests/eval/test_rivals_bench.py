@@ -69,6 +69,7 @@ def measure(folder, plan, tmp_path, lines=None, standins="there", **changes):
         patch.setattr(bandwidth, "SPAN_BYTES", 1 << 24)
         layers = load_pocket()[0].config.num_hidden_layers
         patch.setattr(gguf_files, "facts", lambda file: GgufFacts("Q4_1", layers, plan["vocabulary"], 1 << 20))
+        patch.setattr(gguf_files, "foreign", lambda file, known: set())
         options = Rivals(str(folder), **OPTIONS | {"gguf": [file]} | changes)
         return rivals.run(options, (lines if lines is not None else []).append)
 
@@ -411,6 +412,39 @@ def test_a_gguf_file_and_the_same_in_f16(tmp_path):
     np.testing.assert_array_equal(found["token_embd.weight"], unpacked)
     assert reader.fields["tokenizer.ggml.tokens"].contents() == ["a", "b"]
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["f16.gguf"]
+
+
+def test_weights_that_openvino_does_not_know_are_written_in_another_format(tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    import numpy as np
+
+    monkeypatch.setenv("SCOUT_HF_CACHE", str(tmp_path / "cache"))
+    kinds, random = gguf.GGMLQuantizationType, np.random.default_rng(0)
+    file = tmp_path / "small.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(3)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_K_M)
+    held = {"token_embd.weight": kinds.Q5_0, "output.weight": kinds.Q4_1}
+    weights = {
+        name: gguf.quants.quantize(random.standard_normal((4, 64)).astype(np.float32), held[name]) for name in held
+    }
+    for name, data in weights.items():
+        writer.add_tensor(name, data, raw_dtype=held[name])
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    given = rivals_theirs.Setting("openvino", file, "Q4_K_M", "u8", 1)
+    made = rivals_theirs.loadable(given, print)
+    assert made.weights == "Q4_K_M, Q5_0 as Q8_0" and made.step_bytes == 4 * 2 * 20 and made.file != file
+    assert rivals_theirs.loadable(made, print) is made and rivals_theirs.loadable(given, None) == made
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(made.file).tensors}
+    assert [found[name].tensor_type for name in held] == [kinds.Q8_0, kinds.Q4_1]
+    np.testing.assert_array_equal(found["output.weight"].data, weights["output.weight"])
+    numbers = gguf.quants.dequantize(weights["token_embd.weight"], kinds.Q5_0)
+    close = gguf.quants.dequantize(found["token_embd.weight"].data, kinds.Q8_0)
+    assert np.abs(numbers - close).max() < 0.01 * np.abs(numbers).max()
+    llama_cpp = rivals_theirs.Setting("llama.cpp", file, "Q4_K_M", "f16", 1)
+    assert rivals_theirs.loadable(llama_cpp, print) is llama_cpp
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path):
