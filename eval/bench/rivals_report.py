@@ -64,9 +64,10 @@ def wins(entry: dict[str, Any]) -> Iterator[str]:
         never = [other for other, context in passed if context is None]
         parts = [f"at all contexts than {_and(always)}"] if always else []
         parts += [f"than {', '.join(later)}"] if later else []
-        parts += [f"not than {_and(never)}"] if never else []
         if parts:
-            yield f"{ours} is faster {'; '.join(parts)}."
+            yield f"{ours} is faster {'; '.join(parts)}{f'; not than {_and(never)}' if never else ''}."
+        elif never:
+            yield f"{ours} is not faster than {_and(never)}."
 
 
 def tables(record: dict[str, Any]) -> Iterator[Grid | str]:

@@ -370,6 +370,10 @@ def entry_of(**times):
             ],
         ),
         (
+            {"scout exact": (60, 60, 70), "llama": (20, 40, 60), "openvino": (20, 40, 60)},
+            ["The fastest step: llama from none on.", "scout exact is not faster than llama and openvino."],
+        ),
+        (
             {"stock": (50, 90, 300), "scout exact": (60, 40, 310), "llama": (20, 45, None)},
             [
                 "The fastest step: llama at none; scout exact at 4k; stock from 16k on.",
@@ -377,7 +381,7 @@ def entry_of(**times):
             ],
         ),
     ],
-    ids=["passes", "never", "passes, and falls back"],
+    ids=["passes", "never", "never at all", "passes, and falls back"],
 )
 def test_who_wins_from_where_on(times, sentences):
     assert list(rivals_report.wins(entry_of(**times))) == sentences
