@@ -311,11 +311,19 @@ def test_kept_tokens_are_a_set_per_head(data):
 @pytest.mark.parametrize("method", ["dense", "kvpr", "infinigen", "hgca"])
 @pytest.mark.parametrize("wrong", [{"split": "off"}, {"host_dtype": "int8"}, {"monitor": True},
                          {"method_options": {"no_such": 1}}, {"method_options": 3}, {"link_gbps": 0},
-                         {"link_gbps": True}, {"digest": "sign"}, {"recall": 1}, {"cpu_query": "real"},
+                         {"link_gbps": True}, {"digest": "no such"}, {"recall": 1}, {"cpu_query": "real"},
                          {"hand_over": "join"}], ids=str)  # fmt: skip
 def test_what_a_method_cannot_do_is_refused_at_once(method, wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong)).split("_")[0]):
         ScoutCache(stock_model().config, method=method, **wrong)
+
+
+def test_digests_are_of_methods_that_draft_or_decode_sparsely_by_them():
+    for method in ("infinigen", "hgca"):
+        with pytest.raises(ConfigError, match="it belongs to 'scout'"):
+            ScoutCache(stock_model().config, method=method, digest="sign")
+    for method in ("dense", "kvpr"):
+        ScoutCache(stock_model().config, method=method, digest="sign")
 
 
 @pytest.mark.parametrize(
