@@ -238,9 +238,7 @@ class Selector:
         newest, count = store.blocks - blocks, self.count(step, blocks)
         if count is None:
             return None
-
-        def tail() -> torch.Tensor:
-            return store.read(blocks * self.config.block_size, store.length)[0] if newer is None else newer()
+        tail = newer or (lambda: store.read(blocks * self.config.block_size, store.length)[0])
 
         if self.digest.native is not None:
             mask = None if step.mask is None else step.padding(query.device)
