@@ -48,6 +48,7 @@ LONGEST_WORD = 8
 
 READ_REPEAT = 5
 SPARE_BYTES = 3 << 30
+WITH_DIGESTS = 1.15
 BUSY = 0.05
 QUICK = {"contexts": [0, 1024], "prefill": 1024, "rounds": 2, "steps": 4}
 GIVEN = ("out", "gguf", "openvino", "rivals_python", "yes", "quick", "model")
@@ -253,8 +254,10 @@ class _Bench:
 
     def _check_memory(self, config: Any, tokens: int, arms: int) -> None:
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * head * tokens
-        need = sum(numbers * (arms + 2) * ours.model.dtype.itemsize for ours in self.ours.values())
+        numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * head
+        # Stock and stock folded have one cache; two are read, of which one is what all others are filled from.
+        held = WITH_DIGESTS * max(1, arms - 1) * tokens + 2 * min(tokens, self.options.prefill)
+        need = sum(numbers * held * ours.model.dtype.itemsize for ours in self.ours.values())
         machine.check_memory(int(need) + SPARE_BYTES, "lower --contexts, or choose arms with --arm")
 
 
