@@ -33,6 +33,7 @@ LONG_SECONDS = 60.0
 FEWEST = 3
 PREFILL_REPEAT = 3
 WARM_UP_TOKENS = 256
+PRODUCT_TOKENS, PRODUCTS = 1024, 5
 SPARE_BYTES = 2 << 30
 
 
@@ -177,6 +178,21 @@ def read_bytes(cache: Cache) -> tuple[int, int]:
     return kv_bytes(cache)["host"], tensor_bytes([one.table.rows() for one in selectors if one.blocks])
 
 
+def _product_rate(model: LlamaForCausalLM) -> float:
+    """Operations per second of torch's product of many tokens with the largest matrix of a layer."""
+    weight = model.model.layers[0].mlp.up_proj.weight
+    inputs = torch.ones(PRODUCT_TOKENS, weight.shape[1], dtype=weight.dtype)
+    times = [timed(lambda: torch.nn.functional.linear(inputs, weight)) for _ in range(PRODUCTS)]
+    return 2 * weight.numel() * PRODUCT_TOKENS / min(times)
+
+
+def _flop_of_prompt(model: LlamaForCausalLM, tokens: int, layers: int) -> dict[str, float]:
+    """What a prompt takes through some layers: products with weights, and causal attention."""
+    weights = sum(one.numel() for one in model.model.layers[0].parameters() if one.dim() == 2)
+    channels = model.config.num_attention_heads * model.config.head_dim
+    return {"weights": 2.0 * weights * tokens * layers, "attention": 2.0 * channels * tokens**2 * layers}
+
+
 def _prefill(model, tokens: int, layers: int, budget: int, block_size: int, seed: int, tell) -> dict[str, Any] | None:
     if not tokens:
         return None
@@ -199,10 +215,14 @@ def _prefill(model, tokens: int, layers: int, budget: int, block_size: int, seed
             calls[name] = prepare(short, made)
             calls[name]()(min(tokens, WARM_UP_TOKENS))
         times = interleave(calls, PREFILL_REPEAT, seed)
+    rate, needed = _product_rate(model), _flop_of_prompt(model, tokens, layers)
     return {
         "tokens": tokens,
         "layers": layers,
         "head": False,
+        "product_gflop_per_s": rate / 1e9,
+        "gflop": {name: one / 1e9 for name, one in needed.items()},
+        "limit_ms": 1e3 * sum(needed.values()) / rate,
         **{name: timing.record() for name, timing in times.items()},
         "ratios": {f"{SCOUT}/{STOCK}": times[SCOUT].median / times[STOCK].median},
     }

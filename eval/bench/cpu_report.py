@@ -87,11 +87,20 @@ def decode_tables(record: dict[str, Any]) -> Iterator[Grid | str]:
         times = f"stock {prefill['stock']['median_ms'] / 1e3:.2f} s, scout {prefill['scout']['median_ms'] / 1e3:.2f} s"
         of = f"prefill of {prefill['tokens']} tokens through {prefill['layers']} layers"
         yield f"{of}: {times}, ratio {prefill['ratios']['scout/stock']:.3f}\n"
+        if "limit_ms" in prefill:  # older records have none
+            yield f"torch multiplies {prefill['product_gflop_per_s']:.0f} GFLOP/s; at that rate {_limit(prefill)}\n"
     if held := record["memory"]:
         title = f"growth of a process per byte of bf16 KV, {held[0]['tokens']} tokens"
         table = Grid(title, ("cache", "held", "at most"))
         table.rows = [(one["kind"], f"{one['held_share']:.3f}", f"{one['peak_share']:.3f}") for one in held]
         yield table
+
+
+def _limit(prefill: dict[str, Any]) -> str:
+    limit, of = prefill["limit_ms"], prefill["gflop"]
+    shares = (f"{name} is at {limit / prefill[name]['median_ms']:.0%}" for name in ("stock", "scout"))
+    attention = of["attention"] / sum(of.values())
+    return f"it would take {limit / 1e3:.2f} s, {attention:.0%} for attention; {', '.join(shares)}"
 
 
 # -- plots ----------------------------------------------------------------------------------------------------------

@@ -38,10 +38,14 @@ def _decode(record: dict[str, Any]) -> Iterator[Grid | str]:
     prompt, share = record["prefill"], {one["kind"]: one for one in record["memory"]}
     if prompt and share:
         scout, int8 = share["scout"], share["scout int8"]
+        limit = ""
+        if "limit_ms" in prompt:
+            shares = [f"{prompt['limit_ms'] / prompt[name]['median_ms']:.0%}" for name in ("scout", "stock")]
+            limit = f" ({shares[0]} of the rate at which torch multiplies matrices, stock {shares[1]})"
         yield (
             f"A prompt of {record['settings']['prefill_tokens']} tokens takes {prompt['ratios']['scout/stock']:.2f} "
-            f"times stock's time. Per byte of KV in bf16 the process grows by {scout['held_share']:.2f} bytes, at most "
-            f"by {scout['peak_share']:.2f} ({int8['held_share']:.2f} and {int8['peak_share']:.2f} with int8), digests "
+            f"times stock's time{limit}. Per byte of KV in bf16 the process grows by {scout['held_share']:.2f} bytes, "
+            f"at most by {scout['peak_share']:.2f} ({int8['held_share']:.2f} and {int8['peak_share']:.2f} with int8), digests "
             f"included."
         )
 
