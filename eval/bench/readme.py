@@ -42,11 +42,11 @@ def _decode(record: dict[str, Any]) -> Iterator[Grid | str]:
         if "limit_ms" in prompt:
             shares = [f"{prompt['limit_ms'] / prompt[name]['median_ms']:.0%}" for name in ("scout", "stock")]
             limit = f" ({shares[0]} of the rate at which torch multiplies matrices, stock {shares[1]})"
+        prompts = f"{record['settings']['prefill_tokens']} tokens takes {prompt['ratios']['scout/stock']:.2f} times"
         yield (
-            f"A prompt of {record['settings']['prefill_tokens']} tokens takes {prompt['ratios']['scout/stock']:.2f} "
-            f"times stock's time{limit}. Per byte of KV in bf16 the process grows by {scout['held_share']:.2f} bytes, "
-            f"at most by {scout['peak_share']:.2f} ({int8['held_share']:.2f} and {int8['peak_share']:.2f} with int8), digests "
-            f"included."
+            f"A prompt of {prompts} stock's time{limit}. Per byte of KV in bf16 the process grows by "
+            f"{scout['held_share']:.2f} bytes, at most by {scout['peak_share']:.2f} ({int8['held_share']:.2f} and "
+            f"{int8['peak_share']:.2f} with int8), digests included."
         )
 
 

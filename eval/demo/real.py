@@ -16,7 +16,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from scout_hf import ScoutCache, ScoutConfig
-from scout_hf.auto_budget import SPARSE_TOKENS
 from scout_hf.diagnostics import usable_cpus
 from scout_hf.errors import ConfigError
 from scout_hf.eval.demo.asking import Session, ask_all, bytes_per_token, open_session, read
@@ -41,7 +40,7 @@ KV read is what a step attends, and digests. exact is budget=None, sparse {setti
 
 def configs_of(options: Demo) -> dict[str, ScoutConfig | None]:
     """Settings by mode; ConfigError for wrong ones."""
-    budget = SPARSE_TOKENS if options.budget is None else options.budget
+    budget = ScoutConfig().sparse_budget if options.budget is None else options.budget
     sparse = ScoutConfig(**({"budget": budget} | single_values_of(options.set)))
     check_digest(sparse.digest, None, sparse.mass)
     return {STOCK: None, EXACT: ScoutConfig(budget=None), SPARSE: sparse}
