@@ -155,9 +155,10 @@ class _Bench:
         """Have so many tokens in the cache of an arm; seconds, if it read them all."""
         seconds = None
         if reads > arm.length():
-            self.tell(f"context {reads}: reading, {name}")
+            self.tell(f"context {tokens}: reading {reads} tokens, {name}")
             seconds = arm.read(reads)
         if reads < tokens:
+            self.tell(f"context {tokens}: {'filling' if arm.rival.fills else 'reading'}, {name}")
             seconds = arm.fill(tokens)
         return seconds
 
@@ -250,7 +251,7 @@ class _Bench:
         told["agrees"] = self._watched(name, lambda: arm.must_be(prompts, likely))
 
     def _title(self, form: str, name: str) -> str:
-        return name if len(self.ours) == 1 else f"{name}, {form.partition(' (')[0].removeprefix('torch ')}"
+        return name if len(self.ours) == 1 else f"{name} ({form.partition(' (')[0].removeprefix('torch ')})"
 
     def _check_memory(self, config: Any, tokens: int, arms: int) -> None:
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -39,7 +39,7 @@ class Setting:
     @property
     def name(self) -> str:
         """Of the arm."""
-        return f"{TITLES[self.kind]} {self.weights}, {self.kv} KV"
+        return f"{TITLES[self.kind]} {self.weights} ({self.kv} KV)"
 
 
 def files_for(model: str, given: Sequence[Path], f16: bool, ask: Any, tell: Any) -> list[Path]:

@@ -34,7 +34,7 @@ from tests.integration.common import llama
 
 STANDINS = Path(__file__).parent / "standins"
 OURS = ["stock", "stock folded", "scout exact", "scout auto", "scout sparse"]
-LLAMA, LLAMA_Q8, OPENVINO = "llama.cpp Q4_1, f16 KV", "llama.cpp Q4_1, q8_0 KV", "OpenVINO Q4_1, u8 KV"
+LLAMA, LLAMA_Q8, OPENVINO = "llama.cpp Q4_1 (f16 KV)", "llama.cpp Q4_1 (q8_0 KV)", "OpenVINO Q4_1 (u8 KV)"
 OPTIONS = {"contexts": [0, 512], "prefill": 512, "budget": 128, "block_size": 16, "rounds": 2, "steps": 2, "threads": 1}
 
 
@@ -117,7 +117,7 @@ def test_a_longer_context_is_filled_with_what_was_read(folder, plan, tmp_path):
 
 
 def test_a_rival_that_cannot_be_filled_is_left_out(folder, plan, tmp_path):
-    record = measure(folder, plan | {"takes_nothing": True}, tmp_path, prefill=64, arm=["stock", "llama.cpp Q4_1, f16"])
+    record = measure(folder, plan | {"takes_nothing": True}, tmp_path, prefill=64, arm=["stock", "llama.cpp Q4_1 (f16"])
     first, second = record["models"][0]["contexts"]
     assert LLAMA in first["arms"] and LLAMA not in second["arms"] and "did not take keys" in told(record)[LLAMA]
 
@@ -125,9 +125,9 @@ def test_a_rival_that_cannot_be_filled_is_left_out(folder, plan, tmp_path):
 def test_arms_by_the_format_of_their_weights(folder, plan, tmp_path):
     record = measure(folder, plan, tmp_path, contexts=[64], weights=["float32", "bfloat16"], arm=["scout"])
     (entry,) = record["models"]
-    names = [f"{name}, {form}" for form in ("float32", "bfloat16") for name in OURS[2:]]
+    names = [f"{name} ({form})" for form in ("float32", "bfloat16") for name in OURS[2:]]
     assert [one["name"] for one in entry["arms"]] == names == list(entry["contexts"][0]["arms"])
-    single, half = (entry["contexts"][0]["arms"][f"scout exact, {form}"] for form in ("float32", "bfloat16"))
+    single, half = (entry["contexts"][0]["arms"][f"scout exact ({form})"] for form in ("float32", "bfloat16"))
     assert single["kv_bytes"] == 2 * half["kv_bytes"] and single["read_bytes"] == 2 * half["read_bytes"]
 
 
@@ -162,7 +162,7 @@ def test_without_a_gguf_file_others_say_so(folder, plan, tmp_path):
     ids=lambda one: next(iter(one)) if isinstance(one, dict) else "",
 )
 def test_a_rival_that_is_not_what_it_says_takes_no_part(folder, plan, tmp_path, fault, why):
-    record = measure(folder, plan | fault, tmp_path, contexts=[0], arm=["stock", "llama.cpp Q4_1, f16", "OpenVINO"])
+    record = measure(folder, plan | fault, tmp_path, contexts=[0], arm=["stock", "llama.cpp Q4_1 (f16", "OpenVINO"])
     failed = told(record)
     assert failed and all(why in text and text.startswith("failed: ") for text in failed.values())
     assert not failed.keys() & record["models"][0]["contexts"][0]["arms"].keys()
@@ -325,7 +325,7 @@ def test_tables_fit_a_terminal_and_a_plot_is_made(record, tmp_path):
 
 def test_long_names_fit_too(record):
     (entry,) = record["models"]
-    text = json.dumps(entry).replace("scout sparse", "scout sparse, bitsandbytes int8")
+    text = json.dumps(entry).replace("scout sparse", "scout sparse (bitsandbytes int8)")
     assert "…" not in printed(record | {"models": [json.loads(text)]})
 
 
