@@ -89,6 +89,7 @@ def oracle(digest, query, codes, two, fine, padding=None):
     return rough, mean_share(own, HEADS, padding)
 
 
+@pytest.mark.thin(7)
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", [SignCode, SignCode2])
 @pytest.mark.parametrize("dim", [8, 64, 80])

@@ -111,6 +111,7 @@ def test_more_queries_than_fit_one_strip(dtype, padding, isa):
     assert largest_error(got, want) <= max(2 * torchs, 4e-6)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if torch.bfloat16 in MANY.get(isa, ())])
 @pytest.mark.parametrize("padding", [None, "left", "all"])
 @pytest.mark.parametrize("before", [0, 1, 16, 45])
