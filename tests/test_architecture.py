@@ -142,6 +142,7 @@ FOREIGN_PRIVATE = {
     "_handle": "ctypes: the library's own handle",
     "_current_frames": "sys: what another thread is doing",
     "_getframe": "sys: who called",
+    "_packed_params": "torch: where a dynamically quantised layer keeps its weights",
     "_exit": "os: the end of a worker whose parent is gone",
 }
 """Private attributes of other libraries that are used, and why."""

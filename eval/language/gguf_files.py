@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -13,6 +12,7 @@ import numpy as np
 
 from scout_hf.errors import ConfigError
 from scout_hf.eval.language.gguf import must_be_readable
+from scout_hf.files import put_in_place
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 _WRITTEN = ("general.architecture", "general.file_type")
@@ -109,7 +109,7 @@ def _rewrite(file: Path, out: Path, kind_of: Callable[[Any], Any], file_type: An
                 data = numbers.astype(plain[kind.name]) if kind.name in plain else quantize(numbers, kind)
             writer.write_tensor_data(np.ascontiguousarray(data))
         writer.close()
-        os.replace(made, out)
+        put_in_place(made, out)
 
 
 def _reader(file: Path) -> Any:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from scout_hf.errors import ConfigError, MissingFileError
 from scout_hf.eval.language.gguf import convert, must_be_readable
-from scout_hf.files import read_json, whole_folder, write_text
+from scout_hf.files import put_in_place, read_json, whole_folder, write_text
 from scout_hf.rules import fields, text
 
 STAMP, _STAMP = "source.json", fields({"name": text(), "sha256": text()})
@@ -124,7 +124,7 @@ def gguf_of(name: str, ask: Callable[[str], bool], tell: Callable[[str], object]
     with tempfile.TemporaryDirectory(prefix=".new-", dir=file.parent) as scratch:
         made = Path(scratch, file.name)
         _assemble(model, made, Path(scratch), tell)
-        os.replace(made, file)
+        put_in_place(made, file)
     return file
 
 

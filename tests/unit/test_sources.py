@@ -28,6 +28,8 @@ FORBIDDEN = {
         "scout_hf/diagnostics/gpu_time.py",  # what torch's profiler has just written for us
         "eval/bench/memory.py",  # what a process of our own has just said, and was asked
         "eval/methods/kvpress_apart.py",  # what we asked
+        "eval/bench/rivals_apart.py",  # the same
+        "eval/bench/rivals_process.py",  # what a process of our own has just said, and was asked
     },
     "json.load": set(),
     ".mktemp": set(),
