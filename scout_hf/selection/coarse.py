@@ -90,7 +90,8 @@ class CoarseCodes:
 
     def _grouped(self, codes: torch.Tensor) -> torch.Tensor:
         batch, heads, blocks, code = codes.shape
-        groups, first = -(-blocks // GROUP), self._blocks // GROUP
+        # After a crop of no more than a window there may be fewer than before, all of them known.
+        groups, first = -(-blocks // GROUP), min(self._blocks, blocks) // GROUP
         if groups > self._groups.shape[2]:
             # Of every group: a byte of a row of signs, or of the scales, for both tokens of each block.
             grown = codes.new_zeros((batch, heads, groups + groups // 8 + 2, code // TOKENS, GROUP, TOKENS))

@@ -77,6 +77,19 @@ def test_groups_follow_the_codes_whatever_happens_to_them():
             assert torch.equal(got[:, :, block // GROUP, :, block % GROUP], want), (turn, block)
 
 
+def test_the_window_may_reach_over_blocks_that_were_candidates():
+    """A crop that keeps all candidates leaves fewer of them, since the newest blocks are always attended."""
+    table, made = torch.randint(0, 256, (BATCH, HEADS, 40, 10)).byte(), CoarseCodes()
+    made.choice(table[:, :, :33], 0)
+    made.crop(36)
+    for blocks in (31, 16, 33, 15, 40, 1):
+        got = made.choice(table[:, :, :blocks], 0).codes.unflatten(3, (-1, GROUP, 2))
+        assert got.shape[2] == -(-blocks // GROUP)
+        for block in range(blocks):
+            want = table[:, :, block].unflatten(2, (-1, 2))
+            assert torch.equal(got[:, :, block // GROUP, :, block % GROUP], want), (blocks, block)
+
+
 def oracle(digest, query, codes, two, fine, padding=None):
     """Scores by the summaries, and of the best ``fine`` blocks by these those by their codes; -inf for the others."""
     singles = digest.score(query, two.unflatten(3, (-1, 2)).movedim(4, 2).flatten(2, 3))
