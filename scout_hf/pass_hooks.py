@@ -223,6 +223,9 @@ class PassHooks:
             step.abort()
         else:
             step.cache.end_step()
+            if step.queries > 1 and step.role is not Role.CHECK:
+                # The chunks of a prompt's past are larger than what a decode step copies.
+                step.cache.staging.drop_free()
             if step.auto is not None and step.rates is not None:
                 step.auto.end(step.tokens, step.attends_all, step.rates)
             if step.role is Role.ORDINARY:

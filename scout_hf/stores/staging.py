@@ -49,6 +49,10 @@ class Staging:
         """Never reuse this buffer: something may still write to it."""
         self._out.pop(taken.data_ptr(), None)
 
+    def drop_free(self) -> None:
+        """Drop the buffers that are not in use."""
+        self._free.clear()
+
     def forget(self) -> None:
         """Drop all buffers; those in use are freed with their last reference."""
         self._free.clear()
