@@ -12,7 +12,7 @@ import torch
 from scout_hf.kernels.cpu import GROUP, Coarse
 from scout_hf.kernels.cpu.library import load_library
 from scout_hf.selection.digest import Digest, repeat_real
-from scout_hf.selection.sign import SignCode
+from scout_hf.selection.sign import CHUNK_TOKENS, SignCode
 
 TOKENS = 2
 """That stand for a block."""
@@ -43,13 +43,20 @@ def summaries(keys: torch.Tensor, padding_mask: torch.Tensor | None, power: torc
     power : Tensor (batch, kv_heads, head_dim), or None
         Mean square of the queries per channel; None to weigh all channels alike.
     """
-    keys = (keys if padding_mask is None else repeat_real(keys, padding_mask)).float()
-    away = (keys - keys.mean(3, keepdim=True)).square()
-    distance = away.sum(-1) if power is None else (away @ power[:, :, None, :, None].to(away.device)).squeeze(-1)
-    place = distance.argmax(-1)[..., None, None].expand(*keys.shape[:3], 1, keys.shape[4])
-    farthest = keys.gather(3, place)
-    others = (keys.sum(3, keepdim=True) - farthest) / (keys.shape[3] - 1)
-    return torch.cat([others, farthest], dim=3)
+    batch, heads, blocks, size, dim = keys.shape
+    if padding_mask is not None:
+        keys = repeat_real(keys, padding_mask)
+    two = torch.empty((batch, heads, blocks, TOKENS, dim), dtype=torch.float32, device=keys.device)
+    step = max(1, CHUNK_TOKENS // size)
+    for first in range(0, blocks, step):
+        part = keys[:, :, first : first + step].float()
+        away = (part - part.mean(3, keepdim=True)).square_()
+        distance = away.sum(-1) if power is None else (away @ power[:, :, None, :, None].to(away.device)).squeeze(-1)
+        place = distance.argmax(-1)[..., None, None].expand(*part.shape[:3], 1, dim)
+        farthest = part.gather(3, place)
+        two[:, :, first : first + step, 1:] = farthest
+        two[:, :, first : first + step, :1] = (part.sum(3, keepdim=True) - farthest) / (size - 1)
+    return two
 
 
 def fitting(codes: torch.Tensor, own: int, block_size: int, wanted: bool) -> tuple[torch.Tensor, int]:

@@ -137,14 +137,15 @@ class Selector:
             return
         keys = keys.unflatten(2, (-1, self.config.block_size))
         if not self._fit_is_due(keys.shape[2]) or (self.blocks and past is None):
-            return self._append(in_parts(keys, padding_mask))
+            return self._append(in_parts(keys, padding_mask), self.blocks + keys.shape[2])
         if self.blocks and past is not None:
             old, mask = past()
             keys = torch.cat([old.unflatten(2, (-1, self.config.block_size)).to(keys.device), keys], dim=2)
             padding_mask = None if padding_mask is None or mask is None else torch.cat([mask, padding_mask], dim=1)
-        self._fit_again((keys, padding_mask), in_parts(keys, padding_mask))
+        self._fit_again((keys, padding_mask), in_parts(keys, padding_mask), keys.shape[2])
 
-    def _append(self, parts: Iterable[Blocks]) -> None:
+    def _append(self, parts: Iterable[Blocks], last: int) -> None:
+        """Encode the blocks from ``self.blocks`` to ``last``."""
         first = self.blocks
         try:
             for part in parts:
@@ -153,17 +154,18 @@ class Selector:
                 if self.table.own and (not self.blocks or self.table.summaries() is not None):
                     two = self.digest.encode(summaries(*part, self._query_power), None)
                     codes = torch.cat([codes, two], dim=3)
-                self.table.append(codes)
+                # One table at once: memory of many that were too small does not come back to the system.
+                self.table.append(codes, last - self.blocks - codes.shape[2])
         except BaseException:
             self.table.crop(first)
             raise
 
-    def _fit_again(self, sample: Blocks, parts: Iterable[Blocks]) -> None:
+    def _fit_again(self, sample: Blocks, parts: Iterable[Blocks], last: int) -> None:
         """Fit to a sample and encode all blocks again; on an error nothing has changed."""
         fresh = copy.copy(self)
         fresh._coded = Coded(copy.copy(self.digest), DigestTable(self.table.own), CoarseCodes())
         fresh.digest.fit(*sample, self._query_power, self._scale)
-        fresh._append(parts)
+        fresh._append(parts, last)
         self._coded = fresh._coded._replace(fitted_blocks=fresh.blocks, fitted_blindly=self._query_power is None)
 
     def _fit_is_due(self, new: int) -> bool:
@@ -219,9 +221,9 @@ class Selector:
             return
 
         if self._fit_is_due(last - first):
-            self._fit_again(read_sample(store, last, padding_mask), read_parts(store, 0, last, padding_mask))
+            self._fit_again(read_sample(store, last, padding_mask), read_parts(store, 0, last, padding_mask), last)
         else:
-            self._append(read_parts(store, first, last, padding_mask))
+            self._append(read_parts(store, first, last, padding_mask), last)
 
     def lists(
         self,

@@ -59,20 +59,21 @@ class DigestTable:
         """The whole buffer, (batch, kv_heads, capacity, code); undefined from ``blocks`` on."""
         return self._codes
 
-    def append(self, codes: torch.Tensor) -> None:
-        """Append the codes of further blocks, (batch, kv_heads, n, code)."""
-        self.reserve(codes.shape, codes.dtype, codes.device)[:, :, self.blocks :] = codes
+    def append(self, codes: torch.Tensor, follow: int = 0) -> None:
+        """Append the codes of further blocks, (batch, kv_heads, n, code); ``follow`` more will be appended next."""
+        self.reserve(codes.shape, codes.dtype, codes.device, follow)[:, :, self.blocks :] = codes
         self.grew(codes.shape[2])
 
     def grew(self, blocks: int) -> None:
         """Count ``blocks`` further blocks, whose codes were written into the spare capacity."""
         self.blocks += blocks
 
-    def reserve(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def reserve(self, shape: torch.Size, dtype: torch.dtype, device: torch.device, follow: int = 0) -> torch.Tensor:
         """Make capacity for codes of ``shape`` (batch, kv_heads, n, code); returns a view of all, the new ones last."""
         total = self.blocks + shape[2]
         if not self.capacity or total > self.capacity:
-            capacity = total + max(SLACK_BLOCKS, total // 8)
+            most = total + follow
+            capacity = most + max(SLACK_BLOCKS, most // 8)
             grown = allocate_slab((*shape[:2], capacity, shape[3]), dtype, device)
             if self.blocks:
                 grown[:, :, : self.blocks] = self.rows()
