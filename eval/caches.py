@@ -94,7 +94,8 @@ def random_kv(config: Any, tokens: int, seed: int = 0) -> tuple[torch.Tensor, to
 
 def kv_bytes_per_token(config: Any) -> int:
     """Of all layers, in bf16."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * DTYPE.itemsize
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * dim * DTYPE.itemsize
 
 
 def tensors_in(parts: Any) -> Iterator[torch.Tensor]:
