@@ -111,7 +111,8 @@ def test_every_part_is_there(whole):
     assert by_name["stock folded"][5] == "1.00"
     assert all(len({len(row) for row in table}) == 1 for table in read.tables)
     titles = re.findall("<h2>(.*?)</h2>", whole)
-    assert titles == [page.TITLES[name] for name in ("methods", "fidelity", "cpu_decode", "cpu_kernel", "sessions")]
+    shown = ("methods", "fidelity", "cpu_decode", "cpu_kernel", "sessions", "rivals", "drafts")
+    assert titles == [page.TITLES[name] for name in shown]
     assert whole.count("<img") == len(plots.ALL)
     assert "In 0.5 GiB of the device" in whole and "one request of 8k tokens takes with stock" in whole
     assert "the paper's figure 8" in html.unescape(whole) and "(figure 12)" in whole
