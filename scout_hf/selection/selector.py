@@ -248,10 +248,8 @@ class Selector:
             limits = self._limits(step, query, blocks, tail)
             most = count if isinstance(count, int) else int(count.max())
             coarse = self._coded.coarse.choice(self.table.summaries(blocks), most) if limits is None else None
-            prepared, codes = self.digest.prepare(query), self.table.codes(blocks)
-            chosen = step.backend.select(
-                self.digest.native, prepared, codes, count, sinks, newest, size, mask, limits, coarse
-            )
+            prepared, codes, name = self.digest.prepare(query), self.table.codes(blocks), self.digest.native
+            chosen = step.backend.select(name, prepared, codes, count, sinks, newest, size, mask, limits, coarse)
             if chosen is not None:
                 return chosen
         picked = self.pick(step, query, blocks, store.heads, tail)
