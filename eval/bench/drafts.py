@@ -10,14 +10,12 @@ from __future__ import annotations
 import random
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers.generation.streamers import BaseStreamer
 
 import scout_hf
 from scout_hf import CACHE, ScoutCache
@@ -27,6 +25,7 @@ from scout_hf.eval.bench.bandwidth import read_rate
 from scout_hf.eval.bench.models import SHAPE
 from scout_hf.eval.bench.options import Drafts, Tell, all_but, silent
 from scout_hf.eval.caches import kv_bytes_per_token
+from scout_hf.eval.clock import Clock
 from scout_hf.eval.language.load import ask_at_terminal, load
 
 GIVEN = ("out", "text", "session", "yes")
@@ -42,24 +41,6 @@ PIECE = 512
 AT_LEAST = {"drafts": 3.0, "dense+drafts": 3.0}
 """Times the tokens per second of dense."""
 SPARE_BYTES = 1 << 30
-
-
-class Clock(BaseStreamer):
-    """When each token came."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing to do."""
-
-    def per_second(self, skipped: int) -> float:
-        """Tokens per second, without the prompt and the first ``skipped`` tokens."""
-        times = self.times[1 + skipped :]
-        return (len(times) - 1) / (times[-1] - times[0])
 
 
 class Arm(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -11,10 +10,10 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, LogitsProcessor, PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
 from scout_hf import CACHE, ScoutConfig
 from scout_hf.eval.caches import caches_of, kv_bytes, tensor_bytes
+from scout_hf.eval.clock import Clock
 from scout_hf.eval.demo.text import Prompts
 from scout_hf.eval.language.forced import hand_over
 
@@ -61,19 +60,6 @@ class Session:
     def attended_tokens(self) -> float:
         """Mean over questions."""
         return sum(self.attended) / len(self.attended)
-
-
-class Clock(BaseStreamer):
-    """Notes when the prompt and each token came."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
 
 
 class BeginWith(LogitsProcessor):

@@ -49,7 +49,7 @@ class HostDrafts:
     @property
     def used_bytes(self) -> int:
         """Bytes of the digests."""
-        return self.selector.table.used_bytes
+        return self.selector.used_bytes
 
     def observe(self, step: Step, query: torch.Tensor, kv_heads: int, scale: float) -> None:
         """Learn from the queries of a prompt, (batch, query_heads, tokens, head_dim), what digests are fitted to."""

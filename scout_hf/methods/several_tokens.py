@@ -35,9 +35,9 @@ def attend_over_pages(
     method: Method, step: Step, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, pages: PagedStore
 ) -> Partial:
     """Attention of many new tokens to all before them and to each other, over pages that hold all of them."""
-    batch, heads, queries, dim = query.shape
+    queries = query.shape[2]
     before = method.length - queries
-    mask = None if step.mask is None else step.padding(pages.device)
+    mask = None if step.mask is None else step.padding(pages.device).contiguous()
     whole = Partial(
         torch.empty(query.shape, dtype=torch.float32, device=query.device),
         torch.empty(query.shape[:3], dtype=torch.float32, device=query.device),

@@ -26,11 +26,10 @@ FINE, WORTH = 6, 2
 
 def own_code(digest: Digest, block_size: int, keys: torch.Tensor) -> int | None:
     """Numbers of a block's code; None if blocks with such keys and digest cannot be scored coarsely first."""
-    fits = isinstance(digest, SignCode) and keys.device.type == "cpu" and block_size >= LEAST_BLOCK
-    library = load_library() if fits else None
-    if library is None or library.isa == "base" or not isinstance(digest, SignCode):
+    if not isinstance(digest, SignCode) or keys.device.type != "cpu" or block_size < LEAST_BLOCK:
         return None
-    return digest.code_bytes(block_size, keys.shape[-1])
+    library = load_library()
+    return None if library is None or library.isa == "base" else digest.code_bytes(block_size, keys.shape[-1])
 
 
 def summaries(keys: torch.Tensor, padding_mask: torch.Tensor | None, power: torch.Tensor | None) -> torch.Tensor:
@@ -93,9 +92,17 @@ class CoarseCodes:
         fine = FINE * count
         if codes is None or codes.shape[2] < WORTH * fine:
             return None
-        return Coarse(self._grouped(codes), fine)
+        blocks = codes.shape[2]
+        if blocks != self._blocks:
+            self._group(codes)
+        return Coarse(self._groups[:, :, : -(-blocks // GROUP)].flatten(3), fine)
 
-    def _grouped(self, codes: torch.Tensor) -> torch.Tensor:
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the codes, spare capacity included."""
+        return self._groups.nbytes
+
+    def _group(self, codes: torch.Tensor) -> None:
         batch, heads, blocks, code = codes.shape
         # After a crop of no more than a window there may be fewer than before, all of them known.
         groups, first = -(-blocks // GROUP), min(self._blocks, blocks) // GROUP
@@ -113,7 +120,6 @@ class CoarseCodes:
         if whole < groups:
             self._groups[:, :, whole, :, : blocks % GROUP] = new[:, :, :, (whole - first) * GROUP :]
         self._blocks = blocks
-        return self._groups[:, :, :groups].flatten(3)
 
     def crop(self, blocks: int) -> None:
         """Forget all from block ``blocks`` on."""

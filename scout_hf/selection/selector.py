@@ -94,6 +94,11 @@ class Selector:
         """Blocks that have a digest."""
         return self.table.blocks
 
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of all codes."""
+        return self.table.used_bytes + self._coded.coarse.used_bytes
+
     def observe(self, query: torch.Tensor, kv_heads: int, scale: float, mask: torch.Tensor | None) -> None:
         """Measure the mean square of a prompt's queries per channel, for digests that are fitted.
 
@@ -205,13 +210,9 @@ class Selector:
         if self.dense or first >= last:
             return
         library, native = store.library, store.native() if self.digest.native == "minmax" else None
-        covers = (
-            padding_mask is None
-            or padding_mask.is_cpu
-            and padding_mask.stride(1) == 1
-            and padding_mask.shape[0] == store.batch
-        )
-        covers = covers and (padding_mask is None or padding_mask.shape[1] >= last * size)
+        covers = padding_mask is None or (padding_mask.is_cpu and padding_mask.stride(1) == 1)
+        if padding_mask is not None:
+            covers = covers and len(padding_mask) == store.batch and padding_mask.shape[1] >= last * size
         if library is not None and native is not None and covers:
             store.touch(torch.arange(first, last, dtype=torch.int64, device="cpu").expand(store.batch, store.heads, -1))
             shape = torch.Size((store.batch, store.heads, last - first, 2 * store.head_dim))

@@ -93,4 +93,4 @@ class OneTierScout(Method):
 
     def tier_bytes(self) -> dict[str, int]:
         tier = "host" if self.kv.device.type == "cpu" else "device"
-        return {tier: self.kv.used_bytes, "digests": self.selector.table.used_bytes}
+        return {tier: self.kv.used_bytes, "digests": self.selector.used_bytes}

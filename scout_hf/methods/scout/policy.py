@@ -18,7 +18,7 @@ from scout_hf.methods.scout.executor_torch import TorchExecutor
 from scout_hf.methods.scout.query_gate import QueryGate
 from scout_hf.methods.scout.recall_policy import RecallPolicy
 from scout_hf.selection import Pick, Selector
-from scout_hf.step import Step
+from scout_hf.step import Role, Step
 from scout_hf.stores.state import State, count_in, maybe_count_in, state_in
 
 if TYPE_CHECKING:
@@ -121,7 +121,8 @@ class TwoTierScout(OffloadingMethod):
     def settle(self, step: Step) -> None:
         self._write_back(step)
         state = self.state
-        if state.pick is not None:
+        # A draft's tokens are taken back: what it chose is not worth crossing the link.
+        if state.pick is not None and step.role is not Role.DRAFT:
             run = self.executor if step.clock is None else self.executor.captured(step.clock)
             share = run.recall_share(self, step)
             if state.started and share is not None:
@@ -229,7 +230,7 @@ class TwoTierScout(OffloadingMethod):
     def tier_bytes(self) -> dict[str, int]:
         held, resident = super().tier_bytes(), self.resident  # read once: another thread may be decoding
         held["device"] += resident.used_bytes if resident else 0
-        return held | {"digests": self.selector.table.used_bytes}
+        return held | {"digests": self.selector.used_bytes}
 
     @property
     def variant(self) -> str:
