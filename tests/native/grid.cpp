@@ -1486,7 +1486,8 @@ void check_signs(Random& random) {
   scout_select_args a = some_selection(random, random.pick<int>({0, 1, 2, 3, 4, 7, 8, 9, 15, 17, many}));
   const int lists = a.batch * a.kv_heads;
   a.scorer = SCOUT_SIGN, a.code_dtype = SCOUT_I8, a.head_dim = dim, a.block_size = block;
-  a.query_heads = a.kv_heads * group, a.code = a.codes_block = block * (dim / 8 + 1);
+  a.query_heads = a.kv_heads * group, a.code = block * (dim / 8 + 1);
+  a.codes_block = a.code + random.below(3);  // something else may lie between two codes
   // Of exponents: no more than 120, or far more than floats hold.
   const bool large = random.chance(30);
   const double size = random.chance(5) ? 0 : (large ? 100 : 1.5) / sqrt(dim);
@@ -1503,9 +1504,9 @@ void check_signs(Random& random) {
   }
   if (padding) a.padding_mask = marks.at, a.padding_mask_stride = (int64_t)a.candidates * block;
   const int64_t room = a.candidates + random.below(3);
-  a.codes_head = room * a.code + random.below(3), a.codes_row = a.kv_heads * a.codes_head + random.below(3);
+  a.codes_head = room * a.codes_block + random.below(3), a.codes_row = a.kv_heads * a.codes_head + random.below(3);
   const int64_t last = (a.batch - 1) * a.codes_row + (a.kv_heads - 1) * a.codes_head;
-  Bytes codes(a.candidates ? last + (int64_t)a.candidates * a.code : 0);
+  Bytes codes(a.candidates ? last + (a.candidates - 1) * a.codes_block + a.code : 0);
   a.codes = codes.at;
   for (size_t i = 0; i < codes.size; i++) codes.at[i] = (uint8_t)random.next();
   auto q = [&](int list, int g, int d) {
@@ -1513,7 +1514,7 @@ void check_signs(Random& random) {
     return get(a.query_dtype, a.query, row * a.query_row + head * a.query_head + d);
   };
   auto code_of = [&](int list, int i) {
-    return codes.at + list / a.kv_heads * a.codes_row + list % a.kv_heads * a.codes_head + (int64_t)i * a.code;
+    return codes.at + list / a.kv_heads * a.codes_row + list % a.kv_heads * a.codes_head + (int64_t)i * a.codes_block;
   };
   for (int list = 0; list < lists; list++)
     for (int i = 0; i < a.candidates; i++) {
@@ -1588,6 +1589,97 @@ void check_signs(Random& random) {
       if (!exact && top <= -30) continue;
       if (exact ? fabs(score - want[at]) <= loose[at] : score <= std::max(top - 19, want[at]) + loose[at]) continue;
       return fail("%s: head %d, block %d scores %g, not %g", text, (int)head, (int)at % a.candidates, score, want[at]);
+    }
+  }
+}
+
+// Coarse codes rank blocks as codes do that have the same two tokens, the first of them written out so often; among the
+// best of these, blocks are chosen as if there were no others.
+void check_coarse(Random& random) {
+  const int block = random.pick<int>({16, 32, 64, 128}), dim = random.pick<int>({8, 24, 64, 80, 128});
+  const int group = random.pick<int>({1, 2, 3, 4, 5, 17}), rows = dim / 8 + 1;
+  scout_select_args a = some_selection(random, random.pick<int>({1, 2, 7, 15, 16, 17, 33, 70}));
+  const int lists = a.batch * a.kv_heads, groups = (a.candidates + 15) / 16;
+  a.scorer = SCOUT_SIGN, a.code_dtype = SCOUT_I8, a.head_dim = dim, a.block_size = block;
+  a.query_heads = a.kv_heads * group, a.code = block * rows, a.codes_block = a.code + random.below(3);
+  a.fine = 1 + (int)random.below(a.candidates);
+  const Bytes query = some_query(a, random, 1.5 / sqrt(dim));
+  const bool padded = random.chance(40);
+  Bytes marks(padded ? (int64_t)a.batch * a.candidates * block : 0);
+  for (size_t at = 0; at < marks.size; at++) marks.at[at] = (int64_t)at / block % a.candidates > a.candidates / 4;
+  if (padded) a.padding_mask = marks.at, a.padding_mask_stride = (int64_t)a.candidates * block;
+  a.codes_head = a.candidates * a.codes_block + random.below(3), a.codes_row = a.kv_heads * a.codes_head;
+  a.coarse_code = 32 * rows, a.coarse_head = groups * (int64_t)a.coarse_code + random.below(3);
+  a.coarse_row = a.kv_heads * a.coarse_head + random.below(3);
+  const int last_row = a.batch - 1, last_head = a.kv_heads - 1;
+  Bytes codes(last_row * a.codes_row + last_head * a.codes_head + (a.candidates - 1) * a.codes_block + a.code);
+  Bytes coarse(last_row * a.coarse_row + last_head * a.coarse_head + groups * (int64_t)a.coarse_code);
+  for (size_t i = 0; i < codes.size; i++) codes.at[i] = (uint8_t)random.next();
+  for (size_t i = 0; i < coarse.size; i++) coarse.at[i] = (uint8_t)random.next();
+  a.codes = codes.at, a.coarse = coarse.at;
+  auto code_of = [&](int list, int i) {
+    return codes.at + list / a.kv_heads * a.codes_row + list % a.kv_heads * a.codes_head + i * a.codes_block;
+  };
+  Bytes written((int64_t)lists * a.candidates * a.code);
+  for (int list = 0; list < lists; list++)
+    for (int i = 0; i < a.candidates; i++) {
+      for (int t = 0; t < block; t++) code_of(list, i)[(rows - 1) * block + t] = (uint8_t)(96 + random.below(48));
+      uint8_t* two = coarse.at + list / a.kv_heads * a.coarse_row + list % a.kv_heads * a.coarse_head +
+                     i / 16 * a.coarse_code + i % 16 * 2;
+      for (int k = 0; k < 2; k++) two[(rows - 1) * 32 + k] = (uint8_t)(96 + random.below(48));
+      for (int row = 0; row < rows; row++)
+        for (int t = 0; t < block; t++)
+          written.at[((int64_t)list * a.candidates + i) * a.code + row * block + t] = two[row * 32 + (t == block - 1)];
+    }
+  char text[200];
+  snprintf(text, sizeof text, "block %d dim %d group %d batch %d kv_heads %d candidates %d fine %d count %d sinks %d",
+           block, dim, group, a.batch, a.kv_heads, a.candidates, a.fine, a.count, a.sinks);
+  a.blocks_stride = std::min(a.count, a.candidates) + a.newest;
+  for (int isa : isas) {
+    scout_use_isa(isa);
+    Bytes blocks(lists * a.blocks_stride * 4), counts(lists * 4), other_blocks = blocks.copy();
+    Bytes other_counts = counts.copy(), given((int64_t)lists * group * a.candidates * 4);
+    scout_select_args rough = a;
+    rough.fine = 0, rough.codes = written.at, rough.codes_block = a.code, rough.codes_head = a.candidates * a.code;
+    rough.codes_row = a.kv_heads * rough.codes_head, rough.scores = given.as<float>();
+    rough.blocks = other_blocks.as<int32_t>(), rough.counts = other_counts.as<int32_t>();
+    a.blocks = blocks.as<int32_t>(), a.counts = counts.as<int32_t>();
+    use_team(2);
+    if (scout_select(&a, 2) != SCOUT_OK || scout_select(&rough, 1) != SCOUT_OK) return fail("%s: refused", text);
+    const std::vector<float> scores(given.as<float>(), given.as<float>() + (int64_t)lists * group * a.candidates);
+    for (int list = 0; list < lists; list++) {
+      std::vector<double> ranks = ranks_of(rough, list, scores);
+      std::vector<int32_t> order;
+      int sinks = std::min(a.sinks, a.fine);
+      for (int32_t i = 0; i < a.candidates; i++) {
+        if (ranks[(size_t)i] == -INFINITY) continue;
+        if (sinks-- > 0) ranks[(size_t)i] = INFINITY;
+        order.push_back(i);
+      }
+      std::stable_sort(order.begin(), order.end(),
+                       [&](int32_t x, int32_t y) { return ranks[(size_t)x] > ranks[(size_t)y]; });
+      const size_t fine = std::min((size_t)a.fine, order.size());
+      if (fine < order.size() && fabs(ranks[(size_t)order[fine - 1]] - ranks[(size_t)order[fine]]) < 1e-3) continue;
+      order.resize(fine);
+      std::sort(order.begin(), order.end());
+      scout_select_args few = a;
+      Bytes some((int64_t)fine * a.code), some_marks(padded ? (int64_t)fine * block : 0), found(a.blocks_stride * 4), n(4);
+      for (size_t i = 0; i < fine; i++) {
+        memcpy(some.at + i * (size_t)a.code, code_of(list, order[i]), (size_t)a.code);
+        if (padded) memset(some_marks.at + i * (size_t)block, 1, (size_t)block);
+      }
+      few.fine = 0, few.batch = few.kv_heads = 1, few.query_heads = group, few.candidates = (int)fine;
+      few.codes = some.at, few.codes_block = a.code, few.codes_head = few.codes_row = (int64_t)fine * a.code;
+      few.padding_mask = padded ? some_marks.at : nullptr;
+      few.query = (const uint8_t*)a.query + (list / a.kv_heads * a.query_row + list % a.kv_heads * group * a.query_head) *
+                                                bytes_of(a.query_dtype);
+      few.blocks = found.as<int32_t>(), few.counts = n.as<int32_t>();
+      if (scout_select(&few, 1) != SCOUT_OK) return fail("%s: refused", text);
+      const int32_t chosen = few.counts[0] - a.newest, *got = a.blocks + list * a.blocks_stride;
+      bool right = a.counts[list] == few.counts[0];
+      for (int32_t i = 0; right && i < chosen; i++) right = got[i] == order[(size_t)few.blocks[i]];
+      for (int32_t i = 0; right && i < a.newest; i++) right = got[chosen + i] == a.candidates + i;
+      if (!right) return fail("%s: list %d has other blocks", text, list);
     }
   }
 }
@@ -1795,6 +1887,7 @@ int main(int count, char** words) {
   });
   part("choices", 1, [](Random&, int64_t) { check_select_refusals(); });
   part("signs", few, [](Random& random, int64_t) { check_signs(random); });
+  part("coarse", few, [](Random& random, int64_t) { check_coarse(random); });
   part("dots", few, [](Random& random, int64_t) { check_dots(random); });
   part("nan", full ? 5000 : cases, [](Random& random, int64_t) { check_some_nan(random); });
   const std::vector<Case> grid = full ? all_cases() : std::vector<Case>();

@@ -361,12 +361,13 @@ struct Select {
     int32_t* ids = fine_ids + (int64_t)list * stride;
     const uint8_t* coarse = a.coarse + row * a.coarse_row + head * a.coarse_head;
     const int64_t groups = (a.candidates + SCOUT_PAIRS - 1) / SCOUT_PAIRS, at = (int64_t)list * capacity;
-    signs(row, head, {coarse, a.coarse_code, nullptr, groups, tokens, (float)(a.block_size - 1)}, all.masses, capacity);
+    const float first = (float)(a.block_size - 1);
+    signs(row, head, {coarse, a.coarse_code, nullptr, groups, tokens, first, a.candidates}, all.masses, capacity);
     mean_shares(list, row, all);
     mark(row, all, std::min(a.sinks, a.fine));
     const int count = best(all.scores, all.count, a.fine, spare + at, places + at, ids);
     const Scored some = {fine_masses + (int64_t)list * group * stride, all.scores, stride, count, ids};
-    signs(row, head, {codes, a.codes_block, ids, count, a.block_size, 0}, some.masses, stride);
+    signs(row, head, {codes, a.codes_block, ids, count, a.block_size, 0, 0}, some.masses, stride);
     choose(list, row, some);
   }
 
@@ -379,7 +380,7 @@ struct Select {
     float* into = scores + (int64_t)list * capacity + first;
     if (a.fine) return coarse_then_fine(list, row, head, codes);
     if (a.scorer == SCOUT_SIGN)
-      signs(row, head, {codes, a.codes_block, nullptr, count, a.block_size, 0}, masses_of(list) + first, capacity);
+      signs(row, head, {codes, a.codes_block, nullptr, count, a.block_size, 0, 0}, masses_of(list) + first, capacity);
     else if (a.scorer == SCOUT_MINMAX)
       bounds(row, head, codes, count, into);
     else

@@ -112,7 +112,8 @@ void scout_sign_scores(const scout_isa* isa, const scout_coded& coded, int dims,
     worth[h] = make_tables(query + h * dims, dims, tables + h * dims * 4, &offsets[h]);
   const int each = coded.first_of_pair != 0 ? SCOUT_PAIRS : 1, at_once = BLOCKS_AT_ONCE / each;
   for (int64_t first = 0; first < coded.blocks; first += at_once) {
-    const int some = (int)std::min<int64_t>(at_once, coded.blocks - first), count = some * each;
+    const int some = (int)std::min<int64_t>(at_once, coded.blocks - first);
+    const int count = each == 1 ? some : (int)std::min<int64_t>(some * each, coded.pairs - first * each);
     for (int h = 0; h < heads; h += SCOUT_SIGN_HEADS) {
       scout_signs part = {};
       part.codes = coded.codes + (coded.ids ? 0 : first * coded.code_bytes), part.code_bytes = coded.code_bytes;

@@ -11,6 +11,7 @@ struct scout_coded {
   int64_t blocks;
   int block_size;
   float first_of_pair;
+  int64_t pairs;  // if these are wanted: how many there are, as the last ones of the last block may be anything
 };
 
 // The logarithm, base 2, of every block's (or pair's) mass for each head of query [heads][dims], in scores
