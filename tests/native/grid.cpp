@@ -1550,9 +1550,9 @@ void check_signs(Random& random) {
       const double unit = peak / 127;
       for (int i = 0; i < a.candidates; i++) {
         const uint8_t* code = code_of(list, i);
-        std::vector<double> exponents;
-        double largest = 0;
+        std::vector<double> exponents, moves;
         for (int t = 0; t < block; t++) {
+          int middles = 0;  // parts so near the middle between two numbers that float may round them the other way
           const int byte = code[dim / 8 * block + t];
           const double scale = ldexp(16 + byte % 16, byte / 16 - 11);
           double sum = 0;
@@ -1561,16 +1561,21 @@ void check_signs(Random& random) {
             for (int k = d; k < d + 4; k++)
               part += code[k / 8 * block + t] >> k % 8 & 1 ? q(list, g, k) : -q(list, g, k);
             sum += nearbyint(part / unit);
+            middles += fabs(part / unit - floor(part / unit) - 0.5) < 1e-4;
           }
-          exponents.push_back(scale * unit * sum), largest = std::max(largest, scale);
+          exponents.push_back(scale * unit * sum), moves.push_back(scale * unit * middles);
         }
-        const double top = floor(*std::max_element(exponents.begin(), exponents.end()));
-        double mass = 0;
-        for (double x : exponents) mass += straight_power(std::max(x - top, -500.0));
+        auto score_of = [&](double way) {
+          std::vector<double> all = exponents;
+          for (int t = 0; t < block; t++) all[(size_t)t] += way * moves[(size_t)t];
+          const double top = floor(*std::max_element(all.begin(), all.end()));
+          double mass = 0;
+          for (double x : all) mass += straight_power(std::max(x - top, -500.0));
+          return straight_log(mass) + top;
+        };
         const size_t head = (size_t)(list * group + g), at = head * (size_t)a.candidates + (size_t)i;
-        want[at] = straight_log(mass) + top;
-        // Rarely a part lies so near the middle between two numbers that float rounds it the other way.
-        loose[at] = 1.01 * unit * largest + 1e-4 + 1e-6 * fabs(want[at]);
+        want[at] = score_of(0);
+        loose[at] = 1.01 * std::max(want[at] - score_of(-1), score_of(1) - want[at]) + 1e-4 + 1e-6 * fabs(want[at]);
         most[head] = std::max(most[head], want[at]);
       }
     }
