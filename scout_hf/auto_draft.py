@@ -67,7 +67,8 @@ class AutoDraft:
         best = self._best(most)
         self._pays = best > 0
         if best:
-            self._length = best
+            # What the end of a call cut short was not chosen.
+            self._length = best if best < most else max(best, self._length)
             return best
         if self._wait > 0:
             return 0

@@ -100,3 +100,10 @@ def test_the_acceptance_is_that_of_the_newest_drafts():
         pace.judged(right, int(right < 4))
         assert 0.0 < pace.acceptance <= 1.0
     assert pace.acceptance < 0.02
+
+
+def test_what_the_end_of_a_call_cuts_short_is_not_told_as_chosen():
+    machine = Machine()
+    machine.go(400)
+    told = machine.pace.in_words()
+    assert machine.pace.length(1) == 1 and machine.pace.in_words() == told
