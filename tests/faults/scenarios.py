@@ -21,6 +21,7 @@ import scout_hf
 from scout_hf import CacheStateError, PrefixStore, ScoutCache, padding
 from scout_hf.counters import Counters
 from scout_hf.drafting import rounds
+from scout_hf.methods.base import find_method
 from scout_hf.prefix.keeping import keep
 from scout_hf.prefix.reuse import Reuse
 from scout_hf.sessions import read_session
@@ -302,6 +303,12 @@ ALL = [
     Scenario("store", "fill from a store", {"length": 0, "rows": 2}, _fill, LONG, (_pass(KNOWN),)),
 ]
 SCENARIOS = {scenario.name: scenario for scenario in ALL}
+
+
+def takes_place(settings: str, scenario: str) -> bool:
+    """Whether this happens with these settings: HGCA's weights remember drafts, and it is never asked for any."""
+    method = SETTINGS[settings].get("method", "scout")
+    return SCENARIOS[scenario].kind != "draft" or find_method(method).can_draft
 
 
 @dataclass

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import pickle
@@ -24,7 +25,17 @@ from typing import Any, NamedTuple
 import torch
 
 from tests.faults.injector import Point, in_child, inject, record
-from tests.faults.scenarios import SCENARIOS, SETTINGS, Expected, World, _nothing, expect_state, fresh, verify
+from tests.faults.scenarios import (
+    SCENARIOS,
+    SETTINGS,
+    Expected,
+    World,
+    _nothing,
+    expect_state,
+    fresh,
+    takes_place,
+    verify,
+)
 
 ERRORS = {"interrupt": KeyboardInterrupt, "memory": MemoryError}
 OUTCOMES = ("continued", "refused", "swallowed", "faults")
@@ -187,7 +198,7 @@ def main() -> int:
     options: dict[str, Any] = {"opcodes": args.opcodes}
     if args.rooms:
         options["rooms"] = args.rooms.split(";")
-    places = [Where(settings, scenario) for settings in names[0] for scenario in names[1]]
+    places = [Where(*pair) for pair in itertools.product(*names) if takes_place(*pair)]
     result = sweep(places, args.errors.split(";"), args.jobs, args.every, args.keep, options)
     print("\n".join(result["wrong"]))
     print(json.dumps(result["figures"]))
