@@ -135,8 +135,9 @@ def install(monkeypatch) -> Cuda:
     monkeypatch.setattr(Pinned, "spans", {})
     # Slabs of tiny models too are mapped and registered.
     monkeypatch.setattr("scout_hf.stores.memory.HUGE_BYTES", 4096)
-    monkeypatch.setattr("scout_hf.stores.memory._pin", Pinned.spans.__setitem__)
-    monkeypatch.setattr("scout_hf.stores.memory._unpin", lambda address, mapping: Pinned.spans.pop(address, None))
+    monkeypatch.setattr("scout_hf.stores.memory.pin", Pinned.spans.__setitem__)
+    monkeypatch.setattr("scout_hf.stores.memory.unpin", lambda address: Pinned.spans.pop(address, None))
+    monkeypatch.setattr("scout_hf.stores.pages.host_address_serves", lambda: True)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: Pinned.add(self.clone()))
     # Made where torch's own code does not ask a driver.
     make = torch.tensor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import math
 import mmap
@@ -14,6 +13,7 @@ import psutil
 import torch
 
 from scout_hf.errors import HostMemoryError, PinnedMemoryError
+from scout_hf.stores.pinned import pin, unpin
 
 HUGE_BYTES = 2 << 20
 # All slabs in host memory, by address; for error messages.
@@ -103,27 +103,14 @@ def _map_huge(bytes_needed: int, pinned: bool = False) -> torch.Tensor:
     first = -ctypes.addressof(held) % HUGE_BYTES
     if pinned:
         address = ctypes.addressof(held) + first
-        _pin(address, bytes_needed)
+        pin(address, bytes_needed)
         # Unpin before the mapping is freed: the finalizer keeps the mapping until then.
-        weakref.finalize(held, _unpin, address, memory).atexit = False
+        weakref.finalize(held, _let_go, address, memory).atexit = False
     return torch.frombuffer(held, dtype=torch.uint8, count=bytes_needed, offset=first)
 
 
-def _pin(address: int, bytes_needed: int) -> None:
-    # Portable: for every GPU of the process.
-    status = int(torch.cuda.cudart().cudaHostRegister(address, bytes_needed, 1))
-    if status:
-        # CUDA keeps the error until the next call that checks: make that call here, not in unrelated code.
-        with contextlib.suppress(RuntimeError, AssertionError):
-            torch.zeros(1, dtype=torch.float32, device="cuda")
-        raise PinnedMemoryError(
-            f"cannot pin {bytes_needed / 2**30:.1f} GiB of host memory (CUDA error {status}); allowed is "
-            'what `ulimit -l` and free memory leave: raise the limit, use host_dtype="int8", or shorten the context'
-        )
-
-
-def _unpin(address: int, mapping: mmap.mmap) -> None:
-    torch.cuda.cudart().cudaHostUnregister(address)
+def _let_go(address: int, mapping: mmap.mmap) -> None:
+    unpin(address)
 
 
 def huge_page_bytes(slabs: list[torch.Tensor], smaps: Path = Path("/proc/self/smaps")) -> int:

@@ -13,6 +13,7 @@ import torch
 from scout_hf.errors import CacheStateError
 from scout_hf.stores.host_memory import HostMemory
 from scout_hf.stores.memory import allocate_slab
+from scout_hf.stores.pinned import device_address, host_address_serves
 from scout_hf.stores.region import Region
 from scout_hf.stores.state import Guard, runs
 
@@ -105,6 +106,17 @@ class PagePool:
         which = torch.bucketize(ids, starts, right=True) - 1
         places = torch.tensor([slab.data_ptr() for slab in self.slabs], dtype=torch.int64, device="cpu")
         return (ids - starts[which]) * self.page_bytes + places[which]
+
+    def seen_by_device(self, addresses: torch.Tensor) -> torch.Tensor:
+        """Where GPUs read the pages at these addresses of pinned host memory."""
+        if not self.pinned or host_address_serves():
+            return addresses
+        seen = addresses.clone()
+        for slab in self.slabs:
+            first = slab.data_ptr()
+            here = (addresses >= first) & (addresses < first + slab.nbytes)
+            seen[here] += device_address(first) - first
+        return seen
 
     def allocate(self, count: int) -> torch.Tensor:
         """Allocate pages with one reference each; their contents are undefined.

@@ -149,6 +149,17 @@ def test_layers_on_two_devices(cuda, kernels, expected, name, inputs):
         check_launches(cuda)
 
 
+def test_pages_are_read_where_the_device_has_them(monkeypatch, cuda, kernels, expected):
+    """On a GPU that does not read pinned memory at the host's addresses."""
+    moved, copy_blocks = 1 << 40, kernels.copy_blocks
+    monkeypatch.setattr("scout_hf.stores.pages.host_address_serves", lambda: False)
+    monkeypatch.setattr("scout_hf.stores.pages.device_address", lambda address: address + moved)
+    kernels.copy_blocks = lambda pages, *args: copy_blocks((pages - moved).clamp(min=0), *args)
+    with patched(**SETTINGS["kernels, share of the context"]) as handle:
+        got = go(handle.model, handle.new_cache(), INPUTS["padded"], there)
+    assert (got - expected["padded"]).abs().max() <= 3e-6
+
+
 def check_places(method, device):
     """Everything that a method keeps on a device is on that one, and its work was on streams of that one."""
     seen, todo, found = set(), [method], set()
@@ -327,7 +338,7 @@ PLANTED = {
     "codes": lambda patch: on_first(patch, DigestTable, "reserve", 3),
     "streams": lambda patch: on_first(patch, torch.cuda, "Stream", 0),
     "pages": lambda patch: patch.setattr(TritonExecutor, "__init__", then_pages_on_first(TritonExecutor.__init__)),
-    "pinned slabs": lambda patch: patch.setattr("scout_hf.stores.memory._pin", lambda address, size: None),
+    "pinned slabs": lambda patch: patch.setattr("scout_hf.stores.memory.pin", lambda address, size: None),
     "mailboxes": lambda patch: patch.setattr("tests.fake_devices.Pinned.add", lambda tensor: tensor),
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from scout_hf.errors import HostMemoryError, PinnedMemoryError, ScoutError
-from scout_hf.stores import memory
+from scout_hf.stores import memory, pinned
 from scout_hf.stores.memory import HUGE_BYTES, allocate_slab, held_bytes, huge_page_bytes
 from scout_hf.stores.pages import PagePool
 
@@ -181,7 +181,20 @@ class TestPinned:
     @pytest.fixture
     def driver(self, monkeypatch):
         class Driver:
-            calls, answer = [], 0
+            calls, answer, same, moved = [], 0, 1, 1 << 40
+
+            def cuDeviceGet(self, into, number):
+                into._obj.value = 100 + number
+                return 0
+
+            def cuDeviceGetAttribute(self, into, what, device):
+                self.calls.append(("ask", what, device.value))
+                into._obj.value = self.same
+                return 0
+
+            def cuMemHostGetDevicePointer_v2(self, into, address, flags):
+                into._obj.value = address.value + self.moved
+                return 0
 
             def cudaHostRegister(self, address, size, flags):
                 self.calls.append(("pin", address, size))
@@ -194,7 +207,11 @@ class TestPinned:
         one = Driver()
         one.calls = []
         monkeypatch.setattr(torch.cuda, "cudart", lambda: one)
-        return one
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(pinned, "_driver", lambda: one)
+        pinned.host_address_serves.cache_clear()
+        yield one
+        pinned.host_address_serves.cache_clear()
 
     def test_a_slab_is_unpinned_before_its_memory_goes(self, driver):
         slab = allocate_slab((3 * HUGE_BYTES,), torch.uint8, CPU, pinned=True)
@@ -220,3 +237,39 @@ class TestPinned:
         pool.allocate(30)
         pool.allocate(100)
         assert len(driver.calls) == len(pool.slabs) == 2
+
+    def test_the_first_pin_asks_each_gpu_where_it_reads(self, driver, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda number: 0)
+        slabs = [allocate_slab((3 * HUGE_BYTES,), torch.uint8, CPU, pinned=True) for _ in range(2)]
+        assert [call[0] for call in driver.calls] == ["ask", "ask", "pin", "pin"]
+        assert driver.calls[:2] == [("ask", 91, 100), ("ask", 91, 101)]
+        del slabs
+
+    @pytest.mark.parametrize("same", [0, 1])
+    def test_addresses_for_kernels_are_those_of_the_gpu(self, driver, monkeypatch, same):
+        driver.same = same
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda number: 0)
+        pool = PagePool((2, HUGE_BYTES // 8), torch.float32, CPU, pinned=True)
+        ids = torch.cat([pool.allocate(9), pool.allocate(90)]).view(3, -1)
+        assert len(pool.slabs) == 2
+        here = pool.addresses(ids)
+        assert torch.equal(pool.seen_by_device(here), here if same else here + driver.moved)
+
+    def test_work_ends_before_its_memory_is_unpinned(self, driver, monkeypatch):
+        """A kernel of a cache that was dropped may still copy from there."""
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda number: number)  # nothing was launched on the first
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda number: driver.calls.append(("wait", number)))
+        slab = allocate_slab((3 * HUGE_BYTES,), torch.uint8, CPU, pinned=True)
+        driver.calls.clear()
+        del slab
+        gc.collect()
+        assert [call[0] for call in driver.calls] == ["wait", "wait", "unpin"]
+
+    def test_a_driver_that_does_not_say_is_an_error(self, driver, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        driver.cuDeviceGetAttribute = lambda *given: 3
+        with pytest.raises(PinnedMemoryError, match="CUDA error 3.*update the driver"):
+            allocate_slab((3 * HUGE_BYTES,), torch.uint8, CPU, pinned=True)

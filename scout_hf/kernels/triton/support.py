@@ -21,13 +21,16 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-# The fewest rows that tl.dot accepts on tensor cores.
+# The fewest rows, and channels summed over, that tl.dot accepts on tensor cores.
 MIN_ROWS = 16
+_MIN_SUMMED = tl.constexpr(MIN_ROWS)
 
 
 @triton.jit
 def dot(left, right):
     """Matrix product with float32 accumulation; in float32 in the interpreter, whose bfloat16 products are wrong."""
+    # Triton 3.6 refuses fewer; later versions and the interpreter do not, so they would not find the mistake.
+    tl.static_assert(left.shape[1] >= _MIN_SUMMED, "tl.dot needs 16 or more channels to sum over")
     if _INTERPRETED:
         return tl.dot(left.to(tl.float32), right.to(tl.float32))
     return tl.dot(left, right, input_precision="ieee")

@@ -294,7 +294,7 @@ class TritonExecutor(Executor):
         if rows != self.pages.shape[0] or blocks > self.pages.shape[1]:
             first = 0
             self.pages = torch.zeros((rows, blocks + max(SPARE_BLOCKS, blocks // 8)), dtype=torch.int64, device=device)
-        new = addresses[:, first:].contiguous()
+        new = layer.kv.host.table.pool.seen_by_device(addresses[:, first:]).contiguous()
         if device.type == "cuda":
             new = new.pin_memory()  # a copy from pageable memory would sync
         self.pages[:, first:blocks].copy_(new, non_blocking=True)
