@@ -71,9 +71,11 @@ class SlowLinks(Links):
 def test_a_cache_is_dropped_while_its_copies_run(registered, way, monkeypatch):
     """A kernel that reads memory which is no longer mapped would break the device for the whole process."""
     expected, _ = decode(way)
-    monkeypatch.setattr("scout_hf.pass_hooks.Links", SlowLinks)
     ids = prompt(2, 60).cuda()
-    with scout_hf.patch(llama().cuda(), **OPTIONS, hand_over=way) as handle, torch.no_grad():
+    with monkeypatch.context() as late:
+        late.setattr("scout_hf.pass_hooks.Links", SlowLinks)
+        handle = scout_hf.patch(llama().cuda(), **OPTIONS, hand_over=way)
+    with handle, torch.no_grad():
         for steps in (1, 2, 9):
             cache = handle.new_cache()
             token = handle.model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
@@ -82,6 +84,5 @@ def test_a_cache_is_dropped_while_its_copies_run(registered, way, monkeypatch):
             del cache
             gc.collect()
     torch.cuda.synchronize()
-    monkeypatch.undo()
     got, _ = decode(way)
     assert_equal(got, expected)
