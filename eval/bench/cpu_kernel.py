@@ -20,6 +20,7 @@ from scout_hf.eval.bench.timing import Timing, interleave
 from scout_hf.eval.caches import DTYPE, tensor_bytes
 from scout_hf.kernels.cpu import BlockLists, make_backend
 from scout_hf.selection import Digest, MinMax, Selector, choose
+from scout_hf.selection.coarse import CoarseCodes
 from scout_hf.stores import allocate_slab, huge_page_bytes, make_store
 
 CACHES = 3
@@ -143,6 +144,8 @@ class _Bench:
         for kind, selector in self.signs.items():
             coded = self._choices(selector.digest, [selector.table.codes()], count, sinks)
             calls |= {f"{kind}_{name}": call for name, call in coded.items()}
+            coarse = self._coarse(selector, count, sinks)
+            calls |= {} if coarse is None else {f"{kind}_coarse": coarse}
         times = self._time(calls, repeat)
         size = tensor_bytes(self.codes[0])
         found = {
@@ -156,9 +159,13 @@ class _Bench:
             size = tensor_bytes(selector.table.codes())
             beside = (f"{kind}_native/native", f"{kind}_native_score/native_score")
             beside += (f"{kind}_native/{kind}_read", f"{kind}_torch/{kind}_native")
+            names = list(plain)
+            if f"{kind}_coarse" in times:
+                names.append("coarse")
+                beside += (f"{kind}_coarse/{kind}_read",)
             found[kind] = {
                 "digest_bytes": size,
-                **{name: times[f"{kind}_{name}"].record(size) for name in plain},
+                **{name: times[f"{kind}_{name}"].record(size) for name in names},
                 "ratios": _ratios(times, *beside),
             }
         return found
@@ -167,6 +174,20 @@ class _Bench:
         """Whether native code scores these codes; it takes a limited number of bits per token."""
         digest, codes = selector.digest, selector.table.codes()
         return self.native.score(digest.native, digest.prepare(self._query()), codes, block_size=self.size) is not None
+
+    def _coarse(self, selector: Selector, count: int, sinks: int) -> Callable[[], Callable[[], Any]] | None:
+        """The choice as a step makes it: coarsely first, then of the best blocks token by token."""
+        digest, codes = selector.digest, selector.table.codes()
+        coarse = CoarseCodes().choice(selector.table.summaries(), count)
+        if coarse is None:
+            return None
+
+        def prepare():
+            query, cold = self._query(), self._cold([codes])
+            rest = cold, count, sinks, 0, self.size, None, None, coarse
+            return lambda: self.native.select(digest.native, digest.prepare(query), *rest)
+
+        return prepare
 
     def _choices(self, digest: Digest, tables: list[torch.Tensor], count: int, sinks: int) -> dict[str, Any]:
         """Calls that choose by such digests, natively and by torch, that only score, and that only read."""

@@ -53,6 +53,9 @@ def kernel_tables(record: dict[str, Any]) -> Iterator[Grid | str]:
     for name, times in signs.items():
         ratios = [times["ratios"][f"{name}_{call}/{call}"] for call in ("native", "native_score")]
         yield f"{name} codes take {ratios[0]:.2f} times as long as min/max, {ratios[1]:.2f} times for scores alone\n"
+        if "coarse" in times:  # older records lack it
+            ratio = times["ratios"][f"{name}_coarse/{name}_read"]
+            yield f"{name} codes, coarsely first: {median(times['coarse'])} ms, {ratio:.2f} times the read\n"
     if whole := record["dense"]:
         folded, grouped = (three(whole[name]["median_ms"]) for name in ("folded", "enable_gqa"))
         yield f"torch over all {whole['tokens']} tokens: {folded} ms folded, {grouped} ms enable_gqa\n"
