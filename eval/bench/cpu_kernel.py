@@ -19,8 +19,7 @@ from scout_hf.eval.bench.options import CpuKernel, Tell, all_but, check_sizes, s
 from scout_hf.eval.bench.timing import Timing, interleave
 from scout_hf.eval.caches import DTYPE, tensor_bytes
 from scout_hf.kernels.cpu import BlockLists, make_backend
-from scout_hf.selection import Digest, MinMax, Selector, choose
-from scout_hf.selection.coarse import CoarseCodes
+from scout_hf.selection import CoarseCodes, Digest, MinMax, Selector, choose
 from scout_hf.stores import allocate_slab, huge_page_bytes, make_store
 
 CACHES = 3
