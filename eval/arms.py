@@ -10,9 +10,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel
 
-from scout_hf.diagnostics import HAND_OVERS
 from scout_hf.eval.bench.drift import NAME, drifting, drifting_infinigen
 from scout_hf.eval.bench.models import folded
 from scout_hf.eval.caches import Caches, caches_of
@@ -37,11 +36,9 @@ class Arm:
     emulated : bool
         Whether it uses the emulated link and CPU.
     cache : str
-        Of an unpatched model, as for ``generate``: dynamic, static, offloaded, offloaded_static or quantized.
+        Of an unpatched model, as for ``generate``: dynamic, offloaded or quantized.
     folded : bool
         Whether each GQA group is folded into one query tensor, the fastest form of stock attention on a CPU.
-    compiled : bool
-        Whether the model is compiled.
     """
 
     name: str
@@ -50,13 +47,12 @@ class Arm:
     emulated: bool = True
     cache: str = "dynamic"
     folded: bool = False
-    compiled: bool = False
 
     @contextmanager
-    def caches(self, model: PreTrainedModel, capacity: int = 0, **options: Any) -> Iterator[Caches]:
+    def caches(self, model: PreTrainedModel, **options: Any) -> Iterator[Caches]:
         """Make the model decode this way meanwhile, and yield its caches; Missing if the arm cannot run here.
 
-        ``capacity`` is in tokens, of caches of a fixed length; ``options`` are further ones of ``scout_hf.patch``.
+        ``options`` are further ones of ``scout_hf.patch``.
         """
         with ExitStack() as stack:
             if self.options is not None:
@@ -64,16 +60,14 @@ class Arm:
                 return
             if self.folded:
                 stack.enter_context(folded(model))
-            yield Caches(self._stock(model, capacity))
+            yield Caches(self._stock(model))
 
-    def _stock(self, model: PreTrainedModel, capacity: int) -> Callable[[], Cache]:
-        offloading = {"offloading": True} if self.cache.startswith("offloaded") else {}
+    def _stock(self, model: PreTrainedModel) -> Callable[[], Cache]:
+        offloading = {"offloading": True} if self.cache == "offloaded" else {}
         if offloading and model.device.type == "cpu":
             raise Missing("needs a GPU")
         if self.cache == "quantized":
             return _quantized(model)
-        if "static" in self.cache:
-            return lambda: StaticCache(config=model.config, max_cache_len=capacity, **offloading)
         return lambda: DynamicCache(config=model.config, **offloading)
 
 
@@ -122,17 +116,13 @@ RIVALS = {name: STOCK[name] for name in ("stock", FOLDED)} | _by_name(
 )
 """Beside other runtimes."""
 
-COMPILED, IN_LAYER = "stock compiled", "scout in-layer"
-HANDED_OVER = {f"scout {way}": way for way in HAND_OVERS if way != "auto"}
-GPU_DECODE = _by_name(
-    STOCK["stock"],
-    Arm(COMPILED, cache="static", compiled=True),
-    STOCK["stock offloaded"],
-    Arm("stock offloaded_static", cache="offloaded_static"),
-    *(Arm(name, {"hand_over": way}) for name, way in HANDED_OVER.items()),
-    # Not a layer ahead, and without recall.
-    Arm(IN_LAYER, {"layer_ahead": False, "recall": None}),
+GPU = _by_name(
+    Arm("graph, predicted", {"hand_over": "graph", "cpu_query": "predicted"}),
+    Arm("graph, real", {"hand_over": "graph", "cpu_query": "real"}),
+    Arm("flags", {"hand_over": "flags", "cpu_query": "predicted"}),
+    Arm("join", {"hand_over": "join", "cpu_query": "predicted"}),
 )
+"""Of two tiers. Random weights are no place for ``cpu_query="auto"``: it would see no query that changes little."""
 
 # -- the comparison of methods --------------------------------------------------------------------------------------
 

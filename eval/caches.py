@@ -51,36 +51,12 @@ def caches_of(model: PreTrainedModel, config: ScoutConfig | None = None, **optio
 
 @torch.no_grad()
 def fill(
-    cache: Cache,
-    config: Any,
-    tokens: int,
-    rows: int = 1,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
-    chunk: int | None = None,
+    cache: Cache, config: Any, tokens: int, rows: int = 1, seed: int = 0, device: str | torch.device = "cpu"
 ) -> Cache:
-    """Give every layer of an empty cache the same random keys and values, in every row; returns the cache.
-
-    ``chunk`` fills a ScoutCache in parts of so many tokens, and repeats them.
-    """
-    size = min(tokens, chunk or tokens)
-    parts = [part.to(device) for part in random_kv(config, size, seed)]
-
-    def piece(count: int) -> Iterator[torch.Tensor]:
-        repeated = (part.repeat(1, 1, -(-count // size), 1)[:, :, :count] for part in parts)
-        return (part.expand(rows, -1, -1, -1) for part in repeated)
-
+    """Give every layer of an empty cache the same random keys and values, in every row; returns the cache."""
+    parts = [part.to(device).expand(rows, -1, -1, -1) for part in random_kv(config, tokens, seed)]
     for layer in range(config.num_hidden_layers):
-        step = size if isinstance(cache, ScoutCache) else tokens
-        for first in range(0, tokens, step):
-            keys, values = piece(min(step, tokens - first))
-            if not first:
-                cache.update(keys, values, layer)
-            else:
-                # Not ``update``, which outside of a patched pass brings everything back to the device.
-                method = cache.layers[layer].method
-                method.append(keys, values)
-                method.flush()
+        cache.update(*parts, layer)
     return cache
 
 

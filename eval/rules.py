@@ -70,34 +70,36 @@ CPU_DECODE = fields(
     }
 )
 
-_TOLD = {name: text() for name in ("skipped", "oom", "failed", "absent")} | {"warnings": items(text())}
-_ARM = {"model": WORD, "context": count(), "arm": WORD, "run": WORD}
-_RATES = ("limit_ms", "tokens_per_s", "device_kv_bytes", "host_kv_bytes")
-_FIGURES = {name: maybe(FROM_ZERO) for name in (*TIME, *_RATES)}
+GPU_FORMAT = "scout_hf.gpu/1"
+_TOLD = {name: text() for name in ("skipped", "oom", "failed", "absent", "note")} | {"warnings": items(text())}
+_RATES = ("gb_per_s", "tflop_per_s", "share_of_copy", "tokens_per_s", "us", "difference", "cpu_ratio", "join_wait_ms")
+_BYTES_HELD = ("device_kv_bytes", "host_kv_bytes", "device_peak_bytes", "recalled_bytes_per_step")
+_FIGURES = {name: maybe(FROM_ZERO) for name in (*TIME, *_RATES, *_BYTES_HELD, "seconds", "slab_gib", "pinned_gib")}
+_COUNTS = {name: count() for name in ("batch", "context", "passed", "tests", "not_for_here")}
+_TIMES = {"times": table(fields({}, _TOLD | {"us": FROM_ZERO, "share_of_copy": maybe(FROM_ZERO)}))}
+_LISTS = {name: items(text()) for name in ("failures", "facts")}
 
-GPU_DECODE = fields(
+GPU = fields(
     {
-        "benchmark": one_of("gpu_decode"),
-        "settings": fields({"drift": FROM_ZERO}, {"budget": maybe(FROM_ZERO)}),
+        "benchmark": one_of("gpu"),
+        "format": one_of(GPU_FORMAT),
+        "settings": fields(
+            {"device": WORD, "layers": maybe(count(1)), "budget": count(1), "digest": WORD, "drift": FROM_ZERO}
+        ),
         "machine": MACHINE,
-        "device": fields({"name": maybe(WORD)}),
-        "models": table(fields({"whole": flag}, {"num_hidden_layers": count(1)})),
-        "arms": items(fields(_ARM | {"batch": count()}, _TOLD | _FIGURES)),
-        "largest": items(fields(_ARM | {"cap_gib": FROM_ZERO}, _TOLD | {"largest_batch": maybe(count())})),
-    },
-    {"selection": text()},
-)
-
-_KERNEL = {"tokens": count(), "batch": count(), "query_heads": count(1), "kv_heads": count(1)}
-
-GPU_KERNEL = fields(
-    {
-        "benchmark": one_of("gpu_kernel"),
-        "settings": fields({}),
-        "machine": MACHINE,
-        "device": fields({"name": maybe(WORD)}),
+        "stages": items(
+            fields(
+                {"stage": WORD, "state": one_of("done", "in part", "failed", "not run"), "why": maybe(text())}
+                | {"left": items(text()), "seconds": FROM_ZERO}
+            )
+        ),
+        "cells": items(
+            fields(
+                {"stage": WORD, "cell": WORD, "run": WORD, "code": WORD},
+                _TOLD | _FIGURES | _COUNTS | _TIMES | _LISTS | {"unfinished": flag},
+            )
+        ),
     }
-    | {name: items(fields(_KERNEL, _TOLD | {"times": table(fields({}))})) for name in ("dense", "scattered", "score")}
 )
 
 _WHY = {name: text() for name in ("missing", "failed", "oom")}
@@ -230,8 +232,7 @@ DRAFTS = fields(
 BENCHMARKS = {
     "cpu_kernel": CPU_KERNEL,
     "cpu_decode": CPU_DECODE,
-    "gpu_kernel": GPU_KERNEL,
-    "gpu_decode": GPU_DECODE,
+    "gpu": GPU,
     "methods": METHODS,
     "sessions": SESSIONS,
     "rivals": RIVALS,

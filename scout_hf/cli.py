@@ -17,7 +17,7 @@ from scout_hf.cli_shared import (
     typed,
 )
 from scout_hf.eval.ask.options import Ask, Read
-from scout_hf.eval.bench.options import CpuDecode, CpuKernel, Drafts, GpuDecode, GpuKernel, Rivals, Sessions
+from scout_hf.eval.bench.options import CpuDecode, CpuKernel, Drafts, Gpu, Rivals, Sessions
 from scout_hf.eval.kept.options import Info, Ls, Prune, Rm
 from scout_hf.eval.methods.options import Methods
 from scout_hf.eval.options import Demo, Fidelity, MakeData, Report, Serve, Trace
@@ -155,16 +155,15 @@ def methods(options: Methods) -> None:
         finish(options.measure(typed(), tell))
 
 
-@command(bench, "gpu-kernel", GpuKernel)
-def gpu_kernel(options: GpuKernel) -> None:
-    with benchmark(options.out, None, device=options.device) as finish:
-        finish(options.measure(tell))
+@command(bench, "gpu", Gpu)
+def gpu(options: Gpu) -> None:
+    with exits_on_errors(), ends_on_interrupt():
+        from scout_hf.eval.bench.gpu import run, show
 
-
-@command(bench, "gpu-decode", GpuDecode)
-def gpu_decode(options: GpuDecode) -> None:
-    with benchmark(options.out, options.threads, resumes=True, device=options.device) as finish:
-        finish(options.measure(tell))
+        record = run(options, tell)
+        show(record)
+        typer.echo(f"wrote {options.out / 'gpu.json'}")
+    raise typer.Exit(1 if any(one["state"] == "failed" for one in record["stages"]) else 0)
 
 
 @command(app, "trace", Trace)

@@ -5,7 +5,6 @@ Without CUDA the same calls are timed one by one, and what only a GPU has is Non
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import itertools
 import math
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from scout_hf.eval.bench.gpu_stages import first_line
 from scout_hf.eval.bench.timing import Timing, interleave, timed
 
 COPY_BYTES, LINK_BYTES = 1 << 30, 1 << 28
@@ -53,26 +53,6 @@ def wait(device: torch.device) -> None:
     """Synchronise with the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def describe(device: torch.device) -> dict[str, Any]:
-    """Hardware and versions, and the rates of memory and link measured now; for the record."""
-    facts: dict[str, Any] = {"type": device.type, "name": None, "copy": copy_rate(device), "link": link_rate(device)}
-    if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        facts |= {
-            "name": found.name,
-            "memory_gib": round(found.total_memory / 2**30, 1),
-            "multiprocessors": found.multi_processor_count,
-            "last_level_cache_bytes": _cache_bytes(device),
-            "capability": f"{found.major}.{found.minor}",
-            "cuda": torch.version.cuda or torch.version.hip,
-        }
-    with contextlib.suppress(ImportError):
-        import triton
-
-        facts["triton"] = triton.__version__
-    return facts
 
 
 def copies(size: int, device: torch.device) -> int:
@@ -115,13 +95,6 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def first_line(error: BaseException) -> str:
-    """Class and first line of the message of an error."""
-    line = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    # It goes into a record, and from there to terminals and pages.
-    return "".join(letter if letter.isprintable() else " " for letter in line)
 
 
 def burst(calls: Sequence[Callable[[], Any]], device: torch.device) -> Burst:
@@ -170,16 +143,17 @@ def copy_rate(device: torch.device) -> dict[str, Any] | None:
     return _rate(COPY_BYTES, 2, device, device=device)
 
 
-def link_rate(device: torch.device) -> dict[str, Any] | None:
-    """Copies from pinned host memory to the device; None without a GPU."""
-    return _rate(LINK_BYTES, 1, device, pin_memory=True)
+def link_rate(device: torch.device, to_host: bool = False) -> dict[str, Any] | None:
+    """Copies from pinned host memory to the device, or back; None without a GPU."""
+    return _rate(LINK_BYTES, 1, device, to_host, pin_memory=True)
 
 
-def _rate(size: int, times: int, place: torch.device, **source: Any) -> dict[str, Any] | None:
+def _rate(size: int, times: int, place: torch.device, back: bool = False, **source: Any) -> dict[str, Any] | None:
     if place.type != "cuda":
         return None
     begin = torch.zeros(size, dtype=torch.uint8, **source)
     target = torch.empty(size, dtype=torch.uint8, device=place)
+    begin, target = (target, begin) if back else (begin, target)
     call = burst([lambda: target.copy_(begin, non_blocking=True)], place)
     timing = time_bursts({"copy": call}, RATE_REPEAT)["copy"]
     return {"bytes": times * size, **timing.record(times * size)}

@@ -1,351 +1,267 @@
-"""Whole decode steps on a GPU: stock caches beside Scout's hand-overs, over contexts and batches, with memory capped.
+"""Whole decode steps for ``bench gpu``: one cache of two tiers on which arms are switched, and full attention.
 
-Models have the shape of real ones and random weights, caches hold random keys and values, and the choice of blocks
-drifts as in real text (:mod:`scout_hf.eval.bench.drift`). Every timed step adds a
-token to the cache and waits for the device, as ``generate`` does, and follows one that is not timed. What does not fit
-into memory is a result. Arms run one after the other, each with a cache of its own.
+The model has the shape of a real one and random weights, caches hold random keys and values, and the choice of blocks
+drifts as in real text (:mod:`scout_hf.eval.bench.drift`). Steps of growing caches add a token each and wait for the
+device, as ``generate`` does; every timed step follows one that is not timed. A batch that memory does not hold is
+halved.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from tqdm import tqdm
 from transformers import Cache
 
 import scout_hf
 from scout_hf import CACHE
-from scout_hf.diagnostics import busy_ms, variant_of
-from scout_hf.eval.arms import COMPILED, GPU_DECODE, HANDED_OVER, IN_LAYER
+from scout_hf.diagnostics import variant_of
+from scout_hf.errors import HostMemoryError, PinnedMemoryError
+from scout_hf.eval import arms
 from scout_hf.eval.bench import device as devices
-from scout_hf.eval.bench import drift, machine
-from scout_hf.eval.bench.models import MODELS, SHAPE, make_model, weight_bytes
-from scout_hf.eval.bench.options import GpuDecode, Tell, silent
+from scout_hf.eval.bench import drift
+from scout_hf.eval.bench.gpu_cache import fill_two_tiers, switched
+from scout_hf.eval.bench.gpu_full import ATTENTIONS, KERNEL, attending, full_cache, full_step
+from scout_hf.eval.bench.gpu_machine import NO_GPU, memory_limit_gib
+from scout_hf.eval.bench.gpu_stages import Given, Job, first_line, why_none
+from scout_hf.eval.bench.models import MODELS, make_model
 from scout_hf.eval.bench.timing import interleave, timed
 from scout_hf.eval.caches import fill, held_bytes, kv_bytes_per_token
-from scout_hf.eval.records import Record
-from scout_hf.eval.rules import GPU_DECODE as RULE
-from scout_hf.kernels import find_kernels
 
-CONTEXTS, BATCHES = (8192, 32768, 65536, 131072), (1, 8, 16, 32)
+SHORT, LONG, WIDE, OFFLOADED = (8, 8192), (8, 65536), (16, 32768), (8, 32768)
+REHEARSED = 1 / 16
+"""Of the tokens, without a GPU."""
+TINY = {
+    "model_type": "llama", "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 1 << 20,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+BLOCK_SIZE = 32
+STEPS, FEWEST, MOST_SECONDS = 24, 2, 6.0
+WARM_UPS, WARM_SECONDS, COMPILING = 8, 3.0, 6
+"""Steps that are not timed: at most, for so long, and at least where they compile and capture."""
+HOST_SHARE, SPARE_SHARE = 0.9, 9 / 8
+"""Of the machine's memory for KV; slabs beside the pages in use."""
+MODEL, KV, FULL, STOCK_ARM = "model", "cache", "full KV, {}", "stock"
 
-WARM_UPS, PROFILED, WATCHED = 8, 3, 3
-# Steps over a link may take seconds.
-LONG_SECONDS, FEWEST = 20.0, 3
-MOST_BATCH, FILL_TOKENS = 256, 4096
-SETTINGS = ("device", "layers", "steps", "budget", "block_size", "digest", "cpu_query", "gpu_kernels", "drift",
-            "threads", "seed")  # fmt: skip
-"""What figures in one file must have in common."""
+
+def short(given: Given) -> list[Job]:
+    """A short context, which shows what a step costs beside attention."""
+    return Bench(given, *SHORT).jobs()
 
 
-def run(asked: GpuDecode, tell: Tell = silent) -> dict[str, Any]:
-    """Measure the arms that are not in the file yet; the whole record, for JSON.
+def long(given: Given) -> list[Job]:
+    """A long one."""
+    return Bench(given, *LONG).jobs()
 
-    The file in ``out`` is written after every arm. On ``cpu`` both tiers are in host memory, and arms that need CUDA
-    are skipped. ValueError for an option that is not allowed.
-    """
-    models, contexts, batches = asked.model or tuple(MODELS), asked.context or CONTEXTS, asked.batch or BATCHES
-    place, caps, arms = devices.find(asked.device), parse_caps(asked.caps), _check(asked, models, contexts)
-    threads = asked.threads or min(torch.get_num_threads(), len(machine.usable_cpus()))
-    settings = {name: getattr(asked, name) for name in SETTINGS} | {"threads": threads}
-    options = {name: getattr(asked, name) for name in ("budget", "block_size", "cpu_query", "gpu_kernels")}
-    options |= {"digest": drift.drifting(asked.digest), "threads": threads}
-    options |= {"split": "cpu" if place.type == "cpu" else "auto"}
-    scout_hf.ScoutConfig(**options)
-    find_kernels(asked.gpu_kernels, place)
-    for context in contexts:
-        _correlation(options, asked.drift, context)
-    file = _begin(asked.out / "gpu_decode.json" if asked.out else None, asked.fresh, settings, place)
-    cells = [(part, {"model": name, "context": context, size: value, "arm": arm})
-             for part, size, values in (("arms", "batch", batches), ("largest", "cap_gib", caps))
-             for name in models for context in contexts for value in values for arm in arms]  # fmt: skip
-    with machine.measuring(threads, tell) as company, tqdm(total=len(cells), disable=None, leave=False) as progress:
-        for name in models:
-            mine = [(part, cell) for part, cell in cells if cell["model"] == name]
-            todo = [(part, cell) for part, cell in mine if not file.has(cell, part)]
-            progress.update(len(mine) - len(todo))
-            if not todo:
-                continue
-            tell(f"making {name} with random weights")
-            make = functools.partial(_Bench, name, asked, place, options, file.held)
-            bench = devices.outcome(make, place)
-            for part, cell in todo:
-                _, context, size, arm = cell.values()
-                progress.set_postfix_str(f"{name}, {context} tokens, {size}, {arm}")
-                if isinstance(bench, dict):  # the model itself does not fit
-                    found = bench
-                elif part == "largest":
-                    found = bench.largest(arm, context, size)
+
+def wide(given: Given) -> list[Job]:
+    """More rows with as much KV."""
+    return Bench(given, *WIDE).jobs()
+
+
+def offloaded(given: Given) -> list[Job]:
+    """What transformers has for KV that does not fit: all of it crosses in every step."""
+    bench = Bench(given, *OFFLOADED)
+    arm = arms.STOCK["stock offloaded"]
+    return [bench.model_job(), Job(arm.name, functools.partial(bench.stock, arm), 80, (MODEL,))]
+
+
+class Bench:
+    """One model, and the shape of its caches; ``rows`` are halved where memory is short."""
+
+    def __init__(self, given: Given, rows: int, tokens: int):
+        self.given, self.settings = given, given.settings
+        self.device = devices.find(given.settings["device"])
+        self.on_gpu = self.device.type == "cuda"
+        self.rows, self.tokens = rows, tokens if self.on_gpu else int(tokens * REHEARSED)
+        # With two tiers and a tiny context the budget would be all of it.
+        budget = self.settings["budget"] if self.on_gpu else int(self.settings["budget"] * REHEARSED)
+        self.options = {"budget": budget, "block_size": BLOCK_SIZE, "split": "auto" if self.on_gpu else "cpu"}
+        self.options |= {"digest": drift.drifting(self.settings["digest"])}
+        scout_hf.ScoutConfig(**self.options)
+        self.model: Any = None
+        self.base: Any = None
+
+    def jobs(self) -> list[Job]:
+        """The model, the cache, then the arms: those that matter most first."""
+        ours = [Job(name, functools.partial(self.scout, arm), 75, (MODEL, KV)) for name, arm in arms.GPU.items()]
+        full = [Job(FULL.format(way), functools.partial(self.full, way), 60, (MODEL,)) for way in ATTENTIONS]
+        stock = Job(STOCK_ARM, functools.partial(self.stock, arms.STOCK["stock"]), 60, (MODEL,))
+        cache = Job(KV, self.make_cache, 120, (MODEL,), again=True)
+        return [self.model_job(), cache, *ours[:2], *full, stock, *ours[2:]]
+
+    def model_job(self) -> Job:
+        return Job(MODEL, self.make_model, 60, again=True)
+
+    # -- what arms share ------------------------------------------------------------------------------------------
+
+    def make_model(self) -> dict[str, Any]:
+        """Make the model."""
+        shape = MODELS["llama-3-8b"] if self.on_gpu else TINY
+        self.model = make_model(shape, self.settings["layers"], self.device, self.settings["seed"])
+        layers = self.model.config.num_hidden_layers
+        cut = "" if layers == shape["num_hidden_layers"] else f", CUT to {layers} layers"
+        return {"facts": [("llama-3-8b" if self.on_gpu else "a tiny model") + cut], "layers": layers}
+
+    def make_cache(self) -> dict[str, Any]:
+        """Make and fill the cache that all arms of two tiers fork."""
+        rows, why = self.rows >> self.given.tries.get(KV, 0), ""
+        if rows < self.rows:
+            why = "its process was ended while it was filled"
+        while rows:
+            need = self._kv_bytes(rows) * SPARE_SHARE
+            free = HOST_SHARE * (memory_limit_gib() or psutil.virtual_memory().total / 2**30) * 2**30
+            if need > free:
+                why = f"{need / 2**30:.0f} GiB of host memory are needed, and {free / 2**30:.0f} may be used"
+            else:
+                try:
+                    self._fill(rows)
+                except (HostMemoryError, PinnedMemoryError, torch.OutOfMemoryError, MemoryError) as error:
+                    why = first_line(error)
                 else:
-                    found = _smaller_failed(file.held["arms"], cell) or bench.measure(arm, context, size)
-                file.add(cell, found, part)
-                progress.update()
-            del bench
-            devices.release(place)
-        file.held["company"] = company.record()
-    return file.held | {"ratios": _ratios(file.held["arms"])}
+                    break
+                # Outside of the handler, whose error holds what was made.
+                self.base = None
+                devices.release(self.device)
+            rows //= 2
+        if not rows:
+            raise MemoryError(why)
+        note = {"note": f"batch {rows} instead of {self.rows}: {why}"} if rows < self.rows else {}
+        self.rows = rows
+        held = held_bytes(self.base, self.device)
+        return note | self._where() | {"host_kv_bytes": held["host"]}
 
+    def _fill(self, rows: int) -> None:
+        with self._patched({}) as handle:
+            cache = handle.new_cache()
+            fill_two_tiers(cache, self.model, self.tokens, rows, self.settings["seed"])
+            self.base = cache
 
-def _begin(path: Path | None, fresh: bool, settings: dict[str, Any], place: torch.device) -> Record:
-    """The record to continue. Rates are measured again; only figures of one run are compared, by its time."""
-    held = {"benchmark": "gpu_decode", "models": {}, "arms": [], "largest": [], "settings": settings}
-    held |= {"machine": machine.describe(), "device": devices.describe(place)}
-    held["cache_grows"] = "by one token per step, warm-up included"
-    held["before_each_step"] = "one more step of the same arm, not timed"
-    held["selection"] = (
-        f"synthetic: {settings['drift']:.0%} of the chosen blocks change per step, by a random walk of scores"
-    )
+    # -- the arms -------------------------------------------------------------------------------------------------
 
-    def same(record: dict[str, Any]) -> dict[str, Any]:
-        given = {name: record["settings"].get(name) for name in settings}
-        return given | {"GPU": record["device"]["name"] or "none"}
-
-    return Record(path, fresh, held, RULE, same, ("models", "arms", "largest", "company"))
-
-
-def _smaller_failed(arms: list[dict[str, Any]], cell: dict[str, Any]) -> dict[str, str] | None:
-    """The result ``oom`` without a run, if fewer rows of the same cell ran out of memory."""
-    for one in arms:
-        same = all(one[name] == cell[name] for name in ("model", "context", "arm"))
-        if same and one["batch"] <= cell["batch"] and "oom" in one:
-            return {"skipped": f"batch {one['batch']} ran out of memory"}
-    return None
-
-
-class _Bench:
-    """One model on its device."""
-
-    def __init__(self, name: str, asked: GpuDecode, device: torch.device, options: dict[str, Any], record):
-        self.device, self.options, self.share = device, options, asked.drift
-        self.steps, self.seed, self.facts = asked.steps, asked.seed, record["device"]
-        self.model = make_model(MODELS[name], asked.layers, device, asked.seed)
-        config = self.model.config
-        record["models"][name] = {
-            **{size: getattr(config, size) for size in SHAPE},
-            "whole": config.num_hidden_layers == MODELS[name]["num_hidden_layers"],
-            "weight_bytes": weight_bytes(self.model),
-            "kv_bytes_per_token": kv_bytes_per_token(config),
-        }
-
-    def measure(self, arm: str, context: int, batch: int) -> dict[str, Any]:
-        """Figures of one arm, or the reason why there are none."""
-        measure = functools.partial(self._measure, arm, context, batch)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("default")
-            found = self._reason(arm, context, batch) or devices.outcome(measure, self.device)
-        devices.release(self.device)
-        # For example, that another hand-over was used than the one asked for.
-        said = {devices.first_line(one.message) for one in caught}
-        return found | ({"warnings": sorted(said)} if said else {})
-
-    def largest(self, arm: str, context: int, cap_gib: float) -> dict[str, Any]:
-        """The largest batch, a power of two, that decodes within ``cap_gib`` of device memory, with its figures."""
-        if self.device.type != "cuda":
-            return {"skipped": "memory is capped by CUDA's allocator; it takes --device cuda"}
-        share = min(1.0, cap_gib * 2**30 / torch.cuda.get_device_properties(self.device).total_memory)
-        torch.cuda.set_per_process_memory_fraction(share, self.device)
-        try:
-            return largest_power(functools.partial(self.measure, arm, context), MOST_BATCH) | {"capped": share < 1.0}
-        finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
-
-    def _reason(self, arm: str, context: int, batch: int) -> dict[str, str] | None:
-        """Why an arm cannot run here."""
-        if self.device.type != "cuda" and arm not in ("stock", "scout join", "scout flags", IN_LAYER):
-            return {"skipped": "needs CUDA: its streams or graphs"}
-        if HANDED_OVER.get(arm, "join") != "join":
-            if find_kernels(self.options["gpu_kernels"], self.device) is None:
-                return {"skipped": "this hand-over needs Triton kernels; see gpu_kernels of ScoutConfig"}
-            if len(machine.usable_cpus()) < 2:
-                return {"skipped": "while the device waits, the CPU needs a core of its own: --threads 2 or more"}
-        if arm in ("stock", COMPILED):
-            return None
-        need = context * batch * kv_bytes_per_token(self.model.config)
-        why = machine.too_large(int(1.15 * need), "lower --context, --batch or --layers")
-        return {"skipped": f"host memory: {why}"} if why else None
-
-    def _measure(self, arm: str, context: int, batch: int) -> dict[str, Any]:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        with self._decoding(arm, context, batch) as (cache, step, handle):
-            seconds = _warm_up(step)
-            if handle:
-                handle.reset_stats()
-            count = min(self.steps, max(FEWEST, int(LONG_SECONDS / seconds)))
-
-            def after_another():
-                # As in decoding: the CPU's threads are awake, and nothing else lies between.
-                step()
-                return step
-
-            timing = interleave({arm: after_another}, count, self.seed)[arm]
-            stats, found = handle and handle.stats(), timing.record()
-            milliseconds = found["median_ms"]
-            busy, held = busy_ms(step, PROFILED, self.device), held_bytes(cache, self.device)
-            cuda = self.device.type == "cuda"
-            found |= {
-                "tokens_per_s": 1e3 * batch / milliseconds,
-                "device_kv_bytes": held["device"],
-                "host_kv_bytes": held["host"],
-                "device_peak_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else None,
-                "gpu_idle_share": busy and max(0.0, 1.0 - busy["busy"] / milliseconds),
-                "gpu_wait_share": busy and min(1.0, busy["waiting"] / milliseconds),
-                **self._limit(cache, held),
+    def scout(self, arm: arms.Arm) -> dict[str, Any]:
+        """Figures of an arm of two tiers."""
+        way = arm.options["hand_over"]
+        if not self.on_gpu and way != "join":
+            return dict(NO_GPU)
+        if why := why_none(self.given.known.get("smoke", {}).get(way, {"skipped": "was not run"})):
+            return {"skipped": f"not run: smoke of {way} failed ({why})"}
+        options = arm.options if self.on_gpu else {"cpu_query": arm.options["cpu_query"]}
+        with _told() as said, self._patched(options) as handle, _counted(self.device) as found:
+            cache = switched(self.base, **options)
+            found |= self._time(self._step(cache), COMPILING, handle.reset_stats)
+            stats = handle.stats()
+            found |= self._held(cache) | {
+                "cpu_ratio": stats.cpu_ratio,
+                "join_wait_ms": stats.join_wait_ms,
+                "attended_tokens": stats.attended_tokens,
+                "recalled_bytes_per_step": stats.recalled_bytes / max(1, stats.steps),
+                "facts": [variant_of(cache)],
             }
-            if stats:
-                found |= {
-                    "cpu_ratio": stats.cpu_ratio,
-                    "join_wait_ms": stats.join_wait_ms,
-                    "recalled_bytes_per_step": stats.recalled_bytes / stats.steps,
-                    "attended_tokens": stats.attended_tokens,
-                    "cosine": stats.cosine,
-                    "as": variant_of(cache),
-                    **self._drift(cache, context, step),
-                }
-        # JSON has no way to write other numbers.
-        odd = [name for name, value in found.items() if isinstance(value, float) and not math.isfinite(value)]
-        return found | dict.fromkeys(odd)
+        return self._where() | found | ({"warnings": said} if said else {})
+
+    def stock(self, arm: arms.Arm) -> dict[str, Any]:
+        """Figures of a cache of transformers."""
+        if too_large := None if arm.cache == "offloaded" else self._too_large():
+            return too_large
+        with arm.caches(self.model) as caches, _counted(self.device) as found:
+            cache = caches.new()
+            fill(cache, self.model.config, self.tokens, self.rows, self.settings["seed"], self.device)
+            found |= self._time(self._step(cache), 1)
+            found |= self._held(cache)
+        return self._where() | found
+
+    def full(self, way: str) -> dict[str, Any]:
+        """Figures of full attention with a fast kernel, in a graph if that can be."""
+        if not self.on_gpu and way == KERNEL:
+            return dict(NO_GPU)
+        if too_large := self._too_large():
+            return too_large
+        with attending(self.model, way), _counted(self.device) as found:
+            cache = full_cache(self.model, self.tokens, self.rows, self.settings["seed"])
+            step, why = full_step(self.model, cache, self.rows)
+            found |= self._time(lambda: (step(), devices.wait(self.device)), 1)
+            found |= self._held(cache) | ({"note": why} if why else {})
+        return self._where() | found
+
+    # -- parts ----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _decoding(self, arm: str, context: int, batch: int) -> Iterator[tuple[Cache, Callable, Any]]:
-        """Context manager: a filled cache, a function that takes one step, and the handle (None if unpatched)."""
-        drift.settings_for(_correlation(self.options, self.share, context), self.options["gpu_kernels"])
-        capacity, call = context + WARM_UPS + 2 * self.steps + PROFILED, self.model
-        try:
-            with GPU_DECODE[arm].caches(self.model, capacity, **self.options) as caches:
-                cache = caches.new()
-                if GPU_DECODE[arm].compiled:
-                    call = torch.compile(self.model, mode="reduce-overhead", dynamic=False)
-                fill(cache, self.model.config, context, batch, self.seed, self.device, FILL_TOKENS)
-                ids = torch.ones((batch, 1), dtype=torch.long, device=self.device)
+    def _patched(self, options: dict[str, Any]) -> Iterator[Any]:
+        drift.settings_for(self._correlation(), "auto")
+        with scout_hf.patch(self.model, **self.options | options) as handle:
+            yield handle
 
-                @torch.no_grad()
-                def step():
-                    call(input_ids=ids, **{CACHE: cache}, use_cache=True)
-                    devices.wait(self.device)
+    def _correlation(self) -> float:
+        config = scout_hf.ScoutConfig(**self.options)
+        recent = config.blocks(config.window)
+        chosen, blocks = max(1, config.blocks(config.budget) - recent), self.tokens // config.block_size - recent
+        share = self.settings["drift"]
+        return 1.0 if chosen >= blocks or not share else drift.correlation_for(share, chosen / blocks)
 
-                yield cache, step, caches.handle
-        finally:
-            if GPU_DECODE[arm].compiled:
-                torch.compiler.reset()
+    def _step(self, cache: Cache) -> Callable[[], None]:
+        ids = torch.ones((self.rows, 1), dtype=torch.int64, device=self.device)
 
-    def _drift(self, cache: Cache, context: int, step: Callable) -> dict[str, float | None]:
-        """The measured share of blocks that changes per step, and the cost of the random walk."""
-        selectors = [layer.method.selector for layer in cache.scout_layers]
-        walks = [one.digest for one in selectors]
-        chosen, blocks = _chosen(self.options, context)
-        if chosen >= blocks:
-            return {"drift_measured": None, "drift_ms": None}
-        measured = drift.watched_change(walks, chosen, blocks, step, WATCHED)
-        like = torch.zeros((*selectors[0].table.codes().shape[:2], blocks), device=self.device)
-
-        def walk():
-            for one in walks:
-                like.add_(one.advance(like))
+        @torch.no_grad()
+        def step() -> None:
+            self.model(input_ids=ids, **{CACHE: cache}, use_cache=True)
             devices.wait(self.device)
 
-        walk()
-        cost = interleave({"walk": lambda: walk}, 5)["walk"]
-        return {"drift_measured": measured, "drift_ms": 1e3 * cost.median}
+        return step
 
-    def _limit(self, cache: Cache, held: dict[str, int]) -> dict[str, float | None]:
-        """Bytes that a step must read, and the time that this takes at the measured rates."""
-        weights, copy, link = weight_bytes(self.model), self.facts["copy"], self.facts["link"]
-        over_link = held["host"] if getattr(cache, "offloading", False) else 0
-        moved = weights + held["device"] + held["digests"]
-        limit = None
-        if copy and link:
-            limit = max(moved / copy["gb_per_s"], over_link / link["gb_per_s"]) / 1e6
-        return {"least_device_bytes": moved, "least_link_bytes": over_link, "limit_ms": limit}
+    def _time(self, step: Callable[[], Any], fewest: int, begin: Callable[[], Any] = lambda: None) -> dict[str, Any]:
+        taken = []
+        while len(taken) < max(WARM_UPS, fewest) and (len(taken) < fewest or sum(taken) < WARM_SECONDS):
+            taken.append(timed(step))
+        begin()
+        count = min(STEPS, max(FEWEST, int(MOST_SECONDS / 2 / min(taken))))
 
+        def after_another() -> Callable[[], Any]:
+            # As in decoding: the CPU's threads are awake, and nothing else lies between.
+            step()
+            return step
 
-# -- parts that stand for themselves --------------------------------------------------------------------------------
+        found = interleave({"step": after_another}, count, self.settings["seed"])["step"].record()
+        return found | {"tokens_per_s": 1e3 * self.rows / found["median_ms"]}
 
+    def _where(self) -> dict[str, int]:
+        return {"batch": self.rows, "context": self.tokens}
 
-def _warm_up(step: Callable[[], Any]) -> float:
-    """Run warm-up steps, fewer if they are slow; seconds of the fastest. The first ones compile and capture."""
-    taken = []
-    while len(taken) < WARM_UPS and (len(taken) < FEWEST or sum(taken) < LONG_SECONDS / 2):
-        taken.append(timed(step))
-    return min(taken)
+    def _kv_bytes(self, rows: int) -> int:
+        return rows * self.tokens * kv_bytes_per_token(self.model.config)
 
+    def _too_large(self) -> dict[str, str] | None:
+        layer = self._kv_bytes(self.rows) // self.model.config.num_hidden_layers
+        return devices.too_large(self._kv_bytes(self.rows) + 3 * layer, self.device)
 
-def largest_power(measure: Callable[[int], dict[str, Any]], most: int) -> dict[str, Any]:
-    """The largest power of two, up to ``most``, that works, by bisection, with its result.
-
-    What has a time works. ``stopped_by`` is the result of the next power; None if ``most`` was reached.
-    """
-    low, high = -1, most.bit_length()  # fits, does not fit
-    best, stopped = None, None
-    while high - low > 1:
-        middle = (low + high) // 2
-        found = measure(1 << middle)
-        if "median_ms" in found:
-            low, best = middle, found
-        else:
-            high, stopped = middle, found
-    return {"largest_batch": 0 if best is None else 1 << low, "at_largest": best, "stopped_by": stopped}
+    def _held(self, cache: Cache) -> dict[str, int]:
+        held = held_bytes(cache, self.device)
+        return {"device_kv_bytes": held["device"] + held["digests"], "host_kv_bytes": held["host"]}
 
 
-def parse_caps(text: str) -> list[float]:
-    """The option ``--caps``, in GiB; ValueError if a part is no number above 0.
-
-    >>> parse_caps("24,40")
-    [24.0, 40.0]
-    """
-    try:
-        caps = [float(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        caps = [0.0]
-    if any(not 0 < cap < float("inf") for cap in caps):
-        raise ValueError(f"--caps {text}: allowed are numbers of GiB above 0 with commas between; try 24,40,80")
-    return caps
+@contextmanager
+def _counted(device: torch.device) -> Iterator[dict[str, Any]]:
+    """What an arm found, with the most device memory that was in use; what the one before held is free."""
+    found: dict[str, Any] = {}
+    devices.release(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    yield found
+    if device.type == "cuda":
+        found["device_peak_bytes"] = torch.cuda.max_memory_allocated(device)
 
 
-def _chosen(options: dict[str, Any], context: int) -> tuple[int, int]:
-    """Number of chosen blocks, and of those to choose from."""
-    config = scout_hf.ScoutConfig(**options)
-    recent = config.blocks(config.window)
-    return max(1, config.blocks(config.budget) - recent), context // config.block_size - recent
-
-
-def _correlation(options: dict[str, Any], share: float, context: int) -> float:
-    chosen, blocks = _chosen(options, context)
-    return 1.0 if chosen >= blocks or not share else drift.correlation_for(share, chosen / blocks)
-
-
-def _ratios(arms: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Stock times divided by those of scout, within one run."""
-    rows = []
-    for ours in arms:
-        if "median_ms" not in ours or ours["arm"].startswith("stock"):
-            continue
-        same = {name: ours[name] for name in ("model", "context", "batch", "run")}
-        beside = [one for one in arms if same.items() <= one.items() and one["arm"].startswith("stock")]
-        found = {one["arm"]: one["median_ms"] / ours["median_ms"] for one in beside if "median_ms" in one}
-        rows.append(same | {"arm": ours["arm"], "times_faster_than": found})
-    return rows
-
-
-def _check(asked: GpuDecode, models: Sequence[str], contexts: Sequence[int]) -> tuple[str, ...]:
-    """The arms to run."""
-    arms, block_size = asked.arm, asked.block_size
-    if unknown := [name for name in models if name not in MODELS]:
-        raise ValueError(f"--model {unknown[0]}: allowed are {', '.join(MODELS)}; try llama-3-8b")
-    if unknown := [name for name in arms or () if name not in GPU_DECODE]:
-        raise ValueError(f"--arm {unknown[0]!r}: allowed are {', '.join(map(repr, GPU_DECODE))}; try 'scout join'")
-    if asked.digest == "auto":
-        raise ValueError(
-            "--digest auto: name the one whose scores are to be computed, such as minmax or sign; try minmax"
-        )
-    scout_hf.ScoutConfig(block_size=block_size)
-    if min(contexts) < 4 * block_size:
-        raise ValueError(f"--context {min(contexts)}: take at least 4 blocks of {block_size}; try {64 * block_size}")
-    return tuple(arms or (arm for arm in GPU_DECODE if asked.compiled or arm != COMPILED))
+@contextmanager
+def _told() -> Iterator[list[str]]:
+    """Warnings: for example, that another hand-over was used than the one asked for."""
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        yield said
+    said += sorted({first_line(one.message) for one in caught})

@@ -1,8 +1,8 @@
-"""The Triton decode kernel, with and without prefetch into L2, beside torch, FlashInfer and FlashAttention.
+"""The Triton kernels for ``bench gpu``, with and without prefetch, beside torch, FlashInfer and FlashAttention.
 
-The shapes are those of the paper on prefetching (arXiv 2504.06319). All read the same keys and values, and read them
-from memory: where these would fit into the device's last cache level, several copies take turns. Calls are captured in
-CUDA graphs, so that what the CPU takes to launch them does not count.
+All read the same keys and values, and read them from memory: where these would fit into the device's last cache level,
+several copies take turns. Calls are captured in CUDA graphs, so that what the CPU takes to launch them does not count.
+The best tile is kept for later decoding.
 """
 
 from __future__ import annotations
@@ -14,36 +14,24 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from scout_hf import ScoutConfig
 from scout_hf.eval.bench import device as devices
-from scout_hf.eval.bench import machine
 from scout_hf.eval.bench.cpu_kernel import random_lists
 from scout_hf.eval.bench.gpu_rivals import by_gathering, made, with_flash, with_flash_attn, with_flashinfer, with_sdpa
-from scout_hf.eval.bench.options import GpuKernel, Tell, all_but, check_sizes, silent
+from scout_hf.eval.bench.gpu_stages import Given, Job
 from scout_hf.eval.bench.timing import Timing, timed
 from scout_hf.eval.caches import DTYPE, tensor_bytes
+from scout_hf.eval.tables import short
 from scout_hf.kernels import find_kernels
 from scout_hf.selection import Selector, mean_share
 
-WHOLE = {
-    "heads": ((32, 32), (32, 8), (40, 8), (28, 4)),
-    "batches": (1, 4, 16, 64, 128),
-    "contexts": (512, 2048, 8192, 32768),
-    "block_sizes": (32, 16),
-    "score_tokens": (65536, 131072),
-    "repeat": 10,
-}
-QUICK = {
-    "heads": WHOLE["heads"][:2],
-    "batches": (16,),
-    "contexts": (2048, 8192),
-    "block_sizes": (32,),
-    "score_tokens": WHOLE["score_tokens"][:1],
-    "repeat": 5,
-}
-DIGESTS = ("minmax", "minmax-int8", "sign", "sign2")
+HEADS, HEAD_DIM, BLOCK_SIZE = (32, 8), 128, 32
+DENSE = ((8, 2048), (8, 8192), (8, 65536), (16, 32768))
+"""Rows and tokens: the residents of a step, and what a step with full attention reads."""
+SELECTED, OF_TOKENS, ROWS = 2048, 65536, 8
+DIGESTS = ("minmax", "sign", "sign2")
+REPEAT, JOB_SECONDS = 7, 60.0
 PLAIN, LINES, BULK = "plain", "prefetch lines", "prefetch bulk"
 SDPA, FLASH, FLASHINFER, FLASH_ATTN = "sdpa", "sdpa flash", "flashinfer", "flash_attn"
 GATHERED = "gathered by torch"
@@ -51,55 +39,24 @@ RIVALS = {SDPA: with_sdpa, FLASH: with_flash, FLASHINFER: with_flashinfer, FLASH
 FILL_TOKENS = 8192
 
 
-def run(options: GpuKernel, tell: Tell = silent) -> dict[str, Any]:
-    """Measure the decode kernel and block scoring; the record, for JSON.
-
-    On ``cpu`` the kernels run in Triton's interpreter (``TRITON_INTERPRET=1``): this shows that the benchmark runs, and
-    its times mean nothing. The best tile for each head size, GQA group and block size is saved for later decoding.
-    ValueError for an option that is not allowed.
-    """
-    given = {"batches": options.batch, "contexts": options.context, "block_sizes": options.block_size}
-    given |= {"heads": [parse_heads(one) for one in options.heads or ()]}
-    given |= {"score_tokens": options.score_tokens, "repeat": options.repeat}
-    grid = WHOLE | (QUICK if options.quick else {}) | {name: value for name, value in given.items() if value}
-    heads, batches, contexts, block_sizes, score_tokens, repeat = (grid[name] for name in WHOLE)
-    head_dim, selected, cache_tokens = options.head_dim, options.selected, options.cache_tokens
-    settings = all_but(options, "batch", "context", "block_size", "quick", "out") | grid
-    place = devices.find(options.device)
-    for size in block_sizes:
-        ScoutConfig(block_size=size)
-        check_sizes(heads, size, (*contexts, selected, cache_tokens, *score_tokens))
-    if head_dim % 8 or not 8 <= head_dim <= 256:
-        raise ValueError(f"--head-dim {head_dim}: allowed are multiples of 8 from 8 to 256; try 128")
-    if selected > cache_tokens:
-        raise ValueError(f"--selected {selected}: the cache has {cache_tokens} tokens; select less")
-    kernels = find_kernels("triton", place)
-    threads = len(machine.usable_cpus())
-    group = next((pair for pair in heads if pair[0] > pair[1]), heads[0])
-    cells = [("dense", *pair, size, batch, tokens)
-             for pair in heads for size in block_sizes for batch in batches for tokens in contexts]  # fmt: skip
-    cells += [("scattered", *pair, size, options.selected_batch, selected, cache_tokens)
-              for pair in heads for size in block_sizes]  # fmt: skip
-    cells += [("score", *group, block_sizes[0], tokens, name, options.score_batch, selected)
-              for tokens in score_tokens for name in DIGESTS]  # fmt: skip
-    found: dict[str, list] = {"dense": [], "scattered": [], "score": []}
-    with machine.measuring(threads, tell) as company:
-        facts = devices.describe(place)
-        bench = _Bench(place, kernels, head_dim, repeat, options.seed, facts["copy"] and facts["copy"]["gb_per_s"])
-        for kind, *cell in tqdm(cells, desc="gpu-kernel", leave=False, disable=None):
-            found[kind].append(bench.guarded(getattr(bench, kind), *cell))
-    return {
-        "benchmark": "gpu_kernel",
-        "settings": settings | {"threads": threads},
-        "machine": machine.describe(),
-        "device": facts,
-        "company": company.record(),
-        "dtype": str(DTYPE).removeprefix("torch."),
-        **found,
+def jobs(given: Given) -> list[Job]:
+    """Attention to whole contexts and to scattered blocks, and scores of digests."""
+    place = devices.find(given.settings["device"])
+    rate = given.known.get("machine", {}).get("copies on the GPU", {}).get("gb_per_s")
+    bench = Bench(place, find_kernels("triton", place), HEAD_DIM, REPEAT, given.settings["seed"], rate)
+    cells: dict[str, Callable[[], tuple]] = {
+        f"all of {rows} x {short(tokens)}": functools.partial(bench.dense, *HEADS, BLOCK_SIZE, rows, tokens)
+        for rows, tokens in DENSE
     }
+    scattered = functools.partial(bench.scattered, *HEADS, BLOCK_SIZE, ROWS, SELECTED, OF_TOKENS)
+    cells[f"{short(SELECTED)} of {ROWS} x {short(OF_TOKENS)}, scattered"] = scattered
+    for name in DIGESTS:
+        score = functools.partial(bench.score, *HEADS, BLOCK_SIZE, OF_TOKENS, name, ROWS, SELECTED)
+        cells[f"{name} scores, {ROWS} x {short(OF_TOKENS)}"] = score
+    return [Job(name, functools.partial(bench.guarded, cell), JOB_SECONDS) for name, cell in cells.items()]
 
 
-class _Bench:
+class Bench:
     """Settings shared by all cells; ``rate`` is the measured rate of copies on the device, in GB/s, or None."""
 
     def __init__(self, device, kernels, dim: int, repeat: int, seed: int, rate: float | None):
@@ -290,16 +247,3 @@ def _ratios(times: dict[str, Timing]) -> Iterator[tuple[str, float]]:
     better = min((times[name].median for name in (LINES, BULK) if name in times), default=math.nan)
     if math.isfinite(better):
         yield f"prefetch/{PLAIN}", better / plain
-
-
-def parse_heads(text: str) -> tuple[int, int]:
-    """The option ``--heads``: query heads and KV heads; ValueError if it is not two numbers with a slash between.
-
-    >>> parse_heads("32/8")
-    (32, 8)
-    """
-    try:
-        query_heads, kv_heads = map(int, text.split("/"))
-    except ValueError:
-        raise ValueError(f"--heads {text}: allowed are query heads / KV heads; try 32/8") from None
-    return query_heads, kv_heads

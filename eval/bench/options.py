@@ -1,6 +1,6 @@
 """What the benchmarks of kernels and of decode steps take, and how they are measured by it.
 
-Nothing heavy is imported before that. In those of a GPU, None and an empty list leave a value to ``run``.
+Nothing heavy is imported before that.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from scout_hf.eval.options import BlockSize, Budget, Cpus, Drift
 
 Out = Annotated[Path | None, Option(help="Folder for the numbers as JSON, and a plot.")]
 Repeat = Annotated[int, Option(min=3, help="Timed calls of each kind, in random order.")]
-Device = Annotated[str, Option(help="A GPU: cuda, cuda:1; cpu shows that it runs, and measures nothing.")]
 
 Tell = Callable[[str], Any]
 """Receives progress messages, one line each."""
@@ -71,61 +70,24 @@ class CpuDecode:
 
 
 @dataclass(frozen=True)
-class GpuKernel:
-    """The Triton decode kernel with and without L2 prefetch, beside torch, FlashInfer, FlashAttention; tunes it."""
+class Gpu:
+    """Everything about a GPU in a given time: rates, checks, tests, kernels, decode steps beside fast full attention.
 
-    device: Device = "cuda"
-    heads: Annotated[list[str] | None, Option(help="Query/KV heads, as in 32/8; several times.")] = None
-    head_dim: Annotated[int, Option(help="Size of a head.")] = 128
-    batch: Annotated[list[int] | None, Option(min=1, help="Rows; may be given several times.")] = None
-    context: Annotated[list[int] | None, Option(help="Tokens, all attended; several times.")] = None
-    block_size: Annotated[list[int] | None, Option(help="Tokens per block; several times.")] = None
-    selected: Annotated[int, Option(help="Tokens of blocks that lie scattered.")] = 2048
-    cache_tokens: Annotated[int, Option(help="Tokens that they are scattered over.")] = 65536
-    selected_batch: Annotated[int, Option(min=1, help="Rows of these.")] = 16
-    score_tokens: Annotated[list[int] | None, Option(help="Contexts whose digests to score.")] = None
-    score_batch: Annotated[int, Option(min=1, help="Rows of these.")] = 8
-    repeat: Annotated[int | None, Option(min=3, help="Samples of each, in random order; 10.")] = None
-    quick: Annotated[bool, Option("--quick", help="Few shapes: a look, in about two minutes.")] = False
-    seed: Annotated[int, Option(help="Decides queries, keys, values and selections.")] = 0
-    out: Out = None
+    Stages run in processes of their own. What is known is in DIR/gpu.json after every cell, and as a table in
+    DIR/gpu.txt. Send these and DIR/logs with whatever you found.
+    """
 
-    def measure(self, tell: Tell) -> dict[str, Any]:
-        """The record of the benchmark."""
-        from scout_hf.eval.bench.gpu_kernel import run
-
-        return run(self, tell)
-
-
-@dataclass(frozen=True)
-class GpuDecode:
-    """Decode steps of random models shaped like real ones: stock caches beside Scout's hand-overs."""
-
-    device: Device = "cuda"
-    model: Annotated[list[str] | None, Option(help="llama-3-8b or qwen3-14b; both by default.")] = None
-    layers: Annotated[int | None, Option(min=1, help="Cut the models to so many; figures say so.")] = None
-    context: Annotated[list[int] | None, Option(help="Tokens in the cache; several times.")] = None
-    batch: Annotated[list[int] | None, Option(min=1, help="Rows; may be given several times.")] = None
-    arm: Annotated[list[str] | None, Option(help="Such as 'stock' or 'scout flags'; all by default.")] = None
-    steps: Annotated[int, Option(min=3, help="Timed steps of each arm.")] = 32
+    seconds: Annotated[int, Option(min=10, help="It ends by itself before; about 660 suffice for everything.")] = 660
+    out: Annotated[Path, Option(metavar="DIR", help="Folder for results and logs.")] = Path("gpu-results")
+    begin: Annotated[
+        str | None, Option("--from", metavar="STAGE", help="Go on there, with what DIR has of the stages before.")
+    ] = None
+    device: Annotated[str, Option(help="A GPU: cuda, cuda:1; cpu rehearses it with a tiny model.")] = "cuda"
+    layers: Annotated[int | None, Option(min=1, help="Cut the model to so many; figures say so.")] = None
     budget: Budget = 2048
-    block_size: BlockSize = 32
     digest: Annotated[str, Option(help="Digest whose scores are computed.")] = "minmax"
-    cpu_query: Annotated[str, Option(help="As in ScoutConfig: auto, predicted or real.")] = "auto"
-    gpu_kernels: Annotated[str, Option(help="As in ScoutConfig: auto, torch or triton.")] = "auto"
     drift: Drift = 0.1
-    compiled: Annotated[bool, Option("--compile", help="Also a static cache with torch.compile.")] = False
-    caps: Annotated[str, Option(help="GiB, as in 24,40,80: the largest batch within each.")] = ""
-    threads: Cpus = None
     seed: Annotated[int, Option(help="Decides weights, keys and values.")] = 0
-    fresh: Annotated[bool, Option("--fresh", help="Measure again what DIR/gpu_decode.json has.")] = False
-    out: Annotated[Path | None, Option(help="Folder for JSON and a plot; interrupted runs resume from it.")] = None
-
-    def measure(self, tell: Tell) -> dict[str, Any]:
-        """The record of the benchmark, resumed from ``out``."""
-        from scout_hf.eval.bench.gpu_decode import run
-
-        return run(self, tell)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from scout_hf.eval import tables
-from scout_hf.eval.bench import cpu_report, drafts_report, gpu_report, rivals_report, sessions_report
+from scout_hf.eval.bench import cpu_report, drafts_report, rivals_report, sessions_report
 from scout_hf.eval.methods import plots as method_plots
 from scout_hf.eval.methods import tables as method_tables
 from scout_hf.eval.records import write_record
@@ -19,8 +19,6 @@ MACHINE = "{cpu} ({isa}), {threads} of {cpus} CPUs, torch {torch}, transformers 
 TABLES = {
     "cpu_kernel": cpu_report.kernel_tables,
     "cpu_decode": cpu_report.decode_tables,
-    "gpu_kernel": gpu_report.kernel_tables,
-    "gpu_decode": gpu_report.decode_tables,
     "sessions": sessions_report.tables,
     "rivals": rivals_report.tables,
     "drafts": drafts_report.tables,
@@ -29,8 +27,6 @@ TABLES = {
 PLOTS = {
     "cpu_kernel": cpu_report.plot_kernel,
     "cpu_decode": cpu_report.plot_decode,
-    "gpu_kernel": gpu_report.plot_kernel,
-    "gpu_decode": gpu_report.plot_decode,
     "sessions": sessions_report.plot,
     "rivals": rivals_report.plot,
     "drafts": drafts_report.plot,
@@ -39,7 +35,7 @@ PLOTS = {
 
 
 def show(record: dict[str, Any], console: Console | None = None) -> None:
-    """Print a record of any benchmark."""
+    """Print the record of a benchmark."""
     tables.show(TABLES[record["benchmark"]](record), _machine(record), console)
 
 

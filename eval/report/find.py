@@ -7,7 +7,7 @@ from pathlib import Path
 
 from scout_hf.errors import ConfigError
 
-FILES = ("methods", "fidelity", "cpu_decode", "cpu_kernel", "gpu_decode", "gpu_kernel", "sessions", "rivals", "drafts")
+FILES = ("methods", "fidelity", "cpu_decode", "cpu_kernel", "gpu", "sessions", "rivals", "drafts")
 
 
 def find(given: Sequence[Path], out: Path | None = None) -> list[Path]:

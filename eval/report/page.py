@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
+from scout_hf.eval.bench import gpu_report
 from scout_hf.eval.bench import readme as bench
 from scout_hf.eval.language import report as fidelity
 from scout_hf.eval.methods import plots, tables, view
@@ -25,8 +26,7 @@ TITLES = {
     "fidelity": "What is lost",
     "cpu_decode": "Decoding without a GPU",
     "cpu_kernel": "Attention over scattered blocks",
-    "gpu_decode": "Decoding on a GPU",
-    "gpu_kernel": "The kernel on a GPU",
+    "gpu": "On a GPU",
     "sessions": "Sessions on disk",
     "rivals": "Beside other runtimes",
     "drafts": "Lossless drafts over a slow link",
@@ -48,8 +48,8 @@ SHOWN = {
     "scout_hf": "scout_hf {}",
     "commit": "commit {}",
 }
-COMMANDS = bench.COMMANDS | {"fidelity": fidelity.COMMAND}
-PARTS = bench.PARTS | {"fidelity": fidelity.parts}
+COMMANDS = bench.COMMANDS | {"fidelity": fidelity.COMMAND, "gpu": "scout-hf bench gpu"}
+PARTS = bench.PARTS | {"fidelity": fidelity.parts, "gpu": gpu_report.gpu_tables}
 
 
 class Part(NamedTuple):

@@ -7,10 +7,12 @@ from scout_hf.stores.page_table import PageTable
 from scout_hf.stores.pages import PagePool
 from scout_hf.stores.protocols import KVStore
 from scout_hf.stores.resident_slots import ResidentSlots
+from scout_hf.stores.streams import Links
 from scout_hf.stores.two_tier_kv import TwoTierKV
 
 __all__ = [
     "KVStore",
+    "Links",
     "PackedKV",
     "PagePool",
     "PageTable",

@@ -101,13 +101,17 @@ def check_pytest(arguments):
     assert all((ROOT / one).exists() for one in arguments if "/" in one)
 
 
-def check_module(arguments):
-    """A benchmark that is a module: its options."""
+def check_python(arguments):
+    """The command line without an install, what builds the native library, or a benchmark that is a module."""
+    if arguments[:2] == ["-m", "scout_hf"]:
+        return check_scout_hf(arguments[2:])
+    if arguments == ["setup.py", "build_ext", "--inplace"]:
+        return
     assert arguments[:2] == ["-m", weights.__name__]
     app = typer.Typer()
     app.command()(weights.main)
     typer.main.get_command(app).make_context("", arguments[2:])
 
 
-KNOWN = {"python": check_module, "scout-hf": check_scout_hf, "make": check_make, "pip": check_pip}
+KNOWN = {"python": check_python, "scout-hf": check_scout_hf, "make": check_make, "pip": check_pip}
 KNOWN |= {".venv/bin/python": check_pytest, ".venv/bin/scout-hf": check_scout_hf}

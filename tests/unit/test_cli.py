@@ -62,7 +62,12 @@ HELP = [
     *([name, "--help"] for name in ("read", "ask", "session")),
     *(["session", name, "--help"] for name in ("ls", "info", "rm", "prune")),
 ]
-HELP += [["bench", "methods", "--help"], ["lm-eval", "--help"], ["lm-eval", "make-data", "--help"]]
+HELP += [
+    ["bench", "methods", "--help"],
+    ["bench", "gpu", "--help"],
+    ["lm-eval", "--help"],
+    ["lm-eval", "make-data", "--help"],
+]
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +97,7 @@ MISSING = {
     "trace to no folder": (["trace", "--out", "no/step.json"], "no/step.json"),
     "trace of no model": (["trace", "--model", "no/model"], "--model no/model is not the folder of a model"),
     "methods of no model": (["bench", "methods", "--shape", "./no"], "--shape ./no is not the folder of a model"),
+    "no such stage": (["bench", "gpu", "--from", "nowhere", "--out", "results"], "--from nowhere"),
     "no interpreter": (
         ["bench", "methods", "--kvpress-python", "no/python"],
         "--kvpress-python no/python is missing",
@@ -142,7 +148,7 @@ def test_a_path_that_is_wrong_is_told_at_once(kind, refused):
 
 
 def test_a_device_that_is_not_there_takes_torch_alone(tmp_path):
-    commands = [["bench", "gpu-kernel"], ["bench", "gpu-decode"], ["bench", "methods"], ["trace"]]
+    commands = [["bench", "methods"], ["trace"]]
     for code, out, errors, heavy in call_all([[*words, "--device", "cuda:99"] for words in commands], tmp_path):
         assert code == 2 and not out.strip() and heavy == {"torch"}
         assert errors.startswith("error: --device cuda:99") and errors.count("\n") == 1

@@ -165,7 +165,7 @@ def _table() -> dict[str, Tile]:
     if path is None:
         return {}
     try:
-        data = read_json(path, RULE, "`scout-hf bench gpu-kernel` creates it again", LARGEST_FILE)
+        data = read_json(path, RULE, "`scout-hf bench gpu` creates it again", LARGEST_FILE)
     except MissingFileError:
         return {}
     except ConfigError as error:
