@@ -358,10 +358,11 @@ class Selector:
         ``padding_mask`` is (batch, blocks) of bool or None, False for blocks of only padding. With
         ``limits``, blocks that are not needed get -inf.
         """
-        scores, size = None, self.config.block_size
+        scores, size, shares_of = None, self.config.block_size, mean_share
         if self.digest.native and self._kernels is not None:
             scores = self._kernels.score(self.digest.native, self.digest.prepare(query), codes, size, count=filled)
-            filled = filled if scores is None else None  # the kernel has written -inf from there on
+            if scores is not None:
+                filled, shares_of = None, self._kernels.mean_share  # it has written -inf from there on
         elif self.digest.native:
             scores = step.backend.score(self.digest.native, self.digest.prepare(query), codes, block_size=size)
         scores = self.digest.score(query, codes) if scores is None else scores
@@ -370,10 +371,9 @@ class Selector:
         if filled is not None:
             places = torch.arange(codes.shape[2], dtype=filled.dtype, device=filled.device)
             scores = scores.masked_fill(places >= filled, -torch.inf)
-        if limits is None:
-            return mean_share(scores, codes.shape[1], padding_mask)
-        shares = mean_share(scores, codes.shape[1], padding_mask, limits.recent)
-        return keep_mass(shares, limits.mass, limits.least, padding_mask, self.config.blocks(self.config.sinks))
+        shares = shares_of(scores, codes.shape[1], padding_mask, None if limits is None else limits.recent)
+        sinks = self.config.blocks(self.config.sinks)
+        return shares if limits is None else keep_mass(shares, limits.mass, limits.least, padding_mask, sinks)
 
     def _count(self, step: Step, blocks: int) -> int | torch.Tensor:
         budget = self.config.sparse_budget

@@ -6,12 +6,13 @@ from scout_hf.kernels.triton.attend import attend_blocks, kv_splits_for
 from scout_hf.kernels.triton.choose import Choice, choose
 from scout_hf.kernels.triton.encode import encode
 from scout_hf.kernels.triton.flags import post, wait
+from scout_hf.kernels.triton.mean_share import mean_share
 from scout_hf.kernels.triton.merge import merge
 from scout_hf.kernels.triton.recall import adopt_block, copy_blocks, plan_recall, run_of_blocks
 from scout_hf.kernels.triton.score import score
 from scout_hf.kernels.triton.support import INTERPRETED
 
 __all__ = [
-    "INTERPRETED", "Choice", "adopt_block", "append_token", "attend_blocks", "choose", "copy_blocks", "encode", "merge",
+    "INTERPRETED", "Choice", "adopt_block", "append_token", "attend_blocks", "choose", "copy_blocks", "encode", "mean_share", "merge",
     "kv_splits_for", "plan_recall", "post", "prefetch", "run_of_blocks", "score", "tuning", "wait",
 ]  # fmt: skip
