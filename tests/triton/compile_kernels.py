@@ -98,6 +98,10 @@ def calls() -> None:
     slots = torch.full((2, 8, 9000), -1, dtype=torch.int32)
     kernels.choose(torch.zeros(2, 8, 9000), count, 1, padding_mask, slots, 64, torch.full((1,), 9, dtype=torch.int32))
     kernels.wait(*torch.zeros(3, 1, dtype=torch.int64))
+    for group in (1, 4):
+        masses = torch.zeros(2, 8 * group, 9000)
+        kernels.mean_share(masses, 8, None)
+        kernels.mean_share(masses, 8, padding_mask, masses[:, :, 0])
 
 
 def digests() -> None:
