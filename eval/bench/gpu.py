@@ -166,7 +166,7 @@ class _Book:
         """Say how a stage went: ``done``, ``in part``, or ``failed`` if nothing of it can be relied on."""
         cells = [one for one in self.held["cells"] if one["stage"] == stage.name]
         right = [one for one in cells if not why_none(one)]
-        bad = [one for one in cells if "failed" in one or "oom" in one]
+        bad = [one for one in cells if "failed" in one or "oom" in one or one.get("failures")]
         left = [name for name in self._plans.get(stage.name, ()) if name not in {one["cell"] for one in cells}]
         state = "failed" if not right else "in part" if bad or left or why else "done"
         told = why or (f"{bad[0]['cell']}: {why_none(bad[0])}" if bad and not right else None)

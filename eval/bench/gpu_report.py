@@ -41,7 +41,7 @@ def gpu_tables(record: dict[str, Any]) -> Iterator[Grid | str]:
         if table.rows:
             used += _HEAD + len(table.rows)
             yield table
-    yield "\n".join(_cut(line, WIDTH) for line in _stages(record, cells, MOST_LINES - used)) + "\n"
+    yield "\n".join(_stages(record, cells, MOST_LINES - used)) + "\n"
     if steps.rows:
         yield "vs full: times as fast as the faster full KV; CPU: its share of blocks; wait: ms\n"
 
@@ -82,6 +82,8 @@ def _found(one: dict[str, Any]) -> str:
     if "passed" in one:
         failures = one.get("failures", [])
         counts = f"{one['passed']} passed, {len(failures)} failed, {one['not_for_here']} skipped"
+        if not one["passed"] and not failures and one["not_for_here"]:
+            counts = f"all {one['not_for_here']} skip themselves here"
         why = why_none(one) or one.get("note")
         return f"{counts}; {why}" if why else counts
     if why := why_none(one):
@@ -125,7 +127,8 @@ def _step_cells(one: dict[str, Any], best: float | None) -> list[str]:
 
 def _stages(record: dict[str, Any], cells: dict[str, list[dict[str, Any]]], most: int) -> list[str]:
     """How each stage went, in one line for those that are done, and as many reasons as there are lines for."""
-    done = [f"{one['stage']} {one['seconds']:.0f} s" for one in record["stages"] if one["state"] == "done"]
+    done = [f"{one['stage']} {one['seconds']:.0f}s" for one in record["stages"] if one["state"] == "done"]
+    whole = _folded(f"{'done':<10} {', '.join(done)}", 2) if done else []
     lines, more = [], []
     for one in record["stages"]:
         told = _told(one, cells.get(one["stage"], []))
@@ -137,21 +140,39 @@ def _stages(record: dict[str, Any], cells: dict[str, list[dict[str, Any]]], most
             lines.append(
                 f"{one['stage']:<10} {one['state']}, {one['seconds']:.0f} s{': ' * bool(told)}{'; '.join(told)}"
             )
-    whole = textwrap.wrap(f"{'done':<10} {', '.join(done)}", WIDTH, subsequent_indent=" " * 11) if done else []
-    return [*whole, *lines, *more[: max(0, most - len(whole) - len(lines))]]
+    left, shown = most - len(whole) - len(lines), list[str]()
+    for line in lines:
+        parts = _folded(line, 1 + min(2, max(0, left)))
+        left -= len(parts) - 1
+        shown += parts
+    return [*whole, *shown, *(_cut(line, WIDTH) for line in more[: max(0, left)])]
+
+
+def _folded(text: str, most: int) -> list[str]:
+    """A text in at most so many lines, cut behind them."""
+    parts = textwrap.wrap(text, WIDTH, subsequent_indent=" " * 11)
+    return (
+        parts if len(parts) <= most else [*parts[: most - 1], _cut(f"{parts[most - 1]} {parts[most].strip()}", WIDTH)]
+    )
 
 
 def _told(stage: dict[str, Any], cells: list[dict[str, Any]]) -> list[str]:
     """Why figures of a stage are missing, the worst first, and what else its cells say."""
     told = [stage["why"]] if stage["why"] else []
     told += [f"not measured: {', '.join(stage['left'])}"] if stage["left"] else []
-    told += [text for one in cells for text in one.get("failures", ())]
+    failures = by([text for one in cells for text in one.get("failures", ())], _test_of)
+    told += [f"{len(texts)} x {name}: {texts[0].partition(': ')[2]}" for name, texts in failures.items()]
     if stage["stage"] in DECODING:
         gone = by([one for one in cells if why_none(one)], why_none)
         told += [f"{why} ({'; '.join(one['cell'] for one in rows)})" for why, rows in gone.items()]
         told += [f"{one['cell']}: {text}" for one in cells for text in [one.get("note"), *one.get("warnings", ())]
                  if text]  # fmt: skip
     return list(dict.fromkeys(told))
+
+
+def _test_of(failure: str) -> str:
+    """A test without its file and cell."""
+    return failure.partition(": ")[0].split("::")[-1].partition("[")[0]
 
 
 def _cut(text: str, width: int) -> str:

@@ -15,7 +15,7 @@ from scout_hf.diagnostics import gpu_time, usable_cpus
 from scout_hf.errors import PinnedMemoryError
 from scout_hf.eval import arms, caches
 from scout_hf.eval.bench import device as devices
-from scout_hf.eval.bench import drift, gpu_cache, gpu_decode, gpu_full, gpu_kernel, models
+from scout_hf.eval.bench import drift, gpu_cache, gpu_decode, gpu_full, gpu_kernel, gpu_smoke, models
 from scout_hf.eval.bench.gpu_stages import Given
 from scout_hf.kernels import find_kernels
 from scout_hf.selection import Selector, digest
@@ -355,24 +355,78 @@ def filled_with(model, options):
     return cache
 
 
-@pytest.mark.skipif(not ISAS or len(usable_cpus()) < 2, reason="flags take the native library and two cores")
-def test_hand_overs_are_switched_on_one_cache(apart, monkeypatch):
-    """With the kernels' references: the same logits, each by its own way."""
-    if not GPU:
-        pytest.importorskip("triton")
-        from tests.triton import reference
+@pytest.fixture
+def like_a_gpu(monkeypatch):
+    """What a GPU runs, on the CPU: the kernels' references, and graphs that refuse what a CUDA graph refuses."""
+    if not ISAS or len(usable_cpus()) < 2:
+        pytest.skip("flags take the native library and two cores")
+    if GPU:
+        yield []
+        return
+    pytest.importorskip("triton")
+    from tests.integration import fake_graph
+    from tests.triton import reference
 
-        monkeypatch.setattr("scout_hf.kernels.device._by_default", lambda device: True)
-        monkeypatch.setattr("scout_hf.kernels.device._load", lambda: reference.KERNELS)
+    reference.install(monkeypatch)
+    yield fake_graph.install(monkeypatch).made
+
+
+def test_hand_overs_are_switched_on_one_cache(apart, like_a_gpu):
+    """The same logits, each by its own way."""
     model, found = toy(), {}
     base = filled(model, budget=64)
-    for way, kind in (("join", "Join"), ("flags", "Flags"), ("join", "Join")):
+    for way, kind in (("join", "Join"), ("flags", "Flags"), ("graph", "Flags"), ("join", "Join"), ("graph", "Flags")):
         options = {"hand_over": way, "cpu_query": "real"}
         with scout_hf.patch(model, budget=64, block_size=16, **SPLIT, **options):
             cache = gpu_cache.switched(base, **options)
-            found.setdefault(way, []).append(logits(model, cache))
+            found.setdefault(way, []).append(logits(model, cache, 6))
             assert {type(one.method.executor.handoff).__name__ for one in cache.scout_layers} == {kind}
-    assert torch.equal(*found["join"]) and (found["join"][0] - found["flags"][0]).abs().max() < 1e-2
+    assert torch.equal(*found["join"]) and torch.equal(*found["graph"])
+    assert max((found["join"][0] - found[way][0]).abs().max() for way in ("flags", "graph")) < 1e-2
+    assert GPU or [graph.replays for graph in like_a_gpu] == [3, 3]
+
+
+def test_all_arms_are_measured_where_a_gpu_is(apart, like_a_gpu, monkeypatch):
+    if not GPU:  # the reference does not make room for itself
+        from scout_hf.kernels import triton as kernels
+
+        monkeypatch.setattr(gpu_full, "find_kernels", lambda *given: kernels)
+    made = decoding(rows=1, tokens=256)
+    made.on_gpu = True
+    found = ran(made)
+    assert all(
+        one.get("median_ms", 1) > 0 and not {"skipped", "failed", "warnings"} & set(one) for one in found.values()
+    )
+    ways = {"graph, predicted": "Flags", "graph, real": "Flags", "flags": "Flags", "join": "Join"}
+    assert {name: found[name]["facts"] for name in ways} == {
+        name: [f"Scout (triton, {way})"] for name, way in ways.items()
+    }
+    assert all(0 < found[name]["cpu_ratio"] < 1 for name in ways)
+    assert GPU or len(like_a_gpu) == 2 and all(graph.replays > 6 for graph in like_a_gpu)
+
+
+@pytest.mark.parametrize("way", gpu_smoke.WAYS)
+def test_the_smoke_test_passes_what_is_right(apart, like_a_gpu, way):
+    found = gpu_smoke.decode(way, PLACE, 0, 512)
+    assert found["difference"] < gpu_smoke.TOLERATED and found["facts"] == [
+        f"Scout (triton, {'Join' if way == 'join' else 'Flags'})"
+    ]
+    assert GPU or len(like_a_gpu) == 2 * (way == "graph")
+
+
+@pytest.mark.parametrize("planted", ["another way", "a wrong share", "not a number"])
+def test_the_smoke_test_sees_what_is_wrong(apart, like_a_gpu, monkeypatch, planted):
+    from scout_hf.methods.scout import executor_triton as module
+
+    make, result = module.make_handoff, module.Flags.result
+    values = {"a wrong share": lambda out: out * 2, "not a number": lambda out: out * float("nan")}
+    if planted == "another way":
+        monkeypatch.setattr(module, "make_handoff", lambda wanted, *given: make("join", *given))
+    else:
+        wrong = values[planted]
+        monkeypatch.setattr(module.Flags, "result", lambda self, step: (wrong((got := result(self, step))[0]), got[1]))
+    with pytest.raises((RuntimeError, ArithmeticError), match="it ran as .*Join|off; at most|are not finite"):
+        gpu_smoke.decode("flags", PLACE, 0, 512)
 
 
 @pytest.mark.parametrize("way", gpu_full.ATTENTIONS)
