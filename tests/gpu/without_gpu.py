@@ -1,8 +1,8 @@
 """A plugin of pytest: the GPU tests where there is no GPU, for what they launch. Needs ``TRITON_INTERPRET=0``.
 
-What they compute comes from the kernels' references on the CPU, and graphs are those of ``tests/integration``. What only
-a device can say (which memory it holds, whether a call waits for it) is not asked. ``--launches FILE``: write down what
-is launched.
+What they compute comes from the kernels' references on the CPU, and graphs are those of ``tests/integration``. What
+only a device can say (which memory it holds, whether a call waits for it) is not asked. ``--launches FILE``: write
+down what is launched.
 """
 
 from __future__ import annotations

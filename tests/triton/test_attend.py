@@ -228,6 +228,7 @@ def test_a_list_is_cut_into_as_many_parts_as_keep_the_chip_busy(monkeypatch):
     monkeypatch.setattr(attend, "multiprocessors", lambda device: 132)
     assert kv_splits_for(torch.device("cpu"), 8, 64, 32) == 8  # of 256 tokens each, no smaller
     assert kv_splits_for(torch.device("cpu"), 128, 64, 32) == 3
+    assert kv_splits_for(torch.device("cpu"), 64, 64, 32) == 4  # 5 would give some three of a fifth, not two of a quarter
     assert kv_splits_for(torch.device("cpu"), 1024, 64, 32) == 1
     assert kv_splits_for(torch.device("cpu"), 1, 10**5, 32) == 32
     assert kv_splits_for(torch.device("cpu"), 1, 1, 16) == 1

@@ -6,6 +6,9 @@ in base 2 inside the kernel; the returned LSE is natural.
 
 from __future__ import annotations
 
+import functools
+from fractions import Fraction
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +20,78 @@ from scout_hf.kernels.triton.tuning import Tile, tile_for
 MAX_KV_SPLITS = 32
 
 
-@triton.jit(do_not_specialize=["first", "listed"])
+@triton.jit
+def _rows(first, column, DIM: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows of a tile, with zeros behind their ``DIM`` channels."""
+    if DIM == COLUMNS:
+        return tl.load(first + column[None, :])
+    else:
+        return tl.load(first + column[None, :], mask=(column < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _tiles(
+    q, keys, values, pages, ids, starts, lengths, padding_mask, column, begin, end,
+    keys_n, keys_t, values_n, values_t, listed, first, scale, softcap,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
+    HAS_PAGES: tl.constexpr, HAS_IDS: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    HAS_PADDING_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    PREFETCH: tl.constexpr, AHEAD: tl.constexpr, BYTES: tl.constexpr, LINES: tl.constexpr, STAGES: tl.constexpr,
+    CLEAN: tl.constexpr,
+):  # fmt: skip
+    """Sum, its weights and the largest logit over tiles ``begin`` to ``end - 1``.
+
+    No load of keys and values waits for what says which of them count, so loads are pipelined. That values which do
+    not count are finite is taken on trust, as 0 times infinity is NaN; ``CLEAN`` replaces them.
+    """
+    e_max = tl.full([ROWS], float("-inf"), tl.float32)
+    e_sum = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for tile in tl.range(begin, end, num_stages=STAGES):
+        token = tile * TILE + tl.arange(0, TILE)
+        real = token < listed * BLOCK
+        entry, offset = tl.minimum(token // BLOCK, listed - 1), token % BLOCK
+        if HAS_IDS:
+            block = tl.load(ids + entry)
+            real = real & (block >= 0)
+        else:
+            block = first + entry
+        place = block * BLOCK + offset
+        if HAS_STARTS:
+            real = real & (place >= tl.load(starts))
+        if HAS_LENGTHS:
+            real = real & (place < tl.load(lengths))
+        if HAS_PADDING_MASK:
+            real = real & (tl.load(padding_mask + place, mask=real, other=0) != 0)
+        # An entry that does not count may hold an invalid page.
+        page = tl.load(pages + entry, mask=real, other=0) if HAS_PAGES else entry
+        page = page.to(tl.int64)
+        if PREFETCH:
+            later = token + AHEAD * TILE
+            ask_for(row_ahead(keys, pages, later, listed, keys_n, keys_t, BLOCK, HAS_PAGES), BYTES, LINES, PREFETCH)
+            ask_for(
+                row_ahead(values, pages, later, listed, values_n, values_t, BLOCK, HAS_PAGES), BYTES, LINES, PREFETCH
+            )
+        k = _rows(keys + (page * keys_n + offset * keys_t)[:, None], column, DIM, COLUMNS)
+        scores = dot(q, tl.trans(k)) * scale
+        if HAS_SOFTCAP:
+            scores = softcap * tanh(scores / softcap)
+        scores = tl.where(real[None, :], scores * LOG2E, float("-inf"))
+        new_max = tl.maximum(e_max, tl.max(scores, 1))
+        # Before the first valid token: avoid -inf - (-inf).
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)
+        weights = tl.exp2(scores - base[:, None])
+        keep = tl.exp2(e_max - base)
+        e_sum = e_sum * keep + tl.sum(weights, 1)
+        v = _rows(values + (page * values_n + offset * values_t)[:, None], column, DIM, COLUMNS)
+        if CLEAN:
+            v = tl.where(real[:, None], v, 0.0)
+        acc = acc * keep[:, None] + dot(weights.to(v.dtype), v)
+        e_max = new_max
+    return acc, e_sum, e_max
+
+
+@triton.jit(do_not_specialize=["first", "listed", "mask_b"])
 def _attend(
     query, keys, values, pages, ids, first_at, starts, lengths, padding_mask, out, lse,
     query_b, query_h,
@@ -29,7 +103,7 @@ def _attend(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
     HAS_PAGES: tl.constexpr, HAS_IDS: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_STARTS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, HAS_PADDING_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    PREFETCH: tl.constexpr, AHEAD: tl.constexpr, BYTES: tl.constexpr, LINES: tl.constexpr,
+    PREFETCH: tl.constexpr, AHEAD: tl.constexpr, BYTES: tl.constexpr, LINES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
     split = tl.program_id(1)
@@ -39,55 +113,31 @@ def _attend(
     values += row.to(tl.int64) * values_b + head.to(tl.int64) * values_h
     pages += row * pages_b + head * pages_h
     ids += row * ids_b + head * ids_h
+    starts += row
+    lengths += row * lengths_b
+    padding_mask += row.to(tl.int64) * mask_b
     asked = query + row * query_b + (head * GROUP + group)[:, None] * query_h + column[None, :]
     if HAS_FIRST:
         first = tl.load(first_at)
     q = tl.load(asked, mask=inside[:, None] & within[None, :], other=0.0)
-
-    e_max = tl.full([ROWS], float("-inf"), tl.float32)
-    e_sum = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     tiles = tl.cdiv(listed * BLOCK, TILE)
-    each = tl.cdiv(tiles, num_kv_splits)
-    for tile in range(split * each, tl.minimum(split * each + each, tiles)):
-        token = tile * TILE + tl.arange(0, TILE)
-        entry, offset = token // BLOCK, token % BLOCK
-        real = entry < listed
-        if HAS_IDS:
-            block = tl.load(ids + entry, mask=real, other=-1)
-            real = real & (block >= 0)
-        else:
-            block = first + entry
-        place = block * BLOCK + offset
-        if HAS_STARTS:
-            real = real & (place >= tl.load(starts + row))
-        if HAS_LENGTHS:
-            real = real & (place < tl.load(lengths + row * lengths_b))
-        if HAS_PADDING_MASK:
-            real = real & (tl.load(padding_mask + row.to(tl.int64) * mask_b + place, mask=real, other=0) != 0)
-        page = tl.load(pages + entry, mask=real, other=0) if HAS_PAGES else entry
-        page = page.to(tl.int64)
-        if PREFETCH:
-            later = token + AHEAD * TILE
-            ask_for(row_ahead(keys, pages, later, listed, keys_n, keys_t, BLOCK, HAS_PAGES), BYTES, LINES, PREFETCH)
-            ask_for(
-                row_ahead(values, pages, later, listed, values_n, values_t, BLOCK, HAS_PAGES), BYTES, LINES, PREFETCH
-            )
-        mask = real[:, None] & within[None, :]
-        k = tl.load(keys + (page * keys_n + offset * keys_t)[:, None] + column[None, :], mask=mask, other=0.0)
-        scores = dot(q, tl.trans(k)) * scale
-        if HAS_SOFTCAP:
-            scores = softcap * tanh(scores / softcap)
-        scores = tl.where(real[None, :], scores * LOG2E, float("-inf"))
-        new_max = tl.maximum(e_max, tl.max(scores, 1))
-        # Before the first valid token: avoid -inf - (-inf).
-        base = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp2(scores - base[:, None])
-        keep = tl.exp2(e_max - base)
-        e_sum = e_sum * keep + tl.sum(weights, 1)
-        v = tl.load(values + (page * values_n + offset * values_t)[:, None] + column[None, :], mask=mask, other=0.0)
-        acc = acc * keep[:, None] + dot(weights.to(v.dtype), v)
-        e_max = new_max
+    # Splits differ by one tile at most.
+    begin, end = tiles * split // num_kv_splits, tiles * (split + 1) // num_kv_splits
+    acc, e_sum, e_max = _tiles(
+        q, keys, values, pages, ids, starts, lengths, padding_mask, column, begin, end,
+        keys_n, keys_t, values_n, values_t, listed, first, scale, softcap,
+        DIM, BLOCK, ROWS, COLUMNS, TILE, HAS_PAGES, HAS_IDS, HAS_STARTS, HAS_LENGTHS, HAS_PADDING_MASK, HAS_SOFTCAP,
+        PREFETCH, AHEAD, BYTES, LINES, STAGES, False,
+    )  # fmt: skip
+    if tl.max(tl.max((acc - acc != 0.0).to(tl.int32), 1), 0) > 0:
+        # Seldom, and in small tiles, so that it takes no registers from the loop before.
+        acc, e_sum, e_max = _tiles(
+            q, keys, values, pages, ids, starts, lengths, padding_mask, column,
+            begin * (TILE // 16), end * (TILE // 16),
+            keys_n, keys_t, values_n, values_t, listed, first, scale, softcap,
+            DIM, BLOCK, ROWS, COLUMNS, 16, HAS_PAGES, HAS_IDS, HAS_STARTS, HAS_LENGTHS, HAS_PADDING_MASK, HAS_SOFTCAP,
+            0, AHEAD, BYTES, LINES, 2, True,
+        )  # fmt: skip
 
     empty = e_sum == 0.0
     result = acc / tl.where(empty, 1.0, e_sum)[:, None]
@@ -187,18 +237,25 @@ def attend_blocks(
             pages is not None, ids is not None, at is not None, starts is not None,
             lengths is not None, padding_mask is not None, softcap is not None,
             OFF if INTERPRETED else tile.prefetch, tile.ahead, row, triton.next_power_of_2(-(-row // LINE_BYTES)),
+            tile.stages,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out, lse
 
 
 def kv_splits_for(device: torch.device, lists: int, listed: int, block_size: int) -> int:
-    """``num_kv_splits`` that fills all multiprocessors, with at least a few hundred tokens per split.
+    """``num_kv_splits`` that fills all multiprocessors evenly, with at least a few hundred tokens per split.
 
     Examples
     --------
     >>> kv_splits_for(torch.device("cuda"), lists=8, listed=64, block_size=32)  # 132 multiprocessors  # doctest: +SKIP
     8
     """
-    for_all_cores = -(-2 * multiprocessors(device) // lists)
-    return max(1, min(for_all_cores, listed * block_size // 256, MAX_KV_SPLITS))
+    return _even_splits(multiprocessors(device), lists, listed * block_size)
+
+
+@functools.lru_cache
+def _even_splits(cores: int, lists: int, tokens: int) -> int:
+    most = max(1, min(-(-2 * cores // lists), tokens // 256, MAX_KV_SPLITS))
+    # All is done when the multiprocessor with most splits is; of the same time, the most splits hide latency best.
+    return min(range(1, most + 1), key=lambda splits: (Fraction(-(-lists * splits // cores), splits), -splits))

@@ -57,6 +57,8 @@ RULE = fields({"format": one_of(FORMAT), "tiles": table(fields(SIZES, closed=Tru
 
 # Without a measurement, the first that fits is used.
 DEFAULTS = (Tile(), Tile(32, 4, 2), Tile(16, 4, 2))
+# Exact products of float32 take no tensor cores but registers: beyond so many channels, larger tiles spill them.
+MOST_WITHOUT_TENSOR_CORES = 64
 PLAIN = (Tile(), Tile(32, 4, 4), Tile(128, 4, 2), Tile(128, 8, 3), Tile(64, 2, 3))
 PREFETCHING = (Tile(prefetch=LINES), Tile(128, 4, 2, LINES, 3), Tile(prefetch=BULK), Tile(128, 4, 2, BULK, 3))
 
@@ -80,11 +82,30 @@ def _best(device: torch.device, dtype: torch.dtype, dim: int, group: int, block:
 
 @functools.lru_cache
 def _default(device: torch.device, dim: int, dtype: torch.dtype) -> Tile:
-    """The first of ``DEFAULTS`` whose in-flight loads of keys and values fit into shared memory."""
     if device.type != "cuda":
         return DEFAULTS[0]
     # The minimum of GPUs from compute capability 8.0, if torch does not report it.
     capacity = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 << 10)
+    return default_tile(capacity, dim, dtype)
+
+
+def default_tile(capacity: int, dim: int, dtype: torch.dtype) -> Tile:
+    """The first of ``DEFAULTS`` that spills no registers and whose loads in flight fit into shared memory.
+
+    Parameters
+    ----------
+    capacity : int
+        Bytes of shared memory of a block of threads.
+    dim : int
+    dtype : torch.dtype
+
+    Examples
+    --------
+    >>> default_tile(227 << 10, 128, torch.bfloat16)
+    Tile(tokens=64, warps=4, stages=3, prefetch=0, ahead=4)
+    """
+    if dtype == torch.float32 and dim > MOST_WITHOUT_TENSOR_CORES:
+        return DEFAULTS[-1]
     row = triton.next_power_of_2(dim) * dtype.itemsize
     return next((tile for tile in DEFAULTS if 2 * tile.tokens * tile.stages * row <= capacity), DEFAULTS[-1])
 
