@@ -14,7 +14,7 @@ import triton.language as tl
 
 from scout_hf.kernels.triton.support import on_device_of
 
-CHUNK_BLOCKS = 4096
+CHUNK_BLOCKS = 2048
 
 
 class Choice(NamedTuple):
@@ -54,7 +54,14 @@ def _rank(scores, padding_mask, leading, block, open_blocks, sinks, HAS_PADDING_
     return tl.where(sink, 0x7FFFFFFF, _ordered(score)), real & ((score > float("-inf")) | sink | (score != score))
 
 
-@triton.jit
+# What grows with the context must not make another kernel.
+_GROWING = [
+    "scores_b", "scores_h", "slots_b", "slots_h", "mask_b", "is_chosen_b", "is_chosen_h", "missing_b", "missing_h",
+    "blocks", "count", "sinks",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_GROWING)
 def _choose(
     scores, slots, padding_mask, leading, counts, open_count, is_chosen, missing, missing_counts, chosen_counts,
     scores_b, scores_h, slots_b, slots_h, mask_b, is_chosen_b, is_chosen_h, missing_b, missing_h,
@@ -165,7 +172,6 @@ def choose(
     if padding_mask is not None:
         padding_mask = padding_mask.contiguous()
     counts = count if isinstance(count, torch.Tensor) else None
-    chunk = min(CHUNK_BLOCKS, max(16, triton.next_power_of_2(blocks)))
     with on_device_of(scores):
         _choose[(batch * heads,)](
             scores, slots, *((scores, scores) if padding_mask is None else (padding_mask, leading)),
@@ -173,7 +179,7 @@ def choose(
             *scores.stride()[:2], *slots.stride()[:2], 0 if padding_mask is None else padding_mask.stride(0),
             *out.is_chosen.stride()[:2], *out.missing.stride()[:2],
             blocks, most if counts is not None else count, sinks,
-            heads, chunk, padding_mask is not None, counts is not None, open_count is not None,
-            num_warps=max(1, min(8, chunk // 256)),
+            heads, CHUNK_BLOCKS, padding_mask is not None, counts is not None, open_count is not None,
+            num_warps=8,
         )  # fmt: skip
     return out

@@ -30,7 +30,7 @@ def _finite(bound):
     return tl.where(tl.abs(bound) < float("inf"), bound, 0.0)
 
 
-@triton.jit(do_not_specialize=["codes_b", "codes_h"])
+@triton.jit(do_not_specialize=["mask_b", "codes_b", "codes_h"])
 def _encode_bounds(
     keys, padding_mask, middle, step, codes,
     keys_b, keys_h, keys_n, keys_t, mask_b, mask_n, mask_t, codes_b, codes_h,

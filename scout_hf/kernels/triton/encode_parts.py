@@ -21,7 +21,7 @@ def _packed(numbers, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
     return ((even & 15) | ((odd & 15) << 4)).to(tl.uint8)
 
 
-@triton.jit(do_not_specialize=["codes_b", "codes_h"])
+@triton.jit(do_not_specialize=["mask_b", "codes_b", "codes_h"])
 def _encode_parts(
     keys, padding_mask, middle, step, codes,
     keys_b, keys_h, keys_n, keys_t, mask_b, mask_n, mask_t, codes_b, codes_h,

@@ -23,7 +23,7 @@ def _packed(bits, column, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.sum(tl.reshape(placed, (TOKENS, COLUMNS // 8, 8)), 2).to(tl.uint8)
 
 
-@triton.jit(do_not_specialize=["codes_b", "codes_h", "blocks"])
+@triton.jit(do_not_specialize=["mask_b", "codes_b", "codes_h", "blocks"])
 def _encode_sign(
     keys, padding_mask, mean, divisor, rotation, codes,
     keys_b, keys_h, keys_n, keys_t, mask_b, mask_n, mask_t, codes_b, codes_h,

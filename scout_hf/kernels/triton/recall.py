@@ -29,7 +29,10 @@ class Moves(NamedTuple):
     counts: torch.Tensor
 
 
-@triton.jit
+# What grows with the context must not make another kernel.
+@triton.jit(do_not_specialize=[
+    "is_chosen_b", "is_chosen_h", "missing_b", "missing_h", "slot_of_b", "slot_of_h", "lists", "most", "capacity",
+])  # fmt: skip
 def _plan(
     ids, slot_of, is_chosen, missing, missing_counts, chosen_counts, share_at, slots, blocks, counts, tally,
     is_chosen_b, is_chosen_h, missing_b, missing_h, slot_of_b, slot_of_h,
@@ -121,7 +124,7 @@ def plan_recall(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pages_b", "moves"])
 def _copy(
     pages, slots, blocks, counts, keys, values,
     pages_b, keys_b, keys_h, keys_n, moves,
@@ -188,7 +191,7 @@ def run_of_blocks(batch: int, heads: int, first: int, count: int, device: torch.
     return Moves(slots, slots + first, torch.full((batch, heads), count, dtype=torch.int32, device=device))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slot_of_b", "slot_of_h", "capacity", "first"])
 def _adopt(
     ids, slot_of, new_keys, new_values, keys, values,
     slot_of_b, slot_of_h, new_b, new_h, new_t, keys_b, keys_h, keys_n,
