@@ -4,6 +4,7 @@
 # make test-faults     an error at every line that changes a cache: 10 to 20 minutes on two cores; KEEP=10 tries every tenth point
 # make test-real       a real language model of 135M parameters: exact as stock, sparse answers kept; and quantised weights; fetches 250 MB
 # make test-upstream   transformers' own generation tests on patched models, token by token and logit by logit as unpatched
+# make test-compiled   every launch of the GPU tests and of large models' shapes, compiled without a GPU by two Tritons; machine code within budgets; fetches 200 MB
 # make test-versions   what depends on transformers, on the oldest and an older one, each in an environment of its own
 # make lint            ruff: rules and format; mypy: types of scout_hf and patches
 # make docs            the pages of docs/ as a site; a broken link fails
@@ -13,6 +14,7 @@ VENV ?= .venv
 # This release has a CPU build where only PyPI is at hand; set TORCH for another one, such as a CUDA build.
 TORCH ?= torch==2.13.0
 VERSIONS ?= 5.4.0 5.17.0
+TRITON ?= 3.6.0
 JOBS ?= 2
 KEEP ?= 1
 
@@ -28,7 +30,8 @@ VERSIONED = tests/patches tests/integration tests/unit/test_cache.py tests/eval/
 SAME_EVERYWHERE = native_safety recall trust monitor trace two_devices on_device graph host_dtype sparse devices \
 	without_library methods
 
-.PHONY: demo test test-full test-faults test-real test-upstream test-versions lint docs clean
+.PHONY: demo test test-full test-faults test-real test-upstream test-compiled compiled-launches compiled-gpu-older \
+	compiled-gpu-newest compiled-older compiled-newest test-versions lint docs clean
 
 demo: $(VENV)/.installed-demo
 	$(VENV)/bin/scout-hf demo --yes
@@ -50,6 +53,35 @@ test-real: $(VENV)/.installed-test
 	$(VENV)/bin/pip install -q -e ".[demo,quantised]"
 	SCOUT_TEST_NETWORK=1 $(VENV)/bin/python -m pytest -m slow -n 0 -rs tests/eval
 	$(call PYTEST,$(VENV)) tests/integration/test_quantised_weights.py
+
+# The oldest Triton that must serve, in a folder of its own: torch of the CPU brings none, and its index only the newest.
+OLDER = build/triton-$(TRITON)
+COMPILE = TRITON_INTERPRET=0 TRITON_CACHE_DIR=$(CURDIR)/build/triton-cache PYTHONPATH=$(1)$(CURDIR) \
+	$(VENV)/bin/python -m tests.triton.compile_kernels $(2)
+
+test-compiled: $(VENV)/.installed-test $(OLDER)/triton
+	$(MAKE) -j $(JOBS) compiled-gpu-older compiled-gpu-newest compiled-older compiled-newest
+
+compiled-launches:
+	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 0 -p tests.gpu.without_gpu tests/gpu \
+		--launches build/launches.json
+
+compiled-gpu-older: compiled-launches
+	$(call COMPILE,$(CURDIR)/$(OLDER):,build/launches.json)
+
+compiled-gpu-newest: compiled-launches
+	$(call COMPILE,,build/launches.json)
+
+compiled-older:
+	$(call COMPILE,$(CURDIR)/$(OLDER):)
+	$(call COMPILE,$(CURDIR)/$(OLDER):,--capability 80 --once)
+	$(call COMPILE,$(CURDIR)/$(OLDER):,--capability 100 --once)
+
+compiled-newest:
+	$(call COMPILE)
+
+$(OLDER)/triton:
+	$(VENV)/bin/pip install -q --no-deps --target $(OLDER) triton==$(TRITON)
 
 test-versions: $(VERSIONS:%=test-transformers-%)
 

@@ -76,8 +76,9 @@ def a_cpu_instead(monkeypatch, launched, request):
 def both(monkeypatch, references):
     """Each reference, and beside it the launch of the kernel."""
     from scout_hf.kernels import triton as kernels
-    from scout_hf.kernels.triton import support
+    from scout_hf.kernels.triton import support, tuning
 
+    monkeypatch.setattr(tuning, "_best", lambda device, dtype, dim, *_: tuning.default_tile(227 << 10, dim, dtype))
     monkeypatch.setattr(support, "INTERPRETED", True)  # tensors on the CPU are refused else
 
     def beside(name, reference):

@@ -49,7 +49,7 @@ def _class_of(value):
 
 
 def _example_of(value):
-    if not isinstance(value, (tuple, list)):
+    if not isinstance(value, tuple):
         return value
     _, dtype, aligned = value
     return torch.zeros(16, dtype=DTYPES[dtype], device="cpu")[0 if aligned else 1 :]
@@ -60,4 +60,8 @@ def dumped(launches) -> str:
 
 
 def loaded(text: str) -> list[Launch]:
-    return [Launch(*each) for each in json.loads(text)]
+    return [Launch(*map(_tuples, each)) for each in json.loads(text)]
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
