@@ -13,6 +13,7 @@ from scout_hf.kernels.triton.score import score
 from scout_hf.kernels.triton.support import INTERPRETED
 
 __all__ = [
-    "INTERPRETED", "Choice", "adopt_block", "append_token", "attend_blocks", "choose", "copy_blocks", "encode", "mean_share", "merge",
-    "kv_splits_for", "plan_recall", "post", "prefetch", "run_of_blocks", "score", "tuning", "wait",
+    "INTERPRETED", "Choice", "adopt_block", "append_token", "attend_blocks", "choose", "copy_blocks", "encode",
+    "kv_splits_for", "mean_share", "merge", "plan_recall", "post", "prefetch", "run_of_blocks", "score", "tuning",
+    "wait",
 ]  # fmt: skip

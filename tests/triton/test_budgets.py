@@ -1,0 +1,40 @@
+"""What exceeds a budget of compiled kernels is told; that the kernels are within theirs is ``make test-compiled``."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests.triton.artefacts import Artefact  # noqa: E402
+from tests.triton.budgets import excesses  # noqa: E402
+
+TWO = {(64, 128): 2}
+GOOD = {
+    "attend residents": Artefact(96, 0, 72192, ["LDGSTS.E.BYPASS.128", "HMMA.16816.F32.BF16", "STG.E"], TWO),
+    "copy": Artefact(30, 0, 0, ["LDG.E", "LDG.E.128", "STG.E.128"], {}),
+    "post": Artefact(32, 0, 0, ["STG.E.128", "STG.E.64", "MEMBAR.SC.SYS", "ST.E.64.STRONG.SYS"], {}),
+    "wait": Artefact(10, 0, 0, ["LDG.E.64", "LD.E.64.STRONG.SYS"], {}),
+}
+PLANTED = {
+    "registers": ("attend residents", {"registers": 129}),
+    "stack": ("copy", {"stack": 8}),
+    "local store": ("copy", {"opcodes": ["LDG.E.128", "STL.64", "STG.E.128"]}),
+    "one buffer": ("attend residents", {"buffers": {(64, 128): 1}}),
+    "narrow loads": ("attend residents", {"opcodes": ["LDGSTS.E.64", "HMMA.16816.F32.BF16"]}),
+    "narrow stores": ("copy", {"opcodes": ["LDG.E.128", "STG.E.64"]}),
+    "no fence": ("post", {"opcodes": ["STG.E.128", "ST.E.64.STRONG.SYS"]}),
+    "a flag before its data": ("post", {"opcodes": ["MEMBAR.SC.SYS", "ST.E.64.STRONG.SYS", "STG.E.128"]}),
+    "a read that orders nothing": ("wait", {"opcodes": ["LD.E.64"]}),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_what_is_within_its_budget_is_silent(name):
+    assert not list(excesses(name, GOOD[name]))
+
+
+@pytest.mark.parametrize("what", PLANTED)
+def test_what_exceeds_its_budget_is_told(what):
+    name, changed = PLANTED[what]
+    assert len(list(excesses(name, GOOD[name]._replace(**changed)))) == 1
