@@ -63,15 +63,19 @@ def fill(
 def random_kv(config: Any, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of one layer in bf16, (1, kv_heads, tokens, head_dim) each."""
     random = torch.Generator().manual_seed(seed)
-    shape = (1, config.num_key_value_heads, tokens, config.head_dim)
+    shape = (1, config.num_key_value_heads, tokens, _head_dim(config))
     keys, values = (torch.empty(shape, dtype=DTYPE).normal_(generator=random) for _ in range(2))
     return keys, values
 
 
 def kv_bytes_per_token(config: Any) -> int:
     """Of all layers, in bf16."""
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * dim * DTYPE.itemsize
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * _head_dim(config) * DTYPE.itemsize
+
+
+def _head_dim(config: Any) -> int:
+    # Not every family's config has it, such as Qwen2's.
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def tensors_in(parts: Any) -> Iterator[torch.Tensor]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from scout_hf.eval.bench.weights import main, step_bytes
 from tests.integration.common import llama
@@ -28,7 +29,10 @@ def test_dynamic_weights_count_with_their_scales():
 
 
 def test_the_table_has_a_row_per_format(tmp_path, capsys):
-    llama().save_pretrained(tmp_path)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen2Config(vocab_size=64, num_hidden_layers=2, **sizes)
+    assert not hasattr(config, "head_dim"), "take a family whose config does not say it"
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
     main(str(tmp_path), context=[0, 64], formats=["float32", "nothing"], threads=1, repeat=3)
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [len(line) for line in lines] == [8] * len(lines)
