@@ -15,14 +15,14 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from typer import Argument, Option
 
 import scout_hf
 from scout_hf import CACHE
 from scout_hf.eval.bench import machine
 from scout_hf.eval.bench.timing import interleave, timed
-from scout_hf.eval.caches import random_kv
+from scout_hf.eval.caches import kv_bytes_per_token, random_kv
 from scout_hf.eval.language.load import located
 from scout_hf.eval.markdown import to_markdown
 from scout_hf.eval.tables import Grid
@@ -30,6 +30,7 @@ from scout_hf.eval.tables import Grid
 BF16, F32 = torch.bfloat16, torch.float32
 ARMS: dict[str, dict[str, Any] | None] = {"stock": None, "exact": {"budget": None}, "auto": {"budget": "auto"}}
 FIRST_TOKENS, WARM_UPS = 8, 4
+SPARE_BYTES = 2 << 30
 
 
 def _torchao(name: str, **options: Any) -> Any:
@@ -131,12 +132,15 @@ def main(
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     contexts, path = context or [0, 4096], located(model)
+    chosen = [name for name in FORMATS if not formats or name.startswith(tuple(formats))]
+    try:
+        machine.check_memory(_kv_bytes(path, chosen, contexts) + SPARE_BYTES, "give fewer --context or --format")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     count = threads or min(torch.get_num_threads(), len(machine.usable_cpus()))
     with machine.measuring(count, typer.echo) as company, ExitStack() as stack:
         steps, sizes = {}, {}
-        for name in FORMATS:
-            if formats and not name.startswith(tuple(formats)):
-                continue
+        for name in chosen:
             typer.echo(f"loading {name}", err=True)
             try:
                 sizes[name] = _prepare(path, name, contexts, steps, stack)
@@ -160,6 +164,13 @@ def main(
     isa = about["isa"] or "no native library"
     typer.echo(f"{model}, {about['cpu']}, {isa}, {count} threads, others used {others:.1f} CPUs")
     typer.echo(f"ms per step (tokens/s), medians of {repeat}\n\n{to_markdown([Grid('', heads, rows=rows)])}")
+
+
+def _kv_bytes(path: str, formats: list[str], contexts: list[int]) -> int:
+    """Of all caches together, with the room that they take to grow; weights not counted."""
+    text = AutoConfig.from_pretrained(path).get_text_config(decoder=True)
+    numbers = kv_bytes_per_token(text) // BF16.itemsize * sum(tokens or FIRST_TOKENS for tokens in contexts) * len(ARMS)
+    return int(1.3 * numbers * sum(FORMATS[name][0].itemsize for name in formats))
 
 
 def _prepare(path: str, name: str, contexts: list[int], steps: dict[Any, Callable[[], Any]], stack: ExitStack) -> int:

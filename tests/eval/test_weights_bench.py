@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import typer
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -37,3 +38,10 @@ def test_the_table_has_a_row_per_format(tmp_path, capsys):
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [len(line) for line in lines] == [8] * len(lines)
     assert lines[1][0] == "| float32" and all("(" in cell for cell in lines[1][2:])
+
+
+def test_caches_beyond_memory_are_refused_before_anything_is_loaded(tmp_path):
+    llama().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(typer.BadParameter, match="fewer --context or --format"):
+        main(str(tmp_path), context=[1 << 32], formats=["float32"], threads=1, repeat=3)
