@@ -1,6 +1,6 @@
 """Top-k blocks of every list, and those of them that are not resident, without a sort and without a host sync.
 
-The k-th best score is found by bisection over the bit patterns of the scores, mapped to integers in the same order.
+The k-th best score is found bit by bit in the bit patterns of the scores, mapped to integers in the same order.
 Among equal scores the first blocks are chosen.
 """
 
@@ -36,9 +36,9 @@ class Choice(NamedTuple):
 
 @triton.jit
 def _ordered(scores):
-    """Map float32 to int32 such that the order is the same."""
+    """Map float32 to uint32 such that the order is the same."""
     bits = scores.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (bits ^ ((bits >> 31) | -0x80000000)).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -51,7 +51,9 @@ def _rank(scores, padding_mask, leading, block, open_blocks, sinks, HAS_PADDING_
     else:
         sink = real & (block < sinks)
     score = tl.load(scores + block, mask=real, other=float("-inf"))
-    return tl.where(sink, 0x7FFFFFFF, _ordered(score)), real & ((score > float("-inf")) | sink | (score != score))
+    return tl.where(sink, 0xFFFFFFFF, _ordered(score)).to(tl.uint32), real & (
+        (score > float("-inf")) | sink | (score != score)
+    )
 
 
 # What grows with the context must not make another kernel.
@@ -88,31 +90,29 @@ def _choose(
         _, real = _rank(scores, padding_mask, leading, chunk * CHUNK + lane, open_blocks, sinks, HAS_PADDING_MASK)
         offered += tl.sum(real.to(tl.int32), 0)
     take = tl.minimum(count, offered)
-    # Bisection for the largest key that at least ``take`` blocks reach.
-    low, high = tl.full([], -2147483648, tl.int64), tl.full([], 2147483647, tl.int64)
-    for _ in range(32):
-        middle = (low + high + 1) >> 1
+    # The largest key that at least ``take`` blocks reach, bit by bit from the highest.
+    key = tl.zeros([], tl.uint32)
+    for step in range(32):
+        higher = key | (tl.full([], 1, tl.uint32) << (31 - step))
         reached = 0
         for chunk in range(chunks):
             rank, real = _rank(
                 scores, padding_mask, leading, chunk * CHUNK + lane, open_blocks, sinks, HAS_PADDING_MASK
             )
-            reached += tl.sum((real & (rank.to(tl.int64) >= middle)).to(tl.int32), 0)
-        enough = reached >= take
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle - 1)
+            reached += tl.sum((real & (rank >= higher)).to(tl.int32), 0)
+        key = tl.where(reached >= take, higher, key)
     above = 0
     for chunk in range(chunks):
         rank, real = _rank(scores, padding_mask, leading, chunk * CHUNK + lane, open_blocks, sinks, HAS_PADDING_MASK)
-        above += tl.sum((real & (rank.to(tl.int64) > low)).to(tl.int32), 0)
+        above += tl.sum((real & (rank > key)).to(tl.int32), 0)
 
     ties, found = take - above, 0
     for chunk in range(tl.cdiv(blocks, CHUNK)):
         block = chunk * CHUNK + lane
         rank, real = _rank(scores, padding_mask, leading, block, open_blocks, sinks, HAS_PADDING_MASK)
-        equal = real & (rank.to(tl.int64) == low)
+        equal = real & (rank == key)
         order = tl.cumsum(equal.to(tl.int32), 0)
-        chosen = (real & (rank.to(tl.int64) > low)) | (equal & (order <= ties))
+        chosen = (real & (rank > key)) | (equal & (order <= ties))
         ties -= tl.sum(equal.to(tl.int32), 0)
         tl.store(is_chosen + block, chosen.to(tl.uint8), mask=block < blocks)
         absent = chosen & (tl.load(slots + block, mask=chosen, other=0) < 0)
