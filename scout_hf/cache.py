@@ -28,6 +28,7 @@ from scout_hf.sessions.mapped import OpenFile
 from scout_hf.sizes import bytes_of
 from scout_hf.step import Role
 from scout_hf.stores.host_memory import HostMemory
+from scout_hf.stores.late import LateShares
 from scout_hf.stores.memory import huge_page_bytes
 from scout_hf.stores.staging import Staging
 from scout_hf.token_log import TokenLog
@@ -92,6 +93,7 @@ class ScoutCache(Cache):
         # Files that hold pages of it.
         self.files: tuple[OpenFile, ...] = ()
         self.padding, self.staging, self.log = Padding(), Staging(), TokenLog()
+        self.late = LateShares()
         self.auto, self.auto_draft = AutoBudget(), AutoDraft()
         # What its next passes are for.
         self.role = Role.ORDINARY
@@ -383,6 +385,7 @@ class ScoutCache(Cache):
                 torch.cuda.synchronize(device)  # in-flight copies end before their pages are reused
         self.staging.forget()
         self.padding.forget()
+        self.late.forget()
         for layer, mark in zip(self.layers, marks):
             if isinstance(layer, ScoutLayer):
                 layer.rollback(mark)

@@ -6,11 +6,15 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 
 from scout_hf.alive import AliveCaches
 from scout_hf.pace import Pace
+
+if TYPE_CHECKING:
+    from scout_hf.methods.replays import ReplayCounts
 
 SAMPLE_EVERY = 8
 
@@ -26,10 +30,13 @@ class Counters:
         # These describe the present state: reset() keeps them.
         self.notes: dict[tuple[str, int | None], str] = {}
         self.alive, self.pace = AliveCaches(), Pace()
+        self._replays: list[ReplayCounts] = []
         self.reset()
 
     def reset(self) -> None:
         """Set all sums to 0."""
+        if self._replays:
+            self.fold_replays()
         self.steps = self.approximate_steps = self.prefill_tokens = self.found_tokens = self.kept_tokens = 0
         self.drafted = self.accepted = self.checks = 0
         self.sums: dict[str, dict[int, float | torch.Tensor]] = defaultdict(lambda: defaultdict(float))
@@ -88,8 +95,20 @@ class Counters:
             self._recalls.setdefault(key, torch.zeros(1, dtype=torch.int64, device=device))
         return self._recalls[key]
 
+    def replayed(self, counts: ReplayCounts) -> None:
+        """Steps of a graph are counted there, until somebody asks."""
+        self.fold_replays()
+        self._replays.append(counts)
+
+    def fold_replays(self) -> None:
+        """Add the steps that graphs have counted."""
+        for counts in self._replays:
+            counts.fold()
+        self._replays = [counts for counts in self._replays if not counts.over]
+
     def collect(self) -> None:
-        """Add the counters on devices."""
+        """Add the counters on devices and of graphs."""
+        self.fold_replays()
         for (layer, _, block_bytes), tally in list(self._recalls.items()):
             blocks = int(tally)
             tally.sub_(blocks)

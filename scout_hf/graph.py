@@ -2,6 +2,9 @@
 
 A replay runs no Python. So all numbers that change from step to step are on the device, in a :class:`Clock`, and the
 host's state is updated around the replay. Steps that cannot be captured run as usual.
+
+Around a replay nothing is launched per layer: one native call submits the CPU's jobs of all layers, and what a capture
+assumes is asked for only after something has changed. In steps that fill a block, layers write it back.
 """
 
 from __future__ import annotations
@@ -18,71 +21,19 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from scout_hf.cache import ScoutCache
-from scout_hf.cache_layer import ScoutLayer
 from scout_hf.compat.cache_names import CACHE, given_cache
+from scout_hf.graph_clock import Clock
+from scout_hf.kernels.cpu import StepJobs
 from scout_hf.methods import Method
+from scout_hf.methods.replays import ReplayCounts, Standing
 from scout_hf.step import Step, active_step
 from scout_hf.stores import TwoTierKV
 
 # Steps that run without a graph first, to compile kernels and allocate buffers.
 WARM_STEPS = 2
-SPARE_TOKENS = 1024
+# Replays between two steps that compare predicted and real queries.
+COMPARE_EVERY = 64
 INPUTS = ("input_ids", "inputs_embeds", "position_ids")
-
-
-class Clock:
-    """Numbers on the device that a captured step reads instead of host values.
-
-    Parameters
-    ----------
-    layers : int
-    device : torch.device
-    mask : Tensor (batch, tokens) of bool, or None
-        Padding mask of the tokens so far, False for padding.
-
-    Attributes
-    ----------
-    length, blocks : Tensor (1,) of int32
-        Tokens per row with the new one; whole blocks on the host.
-    shares : Tensor (layers,) of float32
-        The CPU share at which a layer recalls.
-    padding_mask, padding_mask_here : Tensor (batch, capacity) of bool, or None
-        The padding mask with spare capacity for tokens to come, all True; and the same on the CPU.
-    """
-
-    def __init__(self, layers: int, device: torch.device, mask: torch.Tensor | None):
-        self.length, self.blocks = torch.zeros((2, 1), dtype=torch.int32, device=device)
-        self.shares = torch.zeros(layers, dtype=torch.float32, device=device)
-        self._shares: list[float] = []
-        self.padding_mask: torch.Tensor | None = None
-        self.padding_mask_here: torch.Tensor | None = None
-        if mask is not None:
-            capacity = mask.shape[1] + SPARE_TOKENS
-            self.padding_mask = torch.ones((mask.shape[0], capacity), dtype=torch.bool, device=device)
-            self.padding_mask[:, : mask.shape[1]] = mask
-            self.padding_mask_here = self.padding_mask.cpu()
-        self._block_masks: dict[tuple[int, int], torch.Tensor] = {}
-
-    def block_mask(self, block_size: int, blocks: int) -> torch.Tensor:
-        """Blocks with at least one token that is no padding, (batch, blocks) of bool."""
-        key = (block_size, blocks)
-        if key not in self._block_masks:
-            mask = self.padding_mask
-            if mask is None:
-                raise ValueError("no token of this step is padding")
-            whole, known = mask.new_ones((len(mask), blocks * block_size)), min(blocks * block_size, mask.shape[1])
-            whole[:, :known] = mask[:, :known]
-            self._block_masks[key] = whole.unflatten(1, (blocks, block_size)).any(-1)
-        return self._block_masks[key]
-
-    def set(self, tokens: int, blocks: int, shares: list[float]) -> None:
-        """Set the numbers of the next step, in stream order."""
-        self.length.fill_(tokens)
-        self.blocks.fill_(blocks)
-        if shares != self._shares:
-            here = torch.tensor(shares, dtype=torch.float32, device="cpu", pin_memory=self.shares.is_cuda)
-            self.shares.copy_(here, non_blocking=True)
-            self._shares = shares
 
 
 class CudaGraph:
@@ -121,6 +72,41 @@ def can_capture(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+class _Held(NamedTuple):
+    """The methods and stores of a step's layers that hold tokens; see ``Method.capture_key``."""
+
+    methods: list[Method]
+    kvs: list[TwoTierKV]
+
+    @classmethod
+    def of(cls, step: Step) -> _Held:
+        methods = [layer.method for layer in step.cache.scout_layers if layer.method is not None]
+        return cls(methods, cast("list[TwoTierKV]", [method.kv for method in methods]))
+
+
+@dataclass
+class Ready:
+    """What replays need while nothing changes: prepared once, see ``Method.prepare_replays``.
+
+    ``call`` and ``block`` are those of the step in which it was prepared.
+    """
+
+    held: _Held
+    call: Any
+    block: int
+    standing: Standing
+    jobs: StepJobs | None
+    counts: ReplayCounts
+
+    def holds(self, step: Step, call: Any) -> bool:
+        """Whether it holds for this step too."""
+        return self.standing.valid and self.call == call and self.block == _block(step, self.held)
+
+
+def _block(step: Step, held: _Held) -> int:
+    return step.tokens // held.kvs[0].block_size
+
+
 @dataclass
 class Captured:
     """A captured step and its assumptions.
@@ -136,35 +122,21 @@ class Captured:
     kind: type
     output: dict[str, torch.Tensor]
     tokens: int
+    ready: Ready
 
-    def holds(self, step: Step, key: Any) -> bool:
-        """Whether a replay computes this step."""
-        if self.key != key:
-            return False
+    def covers(self, step: Step) -> bool:
+        """Whether its padding mask is that of this step."""
         mask = self.clock.padding_mask
         return mask is None or self.tokens + 1 == step.tokens <= mask.shape[1]
 
 
 @dataclass
 class Capture:
-    """State of one cache: how many of its steps could be captured, and the captured one."""
+    """State of one cache: how many of its steps could be captured, the captured one, and replays since a comparison."""
 
     steps: int = 0
     graph: Captured | None = None
-
-
-class _Held(NamedTuple):
-    """The layers of a step's cache that hold tokens, with their methods and stores; see ``Method.capture_key``."""
-
-    layers: list[ScoutLayer]
-    methods: list[Method]
-    kvs: list[TwoTierKV]
-
-    @classmethod
-    def of(cls, step: Step) -> _Held:
-        layers = step.cache.scout_layers
-        methods = [layer.method for layer in layers if layer.method is not None]
-        return cls(layers, methods, cast("list[TwoTierKV]", [method.kv for method in methods]))
+    replays: int = 0
 
 
 class _CaptureError(Exception):
@@ -215,19 +187,29 @@ class StepGraphs:
             # As models do, but computed from a host number.
             inputs = next(given[name] for name in INPUTS if given.get(name) is not None)
             given["position_ids"] = torch.full((1, 1), step.tokens - 1, dtype=torch.int64, device=inputs.device)
-        held = None if self._failed else _Held.of(step)
-        key = None if held is None else self._key(step, held, given)
-        if held is None or key is None:
+        call = None if self._failed else self._call(step, given)
+        if call is None:
+            return self._forward(*args, **kwargs)
+        found = self._captures.get(step.cache)
+        captured = None if found is None else found.graph
+        known = captured is not None and captured.ready.holds(step, call)
+        held = captured.ready.held if captured is not None and known else _Held.of(step)
+        key = captured.key if captured is not None and known else self._key(step, held, call)
+        if key is None:
             return self._forward(*args, **kwargs)
         capture = self._captures.setdefault(step.cache, Capture())
         capture.steps += 1
         if capture.steps <= WARM_STEPS:
             return self._forward(*args, **kwargs)
+        if capture.replays >= COMPARE_EVERY and any(method.compares for method in held.methods):
+            return self._compare(step, capture, args, kwargs)
         try:
-            captured = capture.graph
-            if captured is not None and captured.holds(step, key):
-                return self._run(step, held, capture, captured, given)
-            return self._finish(step, held, self._capture(step, held, capture, given, key))
+            if captured is None or captured.key != key or not captured.covers(step):
+                captured = self._capture(step, held, capture, given, call, key)
+                return self._finish(step, capture, captured)
+            if not known:
+                captured.ready = self._prepare(step, held, captured.clock, call, capture)
+            return self._run(step, capture, captured, given)
         except _CaptureError as failed:
             # No state has changed yet: the step can run without a graph.
             error = failed.__cause__ or failed
@@ -242,25 +224,30 @@ class StepGraphs:
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
-    def _key(self, step: Step, held: _Held, given: dict[str, Any]) -> Any:
-        """The assumptions of a captured step, or None if this step cannot be captured."""
-        usual = step.queries == 1 and step.monitor is None and len(held.methods) == len(step.cache.layers)
-        usual = usual and not torch.is_grad_enabled()
+    def _call(self, step: Step, given: dict[str, Any]) -> Any:
+        """What a captured step assumes of the call, or None if such a call cannot be captured."""
+        usual = step.queries == 1 and step.monitor is None and not torch.is_grad_enabled()
         known = (*INPUTS, CACHE, "past_key_values", "attention_mask", "use_cache", "return_dict", "cache_position")
         usual = usual and "position_ids" in self._names and given.get("position_ids") is not None
-        usual = usual and not self._asks_the_device()
+        usual = usual and given_cache(given) is step.cache and not self._asks_the_device()
         if not usual or any(value is not None for name, value in given.items() if name not in known):
+            return None
+        inputs = tuple((name, given[name].shape, given[name].device) for name in INPUTS if given.get(name) is not None)
+        # Embeddings on another device would run during capture only, not in replays.
+        devices = {device for _, _, device in inputs}
+        if len(devices) != 1 or not can_capture(*devices):
+            return None
+        return inputs, step.mask is None, torch.is_inference_mode_enabled(), step.attends_all
+
+    def _key(self, step: Step, held: _Held, call: Any) -> Any:
+        """The assumptions of a captured step, or None if this step cannot be captured."""
+        if not held.kvs or len(held.methods) != len(step.cache.layers):
             return None
         layers = tuple(method.capture_key(step) for method in held.methods)
         if None in layers or len({kv.host.blocks for kv in held.kvs}) != 1:
             return None
-        devices = {kv.device for kv in held.kvs}
-        # Embeddings on another device would run during capture only, not in replays.
-        devices |= {given[name].device for name in INPUTS if given.get(name) is not None}
-        if given_cache(given) is not step.cache or len(devices) != 1 or not can_capture(*devices):
-            return None
-        inputs = tuple((name, given[name].shape) for name in INPUTS if given.get(name) is not None)
-        return inputs, step.mask is None, torch.is_inference_mode_enabled(), layers
+        here = {device for _, _, device in call[0]}
+        return (call, layers) if {kv.device for kv in held.kvs} == here else None
 
     def _asks_the_device(self) -> bool:
         """Whether the model synchronises with the device in a step, or returns more than its last hidden state."""
@@ -270,7 +257,17 @@ class StepGraphs:
         grows = any(part.get("rope_type", part.get("type")) in ("dynamic", "longrope") for part in kinds)
         return grows or any(getattr(config, f"output_{what}", False) for what in ("hidden_states", "attentions"))
 
-    def _capture(self, step: Step, held: _Held, capture: Capture, given: dict[str, Any], key: Any) -> Captured:
+    def _compare(self, step: Step, capture: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A step without a graph, in which layers compare predicted and real query."""
+        capture.replays, step.compares = 0, True
+        output = self._forward(*args, **kwargs)
+        if capture.graph is not None:
+            capture.graph.tokens = step.tokens
+        return output
+
+    def _capture(
+        self, step: Step, held: _Held, capture: Capture, given: dict[str, Any], call: Any, key: Any
+    ) -> Captured:
         device = held.kvs[0].device
         if device.type == "cuda" and device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
@@ -281,7 +278,8 @@ class StepGraphs:
         graph = CudaGraph(device, self._streams.get(device))
         fixed = {name: value for name, value in given.items() if name not in (*INPUTS, "attention_mask")}
         try:
-            self._expect(step, held, clock)
+            ready = self._prepare(step, held, clock, call, capture)
+            self._start(step, ready, clock)
             step.clock = clock
             step.links.forget_captured(device)
             output = graph.capture(lambda: self._forward(**fixed, **inputs), lambda: step.links.join_captured(device))
@@ -290,30 +288,52 @@ class StepGraphs:
             raise _CaptureError from error
         finally:
             step.clock = None
+        for layer in step.cache.scout_layers:
+            layer.incoming = None
         # Without the cache, which would keep itself alive through its capture.
         kept = {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
-        capture.graph = Captured(graph, clock, key, inputs, type(output), kept, step.tokens)
+        capture.graph = Captured(graph, clock, key, inputs, type(output), kept, step.tokens, ready)
         return capture.graph
 
-    def _run(self, step: Step, held: _Held, capture: Capture, captured: Captured, given: dict[str, Any]) -> Any:
+    def _prepare(self, step: Step, held: _Held, clock: Clock, call: Any, capture: Capture) -> Ready:
+        """What this step and those after it need, until something changes."""
+        if capture.graph is not None:
+            capture.graph.ready.counts.end()
+        standing = Standing()
+        for method in held.methods:
+            method.standing = standing
+        parts = [method.prepare_replays(step, clock.padding_mask_here) for method in held.methods]
+        jobs = [part.job for part in parts if part.job is not None]
+        together = step.backend.together(jobs) if jobs else None
+        counts = ReplayCounts(step, parts, capture)
+        return Ready(held, call, _block(step, held), standing, together, counts)
+
+    def _run(self, step: Step, capture: Capture, captured: Captured, given: dict[str, Any]) -> Any:
         try:
             for name, fixed in captured.inputs.items():
                 fixed.copy_(given[name], non_blocking=True)
-            self._expect(step, held, captured.clock)
+            self._start(step, captured.ready, captured.clock)
         except BaseException:
-            self._abort(step, held, capture)
+            self._abort(step, captured.ready.held, capture)
             raise
-        return self._finish(step, held, captured)
+        return self._finish(step, capture, captured)
 
-    def _expect(self, step: Step, held: _Held, clock: Clock) -> None:
-        shares = [method.before_replay(step, clock.padding_mask_here) for method in held.methods]
-        clock.set(step.tokens, held.kvs[0].host.blocks, shares)
+    def _start(self, step: Step, ready: Ready, clock: Clock) -> None:
+        if step.counters.history is not None:
+            ready.counts.fold()  # which wants every step by itself
+        shares = [method.before_replay(step) for method in ready.held.methods]
+        if ready.jobs is not None:
+            step.backend.start_step(ready.jobs)
+        clock.set(step.tokens, ready.held.kvs[0].host.blocks, shares)
 
-    def _finish(self, step: Step, held: _Held, captured: Captured) -> Any:
+    def _finish(self, step: Step, capture: Capture, captured: Captured) -> Any:
+        ready = captured.ready
         captured.graph.replay()
         captured.tokens = step.tokens
-        for layer, method in zip(held.layers, held.methods):
-            layer.incoming = None
+        capture.replays += 1
+        kv = ready.held.kvs[0]
+        ready.counts.add(step.context(), step.behind(kv.host.length, kv.device))
+        for method in ready.held.methods:
             method.after_replay(step)
         # The next replay overwrites these tensors: the caller gets copies.
         output = {name: value.clone() for name, value in captured.output.items()}
@@ -325,6 +345,7 @@ class StepGraphs:
         for device in {kv.device for kv in held.kvs}:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # the step before may still be running
-        for layer, method in zip(held.layers, held.methods):
+        for layer in step.cache.scout_layers:
             layer.incoming = None
+        for method in held.methods:
             method.abort_replay()

@@ -214,12 +214,15 @@ class PassHooks:
         if step is None or step.backend is not self.backend:
             return
         step.depth -= 1
+        if module is self._decoder and step.queries == 1:
+            step.cache.late.mark(self.links)
         if step.depth:
             return
         if self.tracer is not None:
             self.tracer.end()
         unread = [layer.layer_idx for layer in step.cache.scout_layers if layer.incoming is not None]
-        if output is None or unread:
+        late = 0 if output is None else step.cache.late.found()
+        if output is None or unread or late:
             step.abort()
         else:
             step.cache.end_step()
@@ -235,6 +238,8 @@ class PassHooks:
                 f"layers {unread} stored keys but did not attend through scout_hf: the attention implementation was "
                 "changed after patch(); unpatch the model, change it, and patch again"
             )
+        if late:
+            raise step.cache.late.error(late)
         if step.queries > 1 or self.counters.steps % BYTES_EVERY == 1:
             self.kv_bytes = step.cache.tier_bytes()
         if step.queries == step.tokens > 1:

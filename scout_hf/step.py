@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from scout_hf.auto_budget import AutoBudget, Rates
     from scout_hf.cache import ScoutCache
     from scout_hf.counters import Counters
-    from scout_hf.graph import Clock
+    from scout_hf.graph_clock import Clock
     from scout_hf.kernels.cpu import CpuBackend
     from scout_hf.kernels.cpu.workers import Workers
     from scout_hf.monitor import Monitor
@@ -116,6 +116,8 @@ class Step:
     role : Role
     depth : int
         Nested modules of this pass that are still running.
+    compares : bool
+        Whether layers compare predicted and real query in this step, because most steps are replayed and cannot.
     clock : Clock or None
         Numbers of a step that is being captured; see :mod:`scout_hf.graph`.
     frame : frame or None
@@ -149,6 +151,7 @@ class Step:
     shared: dict[str, Any] = field(default_factory=dict)
     depth: int = 1
     frame: FrameType | None = None
+    compares: bool = False
     clock: Clock | None = None
     _masks: dict[Any, torch.Tensor] = field(default_factory=dict)
 
@@ -220,6 +223,16 @@ class Step:
             batch, tokens = self.real_mask.shape
             padded = torch.nn.functional.pad(self.padding(device), (0, -tokens % block_size))
             self._masks[key] = padded.view(batch, -1, block_size)
+        return self._masks[key]
+
+    def behind(self, first: int, device: torch.device) -> float | torch.Tensor:
+        """Tokens from ``first`` on that are no padding, mean over the rows; a number without padding."""
+        if self.mask is None:
+            return float(self.tokens - first)
+        key = ("behind", first, device)
+        if key not in self._masks:
+            real = self.padding(device)[:, first:]
+            self._masks[key] = real.sum(dtype=torch.float32) / len(real)
         return self._masks[key]
 
     def context(self) -> float | torch.Tensor:

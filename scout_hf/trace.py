@@ -143,8 +143,8 @@ class Tracer:
             for name in SPANS:
                 if hasattr(layer.method, name):
                     self._replace(layer.method, name, functools.partial(self._timed, layer.layer_idx, SPANS[name]))
-        for name in ("start", "start_at"):
-            self._replace(step.backend, name, functools.partial(self._job, POOL, "attention"))
+        self._replace(step.backend, "start", functools.partial(self._job, POOL, "attention"))
+        self._replace(step.backend, "start_step", self._step_jobs)
         self._replace(step.backend, "copy", functools.partial(self._job, COPIES, "copy"))
         self._replace(step.movers, "submit", self._moved)
         self._replace(step.links, "limit", functools.partial(self._limited, LINK, "copy"))
@@ -229,6 +229,13 @@ class Tracer:
         submitted, ticket = time.perf_counter_ns(), before(*args, **kwargs)
         if ticket is not None:
             now.later(ticket.times, submitted, lane, kind, self._layer)
+        return ticket
+
+    def _step_jobs(self, now: _Recorded, before: Callable[..., Any], jobs: Any) -> Any:
+        submitted, ticket = time.perf_counter_ns(), before(jobs)
+        for job in jobs.jobs:
+            if (own := job.ticket()) is not None:
+                now.later(own.times, submitted, POOL, "attention", job.layer)
         return ticket
 
     def _moved(self, now: _Recorded, before: Callable[..., Any], *args: Any) -> Any:

@@ -15,6 +15,7 @@ import torch
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import ConfigError, SavingError, SessionError
 from scout_hf.fusion import Partial, fuse
+from scout_hf.methods.replays import Replays
 from scout_hf.methods.several_tokens import attend_new, attend_over_pages, attend_past, pages_of_all
 from scout_hf.registry import Registry
 from scout_hf.step import Step
@@ -36,7 +37,7 @@ class Scoring(NamedTuple):
     softcap: float | None
 
 
-class Method(ABC):
+class Method(Replays, ABC):
     """What one layer stores and how it attends. To add a method: subclass, set ``name``, register.
 
     Parameters
@@ -326,35 +327,6 @@ class Method(ABC):
     def variant(self) -> str:
         """The variant that runs, for reports."""
         return type(self).__name__
-
-    # -- decode steps that are captured once and replayed, see scout_hf.graph -------------------------------------
-    #
-    # A method with a capture key gets ``step.clock`` in the captured pass; its ``kv`` must be a ``TwoTierKV``.
-
-    def capture_key(self, step: Step) -> Any:
-        """All that a captured step of this layer assumes; a change voids the capture. None: it cannot be captured."""
-        return None
-
-    def before_replay(self, step: Step, padding_mask: torch.Tensor | None) -> float:
-        """Called on the host before each replay, and before the capture: start the CPU work that the step waits for.
-
-        Parameters
-        ----------
-        step : Step
-        padding_mask : Tensor (batch, capacity) of bool, on the CPU, or None
-
-        Returns
-        -------
-        float
-            This layer's entry of ``step.clock.shares``.
-        """
-        raise NotImplementedError(f"method {self.name!r} returns a capture_key but defines no before_replay")
-
-    def after_replay(self, step: Step) -> None:
-        """Called on the host after the launch of a replay: update counters, write back full blocks."""
-
-    def abort_replay(self) -> None:
-        """Called if the replay after ``before_replay`` does not run."""
 
     @abstractmethod
     def tier_bytes(self) -> dict[str, int]:

@@ -31,6 +31,8 @@ class MappedSlots:
         The slot of each block, ``EMPTY`` for none; with spare capacity.
     filled : int or None
         Leading slots in use; None if that differs between rows or heads, or only the device knows it.
+    least : int
+        Slots in use in every row and head at least.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class MappedSlots:
         self.ids = torch.full(shape[:3], EMPTY, dtype=torch.int32, device=device)
         self.slot_of = torch.full((batch, heads, 0), EMPTY, dtype=torch.int32, device=device)
         self.filled: int | None = 0
+        self.least = 0
         self._blocks = 0  # no slot holds a block from here on
 
     @property
@@ -72,8 +75,9 @@ class MappedSlots:
 
     def adopted(self, first: int) -> None:
         """Note that block ``first`` was copied into an empty slot of every row and KV head that had one."""
-        if self.filled is not None:
-            self.filled = min(self.filled + 1, self.slots)
+        self.least = min(self.least + 1, self.slots)
+        if self.filled is not None or self.least == self.slots:
+            self.filled = self.least
         self._blocks = max(self._blocks, first + 1)
 
     def recalled(self, blocks: int) -> None:
@@ -87,7 +91,11 @@ class MappedSlots:
         self.reserve(blocks)
         self.ids.fill_(EMPTY)
         self.slot_of.fill_(EMPTY)
-        self.filled, self._blocks = 0, blocks
+        self.filled, self.least, self._blocks = 0, 0, blocks
+
+    def loaded(self, blocks: int | None) -> None:
+        """Note that so many slots were filled in every row and head; None: it differs, or is not known."""
+        self.filled, self.least = blocks, blocks or 0
 
     def grow(self, slots: int) -> None:
         """Enlarge to ``slots`` slots; the new ones are empty, residents keep their slots."""
@@ -96,7 +104,7 @@ class MappedSlots:
     def crop(self, blocks: int) -> None:
         """Empty the slots of blocks from ``blocks`` on."""
         if blocks < self._blocks:
-            self.filled = None
+            self.filled, self.least = None, max(0, self.least - (self._blocks - blocks))
             self.ids.masked_fill_(self.ids >= blocks, EMPTY)
             self.slot_of[:, :, blocks:] = EMPTY
             self._blocks = blocks
@@ -133,3 +141,4 @@ class MappedSlots:
         slot_of.scatter_(2, torch.where(here == EMPTY, self.slot_of.shape[2], here).long(), slots)
         self.slot_of = slot_of[:, :, :-1].contiguous()
         self.filled, self._blocks, self.ids = filled, held, here
+        self.least = int((ids != EMPTY).sum(2).min()) if ids.numel() else 0

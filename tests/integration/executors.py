@@ -29,8 +29,7 @@ def count_every_share(monkeypatch) -> None:
     finished = Flags.finished
 
     def finished_by_now(flags):
-        if flags._ticket is not None:
-            flags._ticket.drain()
+        flags.job.drain()
         return finished(flags)
 
     monkeypatch.setattr(Flags, "finished", finished_by_now)

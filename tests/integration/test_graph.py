@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 import scout_hf  # noqa: E402
 from scout_hf import RecallIntervals  # noqa: E402
+from scout_hf.methods.scout import query_gate  # noqa: E402
 from tests.integration import fake_graph  # noqa: E402
 from tests.integration.common import (  # noqa: E402
     LOSSY,
@@ -61,6 +62,7 @@ def decode(way, inputs, options, new=60, model=None):
         {},
         {"cpu_query": "real"},
         {"cpu_query": "auto"},
+        {"cpu_query": "auto", "recall": None},
         {"layer_ahead": False, "recall": None},
         # Shares at which no recall falls on a step that also fills an empty slot: there the order is another one.
         {"recall": 0.2},
@@ -82,9 +84,10 @@ def decode(way, inputs, options, new=60, model=None):
 def test_captured_steps_do_what_plain_ones_do(graphs, monkeypatch, inputs, options):
     count_every_share(monkeypatch)
     options = SPARSE | options
-    # "auto" compares queries, which no captured step does: it takes the real one.
-    plain = options | ({"cpu_query": "real"} if options["cpu_query"] == "auto" else {})
-    expected, theirs = decode("flags", inputs, plain, 28, llama(num_hidden_layers=4))
+    # With "auto" both compare in the first step alone, and find opposite things by the two settings of that rule.
+    monkeypatch.setattr(query_gate, "CHECK_EVERY", 1000)
+    monkeypatch.setattr(query_gate, "TOLERATED", 1000 if options["recall"] is None else 0)
+    expected, theirs = decode("flags", inputs, options, 28, llama(num_hidden_layers=4))
     assert not graphs.made
     got, ours = decode("graph", inputs, options, 28, llama(num_hidden_layers=4))
     assert_close(got, expected, 2e-6)

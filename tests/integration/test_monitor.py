@@ -14,6 +14,7 @@ import torch
 import scout_hf
 import scout_hf.eval.baselines  # noqa: F401  random blocks
 from scout_hf.kernels.cpu.native_backend import NativeBackend
+from scout_hf.kernels.cpu.step_jobs import NativeStepJob
 from scout_hf.kernels.cpu.torch_backend import TorchBackend
 from scout_hf.methods import Scout
 from scout_hf.methods.scout.one_tier import OneTierScout
@@ -99,7 +100,7 @@ class Reference:
         for kind in (NativeBackend, TorchBackend):
             for name in ("start", "attend_blocks"):
                 monkeypatch.setattr(kind, name, self.asked(getattr(kind, name)))
-        monkeypatch.setattr(NativeBackend, "start_at", self.asked_later(NativeBackend.start_at))
+        monkeypatch.setattr(NativeStepJob, "describe", self.asked_later(NativeStepJob.describe))
 
     def asked(self, real):
         """What the CPU attends is what a backend is asked for, perhaps one layer ahead."""
@@ -113,9 +114,9 @@ class Reference:
     def asked_later(self, real):
         """The lists are written until the job begins, and read here when it is over."""
 
-        def ask(backend, words, into, query, store, lists, *args):
-            self.jobs.setdefault(id(store), []).append(lists)
-            return real(backend, words, into, query, store, lists, *args)
+        def ask(job, store, *args):
+            self.jobs.setdefault(id(store), []).append(job._lists)
+            return real(job, store, *args)
 
         return ask
 

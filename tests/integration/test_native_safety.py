@@ -7,6 +7,7 @@ import torch
 
 import scout_hf
 from scout_hf.errors import NativeInputError
+from scout_hf.fusion import Partial
 from scout_hf.kernels.cpu import BlockLists, pages
 from scout_hf.kernels.cpu.each_block import attend_each_native
 from scout_hf.kernels.cpu.native_backend import NativeBackend
@@ -102,7 +103,7 @@ class Native:
             "lse": torch.zeros(1, 4, 1),
             "codes": torch.zeros(1, 2, BLOCKS, 32),
             "digests": torch.zeros(1, 2, BLOCKS, 32),
-            "word": torch.ones(2, dtype=torch.int64),
+            "word": torch.ones(3, dtype=torch.int64),
             "sources": torch.zeros(0, dtype=torch.int64),
             "targets": torch.zeros(0, dtype=torch.int64),
             "marks": torch.ones(BLOCKS, 8, dtype=torch.bool),
@@ -125,7 +126,10 @@ class Native:
 
     def attend_at(self, query, out, lse, word):
         lists = BlockLists(torch.zeros(1, 2, 1, dtype=torch.int32), torch.ones(1, 2, dtype=torch.int32))
-        self.backend.start_at((word[:1], 1, word[1:]), (out, lse), query, self.store, lists, 1.0).wait()
+        words, chosen = (word[:1], word[1:2], word[2:]), torch.ones(1, 2, dtype=torch.int32)
+        job = self.backend.prepare(words, Partial(out, lse), query, lists, chosen, layer=0)
+        job.describe(self.store, 1.0, None, None)
+        self.backend.start_step(self.backend.together([job])).drain()
 
     def select(self, query, digests, padding_mask):
         self.backend.select("minmax", query, digests, 2, 1, 0, 8, padding_mask)

@@ -10,7 +10,7 @@ from scout_hf.kernels.cpu.backend import GROUP, Attended, BlockLists, ByMass, Co
 from scout_hf.kernels.cpu.ipex_backend import IpexBackend, load_op
 from scout_hf.kernels.cpu.library import load_library
 from scout_hf.kernels.cpu.native_backend import NativeBackend
-from scout_hf.kernels.cpu.protocols import PagedStore, Ticket
+from scout_hf.kernels.cpu.protocols import PagedStore, StepJob, StepJobs, StepSums, StepTotals, Ticket
 from scout_hf.kernels.cpu.torch_backend import TorchBackend
 from scout_hf.registry import Registry
 
@@ -22,6 +22,10 @@ __all__ = [
     "Coarse",
     "CpuBackend",
     "PagedStore",
+    "StepJob",
+    "StepJobs",
+    "StepSums",
+    "StepTotals",
     "Ticket",
     "backend_names",
     "find_backend",

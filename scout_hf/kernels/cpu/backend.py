@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from scout_hf.fusion import Partial
-from scout_hf.kernels.cpu.protocols import PagedStore, Ticket
+from scout_hf.kernels.cpu.protocols import PagedStore, StepJob, StepJobs, Ticket
 from scout_hf.kernels.cpu.workers import Workers
 
 
@@ -199,40 +200,58 @@ class CpuBackend(ABC):
         return self._workers.submit(self.attend_blocks, query, store, lists, scale, softcap, padding_mask)
 
     def watches(self, query: torch.Tensor, store: PagedStore) -> bool:
-        """Whether :meth:`start_at` supports this query and store."""
+        """Whether :meth:`prepare` supports this query and store."""
         return False
 
-    def start_at(
+    def prepare(
         self,
-        words: tuple[torch.Tensor, int, torch.Tensor],
-        into: tuple[torch.Tensor, torch.Tensor],
+        words: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        into: Partial,
         query: torch.Tensor,
-        store: PagedStore,
         lists: BlockLists,
-        scale: float,
-        softcap: float | None = None,
-        padding_mask: torch.Tensor | None = None,
-    ) -> Ticket[Attended]:
-        """As ``start``, but the job begins when a flag is set; query and lists may be written until then.
+        chosen: torch.Tensor,
+        layer: int,
+    ) -> StepJob:
+        """Attention of one layer that begins when a flag is set, once per decode step.
+
+        Call ``describe`` of the job before the first start, and after the store or the padding mask has changed.
 
         Parameters
         ----------
-        words : (Tensor, int, Tensor)
-            Flag (int64) that starts the job when it reaches the number; the number; flag (int64) that the job sets to
-            the number when it has ended, also after an error.
-        into : (Tensor, Tensor)
+        words : (Tensor, Tensor, Tensor) of int64, (1,) each
+            Flag that starts job ``n`` when it reaches ``n``; flag that job ``n`` sets to ``n`` when it has ended, also
+            after an error; a word that is set to a negative number after an error.
+        into : Partial
             Output and LSE, contiguous float32.
-        query, store, lists, scale, softcap, padding_mask
-            As in :meth:`attend_blocks`; ``lists`` must have counts.
+        query, lists
+            As in :meth:`attend_blocks`; may be written until the flag is set. ``lists`` must have counts.
+        chosen : Tensor (batch, kv_heads) of int32
+            Blocks chosen in total, for ``totals``.
+        layer : int
+            For reports.
 
         Returns
         -------
-        Ticket of Attended
+        StepJob
 
         Raises
         ------
         NotImplementedError
             Where :meth:`watches` is False.
+        """
+        raise NotImplementedError
+
+    def together(self, jobs: Sequence[StepJob]) -> StepJobs:
+        """Jobs of this backend that :meth:`start_step` starts in this order."""
+        raise NotImplementedError
+
+    def start_step(self, jobs: StepJobs) -> Ticket[Any]:
+        """Start one job of each layer, in one native call: all or none.
+
+        Returns
+        -------
+        Ticket
+            Of the last job.
         """
         raise NotImplementedError
 

@@ -20,7 +20,7 @@ import torch
 from scout_hf.errors import ConfigError
 from scout_hf.kernels.cpu.shared_object import check_whole
 
-ABI = 7
+ABI = 8
 ISA_VARIABLE = "SCOUT_HF_ISA"
 PATH_VARIABLE = "SCOUT_HF_LIBRARY"
 INT8 = 3
@@ -76,6 +76,22 @@ class AttendArgs(ctypes.Structure):
         ("softcap", c_float),
         ("queries", c_int32),
         ("end", c_int64),
+    ]
+
+
+class StepArgs(ctypes.Structure):
+    """``scout_step_job``: attention of one layer that is submitted once per decode step, and sums over its jobs."""
+
+    _fields_ = [
+        ("attend", AttendArgs),
+        ("flag", c_void_p),
+        ("chosen", c_void_p),
+        ("trouble", c_void_p),
+        ("ticket", c_int64),
+        ("counted", c_int64),
+        ("tokens", c_int64),
+        ("listed_blocks", c_int64),
+        ("chosen_blocks", c_int64),
     ]
 
 
@@ -177,6 +193,7 @@ _SIGNATURES = {
     "scout_read_tiles": (c_int64, [POINTER(AttendArgs), c_int]),
     "scout_read_span": (c_int64, [c_void_p, c_int64, c_int]),
     "scout_submit_attend": (c_int64, [c_void_p, POINTER(AttendArgs), c_void_p, c_uint64]),
+    "scout_submit_step": (c_int64, [c_void_p, c_void_p, c_int64]),
 }
 
 

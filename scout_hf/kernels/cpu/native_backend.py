@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from ctypes import byref
+from collections.abc import Iterator, Sequence
+from ctypes import byref, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ from scout_hf.kernels.cpu.library import (
     load_library,
 )
 from scout_hf.kernels.cpu.pool import CopyArgs, NativePool, PoolTicket, quick
-from scout_hf.kernels.cpu.protocols import PagedStore, Ticket
+from scout_hf.kernels.cpu.protocols import PagedStore, StepJob, StepJobs, Ticket
+from scout_hf.kernels.cpu.step_jobs import NativeStepJob, NativeStepJobs
 from scout_hf.kernels.cpu.torch_backend import TorchBackend
 
 # Torch multiplies matrices of more queries faster, unless MANY names the instruction set and the dtype of query and KV.
@@ -56,6 +57,7 @@ class NativeBackend(CpuBackend):
             self._pool = NativePool(self._library.handle, threads or torch.get_num_threads())
             self._submit = quick(self._library.handle, "scout_submit_attend")
             self._copy = quick(self._library.handle, "scout_submit_copy")
+            self._submit_step = quick(self._library.handle, "scout_submit_step", c_void_p, c_void_p, c_int64)
 
     def attend_blocks(
         self,
@@ -123,33 +125,49 @@ class NativeBackend(CpuBackend):
         known = self._library is not None and _served(query) and store.native() is not None
         return known and self._pool.has_threads()
 
-    def start_at(
+    def prepare(
         self,
-        words: tuple[torch.Tensor, int, torch.Tensor],
-        into: tuple[torch.Tensor, torch.Tensor],
+        words: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        into: Partial,
+        query: torch.Tensor,
+        lists: BlockLists,
+        chosen: torch.Tensor,
+        layer: int,
+    ) -> NativeStepJob:
+        return NativeStepJob(self, words, into, query, lists, chosen, layer)
+
+    def together(self, jobs: Sequence[StepJob]) -> NativeStepJobs:
+        own = [job for job in jobs if isinstance(job, NativeStepJob)]
+        if self._library is None or len(own) != len(jobs):
+            raise NotImplementedError("together() takes jobs that this backend has prepared")
+        return NativeStepJobs(self._submit_step, own)
+
+    def start_step(self, jobs: StepJobs) -> PoolTicket:
+        if not isinstance(jobs, NativeStepJobs):
+            raise NotImplementedError("start_step() takes jobs that this backend has put together")
+        return jobs.start(self._pool)
+
+    def described(
+        self,
         query: torch.Tensor,
         store: PagedStore,
         lists: BlockLists,
         scale: float,
-        softcap: float | None = None,
-        padding_mask: torch.Tensor | None = None,
-    ) -> Ticket[Attended]:
-        flag, number, done = words
-        described = self._describe(query, store, lists, scale, softcap, padding_mask, Partial(*into))
-        if described is None:
-            raise NotImplementedError("start_at() got inputs for which watches() is False; use start()")
-        _, args, partial, keep = described
-        args.done, args.number = address(done, torch.int64), number
-        at = {"flag": address(flag, torch.int64), "value": number}
-        return self._post(args, partial, (keep, words, store.memory()), **at)
+        softcap: float | None,
+        padding_mask: torch.Tensor | None,
+        into: Partial,
+    ) -> tuple[AttendArgs, Any] | None:
+        """Arguments of the library for such a job, and what owns their memory; None if it does not support it."""
+        found = self._describe(query, store, lists, scale, softcap, padding_mask, into)
+        return None if found is None else (found[1], found[2:])
 
-    def _post(self, args: AttendArgs, partial: Partial, keep: Any, **at: int) -> PoolTicket:
+    def _post(self, args: AttendArgs, partial: Partial, keep: Any) -> PoolTicket:
         def result() -> Attended:
             check(args.status, "blocks to attend")
             return Attended(partial, args.attended)
 
         # Kept alive: after an interrupt, ticket and store may be deleted while the job still runs.
-        return self._pool.submit(self._submit, args, keep=(keep, partial), result=result, **at)
+        return self._pool.submit(self._submit, args, keep=(keep, partial), result=result)
 
     def select(
         self,

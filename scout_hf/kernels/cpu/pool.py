@@ -56,13 +56,14 @@ def bind(library: ctypes.CDLL) -> None:
         function.restype, function.argtypes = result, arguments
 
 
-def quick(library: ctypes.CDLL, name: str) -> Callable[..., int]:
+def quick(library: ctypes.CDLL, name: str, *arguments: Any) -> Callable[..., int]:
     """A function of the library that keeps the GIL during the call, since releasing it takes longer than the call.
 
-    Submit functions (``int64 entry(pool, args, flag, value)``) can be passed to ``NativePool.submit``.
+    Submit functions (``int64 entry(pool, args, flag, value)``) can be passed to ``NativePool.submit``; ``arguments``
+    are the types of others.
     """
     function = getattr(ctypes.PyDLL(library._name, handle=library._handle), name)
-    default = (c_int64, [c_void_p, c_void_p, c_void_p, c_uint64])
+    default = (c_int64, list(arguments) or [c_void_p, c_void_p, c_void_p, c_uint64])
     function.restype, function.argtypes = _SIGNATURES.get(name, default)
     return function
 
@@ -106,6 +107,12 @@ class PoolTicket:
         found = (c_int64 * 2)()
         known = self._threads.library.scout_pool_times(self._threads.handle, self.number, found)
         return (found[0], found[1]) if known else None
+
+    def of(self, number: int) -> PoolTicket:
+        """A ticket of another job of the same threads, whose memory this one keeps alive."""
+        other = PoolTicket(self._threads, None, None)
+        other.number = number
+        return other
 
     def let_go(self) -> None:
         """Drop the references to the memory of a job that has ended."""
@@ -153,7 +160,7 @@ class NativePool:
     def submit(
         self,
         entry: Callable[..., int],
-        args: ctypes.Structure,
+        args: ctypes.Structure | ctypes.Array[Any],
         keep: Any = (),
         flag: int | None = None,
         value: int = 0,
@@ -165,8 +172,8 @@ class NativePool:
         ----------
         entry : function of the library
             Posts the job and returns its number, see :func:`quick`.
-        args : Structure
-            Arguments of the job; kept alive until it has ended.
+        args : Structure or Array
+            Arguments of the job, or of several; kept alive until it has ended.
         keep
             Objects whose memory the job uses; kept alive until it has ended.
         flag : int or None

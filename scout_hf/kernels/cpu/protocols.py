@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -36,6 +37,70 @@ class Ticket(Protocol[T_co]):
 
     def times(self) -> tuple[int, int] | None:
         """When it began and ended, in ns of ``time.perf_counter_ns``; None if not known (yet)."""
+
+
+class StepSums(NamedTuple):
+    """What jobs of decode steps have done, over all rows and KV heads.
+
+    tokens : int
+        Tokens attended.
+    listed, chosen : int
+        Blocks attended, and chosen in total.
+    """
+
+    tokens: int
+    listed: int
+    chosen: int
+
+
+class StepTotals(Protocol):
+    """Running sums of the jobs of one layer; keeps nothing else alive."""
+
+    def take(self) -> StepSums:
+        """What jobs have done that ended since the last call."""
+
+
+class StepJob(Protocol):
+    """CPU attention of one layer that is described once and started once per decode step.
+
+    Attributes
+    ----------
+    layer : int
+    number : int
+        Jobs started so far; a job begins when its flag reaches its number.
+    counted : bool
+        Whether the next jobs count in ``totals``.
+    """
+
+    layer: int
+    counted: bool
+
+    @property
+    def totals(self) -> StepTotals:
+        """Sums over its jobs."""
+
+    @property
+    def number(self) -> int:
+        """Jobs started so far."""
+
+    def describe(
+        self, store: PagedStore, scale: float, softcap: float | None, padding_mask: torch.Tensor | None
+    ) -> None:
+        """What the next jobs attend to, as in ``attend_blocks``; costs little where that is what they did."""
+
+    def ticket(self) -> Ticket[Any] | None:
+        """A ticket of the last job; None before the first one."""
+
+    def drain(self) -> None:
+        """Block until the last job has ended."""
+
+
+class StepJobs(Protocol):
+    """Jobs that are started together, in this order."""
+
+    @property
+    def jobs(self) -> Sequence[StepJob]:
+        """One per layer."""
 
 
 class Pool(Protocol):

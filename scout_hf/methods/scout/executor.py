@@ -19,6 +19,7 @@ from scout_hf.config import ScoutConfig
 from scout_hf.errors import ResidentMemoryError
 from scout_hf.fusion import Partial
 from scout_hf.kernels.cpu import Attended, Ticket
+from scout_hf.methods.replays import ReplayPart
 from scout_hf.selection import Pick
 from scout_hf.step import Step
 from scout_hf.stores import TwoTierKV
@@ -26,7 +27,7 @@ from scout_hf.stores import TwoTierKV
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from scout_hf.graph import Clock
+    from scout_hf.graph_clock import Clock
     from scout_hf.methods.scout.policy import TwoTierScout as Layer
 
 
@@ -60,9 +61,9 @@ class StepExecutor(ABC):
     def select(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
         """Choose the top-k blocks: set ``pick``, and ``missing`` and ``scores`` if needed."""
 
-    def ask_gate(self, layer: Layer) -> tuple[bool, bool]:
+    def ask_gate(self, layer: Layer, step: Step) -> tuple[bool, bool]:
         """Whether CPU attention may use the predicted query, and whether to compare it with the real one."""
-        return layer.gate.in_prediction(), layer.gate.checking
+        return layer.gate.in_prediction(step.compares), layer.gate.checking
 
     @abstractmethod
     def submit_cpu(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
@@ -114,8 +115,6 @@ class Executor(StepExecutor):
 
     Attributes
     ----------
-    cpu_query : str
-        ``ScoutConfig.cpu_query``, or the closest that this executor supports.
     recalling : bool
         Whether a recall may be in flight.
     """
@@ -125,7 +124,7 @@ class Executor(StepExecutor):
     recalling: Any = True
 
     def __init__(self, config: ScoutConfig, kv: TwoTierKV):
-        self.cpu_query = config.cpu_query
+        pass
 
     @property
     @abstractmethod
@@ -193,10 +192,11 @@ class Executor(StepExecutor):
         """As ``Method.capture_key``."""
         return None
 
-    def before_replay(self, layer: Layer, step: Step, padding_mask: torch.Tensor | None) -> None:
-        """As ``Method.before_replay``, without the recall threshold."""
+    def prepare_replays(self, layer: Layer, step: Step, padding_mask: torch.Tensor | None) -> ReplayPart:
+        """As ``Method.prepare_replays``."""
+        raise NotImplementedError
 
-    def after_replay(self, layer: Layer, step: Step) -> None:
+    def after_replay(self, layer: Layer) -> None:
         """As ``Method.after_replay``; the tail already counts the new token."""
 
     def abort_replay(self, layer: Layer) -> None:

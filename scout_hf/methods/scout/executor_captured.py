@@ -15,13 +15,13 @@ from scout_hf.methods.scout.executor import CaptureExecutor
 from scout_hf.step import Step
 
 if TYPE_CHECKING:
-    from scout_hf.graph import Clock
+    from scout_hf.graph_clock import Clock
     from scout_hf.methods.scout.executor_triton import TritonExecutor
     from scout_hf.methods.scout.policy import TwoTierScout as Layer
 
 
 class CapturedExecutor(CaptureExecutor):
-    """A ``TritonExecutor`` during capture. CPU work is submitted before each replay, by ``before_replay``.
+    """A ``TritonExecutor`` during capture. CPU work is submitted before each replay.
 
     Parameters
     ----------
@@ -52,8 +52,8 @@ class CapturedExecutor(CaptureExecutor):
         if budgeted is not None and count > layer.resident.slots:
             state.scores = plain.order_of(layer, scores, block_mask)
 
-    def ask_gate(self, layer: Layer) -> tuple[bool, bool]:
-        return layer.config.cpu_query == "predicted", False
+    def ask_gate(self, layer: Layer, step: Step) -> tuple[bool, bool]:
+        return layer.gate.predicts, False
 
     def submit_cpu(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
         layer.state.started = True
@@ -81,5 +81,5 @@ class CapturedExecutor(CaptureExecutor):
 
     def recall(self, layer: Layer, step: Step, share: float | torch.Tensor) -> None:
         with layer.changing_residents() as slots:
-            # ``before_replay`` waits for the host data that this reads; the graph ends after these copies.
+            # ``prepare_replays`` waits for the host data that this reads; the graph ends after these copies.
             self.plain.swap(layer, step, slots, share)

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from scout_hf.config import ScoutConfig
-from scout_hf.errors import ConfigError
+from scout_hf.errors import CacheStateError, ConfigError
 from scout_hf.fusion import Partial
 from scout_hf.kernels.device import KERNEL_DTYPES, MOST_CHANNELS, find_kernels
 from scout_hf.methods.base import PAST_CHUNK_TOKENS
+from scout_hf.methods.replays import ReplayPart
 from scout_hf.methods.scout.executor import Executor, resident_memory
 from scout_hf.methods.scout.executor_captured import CapturedExecutor
 from scout_hf.methods.scout.handoff import Flags, Handoff, Job, Mailbox, NoHandoff, make_handoff
@@ -29,7 +30,7 @@ from scout_hf.stores.streams import Mark
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from scout_hf.graph import Clock
+    from scout_hf.graph_clock import Clock
     from scout_hf.methods.scout.policy import TwoTierScout as Layer
 
 SPARE_BLOCKS = 64
@@ -58,8 +59,6 @@ class TritonExecutor(Executor):
         if kernels is None:
             raise ConfigError(f"there are no Triton kernels for {kv.device}; check TritonExecutor.serves() first")
         self.kernels = kernels
-        if config.hand_over == "graph" and config.cpu_query == "auto":
-            self.cpu_query = "real"  # a replayed step cannot compare both queries
         self.handoff: Handoff = NoHandoff()
         self.is_chosen = torch.zeros((kv.batch, 0, 0), dtype=torch.uint8, device=kv.device)
         self.pages = torch.zeros((kv.batch, 0), dtype=torch.int64, device=kv.device)
@@ -137,11 +136,12 @@ class TritonExecutor(Executor):
     def _mail(self, layer: Layer, step: Step, query: torch.Tensor, capacity: int) -> None:
         """Provide a mailbox for lists of ``capacity`` blocks; counts the result of the previous step first."""
         self._count_share(layer, step)
-        if self.handoff.lost or not self.handoff.mail.fits(query, capacity):
+        if not self.handoff.serves(query, capacity, step.backend):
             self.handoff.drain()
-            mail = Mailbox(query, layer.kv_heads, capacity + max(SPARE_BLOCKS, capacity // 8))
-            device = query.device
-            self.handoff = make_handoff(layer.config.hand_over, mail, self.kernels, step.backend, layer.kv.host, device)
+            device, spare = query.device, max(SPARE_BLOCKS, capacity // 8)
+            mail = Mailbox(query, layer.kv_heads, capacity + spare, step.cache.late.word(device))
+            made = layer.config.hand_over, mail, self.kernels, step.backend, layer.kv.host, device, layer.layer_idx
+            self.handoff = make_handoff(*made)
 
     def submit_cpu(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
         layer.state.started = True
@@ -188,9 +188,10 @@ class TritonExecutor(Executor):
         return None if share is None else Partial(*share)
 
     def attend_again(self, layer: Layer, step: Step, query: torch.Tensor) -> Partial | None:
+        self.handoff.counted = False
         self.submit_cpu(layer, step, query)
         share = self.handoff.result(step)
-        self.handoff.uncounted()
+        self.handoff.counted = True
         return None if share is None else Partial(*share)
 
     def merge(self, here: tuple[torch.Tensor, torch.Tensor], share: Partial | None) -> Partial:
@@ -207,27 +208,27 @@ class TritonExecutor(Executor):
 
     def _tokens_here(self, layer: Layer, step: Step) -> float | torch.Tensor:
         """Tokens in tail and slots, mean over rows and KV heads; a tensor if only the device knows it."""
-        slots, size, kv = layer.resident, layer.config.block_size, layer.kv
-        if step.mask is None:
-            newest = kv.length - kv.host.length
-            if slots is None or slots.filled is not None:
-                return newest + (0 if slots is None else slots.filled * size)
-            return newest + (slots.ids >= 0).sum(dtype=torch.float32) * size / slots.ids[:, :, 0].numel()
-        real = step.block_tokens(size, kv.device)
-        tail = real[:, kv.host.blocks :].sum(dtype=torch.float32) / kv.batch
+        return step.behind(layer.kv.host.length, layer.kv.device) + self._tokens_held(layer, step)
+
+    def _tokens_held(self, layer: Layer, step: Step) -> float | torch.Tensor:
+        """The same of the slots alone."""
+        slots, size = layer.resident, layer.config.block_size
         if slots is None:
-            return tail
+            return 0.0
+        if step.mask is None:
+            if slots.filled is not None:
+                return float(slots.filled * size)
+            return (slots.ids >= 0).sum(dtype=torch.float32) * size / slots.ids[:, :, 0].numel()
+        real = step.block_tokens(size, layer.kv.device)
         held = real[:, None].expand(-1, layer.kv_heads, -1).gather(2, slots.ids.clamp(min=0).long())
-        return tail + held.masked_fill(slots.ids < 0, 0).sum(dtype=torch.float32) / slots.ids[:, :, 0].numel()
+        return held.masked_fill(slots.ids < 0, 0).sum(dtype=torch.float32) / slots.ids[:, :, 0].numel()
 
     def _count_share(self, layer: Layer, step: Step) -> None:
         """Count the CPU attention of the last step, if it has finished."""
-        tokens = self.handoff.finished()
-        if tokens is not None:
-            mail = self.handoff.mail
-            step.counters.add("attended", layer.layer_idx, tokens / mail.missing_counts.numel())
-            shares = (int(counts.sum()) for counts in (mail.missing_counts, mail.chosen_counts))
-            step.counters.cpu_share(layer.layer_idx, *shares)
+        done = self.handoff.finished()
+        if done is not None and done.chosen:
+            step.counters.add("attended", layer.layer_idx, done.tokens / (layer.kv.batch * layer.kv_heads))
+            step.counters.cpu_share(layer.layer_idx, done.listed, done.chosen)
 
     # -- residents ------------------------------------------------------------------------------------------------
 
@@ -247,7 +248,7 @@ class TritonExecutor(Executor):
         )
         self.kernels.copy_blocks(self.pages, moves, slots.keys, slots.values)
         # A row of a padded batch may have fewer blocks.
-        slots.filled = min(slots.slots, most) if step.mask is None else None
+        slots.loaded(min(slots.slots, most) if step.mask is None else None)
         return slots
 
     def adopt(self, slots: MappedSlots, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -359,27 +360,30 @@ class TritonExecutor(Executor):
         if not ready or layer.config.mass is not None or (isinstance(budget, float) and budget < 1.0):
             return None
         self._cover(layer.resident, max(selector.table.capacity, kv.host.blocks))
-        kept = (kv.buffers()[0], self.is_chosen, layer.resident.slot_of, layer.resident.keys, self.pages)
+        kept = [kv.buffers()[0], self.is_chosen, layer.resident.slot_of, layer.resident.keys, self.pages]
+        kept += [] if selector.dense else [selector.table.all_codes()]
         count = selector.count(step, kv.host.blocks)
-        if (kv.host.blocks if count is None else count) > self.handoff.mail.capacity:
+        listed = kv.host.blocks if count is None else int(count)
+        if not self.handoff.serves(self.handoff.mail.query, listed, step.backend):
             return None
-        codes = 0 if selector.dense else selector.table.all_codes().data_ptr()
-        return (count, codes, id(self.handoff), *(part.data_ptr() for part in kept), layer.scoring)
+        # The hand-over itself: while the key lives, no other object can be taken for it.
+        return (count, self.handoff, *((part.data_ptr(), part.shape) for part in kept), layer.scoring)
 
-    def before_replay(self, layer: Layer, step: Step, padding_mask: torch.Tensor | None) -> None:
-        self.handoff.check()
-        self._count_share(layer, step)
-        self.recall_tally(
-            layer, step
-        )  # allocate it before a capture: a captured allocation would reset it in every replay
+    def prepare_replays(self, layer: Layer, step: Step, padding_mask: torch.Tensor | None) -> ReplayPart:
+        if not isinstance(self.handoff, Flags):
+            raise CacheStateError("replays were prepared without a capture key")
+        # Allocated before a capture: an allocation within it would reset the counter in every replay.
+        self.recall_tally(layer, step)
         layer.written.before(self.pages.device)
         self.recalled.before(self.pages.device)
         self.recalled = Mark()
-        self.handoff.expect(step, _job(layer, padding_mask))
+        job = self.handoff.job
+        job.describe(*_job(layer, padding_mask))
+        job.counted = True
+        return ReplayPart(layer.layer_idx, layer.kv.batch * layer.kv_heads, job, self._tokens_held(layer, step))
 
-    def after_replay(self, layer: Layer, step: Step) -> None:
+    def after_replay(self, layer: Layer) -> None:
         layer.resident.recalled(layer.kv.host.blocks)
-        step.counters.attended(layer.layer_idx, step.context(), self._tokens_here(layer, step))
 
     def abort_replay(self, layer: Layer) -> None:
         self.drop_job(layer)

@@ -13,6 +13,7 @@ from scout_hf.config import ScoutConfig
 from scout_hf.fusion import Partial
 from scout_hf.methods.base import Method
 from scout_hf.methods.offloading import OFFLOADING, OffloadingMethod
+from scout_hf.methods.replays import ReplayPart
 from scout_hf.methods.scout.executor import Executor, StepState, resident_memory
 from scout_hf.methods.scout.executor_torch import TorchExecutor
 from scout_hf.methods.scout.query_gate import QueryGate
@@ -63,7 +64,7 @@ class TwoTierScout(OffloadingMethod):
         super().__init__(config, layer_idx, keys)
         self.selector = Selector(config, layer_idx, keys)
         self.executor = executor(config, self.kv)
-        self.gate = QueryGate(self.executor.cpu_query)
+        self.gate = QueryGate(config.cpu_query)
         self.recall_policy = RecallPolicy(config.recall, layer_idx)
         self.resident: Any = None
         self.state = StepState()
@@ -82,12 +83,13 @@ class TwoTierScout(OffloadingMethod):
         run = self.executor if step.clock is None else self.executor.captured(step.clock)
         query = state.predicted = query.to(self.dtype)
         run.select(self, step, query)
-        state.guessed, state.checks = run.ask_gate(self)
+        state.guessed, state.checks = run.ask_gate(self, step)
         if state.guessed:
             run.submit_cpu(self, step, query)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, step: Step | None = None) -> None:
         if step is None or step.clock is None:
+            self.changed()
             return super().append(keys, values, step)
         self.executor.captured(step.clock).append(self, step, keys, values)
 
@@ -223,6 +225,7 @@ class TwoTierScout(OffloadingMethod):
             self.resident = resident
 
     def drain(self) -> None:
+        self.changed()
         super().drain()
         self._drop_job()
         self.executor.drain(self)
@@ -240,19 +243,25 @@ class TwoTierScout(OffloadingMethod):
 
     def capture_key(self, step: Step) -> Any:
         ready = self.resident is not None and self.query_shape is not None
-        return self.executor.capture_key(self, step) if ready else None
+        key = self.executor.capture_key(self, step) if ready else None
+        return None if key is None else (key, self.gate.predicts)
 
-    def before_replay(self, step: Step, padding_mask: torch.Tensor | None) -> float:
-        self.executor.before_replay(self, step, padding_mask)
+    @property
+    def compares(self) -> bool:
+        return self.gate.rule == "auto" and self.config.layer_ahead
+
+    def prepare_replays(self, step: Step, padding_mask: torch.Tensor | None) -> ReplayPart:
+        return self.executor.prepare_replays(self, step, padding_mask)
+
+    def before_replay(self, step: Step) -> float:
         share = self.recall_policy.next(step.tokens)
         return NO_SHARE if share is None else share
 
     def after_replay(self, step: Step) -> None:
         self.kv.grew(1)
-        self.executor.after_replay(self, step)
+        self.executor.after_replay(self)
         # Here the new block is adopted after the step's recall; in an eager step, before it.
         self._write_back(step)
-        self.state = StepState()
 
     def abort_replay(self) -> None:
         self.executor.abort_replay(self)
@@ -298,6 +307,7 @@ class TwoTierScout(OffloadingMethod):
         full = self.kv.full_blocks(self.window_blocks)
         if full is None:
             return
+        self.changed()
         self.executor.join_recall(self)  # its thread reads the host's table
         size, first, padding_mask = self.config.block_size, self.kv.host.blocks, None
         count = full[0].shape[2] // size

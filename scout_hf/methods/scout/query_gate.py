@@ -18,8 +18,9 @@ TOLERATED = 0.05
 class QueryGate:
     """One layer's choice between predicted and real query for CPU attention.
 
-    ``auto`` compares both in the first step with CPU attention, and in every 4th step. The predicted query is used
-    while it changes the layer's output by at most 5 %; otherwise, and in steps that compare, the real one.
+    ``auto`` compares both in the first step with CPU attention, and in every 4th step; between steps that are replayed
+    as a graph, in every 64th. The predicted query is used while it changes the layer's output by at most 5 %;
+    otherwise, and in steps that compare, the real one.
 
     Parameters
     ----------
@@ -33,16 +34,30 @@ class QueryGate:
         self._steps = 0
         self._coming: tuple[torch.Tensor, Mark] | None = None
 
-    def in_prediction(self) -> bool:
-        """At the start of a step: whether to start CPU attention early, with the predicted query."""
+    @property
+    def predicts(self) -> bool:
+        """Whether steps that do not compare start CPU attention early, with the predicted query."""
         if self.rule != "auto":
             return self.rule == "predicted"
         if self._coming is not None and self._coming[1].done():
             self._learn(float(self._coming[0]))
             self._coming = None
-        self.checking = self.error is None or self._steps % CHECK_EVERY == 0
+        return self.error is not None and self.error <= TOLERATED
+
+    def in_prediction(self, compare: bool = False) -> bool:
+        """At the start of a step: whether to start CPU attention early, with the predicted query.
+
+        Parameters
+        ----------
+        compare : bool
+            Compare in this step, whether its turn has come or not.
+        """
+        if self.rule != "auto":
+            return self.predicts
+        predicts = self.predicts
+        self.checking = compare or self.error is None or self._steps % CHECK_EVERY == 0
         self._steps += 1
-        return not self.checking and self.error is not None and self.error <= TOLERATED
+        return predicts and not self.checking
 
     def judge(self, real: Partial, predicted: Partial) -> None:
         """Update the error from the outputs of both queries; on a GPU asynchronously."""

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 
 #include <atomic>
+#include <memory>
 #include <new>
 
 #include "isa.h"
@@ -311,6 +312,8 @@ int with_plan(const scout_attend_args* args, int threads, Body body) {
 struct Submitted {
   Attend job;
   scout_attend_args* origin;
+  scout_step_job* step = nullptr;  // that `origin` is part of
+  bool counted = false;
   std::atomic<int> stage{0};  // 0 untouched, 1 being planned, 2 ready, 3 failed
 };
 
@@ -327,10 +330,31 @@ void run_submitted(void* context) {
   if (stage == 2) submitted.job.work();
 }
 
+void add(int64_t* sum, int64_t number) { __atomic_fetch_add(sum, number, __ATOMIC_RELAXED); }
+
+// Adds up what a job of a step has done; lists and counts stay as they are until its `done` is set.
+void count_in(scout_step_job* step, const Attend& job) {
+  const int lists = job.a.store.batch * job.a.store.kv_heads;
+  int64_t listed = 0, chosen = 0;
+  for (int list = 0; list < lists; list++) {
+    listed += job.entries(list * job.strips);
+    if (step->chosen) chosen += step->chosen[list];
+  }
+  add(&step->tokens, job.attended.load());
+  add(&step->listed_blocks, listed);
+  add(&step->chosen_blocks, chosen);
+}
+
 void finish_submitted(void* context) {
   Submitted* submitted = (Submitted*)context;
+  const int status = submitted->job.status.load();
   submitted->origin->attended = submitted->job.attended.load();
-  submitted->origin->status = submitted->job.status.load();
+  submitted->origin->status = status;
+  if (submitted->step && submitted->stage.load()) {
+    if (submitted->counted && status == SCOUT_OK) count_in(submitted->step, submitted->job);
+    if (status != SCOUT_OK && submitted->step->trouble)
+      __atomic_store_n(submitted->step->trouble, (int64_t)status, __ATOMIC_RELAXED);
+  }
   // Release: a device may poll `done`, then read the results.
   if (submitted->job.a.done) __atomic_store_n(submitted->job.a.done, submitted->job.a.number, __ATOMIC_RELEASE);
   free(submitted->job.memory);
@@ -362,6 +386,33 @@ SCOUT_EXPORT int64_t scout_submit_attend(scout_pool* pool, scout_attend_args* ar
   const int64_t ticket = scout_pool_post(pool, run_submitted, finish_submitted, submitted, flag, value);
   if (ticket < 0) delete submitted;
   return ticket;
+}
+
+SCOUT_EXPORT int64_t scout_submit_step(scout_pool* pool, scout_step_job* const* jobs, int64_t count) {
+  std::unique_ptr<std::unique_ptr<Submitted>[]> made(new (std::nothrow) std::unique_ptr<Submitted>[count]);
+  std::unique_ptr<scout_pool_job[]> posts(new (std::nothrow) scout_pool_job[count]);
+  if (!made || !posts) return SCOUT_NO_MEMORY;
+  for (int64_t i = 0; i < count; i++) {
+    made[i].reset(new (std::nothrow) Submitted);
+    if (!made[i]) return SCOUT_NO_MEMORY;
+    Submitted& one = *made[i];
+    one.job.a = jobs[i]->attend;
+    one.job.a.number++;
+    one.origin = &jobs[i]->attend;
+    one.step = jobs[i];
+    one.counted = jobs[i]->counted != 0;
+    const int status = one.job.prepare();
+    if (status != SCOUT_OK) return status;
+    posts[i] = {run_submitted, finish_submitted, &one, jobs[i]->flag, one.job.a.number};
+  }
+  const int64_t last = scout_pool_post_all(pool, posts.get(), count);
+  if (last < 0) return last;
+  for (int64_t i = 0; i < count; i++) {
+    made[i].release();  // finish_submitted deletes it, and may have done so
+    jobs[i]->attend.number++;
+    jobs[i]->ticket = last - count + 1 + i;
+  }
+  return last;
 }
 
 SCOUT_EXPORT int64_t scout_read_tiles(const scout_attend_args* args, int threads) {

@@ -342,31 +342,51 @@ scout_pool* create(int workers, const int* cpus, int n_cpus, int spin_us, bool b
 
 }  // namespace
 
-int64_t scout_pool_post(scout_pool* pool, void (*run)(void*), void (*finish)(void*), void* context,
-                        const volatile uint64_t* flag, uint64_t value) {
-  Job* job = new (std::nothrow) Job;
-  if (!job) return -1;
-  job->run = run;
-  job->finish = finish;
-  job->context = context;
-  job->flag = flag;
-  job->value = value;
+int64_t scout_pool_post_all(scout_pool* pool, const scout_pool_job* jobs, int64_t count) {
+  Job *first = nullptr, *last = nullptr;
+  const auto give_up = [&] {
+    while (first) {
+      Job* next = first->next.load(std::memory_order_relaxed);
+      delete first;
+      first = next;
+    }
+    return int64_t{-1};
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    Job* job = new (std::nothrow) Job;
+    if (!job) return give_up();
+    job->run = jobs[i].run;
+    job->finish = jobs[i].finish;
+    job->context = jobs[i].context;
+    job->flag = jobs[i].flag;
+    job->value = jobs[i].value;
+    if (last)
+      last->next.store(job, std::memory_order_relaxed);
+    else
+      first = job;
+    last = job;
+  }
+  if (!last) return -1;
   int64_t ticket;
   {
     std::lock_guard<std::mutex> lock(pool->posting);
-    if (pool->stop.load()) {
-      delete job;
-      return -1;
-    }
-    Job* last = pool->tail;
-    ticket = job->ticket = last->ticket + 1;
-    pool->tail = job;
-    last->next.store(job, std::memory_order_release);  // from here on workers may delete `last` and `job`
+    if (pool->stop.load()) return give_up();
+    Job* before = pool->tail;
+    ticket = before->ticket;
+    for (Job* job = first; job; job = job->next.load(std::memory_order_relaxed)) job->ticket = ++ticket;
+    pool->tail = last;
+    before->next.store(first, std::memory_order_release);  // from here on workers may delete all but the last
     pool->posted.store(ticket);
   }
-  // A worker that is awake sees the job and wakes the others: no system call here while one spins.
+  // A worker that is awake sees the jobs and wakes the others: no system call here while one spins.
   if (pool->workers > 0 && pool->sleepers.load() == pool->workers) ring(pool->work_mutex, pool->work_bell);
   return ticket;
+}
+
+int64_t scout_pool_post(scout_pool* pool, void (*run)(void*), void (*finish)(void*), void* context,
+                        const volatile uint64_t* flag, uint64_t value) {
+  const scout_pool_job job{run, finish, context, flag, value};
+  return scout_pool_post_all(pool, &job, 1);
 }
 
 scout_pool* scout_pool_create(int workers, const int* cpus, int n_cpus, int spin_us) {

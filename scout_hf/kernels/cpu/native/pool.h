@@ -23,6 +23,18 @@ struct scout_pool;
 int64_t scout_pool_post(scout_pool* pool, void (*run)(void*), void (*finish)(void*), void* context,
                         const volatile uint64_t* flag, uint64_t value);
 
+// The arguments of scout_pool_post.
+struct scout_pool_job {
+  void (*run)(void*);
+  void (*finish)(void*);
+  void* context;
+  const volatile uint64_t* flag;
+  uint64_t value;
+};
+
+// Posts `count` jobs, at least one, with no job of another thread between them; all or none. Returns the last ticket.
+int64_t scout_pool_post_all(scout_pool* pool, const scout_pool_job* jobs, int64_t count);
+
 extern "C" {
 
 // `cpus`: CPU affinity of the workers (Linux); n_cpus 0: that of the calling thread.

@@ -8,7 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define SCOUT_ABI 7
+#define SCOUT_ABI 8
 
 #if defined(_WIN32)
 #define SCOUT_EXPORT __declspec(dllexport)
@@ -71,6 +71,18 @@ typedef struct {
   int32_t queries;           // per row and head; 0 is 1
   int64_t end;               // attend only tokens before it; 0: all of the store
 } scout_attend_args;
+
+// Attention of one layer, described once and submitted once per decode step.
+typedef struct {
+  scout_attend_args attend;  // number: of the last job submitted; every submission adds 1
+  const uint64_t* flag;      // a job starts when this word reaches its number
+  const int32_t* chosen;     // [batch][kv_heads] to be added up in `chosen_blocks`; may be NULL
+  int64_t* trouble;          // set to the status, which is negative, if a job fails; may be NULL
+  int64_t ticket;            // result: of the last job submitted
+  int64_t counted;           // 0: the next job is left out of the sums
+  // Sums over jobs that have ended, written atomically before `done`.
+  int64_t tokens, listed_blocks, chosen_blocks;
+} scout_step_job;
 
 // The top-k blocks of every row and KV head by score, in ascending order, followed by the newest ones.
 typedef struct {

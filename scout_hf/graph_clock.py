@@ -1,0 +1,67 @@
+"""Numbers that change from step to step, on the device: what a captured step reads instead of host values."""
+
+from __future__ import annotations
+
+import torch
+
+SPARE_TOKENS = 1024
+KNOWN_SHARES = 64
+
+
+class Clock:
+    """Numbers on the device that a captured step reads instead of host values.
+
+    Parameters
+    ----------
+    layers : int
+    device : torch.device
+    mask : Tensor (batch, tokens) of bool, or None
+        Padding mask of the tokens so far, False for padding.
+
+    Attributes
+    ----------
+    length, blocks : Tensor (1,) of int32
+        Tokens per row with the new one; whole blocks on the host.
+    shares : Tensor (layers,) of float32
+        The CPU share at which a layer recalls.
+    padding_mask, padding_mask_here : Tensor (batch, capacity) of bool, or None
+        The padding mask with spare capacity for tokens to come, all True; and the same on the CPU.
+    """
+
+    def __init__(self, layers: int, device: torch.device, mask: torch.Tensor | None):
+        self.length, self.blocks = torch.zeros((2, 1), dtype=torch.int32, device=device)
+        self.shares = torch.zeros(layers, dtype=torch.float32, device=device)
+        self._shares: dict[tuple[float, ...], torch.Tensor] = {}
+        self.padding_mask: torch.Tensor | None = None
+        self.padding_mask_here: torch.Tensor | None = None
+        if mask is not None:
+            capacity = mask.shape[1] + SPARE_TOKENS
+            self.padding_mask = torch.ones((mask.shape[0], capacity), dtype=torch.bool, device=device)
+            self.padding_mask[:, : mask.shape[1]] = mask
+            self.padding_mask_here = self.padding_mask.cpu()
+        self._block_masks: dict[tuple[int, int], torch.Tensor] = {}
+
+    def block_mask(self, block_size: int, blocks: int) -> torch.Tensor:
+        """Blocks with at least one token that is no padding, (batch, blocks) of bool."""
+        key = (block_size, blocks)
+        if key not in self._block_masks:
+            mask = self.padding_mask
+            if mask is None:
+                raise ValueError("no token of this step is padding")
+            whole, known = mask.new_ones((len(mask), blocks * block_size)), min(blocks * block_size, mask.shape[1])
+            whole[:, :known] = mask[:, :known]
+            self._block_masks[key] = whole.unflatten(1, (blocks, block_size)).any(-1)
+        return self._block_masks[key]
+
+    def set(self, tokens: int, blocks: int, shares: list[float]) -> None:
+        """Set the numbers of the next step, in stream order."""
+        self.length.fill_(tokens)
+        self.blocks.fill_(blocks)
+        # They alternate between few rows.
+        key = tuple(shares)
+        if key not in self._shares:
+            if len(self._shares) == KNOWN_SHARES:
+                self._shares.clear()
+            here = torch.tensor(shares, dtype=torch.float32, device="cpu", pin_memory=self.shares.is_cuda)
+            self._shares[key] = here.to(self.shares.device, non_blocking=True)
+        self.shares.copy_(self._shares[key])

@@ -1,0 +1,104 @@
+"""What a replayed step costs the host beside its one launch: counted, and the same for any number of layers and tokens.
+
+Counted are operations of torch, launches of kernels and native calls outside the graph. Steps that fill a block write
+it back, layer by layer; that and the step after, which asks what has changed, are counted by themselves.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+
+import scout_hf  # noqa: E402
+from scout_hf.kernels.cpu.pool import NativePool  # noqa: E402
+from tests.integration import fake_graph  # noqa: E402
+from tests.integration.common import LOSSY, left_padded, llama, prompt  # noqa: E402
+from tests.libraries import ISAS  # noqa: E402
+from tests.triton import reference  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not ISAS, reason="needs the native library")
+
+SPARSE = LOSSY | {"digest": "minmax", "resident": None}
+BLOCK = SPARSE["block_size"]
+SPAN = 2 * BLOCK
+NO_KERNEL = ("view", "slice", "select", "detach", "t", "expand", "transpose", "unsqueeze", "alias", "empty")
+"""Operations of torch that launch nothing on a GPU."""
+
+
+class Costs(TorchDispatchMode):
+    """Counts what is called while it is active, but not what happens inside of a replay or of a kernel."""
+
+    def __init__(self, monkeypatch, graphs):
+        super().__init__()
+        self.found, self.inside = Counter(), 0
+        monkeypatch.setattr(graphs, "replay", self.hidden(graphs.replay, "replay"))
+        monkeypatch.setattr(NativePool, "submit", self.hidden(NativePool.submit, "native"))
+        for name in fake_graph.LAUNCHED:
+            kernel = getattr(reference.KERNELS, name)
+            monkeypatch.setattr(reference.KERNELS, name, self.hidden(kernel, "kernel"))
+
+    def hidden(self, function, kind):
+        def call(*args, **kwargs):
+            self.found[kind] += not self.inside
+            self.inside += 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.inside -= 1
+
+        return call
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0].strip("_")
+        self.found["torch"] += not self.inside and name not in NO_KERNEL
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def costs(monkeypatch):
+    reference.install(monkeypatch)
+    return Costs(monkeypatch, fake_graph.install(monkeypatch))
+
+
+def per_step(costs, layers, tokens, padded=False, way="graph", **options):
+    """What each of ``SPAN`` steps costs, the first of which fills a block."""
+    given = left_padded(0, 13, tokens=tokens) if padded else {"input_ids": prompt(2, tokens)}
+    model, mask, found = llama(num_hidden_layers=layers), given.get("attention_mask"), []
+    assert tokens % BLOCK == 4
+    with scout_hf.patch(model, **SPARSE | options, hand_over=way) as handle, torch.no_grad():
+        cache = handle.new_cache()
+        model.model(**given, past_key_values=cache)
+        for step in range(BLOCK + 3 + SPAN):
+            more = {"input_ids": prompt(2, 1, step)}
+            if padded:
+                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+                more |= {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
+            costs.found.clear()
+            with costs:
+                model.model(**more, past_key_values=cache)
+            found.append(dict(costs.found))
+    return found[-SPAN:]
+
+
+def launches(cost):
+    return sum(cost.get(kind, 0) for kind in ("torch", "kernel", "native"))
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["rows", "padded"])
+@pytest.mark.parametrize("options", [{}, {"recall": 0.12}, {"recall": 3}, {"cpu_query": "auto"}], ids=str)
+def test_nothing_beside_the_launch_grows_with_layers_or_context(costs, padded, options):
+    few, more = per_step(costs, 2, 60, padded, **options), per_step(costs, 5, 60, padded, **options)
+    long = per_step(costs, 2, 300, padded, **options)
+    plain = [step for step in range(SPAN) if step % BLOCK > 1]
+    for step in plain:
+        assert few[step] == more[step] == long[step]
+        assert few[step]["native"] == few[step]["replay"] == 1 and "kernel" not in few[step]
+        assert launches(few[step]) <= (20 if padded else 9)
+    # Where a block is full, and where this has changed what a capture assumes.
+    assert all(launches(more[step]) > launches(few[step]) for step in range(0, SPAN, BLOCK))
+    assert all(cost["native"] == 1 for cost in (*few, *more, *long))
