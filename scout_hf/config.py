@@ -71,8 +71,8 @@ class ScoutConfig:
     cpu_query : {"auto", "predicted", "real"}, default "auto"
         With ``layer_ahead``: the query that the CPU attends with. ``predicted``: as in the paper; the CPU starts one
         layer ahead. ``real``: only the selection is approximate, and the CPU has less time. ``auto``: compare both in a
-        layer's first step and in every 4th, and use the predicted query where it changes the layer's output by at most
-        5 %.
+        layer's first step and in every 4th (with ``hand_over="graph"`` in every 64th), and use the predicted query
+        where it changes the layer's output by at most 5 %.
     recall : float, int, RecallIntervals or None, default 0.12
         Two tiers: when selected blocks are copied to the GPU (ScoutAttention, section 3.4). A float in (0, 1]: a layer
         recalls once about that share of its selected tokens is on the CPU (layers take turns, so that their transfers
@@ -83,6 +83,10 @@ class ScoutConfig:
         ``None``. Memory is allocated as the context grows, so a number above any context keeps all KV resident.
     threads : int or None, default None
         Two tiers: threads that attend on the CPU, at most the number of spare cores. ``None``: as many as torch uses.
+    spin_us : int or None, default None
+        Two tiers: microseconds for which those threads look out for work before they sleep. One that sleeps takes
+        longer to begin, one that spins takes a core. ``None``: 1000 with ``hand_over`` "flags" or "graph", so that they
+        stay awake between two layers of a step; else 100.
     host_dtype : {None, "int8"}, default None
         How keys and values are stored in host memory. ``None``: in the model's dtype. ``int8``: half the bytes of bf16,
         and faster on the CPU; keys have one scale per channel and block, values one per token. Never exact.
@@ -101,9 +105,9 @@ class ScoutConfig:
     hand_over : {"auto", "join", "flags", "graph"}, default "auto"
         Two tiers with Triton: how GPU and CPU synchronise. ``join``: a CUDA event starts the CPU's job, and the main
         thread waits for it. ``flags``: GPU and CPU threads wait for each other by flags in pinned memory, and the main
-        thread never waits; needs the native CPU library. ``graph``: as ``flags``, with the decode step captured as a
-        CUDA graph; needs all layers on two tiers of one GPU and a budget in tokens or None, and ``cpu_query="auto"``
-        means ``"real"``. ``auto`` is ``join``.
+        thread waits once, at the end of a step; needs the native CPU library. ``graph``: as ``flags``, with the decode
+        step captured as a CUDA graph; needs all layers on two tiers of one GPU and a budget in tokens or None. ``auto``
+        is ``join``.
     link_gbps, cpu_gbps : float or None, default None
         With ``split="cpu"``: emulate another machine by limiting copies of KV between the tiers (``link_gbps``) and
         attention on the CPU (``cpu_gbps``) to so many GB/s of KV. ``None``: no limit.
@@ -138,6 +142,7 @@ class ScoutConfig:
     recall: float | int | RecallIntervals | None = 0.12
     resident: int | None = None
     threads: int | None = None
+    spin_us: int | None = None
     host_dtype: str | None = None
     host_memory: int | str | None = None
     spill_dir: str | None = None
@@ -191,6 +196,8 @@ class ScoutConfig:
             self._refuse("resident", f"None, or at least one block of tokens ({self.block_size})", "None, the budget")
         if self.threads is not None and (not _is_int(self.threads) or self.threads < 1):
             self._refuse("threads", "None, or a whole number of threads from 1 up", "None, torch's own setting")
+        if self.spin_us is not None and (not _is_int(self.spin_us) or self.spin_us < 0):
+            self._refuse("spin_us", "None, or a whole number of microseconds from 0 up", "None")
         self._check_host_memory()
         self._check_dense_layers()
         if not isinstance(self.monitor, bool) and not (isinstance(self.monitor, float) and 0.0 < self.monitor <= 1.0):
@@ -236,6 +243,12 @@ class ScoutConfig:
     def sparse_budget(self) -> int | float | None:
         """``budget``, and that of sparse steps for ``"auto"``."""
         return SPARSE_TOKENS if isinstance(self.budget, str) else self.budget
+
+    @property
+    def spinning_us(self) -> int:
+        """``spin_us``, and what None stands for."""
+        watched = self.hand_over in ("flags", "graph")
+        return self.spin_us if self.spin_us is not None else 1000 if watched else 100
 
     @property
     def attends_all(self) -> bool:

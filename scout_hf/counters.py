@@ -22,7 +22,7 @@ SAMPLE_EVERY = 8
 class Counters:
     """Running sums per layer, filled by the methods while a model decodes.
 
-    Sums are floats or 0-dimensional tensors; those on a GPU are only read by ``stats()``.
+    ``sums`` are numbers. What is added as 0-dimensional tensors is summed up as such, and joins them in ``collect()``.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,8 @@ class Counters:
             self.fold_replays()
         self.steps = self.approximate_steps = self.prefill_tokens = self.found_tokens = self.kept_tokens = 0
         self.drafted = self.accepted = self.checks = 0
-        self.sums: dict[str, dict[int, float | torch.Tensor]] = defaultdict(lambda: defaultdict(float))
+        self.sums: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+        self._tensors: dict[tuple[str, int], torch.Tensor] = {}
         self.history: dict[int, list[float]] | None = None
         self.stock_passes: dict[str, int] = {}
         self.pace.reset()
@@ -48,7 +49,11 @@ class Counters:
 
     def add(self, name: str, layer: int, amount: float | torch.Tensor) -> None:
         """Add to one sum of one layer."""
-        self.sums[name][layer] = self.sums[name][layer] + amount
+        if isinstance(amount, torch.Tensor):
+            before = self._tensors.get((name, layer))
+            self._tensors[name, layer] = amount if before is None else before + amount
+        else:
+            self.sums[name][layer] += amount
 
     def note(self, about: str, text: str, layer: int | None = None) -> None:
         """A remark for the statistics; a newer one about the same subject and layer replaces it."""
@@ -109,6 +114,9 @@ class Counters:
     def collect(self) -> None:
         """Add the counters on devices and of graphs."""
         self.fold_replays()
+        tensors, self._tensors = self._tensors, {}
+        for (name, number), sum_of_tensors in tensors.items():
+            self.sums[name][number] += float(sum_of_tensors)
         for (layer, _, block_bytes), tally in list(self._recalls.items()):
             blocks = int(tally)
             tally.sub_(blocks)

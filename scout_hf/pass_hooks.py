@@ -70,7 +70,7 @@ class PassHooks:
         self._decoder = family.decoder(model)
         self._text_config = model.config.get_text_config(decoder=True)
         self.parts = Parts(family, self._decoder)
-        self.backend = make_backend(config.cpu_backend, config.threads)
+        self.backend = make_backend(config.cpu_backend, config.threads, config.spinning_us)
         # Threads for transfers that the backend cannot make, separate from attention jobs.
         self.movers, self.links = Workers(), Links()
         self.counters, self.monitor = Counters(), Monitor()

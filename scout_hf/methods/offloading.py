@@ -28,7 +28,7 @@ CHUNKS_AHEAD = 2
 ON_HOST = frozenset({"host_memory", "spill_dir"})
 """What has no effect on pages that a GPU reads."""
 
-OFFLOADING = frozenset({"block_size", "split", "threads", "cpu_backend"}) | ON_HOST
+OFFLOADING = frozenset({"block_size", "split", "threads", "spin_us", "cpu_backend"}) | ON_HOST
 SCOUTS_OWN = ("host_dtype", "monitor", "digest", "recall", "cpu_query", "hand_over")
 
 

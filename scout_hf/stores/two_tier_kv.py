@@ -70,6 +70,8 @@ class TwoTierKV:
         pinned = self.device.type == "cuda"
         self.host = make_store(batch, heads, head_dim, block_size, dtype, "cpu", host_dtype, pinned)
         self._tail = Tail(0, 0, torch.empty((2, batch, heads, 0, head_dim), dtype=dtype, device=device))
+        # The buffer, the tokens and the views that tail_blocks() gave last.
+        self._in_blocks: tuple[torch.Tensor, int, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @property
     def batch(self) -> int:
@@ -113,9 +115,11 @@ class TwoTierKV:
 
     def tail_blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The tail in blocks, views (batch, kv_heads, n, block_size, head_dim); undefined behind the last token."""
-        used = -(-self._tail.tokens // self.block_size) * self.block_size
-        keys, values = self._tail.buffer[:, :, :, :used].unflatten(3, (-1, self.block_size))
-        return keys, values
+        buffer, used = self._tail.buffer, -(-self._tail.tokens // self.block_size) * self.block_size
+        if self._in_blocks is None or self._in_blocks[0] is not buffer or self._in_blocks[1] != used:
+            keys, values = buffer[:, :, :, :used].unflatten(3, (-1, self.block_size))
+            self._in_blocks = buffer, used, (keys, values)
+        return self._in_blocks[2]
 
     def full_blocks(self, window_blocks: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The tail's whole blocks except the newest ``window_blocks``; None if there are none.
@@ -217,7 +221,7 @@ class TwoTierKV:
         """A second store that shares the host pages, copy on write, with its own copy of the tail."""
         tail = self._tail._replace(buffer=self._tail.buffer.clone())
         twin = object.__new__(TwoTierKV)
-        twin.__dict__.update(self.__dict__, host=self.host.fork(), _tail=tail)
+        twin.__dict__.update(self.__dict__, host=self.host.fork(), _tail=tail, _in_blocks=None)
         return twin
 
     def state_dict(self) -> State:

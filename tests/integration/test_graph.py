@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 import scout_hf  # noqa: E402
 from scout_hf import RecallIntervals  # noqa: E402
+from scout_hf.graph import StepGraphs  # noqa: E402
 from scout_hf.methods.scout import query_gate  # noqa: E402
 from tests.integration import fake_graph  # noqa: E402
 from tests.integration.common import (  # noqa: E402
@@ -273,6 +274,78 @@ def test_a_failure_is_not_tried_again(graphs, monkeypatch):
             run(model, prompt())
         run(model, prompt())
     assert len(graphs.made) == 1
+
+
+def without_graphs(monkeypatch):
+    """Steps of one model that run without a graph are noted, with whether they compare."""
+    found, real = [], StepGraphs._call
+
+    def call(graphs, step, given):
+        found.append(step)
+        return real(graphs, step, given)
+
+    monkeypatch.setattr(StepGraphs, "_call", call)
+    return found
+
+
+@pytest.mark.parametrize("inputs", [prompt(2, 60), left_padded(0, 13, tokens=60)], ids=["rows", "padded"])
+def test_queries_are_compared_now_and_then(graphs, monkeypatch, inputs):
+    """Steps that compare run without a graph, and make no capture void where they find what they found before."""
+    judged, judge = [], query_gate.QueryGate.judge
+    monkeypatch.setattr(query_gate.QueryGate, "judge", lambda *args: judged.append(1) or judge(*args))
+    monkeypatch.setattr("scout_hf.graph.COMPARE_EVERY", 5)
+    monkeypatch.setattr(query_gate, "TOLERATED", 1000)
+    steps = without_graphs(monkeypatch)
+    options = SPARSE | {"cpu_query": "auto", "recall": None}
+    decode("graph", inputs, options, 36, llama(num_hidden_layers=4))
+    # The prompt, two steps to warm up, of which the first compares; then five replays between two that compare.
+    compared = [number for number, step in enumerate(steps) if step.compares]
+    assert compared == [8, 14, 20, 26, 32] and len(judged) == 3 * (1 + len(compared))
+    assert len(graphs.made) == 1 and replays(graphs) == 35 - 2 - len(compared)
+
+
+@pytest.mark.parametrize("cpu_query, ahead", [("predicted", True), ("auto", True), ("auto", False), ("real", False)])
+def test_the_cpu_starts_a_layer_ahead_in_replays(graphs, monkeypatch, cpu_query, ahead):
+    """The query of a layer is posted before the layer in front of it attends."""
+    monkeypatch.setattr(query_gate, "TOLERATED", 1000 if ahead else 0)
+    options = SPARSE | {"cpu_query": cpu_query, "recall": None}
+    decode("graph", prompt(2, 60), options, 12, llama(num_hidden_layers=4))
+    letters = {"post": "P", "merge": "M"}
+    order = "".join(letters.get(func.__name__, "") for func, *_ in graphs.made[-1].log)
+    assert order == ("PPM" + 2 * "PM" + "M" if ahead else 4 * "PM")
+
+
+def test_what_a_comparison_finds_is_captured_anew(graphs, monkeypatch):
+    monkeypatch.setattr("scout_hf.graph.COMPARE_EVERY", 5)
+    monkeypatch.setattr(query_gate, "TOLERATED", 1000)
+    options = SPARSE | {"cpu_query": "auto", "recall": None}
+    with scout_hf.patch(llama(num_hidden_layers=4), **options, hand_over="graph") as handle, torch.no_grad():
+        cache = handle.new_cache()
+        handle.model(prompt(1, 61), past_key_values=cache)
+        for step in range(16):
+            if step == 10:
+                monkeypatch.setattr(query_gate, "TOLERATED", 0)
+            handle.model(prompt(1, 1, step), past_key_values=cache)
+    first, second = graphs.made
+    assert (first.replays, second.replays) == (10, 2)
+
+
+def test_a_capture_is_not_taken_for_one_of_another_hand_over(graphs):
+    """An object that lives in the key cannot be mistaken for one that took its place in memory."""
+    with scout_hf.patch(llama(), **EXACT, hand_over="graph") as handle, torch.no_grad():
+        cache = handle.new_cache()
+        handle.model(prompt(), past_key_values=cache)
+        for step in range(4):
+            handle.model(prompt(1, 1, step), past_key_values=cache)
+        executor = cache.layers[1].method.executor
+        before = weakref.ref(executor.handoff)
+        executor.handoff.lost = True
+        cache.layers[1].method.changed()
+        handle.model(prompt(1, 1), past_key_values=cache)
+        assert executor.handoff is not before() is not None and len(graphs.made) == 1
+        handle.model(prompt(1, 1), past_key_values=cache)
+        gc.collect()
+        assert before() is None and len(graphs.made) == 2
 
 
 def test_threads_take_turns(graphs):

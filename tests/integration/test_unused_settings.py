@@ -35,6 +35,7 @@ CHANGED = {
     "recall": 0.5,
     "resident": 64,
     "threads": 1,
+    "spin_us": 50,
     "host_dtype": "int8",
     "host_memory": "8MiB",
     "spill_dir": "/var/tmp",
@@ -145,7 +146,7 @@ def test_a_method_that_declares_nothing_is_not_warned_about(monkeypatch):
 # -- what is declared is what is read -----------------------------------------------------------------------------
 
 # Read where a model is patched, or by the stores: not in the rooms that are watched.
-READ_ELSEWHERE = {"threads", "cpu_backend", "monitor", "split", "block_size", "host_memory", "spill_dir"}
+READ_ELSEWHERE = {"threads", "spin_us", "cpu_backend", "monitor", "split", "block_size", "host_memory", "spill_dir"}
 # Read without effect: methods other than scout refuse host_dtype; hgca's window goes by its other settings.
 IN_VAIN = {"hgca": {"host_dtype", "window"}, **{name: {"host_dtype"} for name in ("dense", "kvpr", "infinigen")}}
 for name in ("dense", "kvpr"):

@@ -98,21 +98,38 @@ struct Probe {
 
 using Jobs = std::vector<std::unique_ptr<Probe>>;
 
+std::unique_ptr<Probe> make_job(World& world, Random& random, bool flags) {
+  std::unique_ptr<Probe> job(new Probe);
+  job->world = &world;
+  job->items.assign(static_cast<size_t>(below(random, 20)), 0);
+  job->delay_us = below(random, 8) ? 0 : below(random, 30);
+  if (flags && below(random, 3) == 0) job->value = world.flag.load(std::memory_order_relaxed) + 1;
+  return job;
+}
+
+// One by one, or several at a time.
 Jobs post_some(World& world, Random& random, int count, bool flags) {
   Jobs jobs;
-  for (int i = 0; i < count; ++i) {
-    jobs.emplace_back(new Probe);
-    Probe& job = *jobs.back();
-    job.world = &world;
-    job.items.assign(static_cast<size_t>(below(random, 20)), 0);
-    job.delay_us = below(random, 8) ? 0 : below(random, 30);
-    if (flags && below(random, 3) == 0) job.value = world.flag.load(std::memory_order_relaxed) + 1;
-    const volatile uint64_t* word = job.value ? reinterpret_cast<uint64_t*>(&world.flag) : nullptr;
-    job.ticket = scout_pool_post(world.pool, Probe::run, Probe::finish, &job, word, job.value);
-    if (job.ticket < 0) {  // stopped
-      jobs.pop_back();
+  while (static_cast<int>(jobs.size()) < count) {
+    const size_t first = jobs.size();
+    const int64_t together = below(random, 2) ? 1 : 1 + below(random, 8);
+    std::vector<scout_pool_job> posts;
+    for (int64_t i = 0; i < together; ++i) {
+      jobs.push_back(make_job(world, random, flags));
+      Probe& job = *jobs.back();
+      const volatile uint64_t* word = job.value ? reinterpret_cast<uint64_t*>(&world.flag) : nullptr;
+      posts.push_back({Probe::run, Probe::finish, &job, word, job.value});
+    }
+    const scout_pool_job& one = posts[0];
+    const int64_t last = together > 1
+                             ? scout_pool_post_all(world.pool, posts.data(), together)
+                             : scout_pool_post(world.pool, one.run, one.finish, one.context, one.flag, one.value);
+    if (last < 0) {  // stopped
+      for (size_t i = first; i < jobs.size(); ++i) require(!jobs[i]->finished, "a job that was refused has ended");
+      jobs.resize(first);
       break;
     }
+    for (int64_t i = 0; i < together; ++i) jobs[first + static_cast<size_t>(i)]->ticket = last - together + 1 + i;
     if (below(random, 4) == 0) pause_us(below(random, 200));
   }
   return jobs;
@@ -233,6 +250,7 @@ void copies(Random random) {
   }
   const scout_copy_args wrong{nullptr, nullptr, -1, 1};
   require(scout_submit_copy(pool, &wrong, nullptr, 0) == -1, "a negative count was taken");
+  require(scout_pool_post_all(pool, nullptr, 0) == -1, "no job at all was taken");
   scout_pool_destroy(pool);
 }
 

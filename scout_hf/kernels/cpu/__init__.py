@@ -116,7 +116,7 @@ def find_backend(name: str = "auto") -> type[CpuBackend]:
     return found
 
 
-def make_backend(name: str = "auto", threads: int | None = None) -> CpuBackend:
+def make_backend(name: str = "auto", threads: int | None = None, spin_us: int | None = None) -> CpuBackend:
     """Create a backend.
 
     Parameters
@@ -125,6 +125,8 @@ def make_backend(name: str = "auto", threads: int | None = None) -> CpuBackend:
         One of :func:`backend_names`.
     threads : int or None
         Threads for background jobs; None leaves the number to the backend.
+    spin_us : int or None
+        Microseconds for which native threads look out for work before they sleep; None for the backend's default.
 
     Returns
     -------
@@ -146,4 +148,7 @@ def make_backend(name: str = "auto", threads: int | None = None) -> CpuBackend:
     >>> attended.tokens, attended.partial.out.shape
     (12, torch.Size([1, 4, 1, 8]))
     """
-    return find_backend(name)(threads)
+    backend = find_backend(name)(threads)
+    if spin_us is not None:
+        backend.spin_us = spin_us
+    return backend

@@ -113,6 +113,8 @@ class CpuBackend(ABC):
     """
 
     name: str = ""
+    spin_us = 100
+    """Microseconds for which native threads look out for work before they sleep; set before the first job."""
 
     def __init__(self, threads: int | None = None):
         self.threads = threads
@@ -335,7 +337,13 @@ class CpuBackend(ABC):
         self._workers.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CpuBackend:
-        return type(self)(self.threads)
+        return _again(type(self), self.threads, self.spin_us)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.threads,)
+        return _again, (type(self), self.threads, self.spin_us)
+
+
+def _again(kind: type[CpuBackend], threads: int | None, spin_us: int) -> CpuBackend:
+    backend = kind(threads)
+    backend.spin_us = spin_us
+    return backend

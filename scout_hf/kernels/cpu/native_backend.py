@@ -59,6 +59,16 @@ class NativeBackend(CpuBackend):
             self._copy = quick(self._library.handle, "scout_submit_copy")
             self._submit_step = quick(self._library.handle, "scout_submit_step", c_void_p, c_void_p, c_int64)
 
+    @property
+    def spin_us(self) -> int:
+        """As of ``CpuBackend``."""
+        return CpuBackend.spin_us if self._library is None else self._pool.spin_us
+
+    @spin_us.setter
+    def spin_us(self, value: int) -> None:
+        if self._library is not None:
+            self._pool.spin_us = value
+
     def attend_blocks(
         self,
         query: torch.Tensor,

@@ -62,7 +62,7 @@ class CapturedExecutor(CaptureExecutor):
     def attend_device(self, layer: Layer, step: Step, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = (part.unflatten(2, (-1, layer.config.block_size)) for part in layer.kv.buffers())
         where = {"first": self.clock.blocks, "lengths": self.clock.length}
-        return self.plain.attend(layer, query, (keys, values), where, self.clock.padding_mask)
+        return self.plain.attend(layer, step, query, (keys, values), where, self.clock.padding_mask)
 
     def join_cpu(self, layer: Layer, step: Step, query: torch.Tensor) -> Partial | None:
         with step.counters.timed(layer.layer_idx, "join"):

@@ -63,6 +63,7 @@ class TritonExecutor(Executor):
         self.is_chosen = torch.zeros((kv.batch, 0, 0), dtype=torch.uint8, device=kv.device)
         self.pages = torch.zeros((kv.batch, 0), dtype=torch.int64, device=kv.device)
         self.recalled = Mark()
+        self._awaited = [Mark(), Mark()]  # the last write-back and the last recall that the stream waits for
         self._block_bytes = 2 * kv.block_size * kv.host.head_dim * kv.host.dtype.itemsize
 
     @classmethod
@@ -145,8 +146,7 @@ class TritonExecutor(Executor):
 
     def submit_cpu(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
         layer.state.started = True
-        # The CPU reads blocks of the last write-back.
-        layer.written.before(query.device)
+        self._await(0, layer.written)  # whose blocks the CPU reads
         padding_mask = None if step.mask is None else step.padding(torch.device("cpu"))
         self.handoff.start(step, query.contiguous(), _job(layer, padding_mask))
 
@@ -154,11 +154,12 @@ class TritonExecutor(Executor):
         padding_mask = None if step.mask is None else step.padding(query.device)
         layer.state.attended = self._tokens_here(layer, step)
         where = {"first": layer.kv.host.blocks, "lengths": step.length(query.device)}
-        return self.attend(layer, query, layer.kv.tail_blocks(), where, padding_mask)
+        return self.attend(layer, step, query, layer.kv.tail_blocks(), where, padding_mask)
 
     def attend(
         self,
         layer: Layer,
+        step: Step,
         query: torch.Tensor,
         tail: tuple[torch.Tensor, torch.Tensor],
         where: dict[str, Any],
@@ -171,14 +172,11 @@ class TritonExecutor(Executor):
             spans.append((layer.resident.keys, layer.resident.values, {"ids": layer.resident.ids}))
         lists = query.shape[0] * layer.kv_heads
         parts = [self.kernels.kv_splits_for(query.device, lists, keys.shape[2], size) for keys, _, _ in spans]
-        out = torch.empty((*query.shape[:2], sum(parts), query.shape[3]), dtype=torch.float32, device=query.device)
-        lse, first = torch.empty(out.shape[:3], dtype=torch.float32, device=query.device), 0
-        for count, (keys, values, where) in zip(parts, spans):
-            into = out[:, :, first : first + count], lse[:, :, first : first + count]
+        out, lse, *into = _partials(step, query, parts)
+        for place, (keys, values, where) in zip(into, spans):
             self.kernels.attend_blocks(
-                query, keys, values, *layer.scoring, padding_mask=padding_mask, into=into, **where
+                query, keys, values, *layer.scoring, padding_mask=padding_mask, into=place, **where
             )
-            first += count
         return out, lse
 
     def join_cpu(self, layer: Layer, step: Step, query: torch.Tensor) -> Partial | None:
@@ -278,7 +276,13 @@ class TritonExecutor(Executor):
         return step.counters.recall_tally(layer.layer_idx, layer.kv.device, self._block_bytes)
 
     def join_recall(self, layer: Layer) -> None:
-        self.recalled.before(self.pages.device)
+        self._await(1, self.recalled)
+
+    def _await(self, which: int, mark: Mark) -> None:
+        """Make the stream wait for a mark; once, since what it runs later runs in order."""
+        if self._awaited[which] is not mark:
+            mark.before(self.pages.device)
+            self._awaited[which] = mark
 
     # -- the host's pages -------------------------------------------------------------------------------------------
 
@@ -349,6 +353,7 @@ class TritonExecutor(Executor):
     def fork(self) -> Self:
         twin = copy.copy(self)
         twin._forget_batch()
+        twin._awaited = [Mark(), Mark()]
         twin.pages = self.pages.clone()
         return twin
 
@@ -374,9 +379,8 @@ class TritonExecutor(Executor):
             raise CacheStateError("replays were prepared without a capture key")
         # Allocated before a capture: an allocation within it would reset the counter in every replay.
         self.recall_tally(layer, step)
-        layer.written.before(self.pages.device)
-        self.recalled.before(self.pages.device)
-        self.recalled = Mark()
+        self._await(0, layer.written)  # whose blocks the CPU reads
+        self.join_recall(layer)
         job = self.handoff.job
         job.describe(*_job(layer, padding_mask))
         job.counted = True
@@ -388,6 +392,20 @@ class TritonExecutor(Executor):
     def abort_replay(self, layer: Layer) -> None:
         self.drop_job(layer)
         self.handoff = NoHandoff()
+
+
+def _partials(step: Step, query: torch.Tensor, parts: list[int]) -> Any:
+    """Partial outputs and LSEs of this many parts, and views of them for each span.
+
+    All layers of a step use the same, one after the other: the stream runs in order.
+    """
+    key = f"partials of {tuple(query.shape)} in {parts} on {query.device}"
+    if key not in step.shared:
+        shape = (*query.shape[:2], sum(parts), query.shape[3])
+        out = torch.empty(shape, dtype=torch.float32, device=query.device)
+        lse = torch.empty(shape[:3], dtype=torch.float32, device=query.device)
+        step.shared[key] = (out, lse, *zip(out.split(parts, dim=2), lse.split(parts, dim=2)))
+    return step.shared[key]
 
 
 def _job(layer: Layer, padding_mask: torch.Tensor | None) -> Job:
