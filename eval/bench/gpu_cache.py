@@ -49,6 +49,6 @@ def switched(cache: ScoutCache, **options: Any) -> ScoutCache:
         layer.config = method.config = config
         method.executor = type(method.executor)(config, method.kv)
         method.executor.pages_changed(method, rows=True)
-        method.gate = type(method.gate)(method.executor.cpu_query)
+        method.gate = type(method.gate)(config.cpu_query)
         method.recall_policy = type(method.recall_policy)(config.recall, layer.layer_idx)
     return twin

@@ -39,7 +39,8 @@ class DigestTable:
 
     def codes(self, blocks: int | None = None) -> torch.Tensor:
         """Codes of the first ``blocks`` blocks (all by default), without summaries; a view."""
-        return self.rows(blocks)[..., : self.own]
+        rows = self.rows(blocks)
+        return rows if self.own is None else rows[..., : self.own]
 
     def summaries(self, blocks: int | None = None) -> torch.Tensor | None:
         """Codes of the summaries of these blocks, a view; None if there are none."""

@@ -26,6 +26,8 @@ class LateShares:
         """The word of a device, (1,) of int64, 0 while all is well; pinned if it is a GPU."""
         if device not in self._words:
             word = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+            if device.type == "cuda":
+                word.to(device, non_blocking=True)  # the pinned-memory allocator then waits for this stream
             self._words[device] = word, ctypes.c_int64.from_address(word.data_ptr())
         return self._words[device][0]
 

@@ -323,8 +323,8 @@ def test_what_a_comparison_finds_is_captured_anew(graphs, monkeypatch):
         cache = handle.new_cache()
         handle.model(prompt(1, 61), past_key_values=cache)
         for step in range(16):
-            if step == 10:
-                monkeypatch.setattr(query_gate, "TOLERATED", 0)
+            if step == 10:  # the next comparison is in step 13
+                monkeypatch.setattr(query_gate.QueryGate, "judge", lambda gate, *both: gate._learn(1e6))
             handle.model(prompt(1, 1, step), past_key_values=cache)
     first, second = graphs.made
     assert (first.replays, second.replays) == (10, 2)

@@ -6,6 +6,7 @@ it back, layer by layer; that and the step after, which asks what has changed, a
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 
 import pytest
@@ -16,6 +17,7 @@ pytest.importorskip("triton")
 
 import scout_hf  # noqa: E402
 from scout_hf.kernels.cpu.pool import NativePool  # noqa: E402
+from scout_hf.selection import Selector  # noqa: E402
 from tests.integration import fake_graph  # noqa: E402
 from tests.integration.common import LOSSY, left_padded, llama, prompt  # noqa: E402
 from tests.libraries import ISAS  # noqa: E402
@@ -30,6 +32,14 @@ NO_KERNEL = ("view", "slice", "select", "detach", "t", "expand", "transpose", "u
 """Operations of torch that launch nothing on a GPU."""
 
 
+def made_by_us():
+    """Whether an operation is of this package, and not of the model."""
+    frame = sys._getframe(2)
+    while frame is not None and not any(part in frame.f_code.co_filename for part in ("/scout_hf/", "/modeling_")):
+        frame = frame.f_back
+    return frame is not None and "/scout_hf/" in frame.f_code.co_filename
+
+
 class Costs(TorchDispatchMode):
     """Counts what is called while it is active, but not what happens inside of a replay or of a kernel."""
 
@@ -38,6 +48,8 @@ class Costs(TorchDispatchMode):
         self.found, self.inside = Counter(), 0
         monkeypatch.setattr(graphs, "replay", self.hidden(graphs.replay, "replay"))
         monkeypatch.setattr(NativePool, "submit", self.hidden(NativePool.submit, "native"))
+        # One kernel on a GPU, whose reference is many operations.
+        monkeypatch.setattr(Selector, "scores", self.hidden(Selector.scores, "kernel"))
         for name in fake_graph.LAUNCHED:
             kernel = getattr(reference.KERNELS, name)
             monkeypatch.setattr(reference.KERNELS, name, self.hidden(kernel, "kernel"))
@@ -56,6 +68,7 @@ class Costs(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__.split(".")[0].strip("_")
         self.found["torch"] += not self.inside and name not in NO_KERNEL
+        self.found["ours"] += not self.inside and made_by_us()
         return func(*args, **(kwargs or {}))
 
 
@@ -81,7 +94,7 @@ def per_step(costs, layers, tokens, padded=False, way="graph", **options):
             costs.found.clear()
             with costs:
                 model.model(**more, past_key_values=cache)
-            found.append(dict(costs.found))
+            found.append(Counter(costs.found))
     return found[-SPAN:]
 
 
@@ -97,8 +110,22 @@ def test_nothing_beside_the_launch_grows_with_layers_or_context(costs, padded, o
     plain = [step for step in range(SPAN) if step % BLOCK > 1]
     for step in plain:
         assert few[step] == more[step] == long[step]
-        assert few[step]["native"] == few[step]["replay"] == 1 and "kernel" not in few[step]
+        assert few[step]["native"] == few[step]["replay"] == 1 and not few[step]["kernel"]
         assert launches(few[step]) <= (20 if padded else 9)
     # Where a block is full, and where this has changed what a capture assumes.
     assert all(launches(more[step]) > launches(few[step]) for step in range(0, SPAN, BLOCK))
     assert all(cost["native"] == 1 for cost in (*few, *more, *long))
+
+
+@pytest.mark.parametrize("way", ["join", "flags"])
+def test_plain_steps_make_few_operations_per_layer(costs, monkeypatch, way):
+    """At most half of what they made (38 and 40, views included) before jobs, views and partials were prepared.
+
+    Those that are left: appending to the tail, the predicted query, a view of codes, and with ``join`` the copies.
+    """
+    monkeypatch.setattr("scout_hf.counters.SAMPLE_EVERY", 1000)  # else every 8th step compares queries
+    few, more = (per_step(costs, layers, 60, way=way, recall=0.12) for layers in (2, 6))
+    for step in range(SPAN):
+        if step % BLOCK > 1:
+            assert (more[step]["ours"] - few[step]["ours"]) / 4 <= 19
+            assert (more[step]["native"] - few[step]["native"]) / 4 == (way == "flags")
