@@ -24,6 +24,8 @@ MODES = {
     "scout int8": "scout_hf, int8",
 }
 KERNELS = {"native": "native", "read": "bare read of the same tiles", "torch": "torch", "int8": "int8"}
+KINDS = {"rivals_int8": "rivals"}
+"""Of records whose file has another name than their benchmark."""
 SHOWN = (4096, 16384)
 """Selected tokens of the kernel's table."""
 
@@ -77,6 +79,7 @@ COMMANDS = {
     "methods": methods.COMMAND,
     "sessions": "scout-hf bench sessions",
     "rivals": "scout-hf bench rivals",
+    "rivals_int8": 'scout-hf bench rivals --weights "torch int8"',
     "drafts": "scout-hf bench drafts",
 }
 
@@ -95,7 +98,7 @@ def main(page: str, folder: str) -> None:
         if not path.is_file():
             print(f"{name}: no {path}")
             continue
-        changed = update(Path(page), command, markdown(read_record(path, name)))
+        changed = update(Path(page), command, markdown(read_record(path, KINDS.get(name, name))))
         print(f"{name}: {page} {'changed' if changed else 'is up to date'}")
 
 

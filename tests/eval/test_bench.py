@@ -36,6 +36,7 @@ PAGES = {
     "methods": "docs/results/methods.md",
     "sessions": "docs/guides/sessions.md",
     "rivals": "docs/guides/rivals.md",
+    "rivals_int8": "docs/guides/rivals.md",
     "drafts": "docs/guides/lossless.md",
 }
 RESULTS = ROOT / "eval" / "results"
