@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import dropwhile, groupby
 
 from tests.triton.artefacts import Artefact
 
@@ -11,7 +12,7 @@ MOST_REGISTERS = 128
 """Of all others: as many as 4 blocks of 4 warps may have on a multiprocessor."""
 
 PIPELINED = ("attend residents", "attend residents, padded", "attend tail", "attend tail, padded")
-WIDE = (*PIPELINED, "copy", "adopt", "merge", "merge the CPU's share", "encode minmax", "score minmax")
+WIDE = (*PIPELINED, "copy", "post", "adopt", "merge", "merge the CPU's share", "encode minmax", "score minmax")
 """Their data comes by 16 bytes; lists and masks need not."""
 
 RELEASED = (r"ST(?!.*STRONG\.SYS)", r"MEMBAR.*SYS", r"ST.*STRONG\.SYS")
@@ -32,5 +33,21 @@ def excesses(name: str, made: Artefact) -> Iterator[str]:
         yield f"{made.narrow('STG')} stores of fewer than 16 bytes"
     if name == "post" and not made.in_order(*RELEASED):
         yield "the flag is not set after a fence after the data"
+    if name == "post" and (fences := made.count("MEMBAR")) > 1:
+        yield f"{fences} fences, one is enough"
+    if name in ("copy", "post") and (rounds := _rounds(made.opcodes)) > 1:
+        yield f"data is loaded in {rounds} rounds, each after the stores of the one before"
+    if name == "plan" and (late := _loads_behind_sums(made.opcodes)) > 1:
+        yield f"{late} loads wait for sums over threads, only that of missing blocks must"
     if name == "wait" and not any("STRONG.SYS" in code for code in made.opcodes if code.startswith("LD")):
         yield "the flag is not read by an acquiring load"
+
+
+def _rounds(opcodes: list[str]) -> int:
+    """Runs of wide loads with stores between them."""
+    wide = (code[:3] for code in opcodes if code.startswith(("LDG", "STG")) and ".128" in code)
+    return sum(kind == "LDG" for kind, _ in groupby(wide))
+
+
+def _loads_behind_sums(opcodes: list[str]) -> int:
+    return sum(code.startswith("LDG") for code in dropwhile(lambda code: not code.startswith("BAR"), opcodes))

@@ -13,7 +13,8 @@ TWO = {(64, 128): 2}
 GOOD = {
     "attend residents": Artefact(96, 0, 72192, ["LDGSTS.E.BYPASS.128", "HMMA.16816.F32.BF16", "STG.E"], TWO),
     "copy": Artefact(30, 0, 0, ["LDG.E", "LDG.E.128", "STG.E.128"], {}),
-    "post": Artefact(32, 0, 0, ["STG.E.128", "STG.E.64", "MEMBAR.SC.SYS", "ST.E.64.STRONG.SYS"], {}),
+    "post": Artefact(32, 0, 0, ["LDG.E.128", "STG.E.128", "MEMBAR.SC.SYS", "ST.E.64.STRONG.SYS"], {}),
+    "plan": Artefact(28, 0, 16, ["LDG.E", "LDG.E", "BAR.SYNC", "LDG.E", "BAR.SYNC", "STG.E"], {}),
     "wait": Artefact(10, 0, 0, ["LDG.E.64", "LD.E.64.STRONG.SYS"], {}),
 }
 PLANTED = {
@@ -23,8 +24,11 @@ PLANTED = {
     "one buffer": ("attend residents", {"buffers": {(64, 128): 1}}),
     "narrow loads": ("attend residents", {"opcodes": ["LDGSTS.E.64", "HMMA.16816.F32.BF16"]}),
     "narrow stores": ("copy", {"opcodes": ["LDG.E.128", "STG.E.64"]}),
-    "no fence": ("post", {"opcodes": ["STG.E.128", "ST.E.64.STRONG.SYS"]}),
-    "a flag before its data": ("post", {"opcodes": ["MEMBAR.SC.SYS", "ST.E.64.STRONG.SYS", "STG.E.128"]}),
+    "no fence": ("post", {"opcodes": ["LDG.E.128", "STG.E.128", "ST.E.64.STRONG.SYS"]}),
+    "a flag before its data": ("post", {"opcodes": ["LDG.E.128", "MEMBAR.SC.SYS", "ST.E.64.STRONG.SYS", "STG.E.128"]}),
+    "two fences": ("post", {"opcodes": ["LDG.E.128", "STG.E.128", *["MEMBAR.SC.SYS"] * 2, "ST.E.64.STRONG.SYS"]}),
+    "loads behind stores": ("copy", {"opcodes": ["LDG.E.128", "STG.E.128"] * 2}),
+    "counts after sums": ("plan", {"opcodes": ["LDG.E", "BAR.SYNC", "LDG.E", "BAR.SYNC", "LDG.E", "STG.E"]}),
     "a read that orders nothing": ("wait", {"opcodes": ["LD.E.64"]}),
 }
 

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from scout_hf.kernels.triton.append import append_token  # noqa: E402
 from scout_hf.kernels.triton.choose import Choice, choose  # noqa: E402
-from scout_hf.kernels.triton.recall import adopt_block, copy_blocks, plan_recall, run_of_blocks  # noqa: E402
+from scout_hf.kernels.triton.recall import Moves, adopt_block, copy_blocks, plan_recall, run_of_blocks  # noqa: E402
 from scout_hf.selection import pick  # noqa: E402
 from scout_hf.stores import PagedKV  # noqa: E402
 from tests.triton.grid import DEVICE, ON_GPU, chance, draw, lists_of_blocks, slots_of, whole  # noqa: E402
@@ -192,6 +192,22 @@ def test_a_run_of_blocks_comes_in_order():
     copy_blocks(store.table.addresses.to(DEVICE), run_of_blocks(BATCH, HEADS, 6, 4, DEVICE), *buffers)
     assert torch.equal(buffers[0, :, :, :4], keys[:, :, 6:10]) and torch.equal(buffers[1, :, :, :4], values[:, :, 6:10])
     assert bool(buffers[:, :, :, 4].isnan().all())
+
+
+def test_more_moves_than_programs_and_lists_of_very_different_lengths():
+    store, parts, _, _ = make_world(0, 40, 1, torch.float32)
+    counts = torch.tensor([[0, 40, 3], [29, 0, 11]], dtype=torch.int32)
+    order = torch.stack([torch.randperm(40, device="cpu").int() for _ in range(12)]).view(2, BATCH, HEADS, 40)
+    slots, blocks = order.to(DEVICE).masked_fill(torch.arange(40) >= counts[..., None], 1 << 30)
+    buffers = torch.full((2, BATCH, HEADS, 40, 16, 24), torch.nan)
+    expected = buffers.clone()
+    copy_blocks(store.table.addresses.to(DEVICE), Moves(slots, blocks, counts), *buffers)
+    for row in range(BATCH):
+        for head in range(HEADS):
+            here = row, head, slice(int(counts[row, head]))
+            for wanted, part in zip(expected, parts):
+                wanted[row, head, slots[here].long()] = part[row, head, blocks[here].long()]
+    assert torch.equal(buffers.nan_to_num(7e7), expected.nan_to_num(7e7))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -28,8 +28,9 @@ def settle():
         torch.cuda.synchronize()
 
 
-def test_a_post_copies_first_and_raises_the_flag_then():
-    query = draw(0, 3, 7, 1, 80, dtype=torch.bfloat16)
+@pytest.mark.parametrize("heads", [7, 137], ids=["at once", "in two rounds"])
+def test_a_post_copies_first_and_raises_the_flag_then(heads):
+    query = draw(0, 3, heads, 1, 80, dtype=torch.bfloat16)
     into, flag, posted = torch.full(query.shape, torch.nan, dtype=query.dtype, device="cpu"), word(3), number(4)
     into = into.pin_memory() if ON_GPU else into
     post(query, into, flag, posted)

@@ -13,7 +13,8 @@ import triton.language as tl
 
 from scout_hf.kernels.triton.support import _INTERPRETED, on_device_of
 
-STEP_ELEMENTS = 1024
+# Each of 512 threads has 8 loads of 16 bytes on their way: the query of 8 rows of 32 heads of 128 channels at once.
+POST_BYTES, POST_WARPS = 1 << 16, 16
 # A read over the link takes about a microsecond, so this is some tens of seconds.
 MOST_TURNS = 1 << 25
 
@@ -26,7 +27,14 @@ def _release(word, value):
     else:
         tl.debug_barrier()
         tl.inline_asm_elementwise(
-            "fence.acq_rel.sys; st.release.sys.global.u64 [$1], $2; mov.u32 $0, 0;",
+            # One thread's fence covers what all have written before the barrier.
+            """{
+            .reg .pred one; .reg .u32 thread;
+            mov.u32 thread, %tid.x; setp.eq.u32 one, thread, 0;
+            @one fence.acq_rel.sys;
+            @one st.relaxed.sys.global.u64 [$1], $2;
+            mov.u32 $0, 0;
+            }""",
             "=r,l,l",
             [word.to(tl.int64), value.to(tl.int64)],
             dtype=tl.int32,
@@ -95,7 +103,7 @@ def post(query: torch.Tensor, into: torch.Tensor, flag: torch.Tensor, number: to
     (1, 1, True)
     """
     with on_device_of(query):
-        _post[(1,)](query, into, flag, number, query.numel(), STEP_ELEMENTS, num_warps=4)
+        _post[(1,)](query, into, flag, number, query.numel(), POST_BYTES // query.element_size(), num_warps=POST_WARPS)
 
 
 def wait(word: torch.Tensor, number: torch.Tensor, late: torch.Tensor, turns: int = MOST_TURNS) -> None:

@@ -12,6 +12,7 @@ from scout_hf.kernels.triton.choose import Choice
 from scout_hf.kernels.triton.support import on_device_of
 
 COPY_ELEMENTS = 4096
+# Programs of a copy: with 16 KiB each on its way they fill the link, and most multiprocessors stay free.
 MOST_COPIES = 64
 
 
@@ -41,31 +42,36 @@ def _plan(
     HAS_TALLY: tl.constexpr,
 ):  # fmt: skip
     here = tl.program_id(0)
-    if HAS_SHARE:
-        share = tl.load(share_at)
     row, head = here // KV_HEADS, here % KV_HEADS
     ids += here.to(tl.int64) * capacity
     slot_of += row.to(tl.int64) * slot_of_b + head * slot_of_h
     is_chosen += row.to(tl.int64) * is_chosen_b + head * is_chosen_h
     missing += row * missing_b + head * missing_h
-    # The threshold applies to the sum over all lists of the layer.
+    # All lists may be in host memory: none of these loads waits for another, and sums over lists come after them.
     every = tl.arange(0, LISTS)
-    absent = tl.sum(tl.load(missing_counts + every, mask=every < lists, other=0), 0)
-    chosen = tl.sum(tl.load(chosen_counts + every, mask=every < lists, other=0), 0)
-    due = (absent > 0) & (absent.to(tl.float32) >= share * chosen.to(tl.float32))
+    absent = tl.load(missing_counts + every, mask=every < lists, other=0)
+    chosen = tl.load(chosen_counts + every, mask=every < lists, other=0)
+    if HAS_SHARE:
+        share = tl.load(share_at)
 
     slot = tl.arange(0, SLOTS)
     held = tl.load(ids + slot, mask=slot < capacity, other=0)
     empty = (slot < capacity) & (held < 0)
     kept = tl.load(is_chosen + held, mask=(slot < capacity) & (held >= 0), other=1) != 0
     leaves = (slot < capacity) & (held >= 0) & ~kept
-    free = tl.sum(empty.to(tl.int32), 0)
-    # Empty slots first, then slots of blocks that are not chosen now.
-    turn = tl.where(empty, tl.cumsum(empty.to(tl.int32), 0), free + tl.cumsum(leaves.to(tl.int32), 0)) - 1
-    moves = tl.minimum(tl.load(missing_counts + here), free + tl.sum(leaves.to(tl.int32), 0))
+    # Empty slots first, then slots of blocks that are not chosen now: counts of both in one number.
+    ranks = tl.cumsum((empty.to(tl.int64) << 32) + leaves.to(tl.int64), 0)
+    empties, leaving = (ranks >> 32).to(tl.int32), ranks.to(tl.int32)
+    free = tl.max(empties, 0)
+    turn = tl.where(empty, empties, free + leaving) - 1
+    block = tl.load(missing + turn, mask=(empty | leaves) & (turn < most), other=0)
+
+    moves = tl.minimum(tl.sum(tl.where(every == here, absent, 0), 0), free + tl.max(leaving, 0))
+    # The threshold applies to the sum over all lists of the layer.
+    absent, chosen = tl.sum(absent, 0), tl.sum(chosen, 0)
+    due = (absent > 0) & (absent.to(tl.float32) >= share * chosen.to(tl.float32))
     moves = tl.where(due, tl.minimum(moves, most), 0)
     moving = (empty | leaves) & (turn < moves)
-    block = tl.load(missing + turn, mask=moving, other=0)
     tl.store(slot_of + held, tl.full([SLOTS], -1, tl.int32), mask=moving & (held >= 0))
     tl.debug_barrier()
     tl.store(slot_of + block, slot, mask=moving)
@@ -124,26 +130,32 @@ def plan_recall(
     return out
 
 
-@triton.jit(do_not_specialize=["pages_b", "moves"])
+@triton.jit(do_not_specialize=["pages_b", "lists", "moves"])
 def _copy(
     pages, slots, blocks, counts, keys, values,
-    pages_b, keys_b, keys_h, keys_n, moves,
-    SIZE: tl.constexpr, KV_HEADS: tl.constexpr, STEP: tl.constexpr,
+    pages_b, keys_b, keys_h, keys_n, lists, moves,
+    SIZE: tl.constexpr, KV_HEADS: tl.constexpr, LISTS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    here = tl.program_id(0)
-    row, head = here // KV_HEADS, here % KV_HEADS
     kind = keys.dtype
-    target = row.to(tl.int64) * keys_b + head.to(tl.int64) * keys_h
-    for move in range(tl.program_id(1), tl.load(counts + here), tl.num_programs(1)):
-        block = tl.load(blocks + here * moves + move)
-        slot = tl.load(slots + here * moves + move).to(tl.int64)
+    every = tl.arange(0, LISTS)
+    ends = tl.cumsum(tl.load(counts + every, mask=every < lists, other=0), 0)
+    # Moves of all lists one after another: every program makes as many, however they are spread over lists.
+    for number in range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0)):
+        before = ends <= number
+        here = tl.sum(before.to(tl.int32), 0)
+        move = here * moves + number - tl.max(tl.where(before, ends, 0), 0)
+        row, head = here // KV_HEADS, here % KV_HEADS
+        block, slot = tl.load(blocks + move), tl.load(slots + move).to(tl.int64)
+        target = row.to(tl.int64) * keys_b + head.to(tl.int64) * keys_h + slot * keys_n
         # A page holds keys, then values, head by head.
         # The alignment hint must follow the sum: only there does it allow 16-byte loads.
         source = tl.multiple_of(tl.load(pages + row * pages_b + block).to(kind) + head * (2 * SIZE), 16)
         for first in range(0, SIZE, STEP):
             at = first + tl.arange(0, STEP)
-            tl.store(keys + target + slot * keys_n + at, tl.load(source + at, mask=at < SIZE), mask=at < SIZE)
-            tl.store(values + target + slot * keys_n + at, tl.load(source + SIZE + at, mask=at < SIZE), mask=at < SIZE)
+            # Both cross the link at once: a load does not pass a store.
+            k, v = tl.load(source + at, mask=at < SIZE), tl.load(source + SIZE + at, mask=at < SIZE)
+            tl.store(keys + target + at, k, mask=at < SIZE)
+            tl.store(values + target + at, v, mask=at < SIZE)
 
 
 def copy_blocks(pages: torch.Tensor, moves: Moves, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -170,10 +182,11 @@ def copy_blocks(pages: torch.Tensor, moves: Moves, keys: torch.Tensor, values: t
     batch, heads, _, size, dim = keys.shape
     most = moves.blocks.shape[2]
     with on_device_of(keys):
-        _copy[(batch * heads, min(most, MOST_COPIES))](
+        _copy[(min(batch * heads * most, MOST_COPIES),)](
             pages, moves.slots, moves.blocks, moves.counts, keys, values,
-            pages.stride(0), *keys.stride()[:3], most,
-            size * dim, heads, min(COPY_ELEMENTS, triton.next_power_of_2(size * dim)),
+            pages.stride(0), *keys.stride()[:3], batch * heads, most,
+            size * dim, heads, triton.next_power_of_2(max(batch * heads, 2)),
+            min(COPY_ELEMENTS, triton.next_power_of_2(size * dim)),
             num_warps=4,
         )  # fmt: skip
 
