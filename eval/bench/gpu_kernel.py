@@ -2,7 +2,7 @@
 
 All read the same keys and values, and read them from memory: where these would fit into the device's last cache level,
 several copies take turns. Calls are captured in CUDA graphs, so that what the CPU takes to launch them does not count.
-The best tile is kept for later decoding.
+The best tile for residents is kept for later decoding, which makes the same call.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from scout_hf.kernels import find_kernels
 from scout_hf.selection import Selector, mean_share
 
 HEADS, HEAD_DIM, BLOCK_SIZE = (32, 8), 128, 32
-DENSE = ((8, 2048), (8, 8192), (8, 65536), (16, 32768))
-"""Rows and tokens: the residents of a step, and what a step with full attention reads."""
+DENSE = ((8, 8192), (8, 65536), (16, 32768))
+"""Rows and tokens that a step with full attention reads."""
 SELECTED, OF_TOKENS, ROWS = 2048, 65536, 8
 DIGESTS = ("minmax", "sign", "sign2")
 REPEAT, JOB_SECONDS = 7, 60.0
@@ -44,7 +44,9 @@ def jobs(given: Given) -> list[Job]:
     place = devices.find(given.settings["device"])
     rate = given.known.get("machine", {}).get("copies on the GPU", {}).get("gb_per_s")
     bench = Bench(place, find_kernels("triton", place), HEAD_DIM, REPEAT, given.settings["seed"], rate)
-    cells: dict[str, Callable[[], tuple]] = {
+    residents = functools.partial(bench.residents, *HEADS, BLOCK_SIZE, ROWS, SELECTED)
+    cells: dict[str, Callable[[], tuple]] = {f"residents, {ROWS} x {short(SELECTED)}": residents}
+    cells |= {
         f"all of {rows} x {short(tokens)}": functools.partial(bench.dense, *HEADS, BLOCK_SIZE, rows, tokens)
         for rows, tokens in DENSE
     }
@@ -75,6 +77,16 @@ class Bench:
 
     def dense(self, heads: int, kv_heads: int, size: int, batch: int, tokens: int):
         """Attention to the whole of a contiguous context."""
+        return self._contiguous(heads, kv_heads, size, batch, tokens, None)
+
+    def residents(self, heads: int, kv_heads: int, size: int, batch: int, tokens: int):
+        """Attention to residents as decoding calls it, with the block number of each slot; the best tile is kept."""
+        drawn = torch.Generator().manual_seed(self.seed)
+        ids = random_lists(batch * kv_heads, tokens // size, tokens // size, drawn).ids
+        ids = ids.view(batch, kv_heads, -1).to(self.device, torch.int32)
+        return self._contiguous(heads, kv_heads, size, batch, tokens, ids)
+
+    def _contiguous(self, heads: int, kv_heads: int, size: int, batch: int, tokens: int, ids: torch.Tensor | None):
         kv = 2 * batch * kv_heads * tokens * self.dim * DTYPE.itemsize
         turns = devices.copies(kv, self.device)
         where = self._where(heads, kv_heads, size, batch, tokens) | {"kv_bytes": kv, "copies": turns}
@@ -86,9 +98,9 @@ class Bench:
 
             def attend(part, tile):
                 blocks = (each.unflatten(2, (-1, size)) for each in part)
-                return self._attend(query, *blocks, tile=tile)
+                return self._attend(query, *blocks, ids=ids, tile=tile)
 
-            calls = self._tiles(query, keys[0].unflatten(2, (-1, size)), sets, attend)
+            calls = self._tiles(query, keys[0].unflatten(2, (-1, size)), sets, attend, keep=ids is not None)
             others = {name: functools.partial(make, query, sets) for name, make in RIVALS.items()}
             return self._compare(calls, others, kv)
 
@@ -114,7 +126,7 @@ class Bench:
             def attend(part, tile):
                 return self._attend(query, keys, values, ids=part[0], pages=part[1], tile=tile)
 
-            calls = self._tiles(query, keys, sets, attend)
+            calls = self._tiles(query, keys, sets, attend, keep=False)
             return self._compare(calls, {GATHERED: functools.partial(by_gathering, query, keys, values, sets)}, kv)
 
         return where, kv * tokens // selected, measure
@@ -174,13 +186,14 @@ class Bench:
         parts = self.kernels.attend_blocks(query, keys, values, self.dim**-0.5, **given)
         return self.kernels.merge(*parts, dtype=query.dtype)[0]
 
-    def _tiles(self, query, keys, sets, attend) -> dict[str, tuple[list[Callable], Any]]:
-        """Calls with the best tile of each kind of prefetch."""
+    def _tiles(self, query, keys, sets, attend, keep: bool) -> dict[str, tuple[list[Callable], Any]]:
+        """Calls with the best tile of each kind of prefetch; ``keep`` the best of all for decoding."""
         from scout_hf.kernels.triton import prefetch, tuning
 
         kinds = {PLAIN: prefetch.OFF, LINES: prefetch.LINES, BULK: prefetch.BULK}
         if self.device.type == "cuda":
-            times = tuning.tune(query, keys, functools.partial(attend, sets[0]))
+            run = functools.partial(attend, sets[0])
+            times = tuning.tune(query, keys, run) if keep else tuning.times_of(self.device, run)
         else:
             # What times tiles needs a GPU: here one of each kind serves.
             every = tuning.PLAIN + tuning.PREFETCHING

@@ -1,5 +1,6 @@
 """The parts of ``bench gpu`` at toy sizes: on a CPU with the kernels in Triton's interpreter, on a GPU all of them."""
 
+import functools
 import json
 import math
 import sys
@@ -68,14 +69,17 @@ def out_of_memory(*_, **__):
 # -- kernels --------------------------------------------------------------------------------------------------------
 
 
+DIGESTS = ("minmax", "minmax-int8", "sign", "sign2")
+
+
 @pytest.fixture(scope="module")
 def cells(apart):
     """One of each kind."""
     pytest.importorskip("triton")
     bench = gpu_kernel.Bench(PLACE, find_kernels("triton", PLACE), 16, 1, 0, None)
-    made = {"dense": (2, 1, 16, 1, 32), "scattered": (2, 1, 16, 1, 32, 64)}
-    made |= {name: (2, 1, 16, 64, name, 1, 32) for name in ("minmax", "minmax-int8", "sign", "sign2")}
-    kinds = {name: getattr(bench, name if name in ("dense", "scattered") else "score") for name in made}
+    made = {"dense": (2, 1, 16, 1, 32), "residents": (2, 1, 16, 1, 32), "scattered": (2, 1, 16, 1, 32, 64)}
+    made |= {name: (2, 1, 16, 64, name, 1, 32) for name in DIGESTS}
+    kinds = {name: getattr(bench, "score" if name in DIGESTS else name) for name in made}
     return {name: bench.guarded(lambda name=name: kinds[name](*made[name])) for name in made}
 
 
@@ -83,7 +87,7 @@ def test_kernels_are_timed_and_agree(cells):
     json.dumps(cells, allow_nan=False)
     check_numbers(cells, (".us", "median_ms", "gb_per_s", ".n", "calls"))
     row, far = cells["dense"], cells["scattered"]
-    for one in (row, far):
+    for one in (row, far, cells["residents"]):
         assert one["kv_bytes"] == 2 * 32 * 16 * 2
         assert {"plain", "prefetch lines"} <= set(one["tiles"]) <= set(one["times"])
         assert one["tiles"]["plain"]["prefetch"] == 0 < one["tiles"]["prefetch lines"]["prefetch"]
@@ -92,7 +96,7 @@ def test_kernels_are_timed_and_agree(cells):
     assert row["times"]["sdpa"]["difference"] == 0 == far["times"]["gathered by torch"]["difference"]
     for name in ("flashinfer", "flash_attn"):
         assert find(name) or row["times"][name] == {"absent": "not installed"}
-    for one in (cells[name] for name in cells if name not in ("dense", "scattered")):
+    for one in (cells[name] for name in DIGESTS):
         assert set(one["times"]) == {"score", "choose", "score and choose"} and one["difference"] < 0.02
     assert cells["minmax"]["digest_bytes"] == 4 * 2 * 16 * 2 and cells["minmax-int8"]["digest_bytes"] == 4 * 2 * 16
 
@@ -101,7 +105,7 @@ def test_the_stage_asks_for_shapes_of_a_real_model(apart):
     pytest.importorskip("triton")
     known = {"machine": {"copies on the GPU": {"gb_per_s": 4000.0}}}
     names = [job.name for job in gpu_kernel.jobs(Given(SETTINGS, 0.0, "", known, {}))]
-    assert names[0] == "all of 8 x 2k" and "2k of 8 x 64k, scattered" in names and len(names) == 8
+    assert names[0] == "residents, 8 x 2k" and "2k of 8 x 64k, scattered" in names and len(names) == 8
 
 
 @pytest.fixture
@@ -159,7 +163,7 @@ def test_other_libraries_are_called_as_their_documentation_has_it(bench, monkeyp
     info.BatchDecodeWithPagedKVCacheWrapper, attn.flash_attn_with_kvcache = Wrapper, with_kvcache
     monkeypatch.setitem(sys.modules, "flashinfer", info)
     monkeypatch.setitem(sys.modules, "flash_attn", attn)
-    monkeypatch.setattr(bench, "_tiles", lambda query, keys, sets, attend: {"plain": ([lambda: query], gpu_tile())})
+    monkeypatch.setattr(bench, "_tiles", lambda query, *_, **__: {"plain": ([lambda: query], gpu_tile())})
     times = bench.guarded(lambda: bench.dense(2, 1, 16, 2, 32))["times"]
     assert times["flashinfer"]["difference"] < 0.01 and times["flash_attn"]["difference"] < 0.01
 
@@ -180,11 +184,30 @@ def test_the_best_tile_of_every_kind_is_taken(bench, monkeypatch):
     monkeypatch.setattr(tuning, "_save", lambda: kept.append(True))
     query, keys = torch.zeros(1, 2, 1, 16), torch.zeros(1, 1, 2, 16, 16)
     asked = SimpleNamespace(device=SimpleNamespace(type="cuda"))
-    found = gpu_kernel.Bench._tiles(asked, query, keys, ["part"], lambda part, tile: float(tile.stages))
+    for keep in (True, False):
+        found = gpu_kernel.Bench._tiles(asked, query, keys, ["part"], lambda part, tile: float(tile.stages), keep)
     assert kept == [True] and list(found) == ["plain", "prefetch lines", "prefetch bulk"]
     for name, (calls, tile) in found.items():
         same = [other.stages for other in every if other.prefetch == found[name][1].prefetch]
         assert tile.stages == min(same) == calls[0]()
+
+
+def test_only_the_call_that_decoding_makes_keeps_its_tile(bench, monkeypatch):
+    asked, attend, tiles = [], bench.kernels.attend_blocks, bench._tiles
+
+    def spy(query, keys, values, scale, **given):
+        asked.append((keys.is_contiguous(), {name for name, value in given.items() if value is not None}))
+        return attend(query, keys, values, scale, **given)
+
+    kept = []
+    monkeypatch.setattr(bench, "kernels", SimpleNamespace(attend_blocks=spy, merge=bench.kernels.merge))
+    monkeypatch.setattr(bench, "_tiles", lambda *given, keep: kept.append(keep) or tiles(*given, keep=keep))
+    for kind, sizes in (("residents", (32,)), ("dense", (32,)), ("scattered", (32, 64))):
+        asked.clear()
+        bench.guarded(functools.partial(getattr(bench, kind), 2, 1, 16, 1, *sizes))
+        # Splits are not given: decoding takes as many as the kernel would.
+        assert asked and (all(one == (True, {"ids", "tile"}) for one in asked) == (kind == "residents")), kind
+    assert kept == [True, False, False]
 
 
 def test_copies_take_turns_where_a_cache_would_hold_them(monkeypatch):

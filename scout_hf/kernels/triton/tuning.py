@@ -122,6 +122,24 @@ def candidates(device: torch.device) -> tuple[Tile, ...]:
     return PLAIN + tuple(tile for tile in PREFETCHING if newest or tile.prefetch != BULK)
 
 
+def times_of(
+    device: torch.device, run: Callable[[Tile], object], tiles: tuple[Tile, ...] | None = None
+) -> dict[Tile, float]:
+    """Median milliseconds of ``run`` by tile, as :func:`tune` measures them; nothing is stored.
+
+    Examples
+    --------
+    >>> times = times_of(query.device, run)  # doctest: +SKIP
+    """
+    times: dict[Tile, float] = {}
+    for tile in candidates(device) if tiles is None else tiles:
+        try:
+            times[tile] = triton.testing.do_bench(functools.partial(run, tile), warmup=10, rep=40, return_mode="median")
+        except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
+            continue
+    return times
+
+
 def tune(
     query: torch.Tensor, keys: torch.Tensor, run: Callable[[Tile], object], tiles: tuple[Tile, ...] | None = None
 ) -> dict[Tile, float]:
@@ -132,7 +150,8 @@ def tune(
     query, keys
         The tensors that ``run`` uses; the result is stored for their sizes, dtype and device.
     run : callable
-        Runs the kernel with a tile.
+        Runs the kernel with a tile, as decoding runs it: over residents, which are contiguous, with ``ids``, and with
+        the splits that it takes by itself.
     tiles : tuple of Tile or None
         Tiles to try; None for :func:`candidates`.
 
@@ -145,16 +164,12 @@ def tune(
     --------
     >>> query = torch.randn(1, 32, 1, 128, dtype=torch.bfloat16, device="cuda")  # doctest: +SKIP
     >>> keys, values = torch.randn(2, 1, 8, 64, 32, 128, dtype=torch.bfloat16, device="cuda")  # doctest: +SKIP
-    >>> run = lambda tile: attend_blocks(query, keys, values, 128**-0.5, tile=tile)  # doctest: +SKIP
+    >>> ids = torch.randperm(64, dtype=torch.int32, device="cuda").expand(1, 8, 64).contiguous()  # doctest: +SKIP
+    >>> run = lambda tile: attend_blocks(query, keys, values, 128**-0.5, ids=ids, tile=tile)  # doctest: +SKIP
     >>> times = tune(query, keys, run)  # doctest: +SKIP
     >>> best = min(times, key=times.get)  # doctest: +SKIP
     """
-    times: dict[Tile, float] = {}
-    for tile in candidates(query.device) if tiles is None else tiles:
-        try:
-            times[tile] = triton.testing.do_bench(functools.partial(run, tile), warmup=10, rep=40, return_mode="median")
-        except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
-            continue
+    times = times_of(query.device, run, tiles)
     if times:
         sizes = (query.shape[-1], query.shape[1] // keys.shape[1], keys.shape[-2])
         _table()[_key(query.device, query.dtype, *sizes)] = min(times, key=times.__getitem__)
