@@ -44,6 +44,8 @@ EXACT = {name: value for name, value in TWO_TIERS.items() if name != "split"} | 
 SPARSE = {name: value for name, value in LOSSY.items() if name != "split"} | {"digest": "minmax", "resident": None}
 STEPS, TOKENS = 200, 32768
 """Of the longest generation, of the longest context."""
+TURNS = 8500, 8980, 9000
+"""Where the turns of a long text end; its first is of three pieces."""
 
 
 def settled(way):
@@ -212,10 +214,10 @@ def test_the_gpu_holds_a_small_part():
 
 def test_a_next_turn_longer_than_a_piece_is_exact():
     stock, model = llama(max_position_embeddings=1 << 14).cuda(), llama(max_position_embeddings=1 << 14).cuda()
-    ids = prompt(2, 9000).cuda()
+    ids = prompt(2, TURNS[-1]).cuda()
     with scout_hf.patch(model, **EXACT) as handle, torch.no_grad():
         cache, other = handle.new_cache(), None
-        for first, last in ((0, 8500), (8500, 8980), (8980, 9000)):
+        for first, last in zip((0, *TURNS), TURNS):
             got = model(ids[:, first:last], past_key_values=cache).logits
             out = stock(ids[:, first:last], past_key_values=other, use_cache=True)
             other = out.past_key_values

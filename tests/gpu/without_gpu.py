@@ -69,6 +69,7 @@ def a_cpu_instead(monkeypatch, launched, request):
         monkeypatch.setattr(kind, "cuda", lambda self: self)
     monkeypatch.setattr("tests.gpu.test_decode.STEPS", 30)
     monkeypatch.setattr("tests.gpu.test_decode.TOKENS", 8192)
+    monkeypatch.setattr("tests.gpu.test_decode.TURNS", (4300, 4500, 4520))
     both(monkeypatch, reference.KERNELS)
     fake_graph.install(monkeypatch)
 

@@ -28,7 +28,12 @@ class Launch(NamedTuple):
         given = dict(zip([param.name for param in kernel.params], args))
         given |= {name: value for name, value in options.items() if name not in sizes}
         fixed = {param.name for param in kernel.params if param.is_constexpr}
-        arguments = ((name, value if name in fixed else _class_of(value)) for name, value in given.items())
+        alike = {
+            param.name for param in kernel.params if param.do_not_specialize or param.do_not_specialize_on_alignment
+        }
+        arguments = (
+            (name, value if name in fixed else _class_of(value, name not in alike)) for name, value in given.items()
+        )
         return cls(kernel.fn.__module__, kernel.fn.__name__, tuple(arguments), tuple(sizes.items()))
 
     def compiled(self):
@@ -38,14 +43,14 @@ class Launch(NamedTuple):
         return kernel.run(grid=(1,), warmup=True, **given, **dict(self.options))
 
 
-def _class_of(value):
+def _class_of(value, specialised=True):
     if isinstance(value, torch.Tensor):
-        return ("tensor", str(value.dtype), value.data_ptr() % 16 == 0)
+        return ("tensor", str(value.dtype), specialised and value.data_ptr() % 16 == 0)
     if isinstance(value, float):
         return 0.5
-    if value is None or isinstance(value, bool) or value == 1:
+    if value is None or isinstance(value, bool) or (specialised and value == 1):
         return value
-    return (0 if -(2**31) <= value < 2**31 else FAR) + (16 if value % 16 == 0 else 17)
+    return (0 if -(2**31) <= value < 2**31 else FAR) + (16 if specialised and value % 16 == 0 else 17)
 
 
 def _example_of(value):

@@ -30,10 +30,13 @@ class Moves(NamedTuple):
     counts: torch.Tensor
 
 
-# What grows with the context must not make another kernel.
-@triton.jit(do_not_specialize=[
-    "is_chosen_b", "is_chosen_h", "missing_b", "missing_h", "slot_of_b", "slot_of_h", "lists", "most", "capacity",
-])  # fmt: skip
+# What grows with the context must not make another kernel; where parts of one allocation begin depends on sizes too.
+@triton.jit(
+    do_not_specialize=[
+        "is_chosen_b", "is_chosen_h", "missing_b", "missing_h", "slot_of_b", "slot_of_h", "lists", "most", "capacity",
+    ],
+    do_not_specialize_on_alignment=["chosen_counts", "share_at", "blocks"],
+)  # fmt: skip
 def _plan(
     ids, slot_of, is_chosen, missing, missing_counts, chosen_counts, share_at, slots, blocks, counts, tally,
     is_chosen_b, is_chosen_h, missing_b, missing_h, slot_of_b, slot_of_h,
