@@ -2,7 +2,7 @@
 
 ``gpu.json`` is written after every cell, ``gpu.txt``, its table, after every stage, and ``logs`` has what the stages
 wrote. A later run goes on ``--from`` a stage: what it has of the stages before is kept, and of the others what the same
-code has measured.
+code has measured. Stages before that had no time come last.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ def run(
 ) -> dict[str, Any]:
     """Run the stages; the record. ValueError for an option that is not allowed, ConfigError for a file that is not."""
     end = now() + asked.seconds - SPARE_SECONDS
+    stages = sorted(stages, key=lambda stage: asked.device == "cpu" and stage.late_on_cpu)
     first = 0 if asked.begin is None else find_stage(asked.begin, stages)
     book = _Book(asked, stages, first)
-    for place, stage in enumerate(stages):
-        if place < first:
+    for stage in (*stages[first:], *stages[:first]):
+        if stage in stages[:first] and not book.wants(stage, end - now()):
             continue
         why = book.why_not(stage, end - now())
         if why is None:
@@ -131,6 +132,13 @@ class _Book:
             return f"no time left: it takes {stage.least:.0f} s, and there are {max(0, left):.0f}"
         return None
 
+    def wants(self, stage: Stage, left: float) -> bool:
+        """Whether a stage before ``--from`` was not run or cut short, and would come further in the time left."""
+        before = self.stage(stage.name)
+        cut = any(one.get("unfinished") for one in self.held["cells"] if one["stage"] == stage.name)
+        late = before.get("state") == "not run" or (cut and left > before.get("seconds", 0.0))
+        return late and self.why_not(stage, left) is None
+
     def known(self) -> dict[str, dict[str, dict[str, Any]]]:
         """What is known of all stages, by stage and job."""
         found: dict[str, dict[str, dict[str, Any]]] = {}
@@ -166,7 +174,7 @@ class _Book:
         """Say how a stage went: ``done``, ``in part``, or ``failed`` if nothing of it can be relied on."""
         cells = [one for one in self.held["cells"] if one["stage"] == stage.name]
         right = [one for one in cells if not why_none(one)]
-        bad = [one for one in cells if "failed" in one or "oom" in one or one.get("failures")]
+        bad = [one for one in cells if {"failed", "oom"} & set(one) or one.get("failures") or one.get("unfinished")]
         left = [name for name in self._plans.get(stage.name, ()) if name not in {one["cell"] for one in cells}]
         state = "failed" if not right else "in part" if bad or left or why else "done"
         told = why or (f"{bad[0]['cell']}: {why_none(bad[0])}" if bad and not right else None)

@@ -31,7 +31,8 @@ from scout_hf.eval.bench.gpu_machine import NO_GPU, memory_limit_gib
 from scout_hf.eval.bench.gpu_stages import Given, Job, first_line, why_none
 from scout_hf.eval.bench.models import MODELS, make_model
 from scout_hf.eval.bench.timing import interleave, timed
-from scout_hf.eval.caches import fill, held_bytes, kv_bytes_per_token
+from scout_hf.eval.caches import fill, held_bytes, kv_bytes_per_token, random_kv
+from scout_hf.selection import digest_for
 
 SHORT, LONG, WIDE, OFFLOADED = (8, 8192), (8, 65536), (16, 32768), (8, 32768)
 REHEARSED = 1 / 16
@@ -83,8 +84,7 @@ class Bench:
         # With two tiers and a tiny context the budget would be all of it.
         budget = self.settings["budget"] if self.on_gpu else int(self.settings["budget"] * REHEARSED)
         self.options = {"budget": budget, "block_size": BLOCK_SIZE, "split": "auto" if self.on_gpu else "cpu"}
-        self.options |= {"digest": drift.drifting(self.settings["digest"])}
-        scout_hf.ScoutConfig(**self.options)
+        scout_hf.ScoutConfig(**self.options, digest=self.settings["digest"])
         self.model: Any = None
         self.base: Any = None
 
@@ -105,6 +105,7 @@ class Bench:
         """Make the model."""
         shape = MODELS["llama-3-8b"] if self.on_gpu else TINY
         self.model = make_model(shape, self.settings["layers"], self.device, self.settings["seed"])
+        self.options["digest"] = drift.drifting(self._digest())
         layers = self.model.config.num_hidden_layers
         cut = "" if layers == shape["num_hidden_layers"] else f", CUT to {layers} layers"
         return {"facts": [("llama-3-8b" if self.on_gpu else "a tiny model") + cut], "layers": layers}
@@ -135,7 +136,11 @@ class Bench:
         note = {"note": f"batch {rows} instead of {self.rows}: {why}"} if rows < self.rows else {}
         self.rows = rows
         held = held_bytes(self.base, self.device)
-        return note | self._where() | {"host_kv_bytes": held["host"]}
+        return note | self._where() | {"host_kv_bytes": held["host"], "facts": [f"{self._digest()} digest"]}
+
+    def _digest(self) -> str:
+        keys = random_kv(self.model.config, 1)[0].to(self.device)
+        return digest_for(scout_hf.ScoutConfig(digest=self.settings["digest"]), keys)
 
     def _fill(self, rows: int) -> None:
         with self._patched({}) as handle:

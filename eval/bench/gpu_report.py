@@ -20,7 +20,12 @@ RATES = {
 """Rates that share a line."""
 _WHAT, _FOUND, _BEST = 23, 46, "full KV"
 # Beside rows: heads of tables, what stands above and below all.
-_HEAD, _FRAME = 4, 6
+_HEAD, _FRAME = 4, 9
+LEGEND = """\
+vs full: times as fast as the faster of full KV. GPU GB: KV and digests there.
+CPU: share of the chosen blocks that the CPU attends to. wait: ms per step in
+which the main thread waits for the CPU or for copies.
+"""
 _place = itemgetter("batch", "context")
 
 
@@ -43,7 +48,7 @@ def gpu_tables(record: dict[str, Any]) -> Iterator[Grid | str]:
             yield table
     yield "\n".join(_stages(record, cells, MOST_LINES - used)) + "\n"
     if steps.rows:
-        yield "vs full: times as fast as the faster full KV; CPU: its share of blocks; wait: ms\n"
+        yield LEGEND
 
 
 def _checks(cells: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, str, str]]:
@@ -71,10 +76,12 @@ def _title(record: dict[str, Any]) -> str:
     if settings["device"] == "cpu":
         place = "REHEARSAL on a CPU: it shows that all of it runs, and its times mean nothing"
     else:
-        place = f"{facts.get('gpu') or settings['device']}, budget {settings['budget']}, {settings['digest']} digest"
+        told = [fact for one in record["cells"] if one["cell"] == "cache" for fact in one.get("facts", ())]
+        digest = told[0] if told else f"{settings['digest']} digest"
+        place = f"{facts.get('gpu') or settings['device']}, budget {settings['budget']}, {digest}"
     names = ("torch", "triton", "transformers", "commit")
     versions = ", ".join(f"{name} {facts[name]}" for name in names if facts.get(name))
-    return f"{_cut(place, WIDTH)}\n{_cut(f'{model}{versions}', WIDTH)}\n"
+    return "\n".join([_cut(place, WIDTH), *_folded(f"{model}{versions}", 2, ""), ""])
 
 
 def _found(one: dict[str, Any]) -> str:
@@ -97,7 +104,7 @@ def _found(one: dict[str, Any]) -> str:
     if "gb_per_s" in one:
         return f"{one['gb_per_s']:.1f} GB/s"
     if "difference" in one:
-        return f"exact within {one['difference']:.1%}; {', '.join(one.get('facts', ()))}"
+        return f"{one['difference']:.1%} off stock's logits; {', '.join(one.get('facts', ()))}"
     return ", ".join(one.get("facts", ())) or "done"
 
 
@@ -134,12 +141,11 @@ def _stages(record: dict[str, Any], cells: dict[str, list[dict[str, Any]]], most
         told = _told(one, cells.get(one["stage"], []))
         if one["state"] == "done":
             more += [f"{one['stage']:<10} {text}" for text in told]
-        elif one["state"] == "not run":
-            lines.append(f"{one['stage']:<10} not run: {one['why']}")
-        else:
+        elif one["state"] != "not run":
             lines.append(
                 f"{one['stage']:<10} {one['state']}, {one['seconds']:.0f} s{': ' * bool(told)}{'; '.join(told)}"
             )
+    lines += [f"{'not run':<10} {', '.join(names)}: {why}" for why, names in _not_run(record).items()]
     left, shown = most - len(whole) - len(lines), list[str]()
     for line in lines:
         parts = _folded(line, 1 + min(2, max(0, left)))
@@ -148,9 +154,21 @@ def _stages(record: dict[str, Any], cells: dict[str, list[dict[str, Any]]], most
     return [*whole, *shown, *(_cut(line, WIDTH) for line in more[: max(0, left)])]
 
 
-def _folded(text: str, most: int) -> list[str]:
+def _not_run(record: dict[str, Any]) -> dict[str, list[str]]:
+    """Stages that were not run, by the first reason: not that one was not run because of another one."""
+    whys = {one["stage"]: one["why"] for one in record["stages"] if one["state"] == "not run"}
+    found: dict[str, list[str]] = {}
+    for name in whys:
+        why = whys[name]
+        while (cause := why.removesuffix(" was not run")) in whys and cause != why:
+            why = whys[cause]
+        found.setdefault(why, []).append(name)
+    return found
+
+
+def _folded(text: str, most: int, indent: str = " " * 11) -> list[str]:
     """A text in at most so many lines, cut behind them."""
-    parts = textwrap.wrap(text, WIDTH, subsequent_indent=" " * 11)
+    parts = textwrap.wrap(text, WIDTH, subsequent_indent=indent)
     return (
         parts if len(parts) <= most else [*parts[: most - 1], _cut(f"{parts[most - 1]} {parts[most].strip()}", WIDTH)]
     )
@@ -160,6 +178,8 @@ def _told(stage: dict[str, Any], cells: list[dict[str, Any]]) -> list[str]:
     """Why figures of a stage are missing, the worst first, and what else its cells say."""
     told = [stage["why"]] if stage["why"] else []
     told += [f"not measured: {', '.join(stage['left'])}"] if stage["left"] else []
+    if stage["stage"] in ("tests", "triton"):
+        told += [f"out of time, {one['note']}" for one in cells if "note" in one]
     failures = by([text for one in cells for text in one.get("failures", ())], _test_of)
     told += [f"{len(texts)} x {name}: {texts[0].partition(': ')[2]}" for name, texts in failures.items()]
     if stage["stage"] in DECODING:

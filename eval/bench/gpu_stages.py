@@ -23,6 +23,8 @@ class Stage(NamedTuple):
         Stages without which it is not begun.
     on_cpu : bool
         Whether it runs without a GPU.
+    late_on_cpu : bool
+        Whether it comes last there, so that a rehearsal has time for the others.
     """
 
     name: str
@@ -32,13 +34,14 @@ class Stage(NamedTuple):
     least: float
     needs: tuple[str, ...] = ()
     on_cpu: bool = True
+    late_on_cpu: bool = False
 
 
 STAGES = (
     Stage("machine", "versions, rates, pinning", f"{HERE}.gpu_machine:jobs", 45, 5),
     Stage("smoke", "each hand-over, against stock", f"{HERE}.gpu_smoke:jobs", 90, 8, ("machine",)),
     Stage("tests", "tests/gpu", f"{HERE}.gpu_tests:of_gpu", 150, 15, ("machine",)),
-    Stage("triton", "tests/triton", f"{HERE}.gpu_tests:of_triton", 150, 15, ("machine",)),
+    Stage("triton", "tests/triton", f"{HERE}.gpu_tests:of_triton", 150, 15, ("machine",), late_on_cpu=True),
     Stage("kernels", "tuning, kernels in graphs", f"{HERE}.gpu_kernel:jobs", 120, 20, ("machine",), on_cpu=False),
     Stage("short", "decode steps, 8 x 8k", f"{HERE}.gpu_decode:short", 90, 20, ("smoke",)),
     Stage("long", "decode steps, 8 x 64k", f"{HERE}.gpu_decode:long", 210, 20, ("smoke",)),

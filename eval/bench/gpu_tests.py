@@ -56,8 +56,11 @@ def _run(folder: str, given: Given) -> dict[str, Any]:
         for part in running:
             part.close()
     found = tally(running)
-    late = any(not part.over for part in running)
-    return found | ({"note": "out of time before all had run"} if late else {})
+    if all(part.over for part in running):
+        return found
+    counts = [part.unbegun() for part in running]
+    left = "some" if None in counts else sum(count or 0 for count in counts)
+    return found | {"note": f"{left} left", "unfinished": True}
 
 
 class Part:
@@ -98,6 +101,12 @@ class Part:
     def told(self) -> list[dict[str, Any]]:
         """What its tests have said so far."""
         return gpu_pytest.read_told(self._told)
+
+    def unbegun(self) -> int | None:
+        """How many of its tests have not begun; None before it knows them."""
+        lines = self.told()
+        starts = [place for place, one in enumerate(lines) if "collected" in one]
+        return lines[starts[-1]]["collected"] - len(_begun(lines[starts[-1] :])) if starts else None
 
     def look(self) -> bool:
         """Whether it goes on; a test that takes too long, or has ended the process, is told as failed."""

@@ -80,12 +80,13 @@ class Gpu:
     seconds: Annotated[int, Option(min=10, help="It ends by itself before; about 660 suffice for everything.")] = 660
     out: Annotated[Path, Option(metavar="DIR", help="Folder for results and logs.")] = Path("gpu-results")
     begin: Annotated[
-        str | None, Option("--from", metavar="STAGE", help="Go on there, with what DIR has of the stages before.")
+        str | None,
+        Option("--from", metavar="STAGE", help="Go on there; stages before it run last, if they had no time."),
     ] = None
     device: Annotated[str, Option(help="A GPU: cuda, cuda:1; cpu rehearses it with a tiny model.")] = "cuda"
     layers: Annotated[int | None, Option(min=1, help="Cut the model to so many; figures say so.")] = None
     budget: Budget = 2048
-    digest: Annotated[str, Option(help="Digest whose scores are computed.")] = "minmax"
+    digest: Annotated[str, Option(help="Digest whose scores are computed; auto as in ScoutConfig.")] = "auto"
     drift: Drift = 0.1
     seed: Annotated[int, Option(help="Decides weights, keys and values.")] = 0
 

@@ -77,8 +77,8 @@ def test_the_table_is_whole_whatever_fails(broken):
     text = printed(record)
     for told in (
         "crashed (exit code 11)", "tests in part, 1 s: ended after 1 s, its time limit; not measured: waits",
-        "ImportError: there is no such library", "short not run: smoke failed", "long not run: short was not run",
-        "wide not run: no time left: it takes 1000000 s", "offloaded not run: needs a GPU",
+        "ImportError: there is no such library", "not run short, long: smoke failed",
+        "not run wide: no time left: it takes 1000000 s", "not run offloaded: needs a GPU",
     ):  # fmt: skip
         assert told in text, told
     assert (folder / "gpu.txt").read_text().split() == text.split()
@@ -113,6 +113,39 @@ def test_a_later_run_goes_on_from_a_stage(tmp_path, monkeypatch):
     # Without --from all begins anew, and nothing is lost.
     run(tmp_path, BROKEN[:1])
     assert len(list(tmp_path.glob("gpu-*.json"))) == 1
+
+
+def test_what_had_no_time_comes_last_in_a_run_that_goes_on(tmp_path):
+    def stages(least):
+        return [
+            stage("machine", "fine"), stage("smoke", "crash"), stage("tests", "cut"),
+            stage("triton", "fine", least=least), stage("short", "fine"),
+        ]  # fmt: skip
+
+    first = run(tmp_path, stages(1e6)[:4])
+    assert states(first) == {"machine": "done", "smoke": "failed", "tests": "in part", "triton": "not run"}
+    text = printed(first)
+    assert "3 passed, 0 failed, 0 skipped; 3 left" in text and "in part, 0 s: out of time, 3 left" in text
+    still = run(tmp_path, stages(1e6), "short")
+    assert states(still) == states(first) | {"tests": "done", "short": "done"}
+    second = run(tmp_path, stages(0.1), "short")
+    # What failed before is not tried again, and what was measured is kept.
+    assert states(second) == states(still) | {"triton": "done"} and cells(second, "tests")["tests"]["passed"] == 6
+    ran = {one["stage"]: one["run"] for one in second["cells"]}
+    assert ran["machine"] == cells(first, "machine")["first"]["run"]
+
+
+def test_a_rehearsal_leaves_to_the_end_what_takes_long(tmp_path):
+    stages = [stage("triton", "fine")._replace(late_on_cpu=True), stage("short", "fine")]
+    assert list(states(run(tmp_path, stages))) == ["short", "triton"]
+    assert [one.name for one in STAGES if one.late_on_cpu] == ["triton"]
+
+
+def test_without_a_gpu_one_line_says_what_was_not_run(tmp_path):
+    record = gpu.run(Gpu(60, tmp_path, None, "cuda:77"), stages=(stage("machine", "crash"), *STAGES[1:]))
+    text = printed(record)
+    assert text.count("not run") == 1
+    assert "not run smoke, tests, triton, kernels, short, long, wide, offloaded: machine failed" in text
 
 
 def test_a_run_goes_on_only_from_what_it_can_rely_on(tmp_path):
@@ -194,6 +227,18 @@ def test_a_test_that_hangs_or_crashes_takes_no_other_with_it(tmp_path):
     ]
 
 
+def test_tests_without_time_are_counted(tmp_path):
+    (tmp_path / "test_planted.py").write_text(PLANTED_TESTS)
+    part = Part([str(tmp_path)], "0/1", tmp_path / "part")
+    known = part.unbegun()
+    while len([one for one in part.told() if "begun" in one]) < 4:
+        part.look()
+        time.sleep(0.02)
+    part.close()
+    # It ran three tests, one of which ended its process, and hangs in the fourth of seven.
+    assert known is None and part.unbegun() == 3
+
+
 def test_tests_that_do_not_start_say_so(tmp_path):
     part = Part([str(tmp_path / "gone.py")], "0/1", tmp_path / "part")
     while part.look():
@@ -212,7 +257,7 @@ def test_a_rehearsal_with_a_crash_and_a_hang(tmp_path):
     record = run(tmp_path, stages, layers=1, seconds=240)
     text = printed(record)
     assert list(states(record).values()) == ["done", "done", "failed", "in part", "not run", "done"], text
-    assert "REHEARSAL" in text and "CUT to 1 layers" in text and "kernels not run: needs a GPU" in text
+    assert "REHEARSAL" in text and "CUT to 1 layers" in text and "not run kernels: needs a GPU" in text
     found = cells(record, "short")
     for name in ("join", "stock", "full KV, sdpa"):
         assert found[name]["median_ms"] > 0 and found[name]["batch"] == 8 and name in text

@@ -19,7 +19,7 @@ from scout_hf.eval.bench import device as devices
 from scout_hf.eval.bench import drift, gpu_cache, gpu_decode, gpu_full, gpu_kernel, gpu_smoke, models
 from scout_hf.eval.bench.gpu_stages import Given
 from scout_hf.kernels import find_kernels
-from scout_hf.selection import Selector, digest
+from scout_hf.selection import Selector, digest, digest_for
 from tests.eval.figures import check_numbers
 from tests.libraries import ISAS
 
@@ -29,7 +29,7 @@ PLACE = torch.device("cuda", 0) if GPU else torch.device("cpu")
 SPLIT = {"split": "auto" if GPU else "cpu"}
 TINY = gpu_decode.TINY | {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-SETTINGS = {"device": DEVICE, "layers": 2, "budget": 2048, "digest": "minmax", "drift": 0.1, "seed": 0}
+SETTINGS = {"device": DEVICE, "layers": 2, "budget": 2048, "digest": "auto", "drift": 0.1, "seed": 0}
 KNOWN = {"smoke": {way: {"difference": 0.0} for way in ("join", "flags", "graph")}}
 
 
@@ -237,6 +237,10 @@ def decoding(rows=4, tokens=512, **given):
     return made
 
 
+def toy_keys():
+    return torch.zeros((1, 2, 1, 16), dtype=torch.bfloat16, device=PLACE)
+
+
 def ran(made):
     return {job.name: job.run() for job in made.jobs()}
 
@@ -249,6 +253,10 @@ def test_arms_take_turns_on_one_cache(apart, monkeypatch):
     json.dumps(found, allow_nan=False)
     assert len(fills) == 1 and made.base.get_seq_length() == 512
     assert list(found)[:2] == ["model", "cache"] and set(arms.GPU) < set(found)
+    assert found["cache"]["facts"] == [f"{digest_for(scout_hf.ScoutConfig(), toy_keys())} digest"]
+    assert made.base.scout_layers[0].method.selector.digest.name == drift.drifting(
+        found["cache"]["facts"][0].split()[0]
+    )
     assert found["cache"]["host_kv_bytes"] >= (512 - 64) * 4 * 2 * 2 * 16 * 2 * 2
     measured = {name: one for name, one in found.items() if "median_ms" in one}
     assert {"join", "stock", "full KV, sdpa"} <= set(measured)
