@@ -84,10 +84,16 @@ class AutoBudget:
         Context at which it turned to sparse steps; None while all are exact.
     saving : float
         Share of a step that sparse attention was expected to save there.
+    tried_from : int or None
+        Context of the last turn to sparse steps that gained nothing.
+    sparse_steps : int
+        So far.
     """
 
     sparse_from: int | None = None
     saving: float = 0.0
+    tried_from: int | None = None
+    sparse_steps: int = 0
     _not_before: int = field(default_factory=lambda: LEAST)
     _begun: float = 0.0
     _attention: float = 0.0
@@ -101,23 +107,33 @@ class AutoBudget:
         whole, measured = known.per_token * tokens, rates.sparse
         if measured is not None and measured >= whole:
             rates.forget_sparse()
-            self._not_before, self.sparse_from = int(tokens * AGAIN), None
-            return True
+            self._not_before = int(tokens * AGAIN)
+            return self._given_up()
         left = whole * min(1.0, SPARSE_TOKENS / tokens + SCORING) if measured is None else measured
         saved = whole - left
         # Once sparse, it stays so unless that gains nothing: two kinds of steps in turn would help nobody.
         wanted = WORTH if self.sparse_from is None else WORTH / 4
         if saved <= wanted * (known.rest + left):
-            self.sparse_from = None
-            return True
+            return self._given_up()
         if self.sparse_from is None:
             self.sparse_from, self.saving = tokens, saved / (known.rest + whole)
         return False
 
+    def _given_up(self) -> bool:
+        self.tried_from = self.tried_from if self.sparse_from is None else self.sparse_from
+        self.sparse_from = None
+        return True
+
     def in_words(self) -> str:
         """What was decided last, for reports."""
         if self.sparse_from is None:
-            return "auto: decode steps are exact"
+            exact = "auto: decode steps are exact"
+            if self.tried_from is None or not self.sparse_steps:
+                return exact
+            return (
+                f"{exact} now; sparse ones, {self.sparse_steps} so far, the last of them from a context of "
+                f"{self.tried_from} tokens on, were no faster"
+            )
         return (
             f"auto: {SPARSE_TOKENS} tokens per step from a context of {self.sparse_from} tokens on, which saves "
             f"{self.saving:.0%} of a step there; exact before"
@@ -133,4 +149,5 @@ class AutoBudget:
 
     def end(self, tokens: int, exact: bool, rates: Rates) -> None:
         """The step succeeded."""
+        self.sparse_steps += not exact
         rates.add(self._attention, time.perf_counter() - self._begun - self._attention, tokens, exact)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 from typing import Any
 
 import torch
@@ -12,6 +14,17 @@ from scout_hf.kernels.cpu import find_backend
 from scout_hf.methods.base import find_method
 from scout_hf.recall_intervals import RecallIntervals
 from scout_hf.selection import check_digest
+
+OWN = ("attention", "store", "draft")
+"""Arguments of ``patch`` beside the settings."""
+
+
+def check_own_names(options: dict[str, Any]) -> None:
+    """Raise ConfigError for what is nearly an argument of ``patch`` itself, which is no setting."""
+    known = [field.name for field in dataclasses.fields(ScoutConfig)]
+    for name in options.keys() - known:
+        if not difflib.get_close_matches(name, known, 1) and (near := difflib.get_close_matches(name, OWN, 1)):
+            raise ConfigError(f"unknown setting {name!r}, did you mean {near[0]!r}? See scout_hf.patch")
 
 
 def check_names(config: ScoutConfig, text_config: Any, layers: int) -> None:
@@ -26,7 +39,8 @@ def check_names(config: ScoutConfig, text_config: Any, layers: int) -> None:
     dense = config.dense_layers
     if any(index >= layers for index in dense) if isinstance(dense, tuple) else dense > layers:
         raise ConfigError(
-            f"dense_layers={config.dense_layers!r} is not allowed: this model has layers 0 to {layers - 1}"
+            f"dense_layers={config.dense_layers!r} is not allowed: this model has layers 0 to {layers - 1}; a "
+            "number is how many of the first layers, a tuple which layers"
         )
 
 

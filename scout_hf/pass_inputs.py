@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from scout_hf.compat.cache_names import given_cache
 from scout_hf.errors import UnsupportedInputError
 
 
@@ -19,7 +20,12 @@ def named_arguments(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
 
 
 def refuse_unservable(module: torch.nn.Module, given: dict[str, Any], inputs: torch.Tensor) -> None:
-    """Raise UnsupportedInputError for masks, outputs or gradients that a ScoutCache does not support."""
+    """Raise UnsupportedInputError for no tokens, and masks, outputs or gradients that a ScoutCache does not support."""
+    if not inputs.shape[1] and (cache := given_cache(given)) is not None:
+        raise UnsupportedInputError(
+            f"there are no new tokens: the cache holds {cache.get_seq_length()}, and generate() leaves out as many of "
+            "its input_ids; give all tokens from the beginning: those in the cache (cache.token_ids), then new ones"
+        )
     mask = given.get("attention_mask")
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
         kind = f"{mask.dim()}-D" if isinstance(mask, torch.Tensor) else type(mask).__name__

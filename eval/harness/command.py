@@ -33,6 +33,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         with ExitStack() as stack:
             _run(own, rest, stack)
+    except BrokenPipeError:
+        raise  # the reader, such as head, closed the pipe: a connection error to Python, and no network
     except (ScoutError, HarnessError) as error:
         return _refuse(str(error))
     except Exception as error:

@@ -170,6 +170,14 @@ class TestRefused:
                     model(prompt(rows, 1), past_key_values=cache)
             assert [layer.get_seq_length() for layer in cache.layers] == [50] * 3
 
+    def test_fewer_ids_than_the_cache_holds(self, model):
+        cache = self.cache.fork()
+        run(model, prompt(), past_key_values=cache)
+        held = cache.get_seq_length()
+        with pytest.raises(UnsupportedInputError, match=f"holds {held}.*from the beginning.*cache.token_ids"):
+            run(model, prompt(1, 4), past_key_values=cache)
+        assert cache.get_seq_length() == held
+
     def test_cache_and_cache_implementation(self, model):
         with pytest.raises(ValueError, match="cache_implementation"):
             run(model, prompt(), past_key_values=self.cache, cache_implementation="static")

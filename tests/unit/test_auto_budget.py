@@ -84,10 +84,13 @@ def test_sparse_steps_that_gain_nothing_are_given_up_for_a_while(monkeypatch):
     machine = Machine(monkeypatch, rest=0.001, token=1e-6, score=2e-6)
     kinds = [machine.step(20_000 + number)[0] for number in range(2000)]
     assert kinds.count(False) <= MEASURED + 1 and machine.auto.sparse_from is None
+    told = machine.auto.in_words()
+    assert f"sparse ones, {kinds.count(False)} so far" in told and f"{20_000 + kinds.index(False)} tokens" in told
 
 
 def test_a_cache_that_is_cropped_is_exact_again(monkeypatch):
     machine = Machine(monkeypatch, rest=0.01, token=2e-6)
     assert machine.at(50_000) is False
     assert machine.at(2000) is True and machine.auto.sparse_from is None
+    assert machine.auto.in_words() == "auto: decode steps are exact"
     assert machine.at(50_000, steps=1) is False

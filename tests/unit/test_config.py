@@ -245,3 +245,9 @@ def test_numbers_of_numpy_are_numbers():
 def test_near_misses_are_told_the_way(options, told):
     with pytest.raises(ConfigError, match=told):
         ScoutConfig(**options)
+
+
+@pytest.mark.parametrize(("given", "meant"), [("drafts", "draft"), ("stroe", "store"), ("budgte", "budget")])
+def test_patch_knows_its_own_names_too(given, meant):
+    with pytest.raises(ConfigError, match=f"{given!r}, did you mean {meant!r}"):
+        scout_hf.patch(torch.nn.Linear(1, 1), **{given: 1})
