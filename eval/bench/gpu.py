@@ -25,7 +25,7 @@ from scout_hf.eval.bench.options import Gpu, Tell, silent
 from scout_hf.eval.records import Record
 from scout_hf.eval.rules import GPU as RULE
 from scout_hf.eval.rules import GPU_FORMAT as FORMAT
-from scout_hf.files import write_text
+from scout_hf.files import put_in_place, write_text
 
 SPARE_SECONDS = 3.0
 """For the table, and for what a process takes to die."""
@@ -95,7 +95,7 @@ class _Book:
         settings = {name: getattr(asked, name) for name in ("device", "layers", "budget", "digest", "drift", "seed")}
         held = {"benchmark": NAME, "format": FORMAT, "settings": settings, "machine": {}, "stages": [], "cells": []}
         if asked.begin is None and path.exists():
-            path.replace(path.with_name(f"{NAME}-{time.strftime('%Y%m%d-%H%M%S')}.json"))
+            put_in_place(path, path.with_name(f"{NAME}-{time.strftime('%Y%m%d-%H%M%S')}.json"))
         self._record = Record(path, False, held, RULE, _settings, ("machine", "stages", "cells"))
         self.held, self._text, self.code = self._record.held, asked.out / f"{NAME}.txt", _code()
         self._plans: dict[str, list[str]] = {}

@@ -30,8 +30,8 @@ def count_guesses(monkeypatch) -> list[bool]:
     """What every layer decided in every step, in order."""
     decided, asked = [], QueryGate.in_prediction
 
-    def spy(self):
-        decided.append(asked(self))
+    def spy(self, *given):
+        decided.append(asked(self, *given))
         return decided[-1]
 
     monkeypatch.setattr(QueryGate, "in_prediction", spy)

@@ -13,7 +13,8 @@ SOURCES = sorted(
 # What is called, and the places that may: each with its reason.
 FORBIDDEN = {
     ".write_text": {
-        "eval/bench/memory.py",  # a switch in /proc
+        "eval/bench/gpu_apart.py",  # a switch in /proc
+        "eval/bench/memory.py",  # another
         "eval/harness/longbench.py",  # in a folder that was just made, for this process alone
         "eval/methods/kvpress_apart.py",  # has no scout_hf, and writes into such a folder
         "eval/methods/score.py",  # into the same
@@ -26,6 +27,9 @@ FORBIDDEN = {
     "json.loads": {
         "scout_hf/files.py",
         "scout_hf/diagnostics/gpu_time.py",  # what torch's profiler has just written for us
+        "eval/bench/gpu_apart.py",  # what we asked
+        "eval/bench/gpu_process.py",  # what a process of our own has just said, and was asked
+        "eval/bench/gpu_pytest.py",  # the same, line by line
         "eval/bench/memory.py",  # what a process of our own has just said, and was asked
         "eval/methods/kvpress_apart.py",  # what we asked
         "eval/bench/rivals_apart.py",  # the same
