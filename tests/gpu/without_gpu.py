@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-REAL = torch.cuda.is_available
 ASK_THE_DEVICE = {"test_the_gpu_holds_a_small_part", "test_write_back_and_recall_over_registered_memory"}
 """How much it holds and what is pinned: at the end, when all is launched."""
 
@@ -21,13 +20,10 @@ def pytest_addoption(parser):
     parser.addoption("--launches", help="file for what is launched")
 
 
-def pytest_collection(session):
-    torch.cuda.is_available = lambda: True  # the files of tests skip themselves else
-
-
 def pytest_collection_modifyitems(items):
-    torch.cuda.is_available = REAL
     for item in items:
+        for node in item.listchain():  # they skip themselves where there is no GPU
+            node.own_markers = [mark for mark in node.own_markers if mark.name != "skipif"]
         if item.originalname in ASK_THE_DEVICE:
             item.add_marker(pytest.mark.xfail(raises=AssertionError, strict=True))
 
