@@ -15,6 +15,8 @@ from scout_hf.planner.shape import ModelShape
 from scout_hf.split import Rates, best_split, layer_seconds
 
 GIB = 2**30
+LEAST_BLOCK, SUMMARIES, FINE, WORTH = 16, 2, 6, 2
+"""Of ``scout_hf.selection.coarse``, which needs torch: tokens of a block and its summaries; blocks to score fully."""
 
 
 @dataclass(frozen=True)
@@ -303,8 +305,9 @@ def _scout(shape: ModelShape, machine: Machine, load: Load) -> _Cost:
     bits = 2 if shape.head_dim <= (128 if machine.gpu else 256) else 1
     digests = load.batch * load.context * shape.kv_heads * (bits * shape.head_dim / 8 + 1)
     if not machine.gpu:
-        parts = {"attention": resident / machine.cpu_gbps / 1e6, "selection": digests / machine.score_gbps / 1e6}
-        return parts, 0.0, shape.full * (held + digests)
+        read, held_digests = _coarse_first(load, digests)
+        parts = {"attention": resident / machine.cpu_gbps / 1e6, "selection": read / machine.score_gbps / 1e6}
+        return parts, 0.0, shape.full * (held + held_digests)
     attention, selection = resident / machine.attend_gbps / 1e6, digests / machine.score_gbps / 1e6
     share = load.cpu_ratio * resident / machine.cpu_gbps / 1e6 + 2 * machine.link_us / 1e3
     # A recall may take a whole step, but the recalls of all layers share the link.
@@ -312,6 +315,21 @@ def _scout(shape: ModelShape, machine: Machine, load: Load) -> _Cost:
     busy = attention + selection + _layer_ms(shape, machine, load.batch)
     parts = {"attention": attention, "selection": selection, "waiting": max(0.0, share - busy)}
     return parts, shape.full * (resident + digests), shape.full * held
+
+
+def _coarse_first(load: Load, digests: float) -> tuple[float, float]:
+    """Bytes of digests that a step reads and that are held, with summaries of blocks that are scored first."""
+    if load.block_size < LEAST_BLOCK:
+        return digests, digests
+    summaries = digests * SUMMARIES / load.block_size
+    candidates = FINE * load.budget
+    # They are held twice: as they are saved, and in the order in which they are read.
+    held = digests + 2 * summaries
+    return (
+        (summaries + digests * candidates / load.context, held)
+        if load.context >= WORTH * candidates
+        else (digests, held)
+    )
 
 
 _METHODS: dict[str, Callable[[ModelShape, Machine, Load], _Cost]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from scout_hf.errors import ConfigError
@@ -69,6 +69,34 @@ class ModelShape:
     def full(self) -> int:
         """Layers that attend to the whole context."""
         return self.layers - self.windowed
+
+    def shard(self, ranks: int) -> ModelShape:
+        """A rank's part under tensor parallelism: heads, MLP and vocabulary are divided among ranks.
+
+        Parameters
+        ----------
+        ranks : int
+
+        Returns
+        -------
+        ModelShape
+
+        Raises
+        ------
+        ConfigError
+            If ``ranks`` does not divide them.
+
+        Examples
+        --------
+        >>> from scout_hf.planner import SHAPES
+        >>> SHAPES["llama-3-8b"].shard(8).kv_bytes
+        512
+        """
+        parts = {name: getattr(self, name) for name in ("heads", "kv_heads", "intermediate", "vocabulary")}
+        if ranks < 1 or any(size % ranks for size in parts.values()):
+            given = ", ".join(f"{name} {size}" for name, size in parts.items())
+            raise ConfigError(f"{ranks} ranks do not divide {self.name} ({given}); give a divisor of all of them")
+        return replace(self, name=f"{self.name}/{ranks}", **{name: size // ranks for name, size in parts.items()})
 
     @classmethod
     def of(cls, config: Any, name: str = "") -> ModelShape:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from scout_hf.cli import app
 from scout_hf.errors import ConfigError
 from scout_hf.eval.bench.models import make_llama
 from scout_hf.eval.caches import caches_of, fill
+from scout_hf.eval.markdown import between_marks
 from scout_hf.eval.plan import measure
 from scout_hf.kernels.cpu.library import load_library
 from scout_hf.planner import (
@@ -253,3 +255,45 @@ def test_the_command(tmp_path):
     ):
         wrong = call(*words)
         assert wrong.exit_code == 2 and told in wrong.output
+
+
+def test_a_rank_holds_its_part():
+    rank = LLAMA.shard(8)
+    assert rank.kv_bytes * 8 == LLAMA.kv_bytes and rank.head_dim == LLAMA.head_dim and rank.hidden == LLAMA.hidden
+    assert rank.weights * 8 == LLAMA.weights
+    load = Load(1 << 20)
+    whole, part = plan("scout", LLAMA, H100, load), plan("scout", rank, H100, load)
+    assert part.host_bytes * 8 == whole.host_bytes and part.device_bytes * 8 == whole.device_bytes
+    for ranks in (0, 3, 16):
+        with pytest.raises(ConfigError, match="divisor"):
+            LLAMA.shard(ranks)
+
+
+def test_a_cpu_scores_coarsely_first():
+    from scout_hf.planner import cost
+    from scout_hf.selection import coarse
+
+    assert (cost.LEAST_BLOCK, cost.SUMMARIES, cost.FINE, cost.WORTH) == (
+        coarse.LEAST_BLOCK, coarse.TOKENS, coarse.FINE, coarse.WORTH,
+    )  # fmt: skip
+    cpu, turn = replace(H100, gpu=False), 12 * 2048
+    parts = [plan("scout", LLAMA, cpu, Load(tokens)).parts["selection"] for tokens in (turn - 32, turn, 10 * turn)]
+    assert parts[1] == pytest.approx(parts[0] * (1 / 2 + 1 / 16), rel=0.01)
+    assert parts[2] - parts[1] == pytest.approx(parts[0] * 9 / 16, rel=0.01)
+    small = [plan("scout", LLAMA, cpu, Load(tokens, block_size=8)).parts["selection"] for tokens in (turn, 10 * turn)]
+    assert small[1] == pytest.approx(10 * small[0])
+
+
+def test_the_page_of_limits_is_what_the_planner_says(tmp_path):
+    from scout_hf.eval.plan import limits
+
+    page = Path(__file__).parents[2] / "docs" / "limits.md"
+    for command, text in limits.made().items():
+        assert between_marks(page.read_text(encoding="utf-8"), command)[1] == f"\n{text}\n"
+    # By hand: 10M tokens of 128 KiB, digests of 33 bytes per KV head and layer, two chunks' worth of the past.
+    assert "| one H100, 2 TiB | llama-3-8b | 10M | 1221 | 78.7 |" in page.read_text(encoding="utf-8")
+    arithmetic, link = limits.prefill_seconds(LLAMA, limits.GPU, 1, 2 * limits.CHUNK)
+    assert link == pytest.approx(2 * limits.CHUNK * 131072 / 50e9)
+    assert arithmetic == pytest.approx(
+        (2 * 218103808 * 32 * 16384 + 32 * 4 * 4096 * 16384**2 / 2) / (0.6 * 989e12), rel=1e-6
+    )
