@@ -3,6 +3,7 @@
 # make test-full       what make test leaves out: most cells of large grids, and what is marked full
 # make test-faults     an error at every line that changes a cache: 10 to 20 minutes on two cores; KEEP=10 tries every tenth point
 # make test-real       a real language model of 135M parameters: exact as stock, sparse answers kept; and quantised weights; fetches 250 MB
+# make test-ray        batches on a local Ray cluster of two workers, one of which is killed; fetches 80 MB
 # make test-upstream   transformers' own generation tests on patched models, token by token and logit by logit as unpatched
 # make test-compiled   every launch of the GPU tests and of large models' shapes, compiled without a GPU by two Tritons; machine code within budgets; fetches 200 MB
 # make test-versions   what depends on transformers, on the oldest and an older one, each in an environment of its own
@@ -30,7 +31,7 @@ VERSIONED = tests/patches tests/integration tests/unit/test_cache.py tests/eval/
 SAME_EVERYWHERE = native_safety recall trust monitor trace two_devices on_device graph host_dtype sparse devices \
 	without_library methods
 
-.PHONY: demo test test-full test-faults test-real test-upstream test-compiled compiled-launches compiled-gpu-older \
+.PHONY: demo test test-full test-faults test-real test-ray test-upstream test-compiled compiled-launches compiled-gpu-older \
 	compiled-gpu-newest compiled-older compiled-newest test-versions lint docs clean
 
 demo: $(VENV)/.installed-demo
@@ -53,6 +54,10 @@ test-real: $(VENV)/.installed-test
 	$(VENV)/bin/pip install -q -e ".[demo,quantised]"
 	SCOUT_TEST_NETWORK=1 $(VENV)/bin/python -m pytest -m slow -n 0 -rs tests/eval
 	$(call PYTEST,$(VENV)) tests/integration/test_quantised_weights.py
+
+test-ray: $(VENV)/.installed-test
+	$(VENV)/bin/pip install -q -e ".[ray]"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 0 tests/integration/test_batch_ray.py
 
 # The oldest Triton that must serve, in a folder of its own: torch of the CPU brings none, and its index only the newest.
 OLDER = build/triton-$(TRITON)

@@ -39,6 +39,10 @@ class SessionError(ScoutError, ValueError):
     """A saved session cannot be used: damaged, of another model, or of a newer version; the message says which."""
 
 
+class BatchError(ScoutError, RuntimeError):
+    """A batch cannot go on, such as when its workers end; what was finished is kept."""
+
+
 class PatchError(ScoutError, RuntimeError):
     """The model cannot be patched or unpatched in its present state."""
 

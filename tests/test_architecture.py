@@ -20,6 +20,7 @@ MOST_LINES = 450
 
 API = (
     "scout_hf",
+    "scout_hf.batch",
     "scout_hf.diagnostics",
     "scout_hf.errors",
     "scout_hf.files",
@@ -109,6 +110,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "scout_hf.stores.*",
         "scout_hf.token_log",
     ),
+    "scout_hf.batch": ("scout_hf", "scout_hf.batch.*", "scout_hf.prefix", "scout_hf.sessions"),
     "scout_hf.patches": ("scout_hf.compat.*", "scout_hf.patches.*"),
     "scout_hf.planner": ("scout_hf.planner.*", "scout_hf.split"),
     "scout_hf.eval": (*API, "scout_hf.eval.*"),

@@ -21,7 +21,7 @@ from scout_hf.eval.ask.texts import Text, choose, digest_of, model_word, note, t
 from scout_hf.eval.settings import single_values_of
 from scout_hf.eval.stores import open_store
 from scout_hf.prefix import Piece
-from scout_hf.sessions import fingerprint, read_session
+from scout_hf.sessions import fingerprint
 
 
 @dataclass(frozen=True)
@@ -109,22 +109,9 @@ def run(options: Ask, tell: Callable[[str], Any]) -> None:
                     del waiting[0]
                     since = time.perf_counter()
             except SessionError as error:
-                if not drop_damaged(store, pieces):
+                if not store.remove_damaged(pieces):
                     raise
                 tell(f"{error}; it was removed, and is read again")
-
-
-def drop_damaged(store: PrefixStore, pieces: Sequence[Piece]) -> int:
-    """Remove the segments that are not what was written; how many these are."""
-    bad = []
-    for piece in pieces:
-        try:
-            read_session(piece.segment.path).check_pages()
-        except SessionError:
-            bad.append(piece.segment)
-    for segment in bad:
-        store.remove(segment)
-    return len(bad)
 
 
 def asked_about(options: Ask, store: PrefixStore) -> Asked:

@@ -21,8 +21,8 @@ from scout_hf.prefix import reasons
 from scout_hf.prefix.hashing import block_hashes, common_blocks, root_of
 from scout_hf.prefix.keeping import Context, Stop, keep, stock_states
 from scout_hf.prefix.opening import Found, fill, until
-from scout_hf.prefix.store import PrefixStore, is_shortage, warn
-from scout_hf.sessions import FORMAT, fingerprint, read_session
+from scout_hf.prefix.store import PrefixStore, warn
+from scout_hf.sessions import FORMAT, fingerprint
 
 GENERATE, PREPARE_INPUTS = "generate", "prepare_inputs_for_generation"
 LEFT = 2
@@ -247,12 +247,8 @@ class Reuse:
 
     def drop_damaged(self, found: Found | None) -> None:
         """Remove the segments that are not what was written, so that the next call reads the text again."""
-        for piece in {piece for row in found.pieces for piece in row} if found is not None else ():
-            try:
-                read_session(piece.segment.path).check_pages()
-            except SessionError as error:
-                if not is_shortage(error):
-                    self.store.remove(piece.segment)
+        if found is not None:
+            self.store.remove_damaged(piece for row in found.pieces for piece in row)
 
 
 class ReusingInputs:

@@ -9,7 +9,7 @@ import stat
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from scout_hf.errors import ConfigError, SessionError
 from scout_hf.files import clear_scratch, locked_file, remove_folder
 from scout_hf.prefix.hashing import HASH_BYTES, common_blocks
 from scout_hf.rules import count, fields, flag, text
-from scout_hf.sessions import read_about, write_session
+from scout_hf.sessions import read_about, read_session, write_session
 from scout_hf.sessions.folder import ABOUT
 from scout_hf.sizes import bytes_of
 from scout_hf.stores.state import State
@@ -262,6 +262,26 @@ class PrefixStore:
         """Remove a segment; what lies behind it in the same text can no longer be found."""
         with contextlib.suppress(FileNotFoundError):
             remove_folder(segment.path)
+
+    def remove_damaged(self, pieces: Iterable[Piece]) -> int:
+        """Remove the segments of these pieces that are not what was written, so that the next call reads them again.
+
+        Those that cannot be read for a reason that may pass, such as missing file descriptors, stay.
+
+        Returns
+        -------
+        int
+            How many were removed.
+        """
+        removed = 0
+        for segment in {piece.segment for piece in pieces}:
+            try:
+                read_session(segment.path).check_pages()
+            except SessionError as error:
+                if not is_shortage(error):
+                    self.remove(segment)
+                    removed += 1
+        return removed
 
     def _room(self, root: str) -> Path:
         # The whole word is in each segment.
