@@ -41,6 +41,7 @@ class Counters:
         self.drafted = self.accepted = self.checks = 0
         self.sums: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
         self._tensors: dict[tuple[str, int], torch.Tensor] = {}
+        self._vectors: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
         self.history: dict[int, list[float]] | None = None
         self.stock_passes: dict[str, int] = {}
         self.pace.reset()
@@ -54,6 +55,15 @@ class Counters:
             self._tensors[name, layer] = amount if before is None else before + amount
         else:
             self.sums[name][layer] += amount
+
+    def add_each(self, name: str, layers: tuple[int, ...], amounts: float | torch.Tensor) -> None:
+        """Add to one sum of several layers: a number to each, or a tensor (layers,) or 0-dimensional."""
+        if isinstance(amounts, torch.Tensor):
+            before = self._vectors.get((name, layers))
+            self._vectors[name, layers] = amounts if before is None else before + amounts
+        else:
+            for layer in layers:
+                self.sums[name][layer] += amounts
 
     def note(self, about: str, text: str, layer: int | None = None) -> None:
         """A remark for the statistics; a newer one about the same subject and layer replaces it."""
@@ -117,6 +127,10 @@ class Counters:
         tensors, self._tensors = self._tensors, {}
         for (name, number), sum_of_tensors in tensors.items():
             self.sums[name][number] += float(sum_of_tensors)
+        vectors, self._vectors = self._vectors, {}
+        for (name, layers), sums in vectors.items():
+            for layer, amount in zip(layers, sums.expand(len(layers)).tolist()):
+                self.sums[name][layer] += amount
         for (layer, _, block_bytes), tally in list(self._recalls.items()):
             blocks = int(tally)
             tally.sub_(blocks)

@@ -4,12 +4,11 @@ A replay runs no Python. So all numbers that change from step to step are on the
 host's state is updated around the replay. Steps that cannot be captured run as usual.
 
 Around a replay nothing is launched per layer: one native call submits the CPU's jobs of all layers, and what a capture
-assumes is asked for only after something has changed. In steps that fill a block, layers write it back.
+assumes is asked for only after something has changed. A block that a step fills is written back by a second graph.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import threading
 import warnings
@@ -22,7 +21,9 @@ import torch
 
 from scout_hf.cache import ScoutCache
 from scout_hf.compat.cache_names import CACHE, given_cache
+from scout_hf.cuda_graph import CudaGraph
 from scout_hf.graph_clock import Clock
+from scout_hf.graph_fill import BlockFills
 from scout_hf.kernels.cpu import StepJobs
 from scout_hf.methods import Method
 from scout_hf.methods.replays import ReplayCounts, Standing
@@ -34,37 +35,6 @@ WARM_STEPS = 2
 # Replays between two steps that compare predicted and real queries.
 COMPARE_EVERY = 64
 INPUTS = ("input_ids", "inputs_embeds", "position_ids")
-
-
-class CudaGraph:
-    """A CUDA graph, captured on ``stream``."""
-
-    def __init__(self, device: torch.device, stream: Any = None):
-        self.device, self._stream = device, stream
-        self._graph = torch.cuda.CUDAGraph()
-
-    def capture(self, run: Callable[[], Any], join: Callable[[], None]) -> Any:
-        """Capture what ``run`` and then ``join`` launch. Tensors that ``run`` returns are filled by ``replay``."""
-        pool, before = torch.cuda.graph_pool_handle(), torch.cuda.current_stream(self.device)
-        # Relaxed, since kernels may be loaded at their first launch, which is here.
-        how = {"pool": pool, "stream": self._stream, "capture_error_mode": "relaxed"}
-        try:
-            with torch.cuda.device(self.device), torch.cuda.graph(self._graph, **how):
-                try:
-                    result = run()
-                finally:
-                    join()
-        except BaseException:
-            # torch before 2.12 does not clean up after a failed capture.
-            torch.cuda.set_stream(before)
-            with contextlib.suppress(RuntimeError):
-                torch._C._cuda_endAllocateToPool(self.device.index, pool)
-            raise
-        return result
-
-    def replay(self) -> None:
-        """Launch the graph on the current stream."""
-        self._graph.replay()
 
 
 def can_capture(device: torch.device) -> bool:
@@ -123,6 +93,7 @@ class Captured:
     output: dict[str, torch.Tensor]
     tokens: int
     ready: Ready
+    fills: BlockFills
 
     def covers(self, step: Step) -> bool:
         """Whether its padding mask is that of this step."""
@@ -292,7 +263,8 @@ class StepGraphs:
             layer.incoming = None
         # Without the cache, which would keep itself alive through its capture.
         kept = {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
-        capture.graph = Captured(graph, clock, key, inputs, type(output), kept, step.tokens, ready)
+        fills = BlockFills(clock, device, self._streams.get(device))
+        capture.graph = Captured(graph, clock, key, inputs, type(output), kept, step.tokens, ready, fills)
         return capture.graph
 
     def _prepare(self, step: Step, held: _Held, clock: Clock, call: Any, capture: Capture) -> Ready:
@@ -305,7 +277,7 @@ class StepGraphs:
         parts = [method.prepare_replays(step, clock.padding_mask_here) for method in held.methods]
         jobs = [part.job for part in parts if part.job is not None]
         together = step.backend.together(jobs) if jobs else None
-        counts = ReplayCounts(step, parts, capture)
+        counts = ReplayCounts(step, parts, held.kvs[0].block_size, capture)
         return Ready(held, call, _block(step, held), standing, together, counts)
 
     def _run(self, step: Step, capture: Capture, captured: Captured, given: dict[str, Any]) -> Any:
@@ -335,6 +307,11 @@ class StepGraphs:
         ready.counts.add(step.context(), step.behind(kv.host.length, kv.device))
         for method in ready.held.methods:
             method.after_replay(step)
+        try:
+            captured.fills.write_back(step, ready.held.methods)
+        except BaseException:
+            capture.graph = None  # whose count of launches may be ahead of the device's
+            raise
         # The next replay overwrites these tensors: the caller gets copies.
         output = {name: value.clone() for name, value in captured.output.items()}
         return captured.kind(**output, **{CACHE: step.cache})

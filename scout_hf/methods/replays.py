@@ -15,7 +15,9 @@ import torch
 from scout_hf.kernels.cpu import StepJob, StepTotals
 
 if TYPE_CHECKING:
+    from scout_hf.graph_clock import Clock, Fill
     from scout_hf.step import Step
+    from scout_hf.stores.streams import Mark
 
 
 @dataclass
@@ -33,8 +35,9 @@ class ReplayPart(NamedTuple):
         Rows times KV heads.
     job : StepJob or None
         The CPU work of each step.
-    held : float or Tensor
-        Tokens attended besides the tail and the CPU's share, mean over rows and KV heads.
+    held : float or Tensor (batch, kv_heads, slots) of int
+        Tokens attended besides the tail and the CPU's share, mean over rows and KV heads; or the blocks that they are
+        in, negative for none.
     """
 
     layer: int
@@ -49,18 +52,24 @@ class ReplayCounts:
     Parameters
     ----------
     step : Step
-        For its counters.
+        For its counters and its padding mask.
     parts : sequence of ReplayPart
+    block_size : int
+        Tokens of a block.
     owner
         While it lives, further steps may follow.
     """
 
-    def __init__(self, step: Step, parts: Sequence[ReplayPart], owner: Any):
+    def __init__(self, step: Step, parts: Sequence[ReplayPart], block_size: int, owner: Any):
         self._counters = step.counters
         self._owner: Callable[[], Any] = weakref.ref(owner)
         # Without the jobs, which keep host memory alive.
-        self._layers: list[tuple[int, int, StepTotals | None, float | torch.Tensor]] = [
-            (part.layer, part.lists, None if part.job is None else part.job.totals, part.held) for part in parts
+        self._layers = tuple(part.layer for part in parts)
+        self._totals: list[tuple[int, int, StepTotals]] = [
+            (part.layer, part.lists, part.job.totals) for part in parts if part.job is not None
+        ]
+        self._held = [
+            (tuple(part.layer for part in alike), _tokens(step, alike, block_size)) for alike in _of_one_shape(parts)
         ]
         self._steps = 0
         self._context: float | torch.Tensor = 0.0
@@ -84,19 +93,39 @@ class ReplayCounts:
         self._owner = lambda: None
 
     def fold(self) -> None:
-        """Add all steps so far to the counters, and begin anew."""
+        """Add all steps so far to the counters, and begin anew; as many operations for any number of layers."""
         steps, self._steps = self._steps, 0
         context, tail, self._context, self._tail = self._context, self._tail, 0.0, 0.0
-        for layer, lists, totals, held in self._layers:
-            if steps:
-                self._counters.add("decodes", layer, steps)
-                self._counters.add("context", layer, context)
-                self._counters.add("attended", layer, tail + steps * held)
-            if totals is not None:
-                done = totals.take()
-                if done.chosen:
-                    self._counters.add("attended", layer, done.tokens / lists)
-                    self._counters.cpu_share(layer, done.listed, done.chosen)
+        if steps:
+            self._counters.add_each("decodes", self._layers, steps)
+            self._counters.add_each("context", self._layers, context)
+            for layers, held in self._held:
+                self._counters.add_each("attended", layers, tail + steps * held)
+        for layer, lists, totals in self._totals:
+            done = totals.take()
+            if done.chosen:
+                self._counters.add("attended", layer, done.tokens / lists)
+                self._counters.cpu_share(layer, done.listed, done.chosen)
+
+
+def _of_one_shape(parts: Sequence[ReplayPart]) -> list[list[ReplayPart]]:
+    found: dict[Any, list[ReplayPart]] = {}
+    for part in parts:
+        found.setdefault(part.held.shape if isinstance(part.held, torch.Tensor) else part.held, []).append(part)
+    return list(found.values())
+
+
+def _tokens(step: Step, parts: list[ReplayPart], block_size: int) -> float | torch.Tensor:
+    """What these layers hold in tokens, all the same or (layers,) of float32."""
+    first = parts[0].held
+    if not isinstance(first, torch.Tensor):
+        return first
+    ids = torch.stack([part.held for part in parts if isinstance(part.held, torch.Tensor)])
+    held = torch.full_like(ids, block_size)
+    if step.mask is not None:
+        real = step.block_tokens(block_size, ids.device)[None, :, None]
+        held = real.expand(len(ids), -1, ids.shape[2], -1).gather(3, ids.clamp(min=0).long())
+    return held.masked_fill(ids < 0, 0).sum(dim=(1, 2, 3), dtype=torch.float32) / first[:, :, 0].numel()
 
 
 class Replays:
@@ -145,12 +174,37 @@ class Replays:
     def before_replay(self, step: Step) -> float:
         """Called before each replay, and before the capture: this layer's entry of ``step.clock.shares``.
 
-        Launches nothing, like :meth:`after_replay` in steps that fill no block.
+        Launches nothing, like :meth:`after_replay`.
         """
         return 0.0
 
     def after_replay(self, step: Step) -> None:
-        """Called on the host after the launch of a replay: count the token, write back full blocks."""
+        """Called on the host after the launch of a replay: count the token."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a block is to be written back, after ``after_replay``."""
+        return False
+
+    def write_back(self, step: Step) -> None:
+        """Write back full blocks, of this layer alone."""
+
+    @property
+    def can_fill(self) -> bool:
+        """Whether ``fill`` would do what ``write_back`` does: one block is full, and there is room for it."""
+        return False
+
+    def fill(self, clock: Clock) -> None:
+        """Captured, and launched after the replay of a step that fills a block: write back block ``clock.blocks``."""
+
+    def filling(self, fill: Fill) -> None:
+        """Called before that launch: until ``filled`` or ``unfilled``, a rollback asks ``fill`` whether it has run."""
+
+    def filled(self, mark: Mark) -> None:
+        """Called after that launch, whose end is ``mark``."""
+
+    def unfilled(self) -> None:
+        """Called instead, if there was no launch."""
 
     def abort_replay(self) -> None:
         """Called if the replay after ``before_replay`` does not run."""

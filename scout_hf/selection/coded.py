@@ -12,6 +12,9 @@ from scout_hf.selection.digest import Digest, make_digest
 from scout_hf.selection.table import DigestTable
 from scout_hf.stores.state import State, maybe_tensor_in, state_in, tensor_in
 
+# A digest is fitted to the first keys, and again each time a short context has grown GROWN-fold.
+ENOUGH_TOKENS, GROWN = 4096, 8
+
 
 class Coded(NamedTuple):
     """Codes and the digest that made them; one object, because codes are void with another digest.
@@ -30,6 +33,13 @@ class Coded(NamedTuple):
     coarse: CoarseCodes
     fitted_blocks: int = 0
     fitted_blindly: bool = False
+
+    def fit_is_due(self, new: int, block_size: int) -> bool:
+        """Whether the digest must be fitted before ``new`` blocks more are encoded."""
+        blocks, fitted = self.table.blocks, self.fitted_blocks
+        if not self.digest.needs_fit or not blocks:
+            return self.digest.needs_fit
+        return fitted * block_size < ENOUGH_TOKENS and blocks + new >= GROWN * fitted
 
     def loaded(
         self, state: State, like: torch.Tensor, block_size: int, batch: int, blocks: int, device: torch.device

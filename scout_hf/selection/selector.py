@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
@@ -14,11 +13,13 @@ from scout_hf.kernels.cpu import BlockLists, ByMass, pages
 from scout_hf.kernels.cpu.protocols import PagedStore
 from scout_hf.kernels.device import find_kernels_for
 from scout_hf.selection.auto import digest_for
+from scout_hf.selection.budget import budgeted
 from scout_hf.selection.coarse import CoarseCodes, own_code, summaries
 from scout_hf.selection.coded import Coded
 from scout_hf.selection.digest import Digest, make_digest
 from scout_hf.selection.group_mass import keep_mass, mean_share, recent_mass
 from scout_hf.selection.pick import Pick, choose, everything, pack_lists
+from scout_hf.selection.query_power import power_of
 from scout_hf.selection.reading import Blocks, in_parts, read_parts, read_sample
 from scout_hf.selection.table import DigestTable
 from scout_hf.stores.state import (
@@ -33,9 +34,6 @@ from scout_hf.stores.state import (
 if TYPE_CHECKING:
     from scout_hf.step import Step
 
-# A digest is fitted to the first keys, and again each time a short context has grown GROWN-fold.
-ENOUGH_TOKENS, GROWN = 4096, 8
-POWER_QUERIES = 512
 # Tokens that are attended with ``mass`` in any case: heads that seem to look at few blocks are those whose estimate is
 # least certain.
 MASS_FLOOR = 256
@@ -114,13 +112,7 @@ class Selector:
         self._scale = scale
         if self.dense or not self.digest.needs_fit:
             return
-        # The last queries resemble those of decoding most; a few hundred are enough.
-        recent = query[:, :, -POWER_QUERIES:].float().square()
-        if mask is not None:
-            real = mask[:, None, -recent.shape[2] :, None].to(recent.device)
-            share = real.float().mean(2, keepdim=True).clamp(min=1e-6)
-            recent = recent.masked_fill(~real, 0.0) / share
-        power = recent.mean(2).unflatten(1, (kv_heads, -1)).mean(2)
+        power = power_of(query, kv_heads, mask)
         self._query_power = power if bool(power.isfinite().all()) else None
 
     def extend(
@@ -141,7 +133,7 @@ class Selector:
         if self.dense:
             return
         keys = keys.unflatten(2, (-1, self.config.block_size))
-        if not self._fit_is_due(keys.shape[2]) or (self.blocks and past is None):
+        if not self._coded.fit_is_due(keys.shape[2], self.config.block_size) or (self.blocks and past is None):
             return self._append(in_parts(keys, padding_mask), self.blocks + keys.shape[2])
         if self.blocks and past is not None:
             old, mask = past()
@@ -154,8 +146,7 @@ class Selector:
         first = self.blocks
         try:
             for part in parts:
-                codes = None if self._kernels is None else self._kernels.encode(self.digest, *part)
-                codes = self.digest.encode(*part) if codes is None else codes
+                codes = self._encode(*part)
                 if self.table.own and (not self.blocks or self.table.summaries() is not None):
                     two = self.digest.encode(summaries(*part, self._query_power), None)
                     codes = torch.cat([codes, two], dim=3)
@@ -165,6 +156,30 @@ class Selector:
             self.table.crop(first)
             raise
 
+    def _encode(self, keys: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
+        codes = None if self._kernels is None else self._kernels.encode(self.digest, keys, padding_mask)
+        return self.digest.encode(keys, padding_mask) if codes is None else codes
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the next block can be encoded by :meth:`encode_at`."""
+        has_place = self.table.own is None and self.blocks < self.table.capacity
+        return self.dense or (has_place and not self._coded.fit_is_due(1, self.config.block_size))
+
+    def encode_at(self, place: torch.Tensor, keys: torch.Tensor, padding_mask: torch.Tensor | None) -> None:
+        """Encode one block to place ``place``, (1,) of int, that only the device knows; ``grew`` counts it.
+
+        Arguments as in :meth:`extend`; nothing here waits for the device if the digest's ``encode`` does not.
+        """
+        if not self.dense:
+            codes = self._encode(keys.unflatten(2, (1, -1)), padding_mask)
+            self.table.all_codes().index_copy_(2, place.long(), codes)
+
+    def grew(self) -> None:
+        """Count the block of :meth:`encode_at`."""
+        if not self.dense:
+            self.table.grew(1)
+
     def _fit_again(self, sample: Blocks, parts: Iterable[Blocks], last: int) -> None:
         """Fit to a sample and encode all blocks again; on an error nothing has changed."""
         fresh = copy.copy(self)
@@ -172,12 +187,6 @@ class Selector:
         fresh.digest.fit(*sample, self._query_power, self._scale)
         fresh._append(parts, last)
         self._coded = fresh._coded._replace(fitted_blocks=fresh.blocks, fitted_blindly=self._query_power is None)
-
-    def _fit_is_due(self, new: int) -> bool:
-        if not self.digest.needs_fit or not self.blocks:
-            return self.digest.needs_fit
-        fitted = self._coded.fitted_blocks
-        return fitted * self.config.block_size < ENOUGH_TOKENS and self.blocks + new >= GROWN * fitted
 
     def extend_from(self, store: PagedStore, last: int, padding_mask: torch.Tensor | None) -> None:
         """Encode the whole blocks of a PagedKV before block ``last`` that are not encoded yet.
@@ -194,7 +203,7 @@ class Selector:
         The next ``extend_from`` encodes those blocks again if padding or queries would have changed their codes.
         """
         if not self.dense:
-            first = 0 if self._fit_is_due(last - self.blocks) else self.blocks
+            first = 0 if self._coded.fit_is_due(last - self.blocks, self.config.block_size) else self.blocks
             self._early = first if self._early is None else min(first, self._early)
             self._extend_from(store, last, None)
 
@@ -221,7 +230,7 @@ class Selector:
             self.table.grew(last - first)
             return
 
-        if self._fit_is_due(last - first):
+        if self._coded.fit_is_due(last - first, size):
             self._fit_again(read_sample(store, last, padding_mask), read_parts(store, 0, last, padding_mask), last)
         else:
             self._append(read_parts(store, first, last, padding_mask), last)
@@ -341,7 +350,7 @@ class Selector:
         """The top-k size among the first ``blocks``, for all rows or for each; None if all are chosen."""
         if self.dense or step.attends_all or not blocks:
             return None
-        count = self._count(step, blocks)
+        count = budgeted(self.config, step, blocks)
         return None if isinstance(count, int) and count >= blocks and not self.by_mass else count
 
     def scores(
@@ -374,18 +383,6 @@ class Selector:
         shares = shares_of(scores, codes.shape[1], padding_mask, None if limits is None else limits.recent)
         sinks = self.config.blocks(self.config.sinks)
         return shares if limits is None else keep_mass(shares, limits.mass, limits.least, padding_mask, sinks)
-
-    def _count(self, step: Step, blocks: int) -> int | torch.Tensor:
-        budget = self.config.sparse_budget
-        # Whole blocks of the window, which are always attended; after a crop there may be fewer than configured.
-        recent = min(self.config.blocks(self.config.window), max(0, step.tokens // self.config.block_size - blocks))
-        if isinstance(budget, int):
-            return max(1, self.config.blocks(budget) - recent)
-        part = 1.0 if budget is None else budget
-        if step.mask is None:
-            return max(1, self.config.blocks(math.ceil(part * step.tokens)) - recent)
-        share = torch.ceil(torch.ceil(part * step.row_tokens().double()) / self.config.block_size).long()
-        return (share - recent).clamp(min=1)
 
     def crop(self, blocks: int) -> None:
         """Drop the codes of blocks from ``blocks`` on."""

@@ -178,6 +178,19 @@ class PagedKV:
         self.length += tokens
         return done
 
+    @property
+    def reserved(self) -> int:
+        """Blocks per row that have pages and are to be written by a device; a change of the batch drops them."""
+        return self.table.blocks - self.blocks
+
+    def reserve(self, blocks: int) -> None:
+        """Allocate pages for ``blocks`` further blocks per row, behind a whole last block."""
+        self._reserve(blocks * self.block_size)
+
+    def filled(self, length: int) -> None:
+        """Count tokens, up to ``length`` per row, that a device writes into reserved pages."""
+        self.length = length
+
     def _reserve(self, tokens: int) -> None:
         # Drop pages that a failed append allocated: the last page must be the one that is written to.
         self.table.truncate(self.blocks)
@@ -270,10 +283,12 @@ class PagedKV:
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Replace row ``i`` by the former row ``rows[i]``, for every ``i``; pages are shared, copy on write."""
+        self.table.truncate(self.blocks)  # reserved pages must not be shared
         self.table.select_rows(rows.cpu())
 
     def fork(self) -> Self:
         """A second store over the same pages, copy on write."""
+        self.table.truncate(self.blocks)  # reserved pages must not be shared
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__, table=self.table.fork(), _args=None, _described=None)
         return twin

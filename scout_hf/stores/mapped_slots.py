@@ -73,6 +73,10 @@ class MappedSlots:
             grown[:, :, : self.slot_of.shape[2]] = self.slot_of
             self.slot_of = grown
 
+    def adopting(self, first: int) -> None:
+        """Note that block ``first`` may be in a slot from now on."""
+        self._blocks = max(self._blocks, first + 1)
+
     def adopted(self, first: int) -> None:
         """Note that block ``first`` was copied into an empty slot of every row and KV head that had one."""
         self.least = min(self.least + 1, self.slots)

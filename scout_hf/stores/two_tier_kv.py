@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,12 +22,15 @@ class Tail(NamedTuple):
         Keys and values, with spare capacity.
     spoiled : Tensor or None
         The buffer of an earlier tail that is being overwritten.
+    has_filled : callable or None
+        Whether the device has moved the oldest block to the host; None while it is not asked to.
     """
 
     first: int
     tokens: int
     buffer: torch.Tensor
     spoiled: torch.Tensor | None = None
+    has_filled: Callable[[], bool] | None = None
 
 
 class TwoTierKV:
@@ -90,7 +94,7 @@ class TwoTierKV:
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Append new tokens, (batch, kv_heads, tokens, head_dim) each, to the tail; the host is not written."""
-        first, here, buffer, _ = self._tail
+        first, here, buffer, *_ = self._tail
         tokens = here + keys.shape[2]
         if tokens > buffer.shape[3]:
             grown = self._reserve(tokens)
@@ -104,13 +108,34 @@ class TwoTierKV:
         """Count ``tokens`` tokens that a kernel has written into :meth:`buffers`."""
         self._tail = self._tail._replace(tokens=self._tail.tokens + tokens)
 
+    def overdue(self, window_blocks: int) -> int:
+        """Whole blocks of the tail beyond the newest ``window_blocks``."""
+        return self._tail.tokens // self.block_size - window_blocks
+
+    def filling(self, has_filled: Callable[[], bool]) -> None:
+        """The device is about to move the oldest block to the host's reserved page, within the same buffer.
+
+        Until ``filled`` or ``unfilled``, a rollback asks ``has_filled``.
+        """
+        self._tail = self._tail._replace(has_filled=has_filled)
+
+    def filled(self) -> None:
+        """The device was told to move that block."""
+        first, tokens, buffer, *_ = self._tail
+        self.host.filled(first + self.block_size)
+        self._tail = Tail(first + self.block_size, tokens - self.block_size, buffer)
+
+    def unfilled(self) -> None:
+        """The device was not told to."""
+        self._tail = self._tail._replace(has_filled=None)
+
     def buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The tail's buffers, (batch, kv_heads, capacity, head_dim) each; capacity is a whole number of blocks."""
         return self._tail.buffer[0], self._tail.buffer[1]
 
     def tail(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the tail, views of (batch, kv_heads, tail, head_dim)."""
-        _, tokens, buffer, _ = self._tail
+        _, tokens, buffer, *_ = self._tail
         return buffer[0, :, :, :tokens], buffer[1, :, :, :tokens]
 
     def tail_blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,7 +151,7 @@ class TwoTierKV:
 
         Keys and values, views of (batch, kv_heads, n * block_size, head_dim) each.
         """
-        count = self._tail.tokens // self.block_size - window_blocks
+        count = self.overdue(window_blocks)
         if count <= 0:
             return None
         keys, values = self.tail()
@@ -152,7 +177,7 @@ class TwoTierKV:
         blocks = self.full_blocks(window_blocks)
         if blocks is None:
             return Mark()
-        first, tokens, buffer, _ = self._tail
+        first, tokens, buffer, *_ = self._tail
         moved, mark = blocks[0].shape[2], Mark()
         left, capacity = tokens - moved, (window_blocks + 2) * self.block_size
         # Everything that can fail comes before the host store grows.
@@ -176,6 +201,8 @@ class TwoTierKV:
 
     def rollback(self, mark: Tail) -> None:
         """Restore the state of ``mark``, also after an interrupted append or write-back."""
+        if self._tail.has_filled is not None:
+            self.filled() if self._tail.has_filled() else self.unfilled()
         now = self._tail
         # Tokens that are in both tiers belong to an interrupted write-back.
         self.host.crop(now.first)
@@ -200,7 +227,7 @@ class TwoTierKV:
 
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens; if that cuts a host block, its rest moves back to the tail."""
-        first, tokens, buffer, _ = self._tail
+        first, tokens, buffer, *_ = self._tail
         if length >= first:
             self._tail = Tail(first, min(tokens, length - first), buffer)
             return
@@ -226,7 +253,7 @@ class TwoTierKV:
 
     def state_dict(self) -> State:
         """Both tiers, as views that are valid until the next change; no write-back may be in flight."""
-        _, tokens, buffer, _ = self._tail
+        _, tokens, buffer, *_ = self._tail
         return {"host": self.host.state_dict(), "tail": buffer[:, :, :, :tokens], "capacity": buffer.shape[3]}
 
     def load_state_dict(self, state: State) -> None:

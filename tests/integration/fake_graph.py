@@ -33,13 +33,13 @@ class _Recorder(TorchDispatchMode):
 
 
 class FakeGraph:
-    """Stands for :class:`scout_hf.graph.CudaGraph`; the capture runs the step, so that the first replay does not."""
+    """Stands for :class:`scout_hf.cuda_graph.CudaGraph`; a capture runs the step, so that the first replay does not."""
 
     made: list[FakeGraph] = []
 
     def __init__(self, device, stream=None):
         self.log, self.inside, self.replays = [], 0, 0
-        FakeGraph.made.append(self)
+        self.made.append(self)
 
     def capture(self, run, join):
         _now.append(self)
@@ -60,6 +60,12 @@ class FakeGraph:
             for old, new in zip(tree_leaves(out), tree_leaves(again)):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
+
+
+class FakeFill(FakeGraph):
+    """The graphs behind a step that fills a block."""
+
+    made: list[FakeGraph] = []
 
 
 def recorded(function):
@@ -88,6 +94,8 @@ LAUNCHED = (
     "copy_blocks",
     "adopt_block",
     "append_token",
+    "encode",
+    "move_block",
     "post",
     "wait",
 )
@@ -97,7 +105,8 @@ def install(monkeypatch):
     """Graphs on the CPU, of the kernels' references."""
     for name in LAUNCHED:
         monkeypatch.setattr(reference.KERNELS, name, recorded(getattr(reference.KERNELS, name)))
-    FakeGraph.made = []
+    FakeGraph.made, FakeFill.made = [], []
     monkeypatch.setattr("scout_hf.graph.CudaGraph", FakeGraph)
+    monkeypatch.setattr("scout_hf.graph_fill.CudaGraph", FakeFill)
     monkeypatch.setattr("scout_hf.graph.can_capture", lambda device: True)
     return FakeGraph

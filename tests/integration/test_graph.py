@@ -16,7 +16,11 @@ pytest.importorskip("triton")
 import scout_hf  # noqa: E402
 from scout_hf import RecallIntervals  # noqa: E402
 from scout_hf.graph import StepGraphs  # noqa: E402
+from scout_hf.graph_clock import Clock  # noqa: E402
 from scout_hf.methods.scout import query_gate  # noqa: E402
+from scout_hf.methods.scout.policy import TwoTierScout  # noqa: E402
+from scout_hf.selection import MinMax  # noqa: E402
+from scout_hf.stores.streams import Links  # noqa: E402
 from tests.integration import fake_graph  # noqa: E402
 from tests.integration.common import (  # noqa: E402
     LOSSY,
@@ -211,6 +215,78 @@ def test_an_interrupt_leaves_the_cache_as_it_was(graphs, monkeypatch, at):
         for place in range(length, 70):
             got = model(ids[:, place : place + 1], past_key_values=cache).logits[:, 0]
             assert (got - stock[:, place]).abs().max() <= 3e-6
+
+
+@pytest.mark.parametrize("at", ["capture", "replay", "count", "mark", "filling", "filled"])
+@pytest.mark.parametrize("first", [True, False], ids=["captured", "again"])
+def test_an_interrupt_while_a_block_moves_leaves_the_cache_as_it_was(graphs, monkeypatch, at, first):
+    """Whether the device has moved it or not, which the host does not know."""
+    block, total = EXACT["block_size"], 80
+    model, ids, begin = llama(), prompt(1, 80), 44
+    owner, name = {
+        "capture": (fake_graph.FakeFill, "capture"), "replay": (fake_graph.FakeFill, "replay"),
+        "count": (Clock, "count_fill"), "mark": (Links, "mark"),
+        "filling": (TwoTierScout, "filling"), "filled": (TwoTierScout, "filled"),
+    }[at]  # fmt: skip
+    with scout_hf.patch(model, **EXACT, hand_over="graph") as handle, torch.no_grad():
+        cache = handle.new_cache()
+        model(ids[:, :begin], past_key_values=cache)
+        stop = (begin // block + (1 if first else 2)) * block - 1
+        for place in range(begin, stop):
+            model(ids[:, place : place + 1], past_key_values=cache)
+        calls, real = [], getattr(owner, name)
+
+        def interrupt(*args):
+            found = real(*args)
+            calls.append(1)
+            if len(calls) == 2 or at in ("capture", "replay", "count", "mark"):
+                raise KeyboardInterrupt
+            return found
+
+        monkeypatch.setattr(owner, name, interrupt)
+        if at in ("capture", "count") and not first:
+            model(ids[:, stop : stop + 1], past_key_values=cache)
+            assert not calls
+            stop += 1
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                model(ids[:, stop : stop + 1], past_key_values=cache)
+        monkeypatch.setattr(owner, name, real)
+        assert cache.get_seq_length() == stop
+        stock = llama()(ids).logits
+        for place in range(stop, total):
+            got = model(ids[:, place : place + 1], past_key_values=cache).logits[:, 0]
+            assert (got - stock[:, place]).abs().max() <= 3e-6
+
+
+def test_a_copy_of_a_cache_shares_no_page_that_is_still_to_be_written(graphs):
+    model, stock, ids = llama(), llama(), prompt(2, 60)
+    with scout_hf.patch(model, **EXACT, hand_over="graph") as handle, torch.no_grad():
+        cache = handle.new_cache()
+        model(ids[:, :40], past_key_values=cache)
+        for place in range(40, 60):
+            model(ids[:, place : place + 1], past_key_values=cache)
+        caches = [cache, copy.deepcopy(cache)]
+        caches[1].reorder_cache(torch.tensor([1, 0]))
+        rows = [ids, ids[[1, 0]]]
+        for step in range(24):
+            for which in (0, 1):
+                new = prompt(2, 1, 2 * step + which)
+                rows[which] = torch.cat([rows[which], new], dim=1)
+                got = model(new, past_key_values=caches[which]).logits[:, -1]
+                assert (got - stock(rows[which]).logits[:, -1]).abs().max() <= 3e-6
+    assert sum(graph.replays for graph in fake_graph.FakeFill.made) >= 4
+
+
+def test_a_digest_that_asks_the_device_is_encoded_layer_by_layer(graphs, monkeypatch):
+    monkeypatch.setattr(reference.KERNELS, "encode", lambda *args: None)
+    encode = MinMax.encode
+    expected, _ = decode("flags", prompt(2, 60), SPARSE | {"recall": None}, new=30)
+    monkeypatch.setattr(MinMax, "encode", lambda *args: encode(*args) + float(args[1].sum()) * 0)
+    with pytest.warns(UserWarning, match="back layer by layer, .* not permitted"):
+        got, _ = decode("graph", prompt(2, 60), SPARSE | {"recall": None}, new=30)
+    assert_close(got, expected, 2e-6)
+    assert len(fake_graph.FakeFill.made) == 1 and replays(graphs) >= 20
 
 
 def test_removal_copies_and_pickles():

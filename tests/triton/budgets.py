@@ -12,7 +12,7 @@ MOST_REGISTERS = 128
 """Of all others: as many as 4 blocks of 4 warps may have on a multiprocessor."""
 
 PIPELINED = ("attend residents", "attend residents, padded", "attend tail", "attend tail, padded")
-WIDE = (*PIPELINED, "copy", "post", "adopt", "merge", "merge the CPU's share", "encode minmax", "score minmax")
+WIDE = (*PIPELINED, "copy", "post", "adopt", "move", "merge", "merge the CPU's share", "encode minmax", "score minmax")
 """Their data comes by 16 bytes; lists and masks need not."""
 
 RELEASED = (r"ST(?!.*STRONG\.SYS)", r"MEMBAR.*SYS", r"ST.*STRONG\.SYS")
@@ -29,7 +29,7 @@ def excesses(name: str, made: Artefact) -> Iterator[str]:
         yield f"tiles of keys and values are not in two buffers: {made.buffers}"
     if name in WIDE and not any(".128" in code for code in made.opcodes if code.startswith("LDG")):
         yield "no load of 16 bytes"
-    if name in ("copy", "adopt") and made.narrow("STG") > (2 if name == "adopt" else 0):
+    if name in ("copy", "adopt", "move") and made.narrow("STG") > (0 if name == "copy" else 2):
         yield f"{made.narrow('STG')} stores of fewer than 16 bytes"
     if name == "post" and not made.in_order(*RELEASED):
         yield "the flag is not set after a fence after the data"

@@ -124,6 +124,26 @@ def adopt_block(first, new_keys, new_values, ids, slot_of, keys, values):
                 keys[row, head, slot], values[row, head, slot] = new_keys[row, head], new_values[row, head]
 
 
+def move_block(keys, values, blocks, pages, ids, slot_of, slot_keys, slot_values):
+    size, block = slot_keys.shape[3], int(blocks)
+    old = keys[:, :, :size].clone(), values[:, :, :size].clone()
+    half = old[0][0, 0].nbytes
+    for row in range(len(keys)):
+        for head in range(keys.shape[1]):
+            page = int(pages[row, block]) + head * 2 * half
+            ctypes.memmove(page, old[0][row, head].data_ptr(), half)
+            ctypes.memmove(page + half, old[1][row, head].data_ptr(), half)
+    adopt_block(block, *old, ids, slot_of, slot_keys, slot_values)
+    for part in (keys, values):
+        part[:, :, :-size] = part[:, :, size:].clone()
+        part[:, :, -size:] = torch.nan
+
+
+def encode(digest, keys, padding_mask):
+    known = digest.name in ("minmax", "minmax-int8", "minmax-sub", "sign", "sign2")
+    return digest.encode(keys, padding_mask) if known else None
+
+
 def append_token(new_keys, new_values, keys, values, length, blocks, block_size):
     place = int(length) - 1 - int(blocks) * block_size
     keys[:, :, place : place + 1], values[:, :, place : place + 1] = new_keys, new_values
@@ -146,8 +166,8 @@ def wait(word, number, late, turns=1 << 25):
 
 KERNELS = SimpleNamespace(
     attend_blocks=attend_blocks, kv_splits_for=kv_splits_for, merge=merge, choose=choose, Choice=Choice,
-    adopt_block=adopt_block, append_token=append_token,
-    score=lambda *args, **options: None, encode=lambda *args: None, plan_recall=plan_recall, copy_blocks=copy_blocks,
+    adopt_block=adopt_block, append_token=append_token, move_block=move_block,
+    score=lambda *args, **options: None, encode=encode, plan_recall=plan_recall, copy_blocks=copy_blocks,
     run_of_blocks=run_of_blocks, post=post, wait=wait, INTERPRETED=True,
 )  # fmt: skip
 

@@ -62,6 +62,8 @@ def launches(shape: str) -> Iterator[tuple[str, Callable]]:
     moves = kernels.run_of_blocks(BATCH, kv_heads, 0, RESIDENT, ids.device)
     yield "copy", lambda: kernels.copy_blocks(torch.zeros(BATCH, BLOCKS, dtype=torch.int64), moves, keys, values)
     yield "adopt", lambda: kernels.adopt_block(3, blocks[0][:, :, 0], blocks[1][:, :, 0], ids, slots, keys, values)
+    pages = torch.zeros(BATCH, BLOCKS, dtype=torch.int64)
+    yield "move", lambda: kernels.move_block(*tail, one, pages, ids, slots, keys, values)
     yield "post", lambda: kernels.post(query, query.clone(), words[0, :1], words[1, :1])
     yield "wait", lambda: kernels.wait(words[0, :1], words[1, :1], words[2, :1])
     yield from _digests(query, keys[:, :, :2], one)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from scout_hf import ScoutConfig
 from scout_hf.kernels.cpu import make_backend
 from scout_hf.selection import Selector, choose, pack_lists
+from scout_hf.selection.budget import budgeted
 from scout_hf.selection.pick import everything
 from scout_hf.step import Step
 from tests.libraries import ISAS
@@ -155,8 +156,8 @@ def test_padding_counts_for_nothing():
 def test_a_padded_row_gets_what_it_would_get_alone(budget):
     selector = Selector(ScoutConfig(digest="minmax", block_size=SIZE, window=0, budget=budget), 0, KEYS)
     for real in range(1, 700):
-        alone = selector._count(step_of(real), real // SIZE)
-        beside = selector._count(step_of(700, [0, 700 - real]), 700 // SIZE)[1]
+        alone = budgeted(selector.config, step_of(real), real // SIZE)
+        beside = budgeted(selector.config, step_of(700, [0, 700 - real]), 700 // SIZE)[1]
         assert alone == int(beside), (real, alone, int(beside))
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from scout_hf.graph_clock import Clock
     from scout_hf.methods.scout.policy import TwoTierScout as Layer
+    from scout_hf.stores.streams import Mark
 
 
 class Counted(NamedTuple):
@@ -108,6 +109,10 @@ class CaptureExecutor(StepExecutor):
     @abstractmethod
     def append(self, layer: Layer, step: Step, keys: torch.Tensor, values: torch.Tensor) -> None:
         """As ``Method.append``, but only the device knows the number of tokens."""
+
+    @abstractmethod
+    def fill(self, layer: Layer) -> None:
+        """Copy the tail's oldest block to its host page and into free slots, and move the rest to the front."""
 
 
 class Executor(StepExecutor):
@@ -198,6 +203,14 @@ class Executor(StepExecutor):
 
     def after_replay(self, layer: Layer) -> None:
         """As ``Method.after_replay``; the tail already counts the new token."""
+
+    def can_fill(self, layer: Layer) -> bool:
+        """Whether host and residents have room for a block that :meth:`CaptureExecutor.fill` writes."""
+        return False
+
+    def filled(self, layer: Layer, mark: Mark) -> None:
+        """Count that block, written when ``mark`` is reached."""
+        raise NotImplementedError
 
     def abort_replay(self, layer: Layer) -> None:
         """As ``Method.abort_replay``."""

@@ -37,6 +37,11 @@ class CapturedExecutor(CaptureExecutor):
         clock, size = self.clock, layer.config.block_size
         self.plain.kernels.append_token(keys, values, *layer.kv.buffers(), clock.length, clock.blocks, size)
 
+    def fill(self, layer: Layer) -> None:
+        slots, blocks = layer.resident, self.clock.blocks
+        into = slots.ids, slots.slot_of, slots.keys, slots.values
+        self.plain.kernels.move_block(*layer.kv.buffers(), blocks, self.plain.pages, *into)
+
     def select(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
         plain, clock, selector, state = self.plain, self.clock, layer.selector, layer.state
         budgeted, block_mask = selector.count(step, layer.kv.host.blocks), None

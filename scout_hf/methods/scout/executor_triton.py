@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from scout_hf.methods.scout.policy import TwoTierScout as Layer
 
 SPARE_BLOCKS = 64
+# Host pages per row that captured steps have in advance, so that not each block that they fill asks for one.
+RESERVED_BLOCKS = 8
 
 
 class TritonExecutor(Executor):
@@ -381,13 +383,35 @@ class TritonExecutor(Executor):
         self.recall_tally(layer, step)
         self._await(0, layer.written)  # whose blocks the CPU reads
         self.join_recall(layer)
+        self._reserve_pages(layer)
         job = self.handoff.job
         job.describe(*_job(layer, padding_mask))
         job.counted = True
-        return ReplayPart(layer.layer_idx, layer.kv.batch * layer.kv_heads, job, self._tokens_held(layer, step))
+        slots = layer.resident
+        known = step.mask is None and slots.filled is not None
+        held = float(slots.filled * layer.config.block_size) if known else slots.ids
+        return ReplayPart(layer.layer_idx, layer.kv.batch * layer.kv_heads, job, held)
+
+    def _reserve_pages(self, layer: Layer) -> None:
+        host = layer.kv.host
+        count = min(RESERVED_BLOCKS, self.pages.shape[1] - host.blocks)
+        if host.reserved == 0 < count and not host.table.pool.watched:
+            host.reserve(count)
+            self._map_pages(layer, host.blocks)
 
     def after_replay(self, layer: Layer) -> None:
         layer.resident.recalled(layer.kv.host.blocks)
+
+    def can_fill(self, layer: Layer) -> bool:
+        host = layer.kv.host
+        return host.reserved > 0 and host.blocks < layer.resident.slot_of.shape[2]
+
+    def filled(self, layer: Layer, mark: Mark) -> None:
+        first = layer.kv.host.blocks
+        # The same stream goes on: it need not wait.
+        layer.written = self._awaited[0] = mark
+        layer.kv.filled()
+        layer.resident.adopted(first)
 
     def abort_replay(self, layer: Layer) -> None:
         self.drop_job(layer)

@@ -25,6 +25,9 @@ from scout_hf.stores.state import State, count_in, maybe_count_in, state_in
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from scout_hf.graph_clock import Clock, Fill
+    from scout_hf.stores.streams import Mark
+
 DEFAULT_RESIDENT_TOKENS = 2048
 SPARE_BLOCKS = 64
 # More slots than blocks are refused in a saved session.
@@ -260,8 +263,37 @@ class TwoTierScout(OffloadingMethod):
     def after_replay(self, step: Step) -> None:
         self.kv.grew(1)
         self.executor.after_replay(self)
+
+    @property
+    def is_full(self) -> bool:
+        return self.kv.overdue(self.window_blocks) > 0
+
+    def write_back(self, step: Step) -> None:
         # Here the new block is adopted after the step's recall; in an eager step, before it.
         self._write_back(step)
+
+    @property
+    def can_fill(self) -> bool:
+        alone = self.kv.overdue(self.window_blocks) == 1
+        return alone and self.selector.has_room and self.executor.can_fill(self)
+
+    def fill(self, clock: Clock) -> None:
+        block = self.kv.buffers()[0][:, :, : self.config.block_size]
+        self.selector.encode_at(clock.blocks, block, clock.token_mask(self.config.block_size))
+        self.executor.captured(clock).fill(self)
+
+    def filling(self, fill: Fill) -> None:
+        self.changed()
+        self.resident.adopting(self.kv.host.blocks)
+        self.kv.filling(fill.has_run)
+
+    def filled(self, mark: Mark) -> None:
+        self.executor.filled(self, mark)
+        self.selector.grew()
+        self._grow_slots()
+
+    def unfilled(self) -> None:
+        self.kv.unfilled()
 
     def abort_replay(self) -> None:
         self.executor.abort_replay(self)
