@@ -232,7 +232,7 @@ class Family:
 
 
 def _moved(angles: Any, device: torch.device) -> Any:
-    return tuple(part.to(device) for part in angles)
+    return angles.to(device) if isinstance(angles, Tensor) else tuple(part.to(device) for part in angles)
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -256,16 +256,16 @@ def _first(module: nn.Module, kind: str) -> Tensor | None:
     return next((tensor for tensor in found if tensor is not None), None)
 
 
-def rotary_function(attn: Part) -> Callable[..., Any]:
-    """The `apply_rotary_pos_emb` of the file that defines the attention class.
+def rotary_function(attn: Part, name: str = "apply_rotary_pos_emb") -> Callable[..., Any]:
+    """A function of the file that defines the attention class, by default its rotary embedding.
 
     Base classes are searched too: FSDP and users subclass attention in modules of their own.
     """
     for cls in type(attn).__mro__:
-        function = getattr(sys.modules.get(cls.__module__), "apply_rotary_pos_emb", None)
+        function = getattr(sys.modules.get(cls.__module__), name, None)
         if function is not None:
             return function
     raise UnsupportedModelError(
-        f"{type(attn).__module__} defines no apply_rotary_pos_emb next to {type(attn).__name__}. "
+        f"{type(attn).__module__} defines no {name} next to {type(attn).__name__}. "
         "Write a Family with its own rotate() and pass it to scout_hf.patches.register_family."
     )

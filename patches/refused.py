@@ -14,22 +14,6 @@ _ELSEWHERE = (
 
 _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
-        "multi-head latent attention caches a compressed latent and expands it to keys and values for every "
-        "step, so there are no cached keys to select blocks of.",
-        (
-            "deepseek_v2",
-            "deepseek_v3",
-            "axk1",
-            "bailing_hybrid",
-            "glm4_moe_lite",
-            "kimi_linear",
-            "longcat_flash",
-            "minicpm3",
-            "mistral4",
-            "youtu",
-        ),
-    ),
-    (
         "it chooses the tokens to attend to with an indexer of its own; a second selection on top would "
         "change what the model was trained to see.",
         (

@@ -17,7 +17,7 @@ class Unpredicted(Family):
     passes angles or scalings to each layer that cannot be computed from outside.
     """
 
-    model_types = (
+    model_types: tuple[str, ...] = (
         "beam",
         "granite_swa",
         "granitemoe_swa",

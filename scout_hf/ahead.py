@@ -6,13 +6,15 @@ attends with its real query.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn.modules import module as torch_module
 
+from scout_hf.cache_layer import ScoutLayer
 from scout_hf.errors import UnsupportedModelError
-from scout_hf.patches.quiet import has_hooks, is_replaced
+from scout_hf.patches.quiet import call, has_hooks, is_replaced
 
 
 class Parts:
@@ -29,11 +31,11 @@ class Parts:
         self._family, self._decoder = family, decoder
 
     def query(
-        self, step: Any, index: int, hidden: torch.Tensor, given: dict[str, Any], method: Any
+        self, step: Any, index: int, hidden: torch.Tensor, given: dict[str, Any], held: ScoutLayer
     ) -> torch.Tensor | None:
         """The query of layer ``index`` if ``hidden`` were its input; None if it cannot be predicted.
 
-        ``given`` are the keyword arguments that the previous layer received.
+        ``given`` are the keyword arguments that the previous layer received, ``held`` the layer of the cache.
         """
         layer = self._family.layers(self._decoder)[index]
         places = given.get("position_ids"), given.get("position_embeddings")
@@ -41,7 +43,8 @@ class Parts:
             if not self._family.available(layer):
                 return None
             query = self._family.query(self._decoder, layer, hidden, *places)
-            made, known = (query.shape[1], query.shape[3]), method.query_shape
+            query = held.layout.query(self._family.attention(layer), query, call)
+            made, known = (query.shape[1], query.shape[3]), held.method and held.method.query_shape
             if known is not None and made != known:
                 raise ValueError(f"its modules make a query of {made} heads and channels, but it attends with {known}")
         except MemoryError:
@@ -52,9 +55,11 @@ class Parts:
         return query
 
     def keys_values(
-        self, index: int, hidden: torch.Tensor, position_ids: torch.Tensor | None
+        self, layers: Sequence[Any], index: int, hidden: torch.Tensor, position_ids: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Keys and values of layer ``index`` for these inputs; None while its weights are not on a device.
+
+        They are as ``layers[index]`` of a cache stores them.
 
         Raises ScoutError if its modules are not those that its family expects.
         """
@@ -64,7 +69,8 @@ class Parts:
         if position_ids is not None and position_ids.dim() == 3:
             position_ids = position_ids.movedim(-1, 0)
         try:
-            return self._family.keys_values(self._decoder, layer, hidden, position_ids)
+            made: Any = self._family.keys_values(self._decoder, layer, hidden, position_ids)
+            return layers[index].layout.stored(*made)
         except (AttributeError, TypeError, ValueError) as error:
             raise UnsupportedModelError(f"layer {index} was changed: {error}") from error
 

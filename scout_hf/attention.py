@@ -58,8 +58,8 @@ def scout_attention(
     step = active_step()
     if step is None or (layer := _layer_of(step, module)) is None:
         return attention_function(previous, module)(module, query, key, value, attention_mask, **kwargs)
-    method = layer.method
-    if method is None or layer.incoming is not key:
+    method, layout, incoming = layer.method, layer.layout, layer.incoming
+    if method is None or incoming is None or not (incoming.given is key or layout.expands):
         raise UnsupportedModelError(
             f"{type(module).__name__} changes keys between cache.update() and attention, which scout_hf does not "
             "support; unpatch the model, or report the family"
@@ -77,7 +77,7 @@ def scout_attention(
         )
     scale = kwargs.get("scaling")
     method.scoring = Scoring(query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("softcap"))
-    method.query_shape = query.shape[1], query.shape[3]
+    method.query_shape = query.shape[1], incoming.keys.shape[3]
     special = is_special(step, attention_mask)
     out = None
     if step.queries > 1 and method.length == step.queries:
@@ -86,7 +86,7 @@ def scout_attention(
         stock, attention = prompt_function(previous, module, special=alone)
         if special:
             out = attention(module, query, key, value, for_prompt(attention_mask, stock, query), **kwargs)[0]
-        elif alone or not _is_faster_by_pages(method, step, query, stock, kwargs):
+        elif alone or layout.expands or not _is_faster_by_pages(method, step, query, stock, kwargs):
             out = prefill(attention, stock, module, query, key, value, mask, **kwargs)
     elif special and step.queries == 1:
         refuse_unless_padding(step, attention_mask)
@@ -97,16 +97,18 @@ def scout_attention(
     # Switching autocast off costs more than a small attention: do it only where it is on.
     mixed = torch.is_autocast_enabled(query.device.type)
     with torch.autocast(query.device.type, enabled=False) if mixed else contextlib.nullcontext():
-        real = query if query.dtype == method.dtype else query.to(method.dtype)
+        own = query if query.dtype == method.dtype else query.to(method.dtype)
+        real = layout.query(module, own)
         if step.queries == 1 and not step.as_several:
             begun = time.perf_counter()
             result = _checked(method, method.attend(step, real), real)
             if step.auto is not None:
                 step.auto.attended(time.perf_counter() - begun)
-            out = _finish(result, query, kwargs.get("s_aux"))
+            out = _finish(layer, module, result, own, query.dtype, kwargs.get("s_aux"))
         elif out is None:
-            keys, values = key.to(method.dtype), value.to(method.dtype)
-            out = _finish(method.attend_many(step, real, keys, values), query, kwargs.get("s_aux"))
+            keys, values = (part.to(method.dtype) for part in incoming[1:])
+            result = method.attend_many(step, real, keys, values)
+            out = _finish(layer, module, result, own, query.dtype, kwargs.get("s_aux"))
             if step.as_several:
                 step.counters.attended(method.layer_idx, step.context(), step.context())
         several = step.queries > 1 and step.role is not Role.CHECK
@@ -172,11 +174,18 @@ def _checked(method: Method, result: Partial, query: torch.Tensor) -> Partial:
     return result
 
 
-def _finish(result: Partial, query: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+def _finish(
+    layer: ScoutLayer,
+    module: torch.nn.Module,
+    result: Partial,
+    query: torch.Tensor,
+    dtype: torch.dtype,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
     if sinks is not None:
         lse = sinks.to(result.lse.dtype).view(1, -1, 1).expand_as(result.lse)
         result = fuse([result, Partial(torch.zeros_like(result.out), lse)])
-    out = result.out.to(query.dtype)
+    out = layer.layout.output(module, result.out, query).to(dtype)
     # With one query per row the two orders are the same in memory.
     return out.reshape(out.shape[0], 1, *out.shape[1::2]) if out.shape[2] == 1 else out.transpose(1, 2).contiguous()
 

@@ -23,6 +23,7 @@ from scout_hf.compat.modes import keeps_tensors
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import CacheStateError, ConfigError
 from scout_hf.fitting import check_names, layers_of
+from scout_hf.layouts import latent_widths
 from scout_hf.padding import Padding
 from scout_hf.sessions.mapped import OpenFile
 from scout_hf.sizes import bytes_of
@@ -83,7 +84,7 @@ class ScoutCache(Cache):
         for index, layer in enumerate(layers):
             # By exact type: sliding and quantized layers are subclasses that stay as they are.
             if type(layer) is DynamicLayer:
-                layers[index] = ScoutLayer(self.scout_config, index, self.guard, memory)
+                layers[index] = ScoutLayer(self.scout_config, index, self.guard, memory, latent_widths(text))
         super().__init__(layers=layers)
         # A weak reference to the AliveCaches that count it.
         self.seen_by: Any = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,12 +13,21 @@ from scout_hf.cache_reading import KV, ReadableLayer
 from scout_hf.change_guard import ChangeGuard
 from scout_hf.compat.modes import keeps_tensors
 from scout_hf.config import ScoutConfig
-from scout_hf.errors import CacheStateError, SessionError
-from scout_hf.fitting import refuse_other_sizes
+from scout_hf.errors import SessionError
+from scout_hf.fitting import refuse_other_sizes, refuse_unlike
+from scout_hf.layouts import PLAIN, Layout, layout_from, layout_of
 from scout_hf.methods import Method, make_method
 from scout_hf.step import active_step
 from scout_hf.stores.host_memory import HostMemory
 from scout_hf.stores.state import State, count_in, state_in
+
+
+class Incoming(NamedTuple):
+    """New tokens between ``update`` and attention: the model's keys, and keys and values as they are stored."""
+
+    given: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
 
 
 class ScoutLayer(ReadableLayer):
@@ -35,24 +44,28 @@ class ScoutLayer(ReadableLayer):
         layer_idx: int,
         guard: ChangeGuard | None = None,
         memory: HostMemory | None = None,
+        latent: tuple[int, int] | None = None,
     ):
         super().__init__()
         self.memory = memory
+        # Widths of what the model caches if that is a latent.
+        self.latent, self.layout = latent, PLAIN
         self.guard = guard or ChangeGuard()
         self.config, self.layer_idx = config, layer_idx
         self.method: Method | None = None
-        self.incoming: torch.Tensor | None = None
+        self.incoming: Incoming | None = None
         self.awaited: Awaited | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self._begin(key_states)
+        layout = layout_of(key_states, value_states, self.latent)
+        self._begin(layout.stored(key_states, value_states)[0], layout)
 
-    def _begin(self, key_states: torch.Tensor) -> Method:
+    def _begin(self, key_states: torch.Tensor, layout: Layout) -> Method:
         method = self._make(key_states)
         # Attributes that stock layers have once they hold tokens.
         self.dtype, self.device = key_states.dtype, key_states.device
         self.sizes = key_states.shape[1], key_states.shape[3]
-        self.method = method
+        self.layout, self.method = layout, method
         return method
 
     def _make(self, like: torch.Tensor) -> Method:
@@ -64,28 +77,25 @@ class ScoutLayer(ReadableLayer):
 
     @keeps_tensors
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> KV:
-        """Store new tokens, (batch, kv_heads, tokens, head_dim) each.
+        """Store new tokens, (batch, kv_heads, tokens, head_dim) each, where head_dim may differ.
 
         Returns the same two tensors inside a patched forward pass, all keys and values anywhere else.
         """
         step = active_step()
         inside = step is not None and step.cache.guard is self.guard
         self.guard.check() if inside else self.guard.between_passes("update()")
-        if key_states.shape != value_states.shape:
-            raise CacheStateError(
-                f"layer {self.layer_idx} has keys {tuple(key_states.shape)} and values {tuple(value_states.shape)}; "
-                "scout_hf needs equal sizes (latent attention is not supported)"
-            )
-        method = self.method
+        refuse_unlike(key_states, value_states, self.layer_idx)
+        layout, method = layout_of(key_states, value_states, self.latent), self.method
+        keys, values = layout.stored(key_states, value_states)
         if method is None:
-            method = self._begin(key_states)
+            method = self._begin(keys, layout)
         else:
-            refuse_other_sizes(method.batch, self.sizes, key_states, self.layer_idx)
+            refuse_other_sizes(method.batch, self.sizes, keys, self.layer_idx, layout == self.layout)
         if inside:
-            self.incoming = key_states
-            method.append(key_states, value_states, step)
+            self.incoming = Incoming(key_states, keys, values)
+            method.append(keys, values, step)
             return key_states, value_states
-        return self._update_outside(method, key_states, value_states)
+        return self._update_outside(method, keys, values)
 
     def _update_outside(self, method: Method, keys: torch.Tensor, values: torch.Tensor) -> KV:
         if self.awaited is not None:
@@ -95,7 +105,7 @@ class ScoutLayer(ReadableLayer):
         with self.guard.changing("update()"):
             method.append(keys.detach(), values.detach())
             method.flush()
-            return (keys, values) if was_empty else method.read_all()
+            return self.layout.given(*((keys, values) if was_empty else method.read_all()))
 
     def mark(self) -> Any:
         """The present state, for ``rollback``; None without tokens."""
@@ -114,7 +124,7 @@ class ScoutLayer(ReadableLayer):
         self.guard.ready()
         if self.method is None:
             return None, None
-        keys, values = self.method.read_all()
+        keys, values = self.layout.given(*self.method.read_all())
         return keys.contiguous(), values.contiguous()
 
     def get_seq_length(self) -> int:
@@ -190,13 +200,17 @@ class ScoutLayer(ReadableLayer):
         twin.__dict__.update(self.__dict__, guard=copy.deepcopy(self.guard, memo), **own)
         return twin
 
-    def take(self, chunks: Iterable[KV], known: Sequence[Method] = (), rows: Sequence[int] = ()) -> None:
+    def take(
+        self, chunks: Iterable[KV], layout: Layout, known: Sequence[Method] = (), rows: Sequence[int] = ()
+    ) -> None:
         """Fill a layer without tokens with keys and values of others, chunk by chunk, outside of a pass.
 
         Parameters
         ----------
         chunks : iterable of (Tensor, Tensor)
-            Keys and values, (batch, kv_heads, tokens, head_dim) each.
+            Keys and values as they are stored, (batch, kv_heads, tokens, head_dim) each.
+        layout : Layout
+            Of the layer that they come from.
         known : sequence of Method
             What kept each row before, if that is known: see :meth:`Method.learn_from`.
         rows : sequence of int
@@ -205,7 +219,7 @@ class ScoutLayer(ReadableLayer):
         for keys, values in chunks:
             method = self.method
             if method is None:
-                method = self._begin(keys)
+                method = self._begin(keys, layout)
                 if known:
                     method.learn_from(known, rows or [0] * len(known))
             method.append(keys, values)
@@ -217,7 +231,8 @@ class ScoutLayer(ReadableLayer):
         if method is None or not method.length:
             return None
         heads, dim = self.sizes
-        return {"batch": method.batch, "heads": heads, "dim": dim, "dtype": self.dtype, "method": method.state_dict()}
+        own = {"layout": self.layout.as_json(), "dtype": self.dtype, "method": method.state_dict()}
+        return {"batch": method.batch, "heads": heads, "dim": dim} | own
 
     def load_state_dict(self, state: State | None, device: torch.device) -> None:
         """Take what :meth:`state_dict` gave into a layer without tokens; SessionError if it does not fit."""
@@ -227,11 +242,12 @@ class ScoutLayer(ReadableLayer):
         dtype = state.get("dtype")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or not min(sizes[0], sizes[1], sizes[3]):
             raise SessionError(f"layer {self.layer_idx} holds {sizes[1]} KV heads of {sizes[3]} channels in {dtype}")
+        layout = layout_from(state.get("layout"), sizes[3])
         like = torch.empty(sizes, dtype=dtype, device=device)
         method = self._make(like)
         method.load_state_dict(state_in(state, "method"))
         self.dtype, self.device, self.sizes = dtype, device, (sizes[1], sizes[3])
-        self.method = method
+        self.layout, self.method = layout, method
 
 
 def _is_identity(rows: torch.Tensor, batch: int) -> bool:

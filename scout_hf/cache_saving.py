@@ -136,7 +136,8 @@ def _take_tokens(layer: ScoutLayer, held: State, device: torch.device, before: S
     if method is None:
         return
     kv, tokens = method.kv, method.length
-    layer.take(kv.read(start, min(start + CHUNK_TOKENS, tokens)) for start in range(0, tokens, CHUNK_TOKENS))
+    chunks = (kv.read(start, min(start + CHUNK_TOKENS, tokens)) for start in range(0, tokens, CHUNK_TOKENS))
+    layer.take(chunks, there.layout)
 
 
 def _on(state: State, device: torch.device) -> State:

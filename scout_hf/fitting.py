@@ -11,6 +11,7 @@ import torch
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import CacheStateError, ConfigError
 from scout_hf.kernels.cpu import find_backend
+from scout_hf.layouts import latent_widths
 from scout_hf.methods.base import find_method
 from scout_hf.recall_intervals import RecallIntervals
 from scout_hf.selection import check_digest
@@ -32,7 +33,8 @@ def check_names(config: ScoutConfig, text_config: Any, layers: int) -> None:
     method = find_method(config.method)
     method.check(config)
     mass = config.mass if method.uses is None or "mass" in method.uses | method.uses_in_drafts else None
-    check_digest(config.digest, getattr(text_config, "head_dim", None), mass)
+    # The head_dim of a config with latent attention is that of the rotated part alone.
+    check_digest(config.digest, None if latent_widths(text_config) else getattr(text_config, "head_dim", None), mass)
     find_backend(config.cpu_backend)
     if isinstance(config.recall, RecallIntervals):
         config.recall.check(text_config.model_type, layers)
@@ -60,16 +62,27 @@ def refuse_other_depth(cache: Any, text_config: Any) -> None:
         )
 
 
-def refuse_other_sizes(batch: int, sizes: tuple[int, int], keys: torch.Tensor, layer_idx: int) -> None:
+def refuse_unlike(keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> None:
+    """Raise CacheStateError unless keys and values are of as many rows, KV heads and tokens."""
+    if keys.shape[:3] != values.shape[:3]:
+        raise CacheStateError(
+            f"layer {layer_idx} got keys {tuple(keys.shape)} and values {tuple(values.shape)}; they must be of as many "
+            "rows, KV heads and tokens: (batch, kv_heads, tokens, head_dim), where head_dim may differ"
+        )
+
+
+def refuse_other_sizes(
+    batch: int, sizes: tuple[int, int], keys: torch.Tensor, layer_idx: int, same_layout: bool = True
+) -> None:
     """Raise CacheStateError unless new keys (batch, kv_heads, tokens, head_dim) fit the rows and sizes in the cache."""
     rows, heads, _, head_dim = keys.shape
-    if rows == batch and heads == sizes[0] and head_dim == sizes[1]:
+    if rows == batch and heads == sizes[0] and head_dim == sizes[1] and same_layout:
         return
-    if (heads, head_dim) != sizes:
+    if (heads, head_dim) != sizes or not same_layout:
+        got = f"{heads} with {head_dim}" if same_layout else "keys or values of another width"
         raise CacheStateError(
-            f"layer {layer_idx} of the cache holds {sizes[0]} KV heads with {sizes[1]} channels and got {heads} with "
-            f"{head_dim}: it was filled by another model; use a cache of this model, handle.new_cache() or "
-            "ScoutCache(model.config)"
+            f"layer {layer_idx} of the cache holds {sizes[0]} KV heads with {sizes[1]} channels and got {got}: it was "
+            "filled by another model; use a cache of this model, handle.new_cache() or ScoutCache(model.config)"
         )
     raise CacheStateError(
         f"the cache holds {batch} rows and got {rows} new ones; use batch_repeat_interleave or "

@@ -162,7 +162,7 @@ class PassHooks:
             marks=marks,
             monitor=self.monitor if cache.scout_config.monitor else None,
             inputs={} if find_method(cache.scout_config.method).takes_inputs else None,
-            keys_values=self.parts.keys_values,
+            keys_values=functools.partial(self.parts.keys_values, cache.layers),
             positions=grid_positions(given.get("position_ids")) if module is self._decoder else None,
             drafts=self._lossless,
             role=cache.role,
@@ -264,14 +264,15 @@ class PassHooks:
         if step.queries != 1 or step.as_several:
             return
         following = (index + 1) % min(len(layers), len(step.cache.layers))
-        method = getattr(step.cache.layers[following], "method", None)
+        held: Any = step.cache.layers[following]
+        method = getattr(held, "method", None)
         if method is None or not method.wants_ahead:
             return
         if not method.needs_query:
             method.ahead(step, None)
         elif following:
             hidden = args[0] if args else kwargs["hidden_states"]
-            query = self.parts.query(step, following, hidden, kwargs, method)
+            query = self.parts.query(step, following, hidden, kwargs, held)
             if query is not None:
                 method.ahead(step, query)
 

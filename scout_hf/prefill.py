@@ -57,7 +57,7 @@ def prefill(
             out = part.new_zeros((query.shape[0], query.shape[2], *part.shape[2:]))
         out[rows, start:] = part
     # Only padding: there is nothing to run the kernel on.
-    return query.new_zeros(query.shape).transpose(1, 2) if out is None else out
+    return query.new_zeros((*query.shape[:3], values.shape[3])).transpose(1, 2) if out is None else out
 
 
 def left_padding(mask: torch.Tensor) -> torch.Tensor | None:

@@ -56,6 +56,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "scout_hf.config",
         "scout_hf.fitting",
         "scout_hf.kernels.*",
+        "scout_hf.layouts",
         "scout_hf.methods.*",
         "scout_hf.padding",
         "scout_hf.sessions.*",
@@ -66,6 +67,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "scout_hf.fitting": (
         "scout_hf.config",
         "scout_hf.kernels.*",
+        "scout_hf.layouts",
         "scout_hf.methods.*",
         "scout_hf.recall_intervals",
         "scout_hf.selection.*",

@@ -116,8 +116,8 @@ class ModelShape:
         Raises
         ------
         ConfigError
-            If sizes are missing or invalid; for latent attention, which ``patch`` refuses; and for a mixture of
-            experts, whose weights per step depend on the routing.
+            If sizes are missing or invalid; for latent attention, and for a mixture of experts, whose weights per step
+            depend on the routing: they have no cost model.
         """
         given = config if isinstance(config, dict) else config.get_text_config(decoder=True).to_dict()
         given = given.get("text_config", given)
@@ -125,7 +125,7 @@ class ModelShape:
         if any(given.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
             raise ConfigError(f"{name} is a mixture of experts, which has no cost model here; give a dense decoder")
         if given.get("kv_lora_rank"):
-            raise ConfigError(f"{name} has latent attention (kv_lora_rank), which scout_hf.patch() refuses")
+            raise ConfigError(f"{name} has latent attention, which has no cost model here; give a dense decoder")
 
         def size(*keys: str, default: int | None = None) -> int:
             key = next((key for key in keys if given.get(key) is not None), None)

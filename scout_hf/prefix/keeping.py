@@ -146,7 +146,7 @@ def _one_row(layer: ScoutLayer, row: int, left: int, tokens: int) -> ScoutLayer:
     if method is None:
         return twin
     if left:
-        twin.take(_chunks(method, row, left, left + tokens), [method], [row])
+        twin.take(_chunks(method, row, left, left + tokens), layer.layout, [method], [row])
         return twin
     own = method.fork()
     if own.batch > 1:
@@ -154,6 +154,7 @@ def _one_row(layer: ScoutLayer, row: int, left: int, tokens: int) -> ScoutLayer:
     if own.length > tokens:
         own.crop(tokens)
     twin.method, twin.dtype, twin.device, twin.sizes = own, layer.dtype, layer.device, layer.sizes
+    twin.layout = layer.layout
     return twin
 
 

@@ -112,7 +112,8 @@ def _layer(
     ]
     fresh = ScoutLayer(cache.scout_config, index, cache.guard, layer.memory)
     known = [part.method for part in parts if part is not None and part.method is not None]
-    fresh.take(_beside(parts, found.padding, found.tokens), known if len(known) == rows else [])
+    layout = next(part.layout for part in parts if part is not None)
+    fresh.take(_beside(parts, found.padding, found.tokens), layout, known if len(known) == rows else [])
     return _taken(fresh)
 
 
@@ -156,7 +157,7 @@ def _beside(parts: Sequence[ScoutLayer | None], padding: Sequence[int], tokens: 
 
 
 def _taken(fresh: ScoutLayer) -> dict[str, Any]:
-    names = ("method", "dtype", "device", "sizes")
+    names = ("method", "dtype", "device", "sizes", "layout")
     return {name: fresh.__dict__[name] for name in names if name in fresh.__dict__}
 
 

@@ -110,7 +110,7 @@ def attention(module, query, key, value, attention_mask, scaling=None, **kwargs)
     oracle.mask = None if attention_mask is None else attention_mask.bool()
     batch, heads, length, _ = query.shape
     group, total = heads // key.shape[1], key.shape[2]
-    out = torch.zeros_like(query)
+    out = query.new_zeros((*query.shape[:3], value.shape[3]))
     for row in range(batch):
         for kv in range(key.shape[1]):
             span = slice(kv * group, (kv + 1) * group)

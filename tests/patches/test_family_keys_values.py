@@ -7,7 +7,7 @@ from torch import nn
 from scout_hf.errors import UnsupportedModelError
 from scout_hf.patches import ProbeFamily, family_of
 from scout_hf.patches.unpredicted import Unpredicted
-from tests.patches.families import NAMES, NO_ROTARY, attending, case, changed, known, probe_of, rotated
+from tests.patches.families import LATENT_NAMES, NAMES, NO_ROTARY, attending, case, changed, known, probe_of, rotated
 from tests.patches.oracle import decode_step, difference, predict, prompt_pass, relative
 from tests.patches.tiny import TINY, longrope, tiny_gemma3_multimodal, tiny_model
 
@@ -64,6 +64,22 @@ def test_they_are_what_reaches_the_cache(name, probe):
             again = made(family, model, step, index, part, position_embeddings=None)
             assert max(errors(given, seen, part)) <= rounding(seen), (index, part)
             assert [relative(*pair) for pair in zip(again, given, strict=True)] == [0, 0], (index, part)
+
+
+@pytest.mark.parametrize("name", LATENT_NAMES)
+def test_latents_are_what_reaches_the_cache(name):
+    model = tiny_model(name)
+    family = family_of(model)
+    step = prompt_pass(model, family)
+    for index in attending(step):
+        seen = step.layers[index]
+        pair = predict(family, model, step, index, "keys_values", position_embeddings=None)
+        assert max(errors(pair, seen)) <= rounding(seen)
+        if name not in NO_ROTARY:
+            elsewhere = predict(
+                family, model, step, index, "keys_values", position_ids=seen.position_ids + 3, position_embeddings=None
+            )
+            assert max(errors(elsewhere, seen)) > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

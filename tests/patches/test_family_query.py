@@ -5,14 +5,25 @@ import torch
 from torch import nn
 
 from scout_hf.patches import ProbeFamily, family_of
-from tests.patches.families import NAMES, NO_NORM, NO_ROTARY, attending, case, changed, known, probe_of, rotated
+from tests.patches.families import (
+    LATENT_NAMES,
+    NAMES,
+    NO_NORM,
+    NO_ROTARY,
+    attending,
+    case,
+    changed,
+    known,
+    probe_of,
+    rotated,
+)
 from tests.patches.oracle import decode_step, difference, predict
 from tests.patches.tiny import tiny_gemma3_multimodal, tiny_model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("length", [1, 5])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + LATENT_NAMES)
 @pytest.mark.thin(2)
 def test_query_is_the_models_own(name, length, dtype):
     model = tiny_model(name, dtype=dtype)
@@ -29,7 +40,7 @@ def test_query_is_the_models_own(name, length, dtype):
         assert difference(predict(family, model, step, index), truth) <= 1e-6, index
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + LATENT_NAMES)
 def test_probe_equals_handwritten(name):
     model = tiny_model(name)
     family = family_of(model)
@@ -39,7 +50,7 @@ def test_probe_equals_handwritten(name):
         assert probe.available(family.layers(family.decoder(model))[index])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + LATENT_NAMES)
 def test_positions_alone_suffice(name):
     """Without the previous layer's angles the family computes its own."""
     model = tiny_model(name)
@@ -50,7 +61,7 @@ def test_positions_alone_suffice(name):
         assert difference(predicted, step.layers[index].query) <= 1e-6
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + LATENT_NAMES)
 def test_negative_controls_are_seen(name):
     """What a wrong family would do must be visible, or the tests above prove nothing."""
     model = tiny_model(name)

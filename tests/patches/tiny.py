@@ -6,13 +6,13 @@ model = tiny_model("gemma3", sliding_window=8)
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, field
 
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedConfig,
     PreTrainedModel,
@@ -120,19 +120,63 @@ TINY: dict[str, Tiny] = {
     "smollm3": Tiny("smollm3", {"no_rope_layers": [1, 0, 1, 1]}),
 }
 
+_RANKS = {"kv_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 8, "num_key_value_heads": 8}
+_ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
+_ROUTED |= {"n_group": 1, "topk_group": 1, "n_shared_experts": 1}
+_YARN = _PLAIN_ROPE | {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.3}
+_YARN |= {"original_max_position_embeddings": 128}
+_LLAMA4 = _YARN | {"llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 16}
+_LINEAR_THEN_FULL = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
+_DELTA = {"layer_types": _LINEAR_THEN_FULL, "linear_head_dim": 8, "linear_num_heads": 4}
+_SPARSE = {"mlp_layer_types": ["dense", "dense", "dense", "sparse"], "num_experts": 4, "num_local_experts": 4}
+
+LATENT: dict[str, Tiny] = {
+    "deepseek_v2": Tiny("deepseek_v2", _RANKS | _ROUTED | {"q_lora_rank": None, "topk_method": "greedy"}),
+    "deepseek_v3": Tiny("deepseek_v3", _RANKS | _ROUTED | {"q_lora_rank": 20, "rope_parameters": _YARN}),
+    "deepseek_v3_halves": Tiny("deepseek_v3", _RANKS | _ROUTED | {"q_lora_rank": None, "rope_interleave": False}),
+    "axk1": Tiny("axk1", _RANKS | _ROUTED | {"q_lora_rank": 20}),
+    "glm4_moe_lite": Tiny("glm4_moe_lite", _RANKS | _ROUTED | {"q_lora_rank": 20}),
+    "minicpm3": Tiny("minicpm3", _RANKS | {"q_lora_rank": 20}),
+    "youtu": Tiny("youtu", _RANKS | {"q_lora_rank": 20}),
+    "mistral4": Tiny("mistral4", _RANKS | _ROUTED | {"q_lora_rank": 20, "rope_parameters": _LLAMA4}),
+    "longcat_flash": Tiny(
+        "longcat_flash",
+        _RANKS
+        | {
+            "q_lora_rank": 20,
+            "num_layers": 2,
+            "head_dim": 8,
+            "n_routed_experts": 4,
+            "zero_expert_num": 1,
+            "moe_topk": 2,
+        }
+        | {"ffn_hidden_size": 96, "expert_ffn_hidden_size": 32},
+    ),
+    "kimi_linear": Tiny("kimi_linear", _RANKS | _ROUTED | _DELTA | _SPARSE | {"q_lora_rank": None}),
+    "bailing_hybrid": Tiny("bailing_hybrid", _RANKS | _ROUTED | _DELTA | _SPARSE | {"q_lora_rank": 20}),
+}
+"""Latent attention: keys of 24 channels, values of 8, latents of 24 with 8 rotated channels beside them."""
+
 
 def missing(name: str) -> str:
-    """Why the installed transformers cannot make `TINY[name]`; empty if it can."""
-    model_type = TINY[name].model_type
+    """Why the installed transformers cannot make `TINY[name]` or `LATENT[name]`; empty if it can."""
+    model_type = (TINY | LATENT)[name].model_type
     if model_type not in CONFIG_MAPPING:
         return f"this transformers has no {model_type}"
     try:
         config = CONFIG_MAPPING[model_type]()
     except Exception as error:  # 5.4 rejects some of its own defaults under a newer huggingface_hub
         return f"this transformers cannot make a config of {model_type}: {type(error).__name__}"
-    if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._can_set_attn_implementation():
+    if not _class_of(config)._can_set_attn_implementation():
         return f"{model_type} does not call the attention interface in this transformers"
     return ""
+
+
+def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The causal LM; transformers makes that of mistral4 for images and text alone."""
+    if config.model_type == "mistral4":
+        return importlib.import_module("transformers").Mistral4ForCausalLM
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def longrope(edge: int) -> dict:
@@ -144,7 +188,7 @@ def longrope(edge: int) -> dict:
 
 def tiny_config(name: str, **overrides) -> PreTrainedConfig:
     """The config of `tiny_model(name, **overrides)`."""
-    tiny = TINY[name]
+    tiny = (TINY | LATENT)[name]
     return AutoConfig.for_model(tiny.model_type, **(_SHAPE | tiny.config | overrides))
 
 
@@ -152,16 +196,16 @@ def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, 
     """A random causal LM in eval mode: hidden 64, 4 layers, 8 heads, 2 KV heads, 128 tokens (0 pad, 2 eos).
 
     Args:
-        name: a key of `TINY`.
+        name: a key of `TINY` or `LATENT`.
         seed: of the weights.
         dtype: of the weights.
         overrides: config entries.
     """
     config = tiny_config(name, **overrides)
-    implementation = {"attn_implementation": "eager"} if TINY[name].eager else {}
+    implementation = {"attn_implementation": "eager"} if (TINY | LATENT)[name].eager else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, **implementation)
+        model = _class_of(config)._from_config(config, **implementation)
         roughen(model)
     return model.to(dtype).eval()
 

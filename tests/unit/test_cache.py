@@ -281,6 +281,16 @@ def test_another_batch_size_is_refused_with_a_way_out():
         cache.update(torch.zeros(3, KV_HEADS, 1, HEAD_DIM), torch.zeros(3, KV_HEADS, 1, HEAD_DIM), 0)
 
 
-def test_keys_and_values_of_different_sizes_are_refused():
-    with pytest.raises(scout_hf.CacheStateError, match="latent attention"):
-        new_cache("one tier").update(torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 16), 0)
+@pytest.mark.parametrize("widths", [(24, 8), (8, 24)], ids=str)
+def test_keys_and_values_of_different_widths(widths):
+    cache, stock = new_cache("one tier"), DynamicCache()
+    for tokens in (9, 1, 12):
+        new = [torch.randn(2, KV_HEADS, tokens, width) for width in widths]
+        for got, expected in zip(cache.update(*new, 0), stock.update(*new, 0), strict=True):
+            assert torch.equal(got, expected)
+    layer = cache.fork().to_dynamic().layers[0]
+    assert torch.equal(layer.keys, stock.layers[0].keys) and torch.equal(layer.values, stock.layers[0].values)
+    with pytest.raises(scout_hf.CacheStateError, match="filled by another model"):
+        cache.update(new[1], new[0], 0)
+    with pytest.raises(scout_hf.CacheStateError, match="as many rows"):
+        cache.update(new[0], new[1][:, :, 1:], 0)
