@@ -17,6 +17,7 @@ from scout_hf.cli_shared import (
     typed,
 )
 from scout_hf.eval.ask.options import Ask, Read
+from scout_hf.eval.batch.options import Batch
 from scout_hf.eval.bench.options import CpuDecode, CpuKernel, Drafts, Gpu, Rivals, Sessions
 from scout_hf.eval.kept.options import Info, Ls, Prune, Rm
 from scout_hf.eval.methods.options import Methods
@@ -85,6 +86,17 @@ def ask(options: Ask) -> None:
         from scout_hf.eval.ask.answering import run
 
         run(options, tell)
+
+
+@command(app, "batch", Batch)
+def batch(options: Batch) -> None:
+    with exits_on_errors():
+        must_be_there(options.source)
+    with evaluation(options.threads), ends_on_interrupt():
+        from scout_hf.eval.batch.command import answer
+
+        failed = answer(options, tell).failed
+    raise typer.Exit(1 if failed else 0)
 
 
 @command(session, "ls", Ls)

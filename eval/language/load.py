@@ -66,14 +66,26 @@ def load(
             f"{name} lacks {len(missing)} of the weights of {type(model).__name__}, such as {missing[0]}, which "
             "would be random; save the whole model with save_pretrained(folder), as a causal language model"
         )
+    return model.eval().to(device), _tokenizer(name)
+
+
+def load_tokenizer(
+    name: str, ask: Callable[[str], bool] = lambda question: True, tell: Callable[[str], object] = print
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of :func:`load`, without the model where that is possible."""
+    if name.endswith(".gguf"):
+        return load(name)[1]
+    return _tokenizer(located(name, ask, tell))
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"{name} has no tokenizer that transformers can load ({_first_line(error)}); save one beside it with "
             "tokenizer.save_pretrained(folder)"
         ) from error
-    return model.eval().to(device), tokenizer
 
 
 def located(

@@ -59,7 +59,7 @@ def call(*words, cwd):
 HELP = [
     ["--help"],
     *([name, "--help"] for name in ("demo", "fidelity", "serve", "plan", "report", "trace", "version", "bench")),
-    *([name, "--help"] for name in ("read", "ask", "session")),
+    *([name, "--help"] for name in ("read", "ask", "batch", "session")),
     *(["session", name, "--help"] for name in ("ls", "info", "rm", "prune")),
 ]
 HELP += [
@@ -82,6 +82,7 @@ def test_help_imports_nothing_heavy(words, helped):
 
 
 MISSING = {
+    "batch of nothing": (["batch", "smollm2-135m", "no.jsonl", "out.jsonl"], "no.jsonl is missing"),
     "report": (["report"], "eval/results is missing"),
     "report of a file": (["report", "no.json"], "no.json is missing"),
     "report of nothing": (["report", "empty"], "no results in empty"),

@@ -1,0 +1,1 @@
+"""``scout-hf batch``: the prompts of a file."""
