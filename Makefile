@@ -23,11 +23,12 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
+FAMILIES = $(1)/bin/scout-hf families --check --jobs $(JOBS)
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(JOBS)
 
 # What a release of transformers can change, and, of the integration tests, what it cannot.
 VERSIONED = tests/patches tests/integration tests/unit/test_cache.py tests/eval/test_examples.py \
-	tests/eval/test_serve.py
+	tests/eval/test_serve.py tests/eval/test_model_types.py
 SAME_EVERYWHERE = native_safety recall trust monitor trace two_devices on_device graph host_dtype sparse devices \
 	without_library methods
 
@@ -42,6 +43,7 @@ test: $(VENV)/.installed-test
 
 test-full: $(VENV)/.installed-test
 	$(call PYTEST,$(VENV)) --full-only
+	$(call FAMILIES,$(VENV))
 
 test-upstream: $(VENV)/.installed-test
 	$(VENV)/bin/pip install -q -e ".[upstream]"
@@ -92,6 +94,7 @@ test-versions: $(VERSIONS:%=test-transformers-%)
 
 test-transformers-%: $(VENV)-%/.installed-test
 	$(call PYTEST,$(VENV)-$*) $(VERSIONED) $(SAME_EVERYWHERE:%=--ignore tests/integration/test_%.py)
+	$(call FAMILIES,$(VENV)-$*)
 
 # The package as it is installed, of which mypy finds all parts: patches lies beside the others here.
 TYPED = build/typed

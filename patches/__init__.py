@@ -16,6 +16,7 @@ from . import (  # isort: skip  # noqa: F401
     gpt2,
     gpt_neox,
     gpt_oss,
+    hybrids,
     latent,
     llama,
     olmo,

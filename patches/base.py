@@ -40,6 +40,9 @@ class Family:
     def decoder(self, model: Part) -> nn.Module:
         """The module that owns the decoder layers and the rotary embedding."""
         decoder = model.get_decoder()
+        if not decoder._modules:
+            # ModernBERT's head is called `decoder`.
+            decoder = model.base_model
         # get_decoder() of Llama4's causal LM returns the model itself.
         return decoder if hasattr(decoder, "layers") else getattr(decoder, "model", decoder)
 
@@ -190,7 +193,7 @@ class Family:
         the pass that made them. A part of the sequence would get the angles of another length, and would change the
         state of the model's embedding.
         """
-        kind = getattr(getattr(decoder, "rotary_emb", None), "rope_type", None)
+        kind = getattr(getattr(decoder, self.rotary_name(decoder), None), "rope_type", None)
         if isinstance(kind, dict):
             kind = kind[decoder.config.layer_types[attn.layer_idx]]
         elif position_embeddings is not None:
@@ -202,6 +205,10 @@ class Family:
                 "themselves, or use a rope_type with fixed angles, for example 'default', 'yarn' or 'llama3'."
             )
 
+    def rotary_name(self, decoder: Part) -> str:
+        """The name of the decoder's rotary embedding; LFM2 with experts has another one."""
+        return "pos_emb" if hasattr(decoder, "pos_emb") else "rotary_emb"
+
     def position_embeddings(
         self,
         decoder: Part,
@@ -211,7 +218,8 @@ class Family:
         position_embeddings: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         """The (cos, sin) of this layer, on the device of `hidden`."""
-        rotary = getattr(decoder, "rotary_emb", None)
+        name = self.rotary_name(decoder)
+        rotary = getattr(decoder, name, None)
         extra: tuple[str, ...] = ()
         if getattr(rotary, "layer_types", None):
             # Gemma3 and others have angles per layer type: those of the previous layer are valid for its type only.
@@ -224,10 +232,10 @@ class Family:
         if rotary is None or position_ids is None:
             raise UnsupportedInputError(
                 f"layer {attn.layer_idx} of {type(decoder).__name__} needs rotary angles of its own, but "
-                f"position_ids is {type(position_ids).__name__} and the decoder's rotary_emb is "
+                f"position_ids is {type(position_ids).__name__} and the decoder's {name} is "
                 f"{type(rotary).__name__}. Pass the position_ids of the forward pass, (1 or batch, length)."
             )
-        turned = call(decoder, "rotary_emb", hidden, position_ids.to(hidden.device), *extra)
+        turned = call(decoder, name, hidden, position_ids.to(hidden.device), *extra)
         return _moved(turned, hidden.device)
 
 

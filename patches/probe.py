@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -48,10 +48,20 @@ class ProbeFamily(Family):
     >>> query = family.query(decoder, family.layers(decoder)[1], hidden, position_ids)
     """
 
-    def attention(self, layer: nn.Module) -> nn.Module:
-        for module in layer.modules():
-            if module is not layer and hasattr(module, "layer_idx") and own_config(module) is not None:
+    def layers(self, decoder: Any) -> Sequence[nn.Module]:
+        """The `layers` of the decoder, or, under whatever name, its list of as many modules that hold attention."""
+        if hasattr(decoder, "layers"):
+            return decoder.layers
+        depth = getattr(decoder.config, "num_hidden_layers", None)
+        for module in decoder.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == depth and _attention_in(module[-1]) is not None:
                 return module
+        raise AttributeError(f"{type(decoder).__name__} holds no list of {depth} layers with attention")
+
+    def attention(self, layer: nn.Module) -> nn.Module:
+        attention = _attention_in(layer)
+        if attention is not None:
+            return attention
         raise AttributeError(f"{type(layer).__name__} holds no attention module (one with layer_idx and config)")
 
     def query(
@@ -118,12 +128,20 @@ class ProbeFamily(Family):
         """As `position_embeddings`, also for decoders without a rotary embedding or with another kind."""
         if isinstance(position_embeddings, Tensor):
             return position_embeddings.to(hidden.device)
-        if position_embeddings is None and getattr(decoder, "rotary_emb", None) is None:
+        if position_embeddings is None and getattr(decoder, self.rotary_name(decoder), None) is None:
             return None
         return self.position_embeddings(decoder, attn, hidden, position_ids, position_embeddings)
 
 
 _WHAT_TO_DO = "Turn prediction off, or write a Family for this model and pass it to scout_hf.patches.register_family."
+
+
+def _attention_in(layer: nn.Module) -> nn.Module | None:
+    """The first module in a layer that has a config and the layer's number of its own."""
+    for module in layer.modules():
+        if module is not layer and hasattr(module, "layer_idx") and own_config(module) is not None:
+            return module
+    return None
 
 
 def own_config(module: nn.Module) -> PreTrainedConfig | None:

@@ -32,12 +32,12 @@ class Apertus(Qwen3):
 
 
 class Qwen3Next(Qwen3):
-    """`q_proj` also computes the output gate, next to the query in every head.
+    """Qwen3-Next and Qwen3.5: `q_proj` also computes the output gate, next to the query in every head.
 
     The layers with linear attention have no `self_attn`, so `available` is False for them.
     """
 
-    model_types = ("qwen3_next",)
+    model_types = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 
     def project(self, attn: Part, x: Tensor) -> Tensor:
         query_and_gate = call(attn, "q_proj", x).view(*x.shape[:-1], -1, 2 * attn.head_dim)

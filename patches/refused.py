@@ -46,6 +46,15 @@ _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("zamba", "zamba2", "hrm_text"),
     ),
     (
+        "it runs some of its layers several times in a pass, with copies of their cache layers that it adds to the "
+        "cache in the middle of the pass.",
+        ("dory",),
+    ),
+    (
+        "its text layers compute attention themselves instead of calling the attention interface of transformers.",
+        ("git",),
+    ),
+    (
         "it rearranges all cached keys or values before the attention call.",
         ("diffllama", "idefics", "jetmoe"),
     ),
@@ -55,7 +64,7 @@ _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (
         "it adds a position bias to the attention scores, one number per query and key.",
-        ("inkling_text", "inkling2_text"),
+        ("inkling_text", "inkling2_text", "inkling2_loop_text"),
     ),
     (
         "it attends to a second, fixed sequence as well (cross attention).",

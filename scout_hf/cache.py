@@ -134,9 +134,14 @@ class ScoutCache(Cache):
 
     @property
     def has_stock_full_layers(self) -> bool:
-        """Whether a layer left to transformers needs a full mask: neither sliding nor linear."""
+        """Whether a layer left to transformers may need a full mask: one of full attention, or any where none is kept.
+
+        Moshi hands its sliding layers the mask of full attention.
+        """
         others = [layer for layer in self.layers if not isinstance(layer, ScoutLayer)]
-        return any(isinstance(layer, CacheLayerMixin) and not getattr(layer, "is_sliding", False) for layer in others)
+        return len(others) == len(self.layers) or any(
+            isinstance(layer, CacheLayerMixin) and not getattr(layer, "is_sliding", False) for layer in others
+        )
 
     def keep_windows_whole(self) -> None:
         """Let sliding-window layers keep all tokens, so that drafts can be cropped; stock generate() does the same."""

@@ -19,6 +19,7 @@ from scout_hf.cli_shared import (
 from scout_hf.eval.ask.options import Ask, Read
 from scout_hf.eval.batch.options import Batch
 from scout_hf.eval.bench.options import CpuDecode, CpuKernel, Drafts, Gpu, Rivals, Sessions
+from scout_hf.eval.families.options import Families
 from scout_hf.eval.kept.options import Info, Ls, Prune, Rm
 from scout_hf.eval.methods.options import Methods
 from scout_hf.eval.options import Demo, Fidelity, MakeData, Report, Serve, Trace
@@ -58,6 +59,15 @@ def fidelity(options: Fidelity) -> None:
 
         with ends_on_interrupt():
             run(options, tell)
+
+
+@command(app, "families", Families)
+def families(options: Families) -> None:
+    with evaluation(1), ends_on_interrupt():
+        from scout_hf.eval.families.command import run
+
+        well = run(options, tell)
+    raise typer.Exit(0 if well else 1)
 
 
 @command(app, "serve", Serve)

@@ -29,7 +29,7 @@ from scout_hf.monitor import Monitor
 from scout_hf.naming import AttentionNames
 from scout_hf.pass_inputs import named_arguments, refuse_unservable
 from scout_hf.running import RunningPasses
-from scout_hf.step import Inputs, Role, Step, active_step, grid_positions
+from scout_hf.step import Inputs, Role, Step, active_step, decoder_positions
 from scout_hf.stock_passes import StockWarnings, reason_of_pass
 from scout_hf.stores.streams import Links
 from scout_hf.trace import Tracer
@@ -119,7 +119,7 @@ class PassHooks:
             if step.cache is cache and step.root is not module:
                 step.depth += 1
                 if module is self._decoder and step.inputs is not None:
-                    step.positions = grid_positions(given.get("position_ids"))
+                    step.positions = decoder_positions(given.get("position_ids"))
                 return
             if step.is_running():
                 raise UnsupportedInputError(
@@ -163,7 +163,7 @@ class PassHooks:
             monitor=self.monitor if cache.scout_config.monitor else None,
             inputs={} if find_method(cache.scout_config.method).takes_inputs else None,
             keys_values=functools.partial(self.parts.keys_values, cache.layers),
-            positions=grid_positions(given.get("position_ids")) if module is self._decoder else None,
+            positions=decoder_positions(given.get("position_ids")) if module is self._decoder else None,
             drafts=self._lossless,
             role=cache.role,
             frame=_calling_frame(),
@@ -259,7 +259,9 @@ class PassHooks:
             return
         if step.inputs is not None and self.parts.untouched(index):
             hidden = args[0] if args else kwargs["hidden_states"]
-            positions = kwargs.get("position_ids") if step.positions is None else step.positions
+            positions, own = step.positions, kwargs.get("position_ids")
+            if own is not None and (positions is None or positions.dim() == 2):
+                positions = own
             step.inputs[index] = Inputs(hidden, positions)
         if step.queries != 1 or step.as_several:
             return

@@ -54,12 +54,12 @@ class Inputs(NamedTuple):
     position_ids: torch.Tensor | None
 
 
-def grid_positions(position_ids: torch.Tensor | None) -> torch.Tensor | None:
-    """Positions with several axes, moved to (batch, queries, axes); None for positions with one axis.
+def decoder_positions(position_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """A decoder's positions, (batch, queries) or, where they have several axes, (batch, queries, axes).
 
     Decoders of transformers take (3, batch, queries), or (4, batch, queries) with text positions for masks first.
     """
-    return None if position_ids is None or position_ids.dim() != 3 else position_ids[-3:].movedim(0, -1)
+    return position_ids if position_ids is None or position_ids.dim() != 3 else position_ids[-3:].movedim(0, -1)
 
 
 def makes_nothing(layer: int, hidden: torch.Tensor, position_ids: torch.Tensor | None) -> None:

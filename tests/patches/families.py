@@ -18,8 +18,8 @@ NAMES = [case(name) for name in TINY]
 UNPREDICTED = {"longcat_flash"}
 LATENT_NAMES = [case(name) for name in LATENT if name not in UNPREDICTED]
 """Their keys and values are not what reaches the cache."""
-NO_NORM = {"olmo2", "olmo3", "opt_post_norm"}
-NO_ROTARY = {"opt", "opt_post_norm", "gpt2", "kimi_linear"}
+NO_NORM = {"olmo2", "olmo3", "olmo_hybrid", "opt_post_norm"}
+NO_ROTARY = {"opt", "opt_post_norm", "gpt2", "jamba", "nemotron_h", "granite_hybrid", "kimi_linear"}
 
 
 def attending(step) -> list[int]:

@@ -49,20 +49,23 @@ AttentionMaskInterface.register(RECORDING, eager_mask)
 
 
 @contextmanager
-def _recording(model, layers, seen):
+def _recording(model, layers, seen, positions):
     before = model.config._attn_implementation
     model.set_attn_implementation(RECORDING)
     try:
-        with _noting_inputs(layers, seen):
+        with _noting_inputs(layers, seen, positions):
             yield
     finally:
         model.set_attn_implementation(before)
 
 
 @contextmanager
-def _noting_inputs(layers, seen):
+def _noting_inputs(layers, seen, positions):
     def note(layer, args, kwargs):
-        seen.append(Seen(args[0].clone(), kwargs.get("position_ids"), kwargs.get("position_embeddings")))
+        # Granite 4 hands its layers angles alone.
+        own = kwargs.get("position_ids")
+        places = positions if own is None else own
+        seen.append(Seen(args[0].clone(), places, kwargs.get("position_embeddings")))
 
     hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:
@@ -88,7 +91,7 @@ def decode_step(model, family, length: int, prefix: int = 20, seed: int = 0) -> 
         position_ids=positions[:, :prefix],
         use_cache=True,
     ).past_key_values
-    with _recording(model, layers, step.layers):
+    with _recording(model, layers, step.layers, positions[:, prefix:]):
         out = model(
             input_ids=ids[:, prefix:],
             attention_mask=mask,
@@ -121,7 +124,7 @@ def prompt_pass(model, family, length: int = 20, seed: int = 0) -> Step:
         step.layers[layer_idx].keys, step.layers[layer_idx].values = key_states.clone(), value_states.clone()
         return update(cache, key_states, value_states, layer_idx, *args, **kwargs)
 
-    with _noting_inputs(layers, step.layers), patch.object(cache_class, "update", noted):
+    with _noting_inputs(layers, step.layers, positions), patch.object(cache_class, "update", noted):
         step.logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True).logits
     return step
 

@@ -9,11 +9,8 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
-    BertLMHeadModel,
     BloomConfig,
     BloomForCausalLM,
-    GPTJConfig,
-    GPTJForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
     T5Config,
@@ -178,6 +175,11 @@ def unsupported():
         config.num_labels = 2
         return LlamaForSequenceClassification(config)
 
+    def layerless():
+        model = tiny_model("llama")
+        del model.model.layers
+        return model
+
     yield "string", lambda: "meta-llama/Llama-3.1-8B", "from_pretrained.'meta-llama/Llama-3.1-8B'"
     yield "none", lambda: None, "got NoneType, which is no transformers model"
     yield "linear", lambda: nn.Linear(2, 2), "got Linear, which is no transformers model"
@@ -185,7 +187,6 @@ def unsupported():
     yield "t5", tiny_t5, "T5ForConditionalGeneration is an encoder-decoder"
     yield "bart", tiny_bart, "BartForConditionalGeneration is an encoder-decoder"
     yield "bert", lambda: BertForMaskedLM(BertConfig(**BERT)), "BertForMaskedLM cannot generate"
-    yield "bert_decoder", lambda: BertLMHeadModel(BertConfig(**BERT, is_decoder=True)), "no `layers`|itself"
     yield "classifier", head, "LlamaForSequenceClassification cannot generate"
     yield "headless", lambda: LlamaModel(tiny_config("llama")), "LlamaModel cannot generate"
     yield (
@@ -193,11 +194,7 @@ def unsupported():
         lambda: BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=16)),
         "'bloom'.*computes attention itself",
     )
-    yield (
-        "gptj",
-        lambda: GPTJForCausalLM(GPTJConfig(n_embd=16, n_layer=1, n_head=2, rotary_dim=4, vocab_size=16)),
-        "'gptj'.*computes attention itself|no `layers`",  # since 5.24 through the interface, but with `h` for layers
-    )
+    yield "layerless", layerless, "LlamaModel has no `layers` to hook into"
 
 
 @pytest.mark.parametrize("make, message", [case[1:] for case in unsupported()], ids=[c[0] for c in unsupported()])

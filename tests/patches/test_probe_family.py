@@ -56,6 +56,19 @@ def test_an_unknown_type_gets_the_probe_and_it_is_exact():
         assert difference(predict(family, model, step, index), step.layers[index].query) == 0
 
 
+def test_layers_are_found_under_any_name():
+    model = unknown_model()
+    decoder = model.model
+    layers, decoder.blocks = decoder.layers, nn.Module()
+    del decoder.layers
+    decoder.blocks.norms = nn.ModuleList(nn.LayerNorm(64) for _ in range(4))
+    decoder.blocks.stack = layers
+    assert ProbeFamily().layers(decoder) is layers
+    del decoder.blocks.stack
+    with pytest.raises(AttributeError, match="no list of 4 layers with attention"):
+        ProbeFamily().layers(decoder)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox", "opt", "qwen3_moe"])
 def test_nothing_on_the_model_changes(name):
     model = tiny_model(name)

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCAB = 128
+LINEAR_THEN_FULL = ["linear_attention", "full_attention", "full_attention", "linear_attention"]
 SLIDING_THEN_FULL = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 
 _SHAPE = {
@@ -37,6 +38,14 @@ _SHAPE = {
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_LINEAR = {
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_STATE_SPACE = {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 16}
 _PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
@@ -75,6 +84,44 @@ TINY: dict[str, Tiny] = {
             "layer_types": ["linear_attention", "full_attention", "full_attention", "linear_attention"],
         },
     ),
+    "qwen3_5": Tiny("qwen3_5_text", _LINEAR | {"layer_types": LINEAR_THEN_FULL}),
+    "qwen3_5_moe": Tiny(
+        "qwen3_5_moe_text",
+        _EXPERTS | _LINEAR | {"shared_expert_intermediate_size": 32, "layer_types": LINEAR_THEN_FULL},
+    ),
+    "bamba": Tiny("bamba", _STATE_SPACE | {"attn_layer_indices": [1, 2]}),
+    "granite_hybrid": Tiny(
+        "granitemoehybrid",
+        _STATE_SPACE | _LOCAL_EXPERTS | {"shared_intermediate_size": 32, "layer_types": LINEAR_THEN_FULL},
+    ),
+    "granite_hybrid_rotary": Tiny(
+        "granitemoehybrid",
+        _STATE_SPACE
+        | {"num_local_experts": 0, "shared_intermediate_size": 32, "layer_types": LINEAR_THEN_FULL}
+        | {"position_embedding_type": "rope"},
+    ),
+    "jamba": Tiny(
+        "jamba",
+        _EXPERTS | {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 8},
+    ),
+    "nemotron_h": Tiny(
+        "nemotron_h",
+        {
+            "layers_block_type": ["linear_attention", "full_attention", "mlp", "full_attention"],
+            "head_dim": 16,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 32,
+            "ssm_state_size": 8,
+            "n_groups": 2,
+            "chunk_size": 16,
+        },
+    ),
+    "lfm2": Tiny("lfm2", {"layer_types": ["conv", "full_attention", "full_attention", "conv"]}),
+    "lfm2_moe": Tiny(
+        "lfm2_moe",
+        _EXPERTS | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    ),
+    "olmo_hybrid": Tiny("olmo_hybrid", _LINEAR | {"layer_types": LINEAR_THEN_FULL}),
     "phi3": Tiny("phi3", {"rope_parameters": _PLAIN_ROPE | {"partial_rotary_factor": 0.5}}),
     "phi": Tiny("phi", {"qk_layernorm": True, "rope_parameters": _PLAIN_ROPE | {"partial_rotary_factor": 0.5}}),
     "phimoe": Tiny("phimoe", _LOCAL_EXPERTS | {"sliding_window": None}),
