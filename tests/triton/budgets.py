@@ -31,6 +31,8 @@ def excesses(name: str, made: Artefact) -> Iterator[str]:
         yield "no load of 16 bytes"
     if name in ("copy", "adopt", "move") and made.narrow("STG") > (0 if name == "copy" else 2):
         yield f"{made.narrow('STG')} stores of fewer than 16 bytes"
+    if name.startswith("choose") and (wide := sum(".EX" in code for code in made.opcodes)) > 4:
+        yield f"{wide} comparisons of 64 bits"
     if name == "post" and not made.in_order(*RELEASED):
         yield "the flag is not set after a fence after the data"
     if name == "post" and (fences := made.count("MEMBAR")) > 1:

@@ -15,6 +15,7 @@ GOOD = {
     "copy": Artefact(30, 0, 0, ["LDG.E", "LDG.E.128", "STG.E.128"], {}),
     "post": Artefact(32, 0, 0, ["LDG.E.128", "STG.E.128", "MEMBAR.SC.SYS", "ST.E.64.STRONG.SYS"], {}),
     "plan": Artefact(28, 0, 16, ["LDG.E", "LDG.E", "BAR.SYNC", "LDG.E", "BAR.SYNC", "STG.E"], {}),
+    "choose": Artefact(70, 0, 1024, ["LDG.E", "ISETP.GE.AND", *["ISETP.GE.AND.EX"] * 4, "ATOMS.POPC.INC.32"], {}),
     "wait": Artefact(10, 0, 0, ["LDG.E.64", "LD.E.64.STRONG.SYS"], {}),
 }
 PLANTED = {
@@ -29,6 +30,7 @@ PLANTED = {
     "two fences": ("post", {"opcodes": ["LDG.E.128", "STG.E.128", *["MEMBAR.SC.SYS"] * 2, "ST.E.64.STRONG.SYS"]}),
     "loads behind stores": ("copy", {"opcodes": ["LDG.E.128", "STG.E.128"] * 2}),
     "counts after sums": ("plan", {"opcodes": ["LDG.E", "BAR.SYNC", "LDG.E", "BAR.SYNC", "LDG.E", "STG.E"]}),
+    "wide compares": ("choose", {"opcodes": ["LDG.E", *["ISETP.GE.AND.EX"] * 5, "ATOMS.POPC.INC.32"]}),
     "a read that orders nothing": ("wait", {"opcodes": ["LD.E.64"]}),
 }
 

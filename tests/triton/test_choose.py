@@ -70,6 +70,23 @@ def test_extreme_scores_keep_their_order():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("mask", [0xFF, 0xFF00, 0xFF0000, 0x7F000000, 0xFF800000, 0x01010101, 0x3], ids=hex)
+def test_scores_that_differ_in_few_bits_are_told_apart(mask):
+    """In any of the four digits of a score: as a stable sort finds them, ties from the front."""
+    bits = 0x3F9D83A1 ^ (whole(mask & 0xFF, 0, 1 << 32, BATCH, HEADS, 70).cpu() & mask)
+    signed = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).int()
+    scores = signed.view(torch.float32)
+    scores = torch.where(scores.isfinite(), scores, 1.5)  # which the comparison below would have to order too
+    signed = scores.view(torch.int32).long()
+    keys = torch.where(signed < 0, ~signed - (1 << 31), signed)  # -0.0 below 0.0
+    order = keys.sort(dim=2, descending=True, stable=True).indices
+    slots = torch.full((BATCH, HEADS, 70), -1, dtype=torch.int32)
+    for count in (1, 13, 35, 69):
+        expected = torch.zeros(BATCH, HEADS, 70, dtype=torch.uint8, device="cpu").scatter_(2, order[:, :, :count], 1)
+        choice = choose(scores.to(DEVICE), count, 0, None, slots, count)
+        assert torch.equal(choice.is_chosen.cpu(), expected)
+
+
 @pytest.mark.parametrize("count", [1, 3, 9])
 def test_what_is_not_needed_is_chosen_only_as_a_sink(count):
     scores = torch.full((1, 1, 9), -torch.inf)

@@ -1,7 +1,8 @@
 """Top-k blocks of every list, and those of them that are not resident, without a sort and without a host sync.
 
-The k-th best score is found bit by bit in the bit patterns of the scores, mapped to integers in the same order.
-Among equal scores the first blocks are chosen.
+The k-th best score is found by radix: the bit patterns of the scores, mapped to 32-bit integers in the same order, are
+counted by their highest 8 bits, then those that share these by the next 8, and so on. Among equal scores the first
+blocks are chosen.
 """
 
 from __future__ import annotations
@@ -42,18 +43,18 @@ def _ordered(scores):
 
 
 @triton.jit
-def _rank(scores, padding_mask, leading, block, open_blocks, sinks, HAS_PADDING_MASK: tl.constexpr):
-    """The rank key of each block of a chunk, and whether it may be chosen."""
-    real = block < open_blocks
+def _rank(scores, padding_mask, leading, first, lane, open_blocks, sinks, HAS_PADDING_MASK: tl.constexpr):
+    """The rank key of each block of a chunk that begins with block ``first``, and whether it may be chosen."""
+    # Compared are places in the chunk: LLVM would make block numbers 64 bits wide, as addresses are.
+    real = lane < open_blocks - first
     if HAS_PADDING_MASK:
-        real = real & (tl.load(padding_mask + block, mask=real, other=0) != 0)
-        sink = real & (tl.load(leading + block, mask=real, other=sinks + 1) <= sinks)
+        real = real & (tl.load(padding_mask + first + lane, mask=real, other=0) != 0)
+        sink = real & (tl.load(leading + first + lane, mask=real, other=sinks + 1) <= sinks)
     else:
-        sink = real & (block < sinks)
-    score = tl.load(scores + block, mask=real, other=float("-inf"))
-    return tl.where(sink, 0xFFFFFFFF, _ordered(score)).to(tl.uint32), real & (
-        (score > float("-inf")) | sink | (score != score)
-    )
+        sink = real & (lane < sinks - first)
+    score = tl.load(scores + first + lane, mask=real, other=float("-inf"))
+    may = real & ((score > float("-inf")) | sink | (score != score))
+    return tl.where(sink, tl.full([], 0xFFFFFFFF, tl.uint32), _ordered(score)), may
 
 
 # What grows with the context must not make another kernel.
@@ -85,39 +86,33 @@ def _choose(
     chunks = tl.cdiv(open_blocks, CHUNK)
     lane = tl.arange(0, CHUNK)
 
-    offered = 0
-    for chunk in range(chunks):
-        _, real = _rank(scores, padding_mask, leading, chunk * CHUNK + lane, open_blocks, sinks, HAS_PADDING_MASK)
-        offered += tl.sum(real.to(tl.int32), 0)
-    take = tl.minimum(count, offered)
-    # The largest key that at least ``take`` blocks reach, bit by bit from the highest.
-    key = tl.zeros([], tl.uint32)
-    for step in range(32):
-        higher = key | (tl.full([], 1, tl.uint32) << (31 - step))
-        reached = 0
+    key, above, take = tl.zeros([], tl.uint32), tl.zeros([], tl.int32), tl.zeros([], tl.int32)
+    digit = tl.arange(0, 256)
+    for level in range(4):
+        held = tl.zeros([256], tl.int32)
         for chunk in range(chunks):
-            rank, real = _rank(
-                scores, padding_mask, leading, chunk * CHUNK + lane, open_blocks, sinks, HAS_PADDING_MASK
-            )
-            reached += tl.sum((real & (rank >= higher)).to(tl.int32), 0)
-        key = tl.where(reached >= take, higher, key)
-    above = 0
-    for chunk in range(chunks):
-        rank, real = _rank(scores, padding_mask, leading, chunk * CHUNK + lane, open_blocks, sinks, HAS_PADDING_MASK)
-        above += tl.sum((real & (rank > key)).to(tl.int32), 0)
+            rank, real = _rank(scores, padding_mask, leading, chunk * CHUNK, lane, open_blocks, sinks, HAS_PADDING_MASK)
+            prefix = rank >> (24 - 8 * level)
+            held += tl.histogram((prefix & 255).to(tl.int32), 256, mask=real & (prefix >> 8 == key))
+        reach = tl.cumsum(held, 0, reverse=True)
+        take = tl.where(level == 0, tl.minimum(count, tl.max(reach, 0)), take)
+        # The largest digit that at least ``take`` blocks reach, and the blocks above it.
+        best = tl.max(tl.where(above + reach >= take, digit, 0), 0)
+        above += tl.sum(tl.where(digit > best, held, 0), 0)
+        key = (key << 8) | best.to(tl.uint32)
 
     ties, found = take - above, 0
     for chunk in range(tl.cdiv(blocks, CHUNK)):
-        block = chunk * CHUNK + lane
-        rank, real = _rank(scores, padding_mask, leading, block, open_blocks, sinks, HAS_PADDING_MASK)
+        first = chunk * CHUNK
+        rank, real = _rank(scores, padding_mask, leading, first, lane, open_blocks, sinks, HAS_PADDING_MASK)
         equal = real & (rank == key)
         order = tl.cumsum(equal.to(tl.int32), 0)
         chosen = (real & (rank > key)) | (equal & (order <= ties))
         ties -= tl.sum(equal.to(tl.int32), 0)
-        tl.store(is_chosen + block, chosen.to(tl.uint8), mask=block < blocks)
-        absent = chosen & (tl.load(slots + block, mask=chosen, other=0) < 0)
+        tl.store(is_chosen + first + lane, chosen.to(tl.uint8), mask=lane < blocks - first)
+        absent = chosen & (tl.load(slots + first + lane, mask=chosen, other=0) < 0)
         place = found + tl.cumsum(absent.to(tl.int32), 0) - 1
-        tl.store(missing + place, block, mask=absent)
+        tl.store(missing + place, first + lane, mask=absent)
         found += tl.sum(absent.to(tl.int32), 0)
     tl.store(missing_counts + tl.program_id(0), found)
     tl.store(chosen_counts + tl.program_id(0), take)
