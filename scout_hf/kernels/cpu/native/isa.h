@@ -41,6 +41,17 @@ struct scout_signs {
   float first_of_pair;
 };
 
+// What blocks are ranked by: log2 of the mean over the heads of each block's share of its head's mass.
+enum { SCOUT_BINS = 1024, SCOUT_ROUND = 16 };
+struct scout_shares {
+  const float* masses;           // [heads][stride], log2
+  int64_t stride;
+  int heads, count;              // count: a multiple of SCOUT_ROUND
+  const float* recent;           // [heads], log2 of a mass that each head has besides; may be NULL
+  float* totals;                 // [heads], for use within
+  float* out;                    // result [count]
+};
+
 enum { SCOUT_I4 = -1 };  // in addition to the types of scout_cpu.h: two numbers per byte, the lower half first
 
 struct scout_isa {
@@ -55,6 +66,13 @@ struct scout_isa {
   void (*dots)(const uint8_t* codes, int dtype, int64_t rows, int numbers, const float* weights, float* out);
   void (*signs)(const scout_signs*);
   bool (*signs_fit)(int block_size);
+  // Scores of the masses that `signs` gives; returns the largest mass.
+  float (*logarithms)(const float* mass, int count, float reference, float* scores);
+  void (*shares)(const scout_shares*);
+  // The bin of every score, and how many are in each of the SCOUT_BINS, which begin with 0: the first is for -inf, the
+  // last for inf, the others are in between in ascending order. Returns how many scores are above -inf. NaN becomes
+  // inf, so that a block with NaN keys is attended, not hidden. `count` is a multiple of SCOUT_ROUND.
+  int (*into_bins)(float* scores, int count, int32_t* places, int32_t* bins);
   // Sums all bytes, to force reading them; prefetches `next`.
   int64_t (*read)(const uint8_t* start, int64_t bytes, const uint8_t* next);
 };

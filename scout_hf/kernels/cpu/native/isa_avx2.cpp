@@ -7,7 +7,7 @@
 #include <immintrin.h>
 
 #define SCOUT_W 8
-#define SCOUT_SIGN_GROUP 2
+#define SCOUT_SIGN_VECTORS 2
 namespace {
 constexpr int W = SCOUT_W, SLICES = 1;
 typedef float vf __attribute__((vector_size(4 * W)));
@@ -39,6 +39,7 @@ inline vb side_by_side(const uint8_t* const* blocks, int64_t at) {
 
 #include "tile.inl"
 #include "tile_many.inl"
+#include "ranks.inl"
 #include "sign_mass.inl"
 #include "sign_shuffle.inl"
 
@@ -51,5 +52,6 @@ bool runs() {
 }
 }  // namespace
 
-extern const scout_isa scout_isa_avx2 = {"avx2", runs, W, attend, attend_many, score, signs, signs_fit, read};
+extern const scout_isa scout_isa_avx2 = {
+    "avx2", runs, W, attend, attend_many, score, signs, signs_fit, logarithms, shares, into_bins, read};
 #endif

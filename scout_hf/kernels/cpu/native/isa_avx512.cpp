@@ -6,6 +6,7 @@
 #include "isa_avx512.inl"
 #include "tile.inl"
 #include "tile_many.inl"
+#include "ranks.inl"
 #include "sign_mass.inl"
 #include "sign_shuffle.inl"
 
@@ -16,5 +17,6 @@ bool runs() {
 }
 }  // namespace
 
-extern const scout_isa scout_isa_avx512 = {"avx512", runs, W, attend, attend_many, score, signs, signs_fit, read};
+extern const scout_isa scout_isa_avx512 = {
+    "avx512", runs, W, attend, attend_many, score, signs, signs_fit, logarithms, shares, into_bins, read};
 #endif

@@ -2,7 +2,7 @@
 #include <immintrin.h>
 
 #define SCOUT_W 16
-#define SCOUT_SIGN_GROUP 4
+#define SCOUT_SIGN_VECTORS 4
 namespace {
 constexpr int W = SCOUT_W, SLICES = 2;
 typedef float vf __attribute__((vector_size(4 * W)));

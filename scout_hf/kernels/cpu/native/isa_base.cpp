@@ -45,10 +45,12 @@ inline vi madd(vi sum, vh a, vh b) {
 
 #include "tile.inl"
 #include "tile_many.inl"
+#include "ranks.inl"
 #include "sign_plain.inl"
 
 namespace {
 bool runs() { return true; }
 }  // namespace
 
-extern const scout_isa scout_isa_base = {"base", runs, W, attend, attend_many, score, signs, signs_fit, read};
+extern const scout_isa scout_isa_base = {
+    "base", runs, W, attend, attend_many, score, signs, signs_fit, logarithms, shares, into_bins, read};

@@ -6,7 +6,7 @@
 #include <arm_neon.h>
 
 #define SCOUT_W 4
-#define SCOUT_SIGN_GROUP 4
+#define SCOUT_SIGN_VECTORS 4
 namespace {
 constexpr int W = SCOUT_W, SLICES = 2;
 typedef float vf __attribute__((vector_size(4 * W)));
@@ -40,6 +40,7 @@ inline vf smaller(vf a, vf b) { return (vf)vminq_f32((float32x4_t)a, (float32x4_
 
 #include "tile.inl"
 #include "tile_many.inl"
+#include "ranks.inl"
 #include "sign_mass.inl"
 #include "sign_shuffle.inl"
 
@@ -47,5 +48,6 @@ namespace {
 bool runs() { return true; }
 }  // namespace
 
-extern const scout_isa scout_isa_neon = {"neon", runs, W, attend, attend_many, score, signs, signs_fit, read};
+extern const scout_isa scout_isa_neon = {
+    "neon", runs, W, attend, attend_many, score, signs, signs_fit, logarithms, shares, into_bins, read};
 #endif

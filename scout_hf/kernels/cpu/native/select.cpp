@@ -14,8 +14,19 @@
 
 namespace {
 
+typedef float vf __attribute__((vector_size(16)));
+typedef int32_t vi __attribute__((vector_size(16)));
+
+}  // namespace
+
+#include "logs.inl"
+
+namespace {
+
 constexpr int64_t RANGE_BLOCKS = 2048, WORTH_A_TEAM_BYTES = 64 << 10;
-constexpr int BINS = 1024, STRETCH = 16, HEADS_AT_ONCE = 16, PRODUCTS_AT_ONCE = 1024;
+constexpr int HEADS_AT_ONCE = 16, PRODUCTS_AT_ONCE = 1024;
+
+int64_t rounded(int64_t count) { return (count + SCOUT_ROUND - 1) / SCOUT_ROUND * SCOUT_ROUND; }
 
 bool any(const uint8_t* marks, int count) {
   for (int i = 0; i < count; i++)
@@ -23,128 +34,41 @@ bool any(const uint8_t* marks, int count) {
   return false;
 }
 
-// Four scores at a time, with comparisons: compilers do not vectorise this for floats that may be NaN.
-typedef float vf __attribute__((vector_size(16)));
-typedef int32_t vi __attribute__((vector_size(16)));
-
-struct Bounds {
-  float low, high;  // over finite scores
-  int valid;       // scores above -inf
-};
-
-// NaN becomes inf, so that a block with NaN keys is attended, not hidden. `count` is padded to a multiple of 4 by -inf.
-Bounds bounds_of(float* scores, int count) {
-  const vf none = vf{} - INFINITY, all = vf{} + INFINITY;
-  vf low = vf{} + 3.0e38f, high = vf{} - 3.0e38f;
-  vi valid = {};
-  for (int i = 0; i < count; i += 4) {
-    vf s;
-    memcpy(&s, scores + i, sizeof s);
-    s = s == s ? s : all;
-    memcpy(scores + i, &s, sizeof s);
-    const vi real = s > none;
-    valid -= real;
-    low = (real & (s < low)) ? s : low;
-    high = ((s < all) & (s > high)) ? s : high;
-  }
-  Bounds bounds = {low[0], high[0], valid[0] + valid[1] + valid[2] + valid[3]};
-  for (int i = 1; i < 4; i++) {
-    bounds.low = std::min(bounds.low, low[i]);
-    bounds.high = std::max(bounds.high, high[i]);
-  }
-  return bounds;
-}
-
-// The bin of every score: 0 for -inf, the last for inf, the others in between in ascending order.
-void sort_into_bins(const float* scores, int count, const Bounds& bounds, int32_t* places, int* bins) {
-  const vf none = vf{} - INFINITY, all = vf{} + INFINITY, low = vf{} + bounds.low, high = vf{} + bounds.high;
-  float step = bounds.high > bounds.low ? (BINS - 3) / (bounds.high - bounds.low) : 0.0f;
-  if (!(step < INFINITY)) step = 0.0f;  // scores almost equal: one bin for all
-  for (int i = 0; i < count; i += 4) {
-    vf s;
-    memcpy(&s, scores + i, sizeof s);
-    vf within = s < low ? low : s;
-    within = within > high ? high : within;
-    vi place = __builtin_convertvector((within - low) * step, vi) + 1;
-    place = place < 1 ? vi{} + 1 : place;  // the range overflows a float
-    place = (s == none) ? vi{} : place;
-    place = (s == all) ? vi{} + (BINS - 1) : place;
-    memcpy(places + i, &place, sizeof place);
-  }
-  for (int i = 0; i < count; i++) bins[places[i]]++;
-}
-
 // Ids of the `want` largest scores, ascending; among equal scores the first. -inf is never chosen. May change `scores`,
-// whose capacity is rounded up to a multiple of 4, as is that of `spare` and `places`.
-int best(float* scores, int count, int want, float* spare, int32_t* places, int32_t* ids) {
+// whose capacity is rounded up to a multiple of SCOUT_ROUND, as is that of `spare` and `places`.
+int best(const scout_isa* isa, float* scores, int count, int want, float* spare, int32_t* places, int32_t* ids) {
   if (want <= 0) return 0;
-  const int padded = (count + 3) / 4 * 4;
-  for (int i = count; i < padded; i++) scores[i] = -INFINITY;
-  const Bounds bounds = bounds_of(scores, padded);
-  float threshold = -INFINITY;
-  int ties = 0;
-  if (bounds.valid > want) {
-    int bins[BINS] = {}, at = BINS - 1, above = 0, inside = 0;
-    sort_into_bins(scores, padded, bounds, places, bins);
-    while (above + bins[at] < want) above += bins[at--];
-    for (int i = 0; i < count; i++) {
-      spare[inside] = scores[i];
-      inside += places[i] == at;
-    }
-    const int rank = want - above - 1;
-    std::nth_element(spare, spare + rank, spare + inside, [](float a, float b) { return a > b; });
-    threshold = spare[rank];
-    ties = want - above;
-    for (int i = 0; i < inside; i++) ties -= spare[i] > threshold;
+  const int padded = (int)rounded(count);
+  std::fill(scores + count, scores + padded, -INFINITY);
+  int bins[SCOUT_BINS] = {}, chosen = 0;
+  if (isa->into_bins(scores, padded, places, bins) <= want) {
+    for (int i = 0; i < count; i++)
+      if (scores[i] > -INFINITY) ids[chosen++] = i;
+    return chosen;
   }
-  int chosen = 0;
-  for (int first = 0; first < count && chosen < want; first += STRETCH) {
-    const int last = std::min(first + STRETCH, count);
-    int some = 0;
-    for (int i = first; i < last; i++) some |= scores[i] >= threshold;
-    if (!some) continue;
-    for (int i = first; i < last && chosen < want; i++) {
-      if (scores[i] > threshold)
-        ids[chosen++] = i;
-      else if (ties > 0 && scores[i] == threshold)
-        ids[chosen++] = i, ties--;
-    }
+  int at = SCOUT_BINS - 1, above = 0, inside = 0;
+  while (above + bins[at] < want) above += bins[at--];
+  for (int i = 0; i < count; i++) {
+    spare[inside] = scores[i];
+    inside += places[i] == at;
+  }
+  const int rank = want - above - 1;
+  std::nth_element(spare, spare + rank, spare + inside, [](float a, float b) { return a > b; });
+  const float threshold = spare[rank];
+  int ties = want - above, equal = 0;
+  for (int i = 0; i < inside; i++) ties -= spare[i] > threshold, equal += spare[i] == threshold;
+  // Mostly all ties are wanted. Branches would be mispredicted often.
+  for (int i = 0; chosen < want && equal == ties; i++) {
+    ids[chosen] = i;
+    chosen += scores[i] >= threshold;
+  }
+  for (int i = 0; chosen < want; i++) {
+    const bool tie = ties > 0 && scores[i] == threshold;
+    ids[chosen] = i;
+    chosen += scores[i] > threshold || tie;
+    ties -= tie;
   }
   return chosen;
-}
-
-inline vf load(const float* from) {
-  vf value;
-  memcpy(&value, from, sizeof value);
-  return value;
-}
-
-// 2^x for x <= 0, to 1e-5; 0 below -126, and for NaN.
-inline vf power(vf x) {
-  const vf least = vf{} - 126.0f;
-  const vi within = x > least;
-  x = within ? x : least;
-  const vi whole = __builtin_convertvector(x, vi);  // towards 0: the rest is in (-1, 0]
-  const vf rest = x - __builtin_convertvector(whole, vf);
-  const vf fraction = 1.0f + rest * (0.6930757f + rest * (0.239547f + rest * (0.0534019f + rest * 0.0069349f)));
-  const vi exponent = (whole + 127) << 23;
-  vf scale;
-  memcpy(&scale, &exponent, sizeof scale);
-  return within ? fraction * scale : vf{};
-}
-
-// log2 of x >= 0, to 1e-5; finite for 0.
-inline vf logarithm(vf x) {
-  vi bits;
-  memcpy(&bits, &x, sizeof bits);
-  const vi exponent = (bits >> 23) - 127;
-  bits = (bits & 0x7fffff) | 0x3f800000;
-  vf m;
-  memcpy(&m, &bits, sizeof m);
-  m = m - 1.0f;
-  const vf low = 1.4425348f + m * (-0.7180336f + m * 0.4571581f);
-  const vf high = -0.2773416f + m * (0.121473f - m * 0.0257924f);
-  return __builtin_convertvector(exponent, vf) + m * (low + m * m * m * high);
 }
 
 // Vectors per digest of DOTS and DOTS4; 0 if that is not a whole number.
@@ -189,9 +113,10 @@ struct Select {
   int32_t* places;                   // [lists][capacity]
   float* scores;                     // [lists][capacity]
   float* masses;                     // SIGN: [lists][group][capacity], log2 for every query head
-  float* fine_masses;                // [lists][group][fine], rounded up to a multiple of 4
+  float* fine_masses;                // [lists][group][fine], rounded up to a multiple of SCOUT_ROUND
   int32_t* fine_ids;                 // [lists][fine], as well
-  int capacity;                      // candidates, rounded up to a multiple of 4, with coarse codes of 16
+  float* totals;                     // [lists][group]
+  int capacity;                      // candidates, rounded up to a multiple of SCOUT_ROUND
   std::atomic<int32_t>* unfinished;  // [lists]
   std::atomic<int64_t> next{0};
 
@@ -239,7 +164,7 @@ struct Select {
 
   // Some candidates, all or those of `ids`, which ascend.
   struct Scored {
-    float *masses, *scores;  // [group][stride] and [stride]; the stride is a multiple of 4
+    float *masses, *scores;  // [group][stride] and [stride]; the stride is a multiple of SCOUT_ROUND
     int stride, count;
     const int32_t* ids;
     int block(int i) const { return ids ? ids[i] : i; }
@@ -255,45 +180,18 @@ struct Select {
     }
   }
 
-  // log2 of the mean over the group of each block's share of its head's mass, computed in logarithms, since a share may
-  // be too small for a float. Blocks of only padding have no share.
-  void mean_shares(int list, int row, const Scored& s) {
-    const int group = a.query_heads / a.kv_heads, capacity = s.stride;
-    float *own = s.masses, *into = s.scores;
-    const vf none = vf{} - INFINITY;
+  // Blocks of only padding have no share.
+  void mean_shares(int list, int row, const Scored& s) const {
+    const int group = a.query_heads / a.kv_heads;
     for (int h = 0; h < group; h++) {
-      float* mass = own + (int64_t)h * capacity;
-      std::fill(mass + s.count, mass + capacity, -INFINITY);
+      float* mass = s.masses + (int64_t)h * s.stride;
+      std::fill(mass + s.count, mass + s.stride, -INFINITY);
       for (int i = 0; i < s.count && a.padding_mask; i++)
         if (!is_real(row, s.block(i))) mass[i] = -INFINITY;
-      vf most = none;
-      for (int i = 0; i < capacity; i += 4) most = load(mass + i) > most ? load(mass + i) : most;
-      const float highest = std::max(std::max(most[0], most[1]), std::max(most[2], most[3]));
-      vf sum = {};
-      for (int i = 0; i < capacity; i += 4) sum += power(load(mass + i) - highest);
-      float all = highest + logarithm(vf{} + ((sum[0] + sum[1]) + (sum[2] + sum[3])))[0];
-      if (a.recent) {
-        const float other = a.recent[row * a.query_heads + list % a.kv_heads * group + h];
-        const float top = std::max(all, other), less = std::min(all, other);
-        if (less > -INFINITY) all = top + logarithm(1.0f + power(vf{} + (less - top)))[0];
-        else all = top;
-      }
-      for (int i = 0; i < capacity; i += 4) {
-        const vf share = load(mass + i) - all;
-        memcpy(mass + i, &share, sizeof share);
-      }
     }
-    const float each = log2f((float)group);
-    for (int i = 0; i < capacity; i += 4) {
-      vf most = load(own + i), sum = {};
-      for (int h = 1; h < group; h++) {
-        const vf share = load(own + (int64_t)h * capacity + i);
-        most = share > most ? share : most;
-      }
-      for (int h = 0; h < group; h++) sum += power(load(own + (int64_t)h * capacity + i) - most);
-      const vf mean = group == 1 ? most : most + logarithm(sum) - each;
-      memcpy(into + i, &mean, sizeof mean);
-    }
+    scout_shares part = {s.masses, s.stride, group, s.stride, nullptr, totals + (int64_t)list * group, s.scores};
+    if (a.recent) part.recent = a.recent + row * a.query_heads + list % a.kv_heads * group;
+    isa->shares(&part);
   }
 
   void products(int row, int head, const uint8_t* codes, int64_t count, float* into) const {
@@ -329,7 +227,9 @@ struct Select {
     for (; first < a.candidates && sinks < a.sinks; first++) sinks += is_real(row, first);
     int real = 0;
     for (int i = 0; i < a.candidates; i += 4) {
-      const vf some = power(load(shares + i));
+      vf some;
+      memcpy(&some, shares + i, sizeof some);
+      some = exp2_of(some);
       memcpy(sizes + i, &some, sizeof some);
     }
     for (int i = first; i < a.candidates; i++) {
@@ -356,7 +256,7 @@ struct Select {
 
   // Chooses among the blocks that are best by their coarse codes.
   void coarse_then_fine(int list, int row, int head, const uint8_t* codes) {
-    const int group = a.query_heads / a.kv_heads, tokens = 2 * SCOUT_PAIRS, stride = (a.fine + 3) / 4 * 4;
+    const int group = a.query_heads / a.kv_heads, tokens = 2 * SCOUT_PAIRS, stride = (int)rounded(a.fine);
     const Scored all = all_of(list);
     int32_t* ids = fine_ids + (int64_t)list * stride;
     const uint8_t* coarse = a.coarse + row * a.coarse_row + head * a.coarse_head;
@@ -365,7 +265,7 @@ struct Select {
     signs(row, head, {coarse, a.coarse_code, nullptr, groups, tokens, first, a.candidates}, all.masses, capacity);
     mean_shares(list, row, all);
     mark(row, all, std::min(a.sinks, a.fine));
-    const int count = best(all.scores, all.count, a.fine, spare + at, places + at, ids);
+    const int count = best(isa, all.scores, all.count, a.fine, spare + at, places + at, ids);
     const Scored some = {fine_masses + (int64_t)list * group * stride, all.scores, stride, count, ids};
     signs(row, head, {codes, a.codes_block, ids, count, a.block_size, 0, 0}, some.masses, stride);
     choose(list, row, some);
@@ -406,7 +306,7 @@ struct Select {
     mark(row, s, std::min(a.sinks, want));
     int32_t* ids = a.blocks + list * a.blocks_stride;
     const int64_t own = (int64_t)list * capacity;
-    int chosen = best(own_scores, s.count, want, spare + own, places + own, ids);
+    int chosen = best(isa, own_scores, s.count, want, spare + own, places + own, ids);
     for (int i = 0; i < chosen && s.ids; i++) ids[i] = s.ids[ids[i]];
     for (int i = 0; i < a.newest; i++) ids[chosen++] = a.candidates + i;
     a.counts[list] = chosen;
@@ -436,13 +336,12 @@ extern "C" SCOUT_EXPORT int scout_select(scout_select_args* args, int threads) {
   if (!job.isa) return SCOUT_UNSUPPORTED;
   job.lists = args->batch * args->kv_heads;
   job.ranges = args->fine ? 1 : std::max(1, (int)((args->candidates + RANGE_BLOCKS - 1) / RANGE_BLOCKS));
-  const int round = args->fine ? SCOUT_PAIRS : 4;
-  job.capacity = (args->candidates + round - 1) / round * round;
+  static_assert(SCOUT_ROUND % SCOUT_PAIRS == 0, "coarse codes score whole groups");
+  job.capacity = (int)rounded(args->candidates);
   const int64_t numbers = (int64_t)job.lists * job.capacity;
   const int64_t heads = args->scorer == SCOUT_SIGN ? args->query_heads / args->kv_heads : 0;
-  const int64_t fine = (int64_t)job.lists * ((args->fine + 3) / 4 * 4);
-  const int64_t need =
-      (numbers * (3 + heads) + fine * (heads + 1)) * sizeof(float) + job.lists * sizeof(std::atomic<int32_t>);
+  const int64_t fine = job.lists * rounded(args->fine), words = numbers * (3 + heads) + fine * (heads + 1);
+  const int64_t need = (words + job.lists * heads) * sizeof(float) + job.lists * sizeof(std::atomic<int32_t>);
   if (need > kept.bytes) {
     free(kept.memory);
     kept.memory = malloc(need);
@@ -455,7 +354,8 @@ extern "C" SCOUT_EXPORT int scout_select(scout_select_args* args, int threads) {
   job.masses = (float*)(job.places + numbers);
   job.fine_masses = job.masses + numbers * heads;
   job.fine_ids = (int32_t*)(job.fine_masses + fine * heads);
-  job.unfinished = (std::atomic<int32_t>*)(job.fine_ids + fine);
+  job.totals = (float*)(job.fine_ids + fine);
+  job.unfinished = (std::atomic<int32_t>*)(job.totals + job.lists * heads);
   for (int list = 0; list < job.lists; list++) new (&job.unfinished[list]) std::atomic<int32_t>(job.ranges);
   const bool large = numbers * args->code * scout::bytes_of(args->code_dtype) >= WORTH_A_TEAM_BYTES;
   scout_team_run([](void* it) { ((Select*)it)->work(); }, &job, large ? threads : 1);

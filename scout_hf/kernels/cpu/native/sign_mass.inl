@@ -32,6 +32,12 @@ inline vf sums_of_four(const vf* v) {
 #endif
 }
 
+// Every `parts`-th line of a code. Codes begin anywhere, so that the last bytes may be in one more line.
+inline void prefetch_code(const uint8_t* code, int bytes, int part = 0, int parts = 1) {
+  for (int at = 64 * part; at < bytes; at += 64 * parts) __builtin_prefetch(code + at, 0, 2);
+  if (part == 0) __builtin_prefetch(code + bytes - 1, 0, 2);
+}
+
 inline const uint8_t* code_at(const scout_signs& s, int64_t place) {
   place = place < s.blocks - 1 ? place : s.blocks - 1;
   return s.codes + (s.ids ? s.ids[place] : place) * s.code_bytes;

@@ -142,17 +142,22 @@ ALWAYS_INLINE void add_rows(const O& order, const uint8_t* const* blocks, int64_
 }
 
 // Less the offsets.
-template <int H, class O>
-ALWAYS_INLINE Sums<H> add_up(const O& order, const uint8_t* const* blocks, int64_t size, int rows,
-                             const vz* tables, const int* offsets) {
+template <int H, int R, class O>
+ALWAYS_INLINE Sums<H> add_up(const O& order, const uint8_t* const* blocks, const uint8_t* const* ahead, int64_t size,
+                             int rows, const vz* tables, const int* offsets) {
   Sums<H> sums;
 #pragma GCC unroll 4
   for (int h = 0; h < H; h++)
 #pragma GCC unroll 4
     for (int k = 0; k < 4; k++) sums.of[h][k] = _mm512_set1_epi32(-offsets[h]);
   int row = 0;
-  for (; row + AT_ONCE <= rows; row += AT_ONCE, tables += 2 * H)
+  for (; row + AT_ONCE <= rows; row += AT_ONCE, tables += 2 * H) {
+    // As much as is read now, since many prefetches at a time would wait for each other.
+    for (int r = 0; r < R; r++)
+      for (int line = 0; line < AT_ONCE / R; line++)
+        __builtin_prefetch(ahead[r] + row * size + line * (R == 1 ? size : 64), 0, 2);
     add_rows<true>(order, blocks, row * size, size, AT_ONCE, tables, sums);
+  }
   if (row < rows) add_rows<false>(order, blocks, row * size, size, rows - row, tables, sums);
   return sums;
 }
@@ -165,17 +170,18 @@ void masses(const scout_signs& s) {
   lay_tables<H>(s, tables);
   const Order<ORDER> order;
   const int64_t behind = (int64_t)s.rows * s.block_size;
-  const int code_bytes = (int)behind + s.block_size;
+  const int scales_bytes = s.block_size < 64 ? s.block_size : 64;
   for (int64_t block = 0; block < s.blocks; block += BATCH) {
     vf mass[H][BATCH];
     for (int i = 0; i < BATCH; i += R) {
-      const uint8_t* blocks[R];
+      const uint8_t *blocks[R], *ahead[R];
       for (int r = 0; r < R; r++) {
         blocks[r] = code_at(s, block + i + r);
-        prefetch_span(code_at(s, block + i + r + 2 * BATCH), code_bytes);
+        ahead[r] = code_at(s, block + i + r + BATCH);
       }
       for (int first = 0; first < s.block_size; first += 64) {
-        const Sums<H> sums = add_up<H>(order, blocks, s.block_size, s.rows, tables, s.offsets);
+        const Sums<H> sums = add_up<H, R>(order, blocks, ahead, s.block_size, s.rows, tables, s.offsets);
+        for (int r = 0; r < R; r++) prefetch_code(ahead[r] + behind, scales_bytes);
         vz scale[4];
         order.read_scales(blocks, behind, scale);
 #pragma GCC unroll 4
@@ -199,7 +205,7 @@ void masses(const scout_signs& s) {
           else
             mass[h][i] = (first ? mass[h][i] : vf{}) + ((of[0] + of[1]) + (of[2] + of[3]));
         }
-        blocks[0] += 64;
+        blocks[0] += 64, ahead[0] += 64;
       }
     }
     const int64_t left = s.blocks - block;

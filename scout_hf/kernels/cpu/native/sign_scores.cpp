@@ -1,4 +1,4 @@
-// Lookup tables for sign codes, and the logarithms of masses. All rounding is here, so all instruction sets agree.
+// Lookup tables for sign codes. All rounding is here, so all instruction sets agree.
 #include "sign_scores.h"
 
 #include <math.h>
@@ -10,7 +10,7 @@ namespace {
 
 constexpr int BLOCKS_AT_ONCE = 512;  // their codes stay in L2 while the heads are processed in turn
 constexpr int MOST_HEADS = 16;
-constexpr float FARTHEST = 1e5f;
+constexpr float FARTHEST = 1e5f, NEAR_OVERFLOW = 0x1p125f;
 constexpr int MOST = 127;            // a table holds -MOST to MOST, shifted so that its minimum is 0
 
 typedef float vf __attribute__((vector_size(16)));
@@ -51,55 +51,6 @@ float make_tables(const float* query, int dims, uint8_t* entries, int* offset) {
   return peak / MOST;
 }
 
-inline vf load(const float* from) {
-  vf value;
-  memcpy(&value, from, sizeof value);
-  return value;
-}
-
-// The maximum of `count` numbers, by comparisons that map to single instructions. Ignores NaN.
-float largest(const float* from, int count) {
-  vf most = {};
-  int i = 0;
-  for (; i + 4 <= count; i += 4) {
-    const vf here = load(from + i);
-    most = here > most ? here : most;
-  }
-  float all = 0;
-  for (int k = 0; k < 4; k++) all = most[k] > all ? most[k] : all;
-  for (; i < count; i++) all = from[i] > all ? from[i] : all;
-  return all;
-}
-
-// log2 of the masses, plus `reference`, with log2 linear between powers of two, matching the 2^x that makes the
-// masses: exact if a single token dominates.
-void logarithms(const float* mass, int count, float reference, float* scores) {
-  const float rest = reference - 127;
-  int i = 0;
-  for (; i + 4 <= count; i += 4) {
-    vi bits;
-    memcpy(&bits, mass + i, sizeof bits);
-    const vf logarithm = __builtin_convertvector(bits, vf) * 0x1p-23f + rest;
-    memcpy(scores + i, &logarithm, sizeof logarithm);
-  }
-  for (; i < count; i++) {
-    int32_t bits;
-    memcpy(&bits, mass + i, sizeof bits);
-    scores[i] = (float)bits * 0x1p-23f + rest;
-  }
-}
-
-// If masses come close to the range of float, raises the references; returns whether masses must be computed again.
-bool raise_references(const float* mass, int count, int heads, float* reference) {
-  bool again = false;
-  for (int i = 0; i < heads; i++, mass += BLOCKS_AT_ONCE) {
-    if (reference[i] > FARTHEST || largest(mass, count) < 0x1p125f) continue;
-    reference[i] += 200;
-    again = true;
-  }
-  return again;
-}
-
 }  // namespace
 
 void scout_sign_scores(const scout_isa* isa, const scout_coded& coded, int dims, const float* query, int heads,
@@ -122,13 +73,19 @@ void scout_sign_scores(const scout_isa* isa, const scout_coded& coded, int dims,
       part.tables = tables + h * dims * 4, part.offsets = offsets + h;
       part.worth = worth + h, part.reference = reference + h;
       part.out = mass, part.out_stride = BLOCKS_AT_ONCE;
-      do
+      for (bool again = true; again;) {
+        again = false;
         isa->signs(&part);
-      while (raise_references(mass, count, part.heads, reference + h));
-      // A NaN query gives NaN scores.
-      for (int i = 0; i < part.heads; i++)
-        logarithms(mass + i * BLOCKS_AT_ONCE, count, reference[h + i] + 0 * worth[h + i],
-                   scores + (h + i) * stride + first * each);
+        for (int i = 0; i < part.heads; i++) {
+          float& own = reference[h + i];
+          // A NaN query gives NaN scores.
+          const float most = isa->logarithms(mass + i * BLOCKS_AT_ONCE, count, own + 0 * worth[h + i],
+                                             scores + (h + i) * stride + first * each);
+          if (own > FARTHEST || most < NEAR_OVERFLOW) continue;
+          own += 200;
+          again = true;
+        }
+      }
     }
   }
 }

@@ -7,68 +7,88 @@
 // says which it is.
 namespace {
 
-constexpr int VB = 4 * W;   // bytes of a vector
-constexpr int AT_ONCE = 4;  // rows of signs, that is 8 lookups, per mean
-constexpr int BATCH = 4;    // vectors of tokens whose lanes are added up together
-static_assert(SCOUT_MAX_HEAD_DIM / 8 / AT_ONCE * 12 < 256, "an excess must fit a byte");
+constexpr int VB = 4 * W;              // bytes of a vector
+constexpr int AT_ONCE = 8;             // lookups per mean
+constexpr int BATCH = 4;               // vectors of tokens whose lanes are added up together
+constexpr int T = SCOUT_SIGN_VECTORS;  // of these so many share a load of each table
+static_assert(SCOUT_MAX_HEAD_DIM / 4 / AT_ONCE * 12 < 256, "an excess must fit a byte");
+static_assert(BATCH % T == 0, "a batch is done T vectors at a time");
 
-template <int H>
-inline void lay_tables(const scout_signs& s, int h0, vb* tables) {
-  for (int i = 0; i < 2 * s.rows; i++)
-    for (int h = 0; h < H; h++) {
-      const uint8_t* from = s.tables + ((int64_t)(h0 + h) * 2 * s.rows + i) * 16;
-      for (int lane = 0; lane < VB / 16; lane++) __builtin_memcpy((uint8_t*)&tables[i * H + h] + 16 * lane, from, 16);
+// Every 16 bytes of a vector have the same table.
+inline void lay_tables(const scout_signs& s, vb* tables) {
+  for (int i = 0; i < s.heads * 2 * s.rows; i++)
+    for (int lane = 0; lane < VB / 16; lane++)
+      __builtin_memcpy((uint8_t*)&tables[i] + 16 * lane, s.tables + (int64_t)i * 16, 16);
+}
+
+// Where to look: [2 * rows][T], once for all heads.
+template <int R>
+inline void lay_places(const uint8_t* (*blocks)[R], int64_t step, int rows, vb* places) {
+  for (int row = 0; row < rows; row++, places += 2 * T)
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) {
+      const vb signs = side_by_side<R>(blocks[t], row * step);
+      store(places + t, signs & 15);
+      store(places + T + t, (vb)((vw)signs >> 4) & 15);
     }
 }
 
-template <int H>
 struct Sums {
-  vb modulo[H];
-  vw means[H], odd_means[H];  // even tokens + 256 * odd ones, and odd ones
+  vb modulo;
+  vw means, odd_means;  // even tokens + 256 * odd ones, and odd ones
 };
 
-// `N` rows of signs, `step` bytes from each other.
-template <int H, int N, int R>
-__attribute__((always_inline)) inline void add_rows(const uint8_t* const* blocks, int64_t at, int64_t step,
-                                                    const vb* tables, Sums<H>& sums) {
-  vb mean[AT_ONCE][H];
+// Adds `N` lookups, an even number, to the sums modulo 256 of T vectors, and stores their means.
+template <int N>
+__attribute__((always_inline)) inline void look_up(const vb* places, const vb* tables, vb* modulo, vb* means) {
+  vb mean[4][T];
 #pragma GCC unroll 4
-  for (int v = 0; v < N; v++) {
-    const vb signs = side_by_side<R>(blocks, at + v * step);
-    const vb low = signs & 15, high = (vb)((vw)signs >> 4) & 15;
+  for (int pair = 0; pair < N / 2; pair++) {
+    const vb low = tables[2 * pair], high = tables[2 * pair + 1];
 #pragma GCC unroll 4
-    for (int h = 0; h < H; h++) {
-      const vb a = look_up(tables[2 * v * H + h], low), b = look_up(tables[(2 * v + 1) * H + h], high);
-      sums.modulo[h] = sums.modulo[h] + a + b;
-      mean[v][h] = average(a, b);
-      if (v == 1) mean[0][h] = average(mean[0][h], mean[1][h]);
-      if (v == 3) mean[2][h] = average(mean[2][h], mean[3][h]);
-      if (v == 3) mean[0][h] = average(mean[0][h], mean[2][h]);
+    for (int t = 0; t < T; t++) {
+      const vb a = look_up(low, places[2 * pair * T + t]), b = look_up(high, places[(2 * pair + 1) * T + t]);
+      modulo[t] += a;
+      SCOUT_IN_REGISTER(modulo[t]);  // adding these up in another order takes more registers
+      modulo[t] += b;
+      SCOUT_IN_REGISTER(modulo[t]);
+      mean[pair][t] = average(a, b);
+      if (pair == 1) mean[0][t] = average(mean[0][t], mean[1][t]);
+      if (pair == 3) mean[2][t] = average(mean[2][t], mean[3][t]);
     }
   }
 #pragma GCC unroll 4
-  for (int h = 0; h < H; h++) {
+  for (int t = 0; t < T; t++) {
     const vb none = {};
-    vb all = mean[0][h];
-    if (N == 1) all = average(all, none);
-    if (N < 3) all = average(all, none);
-    if (N == 3) all = average(all, average(mean[2][h], none));
-    sums.means[h] += (vw)all;
-    sums.odd_means[h] += (vw)all >> 8;
+    vb all = mean[0][t];
+    if (N == 2) all = average(all, none);
+    if (N < 6) all = average(all, none);
+    if (N == 6) all = average(all, average(mean[2][t], none));
+    if (N == 8) all = average(all, mean[2][t]);
+    store(means + t, all);
   }
 }
 
-template <int H, int R>
-__attribute__((always_inline)) inline Sums<H> add_up(const uint8_t* const* blocks, int64_t step, int rows,
-                                                     const vb* tables) {
-  Sums<H> sums = {};
-  int64_t at = 0;
-  for (; rows >= AT_ONCE; rows -= AT_ONCE, at += AT_ONCE * step, tables += 2 * AT_ONCE * H)
-    add_rows<H, AT_ONCE, R>(blocks, at, step, tables, sums);
-  if (rows == 1) add_rows<H, 1, R>(blocks, at, step, tables, sums);
-  if (rows == 2) add_rows<H, 2, R>(blocks, at, step, tables, sums);
-  if (rows == 3) add_rows<H, 3, R>(blocks, at, step, tables, sums);
-  return sums;
+__attribute__((always_inline)) inline void add_up(const vb* places, int lookups, const vb* tables, Sums* sums) {
+  vb modulo[T], means[(SCOUT_MAX_HEAD_DIM / 4 + AT_ONCE - 1) / AT_ONCE * T], *end = means;
+#pragma GCC unroll 4
+  for (int t = 0; t < T; t++) modulo[t] = vb{};
+  for (; lookups >= AT_ONCE; lookups -= AT_ONCE, places += AT_ONCE * T, tables += AT_ONCE, end += T)
+    look_up<AT_ONCE>(places, tables, modulo, end);
+  if (lookups == 2) look_up<2>(places, tables, modulo, end);
+  if (lookups == 4) look_up<4>(places, tables, modulo, end);
+  if (lookups == 6) look_up<6>(places, tables, modulo, end);
+  if (lookups) end += T;
+#pragma GCC unroll 4
+  for (int t = 0; t < T; t++) {
+    vw all = {}, odd = {};
+    for (const vb* mean = means + t; mean < end; mean += T) {
+      const vw both = (vw)*mean;
+      all += both;
+      odd += both >> 8;
+    }
+    sums[t] = Sums{modulo[t], all, odd};
+  }
 }
 
 // The token's scales and its sums come in the same order: four at a time of the even, then of the odd ones.
@@ -81,10 +101,9 @@ inline void as_scales(vb bytes, vf* scales) {
   scales[3] = (vf)zip_high(none, odd);
 }
 
-template <int H>
-inline void as_numbers(const Sums<H>& sums, int h, int offset, vf* numbers) {
-  const vw modulo = (vw)sums.modulo[h], odd_means = sums.odd_means[h];
-  const vw even = (sums.means[h] - (odd_means << 8)) << 3, odd = odd_means << 3;
+inline void as_numbers(const Sums& sums, int offset, vf* numbers) {
+  const vw modulo = (vw)sums.modulo, odd_means = sums.odd_means;
+  const vw even = (sums.means - (odd_means << 8)) << 3, odd = odd_means << 3;
   const vw even_sum = even - ((even - modulo) & 0xff), odd_sum = odd - ((odd - (modulo >> 8)) & 0xff);
   const vw exponent = vw{} + 0x4b00;  // of 2^23, whose last bit is worth 1
   const vf base = splat(0x1p23f + (float)offset);
@@ -110,48 +129,53 @@ inline void store_pairs(const scout_signs& s, int h, int64_t block, int first, v
 }
 
 // R blocks lie side by side in every vector; R 1: a block takes one or several.
-template <int H, int R, bool PAIRS>
-void masses(const scout_signs& s, int h0) {
-  vb tables[SCOUT_MAX_HEAD_DIM / 4 * H];
-  lay_tables<H>(s, h0, tables);
+template <int R, bool PAIRS>
+void masses(const scout_signs& s) {
+  vb tables[SCOUT_SIGN_HEADS * SCOUT_MAX_HEAD_DIM / 4], places[SCOUT_MAX_HEAD_DIM / 4 * T];
+  lay_tables(s, tables);
   const int64_t last = s.blocks - 1, signs_bytes = (int64_t)s.rows * s.block_size;
-  const int code_bytes = (int)signs_bytes + s.block_size;
+  const int code_bytes = (int)signs_bytes + s.block_size, lookups = 2 * s.rows;
   for (int64_t block = 0; block < s.blocks; block += BATCH * R) {
-    vf mass[H][BATCH];
-    for (int i = 0; i < BATCH; i++) {
-      const uint8_t* blocks[R];
-      for (int r = 0; r < R; r++) {
-        const int64_t wanted = block + i * R + r;
-        blocks[r] = code_at(s, wanted);
-        if (h0 == 0) prefetch_span(code_at(s, wanted + BATCH * R), code_bytes);
-      }
-      for (int first = 0; first < s.block_size; first += VB) {
-        const Sums<H> sums = add_up<H, R>(blocks, s.block_size, s.rows, tables);
-        vf scales[4];
-        as_scales(side_by_side<R>(blocks, signs_bytes), scales);
-#pragma GCC unroll 4
-        for (int h = 0; h < H; h++) {
-          vf numbers[4];
-          as_numbers(sums, h, s.offsets[h0 + h], numbers);
-          const vf factor = splat(s.worth[h0 + h] * 0x1p23f), one = splat((127 - s.reference[h0 + h]) * 0x1p23f);
-          if (PAIRS) {
-            const vf even = mass_of(numbers[0], scales[0], factor, one) * splat(s.first_of_pair);
-            const vf odd = mass_of(numbers[1], scales[1], factor, one) * splat(s.first_of_pair);
-            store_pairs<R>(s, h0 + h, block + i * R, first, even + mass_of(numbers[2], scales[2], factor, one),
-                           odd + mass_of(numbers[3], scales[3], factor, one));
-            continue;
-          }
-          const vf part = (mass_of(numbers[0], scales[0], factor, one) + mass_of(numbers[1], scales[1], factor, one)) +
-                          (mass_of(numbers[2], scales[2], factor, one) + mass_of(numbers[3], scales[3], factor, one));
-          mass[h][i] = first ? mass[h][i] + part : part;
+    vf mass[SCOUT_SIGN_HEADS][BATCH];
+    for (int i = 0; i < BATCH; i += T) {
+      const uint8_t *blocks[T][R], *ahead[T][R];
+      for (int t = 0; t < T; t++)
+        for (int r = 0; r < R; r++) {
+          const int64_t wanted = block + (i + t) * R + r;
+          blocks[t][r] = code_at(s, wanted);
+          ahead[t][r] = code_at(s, wanted + BATCH * R);
         }
-        blocks[0] += VB;
+      for (int first = 0; first < s.block_size; first += VB) {
+        lay_places<R>(blocks, s.block_size, s.rows, places);
+        vf scales[T][4];
+        for (int t = 0; t < T; t++) as_scales(side_by_side<R>(blocks[t], signs_bytes), scales[t]);
+        for (int h = 0; h < s.heads; h++) {
+          for (int t = 0; t < T && !first; t++)
+            for (int r = 0; r < R; r++) prefetch_code(ahead[t][r], code_bytes, h, s.heads);
+          Sums sums[T];
+          add_up(places, lookups, tables + h * lookups, sums);
+          const vf factor = splat(s.worth[h] * 0x1p23f), one = splat((127 - s.reference[h]) * 0x1p23f);
+#pragma GCC unroll 4
+          for (int t = 0; t < T; t++) {
+            vf numbers[4], of[4];
+            as_numbers(sums[t], s.offsets[h], numbers);
+            for (int k = 0; k < 4; k++) of[k] = mass_of(numbers[k], scales[t][k], factor, one);
+            if (PAIRS) {
+              const vf often = splat(s.first_of_pair);
+              store_pairs<R>(s, h, block + (i + t) * R, first, of[0] * often + of[2], of[1] * often + of[3]);
+              continue;
+            }
+            const vf part = (of[0] + of[1]) + (of[2] + of[3]);
+            mass[h][i + t] = first ? mass[h][i + t] + part : part;
+          }
+        }
+        for (int t = 0; t < T; t++) blocks[t][0] += VB;
       }
     }
-    for (int h = 0; h < H && !PAIRS; h++) {
+    for (int h = 0; h < s.heads && !PAIRS; h++) {
       float lanes[W];
       store(lanes, sums_of_four(mass[h]));
-      float* out = s.out + (h0 + h) * s.out_stride + block;
+      float* out = s.out + h * s.out_stride + block;
       for (int i = 0; i < BATCH; i++)
         for (int r = 0; r < R && block + i * R + r <= last; r++) {
           constexpr int EACH = W / 4 / R;
@@ -163,25 +187,14 @@ void masses(const scout_signs& s, int h0) {
   }
 }
 
-template <int R, bool PAIRS>
-void masses_of(const scout_signs& s) {
-  int h = 0;
-  for (; h + SCOUT_SIGN_GROUP <= s.heads; h += SCOUT_SIGN_GROUP) masses<SCOUT_SIGN_GROUP, R, PAIRS>(s, h);
-#if SCOUT_SIGN_GROUP >= 4
-  if (s.heads - h == 3) return masses<3, R, PAIRS>(s, h);
-  if (s.heads - h == 2) return masses<2, R, PAIRS>(s, h);
-#endif
-  if (s.heads - h == 1) masses<1, R, PAIRS>(s, h);
-}
-
 void signs(const scout_signs* s) {
-  if (s->first_of_pair != 0) return masses_of<W == 16 ? 2 : 1, true>(*s);
-  if (s->block_size >= VB) return masses_of<1, false>(*s);
+  if (s->first_of_pair != 0) return masses<W == 16 ? 2 : 1, true>(*s);
+  if (s->block_size >= VB) return masses<1, false>(*s);
 #if SCOUT_W == 16
-  if (s->block_size == 16) return masses_of<4, false>(*s);
+  if (s->block_size == 16) return masses<4, false>(*s);
 #endif
 #if SCOUT_W > 4
-  masses_of<2, false>(*s);
+  masses<2, false>(*s);
 #endif
 }
 
