@@ -175,7 +175,7 @@ def read_bytes(cache: Cache) -> tuple[int, int]:
     if not isinstance(cache, ScoutCache):
         return kv_bytes(cache)["stock"], 0
     selectors = [layer.method.selector for layer in cache.scout_layers]
-    return kv_bytes(cache)["host"], tensor_bytes([one.table.rows() for one in selectors if one.blocks])
+    return kv_bytes(cache)["host"], tensor_bytes([one.table.codes() for one in selectors if one.blocks])
 
 
 def _product_rate(model: LlamaForCausalLM) -> float:

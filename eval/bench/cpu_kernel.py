@@ -19,7 +19,7 @@ from scout_hf.eval.bench.options import CpuKernel, Tell, all_but, check_sizes, s
 from scout_hf.eval.bench.timing import Timing, interleave
 from scout_hf.eval.caches import DTYPE, tensor_bytes
 from scout_hf.kernels.cpu import BlockLists, make_backend
-from scout_hf.selection import CoarseCodes, Digest, MinMax, Selector, choose
+from scout_hf.selection import Digest, MinMax, Selector, choose, coarse_for
 from scout_hf.stores import allocate_slab, huge_page_bytes, make_store
 
 CACHES = 3
@@ -175,9 +175,9 @@ class _Bench:
         return self.native.score(digest.native, digest.prepare(self._query()), codes, block_size=self.size) is not None
 
     def _coarse(self, selector: Selector, count: int, sinks: int) -> Callable[[], Callable[[], Any]] | None:
-        """The choice as a step makes it: coarsely first, then of the best blocks token by token."""
+        """The choice as a step makes it: by signs alone first, then of the best blocks by whole codes."""
         digest, codes = selector.digest, selector.table.codes()
-        coarse = CoarseCodes().choice(selector.table.summaries(), count)
+        coarse = coarse_for(digest, self._query().shape[3], codes.shape[2], count)
         if coarse is None:
             return None
 

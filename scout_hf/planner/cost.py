@@ -15,8 +15,8 @@ from scout_hf.planner.shape import ModelShape
 from scout_hf.split import Rates, best_split, layer_seconds
 
 GIB = 2**30
-LEAST_BLOCK, SUMMARIES, FINE, WORTH = 16, 2, 6, 2
-"""Of ``scout_hf.selection.coarse``, which needs torch: tokens of a block and its summaries; blocks to score fully."""
+FINE, WORTH = 6, 2
+"""Of ``scout_hf.selection.coarse``, which needs torch: blocks that are scored by whole codes, and where it pays."""
 
 
 @dataclass(frozen=True)
@@ -305,9 +305,10 @@ def _scout(shape: ModelShape, machine: Machine, load: Load) -> _Cost:
     bits = 2 if shape.head_dim <= (128 if machine.gpu else 256) else 1
     digests = load.batch * load.context * shape.kv_heads * (bits * shape.head_dim / 8 + 1)
     if not machine.gpu:
-        read, held_digests = _coarse_first(load, digests)
+        plane = shape.head_dim / 8
+        read = digests if bits == 1 else _coarse_first(load, digests, (plane + 1) / (bits * plane + 1))
         parts = {"attention": resident / machine.cpu_gbps / 1e6, "selection": read / machine.score_gbps / 1e6}
-        return parts, 0.0, shape.full * (held + held_digests)
+        return parts, 0.0, shape.full * (held + digests)
     attention, selection = resident / machine.attend_gbps / 1e6, digests / machine.score_gbps / 1e6
     share = load.cpu_ratio * resident / machine.cpu_gbps / 1e6 + 2 * machine.link_us / 1e3
     # A recall may take a whole step, but the recalls of all layers share the link.
@@ -317,19 +318,10 @@ def _scout(shape: ModelShape, machine: Machine, load: Load) -> _Cost:
     return parts, shape.full * (resident + digests), shape.full * held
 
 
-def _coarse_first(load: Load, digests: float) -> tuple[float, float]:
-    """Bytes of digests that a step reads and that are held, with summaries of blocks that are scored first."""
-    if load.block_size < LEAST_BLOCK:
-        return digests, digests
-    summaries = digests * SUMMARIES / load.block_size
+def _coarse_first(load: Load, digests: float, first: float) -> float:
+    """Bytes of digests that a step reads, where their ``first`` share tells which blocks are read whole."""
     candidates = FINE * load.budget
-    # They are held twice: as they are saved, and in the order in which they are read.
-    held = digests + 2 * summaries
-    return (
-        (summaries + digests * candidates / load.context, held)
-        if load.context >= WORTH * candidates
-        else (digests, held)
-    )
+    return digests * (first + candidates / load.context) if load.context >= WORTH * candidates else digests
 
 
 _METHODS: dict[str, Callable[[ModelShape, Machine, Load], _Cost]] = {

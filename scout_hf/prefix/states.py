@@ -83,7 +83,7 @@ def join(states: Sequence[State], ends: Sequence[int], coded: int) -> State:
     if "selector" in made["method"]:
         selector = dict(_at(first, SELECTOR))
         if selector.get("codes") is not None:
-            codes = _alike([_at(state, CODES) for state in states[:coded]])
+            codes = [_at(state, CODES) for state in states[:coded]]
             selector["codes"] = torch.cat(list(_run_of_codes(codes, ends, len(states))), dim=2)
         made["method"]["selector"] = selector
     return made
@@ -115,12 +115,6 @@ def bytes_in(states: Sequence[State]) -> int:
             elif isinstance(value, torch.Tensor):
                 total += value.nbytes
     return total
-
-
-def _alike(codes: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """Codes without the summaries behind them, if some have none."""
-    least = min(part.shape[3] for part in codes if part is not None)
-    return [None if part is None else part[..., :least] for part in codes]
 
 
 def _run_of_codes(codes: Sequence[torch.Tensor | None], ends: Sequence[int], segments: int) -> Iterator[torch.Tensor]:

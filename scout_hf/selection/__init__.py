@@ -1,7 +1,7 @@
 """Block selection: a digest per block, scores of digests against a query, and the top-k blocks within a budget."""
 
 from scout_hf.selection.auto import check_digest, digest_for
-from scout_hf.selection.coarse import CoarseCodes
+from scout_hf.selection.coarse import coarse_for
 from scout_hf.selection.digest import Digest, digest_names, make_digest, register_digest
 from scout_hf.selection.grid import Int8MinMax, SubMinMax
 from scout_hf.selection.group_mass import mean_share
@@ -12,7 +12,6 @@ from scout_hf.selection.sign import SignCode, SignCode2
 from scout_hf.selection.table import DigestTable
 
 __all__ = [
-    "CoarseCodes",
     "Digest",
     "DigestTable",
     "Int8MinMax",
@@ -24,6 +23,7 @@ __all__ = [
     "SubMinMax",
     "check_digest",
     "choose",
+    "coarse_for",
     "digest_for",
     "digest_names",
     "make_digest",

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 
 from scout_hf.errors import SessionError
-from scout_hf.selection.coarse import CoarseCodes, fitting
 from scout_hf.selection.digest import Digest, make_digest
 from scout_hf.selection.table import DigestTable
 from scout_hf.stores.state import State, maybe_tensor_in, state_in, tensor_in
@@ -20,8 +19,6 @@ class Coded(NamedTuple):
     """Codes and the digest that made them; one object, because codes are void with another digest.
 
     digest, table : Digest, DigestTable
-    coarse : CoarseCodes
-        Made of the codes in ``table``.
     fitted_blocks : int
         Blocks that the digest was fitted to.
     fitted_blindly : bool
@@ -30,7 +27,6 @@ class Coded(NamedTuple):
 
     digest: Digest
     table: DigestTable
-    coarse: CoarseCodes
     fitted_blocks: int = 0
     fitted_blindly: bool = False
 
@@ -61,15 +57,14 @@ class Coded(NamedTuple):
         SessionError
             If they do not fit.
         """
-        digest, table, (heads, dim) = make_digest(self.digest.name), DigestTable(self.table.own), like.shape[1::2]
+        digest, table, (heads, dim) = make_digest(self.digest.name), DigestTable(), like.shape[1::2]
         digest.load_state_dict(state_in(state, "constants"), batch, device)
         codes = maybe_tensor_in(state, "codes", (batch, heads, None, None))
         if codes is not None:  # a digest that was never fitted has none, and could encode nothing
             one = digest.encode(like.new_zeros((batch, heads, 1, block_size, dim)), None)
             # Native code reads as many bytes as it expects.
-            codes, size = fitting(codes, one.shape[3], block_size, table.own is not None)
-            codes = tensor_in({"codes": codes}, "codes", (batch, heads, None, size), one.dtype)
+            codes = tensor_in(state, "codes", (batch, heads, None, one.shape[3]), one.dtype)
             if codes.shape[2] > blocks:
                 raise SessionError(f"there are codes of {codes.shape[2]} blocks, and {blocks} blocks")
             table.load(codes, device)
-        return Coded(digest, table, CoarseCodes())
+        return Coded(digest, table)

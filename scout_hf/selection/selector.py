@@ -14,7 +14,7 @@ from scout_hf.kernels.cpu.protocols import PagedStore
 from scout_hf.kernels.device import find_kernels_for
 from scout_hf.selection.auto import digest_for
 from scout_hf.selection.budget import budgeted
-from scout_hf.selection.coarse import CoarseCodes, own_code, summaries
+from scout_hf.selection.coarse import coarse_for
 from scout_hf.selection.coded import Coded
 from scout_hf.selection.digest import Digest, make_digest
 from scout_hf.selection.group_mass import keep_mass, mean_share, recent_mass
@@ -69,8 +69,7 @@ class Selector:
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
         self.config, self.dense = config, config.is_dense(layer_idx)
         digest, self._kernels = make_digest(digest_for(config, keys)), find_kernels_for(config.gpu_kernels, keys)
-        own = None if self._kernels is not None else own_code(digest, config.block_size, keys)
-        self._coded = Coded(digest, DigestTable(own), CoarseCodes())
+        self._coded = Coded(digest, DigestTable())
         self._early: int | None = None  # first block encoded before its padding mask was known
         self._query_power: torch.Tensor | None = None
         self._scale = keys.shape[-1] ** -0.5
@@ -95,7 +94,7 @@ class Selector:
     @property
     def used_bytes(self) -> int:
         """Bytes of all codes."""
-        return self.table.used_bytes + self._coded.coarse.used_bytes
+        return self.table.used_bytes
 
     def observe(self, query: torch.Tensor, kv_heads: int, scale: float, mask: torch.Tensor | None) -> None:
         """Measure the mean square of a prompt's queries per channel, for digests that are fitted.
@@ -147,9 +146,6 @@ class Selector:
         try:
             for part in parts:
                 codes = self._encode(*part)
-                if self.table.own and (not self.blocks or self.table.summaries() is not None):
-                    two = self.digest.encode(summaries(*part, self._query_power), None)
-                    codes = torch.cat([codes, two], dim=3)
                 # One table at once: memory of many that were too small does not come back to the system.
                 self.table.append(codes, last - self.blocks - codes.shape[2])
         except BaseException:
@@ -163,7 +159,7 @@ class Selector:
     @property
     def has_room(self) -> bool:
         """Whether the next block can be encoded by :meth:`encode_at`."""
-        has_place = self.table.own is None and self.blocks < self.table.capacity
+        has_place = self.blocks < self.table.capacity
         return self.dense or (has_place and not self._coded.fit_is_due(1, self.config.block_size))
 
     def encode_at(self, place: torch.Tensor, keys: torch.Tensor, padding_mask: torch.Tensor | None) -> None:
@@ -183,7 +179,7 @@ class Selector:
     def _fit_again(self, sample: Blocks, parts: Iterable[Blocks], last: int) -> None:
         """Fit to a sample and encode all blocks again; on an error nothing has changed."""
         fresh = copy.copy(self)
-        fresh._coded = Coded(copy.copy(self.digest), DigestTable(self.table.own), CoarseCodes())
+        fresh._coded = Coded(copy.copy(self.digest), DigestTable())
         fresh.digest.fit(*sample, self._query_power, self._scale)
         fresh._append(parts, last)
         self._coded = fresh._coded._replace(fitted_blocks=fresh.blocks, fitted_blindly=self._query_power is None)
@@ -257,7 +253,7 @@ class Selector:
             size, sinks = self.config.block_size, self.config.blocks(self.config.sinks)
             limits = self._limits(step, query, blocks, tail)
             most = count if isinstance(count, int) else int(count.max())
-            coarse = self._coded.coarse.choice(self.table.summaries(blocks), most) if limits is None else None
+            coarse = coarse_for(self.digest, query.shape[3], blocks, most) if limits is None else None
             prepared, codes, name = self.digest.prepare(query), self.table.codes(blocks), self.digest.native
             chosen = step.backend.select(name, prepared, codes, count, sinks, newest, size, mask, limits, coarse)
             if chosen is not None:
@@ -386,13 +382,11 @@ class Selector:
 
     def crop(self, blocks: int) -> None:
         """Drop the codes of blocks from ``blocks`` on."""
-        self._coded.coarse.crop(blocks)
         self.table.crop(blocks)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Replace row ``i`` by the former row ``rows[i]``, for every ``i``."""
         self.table.select_rows(rows)
-        self._coded.coarse.select_rows(rows)
         if self.blocks and self.digest.needs_fit:
             self.digest.select_rows(rows)
         if self._query_power is not None:
@@ -414,7 +408,7 @@ class Selector:
         return {
             "digest": coded.digest.name,
             "constants": coded.digest.state_dict(),
-            "codes": coded.table.rows() if coded.table.blocks else None,
+            "codes": coded.table.codes() if coded.table.blocks else None,
             "fitted_blocks": coded.fitted_blocks,
             "fitted_blindly": coded.fitted_blindly,
             "early": self._early,
@@ -441,7 +435,6 @@ class Selector:
     def fork(self) -> Selector:
         """An independent copy."""
         twin = object.__new__(Selector)
-        digest, coarse = copy.copy(self.digest), self._coded.coarse.fork()
-        coded = self._coded._replace(digest=digest, table=self.table.fork(), coarse=coarse)
+        coded = self._coded._replace(digest=copy.copy(self.digest), table=self.table.fork())
         twin.__dict__.update(self.__dict__, _coded=coded)
         return twin

@@ -12,11 +12,6 @@ SLACK_BLOCKS = 32
 class DigestTable:
     """A growing table of codes, (batch, kv_heads, blocks, code), with spare capacity.
 
-    Parameters
-    ----------
-    own : int or None
-        Numbers of a block's code, behind which a code of its summary may follow; None: there is nothing else.
-
     Examples
     --------
     >>> import torch
@@ -27,8 +22,7 @@ class DigestTable:
     (3, torch.Size([1, 2, 3, 16]))
     """
 
-    def __init__(self, own: int | None = None) -> None:
-        self.own = own
+    def __init__(self) -> None:
         self._codes = torch.empty((0, 0, 0, 0), dtype=torch.float32, device="cpu")
         self.blocks = 0
 
@@ -38,17 +32,7 @@ class DigestTable:
         return self._codes.numel() * self._codes.element_size()
 
     def codes(self, blocks: int | None = None) -> torch.Tensor:
-        """Codes of the first ``blocks`` blocks (all by default), without summaries; a view."""
-        rows = self.rows(blocks)
-        return rows if self.own is None else rows[..., : self.own]
-
-    def summaries(self, blocks: int | None = None) -> torch.Tensor | None:
-        """Codes of the summaries of these blocks, a view; None if there are none."""
-        rows = self.rows(blocks)
-        return None if self.own is None or rows.shape[3] <= self.own else rows[..., self.own :]
-
-    def rows(self, blocks: int | None = None) -> torch.Tensor:
-        """All that is stored of these blocks, a view."""
+        """Codes of the first ``blocks`` blocks (all by default), a view."""
         return self._codes[:, :, : self.blocks if blocks is None else blocks]
 
     @property
@@ -77,9 +61,9 @@ class DigestTable:
             capacity = most + max(SLACK_BLOCKS, most // 8)
             grown = allocate_slab((*shape[:2], capacity, shape[3]), dtype, device)
             if self.blocks:
-                grown[:, :, : self.blocks] = self.rows()
+                grown[:, :, : self.blocks] = self.codes()
             self._codes = grown
-        return self.rows(total)
+        return self.codes(total)
 
     def crop(self, blocks: int) -> None:
         """Keep the codes of the first ``blocks`` blocks."""
@@ -92,7 +76,7 @@ class DigestTable:
 
     def fork(self) -> DigestTable:
         """An independent copy."""
-        twin = DigestTable(self.own)
+        twin = DigestTable()
         twin.blocks = self.blocks
         twin._codes = self._codes.clone()
         return twin

@@ -1598,54 +1598,49 @@ void check_signs(Random& random) {
   }
 }
 
-// Coarse codes rank blocks as codes do that have the same two tokens, the first of them written out so often; among the
-// best of these, blocks are chosen as if there were no others.
+// Blocks are ranked by the first dimensions as if there were no others; among the best of these, they are chosen as if
+// there were no other blocks.
 void check_coarse(Random& random) {
   const int block = random.pick<int>({16, 32, 64, 128}), dim = random.pick<int>({8, 24, 64, 80, 128});
   const int group = random.pick<int>({1, 2, 3, 4, 5, 17}), rows = dim / 8 + 1;
   scout_select_args a = some_selection(random, random.pick<int>({1, 2, 7, 15, 16, 17, 33, 70}));
-  const int lists = a.batch * a.kv_heads, groups = (a.candidates + 15) / 16;
+  const int lists = a.batch * a.kv_heads, first_rows = 1 + (int)random.below(rows - 1);
   a.scorer = SCOUT_SIGN, a.code_dtype = SCOUT_I8, a.head_dim = dim, a.block_size = block;
   a.query_heads = a.kv_heads * group, a.code = block * rows, a.codes_block = a.code + random.below(3);
-  a.fine = 1 + (int)random.below(a.candidates);
+  a.fine = 1 + (int)random.below(a.candidates), a.coarse_dim = 8 * first_rows;
   const Bytes query = some_query(a, random, 1.5 / sqrt(dim));
   const bool padded = random.chance(40);
   Bytes marks(padded ? (int64_t)a.batch * a.candidates * block : 0);
   for (size_t at = 0; at < marks.size; at++) marks.at[at] = (int64_t)at / block % a.candidates > a.candidates / 4;
   if (padded) a.padding_mask = marks.at, a.padding_mask_stride = (int64_t)a.candidates * block;
   a.codes_head = a.candidates * a.codes_block + random.below(3), a.codes_row = a.kv_heads * a.codes_head;
-  a.coarse_code = 32 * rows, a.coarse_head = groups * (int64_t)a.coarse_code + random.below(3);
-  a.coarse_row = a.kv_heads * a.coarse_head + random.below(3);
   const int last_row = a.batch - 1, last_head = a.kv_heads - 1;
   Bytes codes(last_row * a.codes_row + last_head * a.codes_head + (a.candidates - 1) * a.codes_block + a.code);
-  Bytes coarse(last_row * a.coarse_row + last_head * a.coarse_head + groups * (int64_t)a.coarse_code);
   for (size_t i = 0; i < codes.size; i++) codes.at[i] = (uint8_t)random.next();
-  for (size_t i = 0; i < coarse.size; i++) coarse.at[i] = (uint8_t)random.next();
-  a.codes = codes.at, a.coarse = coarse.at;
+  a.codes = codes.at;
   auto code_of = [&](int list, int i) {
     return codes.at + list / a.kv_heads * a.codes_row + list % a.kv_heads * a.codes_head + i * a.codes_block;
   };
-  Bytes written((int64_t)lists * a.candidates * a.code);
+  const int64_t narrow = block * (first_rows + 1);
+  Bytes written(lists * a.candidates * narrow);
   for (int list = 0; list < lists; list++)
     for (int i = 0; i < a.candidates; i++) {
       for (int t = 0; t < block; t++) code_of(list, i)[(rows - 1) * block + t] = (uint8_t)(96 + random.below(48));
-      uint8_t* two = coarse.at + list / a.kv_heads * a.coarse_row + list % a.kv_heads * a.coarse_head +
-                     i / 16 * a.coarse_code + i % 16 * 2;
-      for (int k = 0; k < 2; k++) two[(rows - 1) * 32 + k] = (uint8_t)(96 + random.below(48));
-      for (int row = 0; row < rows; row++)
-        for (int t = 0; t < block; t++)
-          written.at[((int64_t)list * a.candidates + i) * a.code + row * block + t] = two[row * 32 + (t == block - 1)];
+      uint8_t* alone = written.at + ((int64_t)list * a.candidates + i) * narrow;
+      memcpy(alone, code_of(list, i), (size_t)(narrow - block));
+      memcpy(alone + narrow - block, code_of(list, i) + (rows - 1) * block, (size_t)block);
     }
   char text[200];
-  snprintf(text, sizeof text, "block %d dim %d group %d batch %d kv_heads %d candidates %d fine %d count %d sinks %d",
-           block, dim, group, a.batch, a.kv_heads, a.candidates, a.fine, a.count, a.sinks);
+  snprintf(text, sizeof text, "block %d dim %d of %d group %d batch %d kv_heads %d candidates %d fine %d count %d sinks %d",
+           block, a.coarse_dim, dim, group, a.batch, a.kv_heads, a.candidates, a.fine, a.count, a.sinks);
   a.blocks_stride = std::min(a.count, a.candidates) + a.newest;
   for (int isa : isas) {
     scout_use_isa(isa);
     Bytes blocks(lists * a.blocks_stride * 4), counts(lists * 4), other_blocks = blocks.copy();
     Bytes other_counts = counts.copy(), given((int64_t)lists * group * a.candidates * 4);
     scout_select_args rough = a;
-    rough.fine = 0, rough.codes = written.at, rough.codes_block = a.code, rough.codes_head = a.candidates * a.code;
+    rough.fine = 0, rough.codes = written.at, rough.codes_block = narrow, rough.codes_head = a.candidates * narrow;
+    rough.head_dim = a.coarse_dim, rough.code = (int)narrow;
     rough.codes_row = a.kv_heads * rough.codes_head, rough.scores = given.as<float>();
     rough.blocks = other_blocks.as<int32_t>(), rough.counts = other_counts.as<int32_t>();
     a.blocks = blocks.as<int32_t>(), a.counts = counts.as<int32_t>();

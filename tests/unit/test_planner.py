@@ -273,15 +273,15 @@ def test_a_cpu_scores_coarsely_first():
     from scout_hf.planner import cost
     from scout_hf.selection import coarse
 
-    assert (cost.LEAST_BLOCK, cost.SUMMARIES, cost.FINE, cost.WORTH) == (
-        coarse.LEAST_BLOCK, coarse.TOKENS, coarse.FINE, coarse.WORTH,
-    )  # fmt: skip
+    assert (cost.FINE, cost.WORTH) == (coarse.FINE, coarse.WORTH)
     cpu, turn = replace(H100, gpu=False), 12 * 2048
     parts = [plan("scout", LLAMA, cpu, Load(tokens)).parts["selection"] for tokens in (turn - 32, turn, 10 * turn)]
-    assert parts[1] == pytest.approx(parts[0] * (1 / 2 + 1 / 16), rel=0.01)
-    assert parts[2] - parts[1] == pytest.approx(parts[0] * 9 / 16, rel=0.01)
-    small = [plan("scout", LLAMA, cpu, Load(tokens, block_size=8)).parts["selection"] for tokens in (turn, 10 * turn)]
-    assert small[1] == pytest.approx(10 * small[0])
+    # Of 33 bytes per token 17, and all of half of the blocks.
+    assert parts[1] == pytest.approx(parts[0] * (17 / 33 + 1 / 2), rel=0.01)
+    assert parts[2] - parts[1] == pytest.approx(parts[0] * 9 * 17 / 33, rel=0.01)
+    wide = replace(LLAMA, head_dim=512)  # one bit per channel
+    one = [plan("scout", wide, cpu, Load(tokens)).parts["selection"] for tokens in (turn, 10 * turn)]
+    assert one[1] == pytest.approx(10 * one[0])
 
 
 def test_the_page_of_limits_is_what_the_planner_says(tmp_path):

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-import random
 
 import pytest
 import torch
 
 from scout_hf import ScoutConfig
-from scout_hf.kernels.cpu import GROUP, Coarse, make_backend
-from scout_hf.selection import Selector, SignCode, SignCode2
-from scout_hf.selection.coarse import FINE, CoarseCodes, summaries
+from scout_hf.kernels.cpu import Coarse, make_backend
+from scout_hf.selection import MinMax, Selector, SignCode, SignCode2
+from scout_hf.selection.coarse import FINE, WORTH, coarse_for
 from scout_hf.selection.group_mass import mean_share
+from scout_hf.selection.sign import byte_to_scale
 from scout_hf.stores import PagedKV
-from tests.libraries import ISAS, using_isa, without_library
+from tests.libraries import ISAS, using_isa
 from tests.unit.selecting import make_step
 
 BATCH, HEADS, SIZE = 2, 2, 16
@@ -28,74 +28,26 @@ def draw(dim, blocks, group=2, size=SIZE, loud=2.0):
 
 
 def coded(kind, keys, mask=None):
-    """A digest, the codes of blocks, and those of their summaries."""
+    """A digest, and the codes of blocks."""
     digest = kind()
     digest.fit(keys, mask, None, keys.shape[-1] ** -0.5)
-    return digest, digest.encode(keys, mask), digest.encode(summaries(keys, mask, None), None)
+    return digest, digest.encode(keys, mask)
 
 
-def test_two_tokens_stand_for_a_block():
-    keys = torch.zeros(1, 1, 1, 4, 2)
-    keys[0, 0, 0] = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 0.0], [2.0, 9.0]])
-    others, farthest = summaries(keys, None, None)[0, 0, 0]
-    assert others.tolist() == [2.0, 0.0] and farthest.tolist() == [2.0, 9.0]
-    # Queries that never look at the second channel do not mind what is far in it.
-    _, farthest = summaries(keys, None, torch.tensor([[[1.0, 0.0]]]))[0, 0, 0]
-    assert farthest.tolist() in ([1.0, 0.0], [3.0, 0.0])
-    mask = torch.tensor([[[True, True, True, False]]])
-    _, farthest = summaries(keys, mask, None)[0, 0, 0]
-    assert farthest.tolist() in ([1.0, 0.0], [3.0, 0.0])
+def by_first(digest, query, codes, dim):
+    """Scores by the first ``dim`` dimensions of the codes, of which each byte has eight."""
+    size = SIZE
+    rows = digest.prepare(query)[..., :dim].unflatten(1, (HEADS, -1)).squeeze(3)
+    signs = codes[..., : size * dim // 8].unflatten(3, (-1, size)).transpose(3, 4)
+    bits = ((signs[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(4).double() * 2 - 1
+    scales = byte_to_scale(codes[..., -size:]).double()
+    logits = torch.einsum("bhgd,bhntd->bhgnt", rows.double(), bits) * scales[:, :, None]
+    return (logits * math.log(2)).logsumexp(-1).flatten(1, 2).float() / math.log(2)
 
 
-def test_groups_follow_the_codes_whatever_happens_to_them():
-    """Appended one by one and many at a time, cropped, reordered, forked: byte by byte as made anew."""
-    dice, code = random.Random(0), 10
-    table, made = torch.zeros(BATCH, HEADS, 0, code, dtype=torch.uint8), CoarseCodes()
-    for turn in range(200):
-        what = dice.choice(["append", "append", "append", "crop", "rows", "fork"])
-        if what == "append":
-            new = torch.randint(0, 256, (len(table), HEADS, dice.choice([1, 1, 2, 15, 16, 17, 40]), code)).byte()
-            table = torch.cat([table, new], dim=2)
-        elif what == "crop":
-            kept = dice.randint(0, table.shape[2])
-            table = table[:, :, :kept]
-            made.crop(kept)
-        elif what == "rows":
-            rows = torch.randint(len(table), (dice.choice([1, 2, 3]),))
-            table = table[rows]
-            made.select_rows(rows)
-        else:
-            before, made = made, made.fork()
-            before.crop(0)
-            before.choice(255 - table.clone(), 0)
-        if dice.random() < 0.3 or not table.shape[2]:
-            continue
-        got = made.choice(table, 0).codes.unflatten(3, (code // 2, GROUP, 2))
-        assert got.shape[2] == -(-table.shape[2] // GROUP)
-        for block in range(table.shape[2]):
-            want = table[:, :, block].unflatten(2, (-1, 2))
-            assert torch.equal(got[:, :, block // GROUP, :, block % GROUP], want), (turn, block)
-
-
-def test_the_window_may_reach_over_blocks_that_were_candidates():
-    """A crop that keeps all candidates leaves fewer of them, since the newest blocks are always attended."""
-    table, made = torch.randint(0, 256, (BATCH, HEADS, 40, 10)).byte(), CoarseCodes()
-    made.choice(table[:, :, :33], 0)
-    made.crop(36)
-    for blocks in (31, 16, 33, 15, 40, 1):
-        got = made.choice(table[:, :, :blocks], 0).codes.unflatten(3, (-1, GROUP, 2))
-        assert got.shape[2] == -(-blocks // GROUP)
-        for block in range(blocks):
-            want = table[:, :, block].unflatten(2, (-1, 2))
-            assert torch.equal(got[:, :, block // GROUP, :, block % GROUP], want), (blocks, block)
-
-
-def oracle(digest, query, codes, two, fine, padding=None):
-    """Scores by the summaries, and of the best ``fine`` blocks by these those by their codes; -inf for the others."""
-    singles = digest.score(query, two.unflatten(3, (-1, 2)).movedim(4, 2).flatten(2, 3))
-    first, second = singles.unflatten(2, (2, -1)).unbind(2)
-    masses = torch.logaddexp((first + math.log2(SIZE - 1)) * math.log(2), second * math.log(2)) / math.log(2)
-    rough = mean_share(masses, HEADS, padding)
+def oracle(digest, query, codes, dim, fine, padding=None):
+    """Scores by the first dimensions, and of the best ``fine`` blocks by these by whole codes; -inf for others."""
+    rough = mean_share(by_first(digest, query, codes, dim), HEADS, padding)
     rough = rough if padding is None else rough.masked_fill(~padding[:, None], -torch.inf)
     best = torch.zeros_like(rough, dtype=torch.bool).scatter(2, rough.topk(fine, dim=2).indices, True)
     own = digest.score(query, codes).masked_fill(~best.repeat_interleave(query.shape[1] // HEADS, 1), -torch.inf)
@@ -104,29 +56,27 @@ def oracle(digest, query, codes, two, fine, padding=None):
 
 @pytest.mark.thin(7)
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("kind", [SignCode, SignCode2])
 @pytest.mark.parametrize("dim", [8, 64, 80])
 @pytest.mark.parametrize("group", [1, 3, 6])
 @pytest.mark.parametrize("blocks", [33, 48, 100, 700])
 @pytest.mark.parametrize("padded", [False, True])
-def test_the_library_chooses_by_the_definition(padded, blocks, group, dim, kind, isa):
+def test_the_library_chooses_by_the_definition(padded, blocks, group, dim, isa):
     """Its logarithms are straight lines between powers of two, so blocks near a border may be on either side."""
     query, keys = draw(dim, blocks, group)
     mask = None
     if padded:
         mask = torch.ones(BATCH, blocks, SIZE, dtype=torch.bool)
         mask[0, :7], mask[1, 8, ::3] = False, False
-    digest, codes, two = coded(kind, keys, mask)
+    digest, codes = coded(SignCode2, keys, mask)
     fine, count, near = blocks // 3, 4, 0.3
     padding = None if mask is None else mask.any(-1)
-    rough, shares = oracle(digest, query, codes, two, fine, padding)
-    # Something else lies between codes, as in a selector's table.
-    wide = torch.cat([codes, two], dim=3)[..., : codes.shape[3]]
-    coarse = CoarseCodes().choice(two, 0)._replace(fine=fine)
+    rough, shares = oracle(digest, query, codes, dim, fine, padding)
+    # Something else lies between codes.
+    wide = torch.cat([codes, codes[..., :3]], dim=3)[..., : codes.shape[3]]
     given = (digest.prepare(query), wide, count, 0, 0, SIZE, None if mask is None else mask.flatten(1))
     with using_isa(isa):
-        lists = make_backend("native").select("sign", *given, None, coarse)
-        every = make_backend("native").select("sign", *given, None, Coarse(coarse.codes, blocks))
+        lists = make_backend("native").select("sign", *given, None, Coarse(dim, fine))
+        every = make_backend("native").select("sign", *given, None, Coarse(dim, blocks))
         plain = make_backend("native").select("sign", *given)
     assert lists.counts.tolist() == [[count] * HEADS] * BATCH
     # With all of them fine, coarse codes decide nothing.
@@ -144,16 +94,26 @@ def test_the_library_chooses_by_the_definition(padded, blocks, group, dim, kind,
     assert bool((fits.all(-1) | ~clear.all(-1)).all())
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_a_selector_finds_single_tokens_among_many_blocks(padded):
-    """A token that a query looks for is far from the others of its block, so its block is scored token by token."""
-    blocks, dim = 600, 64
-    query, keys = draw(dim, blocks, loud=1.0)
+def needles(keys, query, places, aside):
+    """Tokens that a query looks for: of a block the farthest from its mean, or, ``aside``, one behind a farther one."""
     wanted = query.unflatten(1, (HEADS, -1))[:, :, 0, 0]
-    places = torch.tensor([[17, 150, 333, 590], [40, 41, 400, 500]])
+    other = torch.linalg.qr(torch.stack([wanted, torch.ones_like(wanted)], dim=-1))[0][..., 1]
     for row in range(BATCH):
         for place, block in enumerate(places[row].tolist()):
             keys[row, :, block, place] = 2.0 * wanted[row]
+            if aside:
+                keys[row, :, block, place + 4] = 40.0 * other[row]
+                keys[row, :, block, place + 8] = -40.0 * other[row] - 2.0 * wanted[row]
+
+
+@pytest.mark.parametrize("aside", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_selector_finds_single_tokens_among_many_blocks(padded, aside):
+    """Whatever else is in their blocks: a mean and the farthest token say nothing of them."""
+    blocks, dim = 600, 64
+    query, keys = draw(dim, blocks, loud=1.0)
+    places = torch.tensor([[17, 150, 333, 590], [40, 41, 400, 500]])
+    needles(keys, query, places, aside)
     keys = keys.flatten(2, 3)
     store = PagedKV(BATCH, HEADS, dim, SIZE, torch.float32, "cpu")
     store.append(keys, keys)
@@ -164,42 +124,20 @@ def test_a_selector_finds_single_tokens_among_many_blocks(padded):
     config = ScoutConfig(digest="sign2", block_size=SIZE, budget=8 * SIZE, window=0, sinks=0)
     selector = Selector(config, 0, keys)
     selector.extend_from(store, blocks, mask)
-    assert selector.table.summaries() is not None and blocks >= 2 * FINE * 8
     step = make_step(keys.shape[2], mask, make_backend("native"))
     seen = []
     select = step.backend.select
     step.backend.select = lambda *args: seen.append(args[-1]) or select(*args)
     lists = selector.lists(step, query, store, blocks)
-    assert seen[0].fine == FINE * 8
+    assert seen[0] == Coarse(dim, FINE * 8) and blocks >= WORTH * FINE * 8
     for row in range(BATCH):
         for head in range(HEADS):
             assert set(places[row].tolist()) <= set(lists.ids[row, head].tolist())
     # Half the blocks are too few for it to pay.
-    selector.lists(step, query, store, 2 * FINE * 8 - 1)
+    selector.lists(step, query, store, WORTH * FINE * 8 - 1)
     assert seen[1] is None
 
 
-def test_codes_of_a_table_without_summaries_go_on_without():
-    """Such as those that a GPU made, or a library without fast scores; and the other way round."""
-    _, keys = draw(64, 40)
-    flat = keys.flatten(2, 3)
-    config = ScoutConfig(digest="sign2", block_size=SIZE, budget=SIZE)
-    with without_library():
-        plain = Selector(config, 0, flat)
-    full = Selector(config, 0, flat)
-    plain.extend(flat, None)
-    full.extend(flat, None)
-    assert plain.table.summaries() is None and full.table.summaries() is not None
-    assert torch.equal(plain.table.codes(), full.table.codes())
-    taken = Selector(config, 0, flat)
-    taken.load_state_dict(plain.state_dict(), BATCH, HEADS, 40, torch.device("cpu"))
-    taken.extend(flat, None)
-    assert taken.blocks == 80 and taken.table.summaries() is None
-    assert torch.equal(taken.table.codes()[:, :, 40:], full.table.codes())
-    with without_library():
-        narrow = Selector(config, 0, flat)
-    narrow.load_state_dict(full.state_dict(), BATCH, HEADS, 40, torch.device("cpu"))
-    assert narrow.table.summaries() is None and torch.equal(narrow.table.rows(), full.table.codes())
-    again = Selector(config, 0, flat)
-    again.load_state_dict(full.state_dict(), BATCH, HEADS, 40, torch.device("cpu"))
-    assert torch.equal(again.table.rows(), full.table.rows())
+def test_codes_of_one_plane_are_all_read():
+    assert coarse_for(SignCode(), 64, 100_000, 8) is None and coarse_for(MinMax(), 64, 100_000, 8) is None
+    assert coarse_for(SignCode2(), 64, 100_000, 0) == Coarse(64, FINE)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from scout_hf.errors import ConfigError
-from scout_hf.kernels.cpu.backend import GROUP, Attended, BlockLists, ByMass, Coarse, CpuBackend
+from scout_hf.kernels.cpu.backend import Attended, BlockLists, ByMass, Coarse, CpuBackend
 from scout_hf.kernels.cpu.ipex_backend import IpexBackend, load_op
 from scout_hf.kernels.cpu.library import load_library
 from scout_hf.kernels.cpu.native_backend import NativeBackend
@@ -17,7 +17,6 @@ from scout_hf.registry import Registry
 __all__ = [
     "Attended",
     "BlockLists",
-    "GROUP",
     "ByMass",
     "Coarse",
     "CpuBackend",

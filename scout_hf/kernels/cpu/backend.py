@@ -74,20 +74,16 @@ class ByMass(NamedTuple):
 
 
 class Coarse(NamedTuple):
-    """Codes that tell which blocks are worth scoring; see :mod:`scout_hf.selection.coarse`.
+    """How to tell which blocks are worth scoring by their whole codes; see :mod:`scout_hf.selection.coarse`.
 
-    codes : Tensor (batch, kv_heads, groups, code) of uint8
-        Of ``GROUP`` blocks at a time: two tokens of each block, of which the first stands for all but one.
+    dim : int
+        The first dimensions of a code, by which all blocks are scored.
     fine : int
-        Blocks that are scored by their own codes.
+        Blocks that are then scored by all dimensions.
     """
 
-    codes: torch.Tensor
+    dim: int
     fine: int
-
-
-GROUP = 16
-"""Blocks whose coarse codes lie side by side."""
 
 
 class CpuBackend(ABC):
@@ -296,7 +292,8 @@ class CpuBackend(ABC):
         by_mass : ByMass or None
             For ``"sign"``: choose fewer than ``count`` blocks where those hold enough of the attention mass.
         coarse : Coarse or None
-            For ``"sign"``, without ``by_mass``: score only the blocks that are best by these codes.
+            For ``"sign"``, without ``by_mass``: score by whole codes only the blocks that are best by their first
+            dimensions.
 
         Returns
         -------

@@ -20,7 +20,7 @@ import torch
 from scout_hf.errors import ConfigError
 from scout_hf.kernels.cpu.shared_object import check_whole
 
-ABI = 8
+ABI = 9
 ISA_VARIABLE = "SCOUT_HF_ISA"
 PATH_VARIABLE = "SCOUT_HF_LIBRARY"
 INT8 = 3
@@ -129,10 +129,7 @@ class SelectArgs(ctypes.Structure):
         ("least", c_int32),
         ("mass", c_float),
         ("recent", c_void_p),
-        ("coarse", c_void_p),
-        ("coarse_row", c_int64),
-        ("coarse_head", c_int64),
-        ("coarse_code", c_int32),
+        ("coarse_dim", c_int32),
         ("fine", c_int32),
     ]
 

@@ -219,9 +219,7 @@ class NativeBackend(CpuBackend):
             if by_mass.recent is not None:
                 choice["recent"] = address(by_mass.recent, torch.float32)
         if coarse is not None and by_mass is None:
-            choice |= {"fine": coarse.fine, "coarse_code": coarse.codes.shape[3]}
-            choice |= {"coarse": address(coarse.codes, torch.uint8, strided=True)}
-            choice |= {"coarse_row": coarse.codes.stride(0), "coarse_head": coarse.codes.stride(1)}
+            choice |= {"fine": min(coarse.fine, candidates), "coarse_dim": coarse.dim}
         self._select(library, query, codes, **known, **choice)
         return BlockLists(ids, counts)
 

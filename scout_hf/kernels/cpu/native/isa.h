@@ -23,13 +23,14 @@ struct scout_chunk {
 };
 
 // The attention mass of every block for up to SCOUT_SIGN_HEADS query heads, from sign codes (see scout_cpu.h).
-enum { SCOUT_SIGN_HEADS = 4, SCOUT_PAIRS = 16 };
+enum { SCOUT_SIGN_HEADS = 4 };
 struct scout_signs {
   const uint8_t* codes;
   int64_t code_bytes;            // from one block to the next
   const int32_t* ids;            // [blocks] which ones; NULL: the first ones
   int64_t blocks;
-  int block_size, rows;          // rows: bytes of signs per token
+  int64_t scales;                // from a block to its tokens' scales
+  int block_size, rows;          // rows: bytes of signs per token, which may be fewer than there are
   int heads;
   const uint8_t* tables;         // [heads][2 * rows][16]: summand of each sign pattern of four dimensions, 0 to 254
   const int* offsets;            // [heads], to subtract from a token's sum over the tables
@@ -37,8 +38,6 @@ struct scout_signs {
   const float* reference;        // [heads], subtracted in the exponent
   float* out;                    // result [heads][out_stride]: sum of 2^(scale * (sum - offset) * worth - reference)
   int64_t out_stride;
-  // Not 0: blocks of 2 * SCOUT_PAIRS tokens, and a result for each pair of them, in which the first one counts so often.
-  float first_of_pair;
 };
 
 // What blocks are ranked by: log2 of the mean over the heads of each block's share of its head's mass.

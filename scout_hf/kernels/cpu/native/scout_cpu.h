@@ -8,7 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define SCOUT_ABI 8
+#define SCOUT_ABI 9
 
 #if defined(_WIN32)
 #define SCOUT_EXPORT __declspec(dllexport)
@@ -107,11 +107,8 @@ typedef struct {
   int32_t least;             // blocks to choose in any case, sinks included, if mass is given
   float mass;                // SIGN: choose no more blocks than hold this share of the mass; 0: choose all `count`
   const float* recent;       // SIGN: log2 of the mass of the newest blocks [batch][query_heads]; may be NULL
-  // SIGN, without mass: codes of 16 blocks at a time, two tokens for each, of which the first stands for all tokens of
-  // the block but one. Only the best `fine` blocks by these are scored by their own codes. NULL: all are.
-  const uint8_t* coarse;
-  int64_t coarse_row, coarse_head;
-  int32_t coarse_code, fine;
+  // SIGN, without mass: only the best `fine` blocks by the first `coarse_dim` dimensions are scored by all. 0: all are.
+  int32_t coarse_dim, fine;
 } scout_select_args;
 
 // Writes new tokens into allocated pages (and, for int8, the tail).

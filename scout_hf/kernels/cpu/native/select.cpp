@@ -89,8 +89,8 @@ const scout_isa* isa_for(const scout_select_args& a) {
       if (a.head_dim % 8 || a.head_dim > SCOUT_MAX_HEAD_DIM || !bytes || a.block_size < 1 ||
           a.block_size > SCOUT_MAX_BLOCK || a.code != a.block_size * (a.head_dim / 8 + 1))
         return nullptr;
-      if (a.fine && (!a.coarse || !a.blocks || a.mass > 0 || a.fine < 1 || a.fine > a.candidates ||
-                     a.coarse_code != 2 * SCOUT_PAIRS * (a.head_dim / 8 + 1)))
+      if (a.fine && (!a.blocks || a.mass > 0 || a.fine < 1 || a.fine > a.candidates || a.coarse_dim < 8 ||
+                     a.coarse_dim % 8 || a.coarse_dim > a.head_dim))
         return nullptr;
       return scout_isa_for_signs(a.block_size);
     case SCOUT_DOTS:
@@ -149,8 +149,14 @@ struct Select {
     isa->dots(codes, a.code_dtype, count, a.code, w, into);
   }
 
-  void signs(int row, int head, const scout_coded& coded, float* into, int64_t stride) const {
-    const int group = a.query_heads / a.kv_heads, D = a.head_dim;
+  // Codes of some blocks, or of those of `ids`.
+  scout_coded coded(const uint8_t* codes, int64_t blocks, const int32_t* ids = nullptr) const {
+    return {codes, a.codes_block, ids, blocks, a.block_size, (int64_t)a.block_size * (a.head_dim / 8)};
+  }
+
+  // By the first D dimensions.
+  void signs(int row, int head, const scout_coded& coded, int D, float* into, int64_t stride) const {
+    const int group = a.query_heads / a.kv_heads;
     float query[HEADS_AT_ONCE * SCOUT_MAX_HEAD_DIM];
     for (int g0 = 0; g0 < group; g0 += HEADS_AT_ONCE) {
       const int heads = std::min(HEADS_AT_ONCE, group - g0);
@@ -254,20 +260,18 @@ struct Select {
 
   float* masses_of(int list) const { return masses + (int64_t)list * (a.query_heads / a.kv_heads) * capacity; }
 
-  // Chooses among the blocks that are best by their coarse codes.
+  // Chooses among the blocks that are best by the first dimensions of their codes.
   void coarse_then_fine(int list, int row, int head, const uint8_t* codes) {
-    const int group = a.query_heads / a.kv_heads, tokens = 2 * SCOUT_PAIRS, stride = (int)rounded(a.fine);
+    const int group = a.query_heads / a.kv_heads, stride = (int)rounded(a.fine);
+    const int64_t at = (int64_t)list * capacity;
     const Scored all = all_of(list);
     int32_t* ids = fine_ids + (int64_t)list * stride;
-    const uint8_t* coarse = a.coarse + row * a.coarse_row + head * a.coarse_head;
-    const int64_t groups = (a.candidates + SCOUT_PAIRS - 1) / SCOUT_PAIRS, at = (int64_t)list * capacity;
-    const float first = (float)(a.block_size - 1);
-    signs(row, head, {coarse, a.coarse_code, nullptr, groups, tokens, first, a.candidates}, all.masses, capacity);
+    signs(row, head, coded(codes, a.candidates), a.coarse_dim, all.masses, capacity);
     mean_shares(list, row, all);
     mark(row, all, std::min(a.sinks, a.fine));
     const int count = best(isa, all.scores, all.count, a.fine, spare + at, places + at, ids);
     const Scored some = {fine_masses + (int64_t)list * group * stride, all.scores, stride, count, ids};
-    signs(row, head, {codes, a.codes_block, ids, count, a.block_size, 0, 0}, some.masses, stride);
+    signs(row, head, coded(codes, count, ids), a.head_dim, some.masses, stride);
     choose(list, row, some);
   }
 
@@ -280,7 +284,7 @@ struct Select {
     float* into = scores + (int64_t)list * capacity + first;
     if (a.fine) return coarse_then_fine(list, row, head, codes);
     if (a.scorer == SCOUT_SIGN)
-      signs(row, head, {codes, a.codes_block, nullptr, count, a.block_size, 0, 0}, masses_of(list) + first, capacity);
+      signs(row, head, coded(codes, count), a.head_dim, masses_of(list) + first, capacity);
     else if (a.scorer == SCOUT_MINMAX)
       bounds(row, head, codes, count, into);
     else
@@ -336,7 +340,6 @@ extern "C" SCOUT_EXPORT int scout_select(scout_select_args* args, int threads) {
   if (!job.isa) return SCOUT_UNSUPPORTED;
   job.lists = args->batch * args->kv_heads;
   job.ranges = args->fine ? 1 : std::max(1, (int)((args->candidates + RANGE_BLOCKS - 1) / RANGE_BLOCKS));
-  static_assert(SCOUT_ROUND % SCOUT_PAIRS == 0, "coarse codes score whole groups");
   job.capacity = (int)rounded(args->candidates);
   const int64_t numbers = (int64_t)job.lists * job.capacity;
   const int64_t heads = args->scorer == SCOUT_SIGN ? args->query_heads / args->kv_heads : 0;

@@ -32,10 +32,18 @@ inline vf sums_of_four(const vf* v) {
 #endif
 }
 
-// Every `parts`-th line of a code. Codes begin anywhere, so that the last bytes may be in one more line.
-inline void prefetch_code(const uint8_t* code, int bytes, int part = 0, int parts = 1) {
-  for (int at = 64 * part; at < bytes; at += 64 * parts) __builtin_prefetch(code + at, 0, 2);
-  if (part == 0) __builtin_prefetch(code + bytes - 1, 0, 2);
+// Bytes that begin anywhere, so that the last ones may be in one more line.
+inline void prefetch_all(const uint8_t* from, int bytes) {
+  for (int at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
+  __builtin_prefetch(from + bytes - 1, 0, 2);
+}
+
+// Every `parts`-th line of the signs of a block; part 0: its scales, too.
+inline void prefetch_code(const uint8_t* code, int signs, int64_t scales, int tokens, int part, int parts) {
+  for (int at = 64 * part; at < signs; at += 64 * parts) __builtin_prefetch(code + at, 0, 2);
+  if (part) return;
+  __builtin_prefetch(code + signs - 1, 0, 2);
+  prefetch_all(code + scales, tokens);
 }
 
 inline const uint8_t* code_at(const scout_signs& s, int64_t place) {

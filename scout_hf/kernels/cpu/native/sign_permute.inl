@@ -93,19 +93,6 @@ struct Order<2> : Halves {
   }
 };
 
-// Of two blocks of 32 tokens the even ones, then the odd ones.
-constexpr int IN_PAIRS = -2;
-template <>
-struct Order<IN_PAIRS> : Halves {
-  Order() : Halves(places(0, 32, 2), places(1, 32, 2)) {}
-  inline void read_scales(const uint8_t* const* blocks, int64_t at, vz* bytes) const {
-    for (int r = 0; r < 2; r++) {
-      const vz both = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(blocks[r] + at)));
-      bytes[2 * r] = both & _mm512_set1_epi32(255), bytes[2 * r + 1] = _mm512_srli_epi32(both, 8);
-    }
-  }
-};
-
 template <>
 struct Order<4> {
   const vz all = places(0, 16);
@@ -162,14 +149,12 @@ ALWAYS_INLINE Sums<H> add_up(const O& order, const uint8_t* const* blocks, const
   return sums;
 }
 
-// ORDER blocks at a time, 64 tokens; 1: a block takes one or several turns.
-template <int H, int ORDER>
+// R blocks at a time, 64 tokens; 1: a block takes one or several turns.
+template <int H, int R>
 void masses(const scout_signs& s) {
-  constexpr int R = ORDER == IN_PAIRS ? 2 : ORDER;
   vz tables[SCOUT_MAX_HEAD_DIM / 16 * H];
   lay_tables<H>(s, tables);
-  const Order<ORDER> order;
-  const int64_t behind = (int64_t)s.rows * s.block_size;
+  const Order<R> order;
   const int scales_bytes = s.block_size < 64 ? s.block_size : 64;
   for (int64_t block = 0; block < s.blocks; block += BATCH) {
     vf mass[H][BATCH];
@@ -181,9 +166,9 @@ void masses(const scout_signs& s) {
       }
       for (int first = 0; first < s.block_size; first += 64) {
         const Sums<H> sums = add_up<H, R>(order, blocks, ahead, s.block_size, s.rows, tables, s.offsets);
-        for (int r = 0; r < R; r++) prefetch_code(ahead[r] + behind, scales_bytes);
+        for (int r = 0; r < R; r++) prefetch_all(ahead[r] + s.scales, scales_bytes);
         vz scale[4];
-        order.read_scales(blocks, behind, scale);
+        order.read_scales(blocks, s.scales, scale);
 #pragma GCC unroll 4
         for (int k = 0; k < 4; k++)
           scale[k] = _mm512_add_epi32(_mm512_slli_epi32(scale[k], 19), _mm512_set1_epi32(120 << 23));
@@ -194,11 +179,7 @@ void masses(const scout_signs& s) {
 #pragma GCC unroll 4
           for (int k = 0; k < 4; k++)
             of[k] = mass_of((vf)_mm512_cvtepi32_ps(sums.of[h][k]), (vf)scale[k], factor, one);
-          if (ORDER == IN_PAIRS) {
-            for (int r = 0; r < R && block + i + r < s.blocks; r++)
-              store(s.out + h * s.out_stride + (block + i + r) * SCOUT_PAIRS,
-                    of[2 * r] * splat(s.first_of_pair) + of[2 * r + 1]);
-          } else if (R == 4)
+          if (R == 4)
             for (int k = 0; k < 4; k++) mass[h][k] = of[k];
           else if (R == 2)
             mass[h][i] = of[0] + of[1], mass[h][i + 1] = of[2] + of[3];
@@ -209,7 +190,7 @@ void masses(const scout_signs& s) {
       }
     }
     const int64_t left = s.blocks - block;
-    for (int h = 0; h < H && ORDER != IN_PAIRS; h++) {
+    for (int h = 0; h < H; h++) {
       const __m512 lanes = (__m512)sums_of_four(mass[h]);
       const __m128 all = _mm_add_ps(_mm_add_ps(_mm512_castps512_ps128(lanes), _mm512_extractf32x4_ps(lanes, 1)),
                                     _mm_add_ps(_mm512_extractf32x4_ps(lanes, 2), _mm512_extractf32x4_ps(lanes, 3)));
@@ -229,7 +210,6 @@ void masses_of(const scout_signs& s) {
 }
 
 void signs(const scout_signs* s) {
-  if (s->first_of_pair != 0) return masses_of<IN_PAIRS>(*s);
   if (s->block_size == 16) return masses_of<4>(*s);
   if (s->block_size == 32) return masses_of<2>(*s);
   masses_of<1>(*s);

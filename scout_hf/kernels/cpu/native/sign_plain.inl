@@ -17,7 +17,7 @@ void signs(const scout_signs* s) {
         code += s->block_size;
         for (int t = 0; t < s->block_size; t++) sums[t] = (uint16_t)(sums[t] + tables[row][code[t]]);
       }
-      code += s->block_size;
+      code += s->scales - (int64_t)(s->rows - 1) * s->block_size;
       float mass = 0.0f;
       for (int t = 0; t < s->block_size; t++) {
         const uint32_t bits = ((uint32_t)code[t] << 19) + (120u << 23);
@@ -29,13 +29,9 @@ void signs(const scout_signs* s) {
         const int32_t power_bits = (int32_t)(x < 253 * 0x1p23f ? x : 253 * 0x1p23f);
         float power;
         __builtin_memcpy(&power, &power_bits, sizeof power);
-        if (s->first_of_pair != 0) {
-          float* pair = s->out + h * s->out_stride + block * SCOUT_PAIRS + t / 2;
-          *pair = t % 2 ? *pair + power : power * s->first_of_pair;
-        }
         mass += power;
       }
-      if (s->first_of_pair == 0) s->out[h * s->out_stride + block] = mass;
+      s->out[h * s->out_stride + block] = mass;
     }
   }
 }

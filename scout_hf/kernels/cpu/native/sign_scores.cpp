@@ -61,14 +61,12 @@ void scout_sign_scores(const scout_isa* isa, const scout_coded& coded, int dims,
   int offsets[MOST_HEADS];
   for (int h = 0; h < heads; h++)
     worth[h] = make_tables(query + h * dims, dims, tables + h * dims * 4, &offsets[h]);
-  const int each = coded.first_of_pair != 0 ? SCOUT_PAIRS : 1, at_once = BLOCKS_AT_ONCE / each;
-  for (int64_t first = 0; first < coded.blocks; first += at_once) {
-    const int some = (int)std::min<int64_t>(at_once, coded.blocks - first);
-    const int count = each == 1 ? some : (int)std::min<int64_t>(some * each, coded.pairs - first * each);
+  for (int64_t first = 0; first < coded.blocks; first += BLOCKS_AT_ONCE) {
+    const int some = (int)std::min<int64_t>(BLOCKS_AT_ONCE, coded.blocks - first);
     for (int h = 0; h < heads; h += SCOUT_SIGN_HEADS) {
       scout_signs part = {};
       part.codes = coded.codes + (coded.ids ? 0 : first * coded.code_bytes), part.code_bytes = coded.code_bytes;
-      part.ids = coded.ids ? coded.ids + first : nullptr, part.blocks = some, part.first_of_pair = coded.first_of_pair;
+      part.ids = coded.ids ? coded.ids + first : nullptr, part.blocks = some, part.scales = coded.scales;
       part.block_size = coded.block_size, part.rows = dims / 8, part.heads = std::min(heads - h, (int)SCOUT_SIGN_HEADS);
       part.tables = tables + h * dims * 4, part.offsets = offsets + h;
       part.worth = worth + h, part.reference = reference + h;
@@ -79,8 +77,8 @@ void scout_sign_scores(const scout_isa* isa, const scout_coded& coded, int dims,
         for (int i = 0; i < part.heads; i++) {
           float& own = reference[h + i];
           // A NaN query gives NaN scores.
-          const float most = isa->logarithms(mass + i * BLOCKS_AT_ONCE, count, own + 0 * worth[h + i],
-                                             scores + (h + i) * stride + first * each);
+          const float most = isa->logarithms(mass + i * BLOCKS_AT_ONCE, some, own + 0 * worth[h + i],
+                                             scores + (h + i) * stride + first);
           if (own > FARTHEST || most < NEAR_OVERFLOW) continue;
           own += 200;
           again = true;

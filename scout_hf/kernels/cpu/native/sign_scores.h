@@ -10,11 +10,10 @@ struct scout_coded {
   const int32_t* ids;
   int64_t blocks;
   int block_size;
-  float first_of_pair;
-  int64_t pairs;  // if these are wanted: how many there are, as the last ones of the last block may be anything
+  int64_t scales;  // from a block to its tokens' scales
 };
 
-// The logarithm, base 2, of every block's (or pair's) mass for each head of query [heads][dims], in scores
-// [heads][stride]; at most 16 heads.
+// The logarithm, base 2, of every block's mass for each head of query [heads][dims], in scores [heads][stride]; at most
+// 16 heads. With fewer dims than a code has, by the first ones.
 void scout_sign_scores(const scout_isa* isa, const scout_coded& coded, int dims, const float* query, int heads,
                        float* scores, int64_t stride);

@@ -115,26 +115,13 @@ inline void as_numbers(const Sums& sums, int offset, vf* numbers) {
 
 bool signs_fit(int block_size) { return block_size % VB == 0 || (block_size >= 16 && VB % block_size == 0); }
 
-// Two vectors of pairs, in fours: those of the even and of the odd fours of each of R blocks, `first` of which went before.
-template <int R>
-inline void store_pairs(const scout_signs& s, int h, int64_t block, int first, vf even, vf odd) {
-  constexpr int EACH = W / 4 / R;
-  float fours[2][W];
-  store(fours[0], even), store(fours[1], odd);
-  for (int r = 0; r < R && block + r < s.blocks; r++)
-    for (int k = 0; k < EACH; k++) {
-      float* out = s.out + h * s.out_stride + (block + r) * SCOUT_PAIRS + first / 2 + 8 * k;
-      for (int half = 0; half < 2; half++) __builtin_memcpy(out + 4 * half, fours[half] + 4 * (r * EACH + k), 16);
-    }
-}
-
 // R blocks lie side by side in every vector; R 1: a block takes one or several.
-template <int R, bool PAIRS>
+template <int R>
 void masses(const scout_signs& s) {
   vb tables[SCOUT_SIGN_HEADS * SCOUT_MAX_HEAD_DIM / 4], places[SCOUT_MAX_HEAD_DIM / 4 * T];
   lay_tables(s, tables);
-  const int64_t last = s.blocks - 1, signs_bytes = (int64_t)s.rows * s.block_size;
-  const int code_bytes = (int)signs_bytes + s.block_size, lookups = 2 * s.rows;
+  const int64_t last = s.blocks - 1;
+  const int signs_bytes = s.rows * s.block_size, lookups = 2 * s.rows;
   for (int64_t block = 0; block < s.blocks; block += BATCH * R) {
     vf mass[SCOUT_SIGN_HEADS][BATCH];
     for (int i = 0; i < BATCH; i += T) {
@@ -148,10 +135,10 @@ void masses(const scout_signs& s) {
       for (int first = 0; first < s.block_size; first += VB) {
         lay_places<R>(blocks, s.block_size, s.rows, places);
         vf scales[T][4];
-        for (int t = 0; t < T; t++) as_scales(side_by_side<R>(blocks[t], signs_bytes), scales[t]);
+        for (int t = 0; t < T; t++) as_scales(side_by_side<R>(blocks[t], s.scales), scales[t]);
         for (int h = 0; h < s.heads; h++) {
           for (int t = 0; t < T && !first; t++)
-            for (int r = 0; r < R; r++) prefetch_code(ahead[t][r], code_bytes, h, s.heads);
+            for (int r = 0; r < R; r++) prefetch_code(ahead[t][r], signs_bytes, s.scales, s.block_size, h, s.heads);
           Sums sums[T];
           add_up(places, lookups, tables + h * lookups, sums);
           const vf factor = splat(s.worth[h] * 0x1p23f), one = splat((127 - s.reference[h]) * 0x1p23f);
@@ -160,11 +147,6 @@ void masses(const scout_signs& s) {
             vf numbers[4], of[4];
             as_numbers(sums[t], s.offsets[h], numbers);
             for (int k = 0; k < 4; k++) of[k] = mass_of(numbers[k], scales[t][k], factor, one);
-            if (PAIRS) {
-              const vf often = splat(s.first_of_pair);
-              store_pairs<R>(s, h, block + (i + t) * R, first, of[0] * often + of[2], of[1] * often + of[3]);
-              continue;
-            }
             const vf part = (of[0] + of[1]) + (of[2] + of[3]);
             mass[h][i + t] = first ? mass[h][i + t] + part : part;
           }
@@ -172,7 +154,7 @@ void masses(const scout_signs& s) {
         for (int t = 0; t < T; t++) blocks[t][0] += VB;
       }
     }
-    for (int h = 0; h < s.heads && !PAIRS; h++) {
+    for (int h = 0; h < s.heads; h++) {
       float lanes[W];
       store(lanes, sums_of_four(mass[h]));
       float* out = s.out + h * s.out_stride + block;
@@ -188,13 +170,12 @@ void masses(const scout_signs& s) {
 }
 
 void signs(const scout_signs* s) {
-  if (s->first_of_pair != 0) return masses<W == 16 ? 2 : 1, true>(*s);
-  if (s->block_size >= VB) return masses<1, false>(*s);
+  if (s->block_size >= VB) return masses<1>(*s);
 #if SCOUT_W == 16
-  if (s->block_size == 16) return masses<4, false>(*s);
+  if (s->block_size == 16) return masses<4>(*s);
 #endif
 #if SCOUT_W > 4
-  masses<2, false>(*s);
+  masses<2>(*s);
 #endif
 }
 
