@@ -13,6 +13,7 @@ MOST_REGISTERS = 128
 
 PIPELINED = ("attend residents", "attend residents, padded", "attend tail", "attend tail, padded")
 WIDE = (*PIPELINED, "copy", "post", "adopt", "move", "merge", "merge the CPU's share", "encode minmax", "score minmax")
+WIDE += ("norm", "norm, shifted", "gate")
 """Their data comes by 16 bytes; lists and masks need not."""
 
 RELEASED = (r"ST(?!.*STRONG\.SYS)", r"MEMBAR.*SYS", r"ST.*STRONG\.SYS")

@@ -9,6 +9,7 @@ import torch
 
 SHAPES = {"Llama-3-8B": (32, 8), "Qwen3-14B": (40, 8), "Llama-2-7B": (32, 32)}
 """Query heads and KV heads, of 128 channels."""
+FEED_FORWARD = {"Llama-3-8B": 14336, "Qwen3-14B": 17408, "Llama-2-7B": 11008}
 BATCH, BLOCK, DIM, BLOCKS, RESIDENT = 8, 32, 128, 2048, 64
 
 
@@ -66,7 +67,22 @@ def launches(shape: str) -> Iterator[tuple[str, Callable]]:
     yield "move", lambda: kernels.move_block(*tail, one, pages, ids, slots, keys, values)
     yield "post", lambda: kernels.post(query, query.clone(), words[0, :1], words[1, :1])
     yield "wait", lambda: kernels.wait(words[0, :1], words[1, :1], words[2, :1])
+    yield from _outside_attention(query, kv_heads, FEED_FORWARD[shape])
     yield from _digests(query, keys[:, :, :2], one)
+
+
+def _outside_attention(query, kv_heads, wide) -> Iterator[tuple[str, Callable]]:
+    from scout_hf.kernels import triton as kernels
+
+    hidden, weight = query.reshape(BATCH, 1, -1), query.new_ones(query[0].numel())
+    cos, sin = query.new_zeros(2, BATCH, 1, DIM)
+    gate, up = query.new_zeros(2, BATCH, 1, wide)
+    yield "norm", lambda: kernels.rms_norm(hidden, weight, 1e-5)
+    yield "norm, shifted", lambda: kernels.rms_norm(hidden, weight, 1e-5, shifted=True)
+    yield "norm of heads", lambda: kernels.rms_norm(query[:, :, 0], weight[:DIM], 1e-5)
+    yield "rotate", lambda: kernels.rotate(query, query[:, :kv_heads], cos, sin)
+    yield "rotate a query", lambda: kernels.rotate(query, query[:, :0], cos[:1], sin[:1])
+    yield "gate", lambda: kernels.silu_product(gate, up)
 
 
 def _digests(query, keys, one) -> Iterator[tuple[str, Callable]]:

@@ -1,4 +1,4 @@
-"""Split float32 into a sum of two bfloat16 numbers (relative error about 2**-17), for tensor cores at full speed."""
+"""Round float32, and split it into a sum of two bfloat16 numbers (relative error about 2**-17) for tensor cores."""
 
 from __future__ import annotations
 
@@ -17,6 +17,15 @@ def to_nearest(x):
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
     return x.to(tl.bfloat16)
+
+
+@triton.jit
+def rounded(x, KIND: tl.constexpr):
+    """Round float32 to the nearest number of a dtype."""
+    if KIND == tl.bfloat16:
+        return to_nearest(x)
+    else:
+        return x.to(KIND)
 
 
 @triton.jit
