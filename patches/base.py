@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from scout_hf.errors import UnsupportedInputError, UnsupportedModelError
 
+from .own_forward import OwnForward
 from .quiet import call
 
 Part = Any
@@ -265,10 +266,13 @@ def _first(module: nn.Module, kind: str) -> Tensor | None:
 
 
 def rotary_function(attn: Part, name: str = "apply_rotary_pos_emb") -> Callable[..., Any]:
-    """A function of the file that defines the attention class, by default its rotary embedding.
+    """A function of the file that defines the attention class, by default its rotary embedding, or a patch's own.
 
     Base classes are searched too: FSDP and users subclass attention in modules of their own.
     """
+    forward = attn.__dict__.get("forward")
+    if isinstance(forward, OwnForward) and forward.rotary is not None and forward.rotary_name == name:
+        return forward.rotary
     for cls in type(attn).__mro__:
         function = getattr(sys.modules.get(cls.__module__), name, None)
         if function is not None:

@@ -17,6 +17,8 @@ from torch.nn.modules import module as torch_module
 
 from scout_hf.errors import UnsupportedModelError
 
+from .own_forward import OwnForward
+
 KNOWN = frozenset(
     {
         "aqlm",
@@ -72,12 +74,12 @@ def call(owner: nn.Module, name: str, *args: Any) -> Tensor:
     >>> normed = call(layer, "input_layernorm", hidden)
     """
     module = getattr(owner, name)
-    kind = type(module)
     if module._modules:
         module = quiet(module, owner)
         return type(module).forward(module, *args)
     check(module, owner)
-    return kind.forward(module, *args)
+    forward = module.__dict__.get("forward")
+    return forward(*args) if isinstance(forward, OwnForward) else type(module).forward(module, *args)
 
 
 def quiet(module: nn.Module, owner: nn.Module) -> nn.Module:
@@ -124,9 +126,10 @@ def package(module_name: str) -> str:
 
 
 def is_bare(module: nn.Module) -> bool:
-    """Whether calling the module runs the `forward` of its class and nothing else."""
+    """Whether calling the module computes what the `forward` of its class does and nothing else."""
     inside = module.__dict__
-    return not ("forward" in inside or inside.get("_compiled_call_impl") or has_hooks(module))
+    replaced = "forward" in inside and not isinstance(inside["forward"], OwnForward)
+    return not (replaced or inside.get("_compiled_call_impl") or has_hooks(module))
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -135,8 +138,8 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Whether `forward` was replaced on the instance by anything but accelerate, which only moves tensors."""
-    if "forward" not in module.__dict__:
+    """Whether `forward` was replaced on the instance, but for `OwnForward` and accelerate, which only moves tensors."""
+    if "forward" not in module.__dict__ or isinstance(module.__dict__["forward"], OwnForward):
         return False
     return not type(module.__dict__.get("_hf_hook")).__module__.startswith("accelerate.")
 

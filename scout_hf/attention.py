@@ -100,7 +100,7 @@ def scout_attention(
         own = query if query.dtype == method.dtype else query.to(method.dtype)
         real = layout.query(module, own)
         if step.queries == 1 and not step.as_several:
-            begun = time.perf_counter()
+            begun, step.fuses_more = time.perf_counter(), kwargs.get("s_aux") is not None
             result = _checked(method, method.attend(step, real), real)
             if step.auto is not None:
                 step.auto.attended(time.perf_counter() - begun)

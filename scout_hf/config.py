@@ -19,6 +19,7 @@ SPLITS = ("auto", "cpu", "off")
 CPU_QUERIES = ("auto", "predicted", "real")
 HOST_DTYPES = (None, "int8")
 GPU_KERNELS = ("auto", "torch", "triton")
+FUSED = ("auto", True, False)
 HAND_OVERS = ("auto", "join", "flags", "graph")
 
 
@@ -108,6 +109,11 @@ class ScoutConfig:
         thread waits once, at the end of a step; needs the native CPU library. ``graph``: as ``flags``, with the decode
         step captured as a CUDA graph; needs all layers on two tiers of one GPU and a budget in tokens or None. ``auto``
         is ``join``.
+    fused : {"auto", True, False}, default "auto"
+        Norms, rotary embedding and gates of a decode step in one launch each, for the predicted query too, rounded as
+        the model's own operations are. ``auto``: where Triton runs; modules that are not known by their code, or
+        have another ``forward`` already, are left alone. ``True``: the same, and an error where it does not run.
+        ``False``: never. Set by ``patch``; a cache can only switch it off.
     link_gbps, cpu_gbps : float or None, default None
         With ``split="cpu"``: emulate another machine by limiting copies of KV between the tiers (``link_gbps``) and
         attention on the CPU (``cpu_gbps``) to so many GB/s of KV. ``None``: no limit.
@@ -149,6 +155,7 @@ class ScoutConfig:
     cpu_backend: str = "auto"
     gpu_kernels: str = "auto"
     hand_over: str = "auto"
+    fused: bool | str = "auto"
     link_gbps: float | None = None
     cpu_gbps: float | None = None
     monitor: bool | float = False
@@ -174,10 +181,12 @@ class ScoutConfig:
         for name in ("sinks", "window"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 0:
                 self._refuse(name, "a number of tokens, 0 or more", "0 to switch it off")
+        choices: dict[str, tuple[Any, ...]]
         choices = {"split": SPLITS, "cpu_query": CPU_QUERIES, "host_dtype": HOST_DTYPES}
-        choices |= {"gpu_kernels": GPU_KERNELS, "hand_over": HAND_OVERS}
+        choices |= {"gpu_kernels": GPU_KERNELS, "hand_over": HAND_OVERS, "fused": FUSED}
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
+            # Not 1 or 0 in place of True or False.
+            if not any(given == getattr(self, name) and type(given) is type(getattr(self, name)) for given in allowed):
                 self._refuse(name, f"one of {_listed(allowed)}", repr(allowed[0]))
         if not isinstance(self.layer_ahead, bool):
             self._refuse("layer_ahead", "True or False", "True")

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 
 from scout_hf.cache import ScoutCache
-from scout_hf.changes import Attribute, Changes, call_all
+from scout_hf.changes import Changes, call_all
 from scout_hf.compat.cache_names import CACHE
 from scout_hf.compat.unwrap import unwrapped
 from scout_hf.config import ScoutConfig
 from scout_hf.drafting import Drafting, most_drafts
 from scout_hf.errors import ConfigError, PatchError
 from scout_hf.fitting import check_names, check_own_names
-from scout_hf.graph import StepGraphs
 from scout_hf.kernels.device import find_kernels
 from scout_hf.methods.unused import warn_of_unused
 from scout_hf.naming import AttentionNames
+from scout_hf.on_decoder import changes_of_decoder
 from scout_hf.on_generate import changes_of_generate, drop_ours
 from scout_hf.pass_hooks import PassHooks, is_ours, is_patched
 from scout_hf.patches import family_of
@@ -426,9 +426,8 @@ class Handle:
             raise PatchError(_ALREADY)  # by another thread, since patch() looked
         self._changes.make(self._names)
         self._hooks.install(self._changes)
-        if self.config.hand_over == "graph":
-            graphs = StepGraphs(self._decoder.forward, self._decoder.config)
-            self._changes.make(Attribute(self._decoder, "forward", graphs, keep_others=True))
+        for change in changes_of_decoder(self._decoder, self.config):
+            self._changes.make(change)
         for change in changes_of_generate(self.model, self.new_cache, self._hooks, self._reuse, self._drafting):
             self._changes.make(change)
 

@@ -101,6 +101,8 @@ class Step:
     allowed : Tensor (1 or batch, 1, 1 or queries, tokens) of bool, or None
         For the current layer, in a pass of several tokens over cached ones: which tokens each query may attend to, if
         that is not causal.
+    fuses_more : bool
+        Whether the current layer fuses what it attended with more (attention sinks), which takes it in float32.
     shared : dict
         What layers of this pass share, by method.
     auto : AutoBudget or None
@@ -148,6 +150,7 @@ class Step:
     as_several: bool = False
     drafts: bool = False
     role: Role = Role.ORDINARY
+    fuses_more: bool = False
     shared: dict[str, Any] = field(default_factory=dict)
     depth: int = 1
     frame: FrameType | None = None

@@ -76,6 +76,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "scout_hf.kernels": ("scout_hf.fusion", "scout_hf.kernels.*"),
     "scout_hf.stores": ("scout_hf.kernels.*", "scout_hf.stores.*"),
     "scout_hf.selection": ("scout_hf.config", "scout_hf.kernels.*", "scout_hf.selection.*", "scout_hf.stores.*"),
+    "scout_hf.fused": (
+        "scout_hf.changes",
+        "scout_hf.config",
+        "scout_hf.fused.*",
+        "scout_hf.kernels.*",
+        "scout_hf.patches.*",
+        "scout_hf.step",
+    ),
     "scout_hf.methods": (
         "scout_hf.config",
         "scout_hf.fusion",
@@ -137,6 +145,7 @@ FOREIGN_PRIVATE = {
     "_version": "torch: whether a weight was written to",
     "_hf_hook": "accelerate: where a weight lies that is not on a device",
     "_has_any_global_hook": "torch: hooks that see every module",
+    "_norm": "transformers: a part of Gemma's norm",
     "_orig_mod": "torch.compile: the module inside",
     "_C": "torch: names that are only there",
     "_cuda_endAllocateToPool": "torch: ends a capture that failed",

@@ -12,6 +12,7 @@ from scout_hf.errors import ConfigError
 
 OLDEST_CAPABILITY = (8, 0)
 KERNEL_DTYPES, MOST_CHANNELS = (torch.bfloat16, torch.float16, torch.float32), 256
+MOST_NORMALISED = 16384  # channels of a row
 
 
 def find_kernels(setting: str, device: torch.device) -> ModuleType | None:

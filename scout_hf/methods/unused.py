@@ -11,7 +11,7 @@ import torch
 from scout_hf.config import ScoutConfig
 from scout_hf.methods.base import find_method, method_names
 
-ALWAYS = frozenset({"method", "method_options"})
+ALWAYS = frozenset({"method", "method_options", "fused"})
 
 
 def unused_settings(config: ScoutConfig, device: torch.device, drafting: bool = False) -> list[str]:

@@ -27,6 +27,7 @@ from tests.integration.common import (
     run,
 )
 from tests.libraries import ISAS  # noqa: E402
+from tests.patches.tiny import tiny_model  # noqa: E402
 from tests.triton.reference import begin_as_nan  # noqa: E402
 from tests.unit.naive import poison  # noqa: E402
 
@@ -111,6 +112,16 @@ def test_half_precision_loses_no_more_than_stock(dtype, way):
                 found.append(out.logits.double().cpu())
         errors[name] = (torch.cat(found, 1) - exact).abs().max()
     assert errors["scout"] <= 2 * errors["stock"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma"])
+def test_modules_in_one_launch_give_what_their_own_operations_give(family, way):
+    model, found = tiny_model(family).cuda(), []
+    for fused in (True, False):
+        with scout_hf.patch(model, **EXACT, hand_over=way, fused=fused):
+            found.append(run(model, on_gpu(left_padded(0, 13, tokens=60)), new=20))
+    assert_close(*found, 1e-5 * logits(found[1]).abs().max().item())
 
 
 @pytest.mark.parametrize("way", WAYS)

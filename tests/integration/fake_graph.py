@@ -98,6 +98,9 @@ LAUNCHED = (
     "move_block",
     "post",
     "wait",
+    "rms_norm",
+    "rotate",
+    "silu_product",
 )
 
 

@@ -185,9 +185,11 @@ def test_a_step_that_cannot_be_captured_is_made_as_usual(graphs, monkeypatch):
 def test_a_number_read_back_is_no_step_to_capture(monkeypatch):
     """That the fake refuses what CUDA refuses."""
     merge = reference.KERNELS.merge
-    monkeypatch.setattr(
-        reference.KERNELS, "merge", lambda parts, *more: merge(parts * float(parts.sum() > -1e9), *more)
-    )
+
+    def reads_back(parts, *more, dtype):
+        return merge(parts * float(parts.sum() > -1e9), *more, dtype=dtype)
+
+    monkeypatch.setattr(reference.KERNELS, "merge", reads_back)
     with pytest.warns(UserWarning, match="_local_scalar_dense"):
         decode("graph", prompt(), SPARSE, new=24)
 

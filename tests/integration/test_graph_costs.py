@@ -33,11 +33,12 @@ NO_KERNEL = ("view", "slice", "select", "detach", "t", "expand", "transpose", "u
 
 
 def made_by_us():
-    """Whether an operation is of this package, and not of the model."""
-    frame = sys._getframe(2)
-    while frame is not None and not any(part in frame.f_code.co_filename for part in ("/scout_hf/", "/modeling_")):
+    """Whether an operation is of this package, and not of the model or in place of its own."""
+    frame, places = sys._getframe(2), ("/scout_hf/", "/modeling_")
+    while frame is not None and not any(part in frame.f_code.co_filename for part in places):
         frame = frame.f_back
-    return frame is not None and "/scout_hf/" in frame.f_code.co_filename
+    name = "/modeling_" if frame is None else frame.f_code.co_filename
+    return "/scout_hf/" in name and "/scout_hf/fused/" not in name
 
 
 class Costs(TorchDispatchMode):

@@ -146,11 +146,11 @@ def test_an_interrupt_in_the_middle_of_a_step(monkeypatch, way, call):
         expected = [tiny(ids[:, at : at + 1], past_key_values=twin).logits for at in range(40, 60)]
         late(monkeypatch)
 
-        def interrupt(*args):
+        def interrupt(*args, **options):
             count.append(1)
             if len(count) == call + 1:
                 raise KeyboardInterrupt
-            return real(*args)
+            return real(*args, **options)
 
         real = reference.KERNELS.merge
         monkeypatch.setattr(reference.KERNELS, "merge", interrupt)

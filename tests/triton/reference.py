@@ -50,13 +50,14 @@ def attend_blocks(
     return into
 
 
-def merge(parts, logs, more=None, more_logs=None):
+def merge(parts, logs, more=None, more_logs=None, sinks=None, dtype=torch.float32):
     empty = logs == -torch.inf
     parts = parts.masked_fill(empty[..., None], 0)
     given = [Partial(parts[:, :, [part]], logs[:, :, [part]]) for part in range(logs.shape[2])]
     if more is not None:
         given.append(Partial(more.masked_fill((more_logs == -torch.inf)[..., None], 0), more_logs.clone()))
-    return tuple(fuse(given))
+    out, lse = fuse(given)
+    return out.to(dtype), lse
 
 
 def choose(scores, count, sinks, padding_mask, slots, most, open_count=None, out=None):
@@ -164,11 +165,29 @@ def wait(word, number, late, turns=1 << 25):
         time.sleep(0)
 
 
+def rms_norm(x, weight, eps, shifted=False):
+    scaled = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+    return (scaled * (1.0 + weight.float())).to(x.dtype) if shifted else weight * scaled.to(x.dtype)
+
+
+def rotate(query, keys, cos, sin):
+    def turned(x):
+        first, second = x.chunk(2, dim=-1)
+        return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+    return turned(query), turned(keys)
+
+
+def silu_product(gate, up):
+    return torch.nn.functional.silu(gate) * up
+
+
 KERNELS = SimpleNamespace(
     attend_blocks=attend_blocks, kv_splits_for=kv_splits_for, merge=merge, choose=choose, Choice=Choice,
     adopt_block=adopt_block, append_token=append_token, move_block=move_block,
     score=lambda *args, **options: None, encode=encode, plan_recall=plan_recall, copy_blocks=copy_blocks,
     run_of_blocks=run_of_blocks, post=post, wait=wait, INTERPRETED=True,
+    rms_norm=rms_norm, rotate=rotate, silu_product=silu_product,
 )  # fmt: skip
 
 

@@ -48,8 +48,10 @@ def launches(shape: str) -> Iterator[tuple[str, Callable]]:
     for other in PLAIN:
         if other != tile and shape == next(iter(SHAPES)):
             yield "attend residents, another tile", attend(keys, values, other, ids=ids)
-    yield "merge", lambda: kernels.merge(*parts)
-    yield "merge the CPU's share", lambda: kernels.merge(*parts, query.float(), parts[1][:, :, :1].contiguous())
+    of_cpu = query.float(), parts[1][:, :, :1].contiguous()
+    yield "merge", lambda: kernels.merge(*parts, dtype=dtype)
+    yield "merge the CPU's share", lambda: kernels.merge(*parts, *of_cpu, dtype=dtype)
+    yield "merge in float32", lambda: kernels.merge(*parts, *of_cpu)
     yield "append", lambda: kernels.append_token(query[:, :kv_heads], query[:, :kv_heads], *tail, one, one, BLOCK)
     yield "choose", lambda: kernels.choose(scores, RESIDENT, 1, None, slots, RESIDENT, one, choice)
     yield (

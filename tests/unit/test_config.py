@@ -40,6 +40,7 @@ REFUSED = {
     "spill_dir": [0, True, b"/tmp"],
     "gpu_kernels": ["cuda", "Triton", None, True],
     "hand_over": ["graphs", "flag", None, 1],
+    "fused": [1, 0, "yes", None, "Auto"],
     "cpu_backend": [None, 0, True],
     "monitor": [0, 1, 0.0, -0.5, 1.5, NAN, math.inf, None, "True", (0.5,)],
 }
@@ -67,6 +68,7 @@ TAKEN = {
     "spill_dir": [None, "/var/tmp"],
     "gpu_kernels": ["auto", "torch", "triton"],
     "hand_over": ["auto", "join", "flags", "graph"],
+    "fused": ["auto", True, False],
     "cpu_backend": ["auto", "torch", "native"],
     "monitor": [False, True, 1.0, 0.01],
 }
@@ -109,7 +111,9 @@ def test_allowed_values_are_kept(name, value):
     assert type(kept) is (tuple if isinstance(value, list) else type(value))
 
 
-@pytest.mark.parametrize("name", ["split", "cpu_query", "block_size", "host_dtype", "gpu_kernels", "hand_over"])
+@pytest.mark.parametrize(
+    "name", ["split", "cpu_query", "block_size", "host_dtype", "gpu_kernels", "hand_over", "fused"]
+)
 def test_a_refusal_lists_every_choice(name):
     with pytest.raises(ConfigError) as caught:
         ScoutConfig(**{name: "nonsense"})

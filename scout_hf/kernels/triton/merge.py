@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from scout_hf.kernels.triton.bf16_split import rounded
 from scout_hf.kernels.triton.support import on_device_of
 
 
@@ -45,7 +46,7 @@ def _merge(
         e_sum += tl.exp(sink - base)
     empty = e_sum == 0.0
     e_sum = tl.where(empty, 1.0, e_sum)
-    tl.store(out + place * DIM + column, (acc / e_sum).to(out.dtype.element_ty), mask=within)
+    tl.store(out + place * DIM + column, rounded(acc / e_sum, out.dtype.element_ty), mask=within)
     tl.store(lse + place, tl.where(empty, float("-inf"), tl.log(e_sum) + base))
 
 

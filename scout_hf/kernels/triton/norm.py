@@ -13,9 +13,6 @@ import triton.language as tl
 from scout_hf.kernels.triton.bf16_split import rounded
 from scout_hf.kernels.triton.support import on_device_of
 
-MOST_COLUMNS = 16384
-"""Of a row, which one program holds in registers."""
-
 
 @triton.jit
 def _rms_norm(
@@ -43,7 +40,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, shifted: bool = 
     Parameters
     ----------
     x : Tensor (outer, inner, channels)
-        bfloat16, float16 or float32, at most 16384 channels; the last stride must be 1.
+        bfloat16, float16 or float32, at most 16384 channels, as one program holds a row; the last stride must be 1.
     weight : Tensor (channels,)
         In the same dtype, contiguous.
     eps : float

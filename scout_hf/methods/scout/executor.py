@@ -79,8 +79,8 @@ class StepExecutor(ABC):
         """Wait for CPU attention; its result on the device, or None if there is none."""
 
     @abstractmethod
-    def merge(self, here: Any, share: Partial | None) -> Partial:
-        """Merge the results of device and CPU by their LSE."""
+    def merge(self, here: Any, share: Partial | None, dtype: torch.dtype) -> Partial:
+        """Merge the results of device and CPU by their LSE; ``dtype`` is that in which the output is wanted."""
 
     def count(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
         """Count this attention for ``stats()``."""

@@ -74,8 +74,8 @@ class CapturedExecutor(CaptureExecutor):
             share = self.plain.handoff.result(step)
         return None if share is None else Partial(*share)
 
-    def merge(self, here: tuple[torch.Tensor, torch.Tensor], share: Partial | None) -> Partial:
-        return self.plain.merge(here, share)
+    def merge(self, here: tuple[torch.Tensor, torch.Tensor], share: Partial | None, dtype: torch.dtype) -> Partial:
+        return self.plain.merge(here, share, dtype)
 
     def count(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
         """Nothing: a capture is not a step, and replays are counted in ``after_replay``."""

@@ -66,7 +66,7 @@ class TorchExecutor(Executor):
         share = step.backend.attend_blocks(*_job(layer, step, query))
         return Partial(*(part.to(query.device) for part in share.partial))
 
-    def merge(self, here: list[Partial], share: Partial | None) -> Partial:
+    def merge(self, here: list[Partial], share: Partial | None, dtype: torch.dtype) -> Partial:
         return fuse(here if share is None else [*here, share])
 
     def seen(self, layer: Layer) -> list[Pick]:

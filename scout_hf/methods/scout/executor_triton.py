@@ -194,8 +194,8 @@ class TritonExecutor(Executor):
         self.handoff.counted = True
         return None if share is None else Partial(*share)
 
-    def merge(self, here: tuple[torch.Tensor, torch.Tensor], share: Partial | None) -> Partial:
-        return Partial(*self.kernels.merge(*here, *(share or ())))
+    def merge(self, here: tuple[torch.Tensor, torch.Tensor], share: Partial | None, dtype: torch.dtype) -> Partial:
+        return Partial(*self.kernels.merge(*here, *(share or ()), dtype=dtype))
 
     def seen(self, layer: Layer) -> list[Pick]:
         ids, mail = layer.resident.ids, self.handoff.mail

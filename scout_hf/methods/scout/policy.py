@@ -112,10 +112,11 @@ class TwoTierScout(OffloadingMethod):
         here = run.attend_device(self, step, query)
         share = run.join_cpu(self, step, query) if state.started else None
         run.count(self, step, query)
-        result = run.merge(here, share)
+        looked_at = step.fuses_more or state.checks or step.monitor is not None
+        result = run.merge(here, share, torch.float32 if looked_at else query.dtype)
         if state.checks and share is not None and state.predicted is not None:
             again = self.executor.attend_again(self, step, state.predicted)
-            self.gate.judge(result, run.merge(here, again))
+            self.gate.judge(result, run.merge(here, again, torch.float32))
         if step.monitor is not None:
             step.monitor.watch(step, self, query, result, self._seen, state.guessed)
         return result
