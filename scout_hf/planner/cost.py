@@ -302,7 +302,7 @@ def _scout(shape: ModelShape, machine: Machine, load: Load) -> _Cost:
     held = load.batch * load.context * shape.kv_bytes
     resident = load.batch * chosen * shape.kv_bytes
     # Sign codes, as digest="auto" takes them: bits per channel of a key, and a byte per token.
-    bits = 2 if shape.head_dim <= (128 if machine.gpu else 256) else 1
+    bits = 2 if shape.head_dim <= (128 if machine.gpu else 288) else 1
     digests = load.batch * load.context * shape.kv_heads * (bits * shape.head_dim / 8 + 1)
     if not machine.gpu:
         plane = shape.head_dim / 8

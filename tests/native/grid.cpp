@@ -727,7 +727,7 @@ Case random_case(Random& random) {
   c.dim = random.pick<int>({64, 64, 80, 96, 128, 128, 128, 192, 256, 8, 16, 48});
   // What no model has, but the interface allows.
   if (random.chance(8)) c.block = random.pick<int>({4, 12, 24, 100, 256});
-  if (random.chance(8)) c.dim = random.pick<int>({20, 24, 40, 72, 320, 512});
+  if (random.chance(8)) c.dim = random.pick<int>({20, 24, 40, 72, 320, 512, 576});
   return c;
 }
 
@@ -793,7 +793,7 @@ void check_refusals(Random& random) {
     answers(no, "block size 6", Case(), [](World& w) { w.args.store.block_size = 6; });
     answers(no, "block size 260", Case(), [](World& w) { w.args.store.block_size = 260; });
     answers(no, "head_dim 0", Case(), [](World& w) { w.args.store.head_dim = 0; });
-    answers(no, "head_dim 520", Case(), [](World& w) { w.args.store.head_dim = 520; });
+    answers(no, "head_dim 584", Case(), [](World& w) { w.args.store.head_dim = 584; });
     answers(no, "head_dim 20", Case(), [](World& w) { w.args.store.head_dim = 20; });
     answers(no, "no KV heads", Case(), [](World& w) { w.args.store.kv_heads = 0; });
     answers(no, "9 query heads to 2", Case(), [](World& w) { w.args.query_heads = 9; });
@@ -1480,7 +1480,7 @@ double straight_log(double x) {
 
 void check_signs(Random& random) {
   const int block = random.pick<int>({8, 16, 16, 32, 32, 64, 128, 256});
-  const int dim = random.pick<int>({8, 16, 24, 32, 40, 64, 80, 104, 128, 128, 136, 256, 512});
+  const int dim = random.pick<int>({8, 16, 24, 32, 40, 64, 80, 104, 128, 128, 136, 256, 512, 576});
   const int group = random.pick<int>({1, 2, 3, 4, 5, 6, 7, 8, 16, 17});
   const int many = block * dim * group <= 16 * 64 * 4 ? random.pick<int>({513, 2051}) : 19;
   scout_select_args a = some_selection(random, random.pick<int>({0, 1, 2, 3, 4, 7, 8, 9, 15, 17, many}));
@@ -1685,7 +1685,7 @@ void check_coarse(Random& random) {
 }
 
 void check_dots(Random& random) {
-  const int numbers = random.pick<int>({8, 16, 48, 64, 256, 512}), parts = random.pick<int>({1, 1, 2, 4, 8});
+  const int numbers = random.pick<int>({8, 16, 48, 64, 256, 512, 576}), parts = random.pick<int>({1, 1, 2, 4, 8});
   const int dtype = random.pick<int>({SCOUT_I8, SCOUT_I8, SCOUT_F32, SCOUT_BF16, SCOUT_F16, SCOUT_I4_CODES});
   const bool packed = dtype == SCOUT_I4_CODES;
   scout_select_args a = some_selection(random, random.pick<int>({0, 1, 2, 3, 7, 15, 17, 70, 300}));
@@ -1760,13 +1760,13 @@ void check_select_refusals() {
     }
     answers("int8", SCOUT_MINMAX, [](scout_select_args& a) { a.code_dtype = SCOUT_I8; });
     answers("bf16", SCOUT_SIGN, [](scout_select_args& a) { a.code_dtype = SCOUT_BF16; });
-    answers("head_dim 520", SCOUT_SIGN, [](scout_select_args& a) { a.head_dim = 520, a.code = 32 * 66; });
+    answers("head_dim 584", SCOUT_SIGN, [](scout_select_args& a) { a.head_dim = 584, a.code = 32 * 74; });
     answers("head_dim 60", SCOUT_SIGN, [](scout_select_args& a) { a.head_dim = 60, a.code = 32 * 8; });
     answers("block size 512", SCOUT_SIGN, [](scout_select_args& a) { a.block_size = 512, a.code = 512 * 9; });
     answers("no block size", SCOUT_SIGN, [](scout_select_args& a) { a.block_size = 0, a.code = 0; });
     answers("a group", SCOUT_DOTS, [](scout_select_args& a) { a.query_heads = 4; });
     answers("bf16", SCOUT_DOTS4, [](scout_select_args& a) { a.code_dtype = SCOUT_BF16; });
-    answers("1032 numbers", SCOUT_DOTS, [](scout_select_args& a) { a.head_dim = a.code = 1032; });
+    answers("1160 numbers", SCOUT_DOTS, [](scout_select_args& a) { a.head_dim = a.code = 1160; });
   }
 }
 
@@ -1776,7 +1776,7 @@ void check_interface(Random& random) {
   if (scout_abi() != SCOUT_ABI) fail("the library has another interface");
   for (int dtype : {SCOUT_F32, SCOUT_F16, SCOUT_BF16, SCOUT_I8})
     for (int block : {4, 8, 16, 32, 64, 100, 128, 256})
-      for (int dim : {8, 16, 48, 64, 80, 96, 128, 192, 256, 512})
+      for (int dim : {8, 16, 48, 64, 80, 96, 128, 192, 256, 512, 576})
         if (scout_tile_bytes(dtype, block, dim) != expected_tile_bytes(dtype, block, dim))
           fail("tile of %s, block %d, head_dim %d", DTYPES[dtype], block, dim);
   if (scout_use_isa(-1) == SCOUT_OK || scout_use_isa(scout_isa_count()) == SCOUT_OK) fail("an unknown ISA is taken");

@@ -358,8 +358,8 @@ def test_auto_takes_the_sign_code_where_it_helps(monkeypatch):
     keys = torch.empty(1, 2, 0, 64)
     assert digest_for(ScoutConfig(digest="auto", budget=2048), keys) == "sign2"
     assert digest_for(ScoutConfig(digest="auto", budget=0.1), keys) == "sign2"
-    # Native code takes 512 bits a token.
-    for dim, name in ((256, "sign2"), (264, "sign"), (512, "sign"), (520, "minmax")):
+    # Native code takes 576 bits a token.
+    for dim, name in ((288, "sign2"), (296, "sign"), (576, "sign"), (584, "minmax")):
         assert digest_for(ScoutConfig(), torch.empty(1, 2, 0, dim)) == name
     for share, mass in ((0.5, None), (0.9, None), (1.0, 0.9)):
         assert digest_for(ScoutConfig(digest="auto", budget=share, mass=mass), keys) == "sign2"

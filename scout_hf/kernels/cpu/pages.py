@@ -20,7 +20,7 @@ from scout_hf.kernels.cpu.library import (
     load_library,
 )
 
-MAX_HEAD_DIM, MAX_BLOCK = 512, 256
+MAX_HEAD_DIM, MAX_BLOCK = 576, 256
 
 
 def library_for(dtype: torch.dtype, head_dim: int, block_size: int, device: torch.device) -> Library | None:

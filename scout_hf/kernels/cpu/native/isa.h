@@ -3,7 +3,7 @@
 
 #include <stdint.h>
 
-enum { SCOUT_MAX_HEAD_DIM = 512, SCOUT_MAX_BLOCK = 256 };
+enum { SCOUT_MAX_HEAD_DIM = 576, SCOUT_MAX_BLOCK = 256 };
 enum { SCOUT_SEVERAL = 9, SCOUT_MANY = 256 };
 
 // Attention of one GQA group over a list of tiles at any addresses; the caller merges the partial results.
