@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import scout_hf
 from scout_hf import CACHE, ScoutCache, SessionError, UnsupportedModelError
+from scout_hf.kernels.cpu.native_backend import NativeBackend
 from scout_hf.layouts import PLAIN, Latent, Padded, layout_from
 from scout_hf.patches import ProbeFamily, family_of
 from tests.integration.common import (
@@ -27,6 +28,7 @@ from tests.integration.common import (
 from tests.integration.latent_oracle import sparse_run
 from tests.integration.selection_oracle import Oracle, Rules
 from tests.integration.sparse_cases import CASES, INPUTS, NEW, TWO_TIER_CASES, settings
+from tests.libraries import ISAS
 from tests.patches.families import known
 from tests.patches.tiny import missing, tiny_config, tiny_model
 
@@ -37,11 +39,12 @@ SETTINGS = {"one tier": ONE_TIER, "two tiers": TWO_TIERS}
 EITHER = pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
 
 
-def latent_model(dtype=torch.float32, spread=0.05):
+def latent_model(dtype=torch.float32, spread=0.05, **sizes):
     """Dense, with yarn's softmax scale, so that a scale of another width shows; as mild as ``common.llama``."""
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale_all_dim": 1.3, "mscale": 0.7}
     yarn |= {"original_max_position_embeddings": 128}
-    config = tiny_config("youtu", initializer_range=spread, num_hidden_layers=3, rope_parameters=yarn)
+    sizes = {"num_hidden_layers": 3, "rope_parameters": yarn} | sizes
+    config = tiny_config("youtu", initializer_range=spread, **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)
@@ -110,6 +113,22 @@ def test_a_token_takes_two_latents_whatever_the_heads(options, model):
         of_page = cache.scout_layers[0].method.pools()[0].page_shape
         assert of_page[0] == 1 and of_page[-1] == 32
         assert handle.stats().kv_bytes["host"] % (3 * 2 * 32 * 4 * 8) == 0
+
+
+@EITHER
+def test_the_widths_of_real_models(options):
+    """576 channels, which native code serves; in int8 with its rounding."""
+    ranks = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+    model = latent_model(**ranks, num_attention_heads=4, num_key_value_heads=4)
+    expected = run(model, left_padded(0, 9), new=6)
+    for host_dtype in (None, "int8"):
+        with scout_hf.patch(model, **options | {"host_dtype": host_dtype}) as handle:
+            got = run(model, left_padded(0, 9), new=6)
+            assert not CACHES_LATENTS or got.past_key_values.scout_layers[0].sizes == (1, 576)
+            assert not ISAS or isinstance(handle._hooks.backend, NativeBackend)
+        errors = (logits(got) - logits(expected)).abs().amax((1, 2))
+        # Rounding may turn a near tie, and then later steps are of other tokens.
+        assert errors.max() <= 3e-6 if host_dtype is None else 3e-6 < errors[1] <= 0.02
 
 
 # -- what a cache gives -----------------------------------------------------------------------------------------------
