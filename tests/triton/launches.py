@@ -38,7 +38,7 @@ class Launch(NamedTuple):
 
     def compiled(self):
         """The kernel as it would be launched; Triton's driver must be a stand-in."""
-        kernel = getattr(importlib.import_module(self.module), self.kernel)
+        kernel = getattr(importlib.import_module(self.module), self.kernel).kernel
         given = {name: _example_of(value) for name, value in self.arguments}
         return kernel.run(grid=(1,), warmup=True, **given, **dict(self.options))
 

@@ -6,9 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
+from scout_hf.kernels.triton.launch import prepared
 from scout_hf.kernels.triton.support import on_device_of
 
 
+@prepared
 @triton.jit
 def _append(
     new_keys, new_values, keys, values, length, blocks,

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from scout_hf.kernels.triton.launch import prepared
 from scout_hf.kernels.triton.prefetch import LINE_BYTES, OFF, ask_for, row_ahead
 from scout_hf.kernels.triton.support import INTERPRETED, LN2, LOG2E, MIN_ROWS, dot, multiprocessors, on_device_of, tanh
 from scout_hf.kernels.triton.tuning import Tile, tile_for
@@ -91,6 +92,7 @@ def _tiles(
     return acc, e_sum, e_max
 
 
+@prepared
 @triton.jit(do_not_specialize=["first", "listed", "mask_b"])
 def _attend(
     query, keys, values, pages, ids, first_at, starts, lengths, padding_mask, out, lse,

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from scout_hf.kernels.triton.launch import prepared
 from scout_hf.kernels.triton.support import on_device_of
 
 CHUNK_BLOCKS = 2048
@@ -64,6 +65,7 @@ _GROWING = [
 ]  # fmt: skip
 
 
+@prepared
 @triton.jit(do_not_specialize=_GROWING)
 def _choose(
     scores, slots, padding_mask, leading, counts, open_count, is_chosen, missing, missing_counts, chosen_counts,

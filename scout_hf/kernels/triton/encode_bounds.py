@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from scout_hf.kernels.triton.launch import prepared
 from scout_hf.kernels.triton.padding_tokens import as_bytes, first_valid, valid_or_first
 from scout_hf.kernels.triton.support import on_device_of
 
@@ -30,6 +31,7 @@ def _finite(bound):
     return tl.where(tl.abs(bound) < float("inf"), bound, 0.0)
 
 
+@prepared
 @triton.jit(do_not_specialize=["mask_b", "codes_b", "codes_h"])
 def _encode_bounds(
     keys, padding_mask, middle, step, codes,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from scout_hf.kernels.triton.encode_bounds import on_grid
+from scout_hf.kernels.triton.launch import prepared
 from scout_hf.kernels.triton.padding_tokens import as_bytes, first_valid, valid_or_first
 from scout_hf.kernels.triton.support import on_device_of
 
@@ -21,6 +22,7 @@ def _packed(numbers, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
     return ((even & 15) | ((odd & 15) << 4)).to(tl.uint8)
 
 
+@prepared
 @triton.jit(do_not_specialize=["mask_b", "codes_b", "codes_h"])
 def _encode_parts(
     keys, padding_mask, middle, step, codes,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from scout_hf.kernels.triton.bf16_split import bf16_split
+from scout_hf.kernels.triton.launch import prepared
 from scout_hf.kernels.triton.padding_tokens import as_bytes, valid_or_first
 from scout_hf.kernels.triton.support import dot, on_device_of
 
@@ -23,6 +24,7 @@ def _packed(bits, column, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.sum(tl.reshape(placed, (TOKENS, COLUMNS // 8, 8)), 2).to(tl.uint8)
 
 
+@prepared
 @triton.jit(do_not_specialize=["mask_b", "codes_b", "codes_h", "blocks"])
 def _encode_sign(
     keys, padding_mask, mean, divisor, rotation, codes,

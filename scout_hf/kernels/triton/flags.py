@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from scout_hf.kernels.triton.launch import prepared
 from scout_hf.kernels.triton.support import _INTERPRETED, on_device_of
 
 # Each of 512 threads has 8 loads of 16 bytes on their way: the query of 8 rows of 32 heads of 128 channels at once.
@@ -54,6 +55,7 @@ def _acquire(word):
         )
 
 
+@prepared
 @triton.jit
 def _post(query, into, flag, number, size, STEP: tl.constexpr):
     value = tl.load(number) + 1
@@ -66,8 +68,9 @@ def _post(query, into, flag, number, size, STEP: tl.constexpr):
     _release(flag, value)
 
 
+@prepared
 @triton.jit
-def _wait(word, number, late, turns):
+def _wait(number, word, late, turns):
     value = tl.load(number)
     seen = _acquire(word)
     turn = 0
@@ -131,4 +134,4 @@ def wait(word: torch.Tensor, number: torch.Tensor, late: torch.Tensor, turns: in
     0
     """
     with on_device_of(number):
-        _wait[(1,)](word, number, late, turns, num_warps=1)
+        _wait[(1,)](number, word, late, turns, num_warps=1)

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from scout_hf.kernels.triton.launch import prepared
 from scout_hf.kernels.triton.support import on_device_of
 
 ELEMENTS = 4096
@@ -25,6 +26,7 @@ def _finite(top):
     return tl.where(top == float("-inf"), 0.0, top)
 
 
+@prepared
 @triton.jit(do_not_specialize=["masses_b", "masses_h", "shares_b", "shares_h", "mask_b", "blocks"])
 def _mean_share(
     masses, padding_mask, recent, shares,

@@ -7,9 +7,11 @@ import triton
 import triton.language as tl
 
 from scout_hf.kernels.triton.bf16_split import rounded
+from scout_hf.kernels.triton.launch import prepared
 from scout_hf.kernels.triton.support import on_device_of
 
 
+@prepared
 @triton.jit
 def _merge(
     parts, logs, more, more_logs, sinks, out, lse,

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from scout_hf.kernels.triton.launch import prepared
 from scout_hf.kernels.triton.recall import COPY_ELEMENTS
 from scout_hf.kernels.triton.support import on_device_of
 
@@ -21,6 +22,7 @@ def _shift(part, SIZE: tl.constexpr, REST: tl.constexpr, STEP: tl.constexpr):
 
 
 # What grows with the context must not make another kernel.
+@prepared
 @triton.jit(do_not_specialize=["pages_b", "slot_of_b", "slot_of_h", "capacity"])
 def _move(
     keys, values, blocks, pages, ids, slot_of, slot_keys, slot_values,

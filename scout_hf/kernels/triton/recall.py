@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from scout_hf.kernels.triton.choose import Choice
+from scout_hf.kernels.triton.launch import prepared
 from scout_hf.kernels.triton.support import on_device_of
 
 COPY_ELEMENTS = 4096
@@ -31,6 +32,7 @@ class Moves(NamedTuple):
 
 
 # What grows with the context must not make another kernel; where parts of one allocation begin depends on sizes too.
+@prepared
 @triton.jit(
     do_not_specialize=[
         "is_chosen_b", "is_chosen_h", "missing_b", "missing_h", "slot_of_b", "slot_of_h", "lists", "most", "capacity",
@@ -133,6 +135,7 @@ def plan_recall(
     return out
 
 
+@prepared
 @triton.jit(do_not_specialize=["pages_b", "lists", "moves"])
 def _copy(
     pages, slots, blocks, counts, keys, values,
@@ -207,6 +210,7 @@ def run_of_blocks(batch: int, heads: int, first: int, count: int, device: torch.
     return Moves(slots, slots + first, torch.full((batch, heads), count, dtype=torch.int32, device=device))
 
 
+@prepared
 @triton.jit(do_not_specialize=["slot_of_b", "slot_of_h", "capacity", "first"])
 def _adopt(
     ids, slot_of, new_keys, new_values, keys, values,

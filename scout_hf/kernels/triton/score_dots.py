@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from scout_hf.kernels.triton.launch import prepared
 from scout_hf.kernels.triton.support import on_device_of
 
 # Storage of numbers: floats, int8, or two 4-bit integers per byte, the lower half first.
@@ -24,6 +25,7 @@ def _whole(bits, TOP: tl.constexpr):
     return (bits ^ (0x4B000000 + TOP)).to(tl.float32, bitcast=True) - (8388608.0 + TOP)
 
 
+@prepared
 @triton.jit(do_not_specialize=["scores_b", "scores_h", "blocks"])
 def _score_dots(
     query, codes, count, scores,

@@ -6,12 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
+from scout_hf.kernels.triton.launch import prepared
 from scout_hf.kernels.triton.support import on_device_of
 
 # Elements of each bound per load: 8 KiB in bfloat16.
 TILE_ELEMENTS = 4096
 
 
+@prepared
 @triton.jit(do_not_specialize=["scores_b", "scores_h", "blocks"])
 def _score_minmax(
     query, codes, count, scores,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from scout_hf.kernels.triton.bf16_split import bf16_split
+from scout_hf.kernels.triton.launch import prepared
 from scout_hf.kernels.triton.support import MIN_ROWS, dot, on_device_of
 
 # Tokens per warp: small blocks then need no reduction across warps.
@@ -32,6 +33,7 @@ def _plane(query, query_h, line, BIT: tl.constexpr, DIM: tl.constexpr, BYTES: tl
     return tl.sum(pieces, 1), (pieces * power[None, :]).to(tl.bfloat16)
 
 
+@prepared
 @triton.jit(do_not_specialize=["scores_b", "scores_h", "blocks"])
 def _score_sign(
     query, codes, count, scores,
