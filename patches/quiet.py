@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from scout_hf.errors import UnsupportedModelError
+from scout_hf.ranks import here
 
 from .own_forward import OwnForward
 
@@ -78,6 +79,8 @@ def call(owner: nn.Module, name: str, *args: Any) -> Tensor:
         module = quiet(module, owner)
         return type(module).forward(module, *args)
     check(module, owner)
+    if is_spread(module):
+        return type(module).forward(stand_in(module, {}, None), *args)
     forward = module.__dict__.get("forward")
     return forward(*args) if isinstance(forward, OwnForward) else type(module).forward(module, *args)
 
@@ -125,6 +128,11 @@ def package(module_name: str) -> str:
     return module_name.rpartition(".")[0] or module_name
 
 
+def is_spread(module: nn.Module) -> bool:
+    """Whether this rank has a part of the module's own weights only, in tensors that stand for the whole."""
+    return any(hasattr(weight, "to_local") for weight in module._parameters.values())
+
+
 def is_bare(module: nn.Module) -> bool:
     """Whether calling the module computes what the `forward` of its class does and nothing else."""
     inside = module.__dict__
@@ -150,9 +158,14 @@ def compiled_from(module: nn.Module) -> nn.Module | None:
 
 
 def stand_in(module: nn.Module, children: dict[str, nn.Module | None], run: Callable[..., Any] | None) -> nn.Module:
-    """A module with the same parameters and buffers, other children, and `run(self, ...)` as its call."""
+    """A module with the same parameters and buffers, other children, and `run(self, ...)` as its call.
+
+    Of weights that are spread over ranks it has the part of this rank.
+    """
     view = object.__new__(type(module))
     view.__dict__.update(module.__dict__)
+    if is_spread(module):
+        view.__dict__["_parameters"] = {name: here(weight) for name, weight in module._parameters.items()}
     view.__dict__["_modules"] = children
     view.__dict__.pop("forward", None)
     # torch calls this instead of forward and all hooks, global ones included.

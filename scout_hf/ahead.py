@@ -15,6 +15,7 @@ from torch.nn.modules import module as torch_module
 from scout_hf.cache_layer import ScoutLayer
 from scout_hf.errors import UnsupportedModelError
 from scout_hf.patches.quiet import call, has_hooks, is_replaced
+from scout_hf.ranks import LOCAL, rules_of_attention
 
 
 class Parts:
@@ -25,10 +26,12 @@ class Parts:
     family : Family
     decoder : Module
         What ``family.decoder(model)`` returns.
+    model : PreTrainedModel
     """
 
-    def __init__(self, family: Any, decoder: torch.nn.Module):
+    def __init__(self, family: Any, decoder: torch.nn.Module, model: Any):
         self._family, self._decoder = family, decoder
+        self._gathered = _gathered(model, family)
 
     def query(
         self, step: Any, index: int, hidden: torch.Tensor, given: dict[str, Any], held: ScoutLayer
@@ -42,6 +45,8 @@ class Parts:
         try:
             if not self._family.available(layer):
                 return None
+            if self._gathered is not None:
+                raise UnsupportedModelError(self._gathered)
             query = self._family.query(self._decoder, layer, hidden, *places)
             query = held.layout.query(self._family.attention(layer), query, call)
             made, known = (query.shape[1], query.shape[3]), held.method and held.method.query_shape
@@ -66,6 +71,8 @@ class Parts:
         layer = self._family.layers(self._decoder)[index]
         if not self._family.available(layer):
             return None
+        if self._gathered is not None:
+            raise UnsupportedModelError(self._gathered)
         if position_ids is not None and position_ids.dim() == 3:
             position_ids = position_ids.movedim(-1, 0)
         try:
@@ -87,3 +94,11 @@ class Parts:
         except AttributeError:
             return False
         return not any(has_hooks(part) or is_replaced(part) for part in parts)
+
+
+def _gathered(model: Any, family: Any) -> str | None:
+    """Why ranks of tensor parallel cannot predict each for itself; None if they can, or in one process."""
+    for part, rule in rules_of_attention(model, family).items():
+        if rule not in LOCAL:
+            return f"{part} is {rule!r} in the model's tp_plan, so that ranks would have to wait for each other"
+    return None

@@ -147,7 +147,12 @@ class AutoBudget:
         """A layer's attention took so long."""
         self._attention += seconds
 
-    def end(self, tokens: int, exact: bool, rates: Rates) -> None:
-        """The step succeeded."""
+    def took(self) -> tuple[float, float]:
+        """Seconds since the step began: of attention, and of all that is not attention."""
+        return self._attention, time.perf_counter() - self._begun - self._attention
+
+    def end(self, tokens: int, exact: bool, rates: Rates, took: tuple[float, ...]) -> None:
+        """The step succeeded and took so long, see :meth:`took`."""
         self.sparse_steps += not exact
-        rates.add(self._attention, time.perf_counter() - self._begun - self._attention, tokens, exact)
+        attention, rest = took
+        rates.add(attention, rest, tokens, exact)

@@ -190,6 +190,7 @@ class ScoutCache(Cache):
         """Write this cache to a folder, from which :meth:`load` opens it again; also in the middle of a conversation.
 
         The folder is written whole or not at all, and can be read by its owner only. It is about as large as the KV.
+        With tensor parallel each rank writes its part, ``path/rank-0-of-2``: call it on all of them.
 
         Parameters
         ----------

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +15,10 @@ from transformers.cache_utils import CacheLayerMixin
 from scout_hf.cache_layer import ScoutLayer
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import ConfigError, SavingError, ScoutError, SessionError
+from scout_hf.ranks import FOLDERS, Ranks
 from scout_hf.recall_intervals import RecallIntervals
 from scout_hf.sessions import fingerprint, read_session, write_session
+from scout_hf.sessions.folder import ABOUT, PRIVATE
 from scout_hf.stores.state import State, count_in, maybe_tensor_in, state_in, tensor_in
 from scout_hf.token_log import Held
 
@@ -49,12 +52,14 @@ def save(
         "known": None if known is None else known._asdict(),
     }
     about = {"tokens": cache.get_seq_length(), "rows": _rows(cache)}
-    write_session(path, fingerprint(model).as_json(), settings_as_json(cache.scout_config), state, about, unchanged)
+    place = _own_folder(path, Ranks(model))
+    write_session(place, fingerprint(model).as_json(), settings_as_json(cache.scout_config), state, about, unchanged)
 
 
 def load(kind: type[ScoutCache], path: str | os.PathLike[str], model: Any, options: dict[str, Any]) -> ScoutCache:
     """Open a session as a cache; see :meth:`ScoutCache.load`."""
-    session, name = read_session(path), f"session {os.fspath(path)}"
+    place = _part_of(path, Ranks(model))
+    session, name = read_session(place), f"session {place}"
     fingerprint(model).refuse(session.model, name)
     before = settings_from_json(session.settings)
     config = ScoutConfig.from_options(before, **options)
@@ -82,6 +87,33 @@ def load(kind: type[ScoutCache], path: str | os.PathLike[str], model: Any, optio
     cache.files = () if session.file is None else (session.file,)
     cache.filled_by = weakref.ref(model)
     return cache
+
+
+def _own_folder(path: str | os.PathLike[str], ranks: Ranks) -> Path:
+    """Where a rank saves its part; the folder of all of them is made."""
+    if ranks.size > 1:
+        if (Path(path) / ABOUT).exists():
+            raise SavingError(f"{path} is a session of one process, and this is {ranks}; take another name")
+        Path(path).mkdir(PRIVATE, exist_ok=True)
+    return ranks.folder(path)
+
+
+def _part_of(path: str | os.PathLike[str], ranks: Ranks) -> Path:
+    """Where the part of a rank was saved; SessionError if other numbers of ranks have saved something."""
+    place, whole = ranks.folder(path), (Path(path) / ABOUT).exists()
+    others = sorted(one.name for one in Path(path).glob(FOLDERS))
+    if whole and ranks.size > 1:
+        raise SessionError(
+            f"{path} is a session of one process, and this is {ranks}, which has a part of the KV heads only; load it "
+            "in one process, or read the text again"
+        )
+    if others and not whole and place.name not in others:
+        this = ranks if ranks.size > 1 else "one process"
+        raise SessionError(
+            f"{path} holds parts of a session, {', '.join(others)}, and this is {this}; load it with as many processes "
+            "as saved it"
+        )
+    return place
 
 
 def _known(state: State, tokens: int) -> Held:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from scout_hf.config import ScoutConfig
-from scout_hf.errors import CacheStateError, ConfigError
+from scout_hf.errors import CacheStateError, ConfigError, UnsupportedModelError
 from scout_hf.kernels.cpu import find_backend
 from scout_hf.layouts import latent_widths
 from scout_hf.methods.base import find_method
+from scout_hf.ranks import Ranks, rules_of_attention
 from scout_hf.recall_intervals import RecallIntervals
 from scout_hf.selection import check_digest
 
@@ -88,3 +89,32 @@ def refuse_other_sizes(
         f"the cache holds {batch} rows and got {rows} new ones; use batch_repeat_interleave or "
         "batch_select_indices, or start with a new ScoutCache"
     )
+
+
+def refuse_over_ranks(config: ScoutConfig, ranks: Ranks) -> None:
+    """Raise ConfigError for settings with which ranks of tensor parallel would have to decide together."""
+    if ranks.size == 1:
+        return
+    if reason := find_method(config.method).over_heads(config):
+        raise ConfigError(
+            f"method={config.method!r} cannot run on {ranks.size} ranks, each with some of the KV heads: {reason}"
+        )
+    if config.hand_over == "graph":
+        raise ConfigError(
+            f"hand_over='graph' cannot run on {ranks.size} ranks: a captured step would hold the sums over ranks, and "
+            "ranks that capture or replay at different times would wait for each other; use hand_over='flags'"
+        )
+
+
+def refuse_split_heads(model: Any, family: Any, ranks: Ranks) -> None:
+    """Raise UnsupportedModelError if the ranks of a model would share a KV head, which its own passes cannot do."""
+    if ranks.size == 1:
+        return
+    text = model.config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
+    spread = "colwise" in rules_of_attention(model, family).values()
+    if spread and heads and heads % ranks.size:
+        raise UnsupportedModelError(
+            f"the {heads} KV heads of this model cannot be divided among {ranks.size} ranks, and transformers divides "
+            "none: its own passes fail too; start as many processes as divide them"
+        )

@@ -21,13 +21,14 @@ from scout_hf.compat.modes import keeps_tensors
 from scout_hf.config import ScoutConfig
 from scout_hf.counters import Counters
 from scout_hf.errors import PatchError, UnsupportedInputError
-from scout_hf.fitting import refuse_other_depth
+from scout_hf.fitting import refuse_other_depth, refuse_over_ranks, refuse_split_heads
 from scout_hf.kernels.cpu import make_backend
 from scout_hf.kernels.cpu.workers import Workers
 from scout_hf.methods.base import find_method
 from scout_hf.monitor import Monitor
 from scout_hf.naming import AttentionNames
 from scout_hf.pass_inputs import named_arguments, refuse_unservable
+from scout_hf.ranks import Ranks
 from scout_hf.running import RunningPasses
 from scout_hf.step import Inputs, Role, Step, active_step, decoder_positions
 from scout_hf.stock_passes import StockWarnings, reason_of_pass
@@ -57,6 +58,8 @@ class PassHooks:
         Shared by all steps of this model, see :class:`scout_hf.step.Step`.
     running : RunningPasses
         Passes that are running, in any thread.
+    ranks : Ranks
+        That the model is spread over.
     rates : dict of Rates
         What decode steps take, by rows and what else counts.
     tracer : Tracer or None
@@ -69,7 +72,10 @@ class PassHooks:
         self._model, self._family, self._names, self._lossless = model, family, names, lossless
         self._decoder = family.decoder(model)
         self._text_config = model.config.get_text_config(decoder=True)
-        self.parts = Parts(family, self._decoder)
+        self.ranks = Ranks(model)
+        refuse_over_ranks(config, self.ranks)
+        refuse_split_heads(model, family, self.ranks)
+        self.parts = Parts(family, self._decoder, model)
         self.backend = make_backend(config.cpu_backend, config.threads, config.spinning_us)
         # Threads for transfers that the backend cannot make, separate from attention jobs.
         self.movers, self.links = Workers(), Links()
@@ -144,6 +150,7 @@ class PassHooks:
             return
         refuse_unservable(module, given, inputs)
         refuse_other_depth(cache, self._text_config)
+        refuse_over_ranks(cache.scout_config, self.ranks)
         hooks_reached(cache)
         rows, queries = inputs.shape[:2]
         marks, tokens = cache.mark(), cache.get_seq_length() + queries
@@ -230,7 +237,8 @@ class PassHooks:
                 # The chunks of a prompt's past are larger than what a decode step copies.
                 step.cache.staging.drop_free()
             if step.auto is not None and step.rates is not None:
-                step.auto.end(step.tokens, step.attends_all, step.rates)
+                took = self.ranks.slowest(*step.auto.took())
+                step.auto.end(step.tokens, step.attends_all, step.rates, took)
             if step.role is Role.ORDINARY:
                 self.counters.pace.end()
         if unread and output is not None:

@@ -195,7 +195,7 @@ class Handle:
         self._changes = Changes()
         counters, running = self._hooks.counters, self._hooks.running
         self._reuse = None if store is None else Reuse(store, model, counters, is_ours)
-        self._drafting = Drafting(most_drafts, counters, running) if most_drafts else None
+        self._drafting = Drafting(most_drafts, counters, running, self._hooks.ranks) if most_drafts else None
 
     # -- what a user calls --------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from scout_hf.counters import Counters
 from scout_hf.drafting.picks import Picks
 from scout_hf.drafting.rounds import Round, check, draft, unknown_inputs, wait
 from scout_hf.methods.base import find_method
+from scout_hf.ranks import Ranks
 from scout_hf.running import RunningPasses
 
 NOTE = "drafts"
@@ -67,15 +68,17 @@ class Drafting:
     counters : Counters
     running : RunningPasses
         Says whether the patch was removed.
+    ranks : Ranks
+        Must draft the same.
     """
 
-    def __init__(self, most: int, counters: Counters, running: RunningPasses):
+    def __init__(self, most: int, counters: Counters, running: RunningPasses, ranks: Ranks):
         self.most = most
-        self._counters, self._running = counters, running
+        self._counters, self._running, self._ranks = counters, running, ranks
         self._calls = threading.local()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Drafting, (self.most, self._counters, self._running)
+        return Drafting, (self.most, self._counters, self._running, self._ranks)
 
     @property
     def call(self) -> Call | None:
@@ -140,12 +143,13 @@ class Drafting:
         begun = time.perf_counter()
         if not length:
             outputs = run(**given)
-            cache.auto_draft.exact_step(wait(outputs) - begun)
+            cache.auto_draft.exact_step(*self._ranks.slowest(wait(outputs) - begun))
             return outputs
         drafts = draft(run, cache, given, call.ids, call.picks, length)
         drafted = time.perf_counter()
         made = check(run, cache, given, drafts)
-        cache.auto_draft.round(drafts.shape[1], drafted - begun, wait(made.outputs) - drafted)
+        took = self._ranks.slowest(drafted - begun, wait(made.outputs) - drafted)
+        cache.auto_draft.round(drafts.shape[1], *took)
         self._counters.checks += 1
         call.round, call.begun = made, begun
         return made.serve()

@@ -140,6 +140,11 @@ class Method(Replays, ABC):
         """Whether ``attend`` obeys ``step.attends_all``, and can tell in time how long it took."""
         return False
 
+    @classmethod
+    def over_heads(cls, config: ScoutConfig) -> str | None:
+        """What all KV heads of a layer decide together, and what to try; None if no token depends on other heads."""
+        return None
+
     # -- hooks, in the order of a decode step -------------------------------------------------------------------
 
     def ahead(self, step: Step, query: torch.Tensor | None) -> None:

@@ -76,6 +76,15 @@ class InfiniGen(OffloadingMethod):
     def is_exact(cls, config: ScoutConfig, device: torch.device) -> bool:
         return config.sparse_budget in (None, 1.0)
 
+    @classmethod
+    def over_heads(cls, config: ScoutConfig) -> str | None:
+        if cls.is_exact(config, torch.device("cpu")) or (cls.options | (config.method_options or {}))["alpha"] is None:
+            return None
+        return (
+            "with alpha, it takes as many tokens as all heads need on average; use method_options={'alpha': None}, "
+            "or method='scout'"
+        )
+
     # -- hooks --------------------------------------------------------------------------------------------------
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from scout_hf.cache import ScoutCache
+from scout_hf.ranks import Ranks
 from scout_hf.token_log import has_plain_positions, is_plain
 
 OF_GENERATE = frozenset({"is_first_iteration", "next_sequence_length"})
@@ -25,6 +26,14 @@ def of_model(model: Any) -> str | None:
     if getattr(text, "use_bidirectional_attention", None):
         return "tokens attend to those that follow, so keys depend on the rest of the text"
     return None
+
+
+def of_ranks(model: Any) -> str | None:
+    """Why texts of a model that is spread over ranks cannot be found; None for a model in one process."""
+    size = Ranks(model).size
+    if size == 1:
+        return None
+    return f"it runs on {size} ranks, and if they found beginnings of different lengths, they would wait for ever"
 
 
 def of_call(

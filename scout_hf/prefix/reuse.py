@@ -81,7 +81,7 @@ class Reuse:
     ):
         self.store, self._model, self._counters, self._is_ours = store, model, counters, is_ours
         self._calls = threading.local()
-        reason = reasons.of_model(model)
+        reason = reasons.of_model(model) or reasons.of_ranks(model)
         if reason is not None:
             raise ConfigError(f"store=... cannot serve {type(model).__name__}: {reason}; leave store out")
 

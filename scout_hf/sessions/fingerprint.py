@@ -13,6 +13,7 @@ import torch
 
 from scout_hf.errors import SessionError
 from scout_hf.files import parse_json
+from scout_hf.ranks import Ranks, here
 from scout_hf.sessions.weights import weights_of
 
 SAMPLED = 4096
@@ -29,7 +30,7 @@ WITHOUT_EFFECT = (
     "attn_implementation", "experts_implementation", "return_dict", "output_hidden_states",
     "output_attentions", "id2label", "label2id", "problem_type", "chunk_size_feed_forward", "bos_token_id",
     "eos_token_id", "pad_token_id", "tie_word_embeddings", "is_decoder", "gradient_checkpointing",
-    "base_model_tp_plan", "base_model_pp_plan", "gguf_file",
+    "base_model_tp_plan", "base_model_pp_plan", "distributed_config", "gguf_file",
 )  # fmt: skip
 """Entries of a config that change neither keys nor values; weights have a check of their own."""
 
@@ -101,7 +102,9 @@ def fingerprint(model: torch.nn.Module) -> Fingerprint:
 
 def config_of(model: Any) -> dict[str, Any]:
     """What of a model's config changes keys and values, as plain data."""
-    text = json.dumps(_effective(model.config.to_dict()), sort_keys=True, default=str)
+    ranks = Ranks(model)
+    part = {"tensor_parallel": str(ranks)} if ranks.size > 1 else {}
+    text = json.dumps(_effective(model.config.to_dict()) | part, sort_keys=True, default=str)
     return parse_json(text, infinite=True)  # large numbers are allowed
 
 
@@ -116,10 +119,11 @@ def _effective(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+@torch.no_grad()
 def weights_hash(model: torch.nn.Module) -> str:
     """A hash over names, shapes and some numbers of every weight and buffer: another one for any other checkpoint."""
     found, unused = hashlib.sha256(), tuple(_of_unused_adapters(model))
-    embedding = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
+    embedding = here(getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None))
     for name, weight in weights_of(model):
         if name.startswith(unused):
             continue

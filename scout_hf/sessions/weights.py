@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from scout_hf.ranks import here
+
 Part = tuple[str, Any]
 """A name, and a plain tensor or a word about one."""
 
@@ -75,6 +77,8 @@ def _parts(name: str, value: Any) -> Iterator[Part]:
         return
     elif value.is_meta:
         yield name, value
+    elif hasattr(value, "to_local"):
+        yield from _parts(name, here(value))
     elif is_traceable_wrapper_subclass(value):
         inner, about = value.__tensor_flatten__()
         yield name, f"{type(value).__qualname__} {tuple(value.shape)} {value.dtype} {_described(about)}"

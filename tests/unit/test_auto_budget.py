@@ -27,7 +27,7 @@ class Machine:
         attention = (self.exact_seconds(tokens) if exact else self.sparse_seconds(tokens)) - self.rest
         self.now += (self.rest + attention) * slow
         self.auto.attended(attention * slow)
-        self.auto.end(tokens, exact, self.rates)
+        self.auto.end(tokens, exact, self.rates, self.auto.took())
         return exact, self.rest + attention
 
     def at(self, tokens, steps=2 * MEASURED + 2):
