@@ -55,6 +55,16 @@ def test_example_on_its_own(path, tmp_path):
     check_warnings(done)
 
 
+@pytest.mark.full
+def test_ranks_give_the_answer_of_one_process(tmp_path):
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    done = run(tmp_path, *command, EXAMPLES[0].with_name("tensor_parallel.py"))
+    told = [line for line in done.stdout.splitlines() if line.startswith("rank ")]
+    assert done.returncode == 0 and done.stdout.split().count("ok") == 2, done.stdout + done.stderr
+    parts = {line.partition(": ")[2] for line in told}
+    assert len(told) == 2 and len(parts) == 1
+
+
 def check_warnings(done):
     # An older pipeline calls generate() in a way that its own release deprecates.
     assert not [line for line in done.stderr.splitlines() if "deprecated" in line and "past_key_values" in line]

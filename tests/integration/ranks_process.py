@@ -5,6 +5,7 @@ In float64, where no rounding of sums over ranks decides about a token or a bloc
 
 import contextlib
 import datetime
+import inspect
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed.tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.distributed import DistributedConfig
 
 import scout_hf
 from scout_hf import CACHE, ScoutCache, auto_budget
@@ -59,7 +61,11 @@ def save_models(folder):
 
 def load(path, world):
     """One of them, over as many ranks."""
-    options = {"dtype": torch.float64} | ({"tp_plan": "auto"} if world > 1 else {})
+    options = {"dtype": torch.float64}
+    if world > 1 and "tp_plan" in inspect.signature(DistributedConfig).parameters and path.name != "llama":
+        options["distributed_config"] = DistributedConfig(tp_plan="auto")
+    elif world > 1:
+        options["tp_plan"] = "auto"
     if path.name == "unknown":
         return LlamaForCausalLM.from_pretrained(path, config=UnknownConfig.from_pretrained(path), **options).eval()
     return AutoModelForCausalLM.from_pretrained(path, **options).eval()
