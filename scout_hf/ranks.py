@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-LOCAL = frozenset({"colwise", "rowwise", "replicate", "replicated_with_grad_allreduce", "local_params"})
+LOCAL = frozenset(
+    {"colwise", "rowwise", "replicate", "replicated_with_grad_allreduce", "local_params", "mla_kv_a_proj"}
+)
 """Rules of a plan under which a module makes what its own rank needs from what every rank has, up to the attention."""
 
 FOLDERS = "rank-*-of-*"

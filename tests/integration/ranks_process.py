@@ -46,7 +46,7 @@ OTHER = {
     "infinigen": {"method": "infinigen", "budget": 32, "block_size": 8, "method_options": {"alpha": None}},
     "kvpr": {"method": "kvpr", "block_size": 8, "window": 8, "split": "cpu"},
 }
-FAMILIES = ("qwen3", "phi3", "unknown")
+FAMILIES = ("qwen3", "phi3", "deepseek_v2", "unknown")
 NEW, FIRST = 8, 160
 
 
@@ -55,7 +55,8 @@ def save_models(folder):
     llama(dtype=torch.float64, **SHAPE).save_pretrained(folder / "llama")
     llama(dtype=torch.float64, num_key_value_heads=2).save_pretrained(folder / "two heads")
     for name in FAMILIES:
-        model = llama(**SHAPE) if name == "unknown" else tiny_model(name, **SHAPE)
+        own = {"num_key_value_heads": 8, "first_k_dense_replace": 3} if name == "deepseek_v2" else {}
+        model = llama(**SHAPE) if name == "unknown" else tiny_model(name, **SHAPE | own)
         model.double().save_pretrained(folder / name)
 
 
