@@ -113,5 +113,16 @@ def check_python(arguments):
     typer.main.get_command(app).make_context("", arguments[2:])
 
 
-KNOWN = {"python": check_python, "scout-hf": check_scout_hf, "make": check_make, "pip": check_pip}
+def check_torchrun(arguments):
+    """A script of this checkout, by processes."""
+    assert arguments[0] == "--nproc-per-node" and int(arguments[1]) > 1 and (ROOT / arguments[2]).is_file()
+
+
+KNOWN = {
+    "torchrun": check_torchrun,
+    "python": check_python,
+    "scout-hf": check_scout_hf,
+    "make": check_make,
+    "pip": check_pip,
+}
 KNOWN |= {".venv/bin/python": check_pytest, ".venv/bin/scout-hf": check_scout_hf}
