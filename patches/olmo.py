@@ -12,7 +12,7 @@ from .registry import register_family
 class Olmo2(Family):
     """The residual stream enters `q_proj` without a norm; `q_norm` runs before the split into heads."""
 
-    model_types = ("olmo2", "olmo3")
+    model_types: tuple[str, ...] = ("olmo2", "olmo3")
 
     def norm(self, layer: Part, hidden: Tensor) -> Tensor:
         return hidden

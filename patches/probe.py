@@ -55,7 +55,7 @@ class ProbeFamily(Family):
         depth = getattr(decoder.config, "num_hidden_layers", None)
         for module in decoder.modules():
             if isinstance(module, nn.ModuleList) and len(module) == depth and _attention_in(module[-1]) is not None:
-                return module
+                return list(module)
         raise AttributeError(f"{type(decoder).__name__} holds no list of {depth} layers with attention")
 
     def attention(self, layer: nn.Module) -> nn.Module:

@@ -47,7 +47,8 @@ class Prepared:
         if count is None:
             is_tensor = [arg is None or isinstance(arg, torch.Tensor) for arg in args]
             count = self._tensors = is_tensor.index(False)
-        dtypes, addresses = [], 0
+        dtypes: list[Any] = []
+        addresses = 0
         for arg in args[:count]:
             if arg is None:
                 dtypes.append(None)
