@@ -54,9 +54,11 @@ class ProbeFamily(Family):
             return decoder.layers
         depth = getattr(decoder.config, "num_hidden_layers", None)
         for module in decoder.modules():
-            if isinstance(module, nn.ModuleList) and len(module) == depth and _attention_in(module[-1]) is not None:
-                return list(module)
-        raise AttributeError(f"{type(decoder).__name__} holds no list of {depth} layers with attention")
+            if isinstance(module, nn.ModuleList) and len(module) == depth:
+                attention = _attention_in(module[-1])
+                if attention is not None and getattr(attention, "is_causal", True):
+                    return list(module)
+        raise AttributeError(f"{type(decoder).__name__} holds no list of {depth} layers with causal attention")
 
     def attention(self, layer: nn.Module) -> nn.Module:
         attention = _attention_in(layer)

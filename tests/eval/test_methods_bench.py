@@ -109,8 +109,8 @@ def test_a_run_that_was_ended_continues(record, path, monkeypatch):
         """What the first run found, in place of measuring it once more."""
 
         def measure(cell, *_):
-            named = ("way", "task") if part == "score" else ("way", "context", "batch")
-            same = [one for one in record["cells"] if all(one.get(name) == cell[name] for name in named)]
+            named = ("part", "way", "task") if part == "score" else ("part", "way", "context", "batch", "gib")
+            same = [one for one in record["cells"] if all(one.get(name) == cell.get(name) for name in named)]
             return next(one for one in same if (one["part"] == "score") == (part == "score"))
 
         return measure

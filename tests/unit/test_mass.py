@@ -266,7 +266,7 @@ def test_auto_estimates_mass_also_where_no_code_is_fast():
     keys = torch.empty(1, 2, 0, 64)
     with without_library():
         assert digest_for(ScoutConfig(), keys) == "minmax" and digest_for(ScoutConfig(mass=0.9), keys) == "sign2"
-    assert digest_for(ScoutConfig(mass=0.9), torch.empty(1, 2, 0, 264)) == "sign"
+    assert digest_for(ScoutConfig(mass=0.9), torch.empty(1, 2, 0, 296)) == "sign"
 
 
 def test_head_sizes_that_no_digest_of_mass_encodes_are_refused():

@@ -14,6 +14,7 @@ SOURCES = sorted(
 FORBIDDEN = {
     ".write_text": {
         "eval/bench/gpu_apart.py",  # a switch in /proc
+        "examples/batch_ray.py",  # prompts, as a user writes them
         "eval/bench/memory.py",  # another
         "eval/harness/longbench.py",  # in a folder that was just made, for this process alone
         "eval/methods/kvpress_apart.py",  # has no scout_hf, and writes into such a folder
@@ -26,6 +27,8 @@ FORBIDDEN = {
     ".rename": set(),
     "json.loads": {
         "scout_hf/files.py",
+        "examples/batch_ray.py",  # what it was answered
+        "scout_hf/batch/settings.py",  # what it has just written, as plain data
         "scout_hf/diagnostics/gpu_time.py",  # what torch's profiler has just written for us
         "eval/bench/gpu_apart.py",  # what we asked
         "eval/bench/gpu_process.py",  # what a process of our own has just said, and was asked
@@ -39,7 +42,7 @@ FORBIDDEN = {
     ".mktemp": set(),
     "torch.load": set(),
     "pickle.load": set(),
-    "pickle.loads": set(),
+    "pickle.loads": {"scout_hf/batch/ray_workers.py"},  # what Ray carries between processes of our own, never a file
     "yaml.load": set(),
     "eval": set(),
     "exec": set(),

@@ -7,9 +7,11 @@ import triton
 import triton.language as tl
 
 from scout_hf.kernels.triton.bf16_split import rounded
+from scout_hf.kernels.triton.launch import prepared
 from scout_hf.kernels.triton.support import on_device_of
 
 
+@prepared
 @triton.jit
 def _rotate(
     query, keys, cos, sin, query_out, keys_out, query_b, query_h, keys_b, keys_h, cos_b, sin_b,
