@@ -76,6 +76,43 @@ def test_jobs_wait_for_their_flags_and_come_again_in_each_step(backend, layers):
         assert layer.job.totals.take() == StepSums(0, 0, 0)
 
 
+@pytest.mark.parametrize("steps", [0, 1], ids=["first", "later"])
+def test_jobs_are_drained_after_an_interrupt_right_behind_their_submit(backend, layers, steps):
+    together = backend.together([layer.job for layer in layers])
+    for step in range(1, steps + 1):
+        for layer in layers:
+            layer.words[0] = step
+        backend.start_step(together).drain()
+    submit = together._submit
+
+    def interrupted(*args):
+        submit(*args)
+        raise KeyboardInterrupt
+
+    together._submit = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        backend.start_step(together)
+    for layer in layers:
+        assert layer.job.number == steps + 1 and not layer.job.ticket().done()
+        layer.words[0] = steps + 1
+        layer.job.drain()
+        assert int(layer.words[1]) == steps + 1
+
+
+def test_jobs_of_threads_that_have_ended_are_not_waited_for(backend, layers):
+    together = backend.together([layers[0].job])
+    for step in range(1, 9):
+        layers[0].words[0] = step
+        backend.start_step(together).drain()
+    backend.close()
+    submit, together._submit = together._submit, lambda *args: 0
+    with pytest.raises(CacheStateError):
+        backend.start_step(together)
+    together._submit = submit
+    assert layers[0].job.ticket() is None
+    layers[0].job.drain()
+
+
 def test_what_is_not_to_count_does_not(backend, layers):
     layer, together = layers[0], backend.together([layers[0].job])
     layer.choose(0)

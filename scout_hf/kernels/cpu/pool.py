@@ -114,6 +114,10 @@ class PoolTicket:
         other.number = number
         return other
 
+    def has_threads_of(self, other: PoolTicket) -> bool:
+        """Whether both jobs are of the same threads, so that numbers of one's jobs mean the same to the other."""
+        return self._threads is other._threads
+
     def let_go(self) -> None:
         """Drop the references to the memory of a job that has ended."""
         self._held = None
@@ -165,6 +169,7 @@ class NativePool:
         flag: int | None = None,
         value: int = 0,
         result: Any = None,
+        before: Callable[[PoolTicket], None] | None = None,
     ) -> PoolTicket:
         """Start a background job, after those submitted before.
 
@@ -181,6 +186,8 @@ class NativePool:
         value : int
         result
             Result of ``PoolTicket.wait``; a callable is called at the first wait.
+        before : callable or None
+            Gets the ticket before the job is submitted, when it has no number yet.
 
         Returns
         -------
@@ -205,6 +212,8 @@ class NativePool:
         ticket = PoolTicket(threads, (args, keep), result)
         # Before the submit: an interrupt right after it must not free memory that the job uses.
         threads.tickets[ticket] = None
+        if before is not None:
+            before(ticket)
         number = entry(threads.handle, ctypes.byref(args), flag, value)
         if number <= 0:
             threads.tickets.pop(ticket, None)

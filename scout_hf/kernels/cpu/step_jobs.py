@@ -124,7 +124,12 @@ class NativeStepJobs:
     def start(self, pool: NativePool) -> PoolTicket:
         """Submit one job of each; a ticket of the last."""
         memory = [job.memory for job in self.jobs]
-        ticket = pool.submit(self._submit, self._pointers, keep=(self, memory))
+        return pool.submit(self._submit, self._pointers, keep=(self, memory), before=self._expect)
+
+    def _expect(self, ticket: PoolTicket) -> None:
+        """The native call writes the jobs' numbers itself: after an interrupt right behind it they can be drained."""
         for job in self.jobs:
+            last = job.pool_ticket
+            if last is not None and not last.has_threads_of(ticket):
+                job.args.ticket = 0  # of threads that have ended
             job.pool_ticket = ticket
-        return ticket
