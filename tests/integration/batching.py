@@ -31,8 +31,8 @@ def toy_tokenizer():
     )
 
 
-def toy_model():
-    model = tiny_model("llama", vocab_size=len(SPECIAL) + len(LETTERS))
+def toy_model(name="llama"):
+    model = tiny_model(name, vocab_size=len(SPECIAL) + len(LETTERS))
     # Its end would come by chance.
     model.generation_config.eos_token_id = None
     return model
@@ -94,9 +94,9 @@ def lines(path):
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def stock_answers(rows, new_tokens):
+def stock_answers(rows, new_tokens, name="llama"):
     """What the model, not patched, says to each prompt."""
-    model, tokenizer, said = toy_model(), toy_tokenizer(), {}
+    model, tokenizer, said = toy_model(name), toy_tokenizer(), {}
     for row in rows:
         ids = tokenizer(row["prompt"], return_tensors="pt").input_ids
         made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)

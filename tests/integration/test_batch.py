@@ -80,6 +80,12 @@ def test_other_questions_find_the_documents_of_an_earlier_run(place, small):
     assert done.found_tokens >= 3 * 200 and answers("other.jsonl") == stock_answers(other, NEW)
 
 
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_next"])
+def test_layers_with_states_of_their_own_go_on_from_what_is_shared(name, place, small):
+    done = batch(small[0], load=lambda: toy_model(name))
+    assert answers() == stock_answers(small[0], NEW, name) and done.read_tokens < 0.5 * done.prompt_tokens
+
+
 def test_without_a_store_everything_is_read(place, small):
     done = batch(small[0], store=None)
     assert done.read_tokens == done.prompt_tokens and not done.groups and answers() == small[1]
