@@ -7,7 +7,13 @@ from itertools import dropwhile, groupby
 
 from tests.triton.artefacts import Artefact
 
-REGISTERS = {"attend residents, another tile": 168, "score sign2": 168, "encode sign": 192, "encode sign2": 255}
+REGISTERS = {
+    "attend residents, another tile": 168,
+    "choose, padded": 160,  # with triton 3.6; there is one program per row and KV head
+    "score sign2": 168,
+    "encode sign": 192,
+    "encode sign2": 255,
+}
 MOST_REGISTERS = 128
 """Of all others: as many as 4 blocks of 4 warps may have on a multiprocessor."""
 
