@@ -25,7 +25,7 @@ SIZES = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_atte
 @pytest.mark.parametrize("factor", [1.0, 1.05])
 def test_sample(factor, monkeypatch):
     finish = scout_hf.attention._finish
-    enlarge = lambda layer, module, result, *rest: finish(layer, module, result._replace(out=factor * result.out), *rest)
+    enlarge = lambda *given: finish(*given[:2], given[2]._replace(out=factor * given[2].out), *given[3:])
     monkeypatch.setattr(scout_hf.attention, "_finish", enlarge)
     model, ids = LlamaForCausalLM(LlamaConfig(**SIZES)).eval(), torch.randint(3, 50, (2, 31))
     for settings in ({"do_sample": False}, {"do_sample": True, "return_dict_in_generate": True}):
