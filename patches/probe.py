@@ -58,7 +58,7 @@ class ProbeFamily(Family):
                 attention = _attention_in(module[-1])
                 if attention is not None and getattr(attention, "is_causal", True):
                     return list(module)
-        raise AttributeError(f"{type(decoder).__name__} holds no list of {depth} layers with causal attention")
+        raise AttributeError(f"{type(decoder).__name__} holds no list of {depth} layers with attention")
 
     def attention(self, layer: nn.Module) -> nn.Module:
         attention = _attention_in(layer)
