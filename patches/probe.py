@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -57,7 +57,7 @@ class ProbeFamily(Family):
             if isinstance(module, nn.ModuleList) and len(module) == depth:
                 attention = _attention_in(module[-1])
                 if attention is not None and getattr(attention, "is_causal", True):
-                    return list(module)
+                    return cast("Sequence[nn.Module]", module)
         raise AttributeError(f"{type(decoder).__name__} holds no list of {depth} layers with attention")
 
     def attention(self, layer: nn.Module) -> nn.Module:
