@@ -19,10 +19,12 @@ from scout_hf.cache_reading import copy_as_dynamic, describe, iterate, refuse_sa
 from scout_hf.cache_saving import load, save
 from scout_hf.change_guard import LINEAR, ChangeGuard
 from scout_hf.compat.cropping import tokens_to_crop
+from scout_hf.compat.linear_layers import Linear, LinearAndFull, keeps_no_past
 from scout_hf.compat.modes import keeps_tensors
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import CacheStateError, ConfigError
 from scout_hf.fitting import check_names, layers_of
+from scout_hf.hybrid_layer import HybridLayer
 from scout_hf.layouts import latent_widths
 from scout_hf.padding import Padding
 from scout_hf.sessions.mapped import OpenFile
@@ -85,6 +87,9 @@ class ScoutCache(Cache):
             # By exact type: sliding and quantized layers are subclasses that stay as they are.
             if type(layer) is DynamicLayer:
                 layers[index] = ScoutLayer(self.scout_config, index, self.guard, memory, latent_widths(text))
+            elif type(layer) is LinearAndFull:
+                states = getattr(layer, "number_of_states", 1)
+                layers[index] = HybridLayer(states, self.scout_config, index, self.guard, memory)
         super().__init__(layers=layers)
         # A weak reference to the AliveCaches that count it.
         self.seen_by: Any = None
@@ -306,11 +311,20 @@ class ScoutCache(Cache):
         self.guard.torn = None
 
     def crop(self, tokens_to_remove: int | torch.Tensor) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens of every row, in all layers; a positive number is kept."""
+        """Remove the last ``-tokens_to_remove`` tokens of every row, in all layers; a positive number is kept.
+
+        CacheStateError for models with linear states, from which no tokens can be taken.
+        """
         self.guard.between_passes("crop()")
         held = max((layer.get_seq_length() for layer in self.scout_layers), default=self.get_seq_length())
         removed = tokens_to_crop(int(tokens_to_remove), held)
-        if removed is not None:
+        fixed = [index for index, layer in enumerate(self.layers) if keeps_no_past(layer)]
+        if fixed and held and removed:
+            raise CacheStateError(
+                f"crop(): layers {', '.join(map(str, fixed))} have a linear state, from which no tokens can be taken; "
+                "nothing was changed. Keep a fork (cache.fork()) of what you may want to go back to"
+            )
+        if removed is not None and not fixed:
             with self.guard.changing("crop()"):
                 super().crop(removed)
             self.log.cropped(self.get_seq_length(), self.guard.changes)
@@ -398,5 +412,5 @@ class ScoutCache(Cache):
                 layer.rollback(mark)
             else:
                 layer.__dict__.update(mark)
-                torn = torn if isinstance(layer, CacheLayerMixin) else LINEAR
+            torn = LINEAR if isinstance(layer, Linear) else torn
         self.guard.torn = torn

@@ -234,6 +234,9 @@ class ScoutLayer(ReadableLayer):
         own = {"layout": self.layout.as_json(), "dtype": self.dtype, "method": method.state_dict()}
         return {"batch": method.batch, "heads": heads, "dim": dim} | own
 
+    def load_states(self, state: State, device: torch.device) -> None:
+        """Take what :meth:`state_dict` gave beside keys and values: nothing."""
+
     def load_state_dict(self, state: State | None, device: torch.device) -> None:
         """Take what :meth:`state_dict` gave into a layer without tokens; SessionError if it does not fit."""
         if state is None:

@@ -154,10 +154,12 @@ def load_layer(layer: Any, state: Any, device: torch.device, before: ScoutConfig
         raise SessionError("a layer of the session has no state")
     config = layer.config
     if any(getattr(config, name) != getattr(before, name) for name in KEEP_STATE):
-        return _take_tokens(layer, held, device, before)
-    if any(getattr(config, name) != getattr(before, name) for name in WITH_RESIDENTS):
-        held = held | {"method": state_in(held, "method") | {"slots": None, "residents": None}}
-    layer.load_state_dict(held, device)
+        _take_tokens(layer, held, device, before)
+    else:
+        if any(getattr(config, name) != getattr(before, name) for name in WITH_RESIDENTS):
+            held = held | {"method": state_in(held, "method") | {"slots": None, "residents": None}}
+        layer.load_state_dict(held, device)
+    layer.load_states(held, device)
 
 
 def _take_tokens(layer: ScoutLayer, held: State, device: torch.device, before: ScoutConfig) -> None:

@@ -25,6 +25,8 @@ def of_model(model: Any) -> str | None:
     text = model.config.get_text_config(decoder=True)
     if getattr(text, "use_bidirectional_attention", None):
         return "tokens attend to those that follow, so keys depend on the rest of the text"
+    if {"hybrid", "hybrid_sliding"} & set(getattr(text, "layer_types", None) or ()):
+        return "a layer holds a linear state beside its keys and values, which only a session keeps"
     return None
 
 

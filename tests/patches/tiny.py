@@ -100,6 +100,12 @@ TINY: dict[str, Tiny] = {
         | {"num_local_experts": 0, "shared_intermediate_size": 32, "layer_types": LINEAR_THEN_FULL}
         | {"position_embedding_type": "rope"},
     ),
+    "falcon_h1": Tiny(
+        "falcon_h1",
+        _STATE_SPACE
+        | {"mamba_d_ssm": 128, "mamba_d_head": 32, "head_dim": 16, "key_multiplier": 0.5}
+        | {"attention_in_multiplier": 1.5, "attention_out_multiplier": 0.8, "ssm_out_multiplier": 0.7},
+    ),
     "jamba": Tiny(
         "jamba",
         _EXPERTS | {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 8},

@@ -1,0 +1,195 @@
+"""Models with linear states: what a cache that holds them can do, and what it refuses."""
+
+import pytest
+import torch
+
+import scout_hf
+from scout_hf import CACHE, CacheStateError, ConfigError, ScoutCache
+from scout_hf.cache_layer import ScoutLayer
+from scout_hf.compat.linear_layers import Linear, keeps_no_past
+from tests.integration.common import ONE_TIER, TWO_TIERS, left_padded, logits, prompt, run
+from tests.patches.tiny import missing, tiny_model
+
+HYBRIDS = (
+    "qwen3_next",
+    "qwen3_5",
+    "bamba",
+    "granite_hybrid",
+    "jamba",
+    "nemotron_h",
+    "lfm2",
+    "olmo_hybrid",
+    "falcon_h1",
+)
+SIDE_BY_SIDE = "falcon_h1"
+INPUTS = left_padded(0, 9, tokens=40)
+TOLERANCE = 1e-5
+
+
+def case(name):
+    reason = missing(name)
+    if not reason and not any(isinstance(layer, Linear) for layer in ScoutCache(tiny_model(name).config).layers):
+        reason = f"this transformers gives {name} a cache of its own"
+    return pytest.param(name, marks=pytest.mark.skipif(bool(reason), reason=reason))
+
+
+EACH = pytest.mark.parametrize("name", [case(name) for name in HYBRIDS])
+SOME = pytest.mark.parametrize("name", [case(name) for name in ("qwen3_next", "lfm2", SIDE_BY_SIDE)])
+TIERS = pytest.mark.parametrize("settings", [ONE_TIER, TWO_TIERS], ids=["one tier", "two tiers"])
+
+
+def difference(got, expected):
+    truth = logits(expected)
+    return (logits(got) - truth).abs().max().item() / max(1.0, truth.abs().max().item())
+
+
+def continued(model, cache, ids, new=4):
+    """What follows on these tokens, of which the cache holds all that came before."""
+    return run(model, ids, new=new, **{CACHE: cache})
+
+
+def stock(model, ids, longer):
+    """What stock gives in the same calls: Jamba's scan begins anew in every pass of several tokens."""
+    with torch.no_grad():
+        cache = model(ids, use_cache=True)[CACHE]
+    return continued(model, cache, longer)
+
+
+@pytest.mark.thin(2)
+@EACH
+@TIERS
+def test_a_fork_goes_on_by_itself(name, settings):
+    model, ids = tiny_model(name), prompt(2, 40)
+    first, second = (torch.cat([ids, prompt(2, 5, seed=seed)], 1) for seed in (5, 6))
+    expected = stock(model, ids, first), stock(model, ids, second)
+    with scout_hf.patch(model, **settings) as handle:
+        cache = handle.new_cache()
+        with torch.no_grad():
+            model(ids, **{CACHE: cache}, use_cache=True)
+        fork = cache.fork()
+        assert difference(continued(model, cache, first), expected[0]) <= TOLERANCE
+        assert difference(continued(model, fork, second), expected[1]) <= TOLERANCE
+        held = [layer for layer in (*cache.layers, *fork.layers) if isinstance(layer, Linear)]
+        tensors = [one.data_ptr() for layer in held for one in layer.conv_states.values() if one is not None]
+        assert len(tensors) == len(set(tensors)) > 0
+
+
+@EACH
+def test_no_tokens_can_be_taken_back_and_nothing_changes(name):
+    """A state holds all tokens before it: cropping is refused before the first layer is cropped."""
+    model, ids = tiny_model(name), prompt(1, 40)
+    longer = torch.cat([ids, prompt(1, 5, seed=5)], 1)
+    expected = stock(model, ids, longer)
+    with scout_hf.patch(model, **TWO_TIERS) as handle:
+        cache = handle.new_cache()
+        cache.crop(-3)  # nothing to take
+        with torch.no_grad():
+            model(ids, **{CACHE: cache}, use_cache=True)
+        for wanted in (-3, 30):
+            with pytest.raises(CacheStateError, match=r"crop\(\): layers? .* linear state.*fork"):
+                cache.crop(wanted)
+        assert cache.get_seq_length() == 40 and cache.token_ids.tolist() == ids.tolist()
+        cache.crop(40)
+        assert difference(continued(model, cache, longer), expected) <= TOLERANCE
+
+
+@SOME
+@TIERS
+def test_an_interrupted_pass_is_told_and_a_fork_goes_on(name, settings, monkeypatch):
+    model, ids = tiny_model(name), prompt(1, 40)
+    longer = torch.cat([ids, prompt(1, 5, seed=5)], 1)
+    expected = stock(model, ids, longer)
+    with scout_hf.patch(model, **settings) as handle:
+        cache = handle.new_cache()
+        with torch.no_grad():
+            model(ids, **{CACHE: cache}, use_cache=True)
+        fork = cache.fork()
+
+        def interrupt(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        hook = model.get_output_embeddings().register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt), torch.no_grad():
+            model(prompt(1, 1), **{CACHE: cache}, use_cache=True)
+        hook.remove()
+        with pytest.raises(CacheStateError, match="linear-attention layers, which cannot be rolled back.*fork"):
+            continued(model, cache, longer)
+        assert difference(continued(model, fork, longer), expected) <= TOLERANCE
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        assert difference(continued(model, cache, longer), expected) <= TOLERANCE
+
+
+@pytest.mark.thin(2)
+@EACH
+@TIERS
+def test_beams_move_states_too(name, settings):
+    model = tiny_model(name)
+    options = {"new": 8, "num_beams": 3, "num_return_sequences": 2}
+    expected = run(model, INPUTS, **options)
+    with scout_hf.patch(model, **settings):
+        got = run(model, INPUTS, **options)
+    assert torch.equal(got.sequences, expected.sequences) and difference(got, expected) <= TOLERANCE
+
+
+# -- attention and a state in one layer -----------------------------------------------------------------------------
+
+ONE_LAYER = pytest.mark.parametrize("name", [case(SIDE_BY_SIDE)])
+
+
+@ONE_LAYER
+def test_every_layer_is_kept_and_keeps_its_state(name):
+    model = tiny_model(name)
+    with scout_hf.patch(model, **TWO_TIERS):
+        cache = run(model, INPUTS).past_key_values
+    assert all(isinstance(layer, ScoutLayer) and keeps_no_past(layer) for layer in cache.layers)
+    assert not cache.is_compileable
+    stock = cache.to_dynamic()
+    expected = run(model, INPUTS).past_key_values
+    for one, other in zip(stock.layers, expected.layers, strict=True):
+        assert type(one) is type(other)
+        for kept, true in ((one.keys, other.keys), (one.values, other.values)):
+            assert (kept - true)[0].abs().max() <= 1e-4 * true.abs().max()
+        assert torch.allclose(one.recurrent_states[0], other.recurrent_states[0], rtol=1e-3, atol=1e-4)
+
+
+@ONE_LAYER
+def test_rows_are_repeated_and_selected(name):
+    model, ids = tiny_model(name), prompt(2, 40)
+    rows = torch.tensor([1, 1, 0])
+    longer = torch.cat([ids, prompt(2, 5, seed=5)], 1)
+    expected = stock(model, ids[rows], longer[rows])
+    with scout_hf.patch(model, **TWO_TIERS) as handle:
+        cache = handle.new_cache()
+        with torch.no_grad():
+            model(ids, **{CACHE: cache}, use_cache=True)
+        twice = cache.fork()
+        cache.batch_select_indices(rows)
+        assert difference(continued(model, cache, longer[rows]), expected) <= TOLERANCE
+        twice.batch_repeat_interleave(2)
+        rows = torch.tensor([0, 0, 1, 1])
+        got = continued(model, twice, longer[rows])
+    assert difference(got, stock(model, ids[rows], longer[rows])) <= TOLERANCE
+
+
+@ONE_LAYER
+def test_sessions_hold_states(name, tmp_path):
+    model, ids = tiny_model(name), prompt(1, 40)
+    longer = torch.cat([ids, prompt(1, 5, seed=5)], 1)
+    expected = stock(model, ids, longer)
+    with scout_hf.patch(model, **TWO_TIERS) as handle:
+        cache = handle.new_cache()
+        with torch.no_grad():
+            model(ids, **{CACHE: cache}, use_cache=True)
+        cache.save(tmp_path / "kv")
+        for options in ({}, {"block_size": 16}):
+            loaded = ScoutCache.load(tmp_path / "kv", model, **options)
+            assert loaded.get_seq_length() == 40
+            assert difference(continued(model, loaded, longer), expected) <= TOLERANCE, options
+
+
+@ONE_LAYER
+def test_stores_and_drafts_are_refused(name, tmp_path):
+    for options in ({"store": tmp_path / "store"}, {"draft": True, "budget": 64}):
+        with pytest.raises(ConfigError, match="a linear state beside its keys and values"):
+            scout_hf.patch(tiny_model(name), **options)
