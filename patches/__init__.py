@@ -13,6 +13,7 @@ from . import (  # isort: skip  # noqa: F401
     cohere,
     gemma2,
     gemma3,
+    gemma4,
     gpt2,
     gpt_neox,
     gpt_oss,

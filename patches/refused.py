@@ -30,15 +30,8 @@ _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ),
     ),
     (
-        "some of its layers read the keys and values of other layers past the cache (KV sharing).",
-        (
-            "gemma3n_text",
-            "gemma4_text",
-            "gemma4_unified_text",
-            "gemma4_assistant",
-            "gemma4_unified_assistant",
-            "muse_glimmer_assistant",
-        ),
+        "it drafts for another model from that model's keys and values, and has none of its own.",
+        ("gemma4_assistant", "gemma4_unified_assistant", "muse_glimmer_assistant"),
     ),
     (
         "one set of attention weights serves several layers, so the attention call does not tell which layer "

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import time
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import AttentionInterface
@@ -58,21 +58,20 @@ def scout_attention(
     step = active_step()
     if step is None or (layer := _layer_of(step, module)) is None:
         return attention_function(previous, module)(module, query, key, value, attention_mask, **kwargs)
-    method, layout, incoming = layer.method, layer.layout, layer.incoming
+    index: Any = module.layer_idx
+    method, layout, incoming = layer.method_of(index), layer.layout, layer.incoming.pop(index, None)
     if method is None or incoming is None or not (incoming.given is key or layout.expands):
-        raise UnsupportedModelError(
-            f"{type(module).__name__} changes keys between cache.update() and attention, which scout_hf does not "
-            "support; unpatch the model, or report the family"
-        )
-    layer.incoming = None
+        _refuse_keys(layer, module, key)
     if not UNSERVED.isdisjoint(kwargs) and (unknown := [name for name in UNSERVED if kwargs.get(name) is not None]):
         raise UnsupportedModelError(
-            f"{type(module).__name__} attends with {', '.join(sorted(unknown))} on layer {module.layer_idx}, whose "
+            f"{type(module).__name__} attends with {', '.join(sorted(unknown))} on layer {index}, whose "
             "cache layer is a plain full-attention one; scout_hf does not support that: unpatch the model"
         )
-    if query.shape[2] != step.queries:
+    newest = query.shape[2]
+    # Layers that store no KV may leave out tokens of a prompt whose logits nobody asked for.
+    if newest != step.queries and (newest > step.queries or method.stored_by is None):
         raise UnsupportedInputError(
-            f"{type(module).__name__} got {query.shape[2]} tokens in a pass that began with {step.queries}: the model "
+            f"{type(module).__name__} got {newest} tokens in a pass that began with {step.queries}: the model "
             "inserts tokens, which a ScoutCache does not support; use a DynamicCache for this call"
         )
     scale = kwargs.get("scaling")
@@ -91,7 +90,7 @@ def scout_attention(
     elif special and step.queries == 1:
         refuse_unless_padding(step, attention_mask)
     elif step.queries > 1:
-        step.allowed = allowed_by(step, attention_mask) if special else None
+        step.allowed = allowed_by(step, attention_mask, newest) if special else None
     if kwargs.get("dropout") and method.length > step.queries:
         _tell_of_dropout(step, kwargs["dropout"])
     # Switching autocast off costs more than a small attention: do it only where it is on.
@@ -106,7 +105,7 @@ def scout_attention(
                 step.auto.attended(time.perf_counter() - begun)
             out = _finish(layer, module, result, own, query.dtype, kwargs.get("s_aux"))
         elif out is None:
-            keys, values = (part.to(method.dtype) for part in incoming[1:])
+            keys, values = (part[:, :, -newest:].to(method.dtype) for part in incoming[1:])
             result = method.attend_many(step, real, keys, values)
             out = _finish(layer, module, result, own, query.dtype, kwargs.get("s_aux"))
             if step.as_several:
@@ -130,7 +129,7 @@ def scout_mask(previous: str, *args: Any, **kwargs: Any) -> Any:
         return stock(*args, **kwargs)
     plain = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
     if plain and not step.cache.has_stock_full_layers:
-        return kwargs.get("attention_mask")
+        return None
     if not plain:
         return prompt_mask_function(previous)(*args, **kwargs)
     mask = stock(*args, **kwargs)
@@ -192,7 +191,19 @@ def _finish(
 
 def _layer_of(step: Step, module: torch.nn.Module) -> ScoutLayer | None:
     index = getattr(module, "layer_idx", None)
-    if index is None or index >= len(step.cache.layers):
-        return None
-    layer = step.cache.layers[index]
-    return layer if isinstance(layer, ScoutLayer) else None
+    return None if index is None else step.cache.layer_of(index)
+
+
+def _refuse_keys(layer: ScoutLayer, module: torch.nn.Module, key: torch.Tensor) -> NoReturn:
+    """Raise UnsupportedModelError for keys that are not those that ``layer`` stored in this pass."""
+    name, index = type(module).__name__, module.layer_idx
+    if index != layer.layer_idx and layer.method is not None and key.device != layer.device:
+        raise UnsupportedModelError(
+            f"layer {index} of {name} is on {key.device} and attends over the KV of layer {layer.layer_idx}, which is "
+            f"on {layer.device}; scout_hf needs both on one device: load the model with a device_map that has them "
+            "together, or unpatch it"
+        )
+    raise UnsupportedModelError(
+        f"{name} changes keys between cache.update() and attention, which scout_hf does not support; unpatch the "
+        "model, or report the family"
+    )

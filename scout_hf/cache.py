@@ -21,11 +21,13 @@ from scout_hf.change_guard import LINEAR, ChangeGuard
 from scout_hf.compat.cropping import tokens_to_crop
 from scout_hf.compat.linear_layers import Linear, LinearAndFull, keeps_no_past
 from scout_hf.compat.modes import keeps_tensors
+from scout_hf.compat.shared_kv import forget_shared, holds_nothing, storing_layers
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import CacheStateError, ConfigError
 from scout_hf.fitting import check_names, layers_of
 from scout_hf.hybrid_layer import HybridLayer
 from scout_hf.layouts import latent_widths
+from scout_hf.methods import Method
 from scout_hf.padding import Padding
 from scout_hf.sessions.mapped import OpenFile
 from scout_hf.sizes import bytes_of
@@ -82,11 +84,14 @@ class ScoutCache(Cache):
         memory = None if limit is None else HostMemory(bytes_of(limit), self.scout_config.spill_dir)
         # Number of layers by the config: layers that share the KV of another have no cache layer.
         self.depth = layers_of(text, len(layers))
-        check_names(self.scout_config, text, len(layers))
+        check_names(self.scout_config, text, self.depth or len(layers))
+        # For layers without a place of their own here: the layer whose KV they attend over.
+        self.stored_by = storing_layers(text)
         for index, layer in enumerate(layers):
             # By exact type: sliding and quantized layers are subclasses that stay as they are.
             if type(layer) is DynamicLayer:
-                layers[index] = ScoutLayer(self.scout_config, index, self.guard, memory, latent_widths(text))
+                readers = tuple(reader for reader, stored in self.stored_by.items() if stored == index)
+                layers[index] = ScoutLayer(self.scout_config, index, self.guard, memory, latent_widths(text), readers)
             elif type(layer) is LinearAndFull:
                 states = getattr(layer, "number_of_states", 1)
                 layers[index] = HybridLayer(states, self.scout_config, index, self.guard, memory)
@@ -114,6 +119,22 @@ class ScoutCache(Cache):
     def scout_layers(self) -> list[ScoutLayer]:
         """The layers that a method keeps."""
         return [layer for layer in self.layers if isinstance(layer, ScoutLayer)]
+
+    def layer_of(self, layer_idx: int) -> ScoutLayer | None:
+        """The layer that keeps what this layer of the model attends over; None if no method keeps it."""
+        place = self.stored_by.get(layer_idx, layer_idx)
+        layer = self.layers[place] if place < len(self.layers) else None
+        return layer if isinstance(layer, ScoutLayer) else None
+
+    @property
+    def methods(self) -> list[Method]:
+        """The methods of all layers that attend, as far as they hold tokens."""
+        return [method for layer in self.scout_layers for method in layer.methods]
+
+    @property
+    def has_stock_layers(self) -> bool:
+        """Whether a layer left to transformers holds anything."""
+        return any(not isinstance(layer, ScoutLayer) and not holds_nothing(layer) for layer in self.layers)
 
     @property
     def is_initialized(self) -> bool:
@@ -277,15 +298,13 @@ class ScoutCache(Cache):
     def tier_bytes(self) -> dict[str, int]:
         """Bytes held by tier: ``host``, ``device``, ``digests``, and ``stock`` for layers left to transformers."""
         total: dict[str, int] = {}
+        held = [method.tier_bytes() for method in self.methods]
         for layer in self.layers:
-            if isinstance(layer, ScoutLayer):
-                method = layer.method  # read once: another thread may be using the cache
-                held = method.tier_bytes() if method else {}
-            else:
+            if not isinstance(layer, ScoutLayer):
                 tensors = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
-                held = {"stock": sum(t.numel() * t.element_size() for t in tensors)}
-            for tier, amount in held.items():
-                total[tier] = total.get(tier, 0) + amount
+                held.append({"stock": sum(t.numel() * t.element_size() for t in tensors)})
+        for tier, amount in (item for one in held for item in one.items()):
+            total[tier] = total.get(tier, 0) + amount
         if staged := self.staging.used_bytes:
             total["device"] = total.get("device", 0) + staged
         return total
@@ -378,15 +397,15 @@ class ScoutCache(Cache):
     def drain(self) -> None:
         """Wait for background work of all layers and drop its results."""
         for layer in self.scout_layers:
-            layer.incoming = None
+            layer.incoming = {}
             if layer.method is not None:
                 layer.method.drain()
 
     def end_step(self) -> None:
         """Called after a forward pass that succeeded: drop jobs that it started and did not use."""
-        for layer in self.scout_layers:
-            if layer.method is not None:
-                layer.method.end_step()
+        for method in self.methods:
+            method.end_step()
+        forget_shared(self)
 
     def mark(self) -> list[Any]:
         """The state of every layer, for ``rollback``. No keys or values are copied."""
@@ -410,7 +429,7 @@ class ScoutCache(Cache):
         for layer, mark in zip(self.layers, marks):
             if isinstance(layer, ScoutLayer):
                 layer.rollback(mark)
-            else:
+            elif not holds_nothing(layer):
                 layer.__dict__.update(mark)
             torn = LINEAR if isinstance(layer, Linear) else torn
         self.guard.torn = torn

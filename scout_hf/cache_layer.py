@@ -31,7 +31,27 @@ class Incoming(NamedTuple):
 
 
 class ScoutLayer(ReadableLayer):
-    """One full-attention layer: translates calls of transformers into calls of a method."""
+    """One full-attention layer: translates calls of transformers into calls of a method.
+
+    Parameters
+    ----------
+    config : ScoutConfig
+    layer_idx : int
+        The layer of the model that stores its KV here.
+    guard : ChangeGuard, optional
+    memory : HostMemory, optional
+    latent : tuple of int, optional
+        Widths of what the model caches if that is a latent.
+    readers : tuple of int
+        Further layers that attend over this KV with queries of their own.
+
+    Attributes
+    ----------
+    method : Method or None
+        None without tokens.
+    incoming : dict of int to Incoming
+        In a pass: the new tokens, for each layer that has not attended to them yet.
+    """
 
     is_compileable = False
     is_croppable = True
@@ -45,15 +65,15 @@ class ScoutLayer(ReadableLayer):
         guard: ChangeGuard | None = None,
         memory: HostMemory | None = None,
         latent: tuple[int, int] | None = None,
+        readers: tuple[int, ...] = (),
     ):
         super().__init__()
-        self.memory = memory
-        # Widths of what the model caches if that is a latent.
+        self.memory, self.readers = memory, readers
         self.latent, self.layout = latent, PLAIN
         self.guard = guard or ChangeGuard()
         self.config, self.layer_idx = config, layer_idx
         self.method: Method | None = None
-        self.incoming: Incoming | None = None
+        self.incoming: dict[int, Incoming] = {}
         self.awaited: Awaited | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -75,6 +95,23 @@ class ScoutLayer(ReadableLayer):
                 pool.limit(self.memory)
         return method
 
+    def method_of(self, layer_idx: int) -> Method | None:
+        """The method of one of the layers that attend over this KV; None without tokens."""
+        method = self.method
+        if method is None or layer_idx == self.layer_idx:
+            return method
+        if layer_idx not in method.readers:
+            heads, dim = self.sizes
+            like = torch.empty((method.batch, heads, 0, dim), dtype=self.dtype, device=self.device)
+            make_method(self.config, layer_idx, like).borrow(method)
+        return method.readers[layer_idx]
+
+    @property
+    def methods(self) -> list[Method]:
+        """The methods of all layers that have attended over this KV."""
+        method = self.method
+        return [] if method is None else [method, *method.readers.values()]
+
     @keeps_tensors
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> KV:
         """Store new tokens, (batch, kv_heads, tokens, head_dim) each, where head_dim may differ.
@@ -92,7 +129,7 @@ class ScoutLayer(ReadableLayer):
         else:
             refuse_other_sizes(method.batch, self.sizes, keys, self.layer_idx, layout == self.layout)
         if inside:
-            self.incoming = Incoming(key_states, keys, values)
+            self.incoming = dict.fromkeys((self.layer_idx, *self.readers), Incoming(key_states, keys, values))
             method.append(keys, values, step)
             return key_states, value_states
         return self._update_outside(method, keys, values)
@@ -113,7 +150,7 @@ class ScoutLayer(ReadableLayer):
 
     def rollback(self, mark: Any) -> None:
         """Restore the state at ``mark``, wherever a pass was interrupted."""
-        self.incoming = None
+        self.incoming = {}
         if mark is None or self.method is None:
             self.reset()
         else:
@@ -184,7 +221,7 @@ class ScoutLayer(ReadableLayer):
         self.guard.refuse_in_pass("reset()")
         if self.method:
             self.method.drain()
-        self.method = self.incoming = None
+        self.method, self.incoming = None, {}
 
     def offload(self) -> None:
         """Nothing to do: the method decides where KV lives."""
@@ -196,8 +233,11 @@ class ScoutLayer(ReadableLayer):
         self.guard.refuse_in_pass("copying a layer")
         twin = object.__new__(type(self))
         memo[id(self)] = twin
-        own = {"incoming": None, "method": self.method and self.method.fork()}
-        twin.__dict__.update(self.__dict__, guard=copy.deepcopy(self.guard, memo), **own)
+        method = self.method
+        own = method and method.fork()
+        if method is not None and own is not None:
+            own.lend_as(method)
+        twin.__dict__.update(self.__dict__, guard=copy.deepcopy(self.guard, memo), incoming={}, method=own)
         return twin
 
     def take(

@@ -54,7 +54,7 @@ class ScoutConfig:
     window : int, default 32
         Most recent tokens that are always attended, rounded up to whole blocks (plus the block being filled).
     dense_layers : int or tuple of int, default ()
-        Layers that attend to everything: the first n, or the listed indices.
+        Layers that attend to everything: the first n, or the listed indices, and layers that share their KV.
     digest : str, default "auto"
         What represents a block during selection. ``minmax``: minimum and maximum per channel, as in the paper.
         ``minmax-int8``: the same in half the bytes. ``minmax-sub``: bounds per 8 tokens in 4 bits. ``sign``: one bit

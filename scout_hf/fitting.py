@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from scout_hf.compat.per_layer import head_dims
+from scout_hf.compat.shared_kv import storing_layers
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import CacheStateError, ConfigError, UnsupportedModelError
 from scout_hf.kernels.cpu import find_backend
@@ -33,9 +35,16 @@ def check_names(config: ScoutConfig, text_config: Any, layers: int) -> None:
     """Raise ConfigError if ``config`` names something unknown, or does not fit a model of so many layers."""
     method = find_method(config.method)
     method.check(config)
+    if (readers := storing_layers(text_config)) and not method.can_lend:
+        raise ConfigError(
+            f"method={config.method!r} is not possible for {text_config.model_type}: its layers {min(readers)} to "
+            f"{max(readers)} attend over the KV of other layers, and {config.method!r} keeps beside KV what belongs to "
+            "the queries or inputs of one layer; try 'scout', or 'dense' to attend to everything"
+        )
     mass = config.mass if method.uses is None or "mass" in method.uses | method.uses_in_drafts else None
     # The head_dim of a config with latent attention is that of the rotated part alone.
-    check_digest(config.digest, None if latent_widths(text_config) else getattr(text_config, "head_dim", None), mass)
+    for head_dim in [None] if latent_widths(text_config) else head_dims(text_config):
+        check_digest(config.digest, head_dim, mass)
     find_backend(config.cpu_backend)
     if isinstance(config.recall, RecallIntervals):
         config.recall.check(text_config.model_type, layers)

@@ -212,7 +212,7 @@ class StepGraphs:
 
     def _key(self, step: Step, held: _Held, call: Any) -> Any:
         """The assumptions of a captured step, or None if this step cannot be captured."""
-        if not held.kvs or len(held.methods) != len(step.cache.layers):
+        if not held.kvs or len(held.methods) != len(step.cache.layers) or step.cache.stored_by:
             return None
         layers = tuple(method.capture_key(step) for method in held.methods)
         if None in layers or len({kv.host.blocks for kv in held.kvs}) != 1:
@@ -260,7 +260,7 @@ class StepGraphs:
         finally:
             step.clock = None
         for layer in step.cache.scout_layers:
-            layer.incoming = None
+            layer.incoming = {}
         # Without the cache, which would keep itself alive through its capture.
         kept = {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
         fills = BlockFills(clock, device, self._streams.get(device))
@@ -323,6 +323,6 @@ class StepGraphs:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # the step before may still be running
         for layer in step.cache.scout_layers:
-            layer.incoming = None
+            layer.incoming = {}
         for method in held.methods:
             method.abort_replay()

@@ -23,8 +23,8 @@ def for_prompt(mask: Any, name: str, query: torch.Tensor) -> torch.Tensor:
     return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~mask, torch.finfo(query.dtype).min)
 
 
-def allowed_by(step: Step, mask: Any) -> torch.Tensor:
-    """Which tokens each query may attend to, (1 or batch, 1, 1 or queries, tokens) of bool.
+def allowed_by(step: Step, mask: Any, newest: int = 1) -> torch.Tensor:
+    """Which tokens each of the ``newest`` queries may attend to, (1 or batch, 1, 1 or newest, tokens) of bool.
 
     Raises
     ------
@@ -33,9 +33,9 @@ def allowed_by(step: Step, mask: Any) -> torch.Tensor:
     """
     mask = _dense(mask)
     _, heads, queries, tokens = mask.shape
-    if heads != 1 or queries not in (1, step.queries) or tokens < step.tokens:
+    if heads != 1 or queries not in (1, newest) or tokens < step.tokens:
         raise UnsupportedModelError(
-            f"a layer got a mask of shape {tuple(mask.shape)}, not (batch, 1, {step.queries}, {step.tokens}) for its "
+            f"a layer got a mask of shape {tuple(mask.shape)}, not (batch, 1, {newest}, {step.tokens}) for its "
             "queries and tokens, which a ScoutCache does not support; unpatch the model, or use a DynamicCache"
         )
     mask = mask[..., : step.tokens]

@@ -183,7 +183,7 @@ def _everything(setting: bool | float) -> bool:
 def planned(cache: Any, decode_step: int) -> dict[int, tuple[int, ...]]:
     """KV heads to sample in a decode step (from 1), by layer; all pairs take turns, see ``_scattered``."""
     setting = cache.scout_config.monitor
-    methods = [layer.method for layer in cache.scout_layers if layer.method is not None]
+    methods = cache.methods
     pairs = sum(method.kv_heads for method in methods)
     if not setting or not pairs:
         return {}

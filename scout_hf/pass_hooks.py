@@ -227,7 +227,7 @@ class PassHooks:
             return
         if self.tracer is not None:
             self.tracer.end()
-        unread = [layer.layer_idx for layer in step.cache.scout_layers if layer.incoming is not None]
+        unread = [layer_idx for layer in step.cache.scout_layers for layer_idx in layer.incoming]
         late = 0 if output is None else step.cache.late.found()
         if output is None or unread or late:
             step.abort()
@@ -243,7 +243,7 @@ class PassHooks:
                 self.counters.pace.end()
         if unread and output is not None:
             raise PatchError(
-                f"layers {unread} stored keys but did not attend through scout_hf: the attention implementation was "
+                f"layers {unread} got keys but did not attend through scout_hf: the attention implementation was "
                 "changed after patch(); unpatch the model, change it, and patch again"
             )
         if late:
@@ -263,19 +263,20 @@ class PassHooks:
         """Before a layer: keep its inputs for methods that need them, and let the next layer work ahead."""
         step = active_step()
         layers = self._family.layers(self._decoder)
-        if step is None or kwargs is None or index >= len(step.cache.layers):
+        if step is None or kwargs is None:
             return
         if step.inputs is not None and self.parts.untouched(index):
             hidden = args[0] if args else kwargs["hidden_states"]
             positions, own = step.positions, kwargs.get("position_ids")
             if own is not None and (positions is None or positions.dim() == 2):
                 positions = own
-            step.inputs[index] = Inputs(hidden, positions)
+            if hidden.dim() == 3:  # Gemma 3n stacks several
+                step.inputs[index] = Inputs(hidden, positions)
         if step.queries != 1 or step.as_several:
             return
-        following = (index + 1) % min(len(layers), len(step.cache.layers))
-        held: Any = step.cache.layers[following]
-        method = getattr(held, "method", None)
+        following = (index + 1) % min(len(layers), step.cache.depth or len(layers))
+        held = step.cache.layer_of(following)
+        method = None if held is None else held.method_of(following)
         if method is None or not method.wants_ahead:
             return
         if not method.needs_query:

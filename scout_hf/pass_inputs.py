@@ -38,6 +38,11 @@ def refuse_unservable(module: torch.nn.Module, given: dict[str, Any], inputs: to
             "output_attentions=True is not supported with a ScoutCache: attention weights are never computed in whole; "
             "use a DynamicCache for this call"
         )
+    if given.get("return_shared_kv_states"):
+        raise UnsupportedInputError(
+            "an assistant model that reads the keys and values of this model cannot read them from a ScoutCache; "
+            "generate without it (patch(model, draft=True) makes drafts of its own), or pass a DynamicCache"
+        )
     if torch.is_grad_enabled() and (inputs.requires_grad or _learns(module)):
         raise UnsupportedInputError(
             "a ScoutCache holds no gradients; wrap the call in torch.no_grad(), or train without a cache"

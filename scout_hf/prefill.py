@@ -30,19 +30,21 @@ def prefill(
     name : str
         Its name. Eager attention is not causal without a mask; flash kernels take no mask over queries and keys.
     module, query, keys, values, kwargs
-        Arguments of an attention function of transformers; query is (batch, query_heads, tokens, head_dim).
+        Arguments of an attention function of transformers; query is (batch, query_heads, tokens, head_dim), of all
+        tokens or of the last ones.
     mask : Tensor (batch, tokens) of bool, or None
         Padding mask, False for padding.
 
     Returns
     -------
-    Tensor (batch, tokens, query_heads, head_dim)
+    Tensor (batch, tokens of the query, query_heads, head_dim)
         Undefined but finite at padding.
     """
-    if name != "eager" and mask is None:
+    whole = query.shape[2] == keys.shape[2]
+    if name != "eager" and mask is None and whole:
         return stock(module, query, keys, values, None, **kwargs)[0]
     kwargs.pop("position_ids", None)
-    starts = None if mask is None else left_padding(mask)
+    starts = None if mask is None or not whole else left_padding(mask)
     if name == "eager":
         return _masked(stock, False, module, query, keys, values, mask, kwargs)
     if starts is None or mask is None:
@@ -77,10 +79,11 @@ def _masked(
     mask: torch.Tensor | None,
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
-    tokens = query.shape[2]
+    tokens = keys.shape[2]
+    begin = tokens - query.shape[2]
     order = torch.arange(tokens, dtype=torch.int64, device=query.device)
     parts = []
-    for first in range(0, tokens, QUERY_CHUNK):
+    for first in range(begin, tokens, QUERY_CHUNK):
         last = min(first + QUERY_CHUNK, tokens)
         allowed = (order[first:last, None] >= order[None, :last])[None, None]
         if mask is not None:
@@ -91,6 +94,6 @@ def _masked(
         if not takes_bool_mask:
             lowest = torch.finfo(query.dtype).min
             allowed = torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~allowed, lowest)
-        span = (query[:, :, first:last], keys[:, :, :last], values[:, :, :last])
+        span = (query[:, :, first - begin : last - begin], keys[:, :, :last], values[:, :, :last])
         parts.append(stock(module, *span, allowed, **kwargs)[0])
     return torch.cat(parts, dim=1)

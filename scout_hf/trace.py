@@ -139,10 +139,10 @@ class Tracer:
         self._end()
         for recorded in self._steps:
             recorded.ask()  # the native pool keeps times of recent jobs only
-        for layer in step.cache.scout_layers:
+        for method in step.cache.methods:
             for name in SPANS:
-                if hasattr(layer.method, name):
-                    self._replace(layer.method, name, functools.partial(self._timed, layer.layer_idx, SPANS[name]))
+                if hasattr(method, name):
+                    self._replace(method, name, functools.partial(self._timed, method.layer_idx, SPANS[name]))
         self._replace(step.backend, "start", functools.partial(self._job, POOL, "attention"))
         self._replace(step.backend, "start_step", self._step_jobs)
         self._replace(step.backend, "copy", functools.partial(self._job, COPIES, "copy"))

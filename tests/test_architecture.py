@@ -66,6 +66,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "scout_hf.token_log",
     ),
     "scout_hf.fitting": (
+        "scout_hf.compat.*",
         "scout_hf.config",
         "scout_hf.kernels.*",
         "scout_hf.layouts",

@@ -93,11 +93,11 @@ class Clock:
 @contextmanager
 def _watched(model: Any, handle: Any, cache: Any, clock: Clock) -> Iterator[None]:
     places = []
+    methods = getattr(cache, "methods", [])
     for layer in cache.layers:
-        method = getattr(layer, "method", None)
-        if method is None:
+        if getattr(layer, "method", None) is None:
             places.append((layer, "update", MOVING))
-            continue
+    for method in methods:
         selector = getattr(method, "selector", None)
         places += [(method, "attend", ATTENTION), (method, "choose_tokens", SELECTION)]
         places += [(method, name, MOVING) for name in ("ahead", "settle", "append")]

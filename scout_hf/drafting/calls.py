@@ -250,7 +250,7 @@ def _why_not(cache: Any, given: dict[str, Any]) -> str | None:
         return "another cache"
     if not can_draft(cache.scout_config):
         return f"a cache of {cache.scout_config.in_brief}"
-    if len(cache.scout_layers) < len(cache.layers):
+    if cache.has_stock_layers:
         return "a model whose layers are not all kept by scout_hf, and cannot all take tokens back"
     if unknown := unknown_inputs(given):
         return f"the inputs {', '.join(unknown)}"

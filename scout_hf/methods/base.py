@@ -15,6 +15,7 @@ import torch
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import ConfigError, SavingError, SessionError
 from scout_hf.fusion import Partial, fuse
+from scout_hf.methods.lending import Lending
 from scout_hf.methods.replays import Replays
 from scout_hf.methods.several_tokens import attend_new, attend_over_pages, attend_past, pages_of_all
 from scout_hf.registry import Registry
@@ -37,7 +38,7 @@ class Scoring(NamedTuple):
     softcap: float | None
 
 
-class Method(Replays, ABC):
+class Method(Replays, Lending, ABC):
     """What one layer stores and how it attends. To add a method: subclass, set ``name``, register.
 
     Parameters
@@ -107,6 +108,7 @@ class Method(Replays, ABC):
         self.kv_heads, self.dtype = keys.shape[1], keys.dtype
         self.scoring = Scoring(math.nan, None)
         self.query_shape: tuple[int, int] | None = None
+        self.readers: dict[int, Any] = {}
 
     @classmethod
     def create(cls, config: ScoutConfig, layer_idx: int, keys: torch.Tensor) -> Method:
@@ -254,7 +256,10 @@ class Method(Replays, ABC):
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens."""
         self.drain()
-        self.kv.crop(length)
+        if self.stored_by is None:
+            self.kv.crop(length)
+        for reader in self.readers.values():
+            reader.crop(length)
 
     def mark(self) -> Any:
         """The current state for ``rollback``, by reference."""
@@ -273,13 +278,17 @@ class Method(Replays, ABC):
     def select_rows(self, rows: torch.Tensor) -> None:
         """Replace row ``i`` by the former row ``rows[i]``, for every ``i``."""
         self.drain()
-        self.kv.select_rows(rows)
+        if self.stored_by is None:
+            self.kv.select_rows(rows)
+        for reader in self.readers.values():
+            reader.select_rows(rows)
 
     def fork(self) -> Self:
-        """An independent copy; shares pages, copy on write."""
+        """An independent copy without its readers; shares pages, copy on write."""
         self.drain()
         twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__, kv=self.kv.fork())
+        kv = self.kv.fork() if self.stored_by is None else self.kv
+        twin.__dict__.update(self.__dict__, kv=kv, readers={})
         return twin
 
     def state_dict(self) -> State:
@@ -322,7 +331,9 @@ class Method(Replays, ABC):
         self.scoring, self.query_shape = others[0].scoring, others[0].query_shape
 
     def drain(self) -> None:
-        """Wait for all work in flight and drop its results."""
+        """Wait for all work in flight, also of readers, and drop its results."""
+        for reader in self.readers.values():
+            reader.drain()
 
     def pools(self) -> Sequence[PagePool]:
         """The pools of the KV in host memory."""

@@ -45,6 +45,7 @@ class Dense(OffloadingMethod):
     uses = OFFLOADING | {"window", "link_gbps"}
     needs_query = False
     can_draft = True
+    can_lend = True
     uses_in_drafts = HostDrafts.uses
 
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
@@ -68,7 +69,8 @@ class Dense(OffloadingMethod):
 
     @property
     def wants_ahead(self) -> bool:
-        return self.query_shape is not None and self.kv.host.blocks > 0
+        # Right behind the layer that stores its KV it would copy before that layer has written back.
+        return self.query_shape is not None and self.kv.host.blocks > 0 and self.stored_by != self.layer_idx - 1
 
     def ahead(self, step: Step, query: torch.Tensor | None) -> None:
         if step.role is not Role.DRAFT:

@@ -41,8 +41,6 @@ class OffloadingMethod(Method):
     ----------
     window_blocks : int
         Newest whole blocks that stay on the device.
-    written : Mark
-        The end of the last write-back; wait for it before reading the host.
     stream : PageStream
         Host pages on their way to the device.
     """
@@ -54,7 +52,12 @@ class OffloadingMethod(Method):
         batch, heads, _, dim = keys.shape
         self.kv = TwoTierKV(batch, heads, dim, config.block_size, keys.dtype, keys.device, config.host_dtype)
         self.window_blocks = config.blocks(config.window)
-        self.written, self.stream = Mark(), PageStream()
+        self.stream = PageStream()
+
+    @property
+    def written(self) -> Mark:
+        """The end of the last write-back; wait for it before reading the host."""
+        return self.kv.written
 
     @classmethod
     def check(cls, config: ScoutConfig) -> None:
@@ -80,6 +83,7 @@ class OffloadingMethod(Method):
         self.stream.drop()
 
     def drain(self) -> None:
+        super().drain()
         self.stream.drop()
 
     def fork(self) -> Self:
@@ -105,7 +109,10 @@ class OffloadingMethod(Method):
     def rollback(self, mark: Any) -> None:
         self.drain()
         self.written.finish()
-        self.kv.rollback(mark)
+        if self.stored_by is None:
+            self.kv.rollback(mark)
+        for reader in self.readers.values():
+            reader.rollback(mark)
 
     def past_chunks(self, step: Step, past: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """As of ``Method``; chunks of the host come ahead of their use, those of the next layer behind the last one."""
@@ -141,6 +148,8 @@ class OffloadingMethod(Method):
         return [self.kv.host.table.pool]
 
     def tier_bytes(self) -> dict[str, int]:
+        if self.stored_by is not None:
+            return {"host": 0, "device": 0}
         return {"host": self.kv.host.used_bytes, "device": self.kv.device_bytes}
 
     # -- copies to the device -----------------------------------------------------------------------------------
@@ -165,7 +174,7 @@ class OffloadingMethod(Method):
 
     def _write_back(self, step: Step | None) -> None:
         links = None if step is None or self.kv.device.type == "cpu" else step.links
-        self.written = self.kv.write_back(self.window_blocks, links)
+        self.kv.write_back(self.window_blocks, links)
 
     def _attend_tail(self, step: Step, query: torch.Tensor) -> Partial:
         keys, values = self.kv.tail()

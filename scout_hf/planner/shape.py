@@ -116,14 +116,16 @@ class ModelShape:
         Raises
         ------
         ConfigError
-            If sizes are missing or invalid; for latent attention, and for a mixture of experts, whose weights per step
-            depend on the routing: they have no cost model.
+            If sizes are missing or invalid; for latent attention, for KV shared between layers, and for a mixture of
+            experts, whose weights per step depend on the routing: they have no cost model.
         """
         given = config if isinstance(config, dict) else config.get_text_config(decoder=True).to_dict()
         given = given.get("text_config", given)
         name = name or given.get("model_type", "this config")
         if any(given.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
             raise ConfigError(f"{name} is a mixture of experts, which has no cost model here; give a dense decoder")
+        if given.get("num_kv_shared_layers"):
+            raise ConfigError(f"{name} shares KV between layers (num_kv_shared_layers), which has no cost model here")
         if given.get("kv_lora_rank"):
             raise ConfigError(f"{name} has latent attention, which has no cost model here; give a dense decoder")
 

@@ -74,7 +74,7 @@ def keep(store: PrefixStore, cache: ScoutCache, context: Context, stops: Sequenc
         hashes = block_hashes(known.ids[row, left : known.exact].numpy(), size, context.root)
         blocks = len(hashes) // HASH_BYTES
         ends: Sequence[tuple[int, list[Any] | None]] = [(blocks, None)]
-        if len(cache.scout_layers) < len(cache.layers):
+        if cache.has_stock_layers:
             ends = [(tokens // size, states) for tokens, states in stops if tokens <= known.exact and not left]
         for end, states in ends:
             if end:

@@ -12,6 +12,7 @@ from scout_hf.cache import ScoutCache
 from scout_hf.cache_layer import ScoutLayer
 from scout_hf.cache_reading import KV
 from scout_hf.cache_saving import CHUNK_TOKENS, devices_of, load_layer, settings_from_json
+from scout_hf.compat.shared_kv import holds_nothing
 from scout_hf.errors import SessionError
 from scout_hf.prefix.states import join, repeated, with_tensors
 from scout_hf.prefix.store import Piece
@@ -93,6 +94,8 @@ def _layer(
 ) -> dict[str, Any]:
     """The attributes that a layer gets."""
     layer, rows = cache.layers[index], len(found.pieces)
+    if holds_nothing(layer):
+        return {}
     if not isinstance(layer, ScoutLayer):
         last = sessions[found.pieces[0][-1].segment.path]
         fresh = object.__new__(type(layer))

@@ -84,7 +84,7 @@ def read_ahead(
     chunk = chunk or (CHUNK if model.device.type == "cpu" else CHUNK_ON_GPU)
     chunk, every = (-(-each // size) * size for each in (chunk, every))
     reuse.refuse_state()
-    context, stock = reuse.context(cache.scout_config), len(cache.scout_layers) < len(cache.layers)
+    context, stock = reuse.context(cache.scout_config), cache.has_stock_layers
     options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     found = reuse.fill(context, cache, ids, None, tokens) if tokens else None
     kept = begun = cache.get_seq_length()
@@ -111,7 +111,7 @@ def read_ahead(
 
 
 def _keep(reuse: Reuse, cache: ScoutCache, context: Context, must_keep: bool) -> None:
-    stock = len(cache.scout_layers) < len(cache.layers)
+    stock = cache.has_stock_layers
     stops = [(cache.get_seq_length(), stock_states(cache))] if stock else []
     if reuse.context(cache.scout_config) != context:
         raise ConfigError("the model's weights or adapters changed while a text was being read; read it again")

@@ -134,7 +134,7 @@ class Reuse:
             warn("could not be asked for this prompt, which is read", error)
             return 0
         call.cache = cache
-        if len(cache.scout_layers) < len(cache.layers):
+        if cache.has_stock_layers:
             self._read_to_stops(call, ids, kwargs, caller.prepare)
         return cache.get_seq_length()
 
@@ -183,7 +183,7 @@ class Reuse:
     def _find(
         self, context: Context, cache: ScoutCache, ids: torch.Tensor, mask: torch.Tensor | None, most: int
     ) -> Found | None:
-        size, at_states = cache.scout_config.block_size, len(cache.scout_layers) < len(cache.layers)
+        size, at_states = cache.scout_config.block_size, cache.has_stock_layers
         numbers, real = ids.cpu(), None if mask is None else mask[:, : ids.shape[1]].cpu().bool()
         pieces, padding, ends, texts = [], [], [], []
         for row in range(len(numbers)):

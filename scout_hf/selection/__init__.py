@@ -5,6 +5,7 @@ from scout_hf.selection.coarse import coarse_for
 from scout_hf.selection.digest import Digest, digest_names, make_digest, register_digest
 from scout_hf.selection.grid import Int8MinMax, SubMinMax
 from scout_hf.selection.group_mass import mean_share
+from scout_hf.selection.lent import LentSelector
 from scout_hf.selection.minmax import MinMax
 from scout_hf.selection.pick import Pick, choose, pack_lists
 from scout_hf.selection.selector import Selector
@@ -15,6 +16,7 @@ __all__ = [
     "Digest",
     "DigestTable",
     "Int8MinMax",
+    "LentSelector",
     "MinMax",
     "Pick",
     "Selector",

@@ -22,14 +22,7 @@ from scout_hf.selection.pick import Pick, choose, everything, pack_lists
 from scout_hf.selection.query_power import power_of
 from scout_hf.selection.reading import Blocks, in_parts, read_parts, read_sample
 from scout_hf.selection.table import DigestTable
-from scout_hf.stores.state import (
-    State,
-    count_in,
-    flag_in,
-    maybe_count_in,
-    maybe_tensor_in,
-    number_in,
-)
+from scout_hf.stores.state import State, count_in, flag_in, maybe_count_in, maybe_tensor_in, number_in
 
 if TYPE_CHECKING:
     from scout_hf.step import Step
@@ -77,14 +70,19 @@ class Selector:
         self._like = keys.new_empty((*keys.shape[:2], 0, keys.shape[3]))
 
     @property
+    def coded(self) -> Coded:
+        """The codes of all encoded blocks, with the digest that encodes them."""
+        return self._coded
+
+    @property
     def digest(self) -> Digest:
         """The digest that encodes blocks."""
-        return self._coded.digest
+        return self.coded.digest
 
     @property
     def table(self) -> DigestTable:
         """The codes of all encoded blocks."""
-        return self._coded.table
+        return self.coded.table
 
     @property
     def blocks(self) -> int:

@@ -46,6 +46,12 @@ class TwoTierKV:
     host_dtype : "int8" or None
         Data type of the host pages; None for ``dtype``.
 
+    Attributes
+    ----------
+    host : PagedKV
+    written : Mark
+        The end of the last write-back: nothing on the host may read its blocks before.
+
     Examples
     --------
     >>> import torch
@@ -73,6 +79,7 @@ class TwoTierKV:
         self.block_size, self.device = block_size, torch.device(device)
         pinned = self.device.type == "cuda"
         self.host = make_store(batch, heads, head_dim, block_size, dtype, "cpu", host_dtype, pinned)
+        self.written = Mark()
         self._tail = Tail(0, 0, torch.empty((2, batch, heads, 0, head_dim), dtype=dtype, device=device))
         # The buffer, the tokens and the views that tail_blocks() gave last.
         self._in_blocks: tuple[torch.Tensor, int, tuple[torch.Tensor, torch.Tensor]] | None = None
@@ -172,7 +179,7 @@ class TwoTierKV:
         Returns
         -------
         Mark
-            The end of the copies: nothing on the host may read those blocks before it.
+            The end of the copies, which ``written`` is too.
         """
         blocks = self.full_blocks(window_blocks)
         if blocks is None:
@@ -186,7 +193,7 @@ class TwoTierKV:
         if links is None:
             self.host.append(blocks[0].to("cpu"), blocks[1].to("cpu"))
         else:
-            mark = self.host.append_beside(*blocks, links)
+            self.written = mark = self.host.append_beside(*blocks, links)
         if not in_place or buffer.shape[3] != capacity:
             self._tail = Tail(first + moved, left, rest)
             return mark

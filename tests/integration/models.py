@@ -10,6 +10,7 @@ from scout_hf import ScoutCache
 from tests.integration.common import TWO_TIERS, llama
 
 WRITES = ("o_proj", "out_proj", "dense", "down_proj", "fc2", "dense_4h_to_h", "c_proj", "output_linear", "w2", "fc_out")
+WRITES += ("per_layer_projection",)
 
 
 @torch.no_grad()
@@ -20,7 +21,7 @@ def silence(model, family) -> int:
     """
     layers = family.layers(family.decoder(model))
     cache = ScoutCache(model.config, **TWO_TIERS)
-    last = max(layer.layer_idx for layer in cache.scout_layers)
+    last = max(index for layer in cache.scout_layers for index in (layer.layer_idx, *layer.readers))
     for layer in layers[:last]:
         for name, parameter in layer.named_parameters():
             parts = name.removesuffix(".weight").removesuffix(".bias").removesuffix("_bias").split(".")

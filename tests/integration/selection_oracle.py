@@ -25,6 +25,8 @@ class Rules:
     dense_layers: tuple = ()
     resident: int | None = None
     two_tiers: bool = False
+    readers: tuple = ()
+    """Layers that attend over the KV of another one, which has settled before."""
 
 
 @dataclass
@@ -68,7 +70,7 @@ class Oracle:
         size, total = self.rules.block_size, len(keys)
         real = torch.ones(total, dtype=torch.bool) if self.mask is None else self.mask[row]
         held = total // size - self.blocks(self.rules.window)
-        if self.rules.two_tiers:
+        if self.rules.two_tiers and layer not in self.rules.readers:
             # What this step's token fills stays in the tail until the step is over.
             held = (total - 1) // size - self.blocks(self.rules.window)
         held = max(held, 0)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 
+from scout_hf.compat.shared_kv import storing_layers
 from scout_hf.patches import ProbeFamily
 from tests.patches.tiny import LATENT, TINY, missing
 
@@ -19,12 +22,25 @@ UNPREDICTED = {"longcat_flash"}
 LATENT_NAMES = [case(name) for name in LATENT if name not in UNPREDICTED]
 """Their keys and values are not what reaches the cache."""
 NO_NORM = {"olmo2", "olmo3", "olmo_hybrid", "opt_post_norm"}
+STACKED = {"gemma3n"}
+"""Their layers get several hidden states at once."""
 NO_ROTARY = {"opt", "opt_post_norm", "gpt2", "jamba", "nemotron_h", "granite_hybrid", "kimi_linear"}
 
 
 def attending(step) -> list[int]:
     """The layers with softmax attention."""
     return [index for index, seen in enumerate(step.layers) if seen.keys is not None]
+
+
+def storing(model, step) -> list[int]:
+    """The attending layers that have keys and values of their own."""
+    return [index for index in attending(step) if index not in storing_layers(model.config)]
+
+
+def unprobed(family, model) -> bool:
+    """Whether layers put keys and values where others find them, which one by itself cannot."""
+    layer = family.layers(family.decoder(model))[-1]
+    return "shared_kv_states" in inspect.signature(layer.forward).parameters
 
 
 def rotated(name: str, step) -> int:

@@ -7,7 +7,20 @@ from torch import nn
 from scout_hf.errors import UnsupportedModelError
 from scout_hf.patches import ProbeFamily, family_of
 from scout_hf.patches.unpredicted import Unpredicted
-from tests.patches.families import LATENT_NAMES, NAMES, NO_ROTARY, attending, case, changed, known, probe_of, rotated
+from tests.patches.families import (
+    LATENT_NAMES,
+    NAMES,
+    NO_ROTARY,
+    STACKED,
+    attending,
+    case,
+    changed,
+    known,
+    probe_of,
+    rotated,
+    storing,
+    unprobed,
+)
 from tests.patches.oracle import decode_step, difference, predict, prompt_pass, relative
 from tests.patches.tiny import TINY, longrope, tiny_gemma3_multimodal, tiny_model
 
@@ -15,6 +28,7 @@ from tests.patches.tiny import TINY, longrope, tiny_gemma3_multimodal, tiny_mode
 ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-6}
 # Its first tokens are padding in the second row.
 PART = slice(2, 11)
+NAMES = [name for name in NAMES if not STACKED & set(name.values)]
 EITHER = pytest.mark.parametrize("probe", [False, True], ids=["handwritten", "probe"])
 
 
@@ -54,8 +68,12 @@ def test_they_are_what_reaches_the_cache(name, probe):
     model, family = precise(name)
     assert not isinstance(family, ProbeFamily)
     step = prompt_pass(model, family)
-    family = probe_of(family) if probe else family
+    whole, family = family, probe_of(family) if probe else family
     assert attending(step)
+    if probe and unprobed(whole, model):
+        with pytest.raises(UnsupportedModelError, match="cannot be run on its own"):
+            made(family, model, step, 3)
+        return
     for index in attending(step):
         seen = step.layers[index]
         assert seen.keys.shape[::2] == (2, 20)
@@ -91,7 +109,7 @@ def test_new_tokens_of_a_step(name, length, dtype):
     model = tiny_model(name, dtype=dtype)
     family = family_of(model)
     step = decode_step(model, family, length)
-    for index in attending(step):
+    for index in storing(model, step):
         seen = step.layers[index]
         for way in ({}, {"position_embeddings": None}):
             keys, values = predict(family, model, step, index, "keys_values", **way)
@@ -128,6 +146,16 @@ def test_a_forgotten_norm_of_keys_is_seen(name):
     setattr(attn, norm, nn.Identity())
     keys, values = errors(made(family, model, step, 2), step.layers[2])
     assert keys > 1e-3 and values <= 1e-12
+
+
+@pytest.mark.parametrize("name", [case("gemma4_shared"), case("gemma3n")])
+def test_layers_that_share_have_none(name):
+    model = tiny_model(name)
+    family = family_of(model)
+    step = decode_step(model, family, 1)
+    assert storing(model, step) == [0, 1] and attending(step) == [0, 1, 2, 3]
+    with pytest.raises(UnsupportedModelError, match="keys and values"):
+        predict(family, model, step, 3, "keys_values")
 
 
 def test_gemma3_multimodal_uses_its_text_decoder():

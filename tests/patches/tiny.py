@@ -46,6 +46,15 @@ _LINEAR = {
     "linear_value_head_dim": 8,
 }
 _STATE_SPACE = {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 16}
+_GEMMA4 = {
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 16,
+    "layer_types": SLIDING_THEN_FULL,
+    "vocab_size_per_layer_input": VOCAB,
+    "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 0,
+}
 _PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
@@ -140,6 +149,23 @@ TINY: dict[str, Tiny] = {
     "gemma3": Tiny(
         "gemma3_text",
         {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 16, "layer_types": SLIDING_THEN_FULL},
+    ),
+    "gemma4": Tiny("gemma4_text", _GEMMA4),
+    "gemma4_k_eq_v": Tiny("gemma4_text", _GEMMA4 | {"attention_k_eq_v": True, "num_global_key_value_heads": 1}),
+    "gemma4_shared": Tiny("gemma4_text", _GEMMA4 | {"num_kv_shared_layers": 2}),
+    "gemma3n": Tiny(
+        "gemma3n_text",
+        {
+            "head_dim": 16,
+            "sliding_window": 16,
+            "layer_types": SLIDING_THEN_FULL,
+            "num_kv_shared_layers": 2,
+            "vocab_size_per_layer_input": VOCAB,
+            "hidden_size_per_layer_input": 8,
+            "altup_num_inputs": 3,
+            "laurel_rank": 8,
+            "activation_sparsity_pattern": [0.0] * 4,
+        },
     ),
     "gpt_oss": Tiny(
         "gpt_oss",

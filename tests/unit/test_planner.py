@@ -187,6 +187,7 @@ def test_help_names_what_there_is():
         ({"hidden_size": "4096"}, "hidden_size='4096'"),
         ({"intermediate_size": None}, "no intermediate_size or ffn_dim"),
         ({"kv_lora_rank": 512}, "latent attention"),
+        ({"num_kv_shared_layers": 10}, "shares KV between layers"),
         ({"num_hidden_layers": True}, "num_hidden_layers=True"),
     ],
     ids=str,

@@ -57,6 +57,7 @@ class KVPR(Dense):
     blockwise = False  # it keeps inputs of tokens too
     options = {"inputs": "host", "share": None, **Dense.options}
     takes_inputs = True
+    can_lend = False
 
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
         super().__init__(config, layer_idx, keys)

@@ -161,8 +161,8 @@ class Executor(StepExecutor):
         """Make later work wait until recalled blocks are in their slots."""
 
     def write_back(self, layer: Layer, step: Step | None) -> None:
-        """Write the tail's older blocks back to the host; sets ``layer.written``."""
-        layer.written = layer.kv.write_back(layer.window_blocks)
+        """Write the tail's older blocks back to the host."""
+        layer.kv.write_back(layer.window_blocks)
 
     def past_chunks(
         self, layer: Layer, step: Step, past: int
@@ -183,6 +183,9 @@ class Executor(StepExecutor):
     @abstractmethod
     def drain(self, layer: Layer) -> None:
         """Wait for in-flight copies; drop the residents if a recall failed."""
+
+    def pages_grew(self, layer: Layer, first: int) -> None:
+        """Called after another layer wrote blocks from ``first`` on to the host that this layer reads."""
 
     def pages_changed(self, layer: Layer, rows: bool = False) -> None:
         """Called after the host's page table has changed; ``rows``: the batch as well."""

@@ -290,7 +290,10 @@ class TritonExecutor(Executor):
 
     def write_back(self, layer: Layer, step: Step | None) -> None:
         first, links = layer.kv.host.blocks, None if step is None else step.links
-        layer.written = layer.kv.write_back(layer.window_blocks, links, in_place=True)
+        layer.kv.write_back(layer.window_blocks, links, in_place=True)
+        self._map_pages(layer, first)
+
+    def pages_grew(self, layer: Layer, first: int) -> None:
         self._map_pages(layer, first)
 
     def _map_pages(self, layer: Layer, first: int) -> None:

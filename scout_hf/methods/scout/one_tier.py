@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from scout_hf.config import ScoutConfig
 from scout_hf.fusion import Partial
 from scout_hf.methods.base import Method
-from scout_hf.selection import Selector
+from scout_hf.selection import LentSelector, Selector
 from scout_hf.step import Step
 from scout_hf.stores import PagedKV, PagePool, make_store
 from scout_hf.stores.state import State, state_in
@@ -68,6 +68,10 @@ class OneTierScout(Method):
         super().select_rows(rows)
         self.selector.select_rows(rows)
 
+    def borrow(self, other: Any) -> None:
+        super().borrow(other)
+        self.selector = LentSelector(self.config, self.layer_idx, other.selector)
+
     def learn_from(self, others: Sequence[Method], rows: Sequence[int]) -> None:
         super().learn_from(others, rows)
         self.selector.learn_from([getattr(other, "selector", None) for other in others], rows)
@@ -92,5 +96,7 @@ class OneTierScout(Method):
         return [self.kv.table.pool]
 
     def tier_bytes(self) -> dict[str, int]:
+        if self.stored_by is not None:
+            return {}
         tier = "host" if self.kv.device.type == "cpu" else "device"
         return {tier: self.kv.used_bytes, "digests": self.selector.used_bytes}

@@ -18,7 +18,7 @@ from scout_hf.methods.scout.executor import Executor, StepState, resident_memory
 from scout_hf.methods.scout.executor_torch import TorchExecutor
 from scout_hf.methods.scout.query_gate import QueryGate
 from scout_hf.methods.scout.recall_policy import RecallPolicy
-from scout_hf.selection import Pick, Selector
+from scout_hf.selection import LentSelector, Pick, Selector
 from scout_hf.step import Role, Step
 from scout_hf.stores.state import State, count_in, maybe_count_in, state_in
 
@@ -77,7 +77,8 @@ class TwoTierScout(OffloadingMethod):
     @property
     def wants_ahead(self) -> bool:
         ready = self.resident is not None and self.query_shape is not None and self.kv.host.blocks > 0
-        return ready and self.config.layer_ahead
+        # Right behind the layer that stores its KV it would choose before that layer has written back.
+        return ready and self.config.layer_ahead and self.stored_by != self.layer_idx - 1
 
     def ahead(self, step: Step, query: torch.Tensor | None) -> None:
         if query is None:
@@ -188,6 +189,11 @@ class TwoTierScout(OffloadingMethod):
         self.selector.select_rows(rows)
         if self.resident is not None:
             self.resident.select_rows(rows)
+        self.executor.pages_changed(self, rows=True)
+
+    def borrow(self, other: Any) -> None:
+        super().borrow(other)
+        self.selector = LentSelector(self.config, self.layer_idx, other.selector)
         self.executor.pages_changed(self, rows=True)
 
     def learn_from(self, others: Sequence[Method], rows: Sequence[int]) -> None:
@@ -341,7 +347,9 @@ class TwoTierScout(OffloadingMethod):
         if full is None:
             return
         self.changed()
-        self.executor.join_recall(self)  # its thread reads the host's table
+        attending = [self, *self.readers.values()]
+        for layer in attending:
+            layer.executor.join_recall(layer)  # its thread reads the host's table
         size, first, padding_mask = self.config.block_size, self.kv.host.blocks, None
         count = full[0].shape[2] // size
         if step is not None and step.mask is not None:
@@ -354,8 +362,12 @@ class TwoTierScout(OffloadingMethod):
 
         new = None if padding_mask is None else padding_mask[:, first : first + count]
         self.selector.extend(full[0], new, past)
-        if self.resident is not None and count == 1:
-            with self.changing_residents() as resident:
-                self.executor.adopt(resident, first, *full)
+        for layer in attending:
+            if layer.resident is not None and count == 1:
+                with layer.changing_residents() as resident:
+                    layer.executor.adopt(resident, first, *full)
         self.executor.write_back(self, step)
-        self._grow_slots()
+        for layer in attending:
+            if layer is not self:
+                layer.executor.pages_grew(layer, first)
+            layer._grow_slots()

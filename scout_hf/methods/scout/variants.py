@@ -32,6 +32,7 @@ class Scout(TwoTierScout):
     """
 
     can_draft = True
+    can_lend = True
 
     @classmethod
     def check(cls, config: ScoutConfig) -> None:
