@@ -38,11 +38,8 @@ SIZE = 8
 
 def cache_of(monitor, *kv_heads):
     """Layers with so many KV heads; None for one that has no method yet."""
-    layers = [
-        SimpleNamespace(method=heads and SimpleNamespace(layer_idx=index, kv_heads=heads))
-        for index, heads in enumerate(kv_heads)
-    ]
-    return SimpleNamespace(scout_config=SimpleNamespace(monitor=monitor), scout_layers=layers)
+    methods = [SimpleNamespace(layer_idx=index, kv_heads=heads) for index, heads in enumerate(kv_heads) if heads]
+    return SimpleNamespace(scout_config=SimpleNamespace(monitor=monitor), methods=methods)
 
 
 def taken(cache, first, last):
@@ -311,9 +308,7 @@ class Layer:
         self.kv, _ = filled()
         self.length = self.kv.length
         self.counters, self.backend = Counters(), make_backend(backend)
-        self.cache = SimpleNamespace(
-            scout_config=SimpleNamespace(monitor=monitor), scout_layers=[SimpleNamespace(method=self)]
-        )
+        self.cache = SimpleNamespace(scout_config=SimpleNamespace(monitor=monitor), methods=[self])
         self.query = torch.randn(2, 12, 1, 16, generator=torch.Generator().manual_seed(4))
 
     def decode(self, monitor, heads=(1, 2), attended=None, predicted=False):
