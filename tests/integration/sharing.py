@@ -6,9 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import scout_hf
-from scout_hf.config import ScoutConfig
-from tests.integration.common import EXACT, ONE_TIER, TWO_TIERS, prompt, run
+from tests.integration.common import ONE_TIER, TWO_TIERS, prompt, run
 from tests.patches.tiny import SLIDING_THEN_FULL, missing, tiny_config
 
 FULL = ["full_attention"] * 4
@@ -63,16 +61,5 @@ def stock(name: str, tokens: int = 50, new: int = 10):
     return run(sharing(name), prompt(1, tokens), new)
 
 
-@functools.cache
-def exactly(name: str, **options):
-    """What the model answers patched, attending to everything."""
-    with scout_hf.patch(sharing(name), **EXACT):
-        return run(sharing(name), prompt(1, 90), **options)
-
-
 def full_layers(model) -> list[int]:
     return [index for index, kind in enumerate(model.config.layer_types) if kind == "full_attention"]
-
-
-def new_cache(model, **options):
-    return scout_hf.ScoutCache(model.config, ScoutConfig(**options))

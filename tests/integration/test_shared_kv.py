@@ -9,6 +9,7 @@ import scout_hf
 from scout_hf import CACHE, ConfigError, PatchError, ScoutCache, UnsupportedInputError, UnsupportedModelError
 from scout_hf.auto_draft import AutoDraft
 from scout_hf.methods import method_names
+from scout_hf.stores import TwoTierKV
 from tests.integration import selection_oracle
 from tests.integration.common import (
     LOSSY,
@@ -270,6 +271,52 @@ def test_nothing_is_read_before_it_is_there(name, disturb, settings, monkeypatch
     disturb(monkeypatch)
     with scout_hf.patch(model, **SPARSE[settings]):
         assert_equal(run(model, TURNS, 24), wanted)
+
+
+@kinds()
+def test_no_recall_is_in_flight_while_the_store_grows(name, monkeypatch):
+    """Its thread reads the page table that a write-back changes."""
+    model, seen, real = sharing(name), [], TwoTierKV.write_back
+
+    def write_back(kv, *args, **options):
+        seen.extend(method.executor.recalling for method in cache.methods if method.kv is kv)
+        return real(kv, *args, **options)
+
+    with scout_hf.patch(model, **SPARSE["recalled"]) as handle:
+        cache = handle.new_cache()
+        monkeypatch.setattr(TwoTierKV, "write_back", write_back)
+        run(model, prompt(1, 90), 20, **{CACHE: cache})
+        assert all(layer.recalled_blocks for layer in handle.stats().layers)
+    assert len(seen) > 2 * len(cache.methods) and not any(seen)
+
+
+@kinds()
+def test_a_cache_that_an_unpatched_model_fills(name):
+    """Then its layers give all keys and values, and those without KV share them as with a DynamicCache."""
+    model, turn = sharing(name), prompt(1, 5, seed=3)
+    expected = run(model, prompt(1, 90), 10)
+    with torch.no_grad():
+        cache = ScoutCache(model.config, **TWO_TIERS)
+        first = model(prompt(1, 90), **{CACHE: cache}, use_cache=True).logits[:, -1]
+        assert (first - logits(expected)[0]).abs().max() <= TOLERANCE
+        whole = model(torch.cat([prompt(1, 90), turn], dim=1), use_cache=False).logits[:, -1]
+        with scout_hf.patch(model, **TWO_TIERS):
+            assert (model(turn, **{CACHE: cache}).logits[:, -1] - whole).abs().max() <= TOLERANCE
+            assert len(cache.methods) == len(full_layers(model))
+
+
+@kinds("gemma4", "gemma4, all full")
+def test_recall_profiles_and_timelines(name, tmp_path):
+    model = sharing(name)
+    with scout_hf.patch(model, split="cpu", budget=32, block_size=8, window=8, digest="minmax") as handle:
+        profile = handle.profile_recall([prompt(1, 90)[0]], steps=6)
+        assert len(profile.intervals) == model.config.num_hidden_layers
+        with handle.trace(tmp_path / "step.json") as trace:
+            run(model, prompt(1, 90), 6)
+        attended = {span.layer for span in trace.spans if span.layer is not None}
+        assert set(full_layers(model)) <= attended
+    with scout_hf.patch(model, split="cpu", budget=32, block_size=8, recall=profile):
+        assert torch.isfinite(logits(run(model, prompt(1, 90), 6))).all()
 
 
 # -- on disk ---------------------------------------------------------------------------------------------------------
