@@ -81,6 +81,8 @@ def family_of(model: Part) -> Family:
             f"scout_hf.patch(model.{inner})"
         )
     model_type = model.config.get_text_config(decoder=True).model_type
+    if model.config.model_type in REFUSED:
+        model_type = model.config.model_type
     family = _FAMILIES.get(model_type)
     if family is None and model_type in REFUSED:
         raise UnsupportedModelError(

@@ -59,6 +59,16 @@ def test_every_mode_equals_stock(name, settings, mode, monkeypatch):
     assert stats.steps == 0 or [layer.layer for layer in stats.layers] == full_layers(model)
 
 
+@pytest.mark.parametrize("settings", ["two tiers", "dense"])
+@kinds()
+def test_rows_that_change_places_equal_stock(name, settings):
+    """What a layer without KV has on the device moves with the rows of the store."""
+    inputs, options = MODES["beam"]
+    expected = run(sharing(name), inputs, **options)
+    with scout_hf.patch(sharing(name), **SETTINGS[settings]):
+        assert_close(run(sharing(name), inputs, **options), expected)
+
+
 @kinds()
 def test_eager_attention_equals_stock(name):
     model = copy.deepcopy(sharing(name))

@@ -412,7 +412,7 @@ class TritonExecutor(Executor):
     def filled(self, layer: Layer, mark: Mark) -> None:
         first = layer.kv.host.blocks
         # The same stream goes on: it need not wait.
-        layer.written = self._awaited[0] = mark
+        layer.kv.written = self._awaited[0] = mark
         layer.kv.filled()
         layer.resident.adopted(first)
 
