@@ -276,7 +276,9 @@ class PassHooks:
             return
         following = (index + 1) % min(len(layers), step.cache.depth or len(layers))
         held = step.cache.layer_of(following)
-        method = None if held is None else held.method_of(following)
+        if held is None:
+            return
+        method = held.method_of(following)
         if method is None or not method.wants_ahead:
             return
         if not method.needs_query:
