@@ -8,7 +8,7 @@ from scout_hf import CACHE, CacheStateError, ConfigError, ScoutCache
 from scout_hf.cache_layer import ScoutLayer
 from scout_hf.compat.linear_layers import Linear, keeps_no_past
 from tests.integration.common import ONE_TIER, TWO_TIERS, left_padded, logits, prompt, run
-from tests.patches.tiny import missing, tiny_model
+from tests.patches.tiny import own_cache, tiny_model
 
 HYBRIDS = (
     "qwen3_next",
@@ -27,9 +27,7 @@ TOLERANCE = 1e-5
 
 
 def case(name):
-    reason = missing(name)
-    if not reason and not any(isinstance(layer, Linear) for layer in ScoutCache(tiny_model(name).config).layers):
-        reason = f"this transformers gives {name} a cache of its own"
+    reason = own_cache(name)
     return pytest.param(name, marks=pytest.mark.skipif(bool(reason), reason=reason))
 
 

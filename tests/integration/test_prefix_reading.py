@@ -8,7 +8,7 @@ from scout_hf import CACHE, ConfigError
 from scout_hf.prefix import reading
 from tests.integration.common import ONE_TIER, TWO_TIERS, assert_close, left_padded, llama, one_llama, prompt
 from tests.integration.common import run as generate
-from tests.patches.tiny import missing, tiny_model
+from tests.patches.tiny import own_cache, tiny_model
 
 SIZE = 8
 CHUNK, EVERY = 24, 48
@@ -49,11 +49,9 @@ def test_a_text_that_was_read_ahead_is_found(options, tmp_path):
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3_next"])
 def test_layers_with_states_of_their_own(name, tmp_path):
-    if reason := missing(name):
+    if reason := own_cache(name):
         pytest.skip(reason)
     model, text = tiny_model(name), prompt(1, 125)
-    if not model._supports_default_dynamic_cache():
-        pytest.skip("this release has a cache of its own for this family")
     expected = generate(model, question(text))
     with scout_hf.patch(model, store=tmp_path, **ONE_TIER) as handle:
         assert handle.read(text).kept == 120

@@ -18,7 +18,7 @@ from tests.integration.common import (
     prompt,
 )
 from tests.integration.common import run as generate
-from tests.patches.tiny import missing, tiny_model
+from tests.patches.tiny import own_cache, tiny_model
 
 SIZE = 8
 EXACT = {"one tier": ONE_TIER, "two tiers": TWO_TIERS, **EXACT_METHODS}
@@ -170,11 +170,9 @@ def test_rows_of_which_one_is_new(tmp_path):
 @pytest.mark.parametrize("name", ["gemma3", "qwen3_next", "gpt_oss"])
 def test_layers_with_states_of_their_own(name, options, tmp_path, monkeypatch):
     """Sliding and linear layers: a beginning ends where their states were kept, and goes on exactly from there."""
-    if reason := missing(name):
+    if reason := own_cache(name):
         pytest.skip(reason)
     model, inputs = tiny_model(name), {"input_ids": prompt(1, 101)}
-    if not model._supports_default_dynamic_cache():
-        pytest.skip("this release has a cache of its own for this family")
     monkeypatch.setattr(reuse, "STOP_TOKENS", 40)
     turned = longer(generate(model, inputs))
     other = {"input_ids": torch.cat([inputs["input_ids"][:, :90], prompt(1, 20, seed=9)], dim=1)}

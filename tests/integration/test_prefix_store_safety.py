@@ -21,7 +21,7 @@ from scout_hf.sessions.folder import ABOUT, PAGES, TENSORS
 from tests.integration.common import ONE_TIER, TWO_TIERS, assert_close, llama, one_llama, prompt
 from tests.integration.common import run as generate
 from tests.patches import tiny_vision
-from tests.patches.tiny import missing, tiny_model
+from tests.patches.tiny import own_cache, tiny_model
 
 SPARSE = {"block_size": 8, "window": 8, "budget": 32}
 IDS = prompt(1, 101)
@@ -319,11 +319,9 @@ def test_the_last_token_of_a_prompt_is_no_sparse_step(name, tokens, tmp_path):
 @pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "qwen3_next"])
 def test_drafts_of_models_with_states_of_their_own(name, tmp_path):
     """They record more than is kept; the answer must come in any order of calls."""
-    if reason := missing(name):
+    if reason := own_cache(name):
         pytest.skip(reason)
     model, ids = tiny_model(name), prompt(1, 101)
-    if not model._supports_default_dynamic_cache():
-        pytest.skip("this release has a cache of its own for this family")
     plain, drafts = {}, {"prompt_lookup_num_tokens": 3}
     if name == "qwen3_next":
         drafts = plain  # its linear layers cannot be rolled back

@@ -14,7 +14,7 @@ from scout_hf import CACHE, ScoutCache, SessionError
 from scout_hf.sessions.container import ALIGNED
 from scout_hf.sessions.folder import ABOUT, PAGES, TENSORS
 from tests.integration.common import left_padded, llama, one_llama, prompt
-from tests.patches.tiny import missing, tiny_model
+from tests.patches.tiny import own_cache, tiny_model
 
 TIERED = {"block_size": 8, "window": 8}
 SETTINGS = {
@@ -132,11 +132,9 @@ def test_other_dtypes(name, dtype, tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.thin(2)
 def test_sliding_and_linear_layers_come_back_too(name, options, tmp_path):
-    if reason := missing(name):
+    if reason := own_cache(name):
         pytest.skip(reason)
     model = tiny_model(name)
-    if not model._supports_default_dynamic_cache():
-        pytest.skip("this release has a cache of its own for this family")
     with scout_hf.patch(model, **options) as handle:
         assert_goes_on(begun(model, handle, INPUTS["one row"]), tmp_path / "kv")
 

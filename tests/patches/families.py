@@ -8,12 +8,12 @@ import pytest
 
 from scout_hf.compat.shared_kv import storing_layers
 from scout_hf.patches import ProbeFamily
-from tests.patches.tiny import LATENT, TINY, missing
+from tests.patches.tiny import LATENT, TINY, own_cache
 
 
 def case(name: str, *others):
-    """`name`, and what goes with it, as parameters, skipped where the installed transformers cannot make it."""
-    reason = missing(name)
+    """`name`, and what goes with it, as parameters, skipped where the installed transformers has nothing to patch."""
+    reason = own_cache(name)
     return pytest.param(name, *others, marks=pytest.mark.skipif(bool(reason), reason=reason))
 
 

@@ -65,7 +65,7 @@ def test_layers_are_found_under_any_name():
     decoder.blocks.stack = layers
     assert ProbeFamily().layers(decoder) is layers
     del decoder.blocks.stack
-    with pytest.raises(AttributeError, match="no list of 4 layers with causal attention"):
+    with pytest.raises(AttributeError, match="no list of 4 layers with attention"):
         ProbeFamily().layers(decoder)
 
 

@@ -243,12 +243,19 @@ def missing(name: str) -> str:
     if model_type not in CONFIG_MAPPING:
         return f"this transformers has no {model_type}"
     try:
-        config = CONFIG_MAPPING[model_type]()
+        config = tiny_config(name)
     except Exception as error:  # 5.4 rejects some of its own defaults under a newer huggingface_hub
         return f"this transformers cannot make a config of {model_type}: {type(error).__name__}"
     if not _class_of(config)._can_set_attn_implementation():
         return f"{model_type} does not call the attention interface in this transformers"
     return ""
+
+
+def own_cache(name: str) -> str:
+    """`missing(name)`, or that the installed transformers keeps its states in a cache that only this model knows."""
+    if (reason := missing(name)) or _class_of(tiny_config(name))._supports_default_dynamic_cache():
+        return reason
+    return f"this transformers gives {name} a cache of its own"
 
 
 def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
