@@ -309,7 +309,7 @@ def test_a_cache_that_an_unpatched_model_fills(name):
         cache = ScoutCache(model.config, **TWO_TIERS)
         first = model(prompt(1, 90), **{CACHE: cache}, use_cache=True).logits[:, -1]
         assert (first - logits(expected)[0]).abs().max() <= TOLERANCE
-        whole = model(torch.cat([prompt(1, 90), turn], dim=1), use_cache=False).logits[:, -1]
+        whole = model(torch.cat([prompt(1, 90), turn], dim=1), use_cache=True).logits[:, -1]
         with scout_hf.patch(model, **TWO_TIERS):
             assert (model(turn, **{CACHE: cache}).logits[:, -1] - whole).abs().max() <= TOLERANCE
             assert len(cache.methods) == len(full_layers(model))
