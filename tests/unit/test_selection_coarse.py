@@ -12,7 +12,6 @@ from scout_hf.kernels.cpu import Coarse, make_backend
 from scout_hf.selection import MinMax, Selector, SignCode, SignCode2
 from scout_hf.selection.coarse import FINE, WORTH, coarse_for
 from scout_hf.selection.group_mass import mean_share
-from scout_hf.selection.sign import byte_to_scale
 from scout_hf.stores import PagedKV
 from tests.libraries import ISAS, using_isa
 from tests.unit.selecting import make_step
@@ -35,14 +34,21 @@ def coded(kind, keys, mask=None):
 
 
 def by_first(digest, query, codes, dim):
-    """Scores by the first ``dim`` dimensions of the codes, of which each byte has eight."""
-    size = SIZE
-    rows = digest.prepare(query)[..., :dim].unflatten(1, (HEADS, -1)).squeeze(3)
-    signs = codes[..., : size * dim // 8].unflatten(3, (-1, size)).transpose(3, 4)
+    """Scores by the first ``dim`` dimensions of the codes, of which each byte has eight: of the best token, roughly.
+
+    A token's sum is made of summands of four dimensions each, rounded so that it is within 127 of 0, and its scale has
+    4 bits times a power of two.
+    """
+    rows = digest.prepare(query)[..., :dim].unflatten(1, (HEADS, -1)).squeeze(3).double()
+    unit = rows.abs().sum(-1) / (127 - dim // 8)
+    signs = codes[..., : SIZE * dim // 8].unflatten(3, (-1, SIZE)).transpose(3, 4)
     bits = ((signs[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(4).double() * 2 - 1
-    scales = byte_to_scale(codes[..., -size:]).double()
-    logits = torch.einsum("bhgd,bhntd->bhgnt", rows.double(), bits) * scales[:, :, None]
-    return (logits * math.log(2)).logsumexp(-1).flatten(1, 2).float() / math.log(2)
+    parts = torch.einsum("bhgid,bhntid->bhgnti", rows.unflatten(-1, (-1, 4)), bits.unflatten(-1, (-1, 4)))
+    sums = (parts / unit[..., None, None, None]).round().sum(-1).long()
+    bytes_ = codes[..., -SIZE:].long()
+    factors = (16 + bytes_ % 16) * 4 * (2 ** (bytes_ // 16 - 3).clamp(min=0)).clamp(max=255)
+    logits = sums * 256 * factors[:, :, None] >> 16
+    return (logits.amax(-1) * unit[..., None] / 4).flatten(1, 2).float()
 
 
 def oracle(digest, query, codes, dim, fine, padding=None):
@@ -141,3 +147,4 @@ def test_a_selector_finds_single_tokens_among_many_blocks(padded, aside):
 def test_codes_of_one_plane_are_all_read():
     assert coarse_for(SignCode(), 64, 100_000, 8) is None and coarse_for(MinMax(), 64, 100_000, 8) is None
     assert coarse_for(SignCode2(), 64, 100_000, 0) == Coarse(64, FINE)
+    assert coarse_for(SignCode2(), 256, 100_000, 8) and coarse_for(SignCode2(), 264, 100_000, 8) is None

@@ -3,7 +3,7 @@
 
 #include <stdint.h>
 
-enum { SCOUT_MAX_HEAD_DIM = 576, SCOUT_MAX_BLOCK = 256 };
+enum { SCOUT_MAX_HEAD_DIM = 576, SCOUT_MAX_COARSE_DIM = 256, SCOUT_MAX_BLOCK = 256 };
 enum { SCOUT_SEVERAL = 9, SCOUT_MANY = 256 };
 
 // Attention of one GQA group over a list of tiles at any addresses; the caller merges the partial results.
@@ -64,6 +64,9 @@ struct scout_isa {
   // out[i] = row i of codes . weights, for `rows` rows of `numbers` numbers
   void (*dots)(const uint8_t* codes, int dtype, int64_t rows, int numbers, const float* weights, float* out);
   void (*signs)(const scout_signs*);
+  // out: the largest scale * (sum - offset) * worth of each block's tokens, roughly; a token's summands add up to 255 at
+  // most, and rows to SCOUT_MAX_COARSE_DIM / 8.
+  void (*peaks)(const scout_signs*);
   bool (*signs_fit)(int block_size);
   // Scores of the masses that `signs` gives; returns the largest mass.
   float (*logarithms)(const float* mass, int count, float reference, float* scores);

@@ -15,6 +15,7 @@ typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef int16_t vh __attribute__((vector_size(4 * W)));
 typedef uint8_t vb __attribute__((vector_size(4 * W)));
 typedef uint16_t vw __attribute__((vector_size(4 * W)));
+typedef int16_t v8 __attribute__((vector_size(16)));
 
 inline void half_pair(const uint8_t* from, vf& a, vf& b) {
   a = (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
@@ -26,6 +27,11 @@ inline vb look_up(vb table, vb index) { return (vb)_mm256_shuffle_epi8((__m256i)
 inline vb average(vb a, vb b) { return (vb)_mm256_avg_epu8((__m256i)a, (__m256i)b); }
 inline vw zip_low(vw a, vw b) { return (vw)_mm256_unpacklo_epi16((__m256i)a, (__m256i)b); }
 inline vw zip_high(vw a, vw b) { return (vw)_mm256_unpackhi_epi16((__m256i)a, (__m256i)b); }
+inline vh high_product(vh a, vh b) { return (vh)_mm256_mulhi_epi16((__m256i)a, (__m256i)b); }
+inline vh larger(vh a, vh b) { return (vh)_mm256_max_epi16((__m256i)a, (__m256i)b); }
+inline int16_t largest_of_eight(v8 v) {
+  return (int16_t)(_mm_extract_epi16(_mm_minpos_epu16((__m128i)(v ^ 0x7fff)), 0) ^ 0x7fff);
+}
 inline vf larger(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 inline vf smaller(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
 // 32 / R bytes of each of R blocks.
@@ -41,6 +47,8 @@ inline vb side_by_side(const uint8_t* const* blocks, int64_t at) {
 #include "tile_many.inl"
 #include "ranks.inl"
 #include "sign_mass.inl"
+#include "sign_places.inl"
+#include "sign_peaks.inl"
 #include "sign_shuffle.inl"
 
 namespace {
@@ -53,5 +61,5 @@ bool runs() {
 }  // namespace
 
 extern const scout_isa scout_isa_avx2 = {
-    "avx2", runs, W, attend, attend_many, score, signs, signs_fit, logarithms, shares, into_bins, read};
+    "avx2", runs, W, attend, attend_many, score, signs, peaks, signs_fit, logarithms, shares, into_bins, read};
 #endif

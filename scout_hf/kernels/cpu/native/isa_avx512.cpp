@@ -8,6 +8,8 @@
 #include "tile_many.inl"
 #include "ranks.inl"
 #include "sign_mass.inl"
+#include "sign_places.inl"
+#include "sign_peaks.inl"
 #include "sign_shuffle.inl"
 
 namespace {
@@ -18,5 +20,5 @@ bool runs() {
 }  // namespace
 
 extern const scout_isa scout_isa_avx512 = {
-    "avx512", runs, W, attend, attend_many, score, signs, signs_fit, logarithms, shares, into_bins, read};
+    "avx512", runs, W, attend, attend_many, score, signs, peaks, signs_fit, logarithms, shares, into_bins, read};
 #endif

@@ -10,6 +10,7 @@ typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef int16_t vh __attribute__((vector_size(4 * W)));
 typedef uint8_t vb __attribute__((vector_size(4 * W)));
 typedef uint16_t vw __attribute__((vector_size(4 * W)));
+typedef int16_t v8 __attribute__((vector_size(16)));
 
 inline void half_pair(const uint8_t* from, vf& a, vf& b) {
   a = (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
@@ -28,6 +29,11 @@ inline vb look_up(vb table, vb index) { return (vb)_mm512_shuffle_epi8((__m512i)
 inline vb average(vb a, vb b) { return (vb)_mm512_avg_epu8((__m512i)a, (__m512i)b); }
 inline vw zip_low(vw a, vw b) { return (vw)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b); }
 inline vw zip_high(vw a, vw b) { return (vw)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b); }
+inline vh high_product(vh a, vh b) { return (vh)_mm512_mulhi_epi16((__m512i)a, (__m512i)b); }
+inline vh larger(vh a, vh b) { return (vh)_mm512_max_epi16((__m512i)a, (__m512i)b); }
+inline int16_t largest_of_eight(v8 v) {
+  return (int16_t)(_mm_extract_epi16(_mm_minpos_epu16((__m128i)(v ^ 0x7fff)), 0) ^ 0x7fff);
+}
 inline vf larger(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 inline vf smaller(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
 

@@ -22,6 +22,8 @@ inline vf bf16_dot(vf sum, vi a, vi b) { return (vf)_mm512_dpbf16_ps((__m512)sum
 #include "tile_many.inl"
 #include "ranks.inl"
 #include "sign_mass.inl"
+#include "sign_places.inl"
+#include "sign_peaks.inl"
 #include "sign_permute.inl"
 
 namespace {
@@ -33,5 +35,5 @@ bool runs() {
 }  // namespace
 
 extern const scout_isa scout_isa_avx512bf16 = {
-    "avx512bf16", runs, W, attend, attend_many, score, signs, signs_fit, logarithms, shares, into_bins, read};
+    "avx512bf16", runs, W, attend, attend_many, score, signs, peaks, signs_fit, logarithms, shares, into_bins, read};
 #endif

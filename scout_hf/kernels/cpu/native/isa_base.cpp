@@ -53,4 +53,4 @@ bool runs() { return true; }
 }  // namespace
 
 extern const scout_isa scout_isa_base = {
-    "base", runs, W, attend, attend_many, score, signs, signs_fit, logarithms, shares, into_bins, read};
+    "base", runs, W, attend, attend_many, score, signs, peaks, signs_fit, logarithms, shares, into_bins, read};

@@ -14,6 +14,7 @@ typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef int16_t vh __attribute__((vector_size(4 * W)));
 typedef uint8_t vb __attribute__((vector_size(4 * W)));
 typedef uint16_t vw __attribute__((vector_size(4 * W)));
+typedef vh v8;
 
 inline void half_pair(const uint8_t* from, vf& a, vf& b) {
   float16x8_t both = vreinterpretq_f16_u8(vld1q_u8(from));
@@ -28,6 +29,12 @@ inline vi madd(vi sum, vh a, vh b) {
 }
 inline vb look_up(vb table, vb index) { return (vb)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)index); }
 inline vb average(vb a, vb b) { return (vb)vrhaddq_u8((uint8x16_t)a, (uint8x16_t)b); }
+inline vh high_product(vh a, vh b) {
+  const int32x4_t low = vmull_s16(vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b));
+  return (vh)vshrn_high_n_s32(vshrn_n_s32(low, 16), vmull_high_s16((int16x8_t)a, (int16x8_t)b), 16);
+}
+inline vh larger(vh a, vh b) { return (vh)vmaxq_s16((int16x8_t)a, (int16x8_t)b); }
+inline int16_t largest_of_eight(v8 v) { return vmaxvq_s16((int16x8_t)v); }
 inline vw zip_low(vw a, vw b) { return (vw)vzip1q_u16((uint16x8_t)a, (uint16x8_t)b); }
 inline vw zip_high(vw a, vw b) { return (vw)vzip2q_u16((uint16x8_t)a, (uint16x8_t)b); }
 template <int R>
@@ -42,6 +49,8 @@ inline vf smaller(vf a, vf b) { return (vf)vminq_f32((float32x4_t)a, (float32x4_
 #include "tile_many.inl"
 #include "ranks.inl"
 #include "sign_mass.inl"
+#include "sign_places.inl"
+#include "sign_peaks.inl"
 #include "sign_shuffle.inl"
 
 namespace {
@@ -49,5 +58,5 @@ bool runs() { return true; }
 }  // namespace
 
 extern const scout_isa scout_isa_neon = {
-    "neon", runs, W, attend, attend_many, score, signs, signs_fit, logarithms, shares, into_bins, read};
+    "neon", runs, W, attend, attend_many, score, signs, peaks, signs_fit, logarithms, shares, into_bins, read};
 #endif

@@ -90,7 +90,7 @@ const scout_isa* isa_for(const scout_select_args& a) {
           a.block_size > SCOUT_MAX_BLOCK || a.code != a.block_size * (a.head_dim / 8 + 1))
         return nullptr;
       if (a.fine && (!a.blocks || a.mass > 0 || a.fine < 1 || a.fine > a.candidates || a.coarse_dim < 8 ||
-                     a.coarse_dim % 8 || a.coarse_dim > a.head_dim))
+                     a.coarse_dim % 8 || a.coarse_dim > a.head_dim || a.coarse_dim > SCOUT_MAX_COARSE_DIM))
         return nullptr;
       return scout_isa_for_signs(a.block_size);
     case SCOUT_DOTS:
@@ -154,8 +154,9 @@ struct Select {
     return {codes, a.codes_block, ids, blocks, a.block_size, (int64_t)a.block_size * (a.head_dim / 8)};
   }
 
-  // By the first D dimensions.
-  void signs(int row, int head, const scout_coded& coded, int D, float* into, int64_t stride) const {
+  // By `scores`, with the first D dimensions of the query.
+  void signs(int row, int head, const scout_coded& coded, int D, decltype(scout_sign_scores)* scores, float* into,
+             int64_t stride) const {
     const int group = a.query_heads / a.kv_heads;
     float query[HEADS_AT_ONCE * SCOUT_MAX_HEAD_DIM];
     for (int g0 = 0; g0 < group; g0 += HEADS_AT_ONCE) {
@@ -164,7 +165,7 @@ struct Select {
         const int64_t from = row * a.query_row + (head * group + g0 + g) * a.query_head;
         scout::read_numbers(a.query, from, D, a.query_dtype, query + g * D);
       }
-      scout_sign_scores(isa, coded, D, query, heads, into + g0 * stride, stride);
+      scores(isa, coded, D, query, heads, into + g0 * stride, stride);
     }
   }
 
@@ -260,18 +261,18 @@ struct Select {
 
   float* masses_of(int list) const { return masses + (int64_t)list * (a.query_heads / a.kv_heads) * capacity; }
 
-  // Chooses among the blocks that are best by the first dimensions of their codes.
+  // Chooses among the blocks whose best token has the largest share by the first dimensions of the codes.
   void coarse_then_fine(int list, int row, int head, const uint8_t* codes) {
     const int group = a.query_heads / a.kv_heads, stride = (int)rounded(a.fine);
     const int64_t at = (int64_t)list * capacity;
     const Scored all = all_of(list);
     int32_t* ids = fine_ids + (int64_t)list * stride;
-    signs(row, head, coded(codes, a.candidates), a.coarse_dim, all.masses, capacity);
+    signs(row, head, coded(codes, a.candidates), a.coarse_dim, scout_sign_peaks, all.masses, capacity);
     mean_shares(list, row, all);
     mark(row, all, std::min(a.sinks, a.fine));
     const int count = best(isa, all.scores, all.count, a.fine, spare + at, places + at, ids);
     const Scored some = {fine_masses + (int64_t)list * group * stride, all.scores, stride, count, ids};
-    signs(row, head, coded(codes, count, ids), a.head_dim, some.masses, stride);
+    signs(row, head, coded(codes, count, ids), a.head_dim, scout_sign_scores, some.masses, stride);
     choose(list, row, some);
   }
 
@@ -284,7 +285,7 @@ struct Select {
     float* into = scores + (int64_t)list * capacity + first;
     if (a.fine) return coarse_then_fine(list, row, head, codes);
     if (a.scorer == SCOUT_SIGN)
-      signs(row, head, coded(codes, count), a.head_dim, masses_of(list) + first, capacity);
+      signs(row, head, coded(codes, count), a.head_dim, scout_sign_scores, masses_of(list) + first, capacity);
     else if (a.scorer == SCOUT_MINMAX)
       bounds(row, head, codes, count, into);
     else

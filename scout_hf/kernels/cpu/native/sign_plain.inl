@@ -36,4 +36,26 @@ void signs(const scout_signs* s) {
   }
 }
 
+void peaks(const scout_signs* s) {
+  for (int h = 0; h < s->heads; h++) {
+    const uint8_t* tables = s->tables + (int64_t)h * 2 * s->rows * 16;
+    for (int64_t block = 0; block < s->blocks; block++) {
+      const uint8_t* code = s->codes + (s->ids ? s->ids[block] : block) * s->code_bytes;
+      int most = INT16_MIN;
+      for (int t = 0; t < s->block_size; t++) {
+        int sum = -s->offsets[h];
+        for (int row = 0; row < s->rows; row++) {
+          const uint8_t byte = code[row * s->block_size + t];
+          sum += tables[2 * row * 16 + (byte & 15)] + tables[(2 * row + 1) * 16 + (byte >> 4)];
+        }
+        const int scale = code[s->scales + t], power = (scale >> 4) - 3;
+        const int factor = (16 + (scale & 15)) * (power < 0 ? 1 : power < 8 ? 1 << power : 255) * 4;
+        const int logit = (sum * 256 * factor) >> 16;
+        most = logit > most ? logit : most;
+      }
+      s->out[h * s->out_stride + block] = (float)most * (s->worth[h] * 0.25f);
+    }
+  }
+}
+
 }  // namespace

@@ -14,6 +14,9 @@ struct scout_coded {
 };
 
 // The logarithm, base 2, of every block's mass for each head of query [heads][dims], in scores [heads][stride]; at most
-// 16 heads. With fewer dims than a code has, by the first ones.
+// 16 heads.
 void scout_sign_scores(const scout_isa* isa, const scout_coded& coded, int dims, const float* query, int heads,
                        float* scores, int64_t stride);
+// The largest logit, base 2, of every block's tokens instead, by the first `dims` dimensions of the codes and roughly.
+void scout_sign_peaks(const scout_isa* isa, const scout_coded& coded, int dims, const float* query, int heads,
+                      float* peaks, int64_t stride);

@@ -7,31 +7,10 @@
 // says which it is.
 namespace {
 
-constexpr int VB = 4 * W;              // bytes of a vector
 constexpr int AT_ONCE = 8;             // lookups per mean
 constexpr int BATCH = 4;               // vectors of tokens whose lanes are added up together
-constexpr int T = SCOUT_SIGN_VECTORS;  // of these so many share a load of each table
 static_assert(SCOUT_MAX_HEAD_DIM / 4 / AT_ONCE * 12 < 256, "an excess must fit a byte");
 static_assert(BATCH % T == 0, "a batch is done T vectors at a time");
-
-// Every 16 bytes of a vector have the same table.
-inline void lay_tables(const scout_signs& s, vb* tables) {
-  for (int i = 0; i < s.heads * 2 * s.rows; i++)
-    for (int lane = 0; lane < VB / 16; lane++)
-      __builtin_memcpy((uint8_t*)&tables[i] + 16 * lane, s.tables + (int64_t)i * 16, 16);
-}
-
-// Where to look: [2 * rows][T], once for all heads.
-template <int R>
-inline void lay_places(const uint8_t* (*blocks)[R], int64_t step, int rows, vb* places) {
-  for (int row = 0; row < rows; row++, places += 2 * T)
-#pragma GCC unroll 4
-    for (int t = 0; t < T; t++) {
-      const vb signs = side_by_side<R>(blocks[t], row * step);
-      store(places + t, signs & 15);
-      store(places + T + t, (vb)((vw)signs >> 4) & 15);
-    }
-}
 
 struct Sums {
   vb modulo;
