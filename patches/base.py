@@ -241,7 +241,10 @@ class Family:
 
 
 def _moved(angles: Any, device: torch.device) -> Any:
-    return angles.to(device) if isinstance(angles, Tensor) else tuple(part.to(device) for part in angles)
+    if isinstance(angles, Tensor):
+        return angles.to(device)
+    cos, sin = angles
+    return cos.to(device), sin.to(device)
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -261,8 +264,11 @@ def _first(module: nn.Module, kind: str) -> Tensor | None:
     for tensor in module.__dict__[kind].values():
         if tensor is not None:
             return tensor
-    found = (_first(child, kind) for child in module._modules.values() if child is not None)
-    return next((tensor for tensor in found if tensor is not None), None)
+    for child in module._modules.values():
+        found = None if child is None else _first(child, kind)
+        if found is not None:
+            return found
+    return None
 
 
 def rotary_function(attn: Part, name: str = "apply_rotary_pos_emb") -> Callable[..., Any]:

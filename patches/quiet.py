@@ -102,10 +102,13 @@ def check(module: nn.Module, owner: nn.Module) -> None:
         reason = "of an unknown package: an additional call might change it"
     elif module.training and (getattr(module, "p", False) or _notes_what_passes(module)):
         reason = "in training mode: a call would draw random numbers or update buffers"
-    elif any(weight is not None and weight.is_meta for weight in module._parameters.values()):
-        reason = "offloaded: its weights are loaded in the layer's forward only"
     else:
-        return
+        for weight in module._parameters.values():
+            if weight is not None and weight.is_meta:
+                reason = "offloaded: its weights are loaded in the layer's forward only"
+                break
+        else:
+            return
     kind = type(module)
     raise UnsupportedModelError(f"{kind.__module__}.{kind.__qualname__} in {type(owner).__name__} is {reason}")
 
@@ -130,7 +133,10 @@ def package(module_name: str) -> str:
 
 def is_spread(module: nn.Module) -> bool:
     """Whether this rank has a part of the module's own weights only, in tensors that stand for the whole."""
-    return any(hasattr(weight, "to_local") for weight in module._parameters.values())
+    for weight in module._parameters.values():
+        if hasattr(weight, "to_local"):
+            return True
+    return False
 
 
 def is_bare(module: nn.Module) -> bool:
@@ -142,7 +148,10 @@ def is_bare(module: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether the module has hooks."""
-    return any(module.__dict__[hooks] for hooks in _HOOKS)
+    for hooks in _HOOKS:
+        if module.__dict__[hooks]:
+            return True
+    return False
 
 
 def is_replaced(module: nn.Module) -> bool:

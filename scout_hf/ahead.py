@@ -14,6 +14,7 @@ from torch.nn.modules import module as torch_module
 
 from scout_hf.cache_layer import ScoutLayer
 from scout_hf.errors import UnsupportedModelError
+from scout_hf.layouts import PLAIN
 from scout_hf.patches.quiet import call, has_hooks, is_replaced
 from scout_hf.ranks import LOCAL, rules_of_attention
 
@@ -34,13 +35,12 @@ class Parts:
         self._gathered = _gathered(model, family)
 
     def query(
-        self, step: Any, index: int, hidden: torch.Tensor, given: dict[str, Any], held: ScoutLayer
+        self, step: Any, index: int, layer: Any, hidden: torch.Tensor, given: dict[str, Any], held: ScoutLayer
     ) -> torch.Tensor | None:
-        """The query of layer ``index`` if ``hidden`` were its input; None if it cannot be predicted.
+        """The query of ``layer``, which has this index, if ``hidden`` were its input; None if it cannot be predicted.
 
         ``given`` are the keyword arguments that the previous layer received, ``held`` the layer of the cache.
         """
-        layer = self._family.layers(self._decoder)[index]
         places = given.get("position_ids"), given.get("position_embeddings")
         try:
             if not self._family.available(layer):
@@ -48,7 +48,8 @@ class Parts:
             if self._gathered is not None:
                 raise UnsupportedModelError(self._gathered)
             query = self._family.query(self._decoder, layer, hidden, *places)
-            query = held.layout.query(self._family.attention(layer), query, call)
+            if held.layout is not PLAIN:
+                query = held.layout.query(self._family.attention(layer), query, call)
             made, known = (query.shape[1], query.shape[3]), held.method and held.method.query_shape
             if known is not None and made != known:
                 raise ValueError(f"its modules make a query of {made} heads and channels, but it attends with {known}")

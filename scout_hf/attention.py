@@ -55,10 +55,10 @@ def scout_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, Any]:
     """Attention function as transformers calls it; query is (batch, query_heads, queries, head_dim)."""
-    step = active_step()
-    if step is None or (layer := _layer_of(step, module)) is None:
+    step, index = active_step(), getattr(module, "layer_idx", None)
+    layer = None if step is None or index is None else step.cache.layer_of(index)
+    if step is None or layer is None or index is None:
         return attention_function(previous, module)(module, query, key, value, attention_mask, **kwargs)
-    index: Any = module.layer_idx
     method, layout, incoming = layer.method_of(index), layer.layout, layer.incoming.pop(index, None)
     if method is None or incoming is None or not (incoming.given is key or layout.expands):
         _refuse_keys(layer, module, key)
@@ -75,9 +75,11 @@ def scout_attention(
             "inserts tokens, which a ScoutCache does not support; use a DynamicCache for this call"
         )
     scale = kwargs.get("scaling")
-    method.scoring = Scoring(query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("softcap"))
+    scoring = query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("softcap")
+    if method.scoring != scoring:
+        method.scoring = Scoring(*scoring)
     method.query_shape = query.shape[1], incoming.keys.shape[3]
-    special = is_special(step, attention_mask)
+    special = attention_mask is not None and is_special(step, attention_mask)
     out = None
     if step.queries > 1 and method.length == step.queries:
         mask = None if step.mask is None else step.padding(query.device)
@@ -100,7 +102,9 @@ def scout_attention(
         real = layout.query(module, own)
         if step.queries == 1 and not step.as_several:
             begun, step.fuses_more = time.perf_counter(), kwargs.get("s_aux") is not None
-            result = _checked(method, method.attend(step, real), real)
+            result = method.attend(step, real)
+            if not isinstance(result, Partial) or not result.out.shape[:3] == result.lse.shape == real.shape[:3]:
+                _refuse_result(method, result, real)
             if step.auto is not None:
                 step.auto.attended(time.perf_counter() - begun)
             out = _finish(layer, module, result, own, query.dtype, kwargs.get("s_aux"))
@@ -162,15 +166,13 @@ def _is_faster_by_pages(method: Method, step: Step, query: torch.Tensor, stock: 
     return half and plain and pages_of_all(method, step, query) is not None
 
 
-def _checked(method: Method, result: Partial, query: torch.Tensor) -> Partial:
-    """The result of a method's ``attend``; ScoutError if it is no Partial of the right shape."""
-    if not isinstance(result, Partial) or not result.out.shape[:3] == result.lse.shape == query.shape[:3]:
-        shapes = "" if not isinstance(result, Partial) else f" of {tuple(result.out.shape)}, {tuple(result.lse.shape)}"
-        raise ScoutError(
-            f"attend() of method {method.name!r} returned a {type(result).__name__}{shapes}; it must return a Partial: "
-            f"out {tuple(query.shape)} and lse {tuple(query.shape[:3])}, as scout_hf.kernels.attend.attend gives it"
-        )
-    return result
+def _refuse_result(method: Method, result: Any, query: torch.Tensor) -> NoReturn:
+    """Raise ScoutError for what a method's ``attend`` returned, which is no Partial of the right shape."""
+    shapes = "" if not isinstance(result, Partial) else f" of {tuple(result.out.shape)}, {tuple(result.lse.shape)}"
+    raise ScoutError(
+        f"attend() of method {method.name!r} returned a {type(result).__name__}{shapes}; it must return a Partial: "
+        f"out {tuple(query.shape)} and lse {tuple(query.shape[:3])}, as scout_hf.kernels.attend.attend gives it"
+    )
 
 
 def _finish(
@@ -187,11 +189,6 @@ def _finish(
     out = layer.layout.output(module, result.out, query).to(dtype)
     # With one query per row the two orders are the same in memory.
     return out.reshape(out.shape[0], 1, *out.shape[1::2]) if out.shape[2] == 1 else out.transpose(1, 2).contiguous()
-
-
-def _layer_of(step: Step, module: torch.nn.Module) -> ScoutLayer | None:
-    index = getattr(module, "layer_idx", None)
-    return None if index is None else step.cache.layer_of(index)
 
 
 def _refuse_keys(layer: ScoutLayer, module: torch.nn.Module, key: torch.Tensor) -> NoReturn:

@@ -127,7 +127,8 @@ class ScoutLayer(ReadableLayer):
         if method is None:
             method = self._begin(keys, layout)
         else:
-            refuse_other_sizes(method.batch, self.sizes, keys, self.layer_idx, layout == self.layout)
+            same = layout is self.layout or layout == self.layout
+            refuse_other_sizes(method.kv.batch, self.sizes, keys, self.layer_idx, same)
         if inside:
             self.incoming = dict.fromkeys((self.layer_idx, *self.readers), Incoming(key_states, keys, values))
             method.append(keys, values, step)
@@ -146,7 +147,8 @@ class ScoutLayer(ReadableLayer):
 
     def mark(self) -> Any:
         """The present state, for ``rollback``; None without tokens."""
-        return self.method.mark() if self.method and self.method.length else None
+        method = self.method
+        return None if method is None or not method.kv.length else method.mark()
 
     def rollback(self, mark: Any) -> None:
         """Restore the state at ``mark``, wherever a pass was interrupted."""

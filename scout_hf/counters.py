@@ -5,18 +5,26 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
 
 from scout_hf.alive import AliveCaches
 from scout_hf.pace import Pace
 
-if TYPE_CHECKING:
-    from scout_hf.methods.replays import ReplayCounts
-
 SAMPLE_EVERY = 8
+
+
+class Followed(Protocol):
+    """Something that counts by itself, until somebody asks."""
+
+    @property
+    def over(self) -> bool:
+        """Whether it will count no more."""
+
+    def fold(self) -> None:
+        """Add to the counters what was counted since the last call."""
 
 
 class Counters:
@@ -30,13 +38,13 @@ class Counters:
         # These describe the present state: reset() keeps them.
         self.notes: dict[tuple[str, int | None], str] = {}
         self.alive, self.pace = AliveCaches(), Pace()
-        self._replays: list[ReplayCounts] = []
+        self._followed: list[Followed] = []
         self.reset()
 
     def reset(self) -> None:
         """Set all sums to 0."""
-        if self._replays:
-            self.fold_replays()
+        if self._followed:
+            self.fold()
         self.steps = self.approximate_steps = self.prefill_tokens = self.found_tokens = self.kept_tokens = 0
         self.drafted = self.accepted = self.checks = 0
         self.sums: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
@@ -83,9 +91,11 @@ class Counters:
 
     def attended(self, layer: int, context: float | torch.Tensor, tokens: float | torch.Tensor) -> None:
         """One decode step of one layer attended ``tokens`` of ``context``, means over rows and KV heads."""
-        self.add("decodes", layer, 1)
-        self.add("context", layer, context)
-        self.add("attended", layer, tokens)
+        for name, amount in (("decodes", 1), ("context", context), ("attended", tokens)):
+            if isinstance(amount, torch.Tensor):
+                self.add(name, layer, amount)
+            else:
+                self.sums[name][layer] += amount
 
     def exact(self, layer: int, context: int) -> None:
         """A pass with several queries attended to everything."""
@@ -110,20 +120,20 @@ class Counters:
             self._recalls.setdefault(key, torch.zeros(1, dtype=torch.int64, device=device))
         return self._recalls[key]
 
-    def replayed(self, counts: ReplayCounts) -> None:
-        """Steps of a graph are counted there, until somebody asks."""
-        self.fold_replays()
-        self._replays.append(counts)
+    def follow(self, counts: Followed) -> None:
+        """Add what is counted there whenever somebody asks, until that is over."""
+        self.fold()
+        self._followed.append(counts)
 
-    def fold_replays(self) -> None:
-        """Add the steps that graphs have counted."""
-        for counts in self._replays:
+    def fold(self) -> None:
+        """Add what graphs and CPU jobs have counted."""
+        for counts in self._followed:
             counts.fold()
-        self._replays = [counts for counts in self._replays if not counts.over]
+        self._followed = [counts for counts in self._followed if not counts.over]
 
     def collect(self) -> None:
-        """Add the counters on devices and of graphs."""
-        self.fold_replays()
+        """Add the counters on devices, of graphs and of CPU jobs."""
+        self.fold()
         tensors, self._tensors = self._tensors, {}
         for (name, number), sum_of_tensors in tensors.items():
             self.sums[name][number] += float(sum_of_tensors)
@@ -143,17 +153,23 @@ class Counters:
             self.add("cosine", layer, cosine)
             self.add("cosine_samples", layer, 1)
 
-    @contextmanager
-    def timed(self, layer: int, name: str) -> Iterator[None]:
-        """Add the time of the block, in milliseconds, to ``<name>_ms``."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(f"{name}_ms", layer, (time.perf_counter() - begin) * 1e3)
+    def timed(self, layer: int, name: str) -> AbstractContextManager[None]:
+        """Context manager: add the time of the block, in milliseconds, to ``<name>_ms``."""
+        return _Timed(self, layer, f"{name}_ms")
 
     def __reduce__(self) -> tuple[type[Counters], tuple[()]]:
         return Counters, ()
+
+
+class _Timed(AbstractContextManager[None]):
+    def __init__(self, counters: Counters, layer: int, name: str):
+        self._counters, self._layer, self._name = counters, layer, name
+
+    def __enter__(self) -> None:
+        self._begin = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self._counters.add(self._name, self._layer, (time.perf_counter() - self._begin) * 1e3)
 
 
 def _runs(numbers: list[int]) -> str:

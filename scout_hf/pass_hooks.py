@@ -274,7 +274,8 @@ class PassHooks:
                 step.inputs[index] = Inputs(hidden, positions)
         if step.queries != 1 or step.as_several:
             return
-        following = (index + 1) % min(len(layers), step.cache.depth or len(layers))
+        count = len(layers)
+        following = (index + 1) % min(count, step.cache.depth or count)
         held = step.cache.layer_of(following)
         if held is None:
             return
@@ -285,7 +286,7 @@ class PassHooks:
             method.ahead(step, None)
         elif following:
             hidden = args[0] if args else kwargs["hidden_states"]
-            query = self.parts.query(step, following, hidden, kwargs, held)
+            query = self.parts.query(step, following, layers[following], hidden, kwargs, held)
             if query is not None:
                 method.ahead(step, query)
 

@@ -31,6 +31,14 @@ def active_step() -> Step | None:
     return getattr(_ACTIVE, "step", None)
 
 
+def in_fused_step() -> bool:
+    """Whether the calling thread is in a decode step with a ScoutCache whose small operations may be fused."""
+    if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled():
+        return False
+    step: Step | None = getattr(_ACTIVE, "step", None)
+    return step is not None and 1 == step.queries < step.tokens and step.cache.scout_config.fused is not False
+
+
 def set_active_step(step: Step | None) -> None:
     """Make ``step`` the calling thread's forward pass; None ends it."""
     _ACTIVE.step = step
@@ -104,7 +112,7 @@ class Step:
     fuses_more : bool
         Whether the current layer fuses what it attended with more (attention sinks), which takes it in float32.
     shared : dict
-        What layers of this pass share, by method.
+        What layers of this pass share.
     auto : AutoBudget or None
         Measures this decode step, with ``budget="auto"``.
     rates : Rates or None
@@ -151,7 +159,7 @@ class Step:
     drafts: bool = False
     role: Role = Role.ORDINARY
     fuses_more: bool = False
-    shared: dict[str, Any] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
     depth: int = 1
     frame: FrameType | None = None
     compares: bool = False

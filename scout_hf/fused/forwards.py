@@ -18,7 +18,9 @@ from scout_hf.fused import stock
 from scout_hf.kernels.device import KERNEL_DTYPES, MOST_NORMALISED, find_kernels
 from scout_hf.patches.own_forward import OwnForward
 from scout_hf.patches.quiet import is_bare
-from scout_hf.step import active_step
+from scout_hf.step import in_fused_step
+
+PLAIN = (torch.Tensor, nn.Parameter)
 
 
 class Fused(OwnForward):
@@ -35,10 +37,14 @@ class Fused(OwnForward):
     def __init__(self, module: nn.Module, gpu_kernels: str):
         self._module, self._setting = module, gpu_kernels
         self._known = type(module).forward
+        self._kernels: tuple[torch.device, ModuleType | None] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kernels": None}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward: Any = type(self._module).forward
-        if forward is not self._known or not in_decode_step():
+        if forward is not self._known or not in_fused_step():
             return forward(self._module, *args, **kwargs)
         return self._run(*args, **kwargs)
 
@@ -47,23 +53,16 @@ class Fused(OwnForward):
 
     def _kernels_for(self, *tensors: torch.Tensor) -> ModuleType | None:
         """The kernels, if they take these tensors together."""
-        first = tensors[0]
-        if first.dtype not in KERNEL_DTYPES or not all(_goes_with(first, one) for one in tensors):
+        dtype, device = tensors[0].dtype, tensors[0].device
+        if dtype not in KERNEL_DTYPES or torch.is_autocast_enabled(device.type):
             return None
-        return find_kernels(self._setting, first.device)
-
-
-def in_decode_step() -> bool:
-    """Whether the calling thread is in a decode step with a ScoutCache, and such forwards may run in it."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return False
-    step = active_step()
-    return step is not None and 1 == step.queries < step.tokens and step.cache.scout_config.fused is not False
-
-
-def _goes_with(first: torch.Tensor, other: torch.Tensor) -> bool:
-    plain = type(other) in (torch.Tensor, nn.Parameter) and not torch.is_autocast_enabled(other.device.type)
-    return plain and (other.dtype, other.device) == (first.dtype, first.device) and other.stride(-1) == 1
+        for one in tensors:
+            alike = type(one) in PLAIN and one.dtype == dtype and one.device == device
+            if not alike or one.stride(-1) != 1:
+                return None
+        if self._kernels is None or self._kernels[0] != device:
+            self._kernels = device, find_kernels(self._setting, device)
+        return self._kernels[1]
 
 
 class FusedNorm(Fused):
@@ -78,7 +77,7 @@ class FusedNorm(Fused):
         weight = module.weight
         # One token per row of the batch, with its heads behind or before it.
         fits = x.dim() in (3, 4) and 1 in x.shape[1:-1]
-        fits = fits and weight.shape == x.shape[-1:] and len(weight) <= MOST_NORMALISED
+        fits = fits and weight.shape == x.shape[-1:] and weight.shape[0] <= MOST_NORMALISED
         kernels = self._kernels_for(x, weight) if fits else None
         if kernels is None:
             return self._known(module, x)
@@ -109,10 +108,12 @@ class FusedRotation(Fused):
     def __init__(self, module: nn.Module, gpu_kernels: str):
         super().__init__(module, gpu_kernels)
         self._before = rotary_of(self._known)
+        # Found and made when first needed: neither can be pickled.
+        self._rotating: FunctionType | None = None
         self._forward: Callable[..., Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_forward": None}
+        return super().__getstate__() | {"_rotating": None, "_forward": None}
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         if not self._is_stock():
@@ -123,15 +124,17 @@ class FusedRotation(Fused):
 
     def _is_stock(self) -> bool:
         """Whether the rotary function of the module's file is still the known one."""
-        found = rotary_of(self._known)
+        if self._rotating is None:
+            self._rotating = rotating(self._known)
+        found = None if self._rotating is None else self._rotating.__globals__.get(stock.ROTARY)
         return found is self._before and (not isinstance(found, nn.Module) or is_bare(found))
 
     def rotary(self, q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """``apply_rotary_pos_emb`` of the module's file."""
         kernels = None
-        if in_decode_step() and self._is_stock():
+        if in_fused_step() and self._is_stock():
             one_token = q.dim() == 4 and q.shape[2] == 1 and unsqueeze_dim == 1
-            turns = (*cos.shape, *sin.shape) in ((*one, *one) for one in ((n, 1, q.shape[-1]) for n in (1, len(q))))
+            turns = cos.shape == sin.shape in ((1, 1, q.shape[-1]), (q.shape[0], 1, q.shape[-1]))
             alike = k.shape[::2] == q.shape[::2] and k.shape[-1] == q.shape[-1] and not q.shape[-1] % 2
             kernels = self._kernels_for(q, k, cos, sin) if one_token and turns and alike else None
         turn = rotary_of(self._known) if kernels is None else kernels.rotate
@@ -140,13 +143,19 @@ class FusedRotation(Fused):
 
 def rotary_of(forward: Any) -> Any:
     """What a function, or the one that it wraps, calls as rotary function; None if `with_rotary` cannot change that."""
+    inner = rotating(forward)
+    return None if inner is None else inner.__globals__.get(stock.ROTARY)
+
+
+def rotating(forward: Any) -> FunctionType | None:
+    """The function, or the one that it wraps, that calls a rotary function; None as above."""
     while hasattr(forward, "__wrapped__"):
         inner, cells = forward.__wrapped__, getattr(forward, "__closure__", None) or ()
         if not isinstance(forward, FunctionType) or all(cell.cell_contents is not inner for cell in cells):
             return None
         forward = inner
     calls = isinstance(forward, FunctionType) and stock.ROTARY in forward.__code__.co_names
-    return forward.__globals__.get(stock.ROTARY) if calls else None
+    return forward if calls else None
 
 
 def with_rotary(function: Any, rotary: Callable[..., Any]) -> Any:

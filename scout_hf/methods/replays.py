@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from scout_hf.kernels.cpu import StepJob, StepTotals
+from scout_hf.kernels.cpu import StepJob
 
 if TYPE_CHECKING:
     from scout_hf.graph_clock import Clock, Fill
@@ -31,8 +31,6 @@ class ReplayPart(NamedTuple):
     """A layer's part of the replays that follow.
 
     layer : int
-    lists : int
-        Rows times KV heads.
     job : StepJob or None
         The CPU work of each step.
     held : float or Tensor (batch, kv_heads, slots) of int
@@ -41,13 +39,12 @@ class ReplayPart(NamedTuple):
     """
 
     layer: int
-    lists: int
     job: StepJob | None
     held: float | torch.Tensor
 
 
 class ReplayCounts:
-    """Counts replayed steps, and adds them to the counters of all layers when these are read.
+    """Counts replayed steps, and adds them to the counters of all layers when these are read; jobs count by themselves.
 
     Parameters
     ----------
@@ -63,18 +60,14 @@ class ReplayCounts:
     def __init__(self, step: Step, parts: Sequence[ReplayPart], block_size: int, owner: Any):
         self._counters = step.counters
         self._owner: Callable[[], Any] = weakref.ref(owner)
-        # Without the jobs, which keep host memory alive.
         self._layers = tuple(part.layer for part in parts)
-        self._totals: list[tuple[int, int, StepTotals]] = [
-            (part.layer, part.lists, part.job.totals) for part in parts if part.job is not None
-        ]
         self._held = [
             (tuple(part.layer for part in alike), _tokens(step, alike, block_size)) for alike in _of_one_shape(parts)
         ]
         self._steps = 0
         self._context: float | torch.Tensor = 0.0
         self._tail: float | torch.Tensor = 0.0
-        self._counters.replayed(self)
+        self._counters.follow(self)
 
     @property
     def over(self) -> bool:
@@ -101,11 +94,6 @@ class ReplayCounts:
             self._counters.add_each("context", self._layers, context)
             for layers, held in self._held:
                 self._counters.add_each("attended", layers, tail + steps * held)
-        for layer, lists, totals in self._totals:
-            done = totals.take()
-            if done.chosen:
-                self._counters.add("attended", layer, done.tokens / lists)
-                self._counters.cpu_share(layer, done.listed, done.chosen)
 
 
 def _of_one_shape(parts: Sequence[ReplayPart]) -> list[list[ReplayPart]]:

@@ -337,14 +337,18 @@ class Selector:
         count = self.count(step, blocks)
         if count is None:
             return None, blocks, padding_mask
-        limits = None if whole else self._limits(step, query, blocks, tail)
-        return self.scores(step, query, self.table.codes(blocks), padding_mask, limits=limits), count, padding_mask
+        limits = None if whole or self.config.mass is None else self._limits(step, query, blocks, tail)
+        codes = self.coded.table.codes(blocks)
+        return self.scores(step, query, codes, padding_mask, limits=limits), count, padding_mask
 
     def count(self, step: Step, blocks: int) -> int | torch.Tensor | None:
         """The top-k size among the first ``blocks``, for all rows or for each; None if all are chosen."""
         if self.dense or step.attends_all or not blocks:
             return None
-        count = budgeted(self.config, step, blocks)
+        key = "budgeted", blocks
+        count = step.shared.get(key)
+        if count is None:
+            count = step.shared[key] = budgeted(self.config, step, blocks)
         return None if isinstance(count, int) and count >= blocks and not self.by_mass else count
 
     def scores(
@@ -361,15 +365,15 @@ class Selector:
         ``padding_mask`` is (batch, blocks) of bool or None, False for blocks of only padding. With
         ``limits``, blocks that are not needed get -inf.
         """
-        scores, size, shares_of = None, self.config.block_size, mean_share
-        if self.digest.native and self._kernels is not None:
-            scores = self._kernels.score(self.digest.native, self.digest.prepare(query), codes, size, count=filled)
+        digest, size, scores, shares_of = self.coded.digest, self.config.block_size, None, mean_share
+        if digest.native and self._kernels is not None:
+            scores = self._kernels.score(digest.native, digest.prepare(query), codes, size, count=filled)
             if scores is not None:
                 filled, shares_of = None, self._kernels.mean_share  # it has written -inf from there on
-        elif self.digest.native:
-            scores = step.backend.score(self.digest.native, self.digest.prepare(query), codes, block_size=size)
-        scores = self.digest.score(query, codes) if scores is None else scores
-        if not self.digest.per_head:
+        elif digest.native:
+            scores = step.backend.score(digest.native, digest.prepare(query), codes, block_size=size)
+        scores = digest.score(query, codes) if scores is None else scores
+        if not digest.per_head:
             return scores
         if filled is not None:
             places = torch.arange(codes.shape[2], dtype=filled.dtype, device=filled.device)

@@ -87,7 +87,7 @@ class MappedSlots:
     def recalled(self, blocks: int) -> None:
         """Note that a recall may have filled empty slots with blocks below ``blocks``."""
         self._blocks = max(self._blocks, blocks)
-        if self.filled != self.slots:
+        if self.filled is not None and self.filled < self.ids.shape[2]:
             self.filled = None
 
     def clear(self, blocks: int) -> None:

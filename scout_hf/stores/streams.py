@@ -60,10 +60,9 @@ class Links:
             return Mark()
         return Mark(torch.cuda.current_stream(device).record_event())
 
-    @contextlib.contextmanager
     def beside(
         self, name: str, device: torch.device, *tensors: torch.Tensor, after: Mark | None = None
-    ) -> Iterator[Mark]:
+    ) -> contextlib.AbstractContextManager[Mark]:
         """Context manager: launch its body on a side stream, after all work launched so far on the current stream.
 
         Parameters
@@ -81,11 +80,15 @@ class Links:
         Mark
             The end of this work; valid once the context is left.
         """
-        mark = Mark()
         if device.type != "cuda":
-            yield mark
-            return
-        captured = torch.cuda.is_current_stream_capturing()
+            return contextlib.nullcontext(Mark())
+        return self._beside(name, device, tensors, after)
+
+    @contextlib.contextmanager
+    def _beside(
+        self, name: str, device: torch.device, tensors: tuple[torch.Tensor, ...], after: Mark | None
+    ) -> Iterator[Mark]:
+        mark, captured = Mark(), torch.cuda.is_current_stream_capturing()
         # A stream that takes part in a capture accepts no other work.
         key = (device, f"captured {name}" if captured else name)
         stream = self._streams.get(key)

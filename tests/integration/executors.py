@@ -26,10 +26,11 @@ def count_every_share(monkeypatch) -> None:
     """A job whose result has been read may not have ended yet, and is then not counted: wait for it."""
     from scout_hf.methods.scout.handoff import Flags
 
-    finished = Flags.finished
+    result = Flags.result
 
-    def finished_by_now(flags):
+    def result_of_ended(flags, step):
+        share = result(flags, step)
         flags.job.drain()
-        return finished(flags)
+        return share
 
-    monkeypatch.setattr(Flags, "finished", finished_by_now)
+    monkeypatch.setattr(Flags, "result", result_of_ended)

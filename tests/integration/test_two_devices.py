@@ -319,7 +319,7 @@ def test_kernels_are_launched_where_their_tensors_are(monkeypatch, cuda, way):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 def test_a_launch_on_the_wrong_device_is_seen(monkeypatch, cuda):
     use_kernels(monkeypatch, cuda)
-    monkeypatch.setattr("scout_hf.kernels.triton.attend.on_device_of", lambda tensor: contextlib.nullcontext())
+    monkeypatch.setattr("scout_hf.kernels.triton.launch.on_device_of", lambda tensor: contextlib.nullcontext())
     with pytest.raises(MixedDevices, match="launched on cuda:0 for tensors on cuda:1"):
         launch_all("join")
 

@@ -90,7 +90,7 @@ CALLS = {
 
 
 def last(kernel, args, **options):
-    kernel[(2,)](*args, **options)
+    kernel.launch((2,), *args, **options) if isinstance(kernel, Prepared) else kernel[(2,)](*args, **options)
     return LAUNCHED[-1]
 
 

@@ -69,11 +69,14 @@ def quick(library: ctypes.CDLL, name: str, *arguments: Any) -> Callable[..., int
 
 
 class PoolTicket:
-    """A submitted job; ``wait`` joins it and returns its result. One thread at a time may join it."""
+    """A submitted job; ``wait`` joins it and returns its result. One thread at a time may join it.
+
+    Numbers of jobs mean the same to all tickets of the same ``threads``.
+    """
 
     def __init__(self, threads: _Threads, held: Any, result: Any):
         self.number = 0  # until the job is submitted
-        self._threads = threads
+        self.threads = threads
         self._held = held
         self._result, self._call = result, callable(result)
 
@@ -100,30 +103,26 @@ class PoolTicket:
 
     def done(self) -> bool:
         """Whether the job has ended. If the pool has no threads, it runs only in ``wait``."""
-        return self._threads.outcome(self.number) != 0
+        return self.threads.outcome(self.number) != 0
 
     def times(self) -> tuple[int, int] | None:
         """When the job began and ended, ns of the steady clock (``time.perf_counter_ns`` on Linux); None if unknown."""
         found = (c_int64 * 2)()
-        known = self._threads.library.scout_pool_times(self._threads.handle, self.number, found)
+        known = self.threads.library.scout_pool_times(self.threads.handle, self.number, found)
         return (found[0], found[1]) if known else None
 
     def of(self, number: int) -> PoolTicket:
         """A ticket of another job of the same threads, whose memory this one keeps alive."""
-        other = PoolTicket(self._threads, None, None)
+        other = PoolTicket(self.threads, None, None)
         other.number = number
         return other
-
-    def has_threads_of(self, other: PoolTicket) -> bool:
-        """Whether both jobs are of the same threads, so that numbers of one's jobs mean the same to the other."""
-        return self._threads is other._threads
 
     def let_go(self) -> None:
         """Drop the references to the memory of a job that has ended."""
         self._held = None
 
     def _join(self) -> int:
-        threads = self._threads
+        threads = self.threads
         outcome = threads.outcome(self.number)
         while outcome == 0:
             outcome = threads.library.scout_pool_wait(threads.handle, self.number, _SLICE_US)

@@ -130,6 +130,6 @@ class NativeStepJobs:
         """The native call writes the jobs' numbers itself: after an interrupt right behind it they can be drained."""
         for job in self.jobs:
             last = job.pool_ticket
-            if last is not None and not last.has_threads_of(ticket):
+            if last is not None and last.threads is not ticket.threads:
                 job.args.ticket = 0  # of threads that have ended
             job.pool_ticket = ticket

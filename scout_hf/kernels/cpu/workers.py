@@ -111,9 +111,10 @@ class Workers:
             pool, self._setting = ThreadPoolExecutor(1, "scout-cpu"), _Setting(self.threads)
             self._pool, self._process = pool, os.getpid()
         setting = self._setting
+        default = None if setting.taken else setting.default()
         try:
             # Pass no reference to self: the thread would keep it, and so itself, alive.
-            pool.submit(_run, ticket.future, ticket.ran, setting, setting.default(), job, args)
+            pool.submit(_run, ticket.future, ticket.ran, setting, default, job, args)
         except RuntimeError as error:
             if "futures after shutdown" not in str(error):
                 raise
@@ -136,8 +137,8 @@ class _Setting:
         self.own, self.taken = own, own is None
 
     def default(self) -> int | None:
-        """Called in the submitting thread: the process default to restore afterwards."""
-        return None if self.taken else torch.get_num_threads()
+        """Called in the submitting thread until it is set: the process default to restore afterwards."""
+        return torch.get_num_threads()
 
     def take(self, default: int) -> None:
         """Called in the worker thread: set its own count, then restore the process default."""

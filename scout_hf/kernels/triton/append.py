@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from scout_hf.kernels.triton.launch import prepared
-from scout_hf.kernels.triton.support import on_device_of
+from scout_hf.kernels.triton.support import next_power_of_2
 
 
 @prepared
@@ -56,10 +56,10 @@ def append_token(
     [5]
     """
     batch, heads, _, dim = new_keys.shape
-    with on_device_of(keys):
-        _append[(batch * heads,)](
-            new_keys, new_values, keys, values, length, blocks,
-            *new_keys.stride()[:2], *new_values.stride()[:2], *keys.stride()[:3],
-            heads, block_size, dim, triton.next_power_of_2(dim),
-            num_warps=1,
-        )  # fmt: skip
+    _append.launch(
+        (batch * heads,),
+        new_keys, new_values, keys, values, length, blocks,
+        *new_keys.stride()[:2], *new_values.stride()[:2], *keys.stride()[:3],
+        heads, block_size, dim, next_power_of_2(dim),
+        num_warps=1,
+    )  # fmt: skip

@@ -15,7 +15,16 @@ import triton.language as tl
 
 from scout_hf.kernels.triton.launch import prepared
 from scout_hf.kernels.triton.prefetch import LINE_BYTES, OFF, ask_for, row_ahead
-from scout_hf.kernels.triton.support import INTERPRETED, LN2, LOG2E, MIN_ROWS, dot, multiprocessors, on_device_of, tanh
+from scout_hf.kernels.triton.support import (
+    INTERPRETED,
+    LN2,
+    LOG2E,
+    MIN_ROWS,
+    dot,
+    multiprocessors,
+    next_power_of_2,
+    tanh,
+)
 from scout_hf.kernels.triton.tuning import Tile, tile_for
 
 MAX_KV_SPLITS = 32
@@ -226,22 +235,22 @@ def attend_blocks(
     given = [query if part is None else part for part in (pages, ids, at, starts, lengths, padding_mask)]
     places = [keys.stride(), values.stride()]
     strides = [stride[:4] if pages is None else (0, stride[1], stride[0], stride[2]) for stride in places]
-    with on_device_of(query):
-        _attend[(batch * kv_heads, num_kv_splits)](
-            query, keys, values, *given, out, lse,
-            query.stride(0), query.stride(1), *strides[0], *strides[1],
-            *(given[0].stride()[:2]), *(given[1].stride()[:2]),
-            0 if lengths is None or len(lengths) == 1 else lengths.stride(0), given[5].stride(0), lse.stride(1),
-            listed, first if at is None else 0, num_kv_splits, scale, 1.0 if softcap is None else softcap,
-            kv_heads, group, dim, size,
-            max(MIN_ROWS, triton.next_power_of_2(group)), max(MIN_ROWS, triton.next_power_of_2(dim)),
-            max(MIN_ROWS, tile.tokens),
-            pages is not None, ids is not None, at is not None, starts is not None,
-            lengths is not None, padding_mask is not None, softcap is not None,
-            OFF if INTERPRETED else tile.prefetch, tile.ahead, row, triton.next_power_of_2(-(-row // LINE_BYTES)),
-            tile.stages,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    _attend.launch(
+        (batch * kv_heads, num_kv_splits),
+        query, keys, values, *given, out, lse,
+        query.stride(0), query.stride(1), *strides[0], *strides[1],
+        *(given[0].stride()[:2]), *(given[1].stride()[:2]),
+        0 if lengths is None or lengths.shape[0] == 1 else lengths.stride(0), given[5].stride(0), lse.stride(1),
+        listed, first if at is None else 0, num_kv_splits, scale, 1.0 if softcap is None else softcap,
+        kv_heads, group, dim, size,
+        max(MIN_ROWS, next_power_of_2(group)), max(MIN_ROWS, next_power_of_2(dim)),
+        max(MIN_ROWS, tile.tokens),
+        pages is not None, ids is not None, at is not None, starts is not None,
+        lengths is not None, padding_mask is not None, softcap is not None,
+        OFF if INTERPRETED else tile.prefetch, tile.ahead, row, next_power_of_2(-(-row // LINE_BYTES)),
+        tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
     return out, lse
 
 

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 from scout_hf.kernels.triton.launch import prepared
-from scout_hf.kernels.triton.support import on_device_of
 
 CHUNK_BLOCKS = 2048
 
@@ -169,14 +168,14 @@ def choose(
     if padding_mask is not None:
         padding_mask = padding_mask.contiguous()
     counts = count if isinstance(count, torch.Tensor) else None
-    with on_device_of(scores):
-        _choose[(batch * heads,)](
-            scores, slots, *((scores, scores) if padding_mask is None else (padding_mask, leading)),
-            scores if counts is None else counts, scores if open_count is None else open_count, *out,
-            *scores.stride()[:2], *slots.stride()[:2], 0 if padding_mask is None else padding_mask.stride(0),
-            *out.is_chosen.stride()[:2], *out.missing.stride()[:2],
-            blocks, most if counts is not None else count, sinks,
-            heads, CHUNK_BLOCKS, padding_mask is not None, counts is not None, open_count is not None,
-            num_warps=8,
-        )  # fmt: skip
+    _choose.launch(
+        (batch * heads,),
+        scores, slots, *((scores, scores) if padding_mask is None else (padding_mask, leading)),
+        scores if counts is None else counts, scores if open_count is None else open_count, *out,
+        *scores.stride()[:2], *slots.stride()[:2], 0 if padding_mask is None else padding_mask.stride(0),
+        *out.is_chosen.stride()[:2], *out.missing.stride()[:2],
+        blocks, most if counts is not None else count, sinks,
+        heads, CHUNK_BLOCKS, padding_mask is not None, counts is not None, open_count is not None,
+        num_warps=8,
+    )  # fmt: skip
     return out

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 
 from scout_hf.kernels.triton.encode_bounds import encode_bounds
 from scout_hf.kernels.triton.encode_parts import encode_parts
 from scout_hf.kernels.triton.encode_sign import encode_sign
-from scout_hf.kernels.triton.support import runs_on
+from scout_hf.kernels.triton.support import next_power_of_2, runs_on
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # Limits of a program: channels of a head, tokens of a block.
@@ -56,10 +55,10 @@ def encode(digest: Any, keys: torch.Tensor, padding_mask: torch.Tensor | None) -
         return encode_bounds(keys, padding_mask, digest.middle, digest.step, digest.bits)
     if digest.name == "minmax-sub" and _here(keys, digest.middle, digest.step):
         sub = min(digest.sub, size)
-        fits = sub == triton.next_power_of_2(sub) and size % sub == 0 and dim % 2 == 0 and digest.bits == 4
+        fits = sub == next_power_of_2(sub) and size % sub == 0 and dim % 2 == 0 and digest.bits == 4
         return encode_parts(keys, padding_mask, digest.middle, digest.step, sub) if fits else None
     if digest.name in ("sign", "sign2") and _here(keys, digest.mean, digest.divisor, digest.rotation):
-        fits = size == triton.next_power_of_2(size) and dim % 8 == 0
+        fits = size == next_power_of_2(size) and dim % 8 == 0
         constants = (digest.mean, digest.divisor, digest.rotation)
         return encode_sign(keys, padding_mask, *constants, digest.bits) if fits else None
     return None

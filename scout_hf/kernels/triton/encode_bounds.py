@@ -8,7 +8,7 @@ import triton.language as tl
 
 from scout_hf.kernels.triton.launch import prepared
 from scout_hf.kernels.triton.padding_tokens import as_bytes, first_valid, valid_or_first
-from scout_hf.kernels.triton.support import on_device_of
+from scout_hf.kernels.triton.support import next_power_of_2
 
 # Elements of keys per program: 32 for each of its 128 threads, once for upper and once for lower bounds.
 TILE_ELEMENTS = 4096
@@ -101,12 +101,12 @@ def encode_bounds(
     middle, step = (None if part is None else part.contiguous() for part in (middle, step))
     codes = torch.empty((batch, heads, blocks, 2 * dim), dtype=torch.int8 if grid else keys.dtype, device=keys.device)
     marks, strides = as_bytes(padding_mask)
-    columns, padded = triton.next_power_of_2(dim), triton.next_power_of_2(size)
-    with on_device_of(keys):
-        _encode_bounds[(blocks, heads, batch)](
-            keys, marks, middle, step, codes,
-            *keys.stride()[:4], *strides, *codes.stride()[:2],
-            SIZE=size, PADDED=padded, DIM=dim, COLUMNS=columns, ROWS=min(padded, max(1, TILE_ELEMENTS // columns)),
-            HAS_PADDING_MASK=padding_mask is not None, HAS_GRID=grid, MOST=2 ** (bits - 1) - 1,
-        )  # fmt: skip
+    columns, padded = next_power_of_2(dim), next_power_of_2(size)
+    _encode_bounds.launch(
+        (blocks, heads, batch),
+        keys, marks, middle, step, codes,
+        *keys.stride()[:4], *strides, *codes.stride()[:2],
+        SIZE=size, PADDED=padded, DIM=dim, COLUMNS=columns, ROWS=min(padded, max(1, TILE_ELEMENTS // columns)),
+        HAS_PADDING_MASK=padding_mask is not None, HAS_GRID=grid, MOST=2 ** (bits - 1) - 1,
+    )  # fmt: skip
     return codes

@@ -9,7 +9,7 @@ import triton.language as tl
 from scout_hf.kernels.triton.encode_bounds import on_grid
 from scout_hf.kernels.triton.launch import prepared
 from scout_hf.kernels.triton.padding_tokens import as_bytes, first_valid, valid_or_first
-from scout_hf.kernels.triton.support import on_device_of
+from scout_hf.kernels.triton.support import next_power_of_2
 
 # Upper (or lower) bounds per program: 32 for each of its 128 threads.
 TILE_ELEMENTS = 4096
@@ -76,13 +76,13 @@ def encode_parts(
     batch, heads, blocks, size, dim = keys.shape
     codes = torch.empty((batch, heads, blocks, size // sub * dim), dtype=torch.uint8, device=keys.device)
     marks, strides = as_bytes(padding_mask)
-    columns, padded = triton.next_power_of_2(dim), triton.next_power_of_2(size)
+    columns, padded = next_power_of_2(dim), next_power_of_2(size)
     parts = min(padded // sub, max(1, TILE_ELEMENTS // columns))
-    with on_device_of(keys):
-        _encode_parts[(blocks, heads, batch)](
-            keys, marks, middle.contiguous(), step.contiguous(), codes,
-            *keys.stride()[:4], *strides, *codes.stride()[:2],
-            SIZE=size, PADDED=padded, SUB=sub, DIM=dim, COLUMNS=columns, PARTS=parts,
-            HAS_PADDING_MASK=padding_mask is not None, MOST=7,
-        )  # fmt: skip
+    _encode_parts.launch(
+        (blocks, heads, batch),
+        keys, marks, middle.contiguous(), step.contiguous(), codes,
+        *keys.stride()[:4], *strides, *codes.stride()[:2],
+        SIZE=size, PADDED=padded, SUB=sub, DIM=dim, COLUMNS=columns, PARTS=parts,
+        HAS_PADDING_MASK=padding_mask is not None, MOST=7,
+    )  # fmt: skip
     return codes

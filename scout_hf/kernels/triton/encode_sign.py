@@ -9,7 +9,7 @@ import triton.language as tl
 from scout_hf.kernels.triton.bf16_split import bf16_split
 from scout_hf.kernels.triton.launch import prepared
 from scout_hf.kernels.triton.padding_tokens import as_bytes, valid_or_first
-from scout_hf.kernels.triton.support import dot, on_device_of
+from scout_hf.kernels.triton.support import dot, next_power_of_2
 
 # Tokens per program, and channels per pass: at head_dim 256 both pieces of the rotation take 32 KiB of shared memory.
 TOKENS, CHANNELS = 64, 32
@@ -119,14 +119,14 @@ def encode_sign(
     batch, heads, blocks, size, dim = keys.shape
     codes = torch.empty((batch, heads, blocks, size * (bits * dim // 8 + 1)), dtype=torch.uint8, device=keys.device)
     marks, strides = as_bytes(padding_mask)
-    each, columns = min(size, TOKENS), max(16, triton.next_power_of_2(dim))
-    with on_device_of(keys):
-        _encode_sign[(triton.cdiv(blocks * (size // each), TOKENS // each), heads, batch)](
-            keys, marks, mean.contiguous(), divisor.contiguous(), rotation.contiguous(), codes,
-            *keys.stride()[:4], *strides, *codes.stride()[:2],
-            blocks,
-            SIZE=size, DIM=dim, COLUMNS=columns, TOKENS=TOKENS, EACH=each,
-            CHANNELS=CHANNELS, BITS=bits, LEVEL_STEP=LEVEL_STEP, HAS_PADDING_MASK=padding_mask is not None,
-            num_warps=8 if columns > 128 else 4, num_stages=2,
-        )  # fmt: skip
+    each, columns = min(size, TOKENS), max(16, next_power_of_2(dim))
+    _encode_sign.launch(
+        (-(-(blocks * (size // each)) // (TOKENS // each)), heads, batch),
+        keys, marks, mean.contiguous(), divisor.contiguous(), rotation.contiguous(), codes,
+        *keys.stride()[:4], *strides, *codes.stride()[:2],
+        blocks,
+        SIZE=size, DIM=dim, COLUMNS=columns, TOKENS=TOKENS, EACH=each,
+        CHANNELS=CHANNELS, BITS=bits, LEVEL_STEP=LEVEL_STEP, HAS_PADDING_MASK=padding_mask is not None,
+        num_warps=8 if columns > 128 else 4, num_stages=2,
+    )  # fmt: skip
     return codes

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from scout_hf.kernels.triton.launch import prepared
-from scout_hf.kernels.triton.support import _INTERPRETED, on_device_of
+from scout_hf.kernels.triton.support import _INTERPRETED
 
 # Each of 512 threads has 8 loads of 16 bytes on their way: the query of 8 rows of 32 heads of 128 channels at once.
 POST_BYTES, POST_WARPS = 1 << 16, 16
@@ -105,8 +105,8 @@ def post(query: torch.Tensor, into: torch.Tensor, flag: torch.Tensor, number: to
     >>> int(flag), int(number), bool((into == query.cpu()).all())  # doctest: +SKIP
     (1, 1, True)
     """
-    with on_device_of(query):
-        _post[(1,)](query, into, flag, number, query.numel(), POST_BYTES // query.element_size(), num_warps=POST_WARPS)
+    step = POST_BYTES // query.element_size()
+    _post.launch((1,), query, into, flag, number, query.numel(), step, num_warps=POST_WARPS)
 
 
 def wait(word: torch.Tensor, number: torch.Tensor, late: torch.Tensor, turns: int = MOST_TURNS) -> None:
@@ -133,5 +133,4 @@ def wait(word: torch.Tensor, number: torch.Tensor, late: torch.Tensor, turns: in
     >>> int(late)  # doctest: +SKIP
     0
     """
-    with on_device_of(number):
-        _wait[(1,)](number, word, late, turns, num_warps=1)
+    _wait.launch((1,), number, word, late, turns, num_warps=1)

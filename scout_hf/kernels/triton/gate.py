@@ -8,7 +8,6 @@ import triton.language as tl
 
 from scout_hf.kernels.triton.bf16_split import rounded
 from scout_hf.kernels.triton.launch import prepared
-from scout_hf.kernels.triton.support import on_device_of
 
 COLUMNS = 1024
 
@@ -44,6 +43,5 @@ def silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     tensor(0.)
     """
     out, count = torch.empty_like(gate), gate.numel()
-    with on_device_of(gate):
-        _silu_product[(triton.cdiv(count, COLUMNS),)](gate, up, out, count, COLUMNS, num_warps=4)
+    _silu_product.launch((-(-count // COLUMNS),), gate, up, out, count, COLUMNS, num_warps=4)
     return out

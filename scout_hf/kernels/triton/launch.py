@@ -6,6 +6,7 @@ What Triton has compiled for arguments of one kind is kept, and launched by what
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -21,8 +22,18 @@ MOST_KINDS = 1024
 UNALIGNED = 15
 
 
+@functools.cache
+def _gpus() -> int:
+    return torch.cuda.device_count()
+
+
+def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Context manager: make the tensor's device current, on which Triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
 class Prepared:
-    """A Triton kernel that is launched like any other, ``kernel[grid](*args, **options)``, on the current device.
+    """A Triton kernel whose ``launch(grid, *args, **options)`` does what ``kernel[grid](*args, **options)`` does.
 
     Two calls are of one kind if they have the same grid, options and numbers, and tensors of the same dtypes and
     alignment. That is finer than what Triton distinguishes, so what was compiled for one serves the other. A number
@@ -39,10 +50,14 @@ class Prepared:
         self._launches: dict[tuple[Any, ...], Callable[..., None]] = {}
         self._tensors: int | None = None
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return functools.partial(self._launch, grid)
-
-    def _launch(self, grid: tuple[int, ...], /, *args: Any, **options: Any) -> None:
+    def launch(self, grid: tuple[int, ...], /, *args: Any, **options: Any) -> None:
+        """Launch on the device of the first tensor."""
+        device = args[0].get_device()
+        # One GPU is always the current one.
+        if _gpus() > 1 and device != torch.cuda.current_device():
+            with on_device_of(args[0]):
+                self.launch(grid, *args, **options)
+            return
         count = self._tensors
         if count is None:
             is_tensor = [arg is None or isinstance(arg, torch.Tensor) for arg in args]
@@ -57,7 +72,6 @@ class Prepared:
                 addresses |= arg.data_ptr()
         if addresses & UNALIGNED:
             dtypes += [arg is not None and arg.data_ptr() & UNALIGNED == 0 for arg in args[:count]]
-        device = args[0].get_device()
         key = device, grid, args[count:], *dtypes, *options.values()
         launch = self._launches.get(key)
         if launch is None:
@@ -78,6 +92,18 @@ class Prepared:
         return (lambda *given, stream: launch(*given, *fixed, stream=stream)) if fixed else launch
 
 
-def prepared(kernel: Any) -> Any:
-    """Decorate a Triton kernel to be launched as a :class:`Prepared`; in the interpreter it stays what it is."""
-    return kernel if INTERPRETED else Prepared(kernel)
+class Interpreted:
+    """A kernel in Triton's interpreter, launched in the same way."""
+
+    def __init__(self, kernel: Any):
+        self.kernel = kernel
+
+    def launch(self, grid: tuple[int, ...], /, *args: Any, **options: Any) -> None:
+        """Launch on the device of the first tensor."""
+        with on_device_of(args[0]):
+            self.kernel[grid](*args, **options)
+
+
+def prepared(kernel: Any) -> Prepared | Interpreted:
+    """Decorate a Triton kernel to be launched as a :class:`Prepared`, or in the interpreter."""
+    return Interpreted(kernel) if INTERPRETED else Prepared(kernel)

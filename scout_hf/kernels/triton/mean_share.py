@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from scout_hf.kernels.triton.launch import prepared
-from scout_hf.kernels.triton.support import on_device_of
+from scout_hf.kernels.triton.support import next_power_of_2
 
 ELEMENTS = 4096
 """Masses that a program holds at a time."""
@@ -90,15 +90,15 @@ def mean_share(
     shares = torch.empty((batch, kv_heads, blocks), dtype=torch.float32, device=masses.device)
     if not shares.numel():
         return shares
-    rows = triton.next_power_of_2(group)
-    with on_device_of(masses):
-        _mean_share[(batch * kv_heads,)](
-            masses, masses if padding_mask is None else padding_mask,
-            masses if recent is None else recent.contiguous(), shares,
-            *masses.stride()[:2], 0 if padding_mask is None else padding_mask.stride(0), *shares.stride()[:2],
-            blocks,
-            kv_heads, group, rows, max(16, ELEMENTS // rows),
-            padding_mask is not None, recent is not None,
-            num_warps=8,
-        )  # fmt: skip
+    rows = next_power_of_2(group)
+    _mean_share.launch(
+        (batch * kv_heads,),
+        masses, masses if padding_mask is None else padding_mask,
+        masses if recent is None else recent.contiguous(), shares,
+        *masses.stride()[:2], 0 if padding_mask is None else padding_mask.stride(0), *shares.stride()[:2],
+        blocks,
+        kv_heads, group, rows, max(16, ELEMENTS // rows),
+        padding_mask is not None, recent is not None,
+        num_warps=8,
+    )  # fmt: skip
     return shares

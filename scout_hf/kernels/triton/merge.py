@@ -8,7 +8,7 @@ import triton.language as tl
 
 from scout_hf.kernels.triton.bf16_split import rounded
 from scout_hf.kernels.triton.launch import prepared
-from scout_hf.kernels.triton.support import on_device_of
+from scout_hf.kernels.triton.support import next_power_of_2
 
 
 @prepared
@@ -91,12 +91,12 @@ def merge(
     batch, heads, count, dim = parts.shape
     out = torch.empty((batch, heads, 1, dim), dtype=dtype, device=parts.device)
     lse = torch.empty((batch, heads, 1), dtype=torch.float32, device=parts.device)
-    with on_device_of(parts):
-        _merge[(batch * heads,)](
-            parts, logs, *((parts, logs) if more is None else (more, more_logs)), logs if sinks is None else sinks,
-            out, lse, logs.stride(1), dim, count, heads,
-            dim, triton.next_power_of_2(dim), triton.next_power_of_2(max(count, 2)),
-            more is not None, sinks is not None,
-            num_warps=4,
-        )  # fmt: skip
+    _merge.launch(
+        (batch * heads,),
+        parts, logs, *((parts, logs) if more is None else (more, more_logs)), logs if sinks is None else sinks,
+        out, lse, logs.stride(1), dim, count, heads,
+        dim, next_power_of_2(dim), next_power_of_2(max(count, 2)),
+        more is not None, sinks is not None,
+        num_warps=4,
+    )  # fmt: skip
     return out, lse

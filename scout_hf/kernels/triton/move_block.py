@@ -8,7 +8,7 @@ import triton.language as tl
 
 from scout_hf.kernels.triton.launch import prepared
 from scout_hf.kernels.triton.recall import COPY_ELEMENTS
-from scout_hf.kernels.triton.support import on_device_of
+from scout_hf.kernels.triton.support import next_power_of_2
 
 
 @triton.jit
@@ -99,11 +99,11 @@ def move_block(
     batch, heads, capacity = ids.shape
     block_size, dim = slot_keys.shape[3:]
     size = block_size * dim
-    with on_device_of(keys):
-        _move[(batch * heads,)](
-            keys, values, blocks, pages, ids, slot_of, slot_keys, slot_values,
-            *keys.stride()[:2], pages.stride(0), *slot_of.stride()[:2], *slot_keys.stride()[:3], capacity,
-            heads, triton.next_power_of_2(max(capacity, 2)), size, keys.shape[2] * dim - size,
-            min(COPY_ELEMENTS, triton.next_power_of_2(size)),
-            num_warps=4,
-        )  # fmt: skip
+    _move.launch(
+        (batch * heads,),
+        keys, values, blocks, pages, ids, slot_of, slot_keys, slot_values,
+        *keys.stride()[:2], pages.stride(0), *slot_of.stride()[:2], *slot_keys.stride()[:3], capacity,
+        heads, next_power_of_2(max(capacity, 2)), size, keys.shape[2] * dim - size,
+        min(COPY_ELEMENTS, next_power_of_2(size)),
+        num_warps=4,
+    )  # fmt: skip

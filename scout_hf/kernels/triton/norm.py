@@ -12,7 +12,7 @@ import triton.language as tl
 
 from scout_hf.kernels.triton.bf16_split import rounded
 from scout_hf.kernels.triton.launch import prepared
-from scout_hf.kernels.triton.support import on_device_of
+from scout_hf.kernels.triton.support import next_power_of_2
 
 
 @prepared
@@ -62,10 +62,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, shifted: bool = 
     tensor([1.0000])
     """
     outer, inner, dim = x.shape
-    out, columns = torch.empty_like(x), triton.next_power_of_2(dim)
-    with on_device_of(x):
-        _rms_norm[(outer * inner,)](
-            x, weight, out, *x.stride()[:2], *out.stride()[:2], inner, eps, dim, columns, shifted,
-            num_warps=min(16, max(1, columns // 512)),
-        )  # fmt: skip
+    out, columns = torch.empty_like(x), next_power_of_2(dim)
+    _rms_norm.launch(
+        (outer * inner,),
+        x, weight, out, *x.stride()[:2], *out.stride()[:2], inner, eps, dim, columns, shifted,
+        num_warps=min(16, max(1, columns // 512)),
+    )  # fmt: skip
     return out

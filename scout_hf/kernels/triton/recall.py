@@ -10,7 +10,7 @@ import triton.language as tl
 
 from scout_hf.kernels.triton.choose import Choice
 from scout_hf.kernels.triton.launch import prepared
-from scout_hf.kernels.triton.support import on_device_of
+from scout_hf.kernels.triton.support import next_power_of_2
 
 COPY_ELEMENTS = 4096
 # Programs of a copy: with 16 KiB each on its way they fill the link, and most multiprocessors stay free.
@@ -121,17 +121,17 @@ def plan_recall(
     """
     batch, heads, capacity = ids.shape
     most, at = choice.missing.shape[2], isinstance(share, torch.Tensor)
-    slots, blocks = torch.empty((2, batch, heads, most), dtype=torch.int32, device=ids.device)
+    slots, blocks = torch.empty((2, batch, heads, most), dtype=torch.int32, device=ids.device).unbind()
     out = Moves(slots, blocks, torch.empty((batch, heads), dtype=torch.int32, device=ids.device))
-    with on_device_of(ids):
-        _plan[(batch * heads,)](
-            ids, slot_of, *choice, share if at else ids, *out, ids if tally is None else tally,
-            *choice.is_chosen.stride()[:2], *choice.missing.stride()[:2], *slot_of.stride()[:2],
-            capacity, batch * heads, most, 0.0 if at else share,
-            heads, triton.next_power_of_2(max(capacity, 2)), triton.next_power_of_2(max(batch * heads, 2)), at,
-            tally is not None,
-            num_warps=4,
-        )  # fmt: skip
+    _plan.launch(
+        (batch * heads,),
+        ids, slot_of, *choice, share if at else ids, *out, ids if tally is None else tally,
+        *choice.is_chosen.stride()[:2], *choice.missing.stride()[:2], *slot_of.stride()[:2],
+        capacity, batch * heads, most, 0.0 if at else share,
+        heads, next_power_of_2(max(capacity, 2)), next_power_of_2(max(batch * heads, 2)), at,
+        tally is not None,
+        num_warps=4,
+    )  # fmt: skip
     return out
 
 
@@ -187,14 +187,14 @@ def copy_blocks(pages: torch.Tensor, moves: Moves, keys: torch.Tensor, values: t
     """
     batch, heads, _, size, dim = keys.shape
     most = moves.blocks.shape[2]
-    with on_device_of(keys):
-        _copy[(min(batch * heads * most, MOST_COPIES),)](
-            pages, moves.slots, moves.blocks, moves.counts, keys, values,
-            pages.stride(0), *keys.stride()[:3], batch * heads, most,
-            size * dim, heads, triton.next_power_of_2(max(batch * heads, 2)),
-            min(COPY_ELEMENTS, triton.next_power_of_2(size * dim)),
-            num_warps=4,
-        )  # fmt: skip
+    _copy.launch(
+        (min(batch * heads * most, MOST_COPIES),),
+        pages, moves.slots, moves.blocks, moves.counts, keys, values,
+        pages.stride(0), *keys.stride()[:3], batch * heads, most,
+        size * dim, heads, next_power_of_2(max(batch * heads, 2)),
+        min(COPY_ELEMENTS, next_power_of_2(size * dim)),
+        num_warps=4,
+    )  # fmt: skip
 
 
 def run_of_blocks(batch: int, heads: int, first: int, count: int, device: torch.device) -> Moves:
@@ -260,12 +260,12 @@ def adopt_block(
     """
     batch, heads, capacity = ids.shape
     size, dim = new_keys.shape[2:]
-    with on_device_of(ids):
-        _adopt[(batch * heads,)](
-            ids, slot_of, new_keys, new_values, keys, values,
-            *slot_of.stride()[:2], *new_keys.stride()[:3], *keys.stride()[:3],
-            capacity, first,
-            heads, triton.next_power_of_2(max(capacity, 2)), size * dim, dim,
-            min(COPY_ELEMENTS, triton.next_power_of_2(size * dim)),
-            num_warps=4,
-        )  # fmt: skip
+    _adopt.launch(
+        (batch * heads,),
+        ids, slot_of, new_keys, new_values, keys, values,
+        *slot_of.stride()[:2], *new_keys.stride()[:3], *keys.stride()[:3],
+        capacity, first,
+        heads, next_power_of_2(max(capacity, 2)), size * dim, dim,
+        min(COPY_ELEMENTS, next_power_of_2(size * dim)),
+        num_warps=4,
+    )  # fmt: skip

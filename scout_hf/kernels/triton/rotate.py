@@ -8,7 +8,7 @@ import triton.language as tl
 
 from scout_hf.kernels.triton.bf16_split import rounded
 from scout_hf.kernels.triton.launch import prepared
-from scout_hf.kernels.triton.support import on_device_of
+from scout_hf.kernels.triton.support import next_power_of_2
 
 
 @prepared
@@ -71,10 +71,10 @@ def rotate(
     # A tensor without elements may have no address: the kernel does not read it.
     given, into = (keys, keys_out) if kv_heads else (query, query_out)
     shared = (0, 0) if cos.shape[0] == 1 else (cos.stride(0), sin.stride(0))
-    with on_device_of(query):
-        _rotate[(batch * (heads + kv_heads),)](
-            query, given, cos, sin, query_out, into, *query.stride()[:2], *given.stride()[:2], *shared,
-            heads, kv_heads, dim // 2, triton.next_power_of_2(dim // 2),
-            num_warps=1,
-        )  # fmt: skip
+    _rotate.launch(
+        (batch * (heads + kv_heads),),
+        query, given, cos, sin, query_out, into, *query.stride()[:2], *given.stride()[:2], *shared,
+        heads, kv_heads, dim // 2, next_power_of_2(dim // 2),
+        num_warps=1,
+    )  # fmt: skip
     return query_out, keys_out

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from scout_hf.kernels.triton.score_dots import score_dots
 from scout_hf.kernels.triton.score_minmax import score_minmax
 from scout_hf.kernels.triton.score_sign import score_sign
-from scout_hf.kernels.triton.support import runs_on
+from scout_hf.kernels.triton.support import next_power_of_2, runs_on
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # Limits of a program: channels of a head, tokens of a block, elements of a block's code.
@@ -56,7 +55,7 @@ def score(
     """
     if not _fits(scorer, query, codes, block_size):
         return None
-    shape = torch.Size((len(codes), query.shape[1] if scorer == "sign" else codes.shape[1], codes.shape[2]))
+    shape = torch.Size((codes.shape[0], query.shape[1] if scorer == "sign" else codes.shape[1], codes.shape[2]))
     if out is None:
         out = torch.empty(shape, dtype=torch.float32, device=codes.device)
     elif out.dtype != torch.float32 or out.shape[:2] != shape[:2] or out.shape[2] < shape[2] or out.stride(2) != 1:
@@ -83,7 +82,7 @@ def _fits(scorer: str, query: torch.Tensor, codes: torch.Tensor, block_size: int
     if scorer == "minmax":
         return codes.dtype in FLOATS and code == 2 * dim and dim <= MAX_HEAD_DIM
     if scorer == "sign":
-        powers = 1 < block_size <= MAX_BLOCK and block_size == triton.next_power_of_2(block_size)
+        powers = 1 < block_size <= MAX_BLOCK and block_size == next_power_of_2(block_size)
         layout = dim % 8 == 0 and dim <= MAX_HEAD_DIM and code == block_size * (dim // 8 + 1)
         return codes.dtype == torch.uint8 and powers and layout
     if scorer not in ("dots", "dots4") or query.shape[1] != heads:
@@ -93,4 +92,4 @@ def _fits(scorer: str, query: torch.Tensor, codes: torch.Tensor, block_size: int
     width = dim // (1 + half)
     if not known or (half and dim % 2) or code < width or code % width:
         return False
-    return triton.next_power_of_2(code // width) * triton.next_power_of_2(width) <= MAX_ELEMENTS
+    return next_power_of_2(code // width) * next_power_of_2(width) <= MAX_ELEMENTS

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from scout_hf.kernels.triton.launch import prepared
-from scout_hf.kernels.triton.support import on_device_of
+from scout_hf.kernels.triton.support import next_power_of_2
 
 # Storage of numbers: floats, int8, or two 4-bit integers per byte, the lower half first.
 FLOATS, BYTES, NIBBLES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -84,15 +84,15 @@ def score_dots(
     """
     batch, heads, blocks, code = codes.shape
     width = query.shape[3] // (1 + halves)
-    parts, columns = code // width, triton.next_power_of_2(width)
-    each = triton.next_power_of_2(parts)
+    parts, columns = code // width, next_power_of_2(width)
+    each = next_power_of_2(parts)
     tile = max(1, TILE_ELEMENTS // (each * columns))
     kind = NIBBLES if halves else FLOATS if codes.is_floating_point() else BYTES
     codes = codes if codes.is_floating_point() else codes.view(torch.uint8)
-    with on_device_of(codes):
-        _score_dots[(triton.cdiv(blocks, tile), heads, batch)](
-            query, codes, count, scores,
-            *query.stride()[:2], *codes.stride()[:3], *scores.stride()[:2],
-            blocks,
-            WIDTH=width, COLUMNS=columns, PARTS=parts, EACH=each, TILE=tile, KIND=kind, HAS_COUNT=count is not None,
-        )  # fmt: skip
+    _score_dots.launch(
+        (-(-blocks // tile), heads, batch),
+        query, codes, count, scores,
+        *query.stride()[:2], *codes.stride()[:3], *scores.stride()[:2],
+        blocks,
+        WIDTH=width, COLUMNS=columns, PARTS=parts, EACH=each, TILE=tile, KIND=kind, HAS_COUNT=count is not None,
+    )  # fmt: skip

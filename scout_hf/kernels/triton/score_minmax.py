@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from scout_hf.kernels.triton.launch import prepared
-from scout_hf.kernels.triton.support import on_device_of
+from scout_hf.kernels.triton.support import next_power_of_2
 
 # Elements of each bound per load: 8 KiB in bfloat16.
 TILE_ELEMENTS = 4096
@@ -62,13 +62,13 @@ def score_minmax(
     """
     batch, heads, blocks, _ = codes.shape
     dim, group = query.shape[3], query.shape[1] // heads
-    columns = triton.next_power_of_2(dim)
+    columns = next_power_of_2(dim)
     tile = max(1, TILE_ELEMENTS // columns)
-    with on_device_of(codes):
-        _score_minmax[(triton.cdiv(blocks, tile), heads, batch)](
-            query, codes, count, scores,
-            *query.stride()[:2], *codes.stride()[:3], *scores.stride()[:2],
-            blocks,
-            DIM=dim, COLUMNS=columns, GROUP=group, ROWS=triton.next_power_of_2(group), TILE=tile,
-            HAS_COUNT=count is not None,
-        )  # fmt: skip
+    _score_minmax.launch(
+        (-(-blocks // tile), heads, batch),
+        query, codes, count, scores,
+        *query.stride()[:2], *codes.stride()[:3], *scores.stride()[:2],
+        blocks,
+        DIM=dim, COLUMNS=columns, GROUP=group, ROWS=next_power_of_2(group), TILE=tile,
+        HAS_COUNT=count is not None,
+    )  # fmt: skip

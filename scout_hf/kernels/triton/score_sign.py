@@ -8,7 +8,7 @@ import triton.language as tl
 
 from scout_hf.kernels.triton.bf16_split import bf16_split
 from scout_hf.kernels.triton.launch import prepared
-from scout_hf.kernels.triton.support import MIN_ROWS, dot, on_device_of
+from scout_hf.kernels.triton.support import MIN_ROWS, dot, next_power_of_2
 
 # Tokens per warp: small blocks then need no reduction across warps.
 WARP_TOKENS = 64
@@ -109,18 +109,18 @@ def score_sign(
     """
     batch, heads, blocks, _ = codes.shape
     dim, group = query.shape[3], query.shape[1] // heads
-    half = max(MIN_ROWS // 2, triton.next_power_of_2(group))
+    half = max(MIN_ROWS // 2, next_power_of_2(group))
     tile = max(1, WARP_TOKENS // block_size)
     warps = min(4, max(1, block_size // WARP_TOKENS, half // MIN_ROWS))
-    each = triton.cdiv(blocks, tile)
-    tiles = max(1, min(MOST_TILES, triton.next_power_of_2(each), each * heads * batch // ENOUGH_PROGRAMS))
+    each = -(-blocks // tile)
+    tiles = max(1, min(MOST_TILES, next_power_of_2(each), each * heads * batch // ENOUGH_PROGRAMS))
     tiles = 1 << tiles.bit_length() - 1
-    with on_device_of(codes):
-        _score_sign[(triton.cdiv(each, tiles), heads, batch)](
-            query, codes, count, scores,
-            *query.stride()[:2], *codes.stride()[:3], *scores.stride()[:2],
-            blocks,
-            DIM=dim, BYTES=max(16, triton.next_power_of_2(dim // 8)), GROUP=group, HALF=half,
-            SIZE=block_size, TILE=tile, TILES=tiles, HAS_COUNT=count is not None,
-            num_warps=warps,
-        )  # fmt: skip
+    _score_sign.launch(
+        (-(-each // tiles), heads, batch),
+        query, codes, count, scores,
+        *query.stride()[:2], *codes.stride()[:3], *scores.stride()[:2],
+        blocks,
+        DIM=dim, BYTES=max(16, next_power_of_2(dim // 8)), GROUP=group, HALF=half,
+        SIZE=block_size, TILE=tile, TILES=tiles, HAS_COUNT=count is not None,
+        num_warps=warps,
+    )  # fmt: skip

@@ -1,14 +1,12 @@
-"""Shared by the Triton kernels: functions that also work in the interpreter, and launches on a tensor's device.
+"""Shared by the Triton kernels: functions that also work in the interpreter, and sizes of launches.
 
 Triton's interpreter (``TRITON_INTERPRET=1`` before triton is imported) runs the same kernels on CPU tensors.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-from typing import Any
 
 import torch
 import triton
@@ -44,14 +42,8 @@ def tanh(x):
     return tl.where(square < 0.0625, series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
 
 
-_HERE = contextlib.nullcontext()
-
-
-def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Context manager: make the tensor's device current, on which Triton launches."""
-    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
-        return _HERE  # which costs the host less
-    return torch.cuda.device(tensor.device)
+# Triton's own is slow on the host, as its compiler can call it too; launches ask for the same few sizes.
+next_power_of_2 = functools.lru_cache(triton.next_power_of_2)
 
 
 def runs_on(tensor: torch.Tensor) -> bool:

@@ -16,6 +16,7 @@ import triton
 from scout_hf.errors import ConfigError, MissingFileError
 from scout_hf.files import read_json, write_text
 from scout_hf.kernels.triton.prefetch import BULK, LINES, OFF
+from scout_hf.kernels.triton.support import next_power_of_2
 from scout_hf.rules import count, fields, one_of, table
 
 FORMAT = "scout_hf.tiles/1"
@@ -106,7 +107,7 @@ def default_tile(capacity: int, dim: int, dtype: torch.dtype) -> Tile:
     """
     if dtype == torch.float32 and dim > MOST_WITHOUT_TENSOR_CORES:
         return DEFAULTS[-1]
-    row = triton.next_power_of_2(dim) * dtype.itemsize
+    row = next_power_of_2(dim) * dtype.itemsize
     return next((tile for tile in DEFAULTS if 2 * tile.tokens * tile.stages * row <= capacity), DEFAULTS[-1])
 
 

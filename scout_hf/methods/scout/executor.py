@@ -85,7 +85,7 @@ class StepExecutor(ABC):
     def count(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
         """Count this attention for ``stats()``."""
         state, index = layer.state, layer.layer_idx
-        step.counters.attended(index, step.context(), state.attended)
+        step.counters.attended(index, step.tokens if step.mask is None else step.context(), state.attended)
         if state.counted is not None:
             step.counters.cpu_share(index, *state.counted)
         if state.predicted is not None:

@@ -70,9 +70,7 @@ class CapturedExecutor(CaptureExecutor):
         return self.plain.attend(layer, step, query, (keys, values), where, self.clock.padding_mask)
 
     def join_cpu(self, layer: Layer, step: Step, query: torch.Tensor) -> Partial | None:
-        with step.counters.timed(layer.layer_idx, "join"):
-            share = self.plain.handoff.result(step)
-        return None if share is None else Partial(*share)
+        return self.plain.handoff.result(step)
 
     def merge(self, here: tuple[torch.Tensor, torch.Tensor], share: Partial | None, dtype: torch.dtype) -> Partial:
         return self.plain.merge(here, share, dtype)

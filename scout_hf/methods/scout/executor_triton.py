@@ -20,7 +20,7 @@ from scout_hf.methods.base import PAST_CHUNK_TOKENS
 from scout_hf.methods.replays import ReplayPart
 from scout_hf.methods.scout.executor import Executor, resident_memory
 from scout_hf.methods.scout.executor_captured import CapturedExecutor
-from scout_hf.methods.scout.handoff import Flags, Handoff, Job, Mailbox, NoHandoff, make_handoff
+from scout_hf.methods.scout.handoff import Flags, Handoff, JobCounts, Mailbox, NoHandoff, make_handoff
 from scout_hf.selection import Pick
 from scout_hf.step import Step
 from scout_hf.stores import TwoTierKV
@@ -54,6 +54,7 @@ class TritonExecutor(Executor):
     """
 
     uses = frozenset({"hand_over"})
+    recalling = False  # for the main thread: only the stream waits, in attend_device()
 
     def __init__(self, config: ScoutConfig, kv: TwoTierKV):
         super().__init__(config, kv)
@@ -66,6 +67,7 @@ class TritonExecutor(Executor):
         self.pages = torch.zeros((kv.batch, 0), dtype=torch.int64, device=kv.device)
         self.recalled = Mark()
         self._awaited = [Mark(), Mark()]  # the last write-back and the last recall that the stream waits for
+        self._block_size, self._sinks = kv.block_size, config.blocks(config.sinks)
         self._block_bytes = 2 * kv.block_size * kv.host.head_dim * kv.host.dtype.itemsize
 
     @classmethod
@@ -101,7 +103,8 @@ class TritonExecutor(Executor):
         if isinstance(count, torch.Tensor):
             count = count.to(query.device, non_blocking=True)
         self._mail(layer, step, query, most)
-        self._cover(slots, blocks + 1)  # + 1: a block may be adopted before the recall
+        if min(slots.slot_of.shape[2], self.is_chosen.shape[2]) <= blocks:
+            self._cover(slots, blocks + 1)  # + 1: a block may be adopted before the recall
         ordered = scores is not None and (loading or most > slots.slots)
         if scores is None:
             scores = torch.zeros((len(query), layer.kv_heads, blocks), dtype=torch.float32, device=query.device)
@@ -118,13 +121,13 @@ class TritonExecutor(Executor):
         filled: torch.Tensor | None = None,
     ) -> Any:
         """Choose the top-k of the first ``filled`` blocks (by default all); a ``Choice``."""
-        mail, sinks = self.handoff.mail, layer.config.blocks(layer.config.sinks)
+        mail, sinks = self.handoff.mail, self._sinks
         choice = self.kernels.Choice(self.is_chosen, mail.missing, mail.missing_counts, mail.chosen_counts)
         return self.kernels.choose(scores, count, sinks, block_mask, slots.slot_of, mail.capacity, filled, choice)
 
     def order_of(self, layer: Layer, scores: torch.Tensor, block_mask: torch.Tensor | None) -> torch.Tensor:
         """The scores, with infinity for sinks, to rank blocks in :meth:`recall`; changes ``scores``."""
-        sinks = layer.config.blocks(layer.config.sinks)
+        sinks = self._sinks
         if block_mask is None:
             scores[:, :, :sinks] = torch.inf
             return scores
@@ -137,23 +140,26 @@ class TritonExecutor(Executor):
             self.is_chosen = torch.zeros_like(slots.slot_of, dtype=torch.uint8)
 
     def _mail(self, layer: Layer, step: Step, query: torch.Tensor, capacity: int) -> None:
-        """Provide a mailbox for lists of ``capacity`` blocks; counts the result of the previous step first."""
-        self._count_share(layer, step)
+        """Provide a mailbox for lists of ``capacity`` blocks."""
+        if step.counters.history is not None:
+            step.counters.fold()  # before the next job adds to the last one's share
         if not self.handoff.serves(query, capacity, step.backend):
             self.handoff.drain()
             device, spare = query.device, max(SPARE_BLOCKS, capacity // 8)
             mail = Mailbox(query, layer.kv_heads, capacity + spare, step.cache.late.word(device))
             made = layer.config.hand_over, mail, self.kernels, step.backend, layer.kv.host, device, layer.layer_idx
-            self.handoff = make_handoff(*made)
+            self.handoff = handoff = make_handoff(*made)
+            JobCounts(step.counters, layer.layer_idx, handoff)
 
     def submit_cpu(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
         layer.state.started = True
-        self._await(0, layer.written)  # whose blocks the CPU reads
+        self._await(0, layer.kv.written)  # whose blocks the CPU reads
         padding_mask = None if step.mask is None else step.padding(torch.device("cpu"))
-        self.handoff.start(step, query.contiguous(), _job(layer, padding_mask))
+        self.handoff.start(step, query.contiguous(), layer.kv.host, layer.scoring, padding_mask)
 
     def attend_device(self, layer: Layer, step: Step, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         padding_mask = None if step.mask is None else step.padding(query.device)
+        self._await(1, self.recalled)
         layer.state.attended = self._tokens_here(layer, step)
         where = {"first": layer.kv.host.blocks, "lengths": step.length(query.device)}
         return self.attend(layer, step, query, layer.kv.tail_blocks(), where, padding_mask)
@@ -169,30 +175,44 @@ class TritonExecutor(Executor):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Partial outputs and LSEs of tail and residents; ``where`` gives the positions of the tail."""
         spans: list[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]] = [(*tail, where)]
-        size = layer.config.block_size
         if layer.resident is not None:
             spans.append((layer.resident.keys, layer.resident.values, {"ids": layer.resident.ids}))
-        lists = query.shape[0] * layer.kv_heads
-        parts = [self.kernels.kv_splits_for(query.device, lists, keys.shape[2], size) for keys, _, _ in spans]
-        out, lse, *into = _partials(step, query, parts)
+        out, lse, *into = self._partials(step, query, layer.kv_heads, [keys.shape[2] for keys, _, _ in spans])
         for place, (keys, values, where) in zip(into, spans):
             self.kernels.attend_blocks(
                 query, keys, values, *layer.scoring, padding_mask=padding_mask, into=place, **where
             )
         return out, lse
 
+    def _partials(self, step: Step, query: torch.Tensor, kv_heads: int, listed: list[int]) -> Any:
+        """Partial outputs and LSEs of spans of so many blocks, and views of them for each span.
+
+        All layers of a step use the same, one after the other: the stream runs in order.
+        """
+        key = "partials", query.shape, query.device, kv_heads, *listed
+        found = step.shared.get(key)
+        if found is None:
+            lists, size = query.shape[0] * kv_heads, self._block_size
+            parts = [self.kernels.kv_splits_for(query.device, lists, blocks, size) for blocks in listed]
+            shape = (*query.shape[:2], sum(parts), query.shape[3])
+            out = torch.empty(shape, dtype=torch.float32, device=query.device)
+            lse = torch.empty(shape[:3], dtype=torch.float32, device=query.device)
+            found = step.shared[key] = (out, lse, *zip(out.split(parts, dim=2), lse.split(parts, dim=2)))
+        return found
+
     def join_cpu(self, layer: Layer, step: Step, query: torch.Tensor) -> Partial | None:
-        with step.counters.timed(layer.layer_idx, "join"):
-            share = self.handoff.result(step)
-        self._count_share(layer, step)
-        return None if share is None else Partial(*share)
+        share = self.handoff.result(step)
+        if step.counters.history is not None:
+            step.counters.fold()
+        return share
 
     def attend_again(self, layer: Layer, step: Step, query: torch.Tensor) -> Partial | None:
         self.handoff.counted = False
-        self.submit_cpu(layer, step, query)
-        share = self.handoff.result(step)
-        self.handoff.counted = True
-        return None if share is None else Partial(*share)
+        try:
+            self.submit_cpu(layer, step, query)
+            return self.handoff.result(step)
+        finally:
+            self.handoff.counted = True
 
     def merge(self, here: tuple[torch.Tensor, torch.Tensor], share: Partial | None, dtype: torch.dtype) -> Partial:
         return Partial(*self.kernels.merge(*here, *(share or ()), dtype=dtype))
@@ -208,7 +228,10 @@ class TritonExecutor(Executor):
 
     def _tokens_here(self, layer: Layer, step: Step) -> float | torch.Tensor:
         """Tokens in tail and slots, mean over rows and KV heads; a tensor if only the device knows it."""
-        return step.behind(layer.kv.host.length, layer.kv.device) + self._tokens_held(layer, step)
+        slots, first = layer.resident, layer.kv.host.length
+        if step.mask is None and slots is not None and slots.filled is not None:
+            return float(step.tokens - first + slots.filled * layer.config.block_size)
+        return step.behind(first, layer.kv.device) + self._tokens_held(layer, step)
 
     def _tokens_held(self, layer: Layer, step: Step) -> float | torch.Tensor:
         """The same of the slots alone."""
@@ -216,19 +239,10 @@ class TritonExecutor(Executor):
         if slots is None:
             return 0.0
         if step.mask is None:
-            if slots.filled is not None:
-                return float(slots.filled * size)
             return (slots.ids >= 0).sum(dtype=torch.float32) * size / slots.ids[:, :, 0].numel()
         real = step.block_tokens(size, layer.kv.device)
         held = real[:, None].expand(-1, layer.kv_heads, -1).gather(2, slots.ids.clamp(min=0).long())
         return held.masked_fill(slots.ids < 0, 0).sum(dtype=torch.float32) / slots.ids[:, :, 0].numel()
-
-    def _count_share(self, layer: Layer, step: Step) -> None:
-        """Count the CPU attention of the last step, if it has finished."""
-        done = self.handoff.finished()
-        if done is not None and done.chosen:
-            step.counters.add("attended", layer.layer_idx, done.tokens / (layer.kv.batch * layer.kv_heads))
-            step.counters.cpu_share(layer.layer_idx, done.listed, done.chosen)
 
     # -- residents ------------------------------------------------------------------------------------------------
 
@@ -257,18 +271,21 @@ class TritonExecutor(Executor):
         self.kernels.adopt_block(first, keys, values, slots.ids, slots.slot_of, slots.keys, slots.values)
 
     def recall(self, layer: Layer, step: Step, share: float | torch.Tensor) -> None:
-        with layer.changing_residents() as slots:
-            self.recalled = self.swap(layer, step, slots, share, layer.written)
+        # As in changing_residents(), with less work: this is part of most steps.
+        slots, layer.resident = layer.resident, None
+        self.recalled = self.swap(layer, step, slots, share, layer.kv.written)
+        layer.resident = slots
 
     def swap(
         self, layer: Layer, step: Step, slots: MappedSlots, share: float | torch.Tensor, after: Mark | None = None
     ) -> Mark:
         """Recall missing blocks if the CPU's share is at least ``share``; returns the end of the copies."""
-        tally, choice = self.recall_tally(layer, step), layer.state.pick
+        slots_at, choice = slots.ids.device, layer.state.pick
+        tally = step.counters.recall_tally(layer.layer_idx, slots_at, self._block_bytes)
         if layer.state.scores is not None:
             choice = _best_first(choice, layer.state.scores)
         moves = self.kernels.plan_recall(slots.ids, slots.slot_of, choice, share, tally)
-        with step.links.beside("recall", slots.ids.device, *moves, after=after) as mark:
+        with step.links.beside("recall", slots_at, *moves, after=after) as mark:
             self.kernels.copy_blocks(self.pages, moves, slots.keys, slots.values)
         slots.recalled(layer.kv.host.blocks)
         return mark
@@ -388,12 +405,12 @@ class TritonExecutor(Executor):
         self.join_recall(layer)
         self._reserve_pages(layer)
         job = self.handoff.job
-        job.describe(*_job(layer, padding_mask))
+        job.describe(layer.kv.host, *layer.scoring, padding_mask)
         job.counted = True
         slots = layer.resident
         known = step.mask is None and slots.filled is not None
         held = float(slots.filled * layer.config.block_size) if known else slots.ids
-        return ReplayPart(layer.layer_idx, layer.kv.batch * layer.kv_heads, job, held)
+        return ReplayPart(layer.layer_idx, job, held)
 
     def _reserve_pages(self, layer: Layer) -> None:
         host = layer.kv.host
@@ -419,24 +436,6 @@ class TritonExecutor(Executor):
     def abort_replay(self, layer: Layer) -> None:
         self.drop_job(layer)
         self.handoff = NoHandoff()
-
-
-def _partials(step: Step, query: torch.Tensor, parts: list[int]) -> Any:
-    """Partial outputs and LSEs of this many parts, and views of them for each span.
-
-    All layers of a step use the same, one after the other: the stream runs in order.
-    """
-    key = f"partials of {tuple(query.shape)} in {parts} on {query.device}"
-    if key not in step.shared:
-        shape = (*query.shape[:2], sum(parts), query.shape[3])
-        out = torch.empty(shape, dtype=torch.float32, device=query.device)
-        lse = torch.empty(shape[:3], dtype=torch.float32, device=query.device)
-        step.shared[key] = (out, lse, *zip(out.split(parts, dim=2), lse.split(parts, dim=2)))
-    return step.shared[key]
-
-
-def _job(layer: Layer, padding_mask: torch.Tensor | None) -> Job:
-    return Job(layer.kv.host, *layer.scoring, padding_mask)
 
 
 def _best_first(choice: Any, scores: torch.Tensor) -> Any:

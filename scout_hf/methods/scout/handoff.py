@@ -8,16 +8,22 @@ poll, and polls theirs; the main thread only launches.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from scout_hf.fusion import Partial
-from scout_hf.kernels.cpu import Attended, BlockLists, CpuBackend, PagedStore, StepSums, Ticket
+from scout_hf.kernels.cpu import Attended, BlockLists, CpuBackend, PagedStore, StepSums, StepTotals, Ticket
 from scout_hf.step import Step
 from scout_hf.stores.streams import Mark
+
+if TYPE_CHECKING:
+    from scout_hf.counters import Counters
+    from scout_hf.methods.base import Scoring
 
 
 class Mailbox:
@@ -43,6 +49,8 @@ class Mailbox:
         Both, to be read without torch.
     out, lse : Tensor (batch, query_heads, 1, head_dim), (batch, query_heads, 1) of float32
         Result of CPU attention.
+    capacity : int
+        Blocks that a list can hold.
     flag, done : Tensor (1,) of int64
         Number of the last query that arrived, and of the last finished job.
     late : Tensor (1,) of int64
@@ -54,6 +62,7 @@ class Mailbox:
     def __init__(self, query: torch.Tensor, kv_heads: int, capacity: int, late: torch.Tensor):
         pin = query.device.type == "cuda"
         batch, heads = query.shape[:2]
+        self.capacity = capacity
         self.query = torch.empty(query.shape, dtype=query.dtype, device="cpu", pin_memory=pin)
         self.missing = torch.empty((batch, kv_heads, capacity), dtype=torch.int32, device="cpu", pin_memory=pin)
         counts = torch.zeros((2, batch, kv_heads), dtype=torch.int32, device="cpu", pin_memory=pin)
@@ -72,34 +81,46 @@ class Mailbox:
             for part in (self.query, self.missing, counts, self.out, self.lse, words):
                 part.to(query.device, non_blocking=True)
 
-    @property
-    def capacity(self) -> int:
-        """Blocks that a list can hold."""
-        return self.missing.shape[2]
-
-    def fits(self, query: torch.Tensor, capacity: int) -> bool:
-        """Whether the buffers fit such a query and lists of ``capacity`` blocks."""
-        return self.query.shape == query.shape and self.query.dtype == query.dtype and capacity <= self.capacity
-
     def lists(self) -> BlockLists:
         """The missing blocks as ``BlockLists``."""
         return BlockLists(self.missing, self.missing_counts)
 
 
-class Job(NamedTuple):
-    """The arguments of ``CpuBackend.attend_blocks`` other than query and lists."""
+class JobCounts:
+    """Adds what the jobs of a hand-over have done to the counters, when these are read; a step is spared that.
 
-    store: PagedStore
-    scale: float
-    softcap: float | None
-    padding_mask: torch.Tensor | None
+    Parameters
+    ----------
+    counters : Counters
+    layer : int
+    handoff : Join or Flags
+        While it lives, further jobs may follow.
+    """
+
+    def __init__(self, counters: Counters, layer: int, handoff: Join | Flags):
+        self._counters, self._layer, self._totals = counters, layer, handoff.totals
+        self._lists = handoff.mail.missing_counts.numel()
+        self._owner: Callable[[], Any] = weakref.ref(handoff)
+        counters.follow(self)
+
+    @property
+    def over(self) -> bool:
+        """Whether no further jobs can follow."""
+        return self._owner() is None
+
+    def fold(self) -> None:
+        """Add the jobs that ended since the last call."""
+        done = self._totals.take()
+        if done.chosen:
+            self._counters.add("attended", self._layer, done.tokens / self._lists)
+            self._counters.cpu_share(self._layer, done.listed, done.chosen)
 
 
 class Handoff(ABC):
     """CPU attention of one layer, at most one job at a time; lists and query go through ``mail``.
 
     ``lost`` is True if host and device have lost sync; then no further job may be started. ``counted`` is False while
-    jobs are left out of ``finished``.
+    jobs are left out of the statistics.
     """
 
     mail: Mailbox
@@ -108,10 +129,15 @@ class Handoff(ABC):
 
     def serves(self, query: torch.Tensor, capacity: int, backend: CpuBackend) -> bool:
         """Whether the next job may be of such a query, lists of ``capacity`` blocks, and this backend."""
-        return not self.lost and self.mail.fits(query, capacity)
+        if self.lost:
+            return False
+        known = self.mail.query
+        return known.shape == query.shape and known.dtype == query.dtype and capacity <= self.mail.capacity
 
     @abstractmethod
-    def start(self, step: Step, query: torch.Tensor, job: Job) -> None:
+    def start(
+        self, step: Step, query: torch.Tensor, store: PagedStore, scoring: Scoring, padding_mask: torch.Tensor | None
+    ) -> None:
         """In stream order, after the lists were written to ``mail``: start the CPU job with this query."""
 
     def post(self, query: torch.Tensor) -> None:
@@ -119,12 +145,8 @@ class Handoff(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def result(self, step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """In stream order, once: output and LSE of the job, readable by the device; None if the lists are empty."""
-
-    @abstractmethod
-    def finished(self) -> StepSums | None:
-        """What jobs have done that ended since the last call; None if none has."""
+    def result(self, step: Step) -> Partial | None:
+        """In stream order, once: the job's result, readable by the device; None if the lists are empty."""
 
     @abstractmethod
     def drain(self) -> None:
@@ -136,50 +158,64 @@ class NoHandoff(Handoff):
 
     lost = True
 
-    def start(self, step: Step, query: torch.Tensor, job: Job) -> None:
+    def start(
+        self, step: Step, query: torch.Tensor, store: PagedStore, scoring: Scoring, padding_mask: torch.Tensor | None
+    ) -> None:
         raise NotImplementedError
 
-    def result(self, step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
-        return None
-
-    def finished(self) -> StepSums | None:
+    def result(self, step: Step) -> Partial | None:
         return None
 
     def drain(self) -> None:
         pass
 
 
+class JoinTotals:
+    """``StepTotals`` of jobs that the main thread waits for."""
+
+    def __init__(self) -> None:
+        self.sums = (0, 0, 0)
+
+    def take(self) -> StepSums:
+        """What jobs have done that ended since the last call."""
+        sums, self.sums = self.sums, (0, 0, 0)
+        return StepSums(*sums)
+
+
 class Join(Handoff):
     """Hand-over in which the main thread waits for the result."""
 
-    def __init__(self, mail: Mailbox):
-        self.mail = mail
+    def __init__(self, mail: Mailbox, layer: int):
+        self.mail, self.totals, self._layer = mail, JoinTotals(), layer
         self._ticket: Ticket[Attended | None] | None = None
-        self._sums: StepSums | None = None
 
-    def start(self, step: Step, query: torch.Tensor, job: Job) -> None:
+    def start(
+        self, step: Step, query: torch.Tensor, store: PagedStore, scoring: Scoring, padding_mask: torch.Tensor | None
+    ) -> None:
         self.mail.query.copy_(query, non_blocking=True)
         arrived = step.links.mark(query.device)
-        self._ticket = step.movers.submit(_attend_when, arrived, step.backend, self.mail, job)
+        job = arrived, step.backend, self.mail, store, scoring, padding_mask
+        self._ticket = step.movers.submit(_attend_when, *job)
 
-    def result(self, step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def result(self, step: Step) -> Partial | None:
+        if self._ticket is None:
+            return None
         mail = self.mail
-        share = None if self._ticket is None else self._ticket.wait()
+        with step.counters.timed(self._layer, "join"):
+            share = self._ticket.wait()
         # Cleared only now: after an interrupt, a rollback must still find the job to wait for.
         self._ticket = None
-        tokens = 0 if share is None else share.tokens
         if self.counted:
-            self._sums = StepSums(tokens, *(int(counts.sum()) for counts in mail.counts_here))
+            tokens, listed, chosen = self.totals.sums
+            new_listed, new_chosen = mail.counts_here.sum((1, 2)).tolist()
+            new_tokens = 0 if share is None else share.tokens
+            self.totals.sums = tokens + new_tokens, listed + new_listed, chosen + new_chosen
         if share is None:
             return None
         mail.out.copy_(share.partial.out)
         mail.lse.copy_(share.partial.lse)
         device = mail.number.device
-        return mail.out.to(device, non_blocking=True), mail.lse.to(device, non_blocking=True)
-
-    def finished(self) -> StepSums | None:
-        sums, self._sums = self._sums, None
-        return sums
+        return Partial(mail.out.to(device, non_blocking=True), mail.lse.to(device, non_blocking=True))
 
     def drain(self) -> None:
         if self._ticket is not None:
@@ -198,16 +234,30 @@ class Flags(Handoff):
 
     def __init__(self, mail: Mailbox, kernels: ModuleType, backend: CpuBackend, layer: int):
         self.mail, self._kernels, self._backend = mail, kernels, backend
-        words, into = (mail.flag, mail.done, mail.late), Partial(mail.out, mail.lse)
-        self.job = backend.prepare(words, into, mail.query, mail.lists(), mail.chosen_counts, layer)
+        words, self._share = (mail.flag, mail.done, mail.late), Partial(mail.out, mail.lse)
+        self.job = backend.prepare(words, self._share, mail.query, mail.lists(), mail.chosen_counts, layer)
         self._alone = backend.together([self.job])
 
-    def serves(self, query: torch.Tensor, capacity: int, backend: CpuBackend) -> bool:
-        return super().serves(query, capacity, backend) and backend is self._backend
+    @property
+    def counted(self) -> bool:
+        return self.job.counted
 
-    def start(self, step: Step, query: torch.Tensor, job: Job) -> None:
-        self.job.describe(*job)
-        self.job.counted = self.counted
+    @counted.setter
+    def counted(self, value: bool) -> None:
+        self.job.counted = value
+
+    @property
+    def totals(self) -> StepTotals:
+        """Sums over its jobs."""
+        return self.job.totals
+
+    def serves(self, query: torch.Tensor, capacity: int, backend: CpuBackend) -> bool:
+        return backend is self._backend and super().serves(query, capacity, backend)
+
+    def start(
+        self, step: Step, query: torch.Tensor, store: PagedStore, scoring: Scoring, padding_mask: torch.Tensor | None
+    ) -> None:
+        self.job.describe(store, *scoring, padding_mask)
         self.lost = True  # between the two calls the device's count is ahead of the host's
         # The device first: a flag that is set before the job polls it is still seen.
         self.post(query)
@@ -217,13 +267,9 @@ class Flags(Handoff):
     def post(self, query: torch.Tensor) -> None:
         self._kernels.post(query, self.mail.query, self.mail.flag, self.mail.number)
 
-    def result(self, step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
-        mail = self.mail
-        self._kernels.wait(mail.done, mail.number, mail.late)
-        return mail.out, mail.lse
-
-    def finished(self) -> StepSums | None:
-        return self.job.totals.take()
+    def result(self, step: Step) -> Partial | None:
+        self._kernels.wait(self.mail.done, self.mail.number, self.mail.late)
+        return self._share
 
     def drain(self) -> None:
         number, flag = self.mail.number, self.mail.flag
@@ -247,16 +293,23 @@ def make_handoff(
     store: PagedStore,
     device: torch.device,
     layer: int,
-) -> Handoff:
+) -> Join | Flags:
     """Create the hand-over of that name. ``auto`` is ``join``, as are the others where a side cannot poll flags."""
     knows_words = device.type != "cuda" or torch.version.hip is None
     if name in ("flags", "graph") and knows_words and backend.watches(mail.query, store):
         return Flags(mail, kernels, backend, layer)
-    return Join(mail)
+    return Join(mail, layer)
 
 
-def _attend_when(arrived: Mark, backend: CpuBackend, mail: Mailbox, job: Job) -> Attended | None:
+def _attend_when(
+    arrived: Mark,
+    backend: CpuBackend,
+    mail: Mailbox,
+    store: PagedStore,
+    scoring: Scoring,
+    padding_mask: torch.Tensor | None,
+) -> Attended | None:
     arrived.finish()
     if not mail.counts_here[0].any():
         return None
-    return backend.attend_blocks(mail.query, job.store, mail.lists(), *job[1:])
+    return backend.attend_blocks(mail.query, store, mail.lists(), *scoring, padding_mask)

@@ -70,13 +70,15 @@ class TwoTierScout(OffloadingMethod):
         self.gate = QueryGate(config.cpu_query)
         self.recall_policy = RecallPolicy(config.recall, layer_idx)
         self.resident: Any = None
+        self._resident_tokens = config.resident or config.sparse_budget or DEFAULT_RESIDENT_TOKENS
+        self._by_share = isinstance(self._resident_tokens, float)
         self.state = StepState()
 
     # -- hooks --------------------------------------------------------------------------------------------------
 
     @property
     def wants_ahead(self) -> bool:
-        ready = self.resident is not None and self.query_shape is not None and self.kv.host.blocks > 0
+        ready = self.resident is not None and self.query_shape is not None and self.kv.host.length > 0
         # Right behind the layer that stores its KV it would choose before that layer has written back.
         return ready and self.config.layer_ahead and self.stored_by != self.layer_idx - 1
 
@@ -93,14 +95,15 @@ class TwoTierScout(OffloadingMethod):
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, step: Step | None = None) -> None:
         if step is None or step.clock is None:
-            self.changed()
+            if self.standing is not None:
+                self.changed()
             return super().append(keys, values, step)
         self.executor.captured(step.clock).append(self, step, keys, values)
 
     def attend(self, step: Step, query: torch.Tensor) -> Partial:
         state = self.state
         run = self.executor if step.clock is None else self.executor.captured(step.clock)
-        if self.kv.host.blocks and self.resident is None:
+        if self.resident is None and self.kv.host.length:
             self._load_residents(step, query)
         if self.executor.recalling:
             with step.counters.timed(self.layer_idx, "join"):
@@ -135,7 +138,7 @@ class TwoTierScout(OffloadingMethod):
             if state.started and share is not None:
                 run.recall(self, step, share)
         self.state = StepState()
-        if self.resident is not None and self._by_share() and self.slots() > 1.25 * self.resident.slots:
+        if self._by_share and self.resident is not None and self.slots() > 1.25 * self.resident.slots:
             # A share budget has outgrown its slots: the next attention loads residents again.
             self.executor.join_recall(self)
             self.resident = None
@@ -317,20 +320,14 @@ class TwoTierScout(OffloadingMethod):
 
     def slots(self) -> int:
         """Slots per row and KV head: as configured, but not many more than there are blocks."""
-        tokens, held = self._resident_tokens(), self.kv.host.blocks
+        tokens, held = self._resident_tokens, self.kv.host.blocks
         if isinstance(tokens, float):
             return self.config.blocks(max(self.config.block_size, int(tokens * self.kv.length)))
         return min(self.config.blocks(tokens), held + max(SPARE_BLOCKS, held // 4))
 
-    def _resident_tokens(self) -> int | float:
-        return self.config.resident or self.config.sparse_budget or DEFAULT_RESIDENT_TOKENS
-
-    def _by_share(self) -> bool:
-        return isinstance(self._resident_tokens(), float)
-
     def _grow_slots(self) -> None:
         """Add slots for further blocks, up to the configured number."""
-        if self.resident is None or self._by_share() or self.kv.host.blocks < self.resident.slots:
+        if self.resident is None or self._by_share or self.kv.host.blocks < self.resident.slots:
             return
         slots = self.slots()
         if slots > self.resident.slots:
@@ -343,7 +340,7 @@ class TwoTierScout(OffloadingMethod):
         self.recall_policy.steps = 0
 
     def _write_back(self, step: Step | None) -> None:
-        full = self.kv.full_blocks(self.window_blocks)
+        full = self.kv.full_blocks(self.window_blocks) if self.kv.overdue(self.window_blocks) > 0 else None
         if full is None:
             return
         self.changed()

@@ -53,7 +53,7 @@ class QueryGate:
             Compare in this step, whether its turn has come or not.
         """
         if self.rule != "auto":
-            return self.predicts
+            return self.rule == "predicted"
         predicts = self.predicts
         self.checking = compare or self.error is None or self._steps % CHECK_EVERY == 0
         self._steps += 1
