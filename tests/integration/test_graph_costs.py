@@ -126,6 +126,8 @@ def test_what_is_written_back_layer_by_layer_would_be_seen(costs, monkeypatch):
     few, more = per_step(costs, 2, 60), per_step(costs, 5, 60)
     grows = [launches(more[step]) > launches(few[step]) for step in range(SPAN)]
     assert grows == [step % BLOCK == 1 for step in range(SPAN)]
+    few, more = per_step(costs, 2, 300), per_step(costs, 5, 300)  # there for an eighth of the context
+    assert [launches(cost) for cost in more] == [launches(cost) for cost in few]
     monkeypatch.setattr("scout_hf.methods.scout.executor_triton.TritonExecutor.can_fill", lambda *args: False)
     few, more = per_step(costs, 2, 60), per_step(costs, 5, 60)
     assert all(launches(more[step]) > launches(few[step]) + 3 * 15 for step in range(0, SPAN, BLOCK))

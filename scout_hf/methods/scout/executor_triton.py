@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from scout_hf.methods.scout.policy import TwoTierScout as Layer
 
 SPARE_BLOCKS = 64
-# Host pages per row that captured steps have in advance, so that not each block that they fill asks for one.
-RESERVED_BLOCKS = 8
+# Host pages per row that captured steps have in advance, so that not each block that they fill asks for one; at least as
+# many as the part of the context for which slabs and tables have room anyway.
+RESERVED_BLOCKS, RESERVED_PART = 8, 8
 
 
 class TritonExecutor(Executor):
@@ -414,7 +415,7 @@ class TritonExecutor(Executor):
 
     def _reserve_pages(self, layer: Layer) -> None:
         host = layer.kv.host
-        count = min(RESERVED_BLOCKS, self.pages.shape[1] - host.blocks)
+        count = min(max(RESERVED_BLOCKS, host.blocks // RESERVED_PART), self.pages.shape[1] - host.blocks)
         if host.reserved == 0 < count and not host.table.pool.watched:
             host.reserve(count)
             self._map_pages(layer, host.blocks)
