@@ -261,13 +261,13 @@ def weight_device(module: nn.Module, default: torch.device) -> torch.device:
 
 def _first(module: nn.Module, kind: str) -> Tensor | None:
     """The first of `module.parameters()` or `buffers()`, without their generators, which are slow."""
-    for tensor in module.__dict__[kind].values():
-        if tensor is not None:
-            return tensor
-    for child in module._modules.values():
-        found = None if child is None else _first(child, kind)
-        if found is not None:
-            return found
+    waiting = [module]
+    while waiting:
+        here = waiting.pop()
+        for tensor in here.__dict__[kind].values():
+            if tensor is not None:
+                return tensor
+        waiting += [child for child in reversed(here._modules.values()) if child is not None]
     return None
 
 

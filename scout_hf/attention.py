@@ -21,6 +21,7 @@ from scout_hf.cache_layer import ScoutLayer
 from scout_hf.compat.modes import keeps_tensors
 from scout_hf.errors import ScoutError, UnsupportedInputError, UnsupportedModelError
 from scout_hf.fusion import Partial, fuse
+from scout_hf.layouts import PLAIN
 from scout_hf.masks import allowed_by, for_prompt, is_special, refuse_unless_padding
 from scout_hf.methods.base import Method, Scoring
 from scout_hf.methods.several_tokens import pages_of_all
@@ -99,7 +100,7 @@ def scout_attention(
     mixed = torch.is_autocast_enabled(query.device.type)
     with torch.autocast(query.device.type, enabled=False) if mixed else contextlib.nullcontext():
         own = query if query.dtype == method.dtype else query.to(method.dtype)
-        real = layout.query(module, own)
+        real = own if layout is PLAIN else layout.query(module, own)
         if step.queries == 1 and not step.as_several:
             begun, step.fuses_more = time.perf_counter(), kwargs.get("s_aux") is not None
             result = method.attend(step, real)
@@ -186,7 +187,8 @@ def _finish(
     if sinks is not None:
         lse = sinks.to(result.lse.dtype).view(1, -1, 1).expand_as(result.lse)
         result = fuse([result, Partial(torch.zeros_like(result.out), lse)])
-    out = layer.layout.output(module, result.out, query).to(dtype)
+    out = result.out if layer.layout is PLAIN else layer.layout.output(module, result.out, query)
+    out = out.to(dtype)
     # With one query per row the two orders are the same in memory.
     return out.reshape(out.shape[0], 1, *out.shape[1::2]) if out.shape[2] == 1 else out.transpose(1, 2).contiguous()
 

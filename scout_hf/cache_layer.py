@@ -121,9 +121,11 @@ class ScoutLayer(ReadableLayer):
         step = active_step()
         inside = step is not None and step.cache.guard is self.guard
         self.guard.check() if inside else self.guard.between_passes("update()")
-        refuse_unlike(key_states, value_states, self.layer_idx)
+        if key_states.shape[:3] != value_states.shape[:3]:
+            refuse_unlike(key_states, value_states, self.layer_idx)
         layout, method = layout_of(key_states, value_states, self.latent), self.method
-        keys, values = layout.stored(key_states, value_states)
+        plain = layout is PLAIN
+        keys, values = (key_states, value_states) if plain else layout.stored(key_states, value_states)
         if method is None:
             method = self._begin(keys, layout)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -72,13 +72,12 @@ def refuse_other_depth(cache: Any, text_config: Any) -> None:
         )
 
 
-def refuse_unlike(keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> None:
-    """Raise CacheStateError unless keys and values are of as many rows, KV heads and tokens."""
-    if keys.shape[:3] != values.shape[:3]:
-        raise CacheStateError(
-            f"layer {layer_idx} got keys {tuple(keys.shape)} and values {tuple(values.shape)}; they must be of as many "
-            "rows, KV heads and tokens: (batch, kv_heads, tokens, head_dim), where head_dim may differ"
-        )
+def refuse_unlike(keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> NoReturn:
+    """Raise CacheStateError for keys and values that are not of as many rows, KV heads and tokens."""
+    raise CacheStateError(
+        f"layer {layer_idx} got keys {tuple(keys.shape)} and values {tuple(values.shape)}; they must be of as many "
+        "rows, KV heads and tokens: (batch, kv_heads, tokens, head_dim), where head_dim may differ"
+    )
 
 
 def refuse_other_sizes(

@@ -71,13 +71,13 @@ def quick(library: ctypes.CDLL, name: str, *arguments: Any) -> Callable[..., int
 class PoolTicket:
     """A submitted job; ``wait`` joins it and returns its result. One thread at a time may join it.
 
-    Numbers of jobs mean the same to all tickets of the same ``threads``.
+    Numbers of jobs mean the same to all tickets of the same ``threads``. ``held`` is the memory that the job uses.
     """
 
     def __init__(self, threads: _Threads, held: Any, result: Any):
         self.number = 0  # until the job is submitted
         self.threads = threads
-        self._held = held
+        self.held = held
         self._result, self._call = result, callable(result)
 
     def wait(self) -> Any:
@@ -116,10 +116,6 @@ class PoolTicket:
         other = PoolTicket(self.threads, None, None)
         other.number = number
         return other
-
-    def let_go(self) -> None:
-        """Drop the references to the memory of a job that has ended."""
-        self._held = None
 
     def _join(self) -> int:
         threads = self.threads
@@ -303,14 +299,14 @@ class _Threads:
                 if self.outcome(ticket.number) == 0:
                     break
                 self.tickets.pop(ticket, None)
-                ticket.let_go()
+                ticket.held = None
 
     def stop(self) -> None:
         """Run the jobs that can run, drop the rest, end the threads."""
         if self.process == os.getpid():
             self.library.scout_pool_stop(self.handle)
             while self.tickets:
-                self.tickets.popitem()[0].let_go()
+                self.tickets.popitem()[0].held = None
         self.tickets.clear()
 
 

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from scout_hf.methods.scout.policy import TwoTierScout as Layer
 
 SPARE_BLOCKS = 64
-# Host pages per row that captured steps have in advance, so that not each block that they fill asks for one; at least as
-# many as the part of the context for which slabs and tables have room anyway.
+# Host pages per row that captured steps have in advance, so that not each block that they fill asks for one: so many,
+# or this part of the context, for which slabs and tables have room anyway.
 RESERVED_BLOCKS, RESERVED_PART = 8, 8
 
 
