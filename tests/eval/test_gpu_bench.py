@@ -296,6 +296,7 @@ def full_record(bad):
         return common | (found if not bad or name == "model" else {"failed": f"{name}: {LONGEST}"})
 
     arms = ("graph, predicted", "graph, real", "full KV, triton", "full KV, sdpa", "stock", "flags", "join")
+    arms += ("graph, not fused",)
     step = {"median_ms": 123.4, "q1_ms": 123.1, "q3_ms": 125.9, "tokens_per_s": 130.2, "device_kv_bytes": 6.87e10}
     step |= {"cpu_ratio": 0.08, "join_wait_ms": 12.3}
     found = [cell("machine", "versions", facts=["16 CPUs", "avx512bf16", "119.4 of 125.8 GiB free"])]
