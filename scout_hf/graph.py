@@ -292,7 +292,7 @@ class StepGraphs:
 
     def _start(self, step: Step, ready: Ready, clock: Clock) -> None:
         if step.counters.history is not None:
-            ready.counts.fold()  # which wants every step by itself
+            step.counters.fold()  # which wants every step by itself
         shares = [method.before_replay(step) for method in ready.held.methods]
         if ready.jobs is not None:
             step.backend.start_step(ready.jobs)

@@ -31,6 +31,7 @@ ROOMS = (
     "padding.py",
     "cache",
     "step.py",
+    "graph",
     "files.py",
 )
 """Beginnings of paths."""

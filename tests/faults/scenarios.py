@@ -12,9 +12,11 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import scout_hf
@@ -26,6 +28,7 @@ from scout_hf.prefix.keeping import keep
 from scout_hf.prefix.reuse import Reuse
 from scout_hf.sessions import read_session
 from scout_hf.step import Role
+from tests.libraries import ISAS
 from tests.unit.worlds import CROP_TAKES_LENGTH, VOCAB, stock_model
 
 IS_FAR = padding._is_far
@@ -41,6 +44,7 @@ SETTINGS: dict[str, dict] = {
     "one tier, int8": {"split": "off", "layer_ahead": False, "host_dtype": "int8"},
     "two tiers": {**TWO, "layer_ahead": False},
     "two tiers, ahead": {**TWO, "layer_ahead": True, "cpu_query": "real", "recall": 0.1},
+    "two tiers, graph": {**TWO, "layer_ahead": True, "cpu_query": "real", "hand_over": "graph"},
     "two tiers, torch": {**TWO, "layer_ahead": True, "cpu_query": "real", "cpu_backend": "torch"},
     "two tiers, over a link": {**TWO, "layer_ahead": False, "link_gbps": 1e4},
     "two tiers, int8": {**TWO, "layer_ahead": False, "host_dtype": "int8"},
@@ -59,11 +63,28 @@ SETTINGS: dict[str, dict] = {
 
 
 @functools.cache
-def model(cpu_backend: str):
+def model(cpu_backend: str, hand_over: str):
     """A patched copy of a tiny model."""
     patched = copy.deepcopy(stock_model())
-    scout_hf.patch(patched, cpu_backend=cpu_backend, threads=1)
+    split = {} if hand_over == "auto" else {"split": "cpu"}
+    scout_hf.patch(patched, cpu_backend=cpu_backend, hand_over=hand_over, threads=1, **split)
     return patched
+
+
+_fakes: list[pytest.MonkeyPatch] = []
+
+
+def use_fakes(wanted: bool) -> None:
+    """Whether steps on two tiers go through the executor of GPUs, with the kernels' references and a graph's fake."""
+    if wanted and not _fakes:
+        from tests.integration import fake_graph
+        from tests.triton import reference
+
+        _fakes.append(pytest.MonkeyPatch())
+        reference.install(_fakes[0])
+        fake_graph.install(_fakes[0])
+    while _fakes and not wanted:
+        _fakes.pop().undo()
 
 
 def tokens(rows: int) -> torch.Tensor:
@@ -104,7 +125,9 @@ class World:
         options = {"block_size": BLOCK, "window": 8, "budget": None} | SETTINGS[self.settings]
         self.options = options
         self.lossy = 2e-2 if options.get("host_dtype") else TOLERANCE
-        self.model = model(options.get("cpu_backend", "auto"))
+        hand_over = options.get("hand_over", "auto")
+        use_fakes(hand_over != "auto")
+        self.model = model(options.get("cpu_backend", "auto"), hand_over)
         self.ids = tokens(self.rows)
         self.cache = self.new()
         if self.length:
@@ -307,6 +330,8 @@ SCENARIOS = {scenario.name: scenario for scenario in ALL}
 
 def takes_place(settings: str, scenario: str) -> bool:
     """Whether this happens with these settings: HGCA's weights remember drafts, and it is never asked for any."""
+    if "hand_over" in SETTINGS[settings] and not (ISAS and find_spec("triton")):
+        return False
     method = SETTINGS[settings].get("method", "scout")
     return SCENARIOS[scenario].kind != "draft" or find_method(method).can_draft
 

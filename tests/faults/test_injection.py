@@ -16,7 +16,7 @@ from tests.faults.injector import PACKAGE, Tracer, in_child, inject, record
 
 ROOT = Path(__file__).parents[2]
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked here")
-THIN = ("one tier, budget", "two tiers, ahead", "infinigen, kept", "hgca, lossy")
+THIN = ("one tier, budget", "two tiers, ahead", "two tiers, graph", "infinigen, kept", "hgca, lossy")
 THIN_SCENARIOS = ("decode a full block", "next turn", "crop", "reorder")
 OLD_TRUNCATE = """
 def truncate(self, blocks):
