@@ -123,7 +123,10 @@ GPU = _by_name(
     Arm("join", {"hand_over": "join", "cpu_query": "predicted"}),
     Arm("graph, not fused", {"hand_over": "graph", "cpu_query": "predicted", "fused": False}),
 )
-"""Of two tiers, the last one with the model's own norms, rotations and gates. Random weights are no place for ``cpu_query="auto"``: it would see no query that changes little."""
+"""Of two tiers, the last one with the model's own norms, rotations and gates.
+
+Random weights are no place for ``cpu_query="auto"``: it would see no query that changes little.
+"""
 
 # -- the comparison of methods --------------------------------------------------------------------------------------
 

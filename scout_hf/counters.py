@@ -38,7 +38,7 @@ class Counters:
         # These describe the present state: reset() keeps them.
         self.notes: dict[tuple[str, int | None], str] = {}
         self.alive, self.pace = AliveCaches(), Pace()
-        self._followed: list[Followed] = []
+        self._followed: dict[Followed, None] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -123,13 +123,15 @@ class Counters:
     def follow(self, counts: Followed) -> None:
         """Add what is counted there whenever somebody asks, until that is over."""
         self.fold()
-        self._followed.append(counts)
+        self._followed[counts] = None
 
     def fold(self) -> None:
         """Add what graphs and CPU jobs have counted."""
-        for counts in self._followed:
+        for counts in list(self._followed):
+            over = counts.over
             counts.fold()
-        self._followed = [counts for counts in self._followed if not counts.over]
+            if over:
+                self._followed.pop(counts, None)
 
     def collect(self) -> None:
         """Add the counters on devices, of graphs and of CPU jobs."""

@@ -122,17 +122,16 @@ class TritonExecutor(Executor):
         filled: torch.Tensor | None = None,
     ) -> Any:
         """Choose the top-k of the first ``filled`` blocks (by default all); a ``Choice``."""
-        mail, sinks = self.handoff.mail, self._sinks
+        mail = self.handoff.mail
         choice = self.kernels.Choice(self.is_chosen, mail.missing, mail.missing_counts, mail.chosen_counts)
-        return self.kernels.choose(scores, count, sinks, block_mask, slots.slot_of, mail.capacity, filled, choice)
+        return self.kernels.choose(scores, count, self._sinks, block_mask, slots.slot_of, mail.capacity, filled, choice)
 
     def order_of(self, layer: Layer, scores: torch.Tensor, block_mask: torch.Tensor | None) -> torch.Tensor:
         """The scores, with infinity for sinks, to rank blocks in :meth:`recall`; changes ``scores``."""
-        sinks = self._sinks
         if block_mask is None:
-            scores[:, :, :sinks] = torch.inf
+            scores[:, :, : self._sinks] = torch.inf
             return scores
-        return scores.masked_fill_((block_mask & (block_mask.cumsum(1) <= sinks))[:, None], torch.inf)
+        return scores.masked_fill_((block_mask & (block_mask.cumsum(1) <= self._sinks))[:, None], torch.inf)
 
     def _cover(self, slots: MappedSlots, blocks: int) -> None:
         """Enlarge the per-block tensors to at least ``blocks`` blocks."""
@@ -149,8 +148,9 @@ class TritonExecutor(Executor):
             device, spare = query.device, max(SPARE_BLOCKS, capacity // 8)
             mail = Mailbox(query, layer.kv_heads, capacity + spare, step.cache.late.word(device))
             made = layer.config.hand_over, mail, self.kernels, step.backend, layer.kv.host, device, layer.layer_idx
-            self.handoff = handoff = make_handoff(*made)
+            handoff = make_handoff(*made)
             JobCounts(step.counters, layer.layer_idx, handoff)
+            self.handoff = handoff
 
     def submit_cpu(self, layer: Layer, step: Step, query: torch.Tensor) -> None:
         layer.state.started = True
