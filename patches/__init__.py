@@ -18,6 +18,7 @@ from . import (  # isort: skip  # noqa: F401
     gpt_neox,
     gpt_oss,
     hybrids,
+    indexed,
     latent,
     llama,
     olmo,

@@ -47,6 +47,9 @@ class Family:
         # get_decoder() of Llama4's causal LM returns the model itself.
         return decoder if hasattr(decoder, "layers") else getattr(decoder, "model", decoder)
 
+    def check(self, decoder: Part) -> None:
+        """Raise UnsupportedModelError for models of these types that are not supported."""
+
     def layers(self, decoder: Part) -> Sequence[nn.Module]:
         """The decoder layers, first to last."""
         return decoder.layers

@@ -14,20 +14,19 @@ _ELSEWHERE = (
 
 _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
-        "it chooses the tokens to attend to with an indexer of its own; a second selection on top would "
-        "change what the model was trained to see.",
-        (
-            "axk2",
-            "deepseek_v32",
-            "deepseek_v4",
-            "dots3_note_text",
-            "glm5_next_text",
-            "glm_moe_dsa",
-            "hy_v4",
-            "minimax_m3_vl_text",
-            "mistral_large4_text",
-            "qwen4_exp_text",
-        ),
+        "it attends to entries that stand for several tokens each, in cache layers of its own that hold no keys and "
+        "values by token.",
+        ("deepseek_v4",),
+    ),
+    (
+        "its indexer does not tell the attention function which tokens it chose: the model makes a mask of its choice "
+        "that is as long as the keys that the cache returned, and a ScoutCache returns the new ones.",
+        ("glm5_next_text",),
+    ),
+    (
+        "it has layers that choose with an indexer among the keys and values of another layer, which they get past the "
+        "cache.",
+        ("mistral_large4_text",),
     ),
     (
         "it drafts for another model from that model's keys and values, and has none of its own.",

@@ -97,6 +97,7 @@ def family_of(model: Part) -> Family:
             "attention interface of transformers, so there is nothing to put scout_hf's attention into. "
             "Try a newer transformers: more models use the interface with every release."
         )
+    family.check(decoder)
     try:
         layers = family.layers(decoder)
     except AttributeError:

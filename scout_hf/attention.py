@@ -21,10 +21,11 @@ from scout_hf.cache_layer import ScoutLayer
 from scout_hf.compat.modes import keeps_tensors
 from scout_hf.errors import ScoutError, UnsupportedInputError, UnsupportedModelError
 from scout_hf.fusion import Partial, fuse
-from scout_hf.layouts import PLAIN
+from scout_hf.layouts import PLAIN, Layout, layout_of
 from scout_hf.masks import allowed_by, for_prompt, is_special, refuse_unless_padding
 from scout_hf.methods.base import Method, Scoring
 from scout_hf.methods.several_tokens import pages_of_all
+from scout_hf.own_choice import choice_of
 from scout_hf.plain_attention import attention_function, prompt_function, prompt_mask_function
 from scout_hf.prefill import prefill
 from scout_hf.step import Role, Step, active_step
@@ -63,7 +64,9 @@ def scout_attention(
     method, layout, incoming = layer.method_of(index), layer.layout, layer.incoming.pop(index, None)
     if method is None or incoming is None or not (incoming.given is key or layout.expands):
         _refuse_keys(layer, module, key)
-    if not UNSERVED.isdisjoint(kwargs) and (unknown := [name for name in UNSERVED if kwargs.get(name) is not None]):
+    if method.follows_choice:
+        step.choice = choice_of(step, module, method, query, attention_mask, kwargs)
+    elif not UNSERVED.isdisjoint(kwargs) and (unknown := [name for name in UNSERVED if kwargs.get(name) is not None]):
         raise UnsupportedModelError(
             f"{type(module).__name__} attends with {', '.join(sorted(unknown))} on layer {index}, whose "
             "cache layer is a plain full-attention one; scout_hf does not support that: unpatch the model"
@@ -80,13 +83,15 @@ def scout_attention(
     if method.scoring != scoring:
         method.scoring = Scoring(*scoring)
     method.query_shape = query.shape[1], incoming.keys.shape[3]
-    special = attention_mask is not None and is_special(step, attention_mask)
+    special = attention_mask is not None and not method.follows_choice and is_special(step, attention_mask)
     out = None
-    if step.queries > 1 and method.length == step.queries:
+    first = step.queries > 1 and method.length == step.queries
+    if first and not method.follows_choice:
         mask = None if step.mask is None else step.padding(query.device)
         alone = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
         stock, attention = prompt_function(previous, module, special=alone)
-        if special:
+        # Indexers look at padding too, which must have attended to what stock's mask says.
+        if special or (step.cache.asks_for_choice and attention_mask is not None):
             out = attention(module, query, key, value, for_prompt(attention_mask, stock, query), **kwargs)[0]
         elif alone or layout.expands or not _is_faster_by_pages(method, step, query, stock, kwargs):
             out = prefill(attention, stock, module, query, key, value, mask, **kwargs)
@@ -106,13 +111,18 @@ def scout_attention(
             result = method.attend(step, real)
             if not isinstance(result, Partial) or not result.out.shape[:3] == result.lse.shape == real.shape[:3]:
                 _refuse_result(method, result, real)
-            if step.auto is not None:
+            if step.auto is not None and not method.follows_choice:
                 step.auto.attended(time.perf_counter() - begun)
-            out = _finish(layer, module, result, own, query.dtype, kwargs.get("s_aux"))
+            out = _finish(layout, module, result, own, query.dtype, kwargs.get("s_aux"))
         elif out is None:
-            keys, values = (part[:, :, -newest:].to(method.dtype) for part in incoming[1:])
-            result = method.attend_many(step, real, keys, values)
-            out = _finish(layer, module, result, own, query.dtype, kwargs.get("s_aux"))
+            given, held = layout, incoming[1:]
+            if first and method.follows_choice:
+                # Keys and values that a model expands from latents are narrower than these.
+                given = layout_of(key, value, None)
+                held = given.stored(key, value)
+            keys, values = (part[:, :, -newest:].to(method.dtype) for part in held)
+            result = method.attend_many(step, given.query(module, own), keys, values)
+            out = _finish(given, module, result, own, query.dtype, kwargs.get("s_aux"))
             if step.as_several:
                 step.counters.attended(method.layer_idx, step.context(), step.context())
         several = step.queries > 1 and step.role is not Role.CHECK
@@ -177,7 +187,7 @@ def _refuse_result(method: Method, result: Any, query: torch.Tensor) -> NoReturn
 
 
 def _finish(
-    layer: ScoutLayer,
+    layout: Layout,
     module: torch.nn.Module,
     result: Partial,
     query: torch.Tensor,
@@ -187,7 +197,7 @@ def _finish(
     if sinks is not None:
         lse = sinks.to(result.lse.dtype).view(1, -1, 1).expand_as(result.lse)
         result = fuse([result, Partial(torch.zeros_like(result.out), lse)])
-    out = result.out if layer.layout is PLAIN else layer.layout.output(module, result.out, query)
+    out = result.out if layout is PLAIN else layout.output(module, result.out, query)
     out = out.to(dtype)
     # With one query per row the two orders are the same in memory.
     return out.reshape(out.shape[0], 1, *out.shape[1::2]) if out.shape[2] == 1 else out.transpose(1, 2).contiguous()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import weakref
 from typing import Any, SupportsIndex
 
+from scout_hf.step import active_step
+
 PREFIX = "scout_over_"
 
 
@@ -16,6 +18,9 @@ class AttentionName(str):
     ``name in ["sdpa"]`` is True. Deep copies and pickles are plain strings: a config copied from a patched model is
     stock. A shallow copy of the config shares this object, which means a patch in its own config only, and behaves as a
     plain string once that patch is removed.
+
+    Models with an indexer make a mask of its choice for the implementations that are known to need one, and hand the
+    choice itself to all others. In a pass with a ScoutCache of such a model the name reads as none that is known.
 
     Parameters
     ----------
@@ -53,13 +58,20 @@ class AttentionName(str):
         return self.hashes[1 if self.patches else 0]
 
     def __eq__(self, other: object) -> bool:
-        return str.__eq__(self, other) is True or (bool(self.patches) and self.key == other)
+        if not self.patches:
+            return str.__eq__(self, other) is True
+        return (str.__eq__(self, other) is True and not _asks_for_choice()) or self.key == other
 
     def __ne__(self, other: object) -> bool:
-        return str.__ne__(self, other) is not False and not (self.patches and self.key == other)
+        return not self == other
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return (type(None), ()) if self.before is None else (str, (self.before,))
+
+
+def _asks_for_choice() -> bool:
+    step = active_step()
+    return step is not None and step.cache.asks_for_choice
 
 
 def name_over(config: Any) -> AttentionName:

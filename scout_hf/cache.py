@@ -19,13 +19,16 @@ from scout_hf.cache_reading import copy_as_dynamic, describe, iterate, refuse_sa
 from scout_hf.cache_saving import load, save
 from scout_hf.change_guard import LINEAR, ChangeGuard
 from scout_hf.compat.cropping import tokens_to_crop
+from scout_hf.compat.indexed_layers import has_indexer
 from scout_hf.compat.linear_layers import Linear, LinearAndFull, keeps_no_past
 from scout_hf.compat.modes import keeps_tensors
+from scout_hf.compat.per_layer import config_of
 from scout_hf.compat.shared_kv import forget_shared, holds_nothing, storing_layers
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import CacheStateError, ConfigError
 from scout_hf.fitting import check_names, layers_of
 from scout_hf.hybrid_layer import HybridLayer
+from scout_hf.indexed_layer import IndexedLayer
 from scout_hf.layouts import latent_widths
 from scout_hf.methods import Method
 from scout_hf.padding import Padding
@@ -91,11 +94,17 @@ class ScoutCache(Cache):
             # By exact type: sliding and quantized layers are subclasses that stay as they are.
             if type(layer) is DynamicLayer:
                 readers = tuple(reader for reader, stored in self.stored_by.items() if stored == index)
-                layers[index] = ScoutLayer(self.scout_config, index, self.guard, memory, latent_widths(text), readers)
+                latent = latent_widths(config_of(text, index))
+                layers[index] = ScoutLayer(self.scout_config, index, self.guard, memory, latent, readers)
             elif type(layer) is LinearAndFull:
                 states = getattr(layer, "number_of_states", 1)
                 layers[index] = HybridLayer(states, self.scout_config, index, self.guard, memory)
+            elif has_indexer(layer):
+                own = self.scout_config, index, self.guard, memory, latent_widths(config_of(text, index))
+                layers[index] = IndexedLayer(type(layer), text, *own)
         super().__init__(layers=layers)
+        # Whether layers are asked what they chose themselves, in place of a mask that hides the rest.
+        self.asks_for_choice = any(isinstance(layer, IndexedLayer) for layer in layers)
         # A weak reference to the AliveCaches that count it.
         self.seen_by: Any = None
         self.awaited: Awaited | None = None
@@ -160,11 +169,13 @@ class ScoutCache(Cache):
 
     @property
     def has_stock_full_layers(self) -> bool:
-        """Whether a layer left to transformers may need a full mask: one of full attention, or any where none is kept.
+        """Whether a layer may need a full mask: one of full attention left to transformers, or any where none is kept.
 
-        Moshi hands its sliding layers the mask of full attention.
+        Moshi hands its sliding layers the mask of full attention, and indexers read it.
         """
-        others = [layer for layer in self.layers if not isinstance(layer, ScoutLayer)]
+        others = [
+            layer for layer in self.layers if not isinstance(layer, ScoutLayer) or isinstance(layer, IndexedLayer)
+        ]
         return len(others) == len(self.layers) or any(
             isinstance(layer, CacheLayerMixin) and not getattr(layer, "is_sliding", False) for layer in others
         )
@@ -300,8 +311,9 @@ class ScoutCache(Cache):
         total: dict[str, int] = {}
         held = [method.tier_bytes() for method in self.methods]
         for layer in self.layers:
-            if not isinstance(layer, ScoutLayer):
-                tensors = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
+            names = ("index_keys",) if isinstance(layer, ScoutLayer) else ("keys", "values")
+            tensors = [tensor for name in names if (tensor := getattr(layer, name, None)) is not None]
+            if tensors or not isinstance(layer, ScoutLayer):
                 held.append({"stock": sum(t.numel() * t.element_size() for t in tensors)})
         for tier, amount in (item for one in held for item in one.items()):
             total[tier] = total.get(tier, 0) + amount

@@ -89,11 +89,14 @@ class ScoutLayer(ReadableLayer):
         return method
 
     def _make(self, like: torch.Tensor) -> Method:
-        method = make_method(self.config, self.layer_idx, like)
+        method = self._new_method(like)
         for pool in method.pools():
             if self.memory is not None and pool.device.type == "cpu" and not pool.pinned:
                 pool.limit(self.memory)
         return method
+
+    def _new_method(self, like: torch.Tensor) -> Method:
+        return make_method(self.config, self.layer_idx, like)
 
     def method_of(self, layer_idx: int) -> Method | None:
         """The method of one of the layers that attend over this KV; None without tokens."""
@@ -202,7 +205,7 @@ class ScoutLayer(ReadableLayer):
         """Replace row ``i`` by row ``beam_idx[i]``."""
         self.guard.refuse_in_pass("reorder_cache()")
         if self.method and not _is_identity(beam_idx, self.method.batch):
-            self.method.select_rows(beam_idx)
+            self._select_rows(self.method, beam_idx)
 
     @keeps_tensors
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -210,7 +213,7 @@ class ScoutLayer(ReadableLayer):
         self.guard.refuse_in_pass("batch_repeat_interleave()")
         if self.method:
             rows = torch.arange(self.method.batch, dtype=torch.int64, device="cpu")
-            self.method.select_rows(rows.repeat_interleave(repeats))
+            self._select_rows(self.method, rows.repeat_interleave(repeats))
 
     @keeps_tensors
     def batch_select_indices(self, indices: torch.Tensor | Sequence[int]) -> None:
@@ -218,7 +221,11 @@ class ScoutLayer(ReadableLayer):
         self.guard.refuse_in_pass("batch_select_indices()")
         if self.method:
             indices = torch.as_tensor(indices, device="cpu")
-            self.method.select_rows(indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices)
+            rows = indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices
+            self._select_rows(self.method, rows)
+
+    def _select_rows(self, method: Method, rows: torch.Tensor) -> None:
+        method.select_rows(rows)
 
     def reset(self) -> None:
         """Remove all tokens."""
@@ -243,6 +250,10 @@ class ScoutLayer(ReadableLayer):
             own.lend_as(method)
         twin.__dict__.update(self.__dict__, guard=copy.deepcopy(self.guard, memo), incoming={}, method=own)
         return twin
+
+    def empty_twin(self, config: ScoutConfig) -> ScoutLayer:
+        """A layer without tokens for the same keys and values, with other settings."""
+        return ScoutLayer(config, self.layer_idx)
 
     def take(
         self, chunks: Iterable[KV], layout: Layout, known: Sequence[Method] = (), rows: Sequence[int] = ()

@@ -164,7 +164,7 @@ def load_layer(layer: Any, state: Any, device: torch.device, before: ScoutConfig
 
 def _take_tokens(layer: ScoutLayer, held: State, device: torch.device, before: ScoutConfig) -> None:
     """Keys and values of a session with other settings: in memory, with digests made anew."""
-    there = ScoutLayer(before, layer.layer_idx)
+    there = layer.empty_twin(before)
     there.load_state_dict(held, device)
     method = there.method
     if method is None:

@@ -41,6 +41,7 @@ class ScoutConfig:
         elsewhere always 2048). ``stats()`` tells from where on. Sinks and window count in the budget,
         and are attended even where they exceed it; the block that is being filled does not count. On two tiers a step
         also attends residents that are not in its top-k, as in the paper; it can exceed the budget by the CPU's share.
+        Layers whose model chooses with an indexer attend to that choice, whatever the budget is.
     mass : float or None, default None
         Each layer and KV head attends as few blocks as hold this share of the attention mass by the digest's estimate,
         in (0, 1), and at least 256 tokens; sinks count in both. The budget is then the most that it attends; 1.0 sets

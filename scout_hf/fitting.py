@@ -8,7 +8,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from scout_hf.compat.per_layer import head_dims
+from scout_hf.compat.indexed_layers import all_choose, choosing_layers
+from scout_hf.compat.per_layer import config_of, head_dims
 from scout_hf.compat.shared_kv import storing_layers
 from scout_hf.config import ScoutConfig
 from scout_hf.errors import CacheStateError, ConfigError, UnsupportedModelError
@@ -41,9 +42,11 @@ def check_names(config: ScoutConfig, text_config: Any, layers: int) -> None:
             f"{max(readers)} attend over the KV of other layers, and {config.method!r} keeps beside KV what belongs to "
             "the queries or inputs of one layer; try 'scout', or 'dense' to attend to everything"
         )
+    if choosing := choosing_layers(text_config):
+        _check_choosing(config, text_config, choosing)
     mass = config.mass if method.uses is None or "mass" in method.uses | method.uses_in_drafts else None
     # The head_dim of a config with latent attention is that of the rotated part alone.
-    for head_dim in [None] if latent_widths(text_config) else head_dims(text_config):
+    for head_dim in [None] if latent_widths(config_of(text_config, 0)) else head_dims(text_config):
         check_digest(config.digest, head_dim, mass)
     find_backend(config.cpu_backend)
     if isinstance(config.recall, RecallIntervals):
@@ -53,6 +56,23 @@ def check_names(config: ScoutConfig, text_config: Any, layers: int) -> None:
         raise ConfigError(
             f"dense_layers={config.dense_layers!r} is not allowed: this model has layers 0 to {layers - 1}; a "
             "number is how many of the first layers, a tuple which layers"
+        )
+
+
+def _check_choosing(config: ScoutConfig, text_config: Any, choosing: tuple[int, ...]) -> None:
+    """Raise ConfigError for settings that contradict a model whose layers ``choosing`` choose by themselves."""
+    given = f" is not possible for {text_config.model_type}: its layers {choosing[0]} to {choosing[-1]} choose with an "
+    given += "indexer of their own what they attend to, "
+    if config.method != "scout":
+        raise ConfigError(f"method={config.method!r}{given}which only 'scout' follows; try method='scout'")
+    if any(config.names_dense(layer) for layer in choosing):
+        raise ConfigError(f"dense_layers={config.dense_layers!r}{given}and were trained with that; leave it out")
+    chosen = not config.attends_all and (config.budget != "auto" or config.mass is not None)
+    if chosen and all_choose(text_config):
+        name, value = ("mass", config.mass) if config.mass is not None else ("budget", config.budget)
+        raise ConfigError(
+            f"{name}={value!r}{given}and there are no others to choose for; leave it out, and see the model's config "
+            "for how much its indexer chooses"
         )
 
 

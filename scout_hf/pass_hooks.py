@@ -17,6 +17,7 @@ from scout_hf.awaited import hooks_reached
 from scout_hf.cache import ScoutCache
 from scout_hf.changes import Changes, Hook, call_all
 from scout_hf.compat.cache_names import CACHE, UNREAD, given_cache
+from scout_hf.compat.indexed_layers import all_choose
 from scout_hf.compat.modes import keeps_tensors
 from scout_hf.config import ScoutConfig
 from scout_hf.counters import Counters
@@ -72,6 +73,7 @@ class PassHooks:
         self._model, self._family, self._names, self._lossless = model, family, names, lossless
         self._decoder = family.decoder(model)
         self._text_config = model.config.get_text_config(decoder=True)
+        self._all_choose = all_choose(self._text_config)
         self.ranks = Ranks(model)
         refuse_over_ranks(config, self.ranks)
         refuse_split_heads(model, family, self.ranks)
@@ -104,7 +106,7 @@ class PassHooks:
 
     def is_exact(self, config: ScoutConfig) -> bool:
         """Whether decode steps with these settings attend to all tokens with the real query, drafts aside."""
-        if self._lossless and find_method(config.method).can_draft:
+        if self._all_choose or (self._lossless and find_method(config.method).can_draft):
             return config.host_dtype is None
         return find_method(config.method).is_exact(config, self._model.device)
 
@@ -199,6 +201,8 @@ class PassHooks:
         config, kind = step.cache.scout_config, find_method(step.cache.scout_config.method)
         if step.role is Role.DRAFT:
             return False
+        if self._all_choose:
+            return self.is_exact(config)
         if self._lossless and kind.can_draft and not kind.is_exact(config, self._model.device):
             step.attends_all = True
             step.as_several = not kind.may_attend_all(config, self._model.device)

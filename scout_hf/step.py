@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from scout_hf.kernels.cpu import CpuBackend
     from scout_hf.kernels.cpu.workers import Workers
     from scout_hf.monitor import Monitor
+    from scout_hf.selection.own_choice import OwnChoice
     from scout_hf.stores.streams import Links
 
 _ACTIVE = threading.local()
@@ -113,6 +114,8 @@ class Step:
         Whether the current layer fuses what it attended with more (attention sinks), which takes it in float32.
     shared : dict
         What layers of this pass share.
+    choice : OwnChoice or None
+        For the current layer: what the model chose to attend to, if it does that itself.
     auto : AutoBudget or None
         Measures this decode step, with ``budget="auto"``.
     rates : Rates or None
@@ -152,6 +155,7 @@ class Step:
     keys_values: Callable[..., tuple[torch.Tensor, torch.Tensor] | None] = makes_nothing
     plain_masks: list[Any] = field(default_factory=list)
     allowed: torch.Tensor | None = None
+    choice: OwnChoice | None = None
     auto: AutoBudget | None = None
     rates: Rates | None = None
     attends_all: bool = False

@@ -56,6 +56,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "scout_hf.config",
         "scout_hf.fitting",
         "scout_hf.hybrid_layer",
+        "scout_hf.indexed_layer",
         "scout_hf.kernels.*",
         "scout_hf.layouts",
         "scout_hf.methods.*",

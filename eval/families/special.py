@@ -57,6 +57,12 @@ SPECIAL |= {
     "mamba2": {"head_dim": 32},
     "ministral": {"layer_types": _SLIDING_THEN_FULL},
     "mistral": {"sliding_window": None},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", *["minimax_m3_sparse"] * 3],
+        "index_n_heads": 2,
+        "index_block_size": 4,
+        "index_topk_blocks": 3,
+    },
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "nemotron_h": {"mamba_head_dim": 32},
     "qwen4_exp": {"text_config": _INDEXER},

@@ -33,6 +33,7 @@ _SIZES: tuple[tuple[int | float, str], ...] = (
     (1, "n_group num_expert_group topk_group n_shared_experts num_shared_experts moe_num_shared_experts"),
     (1, "first_k_dense_replace num_dense_layers moe_layer_start_index"),
     (16, "kv_lora_rank q_lora_rank v_head_dim qk_nope_head_dim qk_rope_head_dim index_head_dim o_lora_rank"),
+    (16, "index_topk"),
     (4, "index_n_heads mamba_n_heads mamba_num_heads linear_num_value_heads linear_num_heads"),
     (2, "linear_num_key_heads"),
     (16, "linear_key_head_dim linear_value_head_dim linear_head_dim chunk_size mamba_chunk_size"),

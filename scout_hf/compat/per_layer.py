@@ -21,3 +21,8 @@ def head_dims(text_config: Any) -> set[int | None]:
     found = {getattr(text_config, "head_dim", None)}
     # Full layers of Gemma 4, before.
     return found if (full := getattr(text_config, "global_head_dim", None)) is None else found | {full}
+
+
+def config_of(text_config: Any, layer: int) -> Any:
+    """The config of one layer, where layers have configs of their own; else that of the model."""
+    return text_config.per_layer_config[layer] if getattr(text_config, "is_heterogeneous", False) else text_config

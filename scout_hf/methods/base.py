@@ -101,6 +101,8 @@ class Method(Replays, Lending, ABC):
     """Whether all that a layer holds of a token lies in its block's page and code: texts can be cut between blocks."""
     takes_inputs = False
     """Whether ``step.inputs`` must hold the hidden states that enter a layer."""
+    follows_choice = False
+    """Whether a layer attends to what its model chose, ``step.choice``."""
 
     def __init__(self, config: ScoutConfig, layer_idx: int, keys: torch.Tensor):
         self.config, self.layer_idx = config, layer_idx

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from scout_hf.cache import ScoutCache
+from scout_hf.compat.indexed_layers import choosing_layers
 from scout_hf.ranks import Ranks
 from scout_hf.token_log import has_plain_positions, is_plain
 
@@ -27,6 +28,8 @@ def of_model(model: Any) -> str | None:
         return "tokens attend to those that follow, so keys depend on the rest of the text"
     if {"hybrid", "hybrid_sliding"} & set(getattr(text, "layer_types", None) or ()):
         return "a layer holds a linear state beside its keys and values, which only a session keeps"
+    if choosing_layers(text):
+        return "layers choose what they attend to with an indexer, whose keys only a session keeps"
     return None
 
 

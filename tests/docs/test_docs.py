@@ -102,10 +102,13 @@ def check_pytest(arguments):
 
 
 def check_python(arguments):
-    """The command line without an install, what builds the native library, or a benchmark that is a module."""
+    """The command line without an install, what builds the native library, an example, a benchmark that is a module."""
     if arguments[:2] == ["-m", "scout_hf"]:
         return check_scout_hf(arguments[2:])
     if arguments == ["setup.py", "build_ext", "--inplace"]:
+        return
+    if arguments[0].startswith("examples/"):
+        assert (ROOT / arguments[0]).is_file()
         return
     assert arguments[:2] == ["-m", weights.__name__]
     app = typer.Typer()

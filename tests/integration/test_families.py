@@ -22,7 +22,7 @@ from scout_hf.patches import ProbeFamily, family_of
 from tests.integration.common import ONE_TIER, TWO_TIERS, left_padded, llama, logits, prompt, run
 from tests.integration.models import silence, snapshot, unknown
 from tests.patches.families import UNPREDICTED
-from tests.patches.tiny import LATENT, TINY, missing, tiny_gemma3_multimodal, tiny_model
+from tests.patches.tiny import ALL, missing, tiny_gemma3_multimodal, tiny_model
 
 INPUTS = left_padded(0, 9, tokens=40)
 TOLERANCE = 1e-5
@@ -34,7 +34,7 @@ def case(name):
     return pytest.param(name, marks=pytest.mark.skipif(bool(reason), reason=reason))
 
 
-NAMES = [case(name) for name in TINY | LATENT]
+NAMES = [case(name) for name in ALL]
 NEVER_SILENT = {"opt_post_norm", "gemma3n"}
 """Their residual stream is normalised or mixed: no choice of weights makes one layer's input that of the next."""
 
@@ -218,7 +218,7 @@ def test_unknown_family_with_other_logits_is_refused(monkeypatch):
 # -- refused models --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", ["deepseek_v32", "gemma4_assistant", "diffllama", "doge"])
+@pytest.mark.parametrize("model_type", ["deepseek_v4", "gemma4_assistant", "diffllama", "doge"])
 def test_refused_family(model_type):
     model = llama()
     model.config = copy.deepcopy(model.config)

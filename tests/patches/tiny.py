@@ -19,6 +19,8 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from scout_hf.compat.indexed_layers import choosing_layers, keep_positions
+
 VOCAB = 128
 LINEAR_THEN_FULL = ["linear_attention", "full_attention", "full_attention", "linear_attention"]
 SLIDING_THEN_FULL = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
@@ -237,9 +239,46 @@ LATENT: dict[str, Tiny] = {
 """Latent attention: keys of 24 channels, values of 8, latents of 24 with 8 rotated channels beside them."""
 
 
+_INDEX = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 12}
+_DSA = _RANKS | _ROUTED | _INDEX | {"q_lora_rank": 20, "num_local_experts": 4}
+
+INDEXED: dict[str, Tiny] = {
+    "minimax_m3": Tiny(
+        "minimax_m3_vl_text",
+        _LOCAL_EXPERTS
+        | _INDEX
+        | {"head_dim": 16, "rotary_dim": 8, "dense_intermediate_size": 96, "shared_intermediate_size": 32}
+        | {"index_block_size": 4, "index_topk_blocks": 3, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}
+        | {"layer_types": ["minimax_m3_sparse", "full_attention"] * 2},
+    ),
+    "deepseek_v32": Tiny("deepseek_v32", _DSA),
+    "glm_moe_dsa": Tiny("glm_moe_dsa", _DSA | {"indexer_types": ["full", "shared", "full", "shared"]}),
+    "axk2": Tiny("axk2", _DSA),
+    "hy_v4": Tiny("hy_v4", _DSA, eager=True),
+    "dots3": Tiny(
+        "dots3_note_text",
+        _DSA
+        | {"head_dim": 24, "sliding_window": 16, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4}
+        | {"swa_q_lora_rank": 20, "swa_kv_lora_rank": 16, "swa_head_dim": 24, "swa_qk_nope_head_dim": 16}
+        | {"swa_v_head_dim": 8, "layer_types": ["indexed_attention", "sliding_attention"] * 2},
+    ),
+    "qwen4_exp": Tiny(
+        "qwen4_exp_text",
+        _EXPERTS
+        | _LINEAR
+        | {"shared_expert_intermediate_size": 32, "layer_types": LINEAR_THEN_FULL, "ple_layer_ids": []}
+        | {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 12}
+        | {"indexer_compress_ratio": 4},
+    ),
+}
+"""Their layers choose with an indexer: 3 blocks of 4 tokens, or 12 tokens."""
+
+ALL = TINY | LATENT | INDEXED
+
+
 def missing(name: str) -> str:
-    """Why the installed transformers cannot make `TINY[name]` or `LATENT[name]`; empty if it can."""
-    model_type = (TINY | LATENT)[name].model_type
+    """Why the installed transformers cannot make `ALL[name]`; empty if it can."""
+    model_type = ALL[name].model_type
     if model_type not in CONFIG_MAPPING:
         return f"this transformers has no {model_type}"
     try:
@@ -248,6 +287,10 @@ def missing(name: str) -> str:
         return f"this transformers cannot make a config of {model_type}: {type(error).__name__}"
     if not _class_of(config)._can_set_attn_implementation():
         return f"{model_type} does not call the attention interface in this transformers"
+    if name in INDEXED and not choosing_layers(config := tiny_config(name)):
+        return f"{model_type} keeps the keys of its indexer in its modules in this transformers"
+    if name == "qwen4_exp" and not keep_positions(config):
+        return f"{model_type} keeps positions on the cache in this transformers"
     return ""
 
 
@@ -274,7 +317,7 @@ def longrope(edge: int) -> dict:
 
 def tiny_config(name: str, **overrides) -> PreTrainedConfig:
     """The config of `tiny_model(name, **overrides)`."""
-    tiny = (TINY | LATENT)[name]
+    tiny = ALL[name]
     return AutoConfig.for_model(tiny.model_type, **(_SHAPE | tiny.config | overrides))
 
 
@@ -282,13 +325,13 @@ def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, 
     """A random causal LM in eval mode: hidden 64, 4 layers, 8 heads, 2 KV heads, 128 tokens (0 pad, 2 eos).
 
     Args:
-        name: a key of `TINY` or `LATENT`.
+        name: a key of `ALL`.
         seed: of the weights.
         dtype: of the weights.
         overrides: config entries.
     """
     config = tiny_config(name, **overrides)
-    implementation = {"attn_implementation": "eager"} if (TINY | LATENT)[name].eager else {}
+    implementation = {"attn_implementation": "eager"} if ALL[name].eager else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _class_of(config)._from_config(config, **implementation)
