@@ -21,6 +21,7 @@ from scout_hf.cache_layer import ScoutLayer
 from scout_hf.compat.modes import keeps_tensors
 from scout_hf.errors import ScoutError, UnsupportedInputError, UnsupportedModelError
 from scout_hf.fusion import Partial, fuse
+from scout_hf.kernels.attend import alike_where_empty
 from scout_hf.layouts import PLAIN, Layout, layout_of
 from scout_hf.masks import allowed_by, for_prompt, is_special, refuse_unless_padding
 from scout_hf.methods.base import Method, Scoring
@@ -98,7 +99,12 @@ def scout_attention(
     elif special and step.queries == 1:
         refuse_unless_padding(step, attention_mask)
     elif step.queries > 1:
-        step.allowed = allowed_by(step, attention_mask, newest) if special else None
+        # The same in further chunks of a prompt, where eager attention gives padding the mean of all values.
+        beside = step.cache.asks_for_choice and not method.follows_choice
+        padding = beside and previous == "eager" and attention_mask is not None
+        step.allowed = allowed_by(step, attention_mask, newest) if special or padding else None
+        if padding and step.allowed is not None:
+            query, step.allowed = alike_where_empty(query, step.allowed)
     if kwargs.get("dropout") and method.length > step.queries:
         _tell_of_dropout(step, kwargs["dropout"])
     # Switching autocast off costs more than a small attention: do it only where it is on.

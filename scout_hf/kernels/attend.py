@@ -80,6 +80,26 @@ def _check_mask(allowed: torch.Tensor, most: tuple[int, ...]) -> None:
         )
 
 
+def alike_where_empty(query: torch.Tensor, allowed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A query and a mask with which a query without allowed tokens attends to all of them alike.
+
+    That is what masks of large negative numbers give, which stock adds to the scores.
+
+    Parameters
+    ----------
+    query : Tensor (batch, query_heads, queries, head_dim)
+    allowed : Tensor (batch, 1 or kv_heads, queries, tokens) of bool
+
+    Returns
+    -------
+    query, allowed : Tensor
+        In the same shapes.
+    """
+    empty = ~allowed.any(-1, keepdim=True)
+    of_heads = empty.repeat_interleave(query.shape[1] // empty.shape[1], dim=1)
+    return query.masked_fill(of_heads, 0.0), allowed | empty
+
+
 def fold_group(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """Turn the query heads of a GQA group into queries: (batch, kv_heads, group * queries, head_dim)."""
     batch, heads, queries, dim = query.shape

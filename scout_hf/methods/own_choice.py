@@ -8,7 +8,7 @@ import torch
 
 from scout_hf.config import ScoutConfig
 from scout_hf.fusion import Partial, fuse
-from scout_hf.kernels.attend import attend
+from scout_hf.kernels.attend import alike_where_empty, attend
 from scout_hf.methods.base import Method
 from scout_hf.step import Step
 from scout_hf.stores import PagedKV, PagePool, make_store
@@ -81,10 +81,7 @@ class ChosenByModel(Method):
                 allowed = allowed & padding
             if 1 < allowed.shape[1] < keys.shape[1]:
                 allowed = allowed.repeat_interleave(keys.shape[1] // allowed.shape[1], dim=1)
-            empty = ~allowed.any(-1, keepdim=True)
-            allowed = allowed | empty
-            of_heads = empty.repeat_interleave(query.shape[1] // empty.shape[1], dim=1)
-            piece = query[:, :, first:last].masked_fill(of_heads, 0.0)
+            piece, allowed = alike_where_empty(query[:, :, first:last], allowed)
             seen = [attend(piece, keys, values, *self.scoring, allowed[..., past:])]
             for at, *held in self.past_chunks(step, past):
                 old_keys, old_values = (part.to(query.device) for part in held)

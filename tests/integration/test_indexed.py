@@ -93,9 +93,11 @@ def test_both_implementations_that_stock_has_masks_for(name, implementation):
     if implementation == "sdpa" and INDEXED[name].eager:
         pytest.skip("its sinks are known to eager attention alone")
     model.set_attn_implementation(implementation)
-    expected = run(model, INPUTS, new=6)
+    calls = [(INPUTS, {}), (left_padded(0, 30, tokens=40), {"prefill_chunk_size": 8})]
+    expected = [run(model, inputs, new=6, **options) for inputs, options in calls]
     with scout_hf.patch(model, **ONE_TIER):
-        assert_exact(run(model, INPUTS, new=6), expected)
+        for (inputs, options), truth in zip(calls, expected):
+            assert_exact(run(model, inputs, new=6, **options), truth)
 
 
 @EACH
