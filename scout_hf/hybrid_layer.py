@@ -54,7 +54,8 @@ class HybridLayer(Linear, ScoutLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times."""
         if self.method:
-            self.reorder_cache(torch.arange(self.method.batch, dtype=torch.int64, device="cpu").repeat_interleave(repeats))
+            rows = torch.arange(self.method.batch, dtype=torch.int64, device="cpu")
+            self.reorder_cache(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor | Sequence[int]) -> None:
         """Keep the rows ``indices``: row numbers, or a bool per row."""
