@@ -33,6 +33,7 @@ CROPPED = pytest.mark.parametrize("name", [case(name) for name in INDEXED if nam
 WHOLE = pytest.mark.parametrize("name", [case(name) for name in INDEXED if name not in ("qwen4_exp", "dots3")])
 """Nor can it from windows of stock."""
 SOME = pytest.mark.parametrize("name", [case(name) for name in ("minimax_m3", "deepseek_v32")])
+MIXED = pytest.mark.skipif(bool(missing("minimax_m3")), reason=missing("minimax_m3") or "there")
 
 
 def assert_exact(got, expected, rows=slice(None)):
@@ -275,6 +276,7 @@ def test_settings_around_it(name, tmp_path):
     assert 0 < (logits(got)[1] - logits(expected)[1]).abs().max() <= 0.2 * logits(expected).abs().max()
 
 
+@MIXED
 def test_a_budget_is_for_layers_that_do_not_choose():
     """MiniMax M3 has such layers; where all choose, a number is refused, and steps are exact by themselves."""
     mixed, model = tiny_model("minimax_m3"), tiny_model("deepseek_v32")
@@ -316,12 +318,14 @@ def test_a_layer_that_does_not_say_what_it_chose_is_refused(name, monkeypatch):
         assert_exact(continued(model, cache, longer), expected)
 
 
+@MIXED
 def test_groups_of_heads_that_do_not_fit_are_refused():
     model = tiny_model("minimax_m3", index_n_heads=4)
     with scout_hf.patch(model, **ONE_TIER), pytest.raises(UnsupportedModelError, match="chose for 4 groups.* 2 KV"):
         run(model, prompt(1, 40))
 
 
+@MIXED
 def test_one_choice_for_several_kv_heads():
     model = tiny_model("minimax_m3", index_n_heads=1)
     expected = run(model, INPUTS, new=6, prefill_chunk_size=8)
