@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -15,8 +16,8 @@ from scout_hf.eval.families.oracle import prediction
 from scout_hf.eval.families.tiny import VOCABULARY
 from scout_hf.patches import ProbeFamily, family_of
 
-TOLERANCE = 3e-6
-"""Of float32 logits, by the largest one where it is above 1."""
+TOLERANCE, MOST = 3e-6, 2e-5
+"""Of float32 logits, by the largest one where it is above 1; and where stock itself is as far from float64."""
 MATTERS = 1e-3
 """By how much of the largest logit the answers differ, at least, when the beginning of the context does."""
 TOKENS, PADDING, NEW = 43, (0, 9), 7
@@ -51,18 +52,18 @@ def check(model_type: str) -> Found:
 
 def _checked(model: Any, family: Any, stock: Any, inputs: dict[str, torch.Tensor], known: dict[str, Any]) -> Found:
     try:
-        errors, layers = [], ""
+        answers, layers = [], ""
         for settings in TIERS.values():
             got, layers = _patched(model, inputs, settings)
-            errors.append(_difference(got, stock))
-        error = max(errors)
+            answers.append(got)
+        error = max(_difference(got, stock) for got in answers)
     except UnsupportedModelError as error:
         return Found(REFUSED, _in_brief(error, named=False), **known)
     except Fallback as error:
         return Found(STOCK, str(error), **known)
     except Exception as error:  # a patched model that fails where stock does not
         return Found(WRONG, _in_brief(error), **known)
-    if not error <= TOLERANCE:
+    if not (error <= TOLERANCE or (error <= MOST and _is_rounding(model, inputs, stock, answers))):
         return Found(WRONG, f"logits differ from stock by {error:.1e}", **known)
     if not _matters(model, stock, inputs):
         return Found(UNBUILT, "its logits do not depend on the beginning of the context", **known)
@@ -126,6 +127,19 @@ def _difference(got: list[torch.Tensor], stock: list[torch.Tensor]) -> float:
     size = max(1.0, stock[1].abs().max().item())
     error = (got[1].double() - stock[1].double()).abs().max().item() / size
     return error if torch.equal(got[0], stock[0]) or error > TOLERANCE else float("inf")
+
+
+def _is_rounding(
+    model: Any, inputs: dict[str, torch.Tensor], stock: list[torch.Tensor], answers: list[list[torch.Tensor]]
+) -> bool:
+    """Whether the answers have stock's tokens, and are at most twice as far from float64 as stock is."""
+    try:
+        exact = _decode(copy.deepcopy(model).double(), inputs)
+    except Exception:  # of transformers: not every model runs in float64
+        return False
+    distances = [(got[1].double() - exact[1]).abs().max().item() for got in (stock, *answers)]
+    same = all(torch.equal(got[0], stock[0]) for got in (exact, *answers))
+    return same and max(distances[1:]) <= 2 * distances[0]
 
 
 def _matters(model: Any, stock: list[torch.Tensor], inputs: dict[str, torch.Tensor]) -> bool:
