@@ -63,6 +63,14 @@ def _kernel(record: dict[str, Any]) -> Iterator[Grid | str]:
         f"int8 differs from bf16 by {100 * normal:.1f} % of the output on normal data and by {100 * outliers:.1f} % "
         "with outlier channels."
     )
+    chosen = record["select"]
+    codes = chosen.get("sign2", {}) if chosen else {}
+    if "coarse" in codes:
+        times = [f"{codes[name]['median_ms']:.2f} ms" for name in ("coarse", "native", "read")]
+        yield (
+            f"Choosing {chosen['chosen']} of {chosen['blocks']} blocks by `sign2` codes, as a step does it, takes "
+            f"{times[0]}; by whole codes of all blocks {times[1]}; a bare read of the codes {times[2]}."
+        )
 
 
 PARTS = {
