@@ -239,6 +239,9 @@ class Family:
                 f"position_ids is {type(position_ids).__name__} and the decoder's {name} is "
                 f"{type(rotary).__name__}. Pass the position_ids of the forward pass, (1 or batch, length)."
             )
+        if hasattr(rotary, "mrope_section") and position_ids.dim() == 2:
+            # Before 5.24 Qwen3.5's takes positions on three axes alone.
+            position_ids = position_ids.expand(3, -1, -1)
         turned = call(decoder, name, hidden, position_ids.to(hidden.device), *extra)
         return _moved(turned, hidden.device)
 

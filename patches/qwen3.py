@@ -32,30 +32,18 @@ class Apertus(Qwen3):
 
 
 class Qwen3Next(Qwen3):
-    """`q_proj` also computes the output gate, next to the query in every head.
+    """Qwen3-Next and Qwen3.5: `q_proj` also computes the output gate, next to the query in every head.
 
     The layers with linear attention have no `self_attn`, so `available` is False for them.
     """
 
-    model_types: tuple[str, ...] = ("qwen3_next",)
+    model_types = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 
     def project(self, attn: Part, x: Tensor) -> Tensor:
         query_and_gate = call(attn, "q_proj", x).view(*x.shape[:-1], -1, 2 * attn.head_dim)
         return call(attn, "q_norm", query_and_gate[..., : attn.head_dim]).transpose(1, 2)
 
 
-class Qwen35(Qwen3Next):
-    """Qwen3-Next; before transformers 5.24 the rotary embedding takes positions on three axes alone."""
-
-    model_types = ("qwen3_5_text", "qwen3_5_moe_text")
-
-    def position_embeddings(self, decoder, attn, hidden, position_ids, position_embeddings) -> tuple[Tensor, Tensor]:
-        if position_ids is not None and position_ids.dim() == 2:
-            position_ids = position_ids.expand(3, -1, -1)
-        return super().position_embeddings(decoder, attn, hidden, position_ids, position_embeddings)
-
-
 register_family(Qwen3())
 register_family(Apertus())
 register_family(Qwen3Next())
-register_family(Qwen35())
