@@ -55,4 +55,7 @@ def choice_of(
             f"{name} chose for {choice.heads} groups of heads, among which its {method.kv_heads} KV heads cannot be "
             "divided; unpatch the model, or report the family"
         )
+    # A mask of numbers lowers all scores of padding alike; of one of bool, sdpa makes 0, as sinks do of both.
+    numbers = blocks is not None or (mask is not None and mask.dtype != torch.bool)
+    choice.mean_if_empty = numbers and given.get("s_aux") is None
     return choice

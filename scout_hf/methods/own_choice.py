@@ -53,11 +53,13 @@ class ChosenByModel(Method):
         if self.config.split == "cpu" or query.device != kv.device:
             listed = lists.ids.numel() if lists.counts is None else int(lists.counts.sum())
             step.counters.cpu_share(self.layer_idx, listed, listed)
-        partial = result.partial if mask is None else self._with_empty_rows(step, here, result.partial)
+        partial = result.partial
+        if mask is not None and choice.mean_if_empty:
+            partial = self._with_empty_rows(step, here, partial)
         return Partial(*(part.to(query.device) for part in partial))
 
     def _with_empty_rows(self, step: Step, query: torch.Tensor, partial: Partial) -> Partial:
-        """With the mean of all values for rows whose choice is padding alone, as masks of stock give it."""
+        """With the mean of all values for rows whose choice is padding alone, as masks of numbers give it."""
         empty = partial.lse == -torch.inf
         if not bool(empty.any()):
             return partial
@@ -81,7 +83,9 @@ class ChosenByModel(Method):
                 allowed = allowed & padding
             if 1 < allowed.shape[1] < keys.shape[1]:
                 allowed = allowed.repeat_interleave(keys.shape[1] // allowed.shape[1], dim=1)
-            piece, allowed = alike_where_empty(query[:, :, first:last], allowed)
+            piece = query[:, :, first:last]
+            if choice.mean_if_empty:
+                piece, allowed = alike_where_empty(piece, allowed)
             seen = [attend(piece, keys, values, *self.scoring, allowed[..., past:])]
             for at, *held in self.past_chunks(step, past):
                 old_keys, old_values = (part.to(query.device) for part in held)

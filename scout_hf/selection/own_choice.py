@@ -24,6 +24,11 @@ class OwnChoice:
     size : int
         Tokens of a block; 1 where tokens are chosen.
 
+    Attributes
+    ----------
+    mean_if_empty : bool
+        Whether a query that chose padding alone gets the mean of all values, as in stock; 0 otherwise.
+
     Examples
     --------
     >>> import torch
@@ -32,6 +37,8 @@ class OwnChoice:
     >>> choice.tokens(0, 1, tokens=6).int().tolist()
     [[[[1, 1, 0, 0, 1, 1]]]]
     """
+
+    mean_if_empty = True
 
     def __init__(self, indices: torch.Tensor, size: int):
         self.indices, self.size = indices, size

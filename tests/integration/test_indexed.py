@@ -102,6 +102,21 @@ def test_both_implementations_that_stock_has_masks_for(name, implementation):
 
 
 @EACH
+@TIERS
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_row_of_padding_alone(name, settings, implementation):
+    """What it attends to is as arbitrary as in stock: the mean of all values, or nothing."""
+    model, ids, mask = tiny_model(name), prompt(2, 40), torch.ones(2, 40, dtype=torch.long)
+    if implementation == "sdpa" and INDEXED[name].eager:
+        pytest.skip("its sinks are known to eager attention alone")
+    model.set_attn_implementation(implementation)
+    mask[1] = 0
+    expected = run(model, {"input_ids": ids, "attention_mask": mask}, new=6)
+    with scout_hf.patch(model, **settings):
+        assert_exact(run(model, {"input_ids": ids, "attention_mask": mask}, new=6), expected)
+
+
+@EACH
 def test_another_choice_changes_the_answer(name, monkeypatch):
     """A planted error: if what was chosen did not matter, the tests above would show nothing."""
     model, real = tiny_model(name), ChosenByModel.attend
