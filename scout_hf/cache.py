@@ -18,9 +18,9 @@ from scout_hf.cache_layer import ScoutLayer
 from scout_hf.cache_reading import copy_as_dynamic, describe, iterate, refuse_saving
 from scout_hf.cache_saving import load, save
 from scout_hf.change_guard import LINEAR, ChangeGuard
-from scout_hf.compat.cropping import tokens_to_crop
+from scout_hf.compat.cropping import tokens_to_crop, why_fixed
 from scout_hf.compat.indexed_layers import has_indexer
-from scout_hf.compat.linear_layers import Linear, LinearAndFull, keeps_no_past
+from scout_hf.compat.linear_layers import Linear, LinearAndFull
 from scout_hf.compat.modes import keeps_tensors
 from scout_hf.compat.per_layer import config_of
 from scout_hf.compat.shared_kv import forget_shared, holds_nothing, storing_layers
@@ -105,6 +105,7 @@ class ScoutCache(Cache):
         super().__init__(layers=layers)
         # Whether layers are asked what they chose themselves, in place of a mask that hides the rest.
         self.asks_for_choice = any(isinstance(layer, IndexedLayer) for layer in layers)
+        self.has_states = any(isinstance(layer, Linear) for layer in layers)
         # A weak reference to the AliveCaches that count it.
         self.seen_by: Any = None
         self.awaited: Awaited | None = None
@@ -344,16 +345,17 @@ class ScoutCache(Cache):
     def crop(self, tokens_to_remove: int | torch.Tensor) -> None:
         """Remove the last ``-tokens_to_remove`` tokens of every row, in all layers; a positive number is kept.
 
-        CacheStateError for models with linear states, from which no tokens can be taken.
+        CacheStateError for linear states and for sliding windows that are full, from which no tokens can be taken.
         """
         self.guard.between_passes("crop()")
         held = max((layer.get_seq_length() for layer in self.scout_layers), default=self.get_seq_length())
         removed = tokens_to_crop(int(tokens_to_remove), held)
-        fixed = [index for index, layer in enumerate(self.layers) if keeps_no_past(layer)]
+        fixed = {index: why for index, layer in enumerate(self.layers) if (why := why_fixed(layer))}
         if fixed and held and removed:
             raise CacheStateError(
-                f"crop(): layers {', '.join(map(str, fixed))} have a linear state, from which no tokens can be taken; "
-                "nothing was changed. Keep a fork (cache.fork()) of what you may want to go back to"
+                f"crop(): layers {', '.join(map(str, fixed))} have {' or '.join(sorted(set(fixed.values())))}, from "
+                "which no tokens can be taken; nothing was changed. Keep a fork (cache.fork()) of what you may want to "
+                "go back to"
             )
         if removed is not None and not fixed:
             with self.guard.changing("crop()"):

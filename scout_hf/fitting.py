@@ -113,10 +113,16 @@ def refuse_other_sizes(
             f"layer {layer_idx} of the cache holds {sizes[0]} KV heads with {sizes[1]} channels and got {got}: it was "
             "filled by another model; use a cache of this model, handle.new_cache() or ScoutCache(model.config)"
         )
-    raise CacheStateError(
-        f"the cache holds {batch} rows and got {rows} new ones; use batch_repeat_interleave or "
-        "batch_select_indices, or start with a new ScoutCache"
-    )
+    refuse_other_rows(batch, rows)
+
+
+def refuse_other_rows(batch: int, rows: int) -> None:
+    """Raise CacheStateError unless ``rows`` new ones fit the ``batch`` rows in the cache."""
+    if rows != batch:
+        raise CacheStateError(
+            f"the cache holds {batch} rows and got {rows} new ones; use batch_repeat_interleave or "
+            "batch_select_indices, or start with a new ScoutCache"
+        )
 
 
 def refuse_over_ranks(config: ScoutConfig, ranks: Ranks) -> None:

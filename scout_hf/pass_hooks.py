@@ -22,7 +22,7 @@ from scout_hf.compat.modes import keeps_tensors
 from scout_hf.config import ScoutConfig
 from scout_hf.counters import Counters
 from scout_hf.errors import PatchError, UnsupportedInputError
-from scout_hf.fitting import refuse_other_depth, refuse_over_ranks, refuse_split_heads
+from scout_hf.fitting import refuse_other_depth, refuse_other_rows, refuse_over_ranks, refuse_split_heads
 from scout_hf.kernels.cpu import make_backend
 from scout_hf.kernels.cpu.workers import Workers
 from scout_hf.methods.base import find_method
@@ -155,6 +155,9 @@ class PassHooks:
         refuse_over_ranks(cache.scout_config, self.ranks)
         hooks_reached(cache)
         rows, queries = inputs.shape[:2]
+        if cache.has_states and (held := next((layer.method for layer in cache.scout_layers if layer.method), None)):
+            # Before a state has changed, which cannot be rolled back.
+            refuse_other_rows(held.batch, rows)
         marks, tokens = cache.mark(), cache.get_seq_length() + queries
         mask, mask_here = cache.padding.of(given.get("attention_mask"), rows, tokens)
         step = Step(

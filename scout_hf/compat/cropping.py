@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from scout_hf.compat.linear_layers import keeps_no_past
 
 _ZERO_IS_A_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
 
@@ -21,3 +24,11 @@ def tokens_to_crop(given: int, held: int) -> int | None:
     """
     removed = given if given <= 0 else min(0, given - held)
     return None if removed == 0 and _ZERO_IS_A_LENGTH else removed
+
+
+def why_fixed(layer: Any) -> str:
+    """What a layer of a cache has from which no tokens can be taken; empty if they can."""
+    if keeps_no_past(layer):
+        return "a linear state"
+    windowed = isinstance(layer, DynamicSlidingWindowLayer) and not getattr(layer, "record_past", False)
+    return "a window that has moved on" if windowed and layer.get_seq_length() >= layer.sliding_window else ""

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 import scout_hf
-from scout_hf import ScoutCache
+from scout_hf import CacheStateError, ScoutCache
 from tests.integration.common import ONE_TIER, TWO_TIERS, assert_close, left_padded, llama, prompt, run
 from tests.patches.tiny import tiny_model
 
@@ -127,6 +127,21 @@ def test_reset():
         assert_close(run(model, prompt(), past_key_values=cache), expected, 0.0)
         cache.reset()
         run(model, left_padded(0, 5), past_key_values=cache)
+
+
+def test_windows_that_have_moved_on_refuse_a_crop_before_anything_changes():
+    """Stock raises in the middle, when the layers before have been cropped."""
+    model, ids = tiny_model("qwen2_sliding"), prompt(1, 40)
+    expected = run(model, ids, new=6)
+    with scout_hf.patch(model, **TWO_TIERS) as handle, torch.no_grad():
+        cache = handle.new_cache()
+        model(ids[:, :39], past_key_values=cache, use_cache=True)
+        for wanted in (-1, 20):
+            with pytest.raises(CacheStateError, match=r"crop\(\): layers 0, 2 have a window .* nothing was changed"):
+                cache.crop(wanted)
+        cache.crop(39)  # nothing to take
+        assert cache.get_seq_length() == 39 and cache.token_ids.tolist() == ids[:, :39].tolist()
+        assert_close(run(model, ids, new=6, past_key_values=cache), expected)
 
 
 @pytest.mark.parametrize("first", ["sliding_attention", "full_attention"])

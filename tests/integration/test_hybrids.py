@@ -130,6 +130,19 @@ def test_beams_move_states_too(name, settings):
     assert torch.equal(got.sequences, expected.sequences) and difference(got, expected) <= TOLERANCE
 
 
+@EACH
+def test_another_number_of_rows_is_refused_before_a_state_changes(name):
+    model, ids = tiny_model(name), prompt(2, 40)
+    longer = torch.cat([ids, prompt(2, 5, seed=5)], 1)
+    expected = stock(model, ids, longer)
+    with scout_hf.patch(model, **TWO_TIERS) as handle, torch.no_grad():
+        cache = handle.new_cache()
+        model(ids, **{CACHE: cache}, use_cache=True)
+        with pytest.raises(CacheStateError, match="holds 2 rows and got 3 new ones; use batch_repeat_interleave"):
+            model(prompt(3, 1), **{CACHE: cache}, use_cache=True)
+        assert difference(continued(model, cache, longer), expected) <= TOLERANCE
+
+
 # -- attention and a state in one layer -----------------------------------------------------------------------------
 
 ONE_LAYER = pytest.mark.parametrize("name", [case(SIDE_BY_SIDE)])
