@@ -214,6 +214,9 @@ class StepGraphs:
         """The assumptions of a captured step, or None if this step cannot be captured."""
         if not held.kvs or len(held.methods) != len(step.cache.layers) or step.cache.stored_by:
             return None
+        # Reordered states are new tensors, of which no key of a method tells.
+        if step.cache.has_states:
+            return None
         layers = tuple(method.capture_key(step) for method in held.methods)
         if None in layers or len({kv.host.blocks for kv in held.kvs}) != 1:
             return None

@@ -37,6 +37,7 @@ from tests.integration.common import (  # noqa: E402
 from tests.integration.disturbances import late  # noqa: E402
 from tests.integration.executors import count_every_share  # noqa: E402
 from tests.libraries import ISAS  # noqa: E402
+from tests.patches.tiny import tiny_model  # noqa: E402
 from tests.triton import reference  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not ISAS, reason="needs the native library")
@@ -474,3 +475,24 @@ def test_steps_that_run_again_are_traced(graphs, tmp_path):
     last = [span for span in trace.spans if steps[-1].begin <= span.begin <= steps[-1].end]
     assert {span.kind for span in last} >= {"step", "ahead", "settle", "attention"}
     assert not any({"before_replay", "after_replay"} & set(vars(layer.method)) for layer in got.past_key_values.layers)
+
+
+def test_linear_states_are_not_written_by_graphs(graphs):
+    """Falcon-H1 keeps them in every layer: after a reordering a graph would write to tensors that are no more."""
+    model, found = tiny_model("falcon_h1"), []
+    for way in ("flags", "graph"):
+        with scout_hf.patch(model, **EXACT, hand_over=way) as handle, torch.no_grad():
+            cache = handle.new_cache()
+            model(prompt(2, 60), past_key_values=cache, use_cache=True)
+            for place in range(12):
+                if place == 6:
+                    cache.reorder_cache(torch.tensor([0, 1]))
+                step(model, cache, place)
+            found.append(step(model, cache.fork(), 20))
+    assert (found[0] - found[1]).abs().max() <= 1e-5
+
+
+def step(model, cache, seed):
+    held = cache.get_seq_length()
+    inputs = {"attention_mask": torch.ones(2, held + 1, dtype=torch.long), "position_ids": torch.full((2, 1), held)}
+    return model(prompt(2, 1, seed=seed), **inputs, past_key_values=cache, use_cache=True).logits[:, -1]
