@@ -18,9 +18,9 @@ from scout_hf.cache_layer import ScoutLayer
 from scout_hf.cache_reading import copy_as_dynamic, describe, iterate, refuse_saving
 from scout_hf.cache_saving import load, save
 from scout_hf.change_guard import LINEAR, ChangeGuard
-from scout_hf.compat.cropping import tokens_to_crop, why_fixed
+from scout_hf.compat.cropping import fixed_layers, tokens_to_crop
 from scout_hf.compat.indexed_layers import has_indexer
-from scout_hf.compat.linear_layers import Linear, LinearAndFull
+from scout_hf.compat.linear_layers import Linear, LinearAndFull, drop_states, rows_from
 from scout_hf.compat.modes import keeps_tensors
 from scout_hf.compat.per_layer import config_of
 from scout_hf.compat.shared_kv import forget_shared, holds_nothing, storing_layers
@@ -337,6 +337,7 @@ class ScoutCache(Cache):
         self.guard.torn = "reset()"
         self.guard.leave_pass()
         super().reset()
+        drop_states(self.layers)
         self.padding.forget()
         self.staging.forget()
         self.log.forget()
@@ -350,12 +351,10 @@ class ScoutCache(Cache):
         self.guard.between_passes("crop()")
         held = max((layer.get_seq_length() for layer in self.scout_layers), default=self.get_seq_length())
         removed = tokens_to_crop(int(tokens_to_remove), held)
-        fixed = {index: why for index, layer in enumerate(self.layers) if (why := why_fixed(layer))}
-        if fixed and held and removed:
+        if (fixed := fixed_layers(self.layers)) and held and removed:
             raise CacheStateError(
-                f"crop(): layers {', '.join(map(str, fixed))} have {' or '.join(sorted(set(fixed.values())))}, from "
-                "which no tokens can be taken; nothing was changed. Keep a fork (cache.fork()) of what you may want to "
-                "go back to"
+                f"crop(): {fixed}, from which no tokens can be taken; nothing was changed. Keep a fork (cache.fork()) "
+                "of what you may want to go back to"
             )
         if removed is not None and not fixed:
             with self.guard.changing("crop()"):
@@ -380,9 +379,11 @@ class ScoutCache(Cache):
         if known and isinstance(rows, torch.Tensor):
             # Raises for wrong row numbers before any layer has changed.
             rows = torch.arange(known[0], dtype=torch.int64, device="cpu")[rows.cpu()]
+        # Linear layers of transformers can be reordered and nothing else.
+        linear = self.has_states and bool(self.scout_layers)
         with self.guard.changing(f"{operation}()"):
             self.padding.forget()
-            getattr(super(), operation)(rows)
+            getattr(super(), "reorder_cache" if linear else operation)(rows_from(rows, known) if linear else rows)
         self.log.selected(rows, self.guard.changes)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -26,8 +27,14 @@ def tokens_to_crop(given: int, held: int) -> int | None:
     return None if removed == 0 and _ZERO_IS_A_LENGTH else removed
 
 
-def why_fixed(layer: Any) -> str:
-    """What a layer of a cache has from which no tokens can be taken; empty if they can."""
+def fixed_layers(layers: Sequence[Any]) -> str:
+    """Which layers of a cache have what no tokens can be taken from, in words; empty if there are none."""
+    fixed = {index: why for index, layer in enumerate(layers) if (why := _why_fixed(layer))}
+    kinds = " or ".join(sorted(set(fixed.values())))
+    return f"layers {', '.join(map(str, fixed))} have {kinds}" if fixed else ""
+
+
+def _why_fixed(layer: Any) -> str:
     if keeps_no_past(layer):
         return "a linear state"
     windowed = isinstance(layer, DynamicSlidingWindowLayer) and not getattr(layer, "record_past", False)

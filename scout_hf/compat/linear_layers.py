@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from transformers import cache_utils
 
 
@@ -31,3 +33,18 @@ def keeps_no_past(layer: Any) -> bool:
     """Whether a layer holds a state from which no tokens can be taken."""
     recording = getattr(layer, "record_past", False) and getattr(layer, "is_croppable", False)
     return isinstance(layer, Linear) and not recording
+
+
+def drop_states(layers: Iterable[Any]) -> None:
+    """Leave layers without states, so that new ones may have other rows; ``reset`` of stock keeps tensors of zeros."""
+    for layer in layers:
+        if isinstance(layer, Linear):
+            states = getattr(layer, "number_of_states", None)
+            fresh = vars(Linear() if states is None else Linear(number_of_states=states))
+            layer.__dict__.update({name: fresh[name] for name in STATES if name in fresh})
+
+
+def rows_from(rows: torch.Tensor | int, held: list[int]) -> torch.Tensor:
+    """The rows to reorder to: those numbers, or so many times each row of layers that hold ``held`` rows."""
+    every = torch.arange(held[0] if held else 0, dtype=torch.int64, device="cpu")
+    return every.repeat_interleave(rows) if isinstance(rows, int) else rows

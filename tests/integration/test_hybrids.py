@@ -131,6 +131,19 @@ def test_beams_move_states_too(name, settings):
 
 
 @EACH
+def test_a_cache_that_is_reset_takes_other_rows(name):
+    model, ids = tiny_model(name), prompt(3, 40)
+    longer = torch.cat([ids, prompt(3, 5, seed=5)], 1)
+    expected = stock(model, ids, longer)
+    with scout_hf.patch(model, **TWO_TIERS) as handle, torch.no_grad():
+        cache = handle.new_cache()
+        model(prompt(2, 30), **{CACHE: cache}, use_cache=True)
+        cache.reset()
+        model(ids, **{CACHE: cache}, use_cache=True)
+        assert difference(continued(model, cache, longer), expected) <= TOLERANCE
+
+
+@EACH
 def test_another_number_of_rows_is_refused_before_a_state_changes(name):
     model, ids = tiny_model(name), prompt(2, 40)
     longer = torch.cat([ids, prompt(2, 5, seed=5)], 1)
@@ -141,6 +154,29 @@ def test_another_number_of_rows_is_refused_before_a_state_changes(name):
         with pytest.raises(CacheStateError, match="holds 2 rows and got 3 new ones; use batch_repeat_interleave"):
             model(prompt(3, 1), **{CACHE: cache}, use_cache=True)
         assert difference(continued(model, cache, longer), expected) <= TOLERANCE
+
+
+@pytest.mark.thin(2)
+@EACH
+def test_rows_of_every_hybrid_are_repeated_and_selected(name):
+    """Linear layers of transformers can only be reordered."""
+    model, ids = tiny_model(name), prompt(2, 40)
+    longer = torch.cat([ids, prompt(2, 5, seed=5)], 1)
+    with scout_hf.patch(model, **TWO_TIERS) as handle:
+        cache = handle.new_cache()
+        cache.batch_repeat_interleave(3)  # nothing to repeat
+        with torch.no_grad():
+            model(ids, **{CACHE: cache}, use_cache=True)
+        chosen, flagged = cache.fork(), cache.fork()
+        cache.batch_repeat_interleave(2)
+        chosen.batch_select_indices(torch.tensor([1, 1, 0]))
+        flagged.batch_select_indices(torch.tensor([False, True]))
+        found = []
+        for held, rows in ((cache, [0, 0, 1, 1]), (chosen, [1, 1, 0]), (flagged, [1])):
+            assert held.token_ids.tolist() == ids[rows].tolist()
+            found.append((continued(model, held, longer[rows]), rows))
+    for got, rows in found:
+        assert difference(got, stock(model, ids[rows], longer[rows])) <= TOLERANCE
 
 
 # -- attention and a state in one layer -----------------------------------------------------------------------------
