@@ -1,4 +1,4 @@
-"""Models of which every layer with full attention chooses with an indexer what it attends to."""
+"""Models with layers that choose with an indexer what they attend to."""
 
 from __future__ import annotations
 
@@ -6,12 +6,27 @@ from scout_hf.compat.indexed_layers import choosing_layers, keep_positions
 from scout_hf.errors import UnsupportedModelError
 
 from .base import Part
+from .qwen3 import Qwen3
 from .registry import register_family
 from .unpredicted import Unpredicted
 
 
+class MiniMaxM3(Qwen3):
+    """Qwen3; some layers choose blocks, with one choice per KV head or for several."""
+
+    model_types = ("minimax_m3_vl_text",)
+
+    def check(self, decoder: Part) -> None:
+        heads, choices = decoder.config.num_key_value_heads, decoder.config.index_n_heads
+        if heads % choices and choosing_layers(decoder.config):
+            raise UnsupportedModelError(
+                f"{type(decoder).__name__} has num_key_value_heads={heads} and index_n_heads={choices}; a ScoutCache "
+                "follows an indexer whose heads divide the KV heads. Use the model unpatched"
+            )
+
+
 class Indexed(Unpredicted):
-    """Nothing is selected for them, so that no query is needed ahead."""
+    """All their layers with full attention choose. Nothing is selected for them, so that no query is needed ahead."""
 
     model_types: tuple[str, ...] = ("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4")
 
@@ -38,5 +53,6 @@ class Qwen4Exp(Indexed):
             )
 
 
+register_family(MiniMaxM3())
 register_family(Indexed())
 register_family(Qwen4Exp())

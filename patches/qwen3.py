@@ -12,7 +12,7 @@ from .registry import register_family
 class Qwen3(Family):
     """Llama with `q_norm` and `k_norm` over head_dim."""
 
-    model_types: tuple[str, ...] = ("qwen3", "qwen3_moe", "minimax_m3_vl_text")
+    model_types: tuple[str, ...] = ("qwen3", "qwen3_moe")
 
     def project(self, attn: Part, x: Tensor) -> Tensor:
         return call(attn, "q_norm", split_heads(call(attn, "q_proj", x), attn.head_dim))

@@ -12,6 +12,7 @@ from scout_hf import CACHE, ConfigError, ScoutCache, UnsupportedModelError, atte
 from scout_hf.indexed_layer import IndexedLayer
 from scout_hf.methods.own_choice import ChosenByModel
 from scout_hf.own_choice import choice_of
+from scout_hf.pass_hooks import is_patched
 from scout_hf.patches import indexed
 from tests.integration.common import ONE_TIER, TOLERANCE, TWO_TIERS, left_padded, logits, prompt, run
 from tests.patches.tiny import INDEXED, VOCAB, missing, roughen, tiny_config, tiny_model
@@ -336,8 +337,11 @@ def test_a_layer_that_does_not_say_what_it_chose_is_refused(name, monkeypatch):
 @MIXED
 def test_groups_of_heads_that_do_not_fit_are_refused():
     model = tiny_model("minimax_m3", index_n_heads=4)
-    with scout_hf.patch(model, **ONE_TIER), pytest.raises(UnsupportedModelError, match="chose for 4 groups.* 2 KV"):
-        run(model, prompt(1, 40))
+    with pytest.raises(UnsupportedModelError, match="num_key_value_heads=2 and index_n_heads=4"):
+        scout_hf.patch(model, **ONE_TIER)
+    assert not is_patched(model.model)
+    # Without a layer that chooses it does not matter.
+    scout_hf.patch(tiny_model("minimax_m3", index_n_heads=4, layer_types=["full_attention"] * 4), **ONE_TIER).remove()
 
 
 @MIXED
