@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from scout_hf.errors import UnsupportedModelError
@@ -27,16 +25,7 @@ class Gemma4(Qwen3):
         values = keys if getattr(attn, "v_proj", None) is None else split_heads(call(attn, "v_proj", x), attn.head_dim)
         return call(attn, "k_norm", keys), call(attn, "v_norm", values)
 
-    def rotate(
-        self,
-        decoder: Part,
-        layer: Part,
-        attn: Part,
-        q: Tensor,
-        position_ids: Tensor | None,
-        position_embeddings: Any,
-        hidden: Tensor,
-    ) -> Tensor:
+    def rotate(self, decoder, layer, attn, q, position_ids, position_embeddings, hidden) -> Tensor:
         cos, sin = self.position_embeddings(decoder, attn, hidden, position_ids, position_embeddings)
         return rotary_function(attn)(q, cos, sin)
 

@@ -29,7 +29,7 @@ def of_model(model: Any) -> str | None:
     if {"hybrid", "hybrid_sliding"} & set(getattr(text, "layer_types", None) or ()):
         return "a layer holds a linear state beside its keys and values, which only a session keeps"
     if choosing_layers(text):
-        return "layers choose what they attend to with an indexer, whose keys only a session keeps"
+        return "layers choose what they attend to with an indexer: its keys lie in no page, and no step is sparser"
     return None
 
 

@@ -312,8 +312,8 @@ def test_a_budget_is_for_layers_that_do_not_choose():
 def test_what_does_not_fit_is_refused(name, tmp_path):
     model = tiny_model(name)
     for options, message in (
-        ({"store": tmp_path / "store"}, "indexer, whose keys only a session keeps"),
-        ({"draft": True, "budget": "auto"}, "indexer, whose keys only a session keeps"),
+        ({"store": tmp_path / "store"}, "indexer: its keys lie in no page"),
+        ({"draft": True, "budget": "auto"}, "indexer: its keys lie in no page"),
         ({"method": "dense"}, "which only 'scout' follows"),
         ({"dense_layers": (0,)}, "were trained with that"),
     ):
