@@ -32,6 +32,7 @@ from scout_hf.indexed_layer import IndexedLayer
 from scout_hf.layouts import latent_widths
 from scout_hf.methods import Method
 from scout_hf.padding import Padding
+from scout_hf.rows import REORDER, REPEAT, SELECT, rows_asked, rows_held
 from scout_hf.sessions.mapped import OpenFile
 from scout_hf.sizes import bytes_of
 from scout_hf.step import Role
@@ -363,27 +364,25 @@ class ScoutCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Replace row ``i`` by row ``beam_idx[i]``, in all layers."""
-        self._change_rows("reorder_cache", beam_idx)
+        self._change_rows(REORDER, beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times, in all layers."""
-        self._change_rows("batch_repeat_interleave", int(repeats))
+        self._change_rows(REPEAT, repeats)
 
     def batch_select_indices(self, indices: torch.Tensor | Sequence[int]) -> None:
         """Keep the rows ``indices``, in all layers."""
-        self._change_rows("batch_select_indices", torch.as_tensor(indices, device="cpu"))
+        self._change_rows(SELECT, indices)
 
-    def _change_rows(self, operation: str, rows: torch.Tensor | int) -> None:
+    def _change_rows(self, operation: str, given: Any) -> None:
         self.guard.between_passes(f"{operation}()")
-        known = [layer.method.batch for layer in self.scout_layers if layer.method]
-        if known and isinstance(rows, torch.Tensor):
-            # Raises for wrong row numbers before any layer has changed.
-            rows = torch.arange(known[0], dtype=torch.int64, device="cpu")[rows.cpu()]
+        held = rows_held(self.layers)
+        rows = rows_asked(operation, given, held)
         # Linear layers of transformers can be reordered and nothing else.
         linear = self.has_states and bool(self.scout_layers)
         with self.guard.changing(f"{operation}()"):
             self.padding.forget()
-            getattr(super(), "reorder_cache" if linear else operation)(rows_from(rows, known) if linear else rows)
+            getattr(super(), REORDER if linear else operation)(rows_from(rows, held or 0) if linear else rows)
         self.log.selected(rows, self.guard.changes)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

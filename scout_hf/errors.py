@@ -31,6 +31,10 @@ class CacheStateError(ScoutError, RuntimeError):
     """The cache cannot do this in its present state, or does not fit the call."""
 
 
+class RowsError(ScoutError, IndexError):
+    """Rows that a cache does not hold, or what names no rows, were to be kept, reordered or repeated."""
+
+
 class SavingError(ScoutError, TypeError):
     """An object that cannot be pickled, such as a ScoutCache, was to be saved or sent to another process."""
 

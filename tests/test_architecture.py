@@ -61,6 +61,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "scout_hf.layouts",
         "scout_hf.methods.*",
         "scout_hf.padding",
+        "scout_hf.rows",
         "scout_hf.sessions.*",
         "scout_hf.step",
         "scout_hf.stores.*",

@@ -44,7 +44,8 @@ def drop_states(layers: Iterable[Any]) -> None:
             layer.__dict__.update({name: fresh[name] for name in STATES if name in fresh})
 
 
-def rows_from(rows: torch.Tensor | int, held: list[int]) -> torch.Tensor:
-    """The rows to reorder to: those numbers, or so many times each row of layers that hold ``held`` rows."""
-    every = torch.arange(held[0] if held else 0, dtype=torch.int64, device="cpu")
-    return every.repeat_interleave(rows) if isinstance(rows, int) else rows
+def rows_from(rows: torch.Tensor | int, held: int) -> torch.Tensor:
+    """The rows to reorder to: those numbers, or so many times each of ``held`` rows."""
+    if not isinstance(rows, int):
+        return rows
+    return torch.arange(held, dtype=torch.int64, device="cpu").repeat_interleave(rows)

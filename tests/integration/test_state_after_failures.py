@@ -10,6 +10,7 @@ import torch
 
 import scout_hf
 from scout_hf.cache_layer import ScoutLayer
+from scout_hf.errors import RowsError
 from scout_hf.stores.host import PagedKV
 from scout_hf.stores.page_table import PageTable
 from scout_hf.stores.pages import PagePool
@@ -210,14 +211,34 @@ def test_an_operation_that_ends_between_two_layers_is_told_of_at_every_use(monke
     assert (go_on(model, cache) - expected).abs().max() <= TOLERANCE
 
 
+SELECTED, REORDERED, REPEATED = "batch_select_indices", "reorder_cache", "batch_repeat_interleave"
+WRONG_ROWS = [
+    *(
+        (name, rows)
+        for name in (SELECTED, REORDERED)
+        for rows in ([0, 2], [-3, 0], [0.0, 1.0], [[0, 1]], 1, None, "01")
+    ),
+    *((SELECTED, rows) for rows in ([True] * 3, torch.tensor([0, 1], dtype=torch.uint8))),
+    *((REORDERED, rows) for rows in ([-1, 0], [True, True])),
+    *((REPEATED, times) for times in (-1, 2.5, "2", None, torch.tensor([1, 2]))),
+]
+
+
 @TIERS
-@pytest.mark.parametrize("rows", [[0, 2], [-3, 0]], ids=str)
-def test_wrong_numbers_change_nothing(world, rows):
+@pytest.mark.parametrize("name, rows", WRONG_ROWS, ids=str)
+def test_wrong_rows_change_nothing(world, name, rows):
     model, cache, (expected, _) = world
-    for operation in (cache.reorder_cache, cache.batch_select_indices):
-        with pytest.raises(IndexError):
-            operation(torch.tensor(rows))
+    with pytest.raises(RowsError, match=rf"^{name}\(\) got .*Nothing was changed"):
+        getattr(cache, name)(rows)
     assert (go_on(model, cache) - expected).abs().max() <= TOLERANCE
+
+
+@TIERS
+@pytest.mark.parametrize("rows", [[-1, -1], [1, 1], torch.tensor([1, 1], dtype=torch.int32)], ids=str)
+def test_rows_are_named_as_in_stock(world, rows):
+    model, cache, (_, expected) = world
+    cache.batch_select_indices(rows)
+    assert (go_on(model, cache, IDS[[1, 1]]) - expected).abs().max() <= TOLERANCE
 
 
 @TIERS
