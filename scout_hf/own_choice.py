@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from scout_hf.errors import UnsupportedModelError
+from scout_hf.errors import UnsupportedInputError, UnsupportedModelError
 from scout_hf.masks import allowed_by, is_special
 from scout_hf.methods.base import Method
 from scout_hf.selection.own_choice import ChoiceByMask, OwnChoice
@@ -36,10 +36,14 @@ def choice_of(
     ------
     UnsupportedModelError
         If it does not say what it chose, or this cannot be followed.
+    UnsupportedInputError
+        For positions that begin anew within a row.
     """
     name, special = type(module).__name__, is_special(step, mask)
     blocks, tokens = given.get(BLOCKS), given.get(TOKENS)
     if blocks is not None and not special:
+        if mask is None:
+            _refuse_other_positions(step, given.get("position_ids"))
         choice = OwnChoice(blocks, module.indexer.block_size)
     elif tokens is not None and not special:
         choice = OwnChoice(tokens.unsqueeze(1), 1)
@@ -59,3 +63,21 @@ def choice_of(
     numbers = blocks is not None or (mask is not None and mask.dtype != torch.bool)
     choice.mean_if_empty = numbers and given.get("s_aux") is None
     return choice
+
+
+def _refuse_other_positions(step: Step, positions: torch.Tensor | None) -> None:
+    """Raise UnsupportedInputError for positions, (1 or batch, queries), that are not the numbers of the tokens.
+
+    Where stock's sdpa attention gets no mask, it hides tokens by them.
+    """
+    if positions is None or _refuse_other_positions in step.shared:
+        return
+    first = step.tokens - step.queries
+    numbers = torch.arange(first, step.tokens, dtype=torch.int64, device=positions.device)
+    if not bool((positions == numbers).all()):
+        raise UnsupportedInputError(
+            f"position_ids are not {first} to {step.tokens - 1}, the numbers of the tokens in their row, as where "
+            "several sequences are packed into one; a ScoutCache follows an indexer that chooses blocks only with "
+            "those. Give each sequence a row of its own, with an attention_mask for its padding, or use a DynamicCache"
+        )
+    step.shared[_refuse_other_positions] = True

@@ -46,6 +46,11 @@ def keep_positions(text_config: Any) -> bool:
     return all(hasattr(layer, "indexer_position_ids") for layer in layers if has_indexer(layer))
 
 
+def chooses_first(text_config: Any) -> bool:
+    """Whether layers add keys of their indexer before keys and values, not behind them."""
+    return text_config.model_type == "qwen4_exp_text"
+
+
 def fill_indexer(layer: Any, keys: Any) -> None:
     """Give a stock layer without tokens the keys of its indexer."""
     name = next(name for name in UPDATES if hasattr(layer, name))
