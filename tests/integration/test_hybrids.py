@@ -8,6 +8,7 @@ from scout_hf import CACHE, CacheStateError, ConfigError, ScoutCache
 from scout_hf.cache_layer import ScoutLayer
 from scout_hf.compat.linear_layers import Linear, keeps_no_past
 from tests.integration.common import ONE_TIER, TWO_TIERS, left_padded, logits, prompt, run
+from tests.integration.turns import continued, filled, stock, two_turns
 from tests.patches.tiny import own_cache, tiny_model
 
 HYBRIDS = (
@@ -20,8 +21,9 @@ HYBRIDS = (
     "lfm2",
     "olmo_hybrid",
     "falcon_h1",
+    "zaya",
 )
-SIDE_BY_SIDE = "falcon_h1"
+SIDE_BY_SIDE = ("falcon_h1", "zaya")
 INPUTS = left_padded(0, 9, tokens=40)
 TOLERANCE = 1e-5
 
@@ -32,25 +34,13 @@ def case(name):
 
 
 EACH = pytest.mark.parametrize("name", [case(name) for name in HYBRIDS])
-SOME = pytest.mark.parametrize("name", [case(name) for name in ("qwen3_next", "lfm2", SIDE_BY_SIDE)])
+SOME = pytest.mark.parametrize("name", [case(name) for name in ("qwen3_next", "lfm2", *SIDE_BY_SIDE)])
 TIERS = pytest.mark.parametrize("settings", [ONE_TIER, TWO_TIERS], ids=["one tier", "two tiers"])
 
 
 def difference(got, expected):
     truth = logits(expected)
     return (logits(got) - truth).abs().max().item() / max(1.0, truth.abs().max().item())
-
-
-def continued(model, cache, ids, new=4):
-    """What follows on these tokens, of which the cache holds all that came before."""
-    return run(model, ids, new=new, **{CACHE: cache})
-
-
-def stock(model, ids, longer):
-    """What stock gives in the same calls: Jamba's scan begins anew in every pass of several tokens."""
-    with torch.no_grad():
-        cache = model(ids, use_cache=True)[CACHE]
-    return continued(model, cache, longer)
 
 
 @pytest.mark.thin(2)
@@ -61,9 +51,7 @@ def test_a_fork_goes_on_by_itself(name, settings):
     first, second = (torch.cat([ids, prompt(2, 5, seed=seed)], 1) for seed in (5, 6))
     expected = stock(model, ids, first), stock(model, ids, second)
     with scout_hf.patch(model, **settings) as handle:
-        cache = handle.new_cache()
-        with torch.no_grad():
-            model(ids, **{CACHE: cache}, use_cache=True)
+        cache = filled(model, handle.new_cache(), ids)
         fork = cache.fork()
         assert difference(continued(model, cache, first), expected[0]) <= TOLERANCE
         assert difference(continued(model, fork, second), expected[1]) <= TOLERANCE
@@ -75,8 +63,7 @@ def test_a_fork_goes_on_by_itself(name, settings):
 @EACH
 def test_no_tokens_can_be_taken_back_and_nothing_changes(name):
     """A state holds all tokens before it: cropping is refused before the first layer is cropped."""
-    model, ids = tiny_model(name), prompt(1, 40)
-    longer = torch.cat([ids, prompt(1, 5, seed=5)], 1)
+    model, (ids, longer) = tiny_model(name), two_turns(1)
     expected = stock(model, ids, longer)
     with scout_hf.patch(model, **TWO_TIERS) as handle:
         cache = handle.new_cache()
@@ -94,13 +81,10 @@ def test_no_tokens_can_be_taken_back_and_nothing_changes(name):
 @SOME
 @TIERS
 def test_an_interrupted_pass_is_told_and_a_fork_goes_on(name, settings, monkeypatch):
-    model, ids = tiny_model(name), prompt(1, 40)
-    longer = torch.cat([ids, prompt(1, 5, seed=5)], 1)
+    model, (ids, longer) = tiny_model(name), two_turns(1)
     expected = stock(model, ids, longer)
     with scout_hf.patch(model, **settings) as handle:
-        cache = handle.new_cache()
-        with torch.no_grad():
-            model(ids, **{CACHE: cache}, use_cache=True)
+        cache = filled(model, handle.new_cache(), ids)
         fork = cache.fork()
 
         def interrupt(*args, **kwargs):
@@ -132,8 +116,7 @@ def test_beams_move_states_too(name, settings):
 
 @EACH
 def test_a_cache_that_is_reset_takes_other_rows(name):
-    model, ids = tiny_model(name), prompt(3, 40)
-    longer = torch.cat([ids, prompt(3, 5, seed=5)], 1)
+    model, (ids, longer) = tiny_model(name), two_turns(3)
     expected = stock(model, ids, longer)
     with scout_hf.patch(model, **TWO_TIERS) as handle, torch.no_grad():
         cache = handle.new_cache()
@@ -145,8 +128,7 @@ def test_a_cache_that_is_reset_takes_other_rows(name):
 
 @EACH
 def test_another_number_of_rows_is_refused_before_a_state_changes(name):
-    model, ids = tiny_model(name), prompt(2, 40)
-    longer = torch.cat([ids, prompt(2, 5, seed=5)], 1)
+    model, (ids, longer) = tiny_model(name), two_turns(2)
     expected = stock(model, ids, longer)
     with scout_hf.patch(model, **TWO_TIERS) as handle, torch.no_grad():
         cache = handle.new_cache()
@@ -160,8 +142,7 @@ def test_another_number_of_rows_is_refused_before_a_state_changes(name):
 @EACH
 def test_rows_of_every_hybrid_are_repeated_and_selected(name):
     """Linear layers of transformers can only be reordered."""
-    model, ids = tiny_model(name), prompt(2, 40)
-    longer = torch.cat([ids, prompt(2, 5, seed=5)], 1)
+    model, (ids, longer) = tiny_model(name), two_turns(2)
     with scout_hf.patch(model, **TWO_TIERS) as handle:
         cache = handle.new_cache()
         cache.batch_repeat_interleave(3)  # nothing to repeat
@@ -181,7 +162,7 @@ def test_rows_of_every_hybrid_are_repeated_and_selected(name):
 
 # -- attention and a state in one layer -----------------------------------------------------------------------------
 
-ONE_LAYER = pytest.mark.parametrize("name", [case(SIDE_BY_SIDE)])
+ONE_LAYER = pytest.mark.parametrize("name", [case(name) for name in SIDE_BY_SIDE])
 
 
 @ONE_LAYER
@@ -201,33 +182,11 @@ def test_every_layer_is_kept_and_keeps_its_state(name):
 
 
 @ONE_LAYER
-def test_rows_are_repeated_and_selected(name):
-    model, ids = tiny_model(name), prompt(2, 40)
-    rows = torch.tensor([1, 1, 0])
-    longer = torch.cat([ids, prompt(2, 5, seed=5)], 1)
-    expected = stock(model, ids[rows], longer[rows])
-    with scout_hf.patch(model, **TWO_TIERS) as handle:
-        cache = handle.new_cache()
-        with torch.no_grad():
-            model(ids, **{CACHE: cache}, use_cache=True)
-        twice = cache.fork()
-        cache.batch_select_indices(rows)
-        assert difference(continued(model, cache, longer[rows]), expected) <= TOLERANCE
-        twice.batch_repeat_interleave(2)
-        rows = torch.tensor([0, 0, 1, 1])
-        got = continued(model, twice, longer[rows])
-    assert difference(got, stock(model, ids[rows], longer[rows])) <= TOLERANCE
-
-
-@ONE_LAYER
 def test_sessions_hold_states(name, tmp_path):
-    model, ids = tiny_model(name), prompt(1, 40)
-    longer = torch.cat([ids, prompt(1, 5, seed=5)], 1)
+    model, (ids, longer) = tiny_model(name), two_turns(1)
     expected = stock(model, ids, longer)
     with scout_hf.patch(model, **TWO_TIERS) as handle:
-        cache = handle.new_cache()
-        with torch.no_grad():
-            model(ids, **{CACHE: cache}, use_cache=True)
+        cache = filled(model, handle.new_cache(), ids)
         cache.save(tmp_path / "kv")
         for options in ({}, {"block_size": 16}):
             loaded = ScoutCache.load(tmp_path / "kv", model, **options)

@@ -15,6 +15,7 @@ from scout_hf.own_choice import choice_of
 from scout_hf.pass_hooks import is_patched
 from scout_hf.patches import indexed
 from tests.integration.common import ONE_TIER, TOLERANCE, TWO_TIERS, left_padded, logits, prompt, run
+from tests.integration.turns import continued, filled, stock, two_turns
 from tests.patches.tiny import INDEXED, VOCAB, missing, roughen, tiny_config, tiny_model
 
 INPUTS = left_padded(0, 9, tokens=40)
@@ -46,25 +47,6 @@ def assert_exact(got, expected, rows=slice(None)):
 
 def choosing(cache):
     return [layer for layer in cache.layers if isinstance(layer, IndexedLayer)]
-
-
-def filled(model, cache, ids):
-    with torch.no_grad():
-        model(ids, **{CACHE: cache}, use_cache=True)
-    return cache
-
-
-def continued(model, cache, ids, new=4, **options):
-    return run(model, ids, new=new, **{CACHE: cache}, **options)
-
-
-def stock(model, ids, longer):
-    return continued(model, filled(model, DynamicCache(config=model.config), ids), longer)
-
-
-def two_turns(rows=1):
-    ids = prompt(rows, 40)
-    return ids, torch.cat([ids, prompt(rows, 7, seed=5)], 1)
 
 
 @EACH

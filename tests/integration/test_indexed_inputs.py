@@ -10,18 +10,8 @@ from transformers.cache_utils import DynamicCache
 import scout_hf
 from scout_hf import CACHE, CacheStateError, SavingError, UnsupportedInputError
 from tests.integration.common import ONE_TIER, left_padded, prompt
-from tests.integration.test_indexed import (
-    EACH,
-    MIXED,
-    TIERS,
-    WHOLE,
-    assert_exact,
-    choosing,
-    continued,
-    filled,
-    stock,
-    two_turns,
-)
+from tests.integration.test_indexed import EACH, MIXED, TIERS, WHOLE, assert_exact, choosing
+from tests.integration.turns import continued, filled, stock, two_turns
 from tests.patches.tiny import tiny_model
 
 

@@ -17,8 +17,8 @@ def case(name: str, *others):
     return pytest.param(name, *others, marks=pytest.mark.skipif(bool(reason), reason=reason))
 
 
-NAMES = [case(name) for name in TINY]
-UNPREDICTED = {"longcat_flash", *INDEXED} - {"minimax_m3"}
+UNPREDICTED = {"longcat_flash", "zaya", *INDEXED} - {"minimax_m3"}
+NAMES = [case(name) for name in TINY if name not in UNPREDICTED]
 LATENT_NAMES = [case(name) for name in LATENT if name not in UNPREDICTED]
 """Their keys and values are not what reaches the cache."""
 NO_NORM = {"olmo2", "olmo3", "olmo_hybrid", "opt_post_norm"}

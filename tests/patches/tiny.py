@@ -139,6 +139,9 @@ TINY: dict[str, Tiny] = {
         _EXPERTS | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     ),
     "olmo_hybrid": Tiny("olmo_hybrid", _LINEAR | {"layer_types": LINEAR_THEN_FULL}),
+    "zaya": Tiny(
+        "zaya", _EXPERTS | {"num_experts_per_tok": 1, "head_dim": 16, "router_hidden_size": 16, "rope_parameters": None}
+    ),
     "phi3": Tiny("phi3", {"rope_parameters": _PLAIN_ROPE | {"partial_rotary_factor": 0.5}}),
     "phi": Tiny("phi", {"qk_layernorm": True, "rope_parameters": _PLAIN_ROPE | {"partial_rotary_factor": 0.5}}),
     "phimoe": Tiny("phimoe", _LOCAL_EXPERTS | {"sliding_window": None}),
