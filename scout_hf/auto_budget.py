@@ -8,6 +8,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from scout_hf.sizes import time_in_words
+
 SPARSE_TOKENS = 2048
 """The budget of sparse steps."""
 
@@ -26,12 +28,30 @@ MEASURED, NEWEST = 5, 15
 AGAIN = 1.25
 """Where sparse steps turn out to be no faster, they are tried again when the context has grown so many times."""
 
+SHORT, TIMING, EXACT, TRYING, SPARSE, NO_FASTER = "short", "timing", "exact", "trying", "sparse", "no faster"
+"""Why the next step is exact or sparse."""
+
 
 class Exact(NamedTuple):
     """Seconds of an exact step: of attention per token of the context, and of all that is not attention."""
 
     per_token: float
     rest: float
+
+
+class Seen(NamedTuple):
+    """Seconds of both kinds of steps at a context, and whether sparse ones were timed or are reckoned."""
+
+    tokens: int
+    exact: float
+    sparse: float
+    timed: bool
+
+    def __str__(self) -> str:
+        sparse = f"a sparse one {time_in_words(self.sparse)}"
+        if not self.timed:
+            sparse = f"a sparse one should take about {time_in_words(self.sparse)} (not timed yet)"
+        return f"at {self.tokens} tokens an exact step takes {time_in_words(self.exact)} and {sparse}"
 
 
 class Rates:
@@ -88,12 +108,17 @@ class AutoBudget:
         Context of the last turn to sparse steps that gained nothing.
     sparse_steps : int
         So far.
+    decided : str
+        Why the last step was exact or sparse, one of the words above: the context is short, exact steps are being
+        timed, sparse ones would save too little, they are tried and not timed yet, they are faster, they were not.
     """
 
     sparse_from: int | None = None
     saving: float = 0.0
     tried_from: int | None = None
     sparse_steps: int = 0
+    decided: str = SHORT
+    _seen: Seen | None = None
     _not_before: int = field(default_factory=lambda: LEAST)
     _begun: float = 0.0
     _attention: float = 0.0
@@ -103,13 +128,14 @@ class AutoBudget:
         known = rates.exact
         if tokens <= self._not_before or known is None:
             self.sparse_from = None
-            return True
+            return self._exact(SHORT if tokens <= LEAST else TIMING if known is None else EXACT)
         whole, measured = known.per_token * tokens, rates.sparse
-        if measured is not None and measured >= whole:
+        left = whole * min(1.0, SPARSE_TOKENS / tokens + SCORING) if measured is None else measured
+        self._seen = Seen(tokens, known.rest + whole, known.rest + left, measured is not None)
+        if left >= whole and measured is not None:
             rates.forget_sparse()
             self._not_before = int(tokens * AGAIN)
             return self._given_up()
-        left = whole * min(1.0, SPARSE_TOKENS / tokens + SCORING) if measured is None else measured
         saved = whole - left
         # Once sparse, it stays so unless that gains nothing: two kinds of steps in turn would help nobody.
         wanted = WORTH if self.sparse_from is None else WORTH / 4
@@ -117,27 +143,34 @@ class AutoBudget:
             return self._given_up()
         if self.sparse_from is None:
             self.sparse_from, self.saving = tokens, saved / (known.rest + whole)
+        self.decided = TRYING if measured is None else SPARSE
         return False
 
     def _given_up(self) -> bool:
         self.tried_from = self.tried_from if self.sparse_from is None else self.sparse_from
         self.sparse_from = None
+        return self._exact(EXACT)
+
+    def _exact(self, why: str) -> bool:
+        tried = why == EXACT and self.tried_from is not None and self.sparse_steps
+        self.decided = NO_FASTER if tried else why
         return True
 
     def in_words(self) -> str:
         """What was decided last, for reports."""
-        if self.sparse_from is None:
-            exact = "auto: decode steps are exact"
-            if self.tried_from is None or not self.sparse_steps:
-                return exact
+        if self.decided == SHORT:
+            return f"auto: decode steps are exact up to a context of {LEAST} tokens"
+        if self.decided == TIMING:
+            return f"auto: decode steps are exact; sparse ones are considered once {MEASURED} exact ones are timed"
+        if self.decided == NO_FASTER:
             return (
-                f"{exact} now; sparse ones, {self.sparse_steps} so far, the last of them from a context of "
-                f"{self.tried_from} tokens on, were no faster"
+                f"auto: decode steps are exact now; sparse ones, {self.sparse_steps} so far, the last of them from a "
+                f"context of {self.tried_from} tokens on, were no faster"
             )
-        return (
-            f"auto: {SPARSE_TOKENS} tokens per step from a context of {self.sparse_from} tokens on, which saves "
-            f"{self.saving:.0%} of a step there; exact before"
-        )
+        if self.decided == EXACT:
+            return f"auto: decode steps are exact, as sparse ones would gain too little: {self._seen}"
+        begun = f"auto: {SPARSE_TOKENS} tokens per step from a context of {self.sparse_from} tokens on, exact before"
+        return f"{begun}; {self._seen}"
 
     def begin(self) -> None:
         """A decode step begins."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from scout_hf.sizes import time_in_words
+
 WORTH = 0.03
 """Drafts must be expected to be faster than exact steps by this share."""
 
@@ -47,6 +49,7 @@ class AutoDraft:
     _wait: float = 0.0
     _length: int = FIRST
     _pays: bool = True
+    _decided: bool = False
 
     @property
     def acceptance(self) -> float:
@@ -58,6 +61,11 @@ class AutoDraft:
         """Whether drafts were worth it when that was last decided."""
         return self._pays
 
+    @property
+    def measuring(self) -> bool:
+        """Whether nothing was decided yet, for lack of timed steps and rounds."""
+        return not self._decided
+
     def length(self, most: int) -> int:
         """Tokens to draft now, at most ``most``; 0 for an exact step."""
         if self._exact_steps <= MEASURED or most < 1:
@@ -65,7 +73,7 @@ class AutoDraft:
         if self._rounds <= MEASURED:
             return min(FIRST, most)
         best = self._best(most)
-        self._pays = best > 0
+        self._pays, self._decided = best > 0, True
         if best:
             # What the end of a call cut short was not chosen.
             self._length = best if best < most else max(best, self._length)
@@ -99,12 +107,20 @@ class AutoDraft:
 
     def in_words(self) -> str:
         """What was decided last, for reports."""
-        if self._exact is None or self._draft is None:
-            return "not measured yet"
-        times = (
-            f"an exact step takes {self._exact * 1e3:.3g} ms, a draft {self._draft * 1e3:.3g} ms, the check of "
-            f"{self._length} drafts {self._check_of(self._length) * 1e3:.3g} ms, {self.acceptance:.0%} are accepted"
-        )
+        if self._exact is None:
+            return "none yet: exact steps are timed first"
+        known = [f"an exact step takes {time_in_words(self._exact)}"]
+        if self._draft is None:
+            return f"{known[0]}; no draft is timed yet, so how many pay is not known"
+        tried = max(self._check) if self.measuring else self._length
+        known += [
+            f"a draft {time_in_words(self._draft)}",
+            f"the check of {tried} draft{'s' * (tried != 1)} {time_in_words(self._check_of(tried))}",
+        ]
+        times = ", ".join(known)
+        if self.measuring:
+            return f"{times}; how many pay is decided after {MEASURED + 1} rounds, {self._rounds} so far"
+        times += f"; {self.acceptance:.0%} of drafts are expected to be right"
         if self._pays:
             return f"up to {self._length} per exact pass: {times}"
         return f"off, as they do not pay; every step is exact: {times}"

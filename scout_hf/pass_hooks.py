@@ -211,10 +211,10 @@ class PassHooks:
             step.as_several = not kind.may_attend_all(config, self._model.device)
             return config.host_dtype is None
         if config.budget == "auto" and kind.may_attend_all(config, self._model.device):
-            step.auto, was = step.cache.auto, step.cache.auto.sparse_from
+            step.auto, was = step.cache.auto, step.cache.auto.decided
             step.rates = self.rates[rows, config.host_dtype, config.block_size, config.mass]
             step.attends_all = step.auto.attends_all(step.tokens, step.rates)
-            if step.auto.sparse_from != was:
+            if step.auto.decided != was:
                 self.counters.note("budget", step.auto.in_words())
             step.auto.begin()
             return step.attends_all and config.host_dtype is None

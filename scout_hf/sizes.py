@@ -1,4 +1,4 @@
-"""Sizes of memory as people write them."""
+"""Sizes of memory, and times, as people write them."""
 
 from __future__ import annotations
 
@@ -28,3 +28,18 @@ def in_words(size: float) -> str:
     while size >= 1024 and power < 4:
         size, power = size / 1024, power + 1
     return f"{size:.1f} {' KMGT'[power]}iB" if power else f"{size:.0f} bytes"
+
+
+def time_in_words(seconds: float) -> str:
+    """A short time as people read it, in three digits or more.
+
+    Examples
+    --------
+    >>> from scout_hf.sizes import time_in_words
+    >>> time_in_words(1.8), time_in_words(0.0042), time_in_words(75)
+    ('1800 ms', '4.20 ms', '75.0 s')
+    """
+    if seconds >= 10:
+        return f"{seconds:.1f} s"
+    ms = seconds * 1e3
+    return f"{ms:.{0 if ms >= 99.95 else 1 if ms >= 9.995 else 2}f} ms"

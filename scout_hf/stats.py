@@ -85,7 +85,7 @@ class Stats:
     exact : bool
         Whether the settings of all decode steps were exact.
     steps : int
-        Decode steps, drafts included.
+        Decode steps, drafts included; the exact passes that check drafts are not.
     prefill_tokens : int
         Tokens per row in passes with several new tokens (prompts, next turns, drafts of assisted decoding).
     context_tokens, attended_tokens : float

@@ -18,14 +18,16 @@ def tables(stats: Stats) -> Iterator[Table]:
     kind = "exact" if stats.exact else "approximate"
     head = Table(title=f"scout_hf: {stats.method} ({kind})", show_header=False, title_justify="left")
     share = stats.attended_tokens / stats.context_tokens if stats.context_tokens else 1.0
-    head.add_row("decode steps", f"{stats.steps}{_speed(stats.decode_tokens_per_second)}")
+    drafts = _drafts_included(stats)
+    steps, of = (f"{stats.steps}, {stats.drafted_tokens} drafts included", " of text") if drafts else (stats.steps, "")
+    head.add_row("decode steps", f"{steps}{_speed(stats.decode_tokens_per_second, of)}")
     head.add_row("prefilled tokens", f"{stats.prefill_tokens}{_speed(stats.prefill_tokens_per_second)}")
     if stats.found_tokens or stats.kept_tokens:
         head.add_row("prefix store", f"{stats.found_tokens} tokens found, {stats.kept_tokens} added")
     if stats.acceptance is not None:
         accepted = f"{stats.accepted_tokens} of {stats.drafted_tokens} accepted ({stats.acceptance:.0%})"
         head.add_row("drafts", f"{accepted}; {stats.tokens_per_exact_pass:.2f} tokens per exact pass")
-    attended = f"{stats.attended_tokens:.0f} of {stats.context_tokens:.0f} ({share:.1%})"
+    attended = f"{stats.attended_tokens:.0f} of {stats.context_tokens:.0f} ({share:.1%}){drafts}"
     head.add_row("attended per step", attended if stats.steps else "nothing decoded")
     head.add_row("KV of the newest cache", _by_tier(stats.kv_bytes) or "-")
     number = f"{stats.alive_caches} {'cache' if stats.alive_caches == 1 else 'caches'}"
@@ -35,10 +37,12 @@ def tables(stats: Stats) -> Iterator[Table]:
     if stats.cpu_ratio is not None:
         head.add_row("CPU share of selection", f"{stats.cpu_ratio:.1%}")
     if _waits(stats):
-        head.add_row("wait for CPU and link", f"{stats.join_wait_ms:.2f} ms per step")
+        head.add_row("wait for CPU and link", f"{stats.join_wait_ms:.2f} ms per step{drafts}")
     if stats.recalled_bytes:
         blocks = f"{stats.recalled_blocks} blocks, " if stats.recalled_blocks else ""
-        head.add_row("brought to the device", f"{blocks}{in_bytes(stats.recalled_bytes)} in {stats.steps} steps")
+        head.add_row(
+            "brought to the device", f"{blocks}{in_bytes(stats.recalled_bytes)} in {stats.steps} steps{drafts}"
+        )
     if stats.cosine is not None:
         head.add_row("predicted to real query", f"cosine {stats.cosine:.3f}")
     if stats.fidelity is not None:
@@ -54,10 +58,14 @@ def tables(stats: Stats) -> Iterator[Table]:
         yield _fidelity_table(stats)
 
 
-def _speed(tokens_per_second: float | None) -> str:
-    return (
-        "" if tokens_per_second is None else f", {tokens_per_second:,.{1 if tokens_per_second < 100 else 0}f} tokens/s"
-    )
+def _drafts_included(stats: Stats) -> str:
+    return ", drafts included" if stats.drafted_tokens else ""
+
+
+def _speed(tokens_per_second: float | None, of: str = "") -> str:
+    if tokens_per_second is None:
+        return ""
+    return f", {tokens_per_second:,.{1 if tokens_per_second < 100 else 0}f} tokens/s{of}"
 
 
 def _by_tier(held: dict[str, int]) -> str:
@@ -110,7 +118,7 @@ def _layer_table(stats: Stats) -> Table:
     }
     cells = {name: [say(layer) for layer in stats.layers] for name, say in columns.items()}
     cells = {name: column for name, column in cells.items() if any(column)}
-    table = Table(title="per layer", title_justify="left")
+    table = Table(title=f"per layer{_drafts_included(stats)}", title_justify="left")
     for name in cells:
         table.add_column(name, justify="right")
     for row in zip(*cells.values()):

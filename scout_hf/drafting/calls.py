@@ -158,10 +158,11 @@ class Drafting:
         """How many tokens to draft now; what was decided is noted."""
         budget, pace = cache.scout_config.sparse_budget, cache.auto_draft
         if isinstance(budget, int) and cache.get_seq_length() < budget:
-            self._counters.note(NOTE, f"none within the budget of {budget} tokens; every step is exact")
+            why = "where a sparse step would attend to everything too"
+            self._counters.note(NOTE, f"none within the budget of {budget} tokens, {why}; every step is exact")
             return 0
-        paid, length = pace.pays, pace.length(most)
-        if pace.pays != paid:
+        undecided, paid, length = pace.measuring, pace.pays, pace.length(most)
+        if undecided or pace.pays != paid:
             self._counters.note(NOTE, pace.in_words())
         return length
 

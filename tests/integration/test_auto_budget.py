@@ -56,6 +56,13 @@ def test_it_turns_sparse_and_says_since_when(small, inputs):
     assert_close_until(output, exact, TURN - 150)
 
 
+def test_while_it_times_exact_steps_it_says_so(small):
+    with scout_hf.patch(one_llama(), **SMALL) as handle:
+        run(handle.model, prompt(1, 150), 3)
+        stats = handle.stats()
+    assert stats.exact and "once 5 exact ones are timed" in stats.notes[0]
+
+
 def assert_close_until(got, wanted, steps):
     for one, other in zip(got.logits[:steps], wanted.logits[:steps]):
         assert (one - other).abs().max() <= 3e-6

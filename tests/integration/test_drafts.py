@@ -469,6 +469,13 @@ def test_it_switches_off_where_it_does_not_pay_and_says_so(options, monkeypatch)
     assert "do not pay" in note and "an exact step takes" in note
 
 
+def test_before_it_has_drafted_it_says_why(monkeypatch):
+    monkeypatch.undo()
+    with scout_hf.patch(one_llama(), draft=True, **next(iter(TIERS.values()))) as handle:
+        run(handle.model, prompt(1, 90), 3)
+        assert handle.stats().notes == ("drafts: none yet: exact steps are timed first",)
+
+
 def slow_to_try_again(real):
     def exact_step(pace, seconds):
         real(pace, seconds)

@@ -3,7 +3,7 @@
 import pytest
 
 from scout_hf import auto_budget
-from scout_hf.auto_budget import LEAST, MEASURED, AutoBudget, Rates
+from scout_hf.auto_budget import EXACT, LEAST, MEASURED, SPARSE, TIMING, TRYING, AutoBudget, Rates
 
 
 class Machine:
@@ -61,7 +61,8 @@ def test_a_growing_context_turns_once(monkeypatch):
     assert all(kinds[:turn]) and not any(kinds[turn:])
     assert machine.auto.sparse_from == 1000 + 100 * turn > LEAST
     assert 0.06 < machine.auto.saving < 0.12
-    assert f"{machine.auto.sparse_from} tokens" in machine.auto.in_words()
+    begun = f"auto: 2048 tokens per step from a context of {machine.auto.sparse_from} tokens on, exact before; "
+    assert machine.auto.in_words().startswith(begun)
 
 
 def test_steps_that_another_program_slows_down_turn_nothing(monkeypatch):
@@ -80,6 +81,32 @@ def test_a_first_prompt_beyond_it_is_measured_first(monkeypatch):
     assert again.step(100_000)[0] is False
 
 
+def test_it_says_what_was_timed_and_what_was_not(monkeypatch):
+    machine, told = Machine(monkeypatch, rest=1.7, token=1e-6), {}
+
+    def steps(tokens, most=30):
+        for _ in range(most):
+            before = machine.auto.decided
+            machine.step(tokens)
+            if machine.auto.decided != before:
+                told[machine.auto.decided] = machine.auto.in_words()
+
+    steps(1000, 1)
+    assert not told, "nothing to say of a short context"
+    steps(100_000)
+    assert told == {
+        TIMING: "auto: decode steps are exact; sparse ones are considered once 5 exact ones are timed",
+        EXACT: "auto: decode steps are exact, as sparse ones would gain too little: at 100000 tokens an exact step "
+        "takes 1800 ms and a sparse one should take about 1712 ms (not timed yet)",
+    }
+    steps(1_000_000)
+    begun = (
+        "auto: 2048 tokens per step from a context of 1000000 tokens on, exact before; at 1000000 tokens an exact step"
+    )
+    assert told[TRYING] == f"{begun} takes 2700 ms and a sparse one should take about 1802 ms (not timed yet)"
+    assert told[SPARSE] == f"{begun} takes 2700 ms and a sparse one 1782 ms"
+
+
 def test_sparse_steps_that_gain_nothing_are_given_up_for_a_while(monkeypatch):
     machine = Machine(monkeypatch, rest=0.001, token=1e-6, score=2e-6)
     kinds = [machine.step(20_000 + number)[0] for number in range(2000)]
@@ -92,5 +119,5 @@ def test_a_cache_that_is_cropped_is_exact_again(monkeypatch):
     machine = Machine(monkeypatch, rest=0.01, token=2e-6)
     assert machine.at(50_000) is False
     assert machine.at(2000) is True and machine.auto.sparse_from is None
-    assert machine.auto.in_words() == "auto: decode steps are exact"
+    assert machine.auto.in_words() == f"auto: decode steps are exact up to a context of {LEAST} tokens"
     assert machine.at(50_000, steps=1) is False

@@ -50,6 +50,22 @@ def test_exact_steps_are_measured_first_and_then_drafts():
     assert machine.lengths[MEASURED + 1 : 2 * MEASURED + 2] == [FIRST] * (MEASURED + 1)
 
 
+def test_until_it_has_decided_it_says_what_is_timed_and_what_is_not():
+    machine = Machine(exact=1.8, draft=0.0123, each=0.01, right=1.0)
+    told = [machine.pace.in_words()]
+    while machine.pace.measuring:
+        machine.go(1)
+        told.append(machine.pace.in_words())
+    assert told[0] == told[1] == "none yet: exact steps are timed first"
+    unknown = "an exact step takes 1800 ms; no draft is timed yet, so how many pay is not known"
+    assert told[2] == told[MEASURED + 1] == told[MEASURED + 2] == unknown
+    times = "an exact step takes 1800 ms, a draft 12.3 ms, the check of 4 drafts 1840 ms"
+    assert told[MEASURED + 3] == f"{times}; how many pay is decided after 3 rounds, 2 so far"
+    assert told[-1] == f"up to 8 per exact pass: {times.replace('4 drafts 1840', '8 drafts 1880')}; " + (
+        f"{machine.pace.acceptance:.0%} of drafts are expected to be right"
+    )
+
+
 @pytest.mark.parametrize("right", [0.2, 0.5, 0.8, 0.95, 1.0])
 @pytest.mark.parametrize("draft", [0.02, 0.2, 0.6, 0.95])
 @pytest.mark.parametrize("each", [0.0, 0.1, 0.5])

@@ -175,6 +175,19 @@ def test_what_crosses_the_link_is_shown_without_a_share_of_the_cpu():
     assert "wait ms" in text and "brought" in text and "CPU share" not in text and "cosine" not in text
 
 
+def test_print_says_where_drafts_are_counted():
+    counters = two_layers()
+    plain = table_of(counters)
+    counters.drafted, counters.accepted, counters.checks = 2, 1, 1
+    counters.pace.add("decode", 12, 2.0)
+    text = table_of(counters)
+    assert "drafts" not in plain
+    for part in ("3, 2 drafts included, 6.0 tokens/s of text", "29 of 41 (70.7%), drafts included"):
+        assert part in text, part
+    for part in ("2.00 ms per step, drafts included", "in 3 steps, drafts included", "per layer, drafts included"):
+        assert part in text, part
+
+
 def test_notes_of_several_layers_are_one():
     counters = Counters()
     for layer in (5, 0, 2, 1):
