@@ -169,7 +169,7 @@ def read_record(path: Path, *kinds: str) -> dict[str, Any]:
 
     def rule(found: Any) -> None:
         if not isinstance(found, dict):
-            raise ValueError(f"it holds a {type(found).__name__}, not an object")
+            raise ValueError(f"it holds one of type {type(found).__name__}, not an object")
         known, kind = rules.BENCHMARKS | {"fidelity": fidelity}, kind_of(found)
         if kind not in known:
             raise ValueError("it is not a result of `scout-hf bench` or `scout-hf fidelity`")

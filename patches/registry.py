@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from scout_hf.errors import ConfigError, UnsupportedModelError
 
@@ -123,6 +124,10 @@ def _causal_lm(model: Part) -> nn.Module:
         raise UnsupportedModelError(
             f"got the string {model!r}, need a loaded model. Try AutoModelForCausalLM.from_pretrained({model!r}) first."
         )
+    if isinstance(model, type):
+        raise UnsupportedModelError(
+            f"got the class {model.__name__}, need a loaded model. Try {model.__name__}.from_pretrained(...) first."
+        )
     if callable(getattr(model, "get_base_model", None)):
         model = model.get_base_model()
     config = getattr(model, "config", None)
@@ -137,9 +142,17 @@ def _causal_lm(model: Part) -> nn.Module:
     whole: Part = model
     if not callable(getattr(model, "get_decoder", None)) or not whole.can_generate():
         raise UnsupportedModelError(
-            f"{_name(model)} cannot generate text (no language-model head with generate()). {_ALLOWED}"
+            f"{_name(model)} cannot generate text (no language-model head with generate()). {_with_head(model)}"
         )
     return model
+
+
+def _with_head(model: Part) -> str:
+    """What to use in place of a model without a language-model head."""
+    whole = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model.config.model_type)
+    if whole is None:
+        return _ALLOWED
+    return f"Use {whole}, which has one; AutoModelForCausalLM.from_pretrained(...) loads it."
 
 
 def _calls_attention_interface(decoder: Part) -> bool:

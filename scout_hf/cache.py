@@ -75,7 +75,7 @@ class ScoutCache(Cache):
         self.scout_config = ScoutConfig.from_options(scout_config, **options)
         if not hasattr(config, "get_text_config"):
             raise ConfigError(
-                f"ScoutCache got a {type(config).__name__} as model config; pass model.config first, settings second"
+                f"ScoutCache got a config of type {type(config).__name__}; pass model.config first, settings second"
             )
         if getattr(config, "is_encoder_decoder", False):
             raise ConfigError(

@@ -21,6 +21,8 @@ HOST_DTYPES = (None, "int8")
 GPU_KERNELS = ("auto", "torch", "triton")
 FUSED = ("auto", True, False)
 HAND_OVERS = ("auto", "join", "flags", "graph")
+OF_PATCH = ("attention", "store", "draft")
+"""Arguments of ``patch`` beside the settings."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,10 @@ class ScoutConfig:
         if unknown := sorted(set(options) - set(known)):
             near = difflib.get_close_matches(unknown[0], known, 1)
             hint = f", did you mean {near[0]!r}?" if near else ";"
-            raise ConfigError(f"unknown setting {_listed(unknown)}{hint} ScoutConfig has {_listed(known)}")
+            raise ConfigError(
+                f"unknown setting {_listed(unknown)}{hint} ScoutConfig has {_listed(known)}; patch() alone also takes "
+                f"{_listed(OF_PATCH)}"
+            )
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -243,9 +248,10 @@ class ScoutConfig:
         if config is None:
             return cls(**options)
         if not isinstance(config, cls):
+            meant = config if _is_int(config) else SPARSE_TOKENS
             raise ConfigError(
-                f"config is a {type(config).__name__}; allowed is a ScoutConfig, or settings by keyword such as "
-                "budget=2048"
+                f"config is of type {type(config).__name__}; allowed is a ScoutConfig, or settings by keyword; try "
+                f"budget={meant}"
             )
         return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)} | options)
 

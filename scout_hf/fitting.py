@@ -11,7 +11,7 @@ import torch
 from scout_hf.compat.indexed_layers import all_choose, choosing_layers
 from scout_hf.compat.per_layer import config_of, head_dims
 from scout_hf.compat.shared_kv import storing_layers
-from scout_hf.config import ScoutConfig
+from scout_hf.config import OF_PATCH, ScoutConfig
 from scout_hf.errors import CacheStateError, ConfigError, UnsupportedModelError
 from scout_hf.kernels.cpu import find_backend
 from scout_hf.layouts import latent_widths
@@ -20,15 +20,12 @@ from scout_hf.ranks import Ranks, rules_of_attention
 from scout_hf.recall_intervals import RecallIntervals
 from scout_hf.selection import check_digest
 
-OWN = ("attention", "store", "draft")
-"""Arguments of ``patch`` beside the settings."""
-
 
 def check_own_names(options: dict[str, Any]) -> None:
     """Raise ConfigError for what is nearly an argument of ``patch`` itself, which is no setting."""
     known = [field.name for field in dataclasses.fields(ScoutConfig)]
     for name in options.keys() - known:
-        if not difflib.get_close_matches(name, known, 1) and (near := difflib.get_close_matches(name, OWN, 1)):
+        if not difflib.get_close_matches(name, known, 1) and (near := difflib.get_close_matches(name, OF_PATCH, 1)):
             raise ConfigError(f"unknown setting {name!r}, did you mean {near[0]!r}? See scout_hf.patch")
 
 

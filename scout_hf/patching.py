@@ -153,8 +153,8 @@ def unpatch(model: torch.nn.Module) -> None:
 
 
 _ALREADY = (
-    "this model is patched already (or another one with the same decoder); call scout_hf.unpatch(model) first, "
-    f"or pass a ScoutCache with other settings as {CACHE}"
+    "this model is patched already (or another one with the same decoder); call handle.remove() of the handle that "
+    f"patch() returned, or scout_hf.unpatch(model), first, or pass a ScoutCache with other settings as {CACHE}"
 )
 
 

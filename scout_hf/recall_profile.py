@@ -125,8 +125,8 @@ def _token_ids(prompts: Sequence[Any], device: torch.device) -> list[torch.Tenso
             ids = torch.as_tensor(prompt, device=device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(
-                f"a prompt is a {type(prompt).__name__}; pass token ids, such as tokenizer(text, return_tensors='pt')"
-                ".input_ids"
+                f"a prompt is of type {type(prompt).__name__}; pass token ids, such as "
+                "tokenizer(text, return_tensors='pt').input_ids"
             ) from error
         row = ids.dim() == 1 or (ids.dim() == 2 and ids.shape[0] == 1)
         if not row or not ids.numel() or ids.dtype not in WHOLE:

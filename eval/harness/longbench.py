@@ -102,7 +102,7 @@ def read_local(longbench_file: str, metric: str, **_: Any) -> dict[str, Any]:
 def _row(line: bytes, metric: str) -> dict[str, Any]:
     row = parse_json(line, infinite=True)
     if not isinstance(row, dict):
-        raise ValueError(f"a JSON object with {', '.join(COLUMNS)} is expected, this is a {type(row).__name__}")
+        raise ValueError(f"a JSON object with {', '.join(COLUMNS)} is expected, this is of type {type(row).__name__}")
     # As some copies of the data have it already.
     row.setdefault("input", row.get("question"))
     for name in ("input", "context"):

@@ -82,7 +82,7 @@ def _ids(row: Row, tokenizer: Any, settings: Settings) -> np.ndarray:
     if (text is None) == (messages is None):
         raise ConfigError(f"a row has a prompt, or messages; this one has {'both' if text is not None else 'neither'}")
     if messages is None and not isinstance(text, str):
-        raise ConfigError(f"a prompt is a text; this one is a {type(text).__name__}")
+        raise ConfigError(f"a prompt is a text; this one is of type {type(text).__name__}")
     chat = messages is not None or settings.chat
     if chat:
         said = [{"role": "user", "content": text}] if messages is None else list(messages)

@@ -56,7 +56,7 @@ def _row(path: Path, number: int, line: bytes) -> Row | None:
     try:
         row = parse_json(line)
         if not isinstance(row, dict):
-            raise ValueError(f"it is a {type(row).__name__}")
+            raise ValueError(f"it is of type {type(row).__name__}")
     except ValueError as error:
         raise ConfigError(
             f'{path}, line {number}, is not one JSON object ({error}); try {{"prompt": "..."}} on a line of its own'

@@ -38,7 +38,7 @@ def _inside(model: Any) -> Any:
     if isinstance(model, (DataParallel, DistributedDataParallel)):
         return model.module
     base = getattr(model, "get_base_model", None)
-    return base() if callable(base) else model
+    return base() if callable(base) and not isinstance(model, type) else model
 
 
 def _refuse_wrapper(model: torch.nn.Module) -> None:

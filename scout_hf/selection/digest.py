@@ -89,7 +89,7 @@ class Digest(ABC):
         for name, value in vars(self).items():
             if not isinstance(value, (torch.Tensor, int, float, str, type(None))):
                 raise SavingError(
-                    f"digest {self.name!r} cannot be saved: its {name} is a {type(value).__name__}; "
+                    f"digest {self.name!r} cannot be saved: its {name} is of type {type(value).__name__}; "
                     "define state_dict() and load_state_dict()"
                 )
         return dict(vars(self))

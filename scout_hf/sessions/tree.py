@@ -62,7 +62,7 @@ def _flattened(value: Any, flat: Flat, path: str) -> Any:
         if all(type(name) is int for name in value):
             found = [[name, _flattened(one, flat, f"{path}/{name}")] for name, one in value.items()]
             return {KIND: "map", "of": found}
-    raise SavingError(f"{path or 'a state'} cannot be saved: it is a {type(value).__name__}")
+    raise SavingError(f"{path or 'a state'} cannot be saved: it is of type {type(value).__name__}")
 
 
 def unflatten(flat: Flat, device: torch.device) -> Any:

@@ -180,7 +180,7 @@ def test_a_config_file_and_tasks_of_ones_own_work_too(data, pocket_path, tmp_pat
     ("line", "metric", "message"),
     [
         (b"{oops", "qa_f1", "line 3: it is not valid JSON"),
-        (b"[1, 2]", "qa_f1", "line 3: a JSON object .* this is a list"),
+        (b"[1, 2]", "qa_f1", "line 3: a JSON object .* this is of type list"),
         (b'{"context": "c", "answers": ["a"]}', "qa_f1", "line 3: 'input' must be a string, it is None"),
         (b'{"input": "i", "context": 3, "answers": ["a"]}', "qa_f1", "line 3: 'context' must be a string, it is 3"),
         (b'{"input": "i", "context": "c", "answers": "a"}', "qa_f1", "line 3: 'answers' must be a list of strings"),

@@ -246,8 +246,8 @@ def small_t5():
         (lambda: torch.nn.Linear(2, 2), "Linear, which is no transformers model"),
         (lambda: "meta-llama/Llama-3.2-1B", "string 'meta-llama.*from_pretrained"),
         (lambda: None, "NoneType"),
-        (lambda: llama().model, "LlamaModel cannot generate"),
-        (lambda: LlamaForCausalLM, "type"),
+        (lambda: llama().model, "LlamaModel cannot generate.* Use LlamaForCausalLM, .*AutoModelForCausalLM"),
+        (lambda: LlamaForCausalLM, r"the class LlamaForCausalLM, .* LlamaForCausalLM\.from_pretrained"),
     ],
 )
 def test_not_a_causal_language_model(make, said):

@@ -92,7 +92,7 @@ def test_patching_twice():
     stock, before = run(model, prompt()), snapshot(model)
     handle = scout_hf.patch(model, **TWO_TIERS)
     patched = snapshot(model)
-    with pytest.raises(PatchError, match="patched already.*unpatch"):
+    with pytest.raises(PatchError, match=r"patched already.*handle\.remove\(\).*unpatch"):
         scout_hf.patch(model, **ONE_TIER)
     assert snapshot(model) == patched
     assert_close(run(model, prompt()), stock)

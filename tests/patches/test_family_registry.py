@@ -11,6 +11,7 @@ from transformers import (
     BertForMaskedLM,
     BloomConfig,
     BloomForCausalLM,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
     T5Config,
@@ -188,7 +189,8 @@ def unsupported():
     yield "bart", tiny_bart, "BartForConditionalGeneration is an encoder-decoder"
     yield "bert", lambda: BertForMaskedLM(BertConfig(**BERT)), "BertForMaskedLM cannot generate"
     yield "classifier", head, "LlamaForSequenceClassification cannot generate"
-    yield "headless", lambda: LlamaModel(tiny_config("llama")), "LlamaModel cannot generate"
+    yield "headless", lambda: LlamaModel(tiny_config("llama")), "LlamaModel cannot generate.* Use LlamaForCausalLM"
+    yield "class", lambda: LlamaForCausalLM, "got the class LlamaForCausalLM, need a loaded model"
     yield (
         "bloom",
         lambda: BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=16)),

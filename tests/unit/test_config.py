@@ -162,18 +162,23 @@ def test_an_unknown_field_is_named_with_the_known_ones(model):
             make(budgit=2048, blok=1)
         message = str(caught.value)
         assert "unknown setting 'blok', 'budgit'" in message
-        assert all(repr(name) in message for name in FIELDS)
+        assert all(repr(name) in message for name in (*FIELDS, "attention", "store", "draft"))
+
+
+def test_a_number_in_the_place_of_a_config_is_taken_for_a_budget(model):
+    with pytest.raises(ConfigError, match="of type int; .* try budget=512"):
+        scout_hf.patch(model, 512)
 
 
 @pytest.mark.parametrize("wrong", [2048, {"budget": 2048}, "scout", ScoutConfig])
 def test_something_else_than_a_config_is_refused(model, wrong):
     for make in (ScoutConfig.from_options, lambda c: ScoutCache(model.config, c), lambda c: scout_hf.patch(model, c)):
-        with pytest.raises(ConfigError, match=f"config is a {type(wrong).__name__}.*ScoutConfig.*budget=2048"):
+        with pytest.raises(ConfigError, match=f"config is of type {type(wrong).__name__};.*ScoutConfig.*budget=2048"):
             make(wrong)
 
 
 def test_swapped_arguments_of_the_cache_are_told(model):
-    with pytest.raises(ConfigError, match="config is a LlamaConfig; allowed is a ScoutConfig"):
+    with pytest.raises(ConfigError, match="config is of type LlamaConfig; allowed is a ScoutConfig"):
         ScoutCache(ScoutConfig(), model.config)
     with pytest.raises(ConfigError, match="model.config first"):
         ScoutCache(ScoutConfig())
