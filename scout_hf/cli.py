@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from scout_hf import __version__
 from scout_hf.cli_options import command
 from scout_hf.cli_shared import (
     benchmark,
@@ -26,7 +29,7 @@ from scout_hf.eval.options import Demo, Fidelity, MakeData, Report, Serve, Trace
 from scout_hf.eval.plan.options import Plan
 
 ABOUT = "Long-context decoding for HuggingFace Transformers: KV in host memory, attended block-sparsely."
-ABOUT_BENCH = "How fast this machine attends and decodes, beside its own limits."
+ABOUT_BENCH = "How fast this machine attends and decodes, beside its own limits. Start with cpu-decode."
 ABOUT_HARNESS = "lm-eval with scout_hf: LongBench, RULER and any other of its tasks."
 ABOUT_SESSION = "What is kept on disk: saved sessions, and the texts of prefix stores."
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -38,6 +41,21 @@ harness = typer.Typer(no_args_is_help=True, help=ABOUT_HARNESS)
 app.add_typer(bench, name="bench")
 app.add_typer(session, name="session")
 app.add_typer(harness, name="lm-eval")
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"scout_hf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="The version of scout_hf alone.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
 
 
 @command(app, "demo", Demo)
@@ -63,7 +81,8 @@ def fidelity(options: Fidelity) -> None:
 
 @command(app, "families", Families)
 def families(options: Families) -> None:
-    with evaluation(1), ends_on_interrupt():
+    # Only --check needs torch.
+    with evaluation(1) if options.check else exits_on_errors(), ends_on_interrupt():
         from scout_hf.eval.families.command import run
 
         well = run(options, tell)
@@ -143,9 +162,10 @@ def session_prune(options: Prune) -> None:
         prune(options, typer.echo)
 
 
-@command(bench, "cpu-decode", CpuDecode)
-@command(bench, "cpu-kernel", CpuKernel)
+# Added, and listed, from the last one to the first.
 @command(bench, "sessions", Sessions)
+@command(bench, "cpu-kernel", CpuKernel)
+@command(bench, "cpu-decode", CpuDecode)
 def cpu_benchmark(options: CpuKernel | CpuDecode | Sessions) -> None:
     with benchmark(options.out, options.threads) as finish:
         finish(options.measure(tell))

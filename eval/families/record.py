@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,12 @@ def record_for(version: str, records: dict[str, dict[str, Any]]) -> dict[str, An
             "scout-hf families --check --out FOLDER"
         )
     return records[before[-1]]
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A hint for a name that is not among the others: what may be meant; empty if nothing is near."""
+    near = difflib.get_close_matches(name, list(names), 3)
+    return f"; did you mean {', '.join(map(repr, near))}?" if near else ""
 
 
 def as_record(found: dict[str, Found], transformers: str, torch: str) -> dict[str, Any]:

@@ -6,25 +6,34 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from scout_hf.eval.families.kinds import KINDS, NAMED, PROBE, SERVED
+from scout_hf.eval.families.kinds import KINDS, NAMED, PROBE, REFUSED, SERVED
 from scout_hf.eval.tables import NONE, Grid, by
 
 COMMAND = "scout-hf families"
+COLUMNS = {
+    "layers": "how many keep their keys and values with scout_hf; the others keep the cache of transformers",
+    "prediction": "of a layer's query, on two tiers: exact, if it is what the layer computes of the same input; "
+    "off, if none is predicted",
+}
+"""What the columns of a terminal hold."""
 
 
 def tables(record: dict[str, Any]) -> Iterator[Grid | str]:
-    """For a terminal: what is served, why the others are not, and how many there are of each kind."""
+    """For a terminal: what is served, why the others are not, how many there are of each kind, and what words mean."""
     types = record["types"]
-    grid = Grid(
-        f"served exactly, transformers {record['transformers']}", ("type", "by", "layers", "prediction"), words=4
-    )
-    for name, one in types.items():
-        if one["kind"] in SERVED:
+    yield f"transformers {record['transformers']}"
+    served = {name: one for name, one in types.items() if one["kind"] in SERVED}
+    if served:
+        grid = Grid("", ("type", "by", "layers", "prediction"), words=4)
+        for name, one in served.items():
             grid.add(name, one["kind"], one["layers"], one["prediction"])
-    yield grid
-    yield from (f"{name}: {one['kind']}: {one['reason']}" for name, one in types.items() if one["kind"] not in SERVED)
+        yield grid
+    yield from (f"{name}: {one['kind']}: {one['reason']}" for name, one in types.items() if name not in served)
     each = Counter(one["kind"] for one in types.values())
-    yield f"{len(types)} types: " + ", ".join(f"{each[kind]} {kind}" for kind in KINDS if each[kind])
+    kinds = [kind for kind in KINDS if each[kind]]
+    yield f"{len(types)} type{'s' * (len(types) != 1)}: " + ", ".join(f"{each[kind]} {kind}" for kind in kinds)
+    yield from (f"  {kind}: {KINDS[kind]}" for kind in kinds if kind != REFUSED)
+    yield from (f"  {column}: {means}" for column, means in COLUMNS.items() if served)
 
 
 def counts(records: Sequence[dict[str, Any]]) -> Grid:

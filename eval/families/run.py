@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from scout_hf.diagnostics import usable_cpus
 from scout_hf.errors import ConfigError
 from scout_hf.eval.families.kinds import Found
+from scout_hf.eval.families.record import nearest
 
 
 def all_types() -> list[str]:
@@ -25,8 +26,8 @@ def checked(wanted: Sequence[str], jobs: int | None) -> dict[str, Found]:
     every = all_types()
     if strange := [name for name in wanted if name not in every]:
         raise ConfigError(
-            f"{strange[0]!r} is no type of a causal language model in the installed transformers; "
-            "scout-hf families --check tries them all"
+            f"{strange[0]!r} is no type of a causal language model in the installed transformers"
+            f"{nearest(strange[0], every) or '; scout-hf families --check tries them all'}"
         )
     names = list(wanted) or every
     # Models are made of configs alone, and kernels of the hub would be others than a user's.

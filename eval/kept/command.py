@@ -68,7 +68,7 @@ def _table(found: Sequence[Entry]) -> Table:
     for entry in found:
         tokens = str(entry.tokens) if entry.kept == entry.tokens else f"{entry.kept} of {entry.tokens}"
         made, what = entry.made.get("at", NONE)[:10], "damaged" if entry.problem else entry.what
-        table.add_row(entry.name, what, entry.model or NONE, tokens, in_words(entry.size), _in_short(entry.used), made)
+        table.add_row(entry.name, what, entry.of or NONE, tokens, in_words(entry.size), _in_short(entry.used), made)
     return table
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from scout_hf import PrefixStore
@@ -17,6 +17,8 @@ from scout_hf.sessions import read_about
 
 ABOUT = "session.json"
 LOCK = "lock"
+SHOWN = 8
+"""Digits of the hash of weights in a list."""
 SESSION, TEXT, OTHERS = "session", "text", "other prompts"
 
 
@@ -47,6 +49,8 @@ class Entry:
         Of a text.
     problem : str or None
         Why it cannot be used.
+    weights : str or None
+        The hash of its model's weights, which tells checkpoints of one type apart.
     """
 
     what: str
@@ -60,10 +64,17 @@ class Entry:
     folders: tuple[Path, ...] = ()
     text: Text | None = None
     problem: str | None = None
+    weights: str | None = None
+
+    @property
+    def of(self) -> str | None:
+        """Its model for a list: as it was named where that was kept, else its type, and the begin of the hash."""
+        name = self.model if self.text is None else PurePath(self.text.model).name
+        return name and f"{name} {(self.weights or '')[:SHOWN]}".rstrip()
 
     def as_json(self) -> dict[str, Any]:
         """Plain data, without token ids."""
-        names = ("what", "name", "model", "tokens", "kept", "size", "used", "made", "problem")
+        names = ("what", "name", "model", "tokens", "kept", "size", "used", "made", "problem", "weights")
         return {name: getattr(self, name) for name in names} | {"folders": [str(path) for path in self.folders]}
 
 
@@ -107,7 +118,8 @@ def session_entry(path: Path) -> Entry:
         return Entry(SESSION, str(path), None, 0, 0, size, used, folders=(path,), problem=str(error))
     tokens = said["about"].get("tokens")
     tokens = tokens if isinstance(tokens, int) else 0
-    return Entry(SESSION, str(path), _model_type(said), tokens, tokens, size, used, said["made"], (path,))
+    made, weights = said["made"], _weights(said)
+    return Entry(SESSION, str(path), _model_type(said), tokens, tokens, size, used, made, (path,), weights=weights)
 
 
 def folder_bytes(path: Path) -> int:
@@ -150,6 +162,7 @@ def text_entry(store: PrefixStore, text: Text) -> Entry:
         said.get("made", {}),
         tuple(segment.path for segment in segments),
         text,
+        weights=_weights(said),
     )
 
 
@@ -167,6 +180,7 @@ def _others(segments: list[Segment]) -> Entry:
         max(segment.used for segment in segments),
         said.get("made", {}),
         tuple(segment.path for segment in segments),
+        weights=_weights(said),
     )
 
 
@@ -190,3 +204,8 @@ def _model_type(said: dict[str, Any]) -> str | None:
     config = said.get("model", {}).get("config")
     kind = config.get("model_type") if isinstance(config, dict) else None
     return kind if isinstance(kind, str) else None
+
+
+def _weights(said: dict[str, Any]) -> str | None:
+    found = said.get("model", {}).get("weights")
+    return found if isinstance(found, str) else None

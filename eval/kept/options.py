@@ -15,7 +15,11 @@ Json = Annotated[bool, Option("--json", help="Print JSON, for scripts.")]
 
 @dataclass(frozen=True)
 class Ls:
-    """List saved sessions, and the texts of stores: tokens, bytes, when they were made and used."""
+    """List saved sessions, and the texts of stores: model, tokens, bytes, when they were made and used.
+
+    A model is shown as it was named, or by its type, with the begin of a hash of its weights: models are the same where
+    both hashes are. `session info` has all of it.
+    """
 
     paths: Annotated[
         list[Path], Argument(metavar="[PATH]...", help="Sessions, folders of sessions, stores; else the store alone.")

@@ -77,7 +77,10 @@ def _shape(model: str) -> ModelShape:
     path = Path(model)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
-        raise ConfigError(f"--model {model} is neither known nor a config.json; known are {', '.join(SHAPES)}")
+        raise ConfigError(
+            f"--model {model} is neither known nor a config.json; known are {', '.join(SHAPES)}; for another model "
+            "give its config.json, or the folder that holds it; no weights are needed"
+        )
     # Of transformers, which writes infinities too.
     return ModelShape.of(read_json(path, _config, "give the config.json of a decoder", infinite=True), path.parent.name)
 

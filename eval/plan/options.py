@@ -10,13 +10,19 @@ from typer import Option
 
 from scout_hf.eval.options import BlockSize
 
-MODELS = "llama-2-7b, llama-3.2-1b, llama-3-8b, llama-3-70b, qwen3-8b, qwen3-14b, qwen3-32b"
+MODELS = (
+    "llama-2-7b, llama-3.2-1b, llama-3-8b, llama-3-70b, qwen3-8b, qwen3-14b, qwen3-32b, smollm2-135m, gemma3-270m, "
+    "qwen2.5-coder-0.5b"
+)
 GPUS = "h200, h100, a100-80, a100-40, l40s, rtx-5090, rtx-4090, rtx-3090"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Will it fit, will it pay: memory, step time and break-even of every method, on machines one does not have."""
+    """Will it fit, will it pay: memory, step time and break-even of every method, on machines one does not have.
+
+    Estimates by arithmetic from sizes and bandwidths; nothing runs on a GPU. `scout-hf bench` measures.
+    """
 
     model: Annotated[str, Option(help=f"{MODELS}; or a config.json, or its folder.")] = "llama-3-8b"
     gpu: Annotated[str, Option(help=f"{GPUS}; --machine for others.")] = "h100"

@@ -167,5 +167,8 @@ SHAPES = {
         ModelShape("qwen3-8b", 36, 4096, 12288, 32, 8, 128, 151936),
         ModelShape("qwen3-14b", 40, 5120, 17408, 40, 8, 128, 151936),
         ModelShape("qwen3-32b", 64, 5120, 25600, 64, 8, 128, 151936),
+        ModelShape("smollm2-135m", 30, 576, 1536, 9, 3, 64, 49152, tied=True),
+        ModelShape("gemma3-270m", 18, 640, 2048, 4, 1, 256, 262144, tied=True, windowed=15, window=512),
+        ModelShape("qwen2.5-coder-0.5b", 24, 896, 4864, 14, 2, 64, 151936, tied=True),
     )
 }

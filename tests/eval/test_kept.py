@@ -77,6 +77,21 @@ def test_texts_of_a_store_are_listed(place):
     out, _ = told(call("session", "ls", "--store", "st"))
     assert all(name in out for name in ("one.txt", "two.txt", "all together", f"{one['kept']} of {one['tokens']}"))
     assert len(out.splitlines()) < 12
+    assert out.count(f"llama {one['weights'][:8]}") == 2 and one["weights"] == two["weights"]
+
+
+def test_two_models_of_one_type_are_told_apart(session):
+    model, _ = load_pocket()
+    with torch.no_grad():
+        model.lm_head.weight += 1.0
+        with scout_hf.patch(model) as handle:
+            cache = handle.new_cache()
+            model(torch.ones(1, 8, dtype=torch.long), **{CACHE: cache})
+            cache.save("kept/two.kv")
+    one, two = listed("kept")
+    assert one["model"] == two["model"] == "llama" and one["weights"][:8] != two["weights"][:8]
+    out, _ = told(call("session", "ls", "kept"))
+    assert all(f"llama {each['weights'][:8]}" in out for each in (one, two))
 
 
 def test_prompts_that_no_text_is_of_are_one_line(place):

@@ -152,14 +152,14 @@ def call(*words):
 def found(monkeypatch):
     """What the next check finds, without trying anything."""
     now = {"llama": Found(NAMED, error=3.14e-7, layers="4 of 4", prediction="exact")}
-    monkeypatch.setattr("scout_hf.eval.families.command.checked", lambda types, jobs: now)
+    monkeypatch.setattr("scout_hf.eval.families.run.checked", lambda types, jobs: now)
     monkeypatch.setattr(record, "known", lambda: copy.deepcopy(RECORDS))
     return now
 
 
 def test_the_command_checks_and_keeps(found, tmp_path):
     done = call("--check", "--out", tmp_path)
-    assert done.exit_code == 0 and "llama" in done.stdout and "1 types: 1 named" in done.stdout
+    assert done.exit_code == 0 and "llama" in done.stdout and "1 type: 1 named" in done.stdout
     held = record.read_json(tmp_path / f"{transformers.__version__}.json", record.RULE, "")
     assert held["types"]["llama"]["error"] == 3e-7
 
@@ -173,10 +173,18 @@ def test_the_command_fails_for_what_is_lost(found):
 def test_the_command_shows_the_record(found):
     done = call("--type", "llama", "--type", "mamba")
     assert done.exit_code == 0 and "llama" in done.stdout and "mamba: refused" in done.stdout
+    assert "2 types: 1 named, 1 refused" in done.stdout
+    assert "named: served exactly, with a family" in done.stdout and "layers: how many" in done.stdout
+
+
+def test_a_refused_type_has_a_reason_and_no_table(found):
+    done = call("--type", "bloom")
+    assert done.exit_code == 0 and "1 type: 1 refused" in done.stdout and "─" not in done.stdout
+    assert "bloom: refused: BloomForCausalLM" in done.stdout and "layers: how many" not in done.stdout
 
 
 @pytest.mark.parametrize(
-    "words, said", [(("--type", "lama"), "'lama' is not in the record"), (("--out", "x"), "--out is for the record")]
+    "words, said", [(("--type", "lama"), "did you mean 'llama'"), (("--out", "x"), "--out is for the record")]
 )
 def test_wrong_options_are_told(words, said):
     done = call(*words)
@@ -184,5 +192,5 @@ def test_wrong_options_are_told(words, said):
 
 
 def test_an_unknown_type_is_told_before_anything_is_tried():
-    with pytest.raises(ConfigError, match="'lama' is no type of a causal"):
+    with pytest.raises(ConfigError, match="'lama' is no type of a causal.* did you mean 'llama'"):
         run.checked(["lama"], 1)

@@ -160,6 +160,19 @@ def test_a_plan_takes_no_torch(tmp_path):
     assert code == 0 and "kvpr" in out and "dense" in out and not heavy
 
 
+def test_what_needs_no_model_takes_no_torch(tmp_path):
+    version, served, refused = call_all([["--version"], ["families", "--type", "llama"], ["families", "-x"]], tmp_path)
+    assert version[0] == 0 and re.fullmatch(r"scout_hf \d+\.\d+\.\d+\n", version[1]) and not version[3]
+    assert served[0] == 0 and "1 type: 1 named" in served[1] and not served[3]
+    assert refused[0] == 2 and not refused[3]
+
+
+def test_the_benchmark_to_start_with_is_the_first(helped):
+    text = helped["bench --help"][1]
+    assert "Start with cpu-decode." in text
+    assert text.index("│ cpu-decode") < text.index("│ cpu-kernel") < text.index("│ sessions") < text.index("│ gpu")
+
+
 def test_help_of_lm_eval_helps_without_lm_eval(tmp_path):
     commands = [["run", "--help"], ["run", "-h"], ["run", "--tasks", "x"]]
     *helped, refused = call_all([["lm-eval", *words] for words in commands], tmp_path, hidden=("lm_eval",))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from scout_hf.cli import app
 from scout_hf.errors import ConfigError
 from scout_hf.eval.bench.models import make_llama
 from scout_hf.eval.caches import caches_of, fill
+from scout_hf.eval.language import PACKAGED
 from scout_hf.eval.markdown import between_marks
 from scout_hf.eval.plan import measure
 from scout_hf.kernels.cpu.library import load_library
@@ -174,6 +176,16 @@ def test_wrong_input_names_what_there_is(tmp_path):
         Machine.load(tmp_path / "none.json")
 
 
+def test_packaged_models_are_known_by_name():
+    for name, packaged in PACKAGED.items():
+        shape, about = SHAPES[name], packaged.about
+        assert f"{shape.layers} layers" in about and f"{shape.heads} query" in about
+        assert re.search(rf"{shape.kv_heads} KV heads? of {shape.head_dim}\b", about)
+        assert shape.full == shape.layers or f"{shape.full} of them full" in about
+        # Bytes of a file for each weight: 4 to 8 bits.
+        assert 0.5 < packaged.megabytes * 1e6 / (shape.weights / 2) < 1.1, name
+
+
 def test_help_names_what_there_is():
     text = CliRunner().invoke(app, ["plan", "--help"], env={"COLUMNS": "400"}).output
     assert all(name in text for name in (*SHAPES, *MACHINES))
@@ -237,6 +249,8 @@ def test_the_command(tmp_path):
 
     done = call("--model", "qwen3-14b", "--gpu", "h200", "--link", "55", "--dram", "200", "--context", "131072")
     assert done.exit_code == 0 and "CPU 200 GB/s" in done.output and "infinigen" in done.output
+    assert done.output.startswith("An estimate by arithmetic") and "measured on a GPU" in done.output
+    assert call("--model", "smollm2-135m").exit_code == 0
     (tmp_path / "config.json").write_text(json.dumps(AutoConfig.for_model("llama").to_dict()))
     assert call("--model", str(tmp_path)).exit_code == 0
     (tmp_path / "list.json").write_text("[1]")
