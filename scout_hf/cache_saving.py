@@ -17,8 +17,9 @@ from scout_hf.config import ScoutConfig
 from scout_hf.errors import ConfigError, SavingError, ScoutError, SessionError
 from scout_hf.ranks import FOLDERS, Ranks
 from scout_hf.recall_intervals import RecallIntervals
+from scout_hf.session_file import ABOUT
 from scout_hf.sessions import fingerprint, read_session, write_session
-from scout_hf.sessions.folder import ABOUT, PRIVATE
+from scout_hf.sessions.folder import PRIVATE
 from scout_hf.stores.state import State, count_in, maybe_tensor_in, state_in, tensor_in
 from scout_hf.token_log import Held
 

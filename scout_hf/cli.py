@@ -130,7 +130,7 @@ def batch(options: Batch) -> None:
 
 @command(session, "ls", Ls)
 def session_ls(options: Ls) -> None:
-    with evaluation(None):
+    with exits_on_errors():
         from scout_hf.eval.kept.command import ls
 
         ls(options, typer.echo)
@@ -147,7 +147,7 @@ def session_info(options: Info) -> None:
 
 @command(session, "rm", Rm)
 def session_rm(options: Rm) -> None:
-    with evaluation(None):
+    with exits_on_errors():
         from scout_hf.eval.kept.command import rm
 
         done = rm(options, typer.echo)
@@ -156,7 +156,7 @@ def session_rm(options: Rm) -> None:
 
 @command(session, "prune", Prune)
 def session_prune(options: Prune) -> None:
-    with evaluation(None):
+    with exits_on_errors():
         from scout_hf.eval.kept.command import prune
 
         prune(options, typer.echo)

@@ -33,6 +33,7 @@ API = (
     "scout_hf.prefix",
     "scout_hf.rules",
     "scout_hf.selection",
+    "scout_hf.session_file",
     "scout_hf.sessions",
     "scout_hf.stores",
 )
@@ -100,7 +101,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "scout_hf.step",
         "scout_hf.stores.*",
     ),
-    "scout_hf.sessions": ("scout_hf.ranks", "scout_hf.sessions.*", "scout_hf.stores.*"),
+    "scout_hf.session_file": (),
+    "scout_hf.sessions": ("scout_hf.ranks", "scout_hf.session_file", "scout_hf.sessions.*", "scout_hf.stores.*"),
     "scout_hf.drafting": (
         "scout_hf.cache",
         "scout_hf.compat.*",
@@ -123,6 +125,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "scout_hf.methods.*",
         "scout_hf.prefix.*",
         "scout_hf.ranks",
+        "scout_hf.session_file",
         "scout_hf.sessions.*",
         "scout_hf.stores.*",
         "scout_hf.token_log",

@@ -34,7 +34,7 @@ from scout_hf.eval.language.load import ask_at_terminal, located
 from scout_hf.eval.stores import open_store
 from scout_hf.eval.tables import NONE
 from scout_hf.files import remove_folder
-from scout_hf.sessions import read_about, read_session
+from scout_hf.session_file import read_about
 from scout_hf.sizes import in_words
 
 FILES = {"session.json", "pages.safetensors", "tensors.safetensors"}
@@ -155,6 +155,8 @@ def _about(entry: Entry, tokenizer: str | None, tell: Write) -> dict[str, Any]:
 
 def _first_ids(path: Path) -> list[int] | None:
     """Token ids of the first row of a session; None if they were not kept, or it is damaged."""
+    from scout_hf.sessions import read_session
+
     try:
         known = read_session(path).state.get("known")
         return known["ids"][0, :FIRST_TOKENS].tolist() if known else None
@@ -177,6 +179,8 @@ def _text(name: str, ids: list[int], tell: Write) -> str:
 
 def damaged(folders: Sequence[Path]) -> list[str]:
     """Read all pages; what is wrong with those that are not what was written."""
+    from scout_hf.sessions import read_session
+
     found = []
     for path in folders:
         try:

@@ -13,9 +13,8 @@ from scout_hf.errors import MissingFileError, SessionError
 from scout_hf.eval.ask.texts import FOLDER, Text, texts_in
 from scout_hf.eval.stores import open_store
 from scout_hf.prefix import Segment
-from scout_hf.sessions import read_about
+from scout_hf.session_file import ABOUT, read_about
 
-ABOUT = "session.json"
 LOCK = "lock"
 SHOWN = 8
 """Digits of the hash of weights in a list."""

@@ -6,10 +6,6 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
-
 from scout_hf.errors import ConfigError
 
 NEEDED = ("gguf", "accelerate")
@@ -20,6 +16,9 @@ def convert(file: Path, folder: Path) -> None:
 
     Raises ConfigError where a package is missing or transformers does not know the file's architecture.
     """
+    import torch
+    from transformers import AutoModelForCausalLM
+
     model, tokenizer = read(file)
     # A new model of the same shape knows nothing of a quantised file.
     config = model.config
@@ -40,6 +39,10 @@ def must_be_readable(name: str) -> None:
 
 def read(file: Path) -> tuple[Any, Any]:
     """Model, in float32, and tokenizer of a GGUF file."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
     must_be_readable(file.name)
     where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     quiet = not logging.is_progress_bar_enabled()

@@ -6,14 +6,15 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from scout_hf.errors import ConfigError, MissingFileError
 from scout_hf.eval.language import gguf
 from scout_hf.eval.language.packaged import PACKAGED, fetched
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load(
@@ -47,6 +48,9 @@ def load(
     --------
     >>> model, tokenizer = load("smollm2-135m")  # doctest: +SKIP
     """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
     dtype = dtype or usual_dtype(device)
     if name.endswith(".gguf"):
         if not Path(name).is_file():
@@ -79,6 +83,8 @@ def load_tokenizer(
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
@@ -114,6 +120,8 @@ def ask_at_terminal(question: str) -> bool:
 
 def usual_dtype(device: str = "cpu") -> torch.dtype:
     """bfloat16 on a GPU; float32 on a CPU, where most have no fast bfloat16."""
+    import torch
+
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
 
 

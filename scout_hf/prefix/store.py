@@ -12,16 +12,17 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scout_hf.errors import ConfigError, SessionError
 from scout_hf.files import clear_scratch, locked_file, remove_folder
 from scout_hf.prefix.hashing import HASH_BYTES, common_blocks
 from scout_hf.rules import count, fields, flag, text
-from scout_hf.sessions import read_about, read_session, write_session
-from scout_hf.sessions.folder import ABOUT
+from scout_hf.session_file import ABOUT, read_about
 from scout_hf.sizes import bytes_of
-from scout_hf.stores.state import State
+
+if TYPE_CHECKING:
+    from scout_hf.stores.state import State
 
 KIND, LIMIT, LOCK = "prefix/1", "32GiB", "lock"
 PRIVATE = 0o700
@@ -211,6 +212,8 @@ class PrefixStore:
         OSError
             If the disk is full or the folder cannot be written to; nothing is left then.
         """
+        from scout_hf.sessions import write_session  # imports torch, which a store is listed without
+
         if size > self.limit:
             return False
         room = self._room(root)
@@ -273,6 +276,8 @@ class PrefixStore:
         int
             How many were removed.
         """
+        from scout_hf.sessions import read_session
+
         removed = 0
         for segment in {piece.segment for piece in pieces}:
             try:

@@ -17,35 +17,18 @@ import torch
 import transformers
 import xxhash
 
-from scout_hf.errors import ConfigError, MissingFileError, SavingError, SessionError
-from scout_hf.files import clear_scratch, open_regular, read_json, whole_folder
-from scout_hf.rules import anything, count, fields, items, table, text
+from scout_hf.errors import SavingError, SessionError
+from scout_hf.files import clear_scratch, open_regular, whole_folder
+from scout_hf.session_file import ABOUT, FORMAT, hash_of, read_about
 from scout_hf.sessions.container import map_pages, write_pages
 from scout_hf.sessions.mapped import OpenFile
 from scout_hf.sessions.tree import Flat, flatten, unflatten
 from scout_hf.sessions.writing import write_tensors
 from scout_hf.stores.state import Pages, State
 
-FORMAT = "scout_hf.session/1"
-ABOUT, PAGES, TENSORS = "session.json", "pages.safetensors", "tensors.safetensors"
+PAGES, TENSORS = "pages.safetensors", "tensors.safetensors"
 PRIVATE = 0o700
-LARGEST_ABOUT = 64 << 20
 SUMS = "sums"
-_REMEDY = "save it again with cache.save(path)"
-
-_RULE = fields(
-    {
-        "format": text(200),
-        "made": table(text(200)),
-        "model": table(anything),
-        "settings": table(anything),
-        "about": table(anything),
-        "state": anything,
-        "hash": text(64),
-        "pages": fields({"bytes": count(), "header": text(64), "names": items(text(1000))}),
-        "tensors": fields({"bytes": count(), "hash": text(64)}),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -154,7 +137,7 @@ def _write_into(
             "tensors": {"bytes": size, "hash": seen},
             "state": flat.tree,
         }
-        said["hash"] = _hash(said)
+        said["hash"] = hash_of(said)
         (folder / ABOUT).write_text(json.dumps(said, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         unchanged()
 
@@ -167,32 +150,6 @@ def refuse_other_files(path: Path) -> None:
             raise SavingError(f"{path} is a folder that holds no session ({names[0]}, ...); take another name")
     elif os.path.lexists(path):
         raise SavingError(f"{path} is there and no session; take another name")
-
-
-def read_about(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What ``session.json`` says; nothing else is read.
-
-    Raises
-    ------
-    SessionError
-        If there is no session, or it cannot be used.
-    """
-    path = Path(path)
-    try:
-        said = read_json(path / ABOUT, _RULE, _REMEDY, LARGEST_ABOUT)
-    except MissingFileError as error:
-        raise SessionError(f"{path} holds no session: {error}") from error
-    except ConfigError as error:
-        raise SessionError(str(error)) from error
-    known = said.pop("hash")
-    if said["format"] != FORMAT:
-        raise SessionError(
-            f"{path} has the format {said['format']!r}, and this version of scout_hf reads {FORMAT!r}; "
-            "install a version that reads it, or save it again"
-        )
-    if _hash(said) != known:
-        raise SessionError(f"{path / ABOUT} is damaged: it is not what was written; {_REMEDY}")
-    return said
 
 
 def read_session(path: str | os.PathLike[str]) -> Session:
@@ -239,10 +196,6 @@ def _read_tensors(path: Path, said: dict[str, Any]) -> dict[str, torch.Tensor]:
         return safetensors.torch.load(data)
     except Exception as error:
         raise SessionError(f"{path} cannot be read: {error}") from error
-
-
-def _hash(said: dict[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(said, sort_keys=True).encode())
 
 
 def remove_session(path: str | os.PathLike[str]) -> None:

@@ -167,6 +167,19 @@ def test_what_needs_no_model_takes_no_torch(tmp_path):
     assert refused[0] == 2 and not refused[3]
 
 
+def test_what_is_kept_is_listed_without_torch(tmp_path):
+    (tmp_path / "kept" / "one.kv").mkdir(parents=True)
+    (tmp_path / "kept" / "one.kv" / "session.json").write_text("{}")
+    (tmp_path / "store").mkdir(mode=0o700)
+    listed, empty, pruned = call_all(
+        [["session", "ls", "kept"], ["session", "ls", "--store", "store"], ["session", "prune", "--store", "store"]],
+        tmp_path,
+    )
+    assert listed[0] == 0 and "damaged" in listed[1] and "kept/one.kv: " in listed[1] and not listed[3]
+    assert empty[0] == 0 and "nothing is kept in" in empty[1] and not empty[3]
+    assert pruned[0] == 0 and "0 bytes freed" in pruned[1] and not pruned[3]
+
+
 def test_the_benchmark_to_start_with_is_the_first(helped):
     text = helped["bench --help"][1]
     assert "Start with cpu-decode." in text
