@@ -168,7 +168,7 @@ class AutoBudget:
                 f"context of {self.tried_from} tokens on, were no faster"
             )
         if self.decided == EXACT:
-            return f"auto: decode steps are exact, as sparse ones would gain too little: {self._seen}"
+            return f"auto: decode steps are exact, as sparse ones gain too little: {self._seen}"
         begun = f"auto: {SPARSE_TOKENS} tokens per step from a context of {self.sparse_from} tokens on, exact before"
         return f"{begun}; {self._seen}"
 

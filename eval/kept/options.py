@@ -17,8 +17,7 @@ Json = Annotated[bool, Option("--json", help="Print JSON, for scripts.")]
 class Ls:
     """List saved sessions, and the texts of stores: model, tokens, bytes, when they were made and used.
 
-    A model is shown as it was named, or by its type, with the begin of a hash of its weights: models are the same where
-    both hashes are. `session info` has all of it.
+    A model is shown as it was named, else by its type, with the begin of a hash of its weights; `session info` has all.
     """
 
     paths: Annotated[

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from scout_hf.eval.plan.check import Row
 
 
-ESTIMATE = "An estimate by arithmetic from sizes and {rates}; nothing here was measured on a GPU."
+ESTIMATE = "An estimate by arithmetic from sizes and given bandwidths; nothing here was measured on a GPU."
 
 
 def plan_tables(shape: ModelShape, machine: Machine, load: Load):
     """What every method takes and gives."""
-    yield ESTIMATE.format(rates="bandwidths of data sheets" if machine.gpu else "the rates of this machine's profile")
+    yield ESTIMATE
     memory = f"{machine.device_gib:g} GiB"
     if machine.gpu:
         beside = f"link {machine.link_gbps:g} GB/s, CPU {machine.cpu_gbps:g} GB/s of KV"

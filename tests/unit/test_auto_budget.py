@@ -96,7 +96,7 @@ def test_it_says_what_was_timed_and_what_was_not(monkeypatch):
     steps(100_000)
     assert told == {
         TIMING: "auto: decode steps are exact; sparse ones are considered once 5 exact ones are timed",
-        EXACT: "auto: decode steps are exact, as sparse ones would gain too little: at 100000 tokens an exact step "
+        EXACT: "auto: decode steps are exact, as sparse ones gain too little: at 100000 tokens an exact step "
         "takes 1800 ms and a sparse one should take about 1712 ms (not timed yet)",
     }
     steps(1_000_000)
