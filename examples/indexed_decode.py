@@ -73,7 +73,7 @@ def compare(kind, tokens, steps):
 
 
 if __name__ == "__main__":
-    tokens = int(sys.argv[1]) if sys.argv[1:2] and sys.argv[1].isdigit() else 4096
+    tokens = int(sys.argv[1]) if sys.argv[1:] else 4096
     compared = 0
     for kind in MODELS:
         if kind not in CONFIG_MAPPING:

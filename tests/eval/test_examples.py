@@ -17,8 +17,10 @@ def test_there_are_examples_and_none_shadows_a_module():
 
 RUN = """
 import runpy, sys
-for path in sys.argv[1:]:
+paths = sys.argv[1:]
+for path in paths:
     print("==", path, flush=True)
+    sys.argv = [path]
     runpy.run_path(path, run_name="__main__")
 """
 
