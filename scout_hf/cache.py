@@ -334,9 +334,7 @@ class ScoutCache(Cache):
 
     def reset(self) -> None:
         """Remove all tokens. Also makes a cache usable again after an interrupted change."""
-        self.guard.refuse_in_pass("reset()")
-        self.guard.torn = "reset()"
-        self.guard.leave_pass()
+        self.guard.empty("reset()")
         super().reset()
         drop_states(self.layers)
         self.padding.forget()
@@ -400,10 +398,11 @@ class ScoutCache(Cache):
     @keeps_tensors
     def __deepcopy__(self, memo: dict[int, Any]) -> ScoutCache:
         self.guard.between_passes("fork()")
-        twin = object.__new__(type(self))
+        begun, twin = self.guard.changes, object.__new__(type(self))
         memo[id(self)] = twin
         memo[id(self.log)] = self.log.fork(self.guard.changes, 0)
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        self.guard.refuse_unless(begun, "fork()")
         if self.seen_by is not None and (others := self.seen_by()) is not None:
             others.add(twin)
         return twin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,8 @@ class ChangeGuard:
         self.open_pass: Step | None = None
         # How often anything began to change.
         self.changes = 0
+        # Held while a change begins, so that of two threads one does; not while it runs.
+        self._turn = threading.RLock()
 
     def check(self) -> None:
         """Raise CacheStateError if a change was interrupted."""
@@ -61,17 +64,39 @@ class ChangeGuard:
     @contextlib.contextmanager
     def changing(self, what: str) -> Iterator[None]:
         """Mark the cache as torn while the block runs; an error or interrupt leaves it torn."""
-        self.check()
-        self.torn = what
-        self.changes += 1
+        with self._turn:
+            self.between_passes(what)
+            self.torn = what
+            self.changes += 1
         yield
         self.torn = None
 
-    def enter_pass(self, step: Step) -> None:
-        """Enter this pass in the calling thread."""
-        self.changes += 1
-        self.open_pass = step
+    def empty(self, what: str) -> None:
+        """Begin to remove all tokens, whatever is torn."""
+        with self._turn:
+            self.refuse_in_pass(what)
+            self.torn = what
+            self.changes += 1
+            self.leave_pass()
+
+    def enter_pass(self, step: Step, begun: int) -> None:
+        """Enter this pass in the calling thread.
+
+        CacheStateError if there were more than ``begun`` changes, after which the pass was prepared.
+        """
+        with self._turn:
+            self.refuse_unless(begun, "a forward pass")
+            self.changes += 1
+            self.open_pass = step
         set_active_step(step)
+
+    def refuse_unless(self, begun: int, what: str) -> None:
+        """Raise CacheStateError if there were more than ``begun`` changes."""
+        if self.changes != begun:
+            raise CacheStateError(
+                f"another thread began to change this cache at the same time as {what} of this one, which did nothing; "
+                "give each thread a fork, made between passes"
+            )
 
     def leave_pass(self) -> None:
         """Leave the pass of the calling thread; it can no longer be rolled back."""
@@ -83,7 +108,9 @@ class ChangeGuard:
     def end_interrupted_pass(self) -> None:
         """Roll back a pass that was interrupted in any thread."""
         if self.open_pass is not None and not self.open_pass.is_running():
-            self.open_pass.abort()
+            with self._turn:
+                if self.open_pass is not None and not self.open_pass.is_running():
+                    self.open_pass.abort()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ChangeGuard:
         twin = memo[id(self)] = ChangeGuard()

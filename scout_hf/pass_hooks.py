@@ -21,7 +21,7 @@ from scout_hf.compat.indexed_layers import all_choose
 from scout_hf.compat.modes import keeps_tensors
 from scout_hf.config import ScoutConfig
 from scout_hf.counters import Counters
-from scout_hf.errors import PatchError, UnsupportedInputError
+from scout_hf.errors import CacheStateError, PatchError, UnsupportedInputError
 from scout_hf.fitting import refuse_other_depth, refuse_other_rows, refuse_over_ranks, refuse_split_heads
 from scout_hf.kernels.cpu import make_backend
 from scout_hf.kernels.cpu.workers import Workers
@@ -158,6 +158,7 @@ class PassHooks:
         if cache.has_states and (held := next((layer.method for layer in cache.scout_layers if layer.method), None)):
             # Before a state has changed, which cannot be rolled back.
             refuse_other_rows(held.batch, rows)
+        begun = cache.guard.changes
         marks, tokens = cache.mark(), cache.get_seq_length() + queries
         mask, mask_here = cache.padding.of(given.get("attention_mask"), rows, tokens)
         step = Step(
@@ -183,6 +184,12 @@ class PassHooks:
         if not self.running.enter(step):
             return
         self._names.renew()
+        try:
+            cache.guard.enter_pass(step, begun)
+        except CacheStateError:
+            self.running.leave(step)
+            cache.padding.forget()
+            raise
         if step.queries == 1:
             if self.tracer is not None:
                 self.tracer.begin(step)
@@ -196,8 +203,7 @@ class PassHooks:
         cache.filled_by = weakref.ref(self._model)
         if step.role is Role.ORDINARY:
             self.counters.pace.begin(step, inputs)
-        cache.log.add(given, tokens - queries, exact, cache.guard.changes + 1)
-        cache.guard.enter_pass(step)
+        cache.log.add(given, tokens - queries, exact, cache.guard.changes)
 
     def _begin_step(self, step: Step, rows: int) -> bool:
         """Whether a decode step is exact."""
