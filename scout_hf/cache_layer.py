@@ -124,7 +124,7 @@ class ScoutLayer(ReadableLayer):
         step = active_step()
         inside = step is not None and step.cache.guard is self.guard
         self.guard.check() if inside else self.guard.between_passes("update()")
-        if key_states.shape[:3] != value_states.shape[:3]:
+        if key_states.shape[:3] != value_states.shape[:3] or key_states.dim() != 4:
             refuse_unlike(key_states, value_states, self.layer_idx)
         layout, method = layout_of(key_states, value_states, self.latent), self.method
         plain = layout is PLAIN

@@ -28,6 +28,8 @@ def of_model(model: Any) -> str | None:
         return "tokens attend to those that follow, so keys depend on the rest of the text"
     if {"hybrid", "hybrid_sliding"} & set(getattr(text, "layer_types", None) or ()):
         return "a layer holds a linear state beside its keys and values, which only a session keeps"
+    if text.model_type == "jamba":
+        return "its state-space layers begin anew in every pass of several tokens, so that it cannot go on from a text"
     if choosing_layers(text):
         return "layers choose what they attend to with an indexer: its keys lie in no page, and no step is sparser"
     return None

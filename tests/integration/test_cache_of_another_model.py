@@ -67,6 +67,8 @@ def test_keys_that_fit_with_values_that_do_not():
     cache.update(torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8), 0)
     with pytest.raises(scout_hf.CacheStateError, match="values"):
         cache.update(torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 1), 0)
+    with pytest.raises(scout_hf.CacheStateError, match=r"keys \(2, 4, 8\) and values .* \(batch, kv_heads, tokens"):
+        cache.update(torch.zeros(2, 4, 8), torch.zeros(2, 4, 8), 0)
     assert cache.get_seq_length() == 4
 
 

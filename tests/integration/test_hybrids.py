@@ -199,3 +199,12 @@ def test_stores_and_drafts_are_refused(name, tmp_path):
     for options in ({"store": tmp_path / "store"}, {"draft": True, "budget": 64}):
         with pytest.raises(ConfigError, match="a linear state beside its keys and values"):
             scout_hf.patch(tiny_model(name), **options)
+
+
+@pytest.mark.parametrize("name", [case("jamba")])
+def test_a_store_is_refused_where_stock_does_not_go_on_from_a_text(name, tmp_path):
+    """Jamba's state-space layers forget it in a pass of several tokens, as in stock's turns: nothing is to find."""
+    model, (ids, longer) = tiny_model(name), two_turns(1)
+    assert difference(stock(model, ids, longer), run(model, longer, new=4)) > 1e-3
+    with pytest.raises(ConfigError, match="store=.* begin anew in every pass of several tokens"):
+        scout_hf.patch(model, store=tmp_path)
