@@ -458,7 +458,7 @@ def test_no_drafts_within_the_budget():
 def test_it_switches_off_where_it_does_not_pay_and_says_so(options, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(AutoDraft, "_best", lambda pace, most: 0)
-    monkeypatch.setattr(AutoDraft, "exact_step", slow_to_try_again(AutoDraft.exact_step))
+    monkeypatch.setattr(AutoDraft, "round", slow(AutoDraft.round))
     model, inputs = one_llama(), prompt(1, 90)
     wanted = exact(model, inputs, 40)
     with scout_hf.patch(model, draft=True, **options) as handle:
@@ -476,12 +476,8 @@ def test_before_it_has_drafted_it_says_why(monkeypatch):
         assert handle.stats().notes == ("drafts: none yet: exact steps are timed first",)
 
 
-def slow_to_try_again(real):
-    def exact_step(pace, seconds):
-        real(pace, seconds)
-        pace._wait = 1.0 if pace._rounds > 3 else pace._wait
-
-    return exact_step
+def slow(real):
+    return lambda pace, drafts, drafting, checking: real(pace, drafts, 10.0, 10.0)
 
 
 @pytest.mark.parametrize(
