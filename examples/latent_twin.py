@@ -29,6 +29,9 @@ from scout_hf.eval.language import PACKAGED, fetched
 FAR = 1e4
 """One channel of the latent, which makes its norm the same for all tokens; far above all values."""
 
+SPARE = 16
+"""Channels of the latent beside the values: that one, and zeros up to a width that native code takes."""
+
 
 def halves_first(weight, heads):
     """Rows of all heads in the order in which one rotation turns them: first halves, then second halves."""
@@ -57,7 +60,7 @@ def twin_config(config):
         num_key_value_heads=config.num_attention_heads,
         first_k_dense_replace=config.num_hidden_layers,
         q_lora_rank=None,
-        kv_lora_rank=kv_heads * width + 1,
+        kv_lora_rank=kv_heads * width + SPARE,
         qk_rope_head_dim=kv_heads * width,
         qk_nope_head_dim=1,
         v_head_dim=width,
@@ -93,13 +96,13 @@ def latent_twin(model):
         queries = queries.unflatten(0, (heads, -1))
         to.q_proj.weight.copy_(torch.cat([torch.zeros_like(queries[:, :1]), queries], 1).flatten(0, 1))
 
-        far = torch.zeros_like(of.v_proj.weight[:1])
+        spare = of.v_proj.weight.new_zeros(SPARE, config.hidden_size)
         keys = halves_first(of.k_proj.weight, kv_heads)
-        to.kv_a_proj_with_mqa.weight.copy_(torch.cat([of.v_proj.weight, far, keys]))
+        to.kv_a_proj_with_mqa.weight.copy_(torch.cat([of.v_proj.weight, spare, keys]))
         to.kv_a_proj_with_mqa.bias.zero_()
         to.kv_a_proj_with_mqa.bias[kv_heads * width] = FAR
         to.kv_a_layernorm.weight.fill_(FAR / math.sqrt(to.kv_lora_rank))
-        to.kv_a_layernorm.weight[-1] = 0
+        to.kv_a_layernorm.weight[kv_heads * width] = 0
 
         up = torch.zeros(heads, 1 + width, to.kv_lora_rank)
         for head in range(heads):
