@@ -348,6 +348,7 @@ class ScoutCache(Cache):
         CacheStateError for linear states and for sliding windows that are full, from which no tokens can be taken.
         """
         self.guard.between_passes("crop()")
+        begun = self.guard.changes
         held = max((layer.get_seq_length() for layer in self.scout_layers), default=self.get_seq_length())
         removed = tokens_to_crop(int(tokens_to_remove), held)
         if (fixed := fixed_layers(self.layers)) and held and removed:
@@ -356,7 +357,7 @@ class ScoutCache(Cache):
                 "of what you may want to go back to"
             )
         if removed is not None and not fixed:
-            with self.guard.changing("crop()"):
+            with self.guard.changing("crop()", begun):
                 super().crop(removed)
             self.log.cropped(self.get_seq_length(), self.guard.changes)
 
@@ -374,11 +375,11 @@ class ScoutCache(Cache):
 
     def _change_rows(self, operation: str, given: Any) -> None:
         self.guard.between_passes(f"{operation}()")
-        held = rows_held(self.layers)
+        begun, held = self.guard.changes, rows_held(self.layers)
         rows = rows_asked(operation, given, held)
         # Linear layers of transformers can be reordered and nothing else.
         linear = self.has_states and bool(self.scout_layers)
-        with self.guard.changing(f"{operation}()"):
+        with self.guard.changing(f"{operation}()", begun):
             self.padding.forget()
             getattr(super(), REORDER if linear else operation)(rows_from(rows, held or 0) if linear else rows)
         self.log.selected(rows, self.guard.changes)

@@ -62,10 +62,15 @@ class ChangeGuard:
         self.ready()
 
     @contextlib.contextmanager
-    def changing(self, what: str) -> Iterator[None]:
-        """Mark the cache as torn while the block runs; an error or interrupt leaves it torn."""
+    def changing(self, what: str, begun: int | None = None) -> Iterator[None]:
+        """Mark the cache as torn while the block runs; an error or interrupt leaves it torn.
+
+        CacheStateError if there were more than ``begun`` changes, after which this one was prepared.
+        """
         with self._turn:
             self.between_passes(what)
+            if begun is not None:
+                self.refuse_unless(begun, what)
             self.torn = what
             self.changes += 1
         yield

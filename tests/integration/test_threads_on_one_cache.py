@@ -108,6 +108,22 @@ def test_a_change_that_was_checked_before_a_pass_is_not_made_in_it(world, monkey
 
 
 @TIERS
+@pytest.mark.parametrize("name", ["crop", "rows"])
+def test_a_change_that_was_checked_before_a_whole_pass_is_not_made_behind_it(world, monkeypatch, name):
+    """What it was to change, such as how many tokens are kept, was reckoned before."""
+    model, cache, expected = world
+    part, change = {
+        "crop": ("tokens_to_crop", lambda: cache.crop(40)),
+        "rows": ("rows_asked", lambda: cache.batch_select_indices([0, 0])),
+    }[name]
+    found = once_meanwhile(monkeypatch, cache_module, part, lambda: step(model, cache))
+    with pytest.raises(CacheStateError, match=AT_THE_SAME_TIME):
+        change()
+    assert (found[0] - expected).abs().max() <= TOLERANCE and lengths(cache) == {46}
+    step(model, cache, 46)
+
+
+@TIERS
 def test_a_fork_that_a_pass_went_through_is_not_handed_out(world, monkeypatch):
     model, cache, expected = world
     found = once_meanwhile(monkeypatch, TokenLog, "fork", lambda: step(model, cache))
